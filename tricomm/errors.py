@@ -1,0 +1,25 @@
+"""The errors that tricomm raises.
+
+    TricommError
+      SpecError       (ValueError)    a mesh, a layout or a tensor does not say what the rules allow
+      PlanError       (ValueError)    two valid layouts cannot be planned as asked
+      TransportError  (RuntimeError)  ranks disagree, or one died, stopped or never came
+
+Every message names the value, the rule that it breaks and the remedy.
+"""
+
+
+class TricommError(Exception):
+    """The base of everything that tricomm raises on purpose."""
+
+
+class SpecError(TricommError, ValueError):
+    """A mesh, a sharding spec or a local tensor breaks a rule; nothing has been sent."""
+
+
+class PlanError(TricommError, ValueError):
+    """Two valid specs cannot be planned as asked; nothing has been sent."""
+
+
+class TransportError(TricommError, RuntimeError):
+    """The ranks disagree about a call, or one of them died, stopped or never called."""
