@@ -1,0 +1,86 @@
+"""A plan as a page of text."""
+
+from typing import TYPE_CHECKING
+
+from tricomm.intervals import Region
+from tricomm.mesh import format_ranks
+
+if TYPE_CHECKING:
+    from tricomm.plan.plan import Move, Plan
+
+MAX_ROWS = 12
+
+
+def format_nbytes(nbytes: float) -> str:
+    """Bytes as a person reads them: 8.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as a person reads them: 1.2 ms."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def describe(plan: "Plan") -> str:
+    """The whole plan: what it moves, how, what it costs, and its first messages."""
+    lines = [
+        "reshard",
+        f"  from  {plan.source}",
+        f"  to    {plan.destination}",
+    ]
+    if plan.rank is not None:
+        lines.append(f"  (only what rank {plan.rank} touches)")
+    elif plan.moves:
+        lines.append(
+            f"  wire  {format_nbytes(plan.wire_nbytes)} (minimum {format_nbytes(plan.minimum_nbytes)}), "
+            f"NIC bound {format_seconds(plan.lower_bound_seconds())}, "
+            f"expected {format_seconds(plan.simulated_seconds())}"
+        )
+    for index, move in enumerate(plan.moves):
+        title = ""
+        if plan.reduction is not None:
+            n = plan.reduction.stacked_source.global_shape[0]
+            title = (
+                f"bring {n} contributions together and take their {plan.reduction.op}: "
+                if index == 0
+                else "then move the reduced tensor: "
+            )
+        lines.extend(_describe_move(move, title, repr(plan.balance)))
+    return "\n".join(lines)
+
+
+def _describe_move(move: "Move", title: str, balance: str) -> list[str]:
+    rounds = len({hop.round for hop in move.hops})
+    local = sum(len(set(task.holders) & set(task.needers)) for task in move.tasks)
+    cast = ""
+    if move.source.dtype != move.destination.dtype:
+        side = "receiver" if move.wire_dtype == move.source.dtype else "sender"
+        cast = f", cast to {move.destination.dtype} on the {side}"
+    lines = [
+        f"  {title}{move.strategy!r}, {balance}: {len(move.tasks)} tasks, {len(move.messages)} messages, "
+        f"{len(move.hops)} hops in {rounds} rounds, {local} local copies{cast}"
+    ]
+    for message in move.messages[:MAX_ROWS]:
+        arrow = " -> ".join(format_ranks([rank]) for rank in message.chain)
+        chunks = len(message.chunks)
+        first = format_region(message.chunks[0][0])
+        more = sum(len(chunk) for chunk in message.chunks) - 1
+        lines.append(
+            f"    {arrow}   {message.numel} elements in {chunks} chunk{'s' if chunks > 1 else ''}: {first}"
+            + (f" and {more} more" if more else "")
+        )
+    if len(move.messages) > MAX_ROWS:
+        lines.append(f"    ... and {len(move.messages) - MAX_ROWS} more messages")
+    return lines
+
+
+def format_region(region: Region) -> str:
+    """A region as slices: ``[0:4|8:12, 0:16]``; ``[]`` for the element of a 0-d tensor."""
+    return "[" + ", ".join("|".join(f"{start}:{stop}" for start, stop in intervals) for intervals in region) + "]"
