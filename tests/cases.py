@@ -1,0 +1,188 @@
+"""What Hypothesis draws: pairs of layouts with everything that DESIGN.md lists, on up to eight ranks."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tricomm import (
+    Auto,
+    Broadcast,
+    LeastLoaded,
+    Mesh,
+    Naive,
+    Partial,
+    Replicate,
+    SendRecv,
+    Shard,
+    ShardingSpec,
+    SpecError,
+    Topology,
+)
+from tricomm.dtype import ITEMSIZE, check_cast, check_reduction
+
+RANKS = 8
+MOVED_DTYPES = sorted(ITEMSIZE)
+CAST_DTYPES = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "int8",
+    "uint8",
+    "complex64",
+]
+REDUCED_DTYPES = [
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e5m2",
+    "int32",
+    "uint8",
+    "uint16",
+    "uint64",
+    "complex32",
+    "complex64",
+    "bool",
+]
+EXTENTS = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One reshard and how to run it."""
+
+    source: ShardingSpec
+    destination: ShardingSpec
+    strategy: Any
+    balance: Any
+    topology: Topology | None
+    staging_bytes: int
+    strides: str = "contiguous"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def plan_arguments(self) -> dict[str, Any]:
+        return {
+            "strategy": self.strategy,
+            "balance": self.balance,
+            "topology": self.topology,
+            "staging_bytes": self.staging_bytes,
+        }
+
+
+@st.composite
+def meshes(draw: Any, ranks: int = RANKS) -> Mesh:
+    """1 to 4 axes, any ranks in any order; two of them are disjoint, overlap or coincide."""
+    shape: list[int] = []
+    size = 1
+    for _ in range(draw(st.integers(1, 4))):
+        extent = draw(st.integers(1, max(1, ranks // size)))
+        shape.append(extent)
+        size *= extent
+    flat = draw(st.permutations(range(ranks)))[:size]
+    if draw(st.booleans()):
+        start = draw(st.integers(0, ranks - size))
+        flat = list(range(start, start + size))
+    nested: Any = list(flat)
+    for extent in reversed(shape[1:]):
+        nested = [nested[i : i + extent] for i in range(0, len(nested), extent)]
+    return Mesh(nested, tuple(f"axis{i}" for i in range(len(shape))))
+
+
+@st.composite
+def placements(draw: Any, mesh: Mesh, shape: tuple[int, ...], op: str | None) -> tuple[Any, ...]:
+    result: list[Any] = []
+    for _ in range(mesh.ndim):
+        kind = draw(st.sampled_from(["shard", "shard", "replicate", "partial"]))
+        if kind == "partial" and op is not None:
+            result.append(Partial(op))
+        elif kind == "shard" and shape:
+            dim = draw(st.integers(-len(shape), len(shape) - 1))
+            segments = None
+            if draw(st.integers(0, 3)) == 0:
+                extent = shape[dim]
+                cuts = sorted(draw(st.lists(st.integers(0, extent), max_size=3)))
+                edges = [0, *cuts, extent]
+                segments = tuple(b - a for a, b in pairwise(edges))
+            result.append(Shard(dim, segments))
+        else:
+            result.append(Replicate())
+    return tuple(result)
+
+
+@st.composite
+def specs(draw: Any, shape: tuple[int, ...], dtype: str, op: str | None = None, whole: bool = False) -> ShardingSpec:
+    mesh = draw(meshes())
+    order = draw(st.none() | st.permutations(range(mesh.ndim)).map(tuple))
+    spec = ShardingSpec(mesh, draw(placements(mesh, shape, op)), shape, dtype, order)
+    if spec.partial_axes or op is not None or draw(st.integers(0, 4)):
+        return spec
+    return draw(explicit(spec, whole))
+
+
+@st.composite
+def explicit(draw: Any, spec: ShardingSpec, whole: bool) -> ShardingSpec:
+    """The same holdings, with intervals cut and shuffled; a destination may also drop ranks."""
+    holdings = {}
+    for rank in spec.mesh.ranks:
+        if not whole and holdings and draw(st.integers(0, 4)) == 0:
+            continue
+        holding = []
+        for intervals in spec.holding(rank):
+            pieces = []
+            for start, stop in intervals:
+                cut = draw(st.integers(start, stop))
+                pieces += [(start, cut), (cut, stop)]
+            holding.append(tuple(draw(st.permutations(pieces))))
+        holdings[rank] = tuple(holding)
+    return ShardingSpec.explicit(holdings, spec.global_shape, spec.dtype)
+
+
+def allowed(check: Any, *arguments: str) -> bool:
+    try:
+        check(*arguments)
+    except SpecError:
+        return False
+    return True
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    shape = tuple(draw(st.lists(EXTENTS, max_size=5)))
+    kind = draw(st.sampled_from(["move", "move", "cast", "partial"]))
+    op = None
+    if kind == "cast":
+        pairs = [(a, b) for a in CAST_DTYPES for b in CAST_DTYPES if allowed(check_cast, a, b)]
+        dtype, target = draw(st.sampled_from(pairs))
+    elif kind == "partial":
+        op, dtype = draw(
+            st.sampled_from(
+                [
+                    (op, dtype)
+                    for op in ("sum", "avg", "max", "min")
+                    for dtype in REDUCED_DTYPES
+                    if allowed(check_reduction, op, dtype)
+                ]
+            )
+        )
+        target = dtype
+    else:
+        dtype = target = draw(st.sampled_from(MOVED_DTYPES))
+    source = draw(specs(shape, dtype, op, whole=True))
+    destination = draw(specs(shape, target))
+    topology = None
+    if draw(st.booleans()):
+        hosts = tuple(f"host{draw(st.integers(0, 3))}" for _ in range(RANKS))
+        topology = Topology(hosts, nics_per_host=draw(st.integers(1, 2)))
+    chunk = draw(st.sampled_from([None, None, 1, 16, 64, 1000]))
+    strategy = draw(st.sampled_from([Auto(), SendRecv(chunk), Broadcast(chunk)]))
+    balance = draw(st.sampled_from([Naive(), LeastLoaded()]))
+    staging = draw(st.sampled_from([1 << 20, 256 << 20]))
+    strides = draw(st.sampled_from(["contiguous", "transposed", "padded"]))
+    return Case(source, destination, strategy, balance, topology, staging, strides)

@@ -1,0 +1,93 @@
+"""The reduction of stacked contributions, in an order that does not depend on who reduces."""
+
+import torch
+
+_UNSIGNED_AS_SIGNED = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
+
+
+class Reducer:
+    """Reduces n contributions to one tensor, ((c0 + c1) + c2) ..., into buffers made once.
+
+    Floats of 16 bits and less are accumulated in float32 (complex32 in complex64) and rounded once; an average
+    is the sum divided by n before that rounding.
+
+    Args:
+        op: sum, avg, max or min.
+        dtype: of the contributions and of the result.
+        shape: (n, ...) of the contributions on this rank, or None if it reduces nothing.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...] | None,
+        device: torch.device,
+    ) -> None:
+        self.op = op
+        self.contributions: torch.Tensor | None = None
+        if shape is None:
+            return
+        self.contributions = torch.empty(shape, dtype=dtype, device=device)
+        self.result = torch.empty(shape[1:], dtype=dtype, device=device)
+        wide = _accumulation_dtype(dtype)
+        self.sum_in_place = wide == dtype
+        self.total = self.result if self.sum_in_place else torch.empty_like(self.result, dtype=wide)
+        self.flips_sign = op in ("max", "min") and dtype in _UNSIGNED_AS_SIGNED
+        needs_addend = self.flips_sign or not self.sum_in_place
+        self.addend = torch.empty_like(self.total) if needs_addend else None
+
+    def reduce(self) -> torch.Tensor | None:
+        """The reduction of ``contributions`` as they are now; the same tensor every time."""
+        if self.contributions is None:
+            return None
+        count = self.contributions.shape[0]
+        self._load(self.contributions[0], self.total)
+        for index in range(1, count):
+            addend = self.contributions[index]
+            if self.addend is not None:
+                self._load(addend, self.addend)
+                addend = self.addend
+            self._combine(self.total, addend)
+        if self.flips_sign:
+            self._load(self.total, self.total)
+        if self.op == "avg":
+            self.total.div_(count)
+        if not self.sum_in_place:
+            self.result.copy_(self.total)
+        return self.result
+
+    def _load(self, contribution: torch.Tensor, into: torch.Tensor) -> None:
+        """Copy in the dtype of accumulation; unsigned integers, which torch cannot compare, with the top bit
+        flipped, which makes the signed order the unsigned one (and doing it twice undoes it).
+        """
+        if not self.flips_sign:
+            into.copy_(contribution)
+            return
+        signed = _UNSIGNED_AS_SIGNED[contribution.dtype]
+        top_bit = torch.iinfo(signed).min
+        torch.bitwise_xor(contribution.view(signed), top_bit, out=into.view(signed))
+
+    def _combine(self, total: torch.Tensor, addend: torch.Tensor) -> None:
+        # Two's complement addition is the same bits for signed and unsigned.
+        signed = _UNSIGNED_AS_SIGNED.get(total.dtype, total.dtype)
+        total, addend = total.view(signed), addend.view(signed)
+        if self.op == "max":
+            torch.maximum(total, addend, out=total)
+        elif self.op == "min":
+            torch.minimum(total, addend, out=total)
+        else:
+            total.add_(addend)
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_floating_point and dtype.itemsize < 4:
+        return torch.float32
+    if dtype == torch.complex32:
+        return torch.complex64
+    return dtype

@@ -1,0 +1,309 @@
+"""reshard, reshard_async and Resharder: a plan carried out by the ranks of a process group."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Balance, LeastLoaded, Plan, Strategy, make_plan
+from tricomm.plan.plan import digest_of
+from tricomm.sharding import ShardingSpec
+from tricomm.tensors import check_casts, check_local, check_out
+from tricomm.topology import Topology
+from tricomm.transport.runtime import PlanExecution
+from tricomm.transport.torch_dist import Hub, Lane, default_device, hub, resolve_group
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+
+class Handle:
+    """A reshard that was started."""
+
+    def __init__(self, future: "Future[torch.Tensor | None]") -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Whether wait() would return, or raise, at once."""
+        return self._future.done()
+
+    def wait(self) -> torch.Tensor | None:
+        """The rank's new shard; None off the destination mesh.
+
+        Raises:
+            TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage.
+        """
+        return self._future.result()
+
+
+class Resharder:
+    """A reshard made once and called often: plan, tables, staging and communicators are kept.
+
+    Every rank of either mesh makes it and calls it the same number of times; others may too and get None. On
+    the first call the ranks compare what they are about to do. A later call allocates nothing but the result
+    (nothing at all with ``out``) and talks to nobody but the ranks it exchanges data with.
+
+    Args:
+        source, destination: layouts; the destination's shape and dtype default to the source's.
+        strategy, balance, topology, staging_bytes: see :func:`tricomm.make_plan`.
+        group: the process group whose ranks the meshes name; None is the default one.
+        device: where tensors live; None is host memory, or the current CUDA device if the group has NCCL.
+        timeout_seconds: how long a call may wait for another rank.
+        confirm: whether a call returns only when all ranks have what they need, so that a failure anywhere
+            raises everywhere. It costs one meeting on the store (some 0.1 ms). Without it a rank returns when
+            its own part is done.
+
+    Raises:
+        SpecError: layouts that contradict each other, or a mesh rank outside the group.
+        PlanError: an element that is needed is held by nobody.
+    """
+
+    def __init__(
+        self,
+        source: ShardingSpec,
+        destination: ShardingSpec,
+        *,
+        strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
+        balance: Balance = LeastLoaded(),  # noqa: B008
+        topology: Topology | None = None,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        staging_bytes: int = DEFAULT_STAGING_BYTES,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        confirm: bool = False,
+    ) -> None:
+        group = resolve_group(group)
+        self.hub: Hub = hub(group)
+        self.rank = self.hub.rank
+        with self._refusing(range(self.hub.size)):
+            _check_timeout(timeout_seconds)
+            self.timeout_seconds = timeout_seconds
+            self.device = default_device(group) if device is None else torch.device(device)
+            self.confirm = confirm
+            for side, spec in (("source", source), ("destination", destination)):
+                _check_ranks(side, spec, self.hub.size)
+            self.plan: Plan = make_plan(
+                source,
+                destination,
+                strategy=strategy,
+                balance=balance,
+                topology=topology,
+                staging_bytes=staging_bytes,
+                rank=self.rank,
+            )
+            check_casts(self.plan)
+            self.participants = self.plan.participants
+            self._execution: PlanExecution | None = None
+            if self.rank in self.participants:
+                self._execution = PlanExecution(self.plan, self.rank, self.device)
+        self._fields = {
+            **self.plan.fields(),
+            "device": self.device.type,
+            "confirm": str(confirm),
+        }
+        self._digest = digest_of(self._fields)
+        self._lane: Lane | None = None
+        self._meets_always = False
+
+    def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Reshard. Arguments and result as for :func:`reshard`."""
+        job = self._prepare(tensor, out)
+        if job is None:
+            return None
+        # After an asynchronous start on the same lane, wait in line behind it.
+        return job.lane.worker.submit(job.run).result() if job.lane.pending else job.run()
+
+    def start(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> Handle:
+        """Reshard in the background. The tensor must not change before ``wait`` returns.
+
+        Runs of the same ranks follow each other in the order in which they were started.
+        """
+        job = self._prepare(tensor, out)
+        if job is None:
+            nothing: Future[torch.Tensor | None] = Future()
+            nothing.set_result(None)
+            return Handle(nothing)
+        job.lane.pending += 1
+        return Handle(job.lane.worker.submit(job.run_in_background))
+
+    def meet(self) -> None:
+        """Compare with the other ranks what this call is going to do, and connect to them.
+
+        Raises:
+            TransportError: a rank does something else, refused, or did not come within the timeout.
+        """
+        self.hub.board.meet(
+            self._digest,
+            self.participants,
+            lambda: self._fields,
+            self.timeout_seconds,
+        )
+        self._lane = self.hub.lane(self.participants, self.device, self.timeout_seconds)
+
+    def _prepare(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> "_Job | None":
+        """Check the arguments and meet where needed, all before anything is sent."""
+        with self._refusing(self.participants):
+            source = check_local(self.plan, self.rank, tensor, self.device)
+            destination = check_out(self.plan, self.rank, out, source, self.device)
+        if self._execution is None:
+            return None
+        if self._meets_always or self._lane is None or self._lane.broken is not None:
+            self.meet()
+        assert self._lane is not None
+        return _Job(self, self._lane, self._execution, source, destination)
+
+    @contextmanager
+    def _refusing(self, participants: Any) -> Iterator[None]:
+        """An error of this rank alone must not leave the others waiting for it: tell them, then raise."""
+        try:
+            yield
+        except TricommError as error:
+            lane = getattr(self, "_lane", None)
+            text = f"{type(error).__name__}: {error}"
+            if lane is not None and lane.broken is None:
+                lane.fail(f"rank {self.rank} refused the call: {text}")
+            self.hub.board.refuse(list(participants), text)
+            raise
+
+
+class _Job:
+    """One call of a Resharder."""
+
+    def __init__(
+        self,
+        mover: Resharder,
+        lane: Lane,
+        execution: PlanExecution,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+    ) -> None:
+        self.mover = mover
+        self.lane = lane
+        self.execution = execution
+        self.source = source
+        self.destination = destination
+
+    def run(self) -> torch.Tensor | None:
+        """Carry it out on this thread."""
+        lane, mover = self.lane, self.mover
+        if lane.broken is not None:
+            raise TransportError(lane.broken)
+        lane.begin_call(mover.timeout_seconds)
+        began = time.monotonic()
+        try:
+            for work in self.execution.steps(self.source, self.destination, lane.arena, lane):
+                work.wait()
+            if mover.confirm:
+                self._confirm(began + mover.timeout_seconds)
+        except TransportError:
+            raise
+        except BaseException as error:
+            # Whatever stops this rank in the middle (a full memory, an interrupt) must reach the others.
+            lane.fail(f"rank {mover.rank} failed in the middle of a reshard: {error!r}")
+            raise
+        finally:
+            lane.end_call()
+        return self.destination
+
+    def run_in_background(self) -> torch.Tensor | None:
+        """As run, on the lane's worker."""
+        try:
+            return self.run()
+        finally:
+            self.lane.pending -= 1
+
+    def _confirm(self, deadline: float) -> None:
+        mover, lane = self.mover, self.lane
+        try:
+            mover.hub.board.meet(
+                f"{mover._digest}/confirm/{lane.name}",
+                mover.participants,
+                lambda: {"phase": "confirm the end of the call", **mover._fields},
+                max(0.0, deadline - time.monotonic()),
+                lambda: mover.hub.board.verdict(lane.name),
+                kind="confirm",
+            )
+        except TransportError as error:
+            raise lane.fail(str(error)) from None
+
+
+@lru_cache(maxsize=256)
+def _cached_resharder(
+    source: ShardingSpec, destination: ShardingSpec, group: Any, options: tuple[tuple[str, Any], ...]
+) -> Resharder:
+    mover = Resharder(source, destination, group=group, confirm=True, **dict(options))
+    mover._meets_always = True
+    return mover
+
+
+def reshard(
+    tensor: torch.Tensor | None,
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    *,
+    out: torch.Tensor | None = None,
+    group: Any = None,
+    **options: Any,
+) -> torch.Tensor | None:
+    """Move a sharded tensor to another layout, on the same, other, or partly other ranks.
+
+    Called by every rank of either mesh; others may call too and get None. Each call is checked: the ranks
+    compare what they are about to do before anything is sent, and return only when all have what they need.
+
+    Args:
+        tensor: this rank's shard, shape ``source.local_shape(rank)``, any strides; None off the source mesh.
+            It is not changed.
+        source, destination: layouts; the destination's shape and dtype default to the source's.
+        out: where the result goes, shape ``destination.local_shape(rank)``; None makes a new tensor.
+        group: the process group whose ranks the meshes name; None is the default one.
+        options: ``strategy``, ``balance``, ``topology``, ``device``, ``staging_bytes`` and ``timeout_seconds`` of
+            :class:`Resharder`.
+
+    Returns:
+        This rank's shard of the destination; None off the destination mesh.
+
+    Raises:
+        SpecError: the layouts contradict each other, or the tensor is not the shard that its spec describes;
+            nothing has been sent.
+        PlanError: an element that is needed is held by nobody; nothing has been sent.
+        TransportError: ranks call with different arguments, or one of them died, stopped or never called; the
+            message names it. ``tensor`` is untouched, and ``out``, if given, holds garbage.
+    """
+    mover = _cached_resharder(source, destination, resolve_group(group), tuple(sorted(options.items())))
+    return mover(tensor, out=out)
+
+
+def reshard_async(
+    tensor: torch.Tensor | None,
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    *,
+    out: torch.Tensor | None = None,
+    group: Any = None,
+    **options: Any,
+) -> Handle:
+    """As :func:`reshard`, in the background: ``handle.wait()`` gives the result.
+
+    The ranks compare what they are about to do before this returns; data moves afterwards, and the tensor must
+    not change until then.
+    """
+    mover = _cached_resharder(source, destination, resolve_group(group), tuple(sorted(options.items())))
+    return mover.start(tensor, out=out)
+
+
+def _check_timeout(timeout_seconds: float) -> None:
+    if not isinstance(timeout_seconds, (int, float)) or not timeout_seconds > 0:
+        raise SpecError(f"timeout_seconds={timeout_seconds!r} must be a number of seconds above 0")
+
+
+def _check_ranks(side: str, spec: ShardingSpec, size: int) -> None:
+    outside = [rank for rank in spec.mesh.ranks if rank >= size]
+    if outside:
+        raise SpecError(
+            f"rank {outside[0]} of the {side} mesh {spec.mesh} is outside of the process group, which has ranks 0 to "
+            f"{size - 1}; use ranks of the group, or pass the group that has them"
+        )

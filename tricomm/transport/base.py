@@ -1,0 +1,50 @@
+"""What the runtime asks of a transport: post operations in order, wait for one."""
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Operation(NamedTuple):
+    """Send a buffer to a rank, or receive one from it.
+
+    Attributes:
+        is_send: the direction.
+        peer: the other rank.
+        buffer: 1-d contiguous uint8, never empty; it belongs to the transport until the work is done.
+    """
+
+    is_send: bool
+    peer: int
+    buffer: torch.Tensor
+
+
+class Work(Protocol):
+    """A posted operation."""
+
+    @property
+    def peer(self) -> int:
+        """The other rank."""
+        ...
+
+    def wait(self) -> None:
+        """Return when the buffer may be read (receive) or reused (send), at once if it already may."""
+        ...
+
+
+class Transport(Protocol):
+    """One rank's end of a network. Operations of a rank pair match in the order in which they are posted."""
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """(receives ahead, rounds open): how early receives may be posted, how many rounds may be in flight."""
+        ...
+
+    def post(self, operations: Iterable[Operation]) -> list[Work]:
+        """Start the operations of one round as one group, in their order; one work for each.
+
+        The iterable packs as it is read, so a transport that need not group may send the first while the
+        second is packed.
+        """
+        ...

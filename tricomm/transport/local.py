@@ -1,0 +1,177 @@
+"""All ranks in one process, on one thread: the specification of the real transports.
+
+Nothing is forgiven here that a real network might not forgive. A send is done only when its receive has been
+posted and the bytes have been copied. Bytes are copied as late as possible, when no rank can go on, so a buffer
+that is reused too early shows. With ``grouped`` (as on an NCCL stream) a rank's operations of one round start
+together, and only when all those of its earlier rounds are done.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tricomm.errors import TransportError
+from tricomm.plan import Plan
+from tricomm.tensors import check_local, new_shard
+from tricomm.transport.base import Operation, Work
+from tricomm.transport.runtime import Arena, PlanExecution
+
+
+class LocalWork:
+    """An operation of one rank that the network completes."""
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+        self.done = False
+
+    @property
+    def peer(self) -> int:
+        """The other rank."""
+        return self.operation.peer
+
+    def wait(self) -> None:
+        """Only a check: the network completes works before it resumes a rank."""
+        assert self.done
+
+
+class LocalNetwork:
+    """Mailboxes between ranks: first in, first out per ordered pair.
+
+    Args:
+        grouped: whether a rank's groups run one after the other.
+        depth: what every endpoint asks for: (receives ahead, rounds open).
+    """
+
+    def __init__(self, grouped: bool, depth: tuple[int, int]) -> None:
+        self.grouped = grouped
+        self.depth = depth
+        self.queues: dict[int, deque[list[LocalWork]]] = {}
+        self.bytes_sent: dict[tuple[int, int], int] = {}
+
+    def deliver(self) -> bool:
+        """Complete every pair of operations that may run now; False if there is none."""
+        sends: dict[tuple[int, int], deque[LocalWork]] = {}
+        receives: dict[tuple[int, int], deque[LocalWork]] = {}
+        for rank, queue in self.queues.items():
+            for group in [queue[0]] if self.grouped and queue else queue:
+                for work in group:
+                    if work.done:
+                        continue
+                    peer = work.peer
+                    if work.operation.is_send:
+                        sends.setdefault((rank, peer), deque()).append(work)
+                    else:
+                        receives.setdefault((peer, rank), deque()).append(work)
+        moved = False
+        for pair in sends.keys() & receives.keys():
+            for send, receive in zip(sends[pair], receives[pair], strict=False):
+                self._copy(pair, send, receive)
+                moved = True
+        for queue in self.queues.values():
+            while queue and all(work.done for work in queue[0]):
+                queue.popleft()
+        return moved
+
+    def _copy(self, pair: tuple[int, int], send: LocalWork, receive: LocalWork) -> None:
+        nbytes = send.operation.buffer.numel()
+        if nbytes != receive.operation.buffer.numel():
+            raise TransportError(
+                f"rank {pair[0]} sends {nbytes} bytes where rank {pair[1]} expects "
+                f"{receive.operation.buffer.numel()}; the ranks do not follow the same plan"
+            )
+        receive.operation.buffer.copy_(send.operation.buffer)
+        send.done = receive.done = True
+        self.bytes_sent[pair] = self.bytes_sent.get(pair, 0) + nbytes
+
+
+class LocalEndpoint:
+    """One rank's end of a LocalNetwork."""
+
+    def __init__(self, network: LocalNetwork, rank: int) -> None:
+        self.network = network
+        self.rank = rank
+        self.queue: deque[list[LocalWork]] = network.queues.setdefault(rank, deque())
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """See Transport."""
+        return self.network.depth
+
+    def post(self, operations: Iterable[Operation]) -> list[Work]:
+        """See Transport."""
+        works = [LocalWork(operation) for operation in operations]
+        if works:
+            self.queue.append(works)
+        return list(works)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTransport:
+    """Runs a plan for all its ranks in this process.
+
+    Args:
+        grouped: whether a rank's rounds run one after the other, as on an NCCL stream.
+        receives_ahead: how many rounds early receives are posted; only if not grouped.
+        rounds_open: how many rounds may be in flight.
+    """
+
+    grouped: bool = True
+    receives_ahead: int = 0
+    rounds_open: int = 2
+
+    def run(self, plan: Plan, tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Move the shards ``{source rank: shard}`` and return ``{destination rank: shard}``.
+
+        Raises:
+            SpecError: a shard is missing, unexpected, or not what the plan's source says.
+            TransportError: no rank can go on.
+        """
+        outputs, _ = self.run_counted(plan, tensors)
+        return outputs
+
+    def run_counted(
+        self, plan: Plan, tensors: Mapping[int, torch.Tensor]
+    ) -> tuple[dict[int, torch.Tensor], dict[tuple[int, int], int]]:
+        """As :meth:`run`; also the bytes that went over each ordered pair of ranks."""
+        network = LocalNetwork(self.grouped, (0 if self.grouped else self.receives_ahead, self.rounds_open))
+        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        outputs: dict[int, torch.Tensor] = {}
+        running: dict[int, Iterator[Work]] = {}
+        for rank in plan.participants:
+            shard = check_local(plan, rank, tensors.get(rank), device)
+            if rank in plan.destination.mesh:
+                outputs[rank] = new_shard(plan, rank, device)
+            running[rank] = PlanExecution(plan, rank, device).steps(
+                shard, outputs.get(rank), _fresh_arena(device), LocalEndpoint(network, rank)
+            )
+        _run_all(running, network)
+        return outputs, network.bytes_sent
+
+
+def _run_all(running: dict[int, Iterator[Work]], network: LocalNetwork) -> None:
+    """Resume every rank until it waits; deliver when all wait; stop when all have ended."""
+    waiting: dict[int, Work | None] = dict.fromkeys(running)
+    while waiting:
+        for rank, work in list(waiting.items()):
+            while work is None or (isinstance(work, LocalWork) and work.done):
+                work = next(running[rank], None)
+                if work is None:
+                    del waiting[rank]
+                    break
+                waiting[rank] = work
+        if waiting and not network.deliver():
+            blocked = ", ".join(
+                f"rank {rank} waits for rank {work.peer}" for rank, work in waiting.items() if work is not None
+            )
+            raise TransportError(f"deadlock: {blocked}; the plan's rounds do not match")
+
+
+def _fresh_arena(device: torch.device) -> Arena:
+    """Staging full of 0xFF, so that a byte nobody wrote shows."""
+
+    def arena(nbytes: int) -> torch.Tensor:
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=device)
+
+    return arena

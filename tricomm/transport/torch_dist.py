@@ -1,0 +1,298 @@
+"""torch.distributed underneath: gloo for tensors in host memory, NCCL for CUDA tensors.
+
+Ranks that reshard with each other share a *lane*: communicators of their own, so that nothing here meets the
+user's messages, and a failure leaves the user's process group usable. Lanes are made from the backends directly.
+``dist.new_group`` would not do: with ``use_local_synchronization`` its name depends on how many groups a rank
+happens to have, and ranks with different histories would never meet.
+
+gloo runs a pair of ranks half duplex, so a lane has two communicators there, one per direction.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tricomm.errors import SpecError, TransportError
+from tricomm.transport.base import Operation, Work
+from tricomm.transport.board import Board
+from tricomm.transport.monitor import Monitor, beat_seconds, stalled_rank
+
+GLOO_DEPTH = (4, 2)
+NCCL_DEPTH = (0, 2)
+CLOSING_TAG = 1
+"""Tag of the receive that closes a gloo connection; data has tag 0."""
+
+
+class PostedWork:
+    """One posted operation. Several NCCL operations of one group share the work underneath."""
+
+    def __init__(self, lane: "Lane", peer: int, work: Any) -> None:
+        self.lane = lane
+        self._peer = peer
+        self._work = work
+
+    @property
+    def peer(self) -> int:
+        """The other rank."""
+        return self._peer
+
+    def wait(self) -> None:
+        """See Work.
+
+        Raises:
+            TransportError: the peer, or a rank that it waits for, died, stopped or never called.
+        """
+        if self._work is not None:
+            self.lane.wait(self._peer, self._work)
+            self._work = None
+
+
+class Lane:
+    """Communicators between some ranks of a process group, and who is to blame when they fail.
+
+    Args:
+        hub: of the process group.
+        name: the same on all ranks, never used before.
+        participants: the ranks, sorted.
+        device: where tensors live; decides the backend.
+        timeout_seconds: for connecting.
+    """
+
+    def __init__(
+        self,
+        hub: "Hub",
+        name: str,
+        participants: Sequence[int],
+        device: torch.device,
+        timeout_seconds: float,
+    ) -> None:
+        self.hub = hub
+        self.name = name
+        self.index = {rank: index for index, rank in enumerate(participants)}
+        self.device = device
+        self.broken: str | None = None
+        self.pending = 0
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tricomm")
+        self.call = 0
+        self.waiting_for: int | None = None
+        self._deadline = 0.0
+        self._beat_seconds = 1.0
+        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self._backends = self._connect(timeout_seconds)
+
+    # ---- Transport
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """See Transport."""
+        return NCCL_DEPTH if self.device.type == "cuda" else GLOO_DEPTH
+
+    def post(self, operations: Iterable[Operation]) -> list[Work]:
+        """See Transport."""
+        if self.device.type == "cuda":
+            return self._post_group(list(operations))
+        works: list[Work] = []
+        for operation in operations:
+            # Packing happens here, as the iterable is read: outside of what is blamed on the peer.
+            works.append(PostedWork(self, operation.peer, self._post_one(operation)))
+        return works
+
+    def arena(self, nbytes: int) -> torch.Tensor:
+        """Staging of the lane, grown where it is too small; one run at a time uses it."""
+        if self._arena.numel() < nbytes:
+            self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._arena
+
+    def _post_one(self, operation: Operation) -> Any:
+        peer = self.index[operation.peer]
+        backend = self._backends[self._direction(operation)]
+        start = backend.send if operation.is_send else backend.recv
+        try:
+            return start([operation.buffer], peer, 0)
+        except RuntimeError as error:
+            raise self.blame(operation.peer, error) from error
+
+    def _post_group(self, operations: list[Operation]) -> list[Work]:
+        """NCCL: the operations of a round run as one group; the plan keeps it under 256."""
+        if not operations:
+            return []
+        backend = self._backends[0]
+        backend._start_coalescing()
+        for operation in operations:
+            self._post_one(operation)
+        work = backend._end_coalescing()
+        return [PostedWork(self, operation.peer, work) for operation in operations]
+
+    def _direction(self, operation: Operation) -> int:
+        """Which communicator: on gloo messages up in rank use one and messages down the other."""
+        upwards = operation.is_send == (operation.peer > self.hub.rank)
+        return int(upwards) if len(self._backends) > 1 else 0
+
+    def _connect(self, timeout_seconds: float) -> list[Any]:
+        rank, size = self.index[self.hub.rank], len(self.index)
+        if size == 1:
+            return []
+        timeout = timedelta(seconds=timeout_seconds)
+        self.hub.store.set(f"{self.name}/hello/{self.hub.rank}", "1")
+        try:
+            if self.device.type == "cuda":
+                store = dist.PrefixStore(f"{self.name}/nccl", self.hub.store)
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = timeout
+                backends: list[Any] = [dist.ProcessGroupNCCL(store, rank, size, options)]
+                # NCCL wants all ranks in the first operation of a communicator.
+                backends[0].allreduce([torch.zeros(1, device=self.device)]).wait()
+                return backends
+            return [
+                dist.ProcessGroupGloo(dist.PrefixStore(f"{self.name}/{way}", self.hub.store), rank, size, timeout)
+                for way in ("down", "up")
+            ]
+        except RuntimeError as error:
+            absent = [other for other in self.index if not self.hub.store.check([f"{self.name}/hello/{other}"])]
+            who = f"rank {absent[0]} did not connect" if absent else "the ranks could not connect"
+            raise TransportError(
+                f"{who} within the timeout; see whether it died, and on several hosts whether GLOO_SOCKET_IFNAME "
+                f"names the right network ({error})"
+            ) from error
+
+    # ---- waiting and blame
+
+    def begin_call(self, timeout_seconds: float) -> None:
+        """A run starts: everything that it waits for must come within the timeout."""
+        self.call += 1
+        self._deadline = time.monotonic() + timeout_seconds
+        self._beat_seconds = beat_seconds(timeout_seconds)
+        self.hub.monitor.watch(self, self._beat_seconds)
+
+    def end_call(self) -> None:
+        """The run is over; the monitor need not look any more."""
+        self.hub.monitor.release(self)
+
+    def wait(self, peer: int, work: Any) -> None:
+        """Wait for a work that depends on a peer."""
+        if self.device.type == "cuda":
+            work.wait()
+            return
+        # Finding out who is to blame takes two and a half beats, and must end within the timeout too.
+        remaining = self._deadline - time.monotonic() - 2.5 * self._beat_seconds
+        self.waiting_for = peer
+        try:
+            work.wait(timedelta(milliseconds=max(1, int(remaining * 1000))))
+        except RuntimeError as error:
+            raise self.blame(peer, error) from error
+        finally:
+            self.waiting_for = None
+
+    def blame(self, peer: int, error: RuntimeError) -> TransportError:
+        """Find out which rank is at fault, tell everybody, and break the lane."""
+        timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        try:
+            text = self.hub.board.verdict(self.name)
+            if text is None and timed_out:
+                text = stalled_rank(self.hub.board, self.name, peer, self._beat_seconds)
+            if text is None:
+                text = (
+                    f"rank {peer} died or left in the middle of a reshard: its connection to rank {self.hub.rank} "
+                    f"closed; see that rank's log ({error})"
+                )
+        except TransportError as lost:
+            text = f"rank {peer} failed ({error}), and {lost}"
+        return self.fail(text)
+
+    def fail(self, text: str) -> TransportError:
+        """Note a verdict, unless one stands, and break the lane; the error to raise."""
+        try:
+            text = self.hub.board.post_verdict(self.name, text)
+        except TransportError as lost:
+            text = f"{text}; {lost}"
+        self.broken = text
+        self.close_connections()
+        return TransportError(text)
+
+    def close_connections(self) -> None:
+        """Wake whoever waits for this rank, and this rank if it waits, by closing every connection.
+
+        gloo has no call for it, but a receive that times out closes its pair on both sides.
+        """
+        if self.device.type == "cuda":
+            for backend in self._backends:
+                backend.abort()
+            return
+        nothing = torch.empty(1, dtype=torch.uint8)
+        for backend in self._backends:
+            for rank, index in self.index.items():
+                if rank == self.hub.rank:
+                    continue
+                try:
+                    backend.recv([nothing], index, CLOSING_TAG).wait(timedelta(milliseconds=1))
+                except RuntimeError:
+                    continue  # closed, which is what was wanted
+
+
+class Hub:
+    """What one process knows about one process group: its board, its monitor, its lanes.
+
+    The number of lanes is the number of different sets of ranks that reshard with each other.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.store = dist.PrefixStore("tricomm", group.get_group_store())
+        self.board = Board(self.store, self.rank)
+        self.monitor = Monitor(self.board)
+        self._lanes: dict[tuple[tuple[int, ...], torch.device], Lane] = {}
+        self._generations: dict[tuple[tuple[int, ...], torch.device], int] = {}
+
+    def lane(self, participants: tuple[int, ...], device: torch.device, timeout_seconds: float) -> Lane:
+        """The lane of some ranks, made or renewed if need be. All of them must have met just before, so that
+        they all see the same verdicts.
+        """
+        key = (participants, device)
+        ranks = hashlib.sha256(repr((participants, device.type)).encode()).hexdigest()[:16]
+        generation = self._generations.get(key, 0)
+        while self.board.verdict(f"lane/{ranks}/{generation}") is not None:
+            generation += 1
+        if key not in self._lanes or generation != self._generations[key]:
+            self._generations[key] = generation
+            name = f"lane/{ranks}/{generation}"
+            self._lanes[key] = Lane(self, name, participants, device, timeout_seconds)
+        return self._lanes[key]
+
+
+@lru_cache(maxsize=16)
+def hub(group: Any) -> Hub:
+    """The hub of a process group."""
+    return Hub(group)
+
+
+def resolve_group(group: Any) -> Any:
+    """The process group, the default one for None.
+
+    Raises:
+        SpecError: there is none, or this process is not in it.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise SpecError(
+            "there is no process group; call torch.distributed.init_process_group first, or run all ranks in one "
+            "process with tricomm.LocalTransport"
+        )
+    if group is None:
+        return dist.group.WORLD
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise SpecError("this process is not in the given group; only its ranks may call")
+    return group
+
+
+def default_device(group: Any) -> torch.device:
+    """Where tensors are expected when nobody says: the current CUDA device if the group has NCCL, else host memory."""
+    if "nccl" in str(dist.get_backend(group)) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
