@@ -1,5 +1,6 @@
 """What Hypothesis draws: pairs of layouts with everything that DESIGN.md lists, on up to eight ranks."""
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -180,7 +181,11 @@ def cases(draw: Any) -> Case:
     if draw(st.booleans()):
         hosts = tuple(f"host{draw(st.integers(0, 3))}" for _ in range(RANKS))
         topology = Topology(hosts, nics_per_host=draw(st.integers(1, 2)))
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
     chunk = draw(st.sampled_from([None, None, 1, 16, 64, 1000]))
+    if chunk is not None:
+        # Enough chunks to reorder, not so many that one case takes a second.
+        chunk = max(chunk, nbytes // 48)
     strategy = draw(st.sampled_from([Auto(), SendRecv(chunk), Broadcast(chunk)]))
     balance = draw(st.sampled_from([Naive(), LeastLoaded()]))
     staging = draw(st.sampled_from([1 << 20, 256 << 20]))

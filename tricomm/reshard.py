@@ -15,6 +15,7 @@ from tricomm.plan.plan import digest_of
 from tricomm.sharding import ShardingSpec
 from tricomm.tensors import check_casts, check_local, check_out
 from tricomm.topology import Topology
+from tricomm.transport.meetings import describe_refusal
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.torch_dist import Hub, Lane, default_device, hub, resolve_group
 
@@ -136,7 +137,7 @@ class Resharder:
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
-        self.hub.board.meet(
+        self.hub.meetings.meet(
             self._digest,
             self.participants,
             lambda: self._fields,
@@ -162,11 +163,12 @@ class Resharder:
         try:
             yield
         except TricommError as error:
-            lane = getattr(self, "_lane", None)
             text = f"{type(error).__name__}: {error}"
-            if lane is not None and lane.broken is None:
-                lane.fail(f"rank {self.rank} refused the call: {text}")
-            self.hub.board.refuse(list(participants), text)
+            lane = getattr(self, "_lane", None)
+            if lane is None or lane.broken is not None or self._meets_always:
+                self.hub.meetings.refuse(list(participants), text)
+            else:
+                lane.fail(describe_refusal(self.rank, text))
             raise
 
 
@@ -219,13 +221,14 @@ class _Job:
     def _confirm(self, deadline: float) -> None:
         mover, lane = self.mover, self.lane
         try:
-            mover.hub.board.meet(
+            mover.hub.meetings.meet(
                 f"{mover._digest}/confirm/{lane.name}",
                 mover.participants,
                 lambda: {"phase": "confirm the end of the call", **mover._fields},
                 max(0.0, deadline - time.monotonic()),
                 lambda: mover.hub.board.verdict(lane.name),
-                kind="confirm",
+                # A failure ends the lane, so the turns of a lane are counted alike by all its ranks.
+                kind=f"confirm {lane.name}",
             )
         except TransportError as error:
             raise lane.fail(str(error)) from None

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tricomm.errors import SpecError, TransportError
 from tricomm.transport.base import Operation, Work
 from tricomm.transport.board import Board
+from tricomm.transport.meetings import Meetings
 from tricomm.transport.monitor import Monitor, beat_seconds, stalled_rank
 
 GLOO_DEPTH = (4, 2)
@@ -237,7 +238,7 @@ class Lane:
 
 
 class Hub:
-    """What one process knows about one process group: its board, its monitor, its lanes.
+    """What one process knows about one process group: its meetings, its board, its monitor, its lanes.
 
     The number of lanes is the number of different sets of ranks that reshard with each other.
     """
@@ -247,6 +248,7 @@ class Hub:
         self.size = dist.get_world_size(group)
         self.store = dist.PrefixStore("tricomm", group.get_group_store())
         self.board = Board(self.store, self.rank)
+        self.meetings = Meetings(self.store, self.rank)
         self.monitor = Monitor(self.board)
         self._lanes: dict[tuple[tuple[int, ...], torch.device], Lane] = {}
         self._generations: dict[tuple[tuple[int, ...], torch.device], int] = {}

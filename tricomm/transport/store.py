@@ -1,0 +1,41 @@
+"""Small things about a torch.distributed key-value store."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tricomm.errors import TransportError
+
+FIRST_PAUSE_SECONDS = 20e-6
+LONGEST_PAUSE_SECONDS = 0.02
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """A store that cannot be reached is a TransportError."""
+    try:
+        yield
+    except TransportError:
+        raise
+    except RuntimeError as error:
+        raise TransportError(
+            f"the process group's store cannot be reached ({error}); the process that hosts it, usually rank 0 "
+            "or its launcher, has died"
+        ) from error
+
+
+def wait_for_key(store: Any, key: str, seconds: float) -> bool:
+    """Whether the key appears within some seconds.
+
+    Asked for again and again, at growing distances: a store's own wait logs a warning for every wait that ends
+    early, and may take a second to end it.
+    """
+    deadline = time.monotonic() + seconds
+    pause = FIRST_PAUSE_SECONDS
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    return True
