@@ -217,3 +217,42 @@ def test_topology_is_detected(ranks: Ranks) -> None:
     assert len(found[0].hosts) == RANKS
     assert len(set(found[0].hosts)) == 1
     assert found[0].nic_bytes_per_second == 1e9
+
+
+def gradients(rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
+    """The gradient of sum(w * result) is w, in the layout of the source."""
+    weight = torch.arange(6 * 10, dtype=torch.float32).reshape(6, 10)
+    tensor = pick(torch.ones(6, 10), source, rank).requires_grad_()
+    for _ in range(2):
+        tensor.grad = None
+        output = tricomm.reshard(tensor, source, destination, timeout_seconds=20)
+        (output * pick(weight, destination, rank)).sum().backward()
+        scale = 1 / 2 if source.placements[0] == tricomm.Partial("avg") else 1.0
+        require_equal(tensor.grad, pick(weight * scale, source, rank), f"gradient on rank {rank}")
+
+
+@pytest.mark.parametrize("first", [Replicate(), tricomm.Partial(), tricomm.Partial("avg"), Shard(1)], ids=str)
+def test_gradients_flow_back(ranks: Ranks, first) -> None:
+    mesh = Mesh([[0, 1], [2, 3], [4, 5], [6, 7]], ("dp", "tp"))
+    source = ShardingSpec(Mesh([[0, 1, 2, 3], [4, 5, 6, 7]], ("dp", "tp")), (first, Shard(0)), (6, 10), "float32")
+    ranks.run(gradients, source, ShardingSpec(mesh, (Shard(1), Replicate()), (6, 10), "float32"))
+
+
+def gradients_by_hand(rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
+    """Different ranks: autograd refuses, and the mover of the gradients is called by hand."""
+    weight = torch.arange(6 * 10, dtype=torch.float32).reshape(6, 10)
+    mover = Resharder(source, destination, timeout_seconds=20)
+    if rank in source.mesh:
+        tensor = torch.zeros(source.local_shape(rank), requires_grad=True)
+        with pytest.raises(SpecError, match=r"requires grad.*Resharder.gradient"):
+            mover(tensor)
+        with pytest.raises(SpecError, match="in the background"):
+            mover.start(tensor)
+    moved = mover.gradient()(pick(weight, destination, rank) if rank in destination.mesh else None)
+    if rank in source.mesh:
+        require_equal(moved, pick(weight, source, rank), f"gradient on rank {rank}")
+
+
+def test_gradients_between_different_ranks_are_moved_by_hand(ranks: Ranks) -> None:
+    source = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (6, 10), "float32")
+    ranks.run(gradients_by_hand, source, ShardingSpec(SERVE, (Shard(1),), (6, 10), "float32"))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -91,10 +92,10 @@ def _print_table(there: list[Way], back: list[Way], results: list[list[Report]])
     compared = sum(report.compared_numel for result in results for report in result)
     setup = max(result[0].setup_seconds + result[1].setup_seconds for result in results)
     print(
-        f"\nAll {compared:,} elements on all ranks equal the file's (server: cast to bfloat16; back: cast there and back)."
-        f"\nSeconds are medians of {REPEATS} passes over all tensors, slowest rank; planning, meeting and connecting took "
-        f"{setup:.2f} s once.\nBy hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, from "
-        "buffers already packed and cast."
+        f"\nAll {compared:,} elements on all ranks equal the file's (server: cast to bfloat16; back: cast and cast back)."
+        f"\nSeconds: medians of {REPEATS} passes over all tensors, slowest rank; planning, meeting and connecting took "
+        f"{setup:.2f} s.\nBy hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, from buffers "
+        "already\npacked and cast."
     )
 
 
@@ -235,5 +236,4 @@ def _checkpoint_path(checkpoint: str | None) -> Path:
 
 def _median_of_slowest(seconds: list[list[float]]) -> float:
     """Per repeat the slowest rank, and the median of that."""
-    slowest = sorted(max(values) for values in zip(*seconds, strict=True))
-    return slowest[len(slowest) // 2]
+    return median(max(values) for values in zip(*seconds, strict=True))

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
 from tricomm.errors import SpecError, TransportError, TricommError
 from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Balance, LeastLoaded, Plan, Strategy, make_plan
 from tricomm.plan.plan import digest_of
 from tricomm.sharding import ShardingSpec
-from tricomm.tensors import check_casts, check_local, check_out
+from tricomm.tensors import Contract, check_casts
 from tricomm.topology import Topology
 from tricomm.transport.meetings import describe_refusal
 from tricomm.transport.runtime import PlanExecution
@@ -98,6 +99,7 @@ class Resharder:
             )
             check_casts(self.plan)
             self.participants = self.plan.participants
+            self._contract = Contract(self.plan, self.rank, self.device)
             self._execution: PlanExecution | None = None
             if self.rank in self.participants:
                 self._execution = PlanExecution(self.plan, self.rank, self.device)
@@ -109,9 +111,25 @@ class Resharder:
         self._digest = digest_of(self._fields)
         self._lane: Lane | None = None
         self._meets_always = False
+        self._gradient: Resharder | None = None
+        self._options: dict[str, Any] = {
+            "strategy": strategy,
+            "balance": balance,
+            "group": group,
+            "topology": topology,
+            "device": self.device,
+            "staging_bytes": staging_bytes,
+            "timeout_seconds": timeout_seconds,
+            "confirm": confirm,
+        }
 
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Reshard. Arguments and result as for :func:`reshard`."""
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            with self._refusing(self.participants):
+                self._check_differentiable(out)
+            result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
+            return result
         job = self._prepare(tensor, out)
         if job is None:
             return None
@@ -123,6 +141,11 @@ class Resharder:
 
         Runs of the same ranks follow each other in the order in which they were started.
         """
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise SpecError(
+                "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call the "
+                "Resharder directly"
+            )
         job = self._prepare(tensor, out)
         if job is None:
             nothing: Future[torch.Tensor | None] = Future()
@@ -130,6 +153,36 @@ class Resharder:
             return Handle(nothing)
         job.lane.pending += 1
         return Handle(job.lane.worker.submit(job.run_in_background))
+
+    def gradient(self) -> "Resharder":
+        """The Resharder that brings the gradient of the result back to the layout of the source.
+
+        Where a source is Partial its contributions all get the same gradient, which for an average is still to
+        be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
+        backward pass, with the gradient on the destination's ranks and None on the others.
+        """
+        if self._gradient is None:
+            self._gradient = Resharder(*gradient_specs(self.plan.source, self.plan.destination), **self._options)
+            self._gradient._meets_always = self._meets_always
+        return self._gradient
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
+        return gradient_scale(self.plan.source)
+
+    def _check_differentiable(self, out: torch.Tensor | None) -> None:
+        plan = self.plan
+        if out is not None:
+            raise SpecError(
+                "a tensor that requires grad cannot be moved into out; leave out=None or pass tensor.detach()"
+            )
+        if set(plan.source.mesh.ranks) != set(plan.destination.mesh.ranks):
+            raise SpecError(
+                f"the tensor requires grad, but {plan.source.mesh} and {plan.destination.mesh} are different ranks, so "
+                "autograd on one rank cannot reach the other; pass tensor.detach(), and in the backward pass call "
+                "Resharder.gradient() on all ranks"
+            )
 
     def meet(self) -> None:
         """Compare with the other ranks what this call is going to do, and connect to them.
@@ -148,8 +201,8 @@ class Resharder:
     def _prepare(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> "_Job | None":
         """Check the arguments and meet where needed, all before anything is sent."""
         with self._refusing(self.participants):
-            source = check_local(self.plan, self.rank, tensor, self.device)
-            destination = check_out(self.plan, self.rank, out, source, self.device)
+            source = self._contract.check_source(tensor)
+            destination = self._contract.check_out(out, source)
         if self._execution is None:
             return None
         if self._meets_always or self._lane is None or self._lane.broken is not None:

@@ -7,76 +7,107 @@ from tricomm.packing import torch_dtype
 from tricomm.plan import Plan
 
 
-def check_local(plan: Plan, rank: int, tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """The tensor as the runtime takes it (detached, lazy conjugation resolved), or None off the source mesh.
+class Contract:
+    """What one rank passes in and gets out of a plan, computed once, checked on every call.
 
-    Raises:
-        SpecError: missing on a source rank, given elsewhere, or of another kind, shape, dtype or device.
+    Args:
+        plan: the plan.
+        rank: whose side.
+        device: where the tensors must be.
     """
-    source = plan.source
-    if rank not in source.mesh:
-        if tensor is not None:
+
+    def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
+        source, destination = plan.source, plan.destination
+        self.plan = plan
+        self.rank = rank
+        self.device = device
+        self.source_shape = source.local_shape(rank) if rank in source.mesh else None
+        self.source_dtype = torch_dtype(source.element_type)
+        self.destination_shape = destination.local_shape(rank) if rank in destination.mesh else None
+        self.destination_dtype = torch_dtype(destination.element_type)
+
+    def check_source(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """The tensor as the runtime takes it (detached, lazy conjugation resolved), or None off the source mesh.
+
+        Raises:
+            SpecError: missing on a source rank, given elsewhere, or of another kind, shape, dtype or device.
+        """
+        if self.source_shape is None:
+            if tensor is not None:
+                raise SpecError(
+                    f"rank {self.rank} gave a tensor of shape {_shape(tensor)} but is not on the source mesh "
+                    f"{self.plan.source.mesh}; pass None there"
+                )
+            return None
+        if tensor is None:
             raise SpecError(
-                f"rank {rank} gave a tensor of shape {_shape(tensor)} but is not on the source mesh {source.mesh}; "
-                "pass None there"
+                f"rank {self.rank} is on the source mesh {self.plan.source.mesh} and gave no tensor; "
+                f"pass its shard of shape {self.source_shape} and dtype {self.plan.source.dtype}"
             )
-        return None
-    expected = source.local_shape(rank)
-    if tensor is None:
-        raise SpecError(
-            f"rank {rank} is on the source mesh {source.mesh} and gave no tensor; "
-            f"pass its shard of shape {expected} and dtype {source.dtype}"
-        )
-    _check_tensor("the tensor", tensor, rank, expected, source.element_type, device)
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return tensor.detach()
+        self._check("the tensor", tensor, self.source_shape, self.source_dtype)
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
+        return tensor.detach()
 
+    def check_out(self, out: torch.Tensor | None, source: torch.Tensor | None) -> torch.Tensor | None:
+        """The tensor that receives the result: ``out`` if it is given and fits, else a new one; None off the
+        destination mesh.
 
-def check_out(
-    plan: Plan,
-    rank: int,
-    out: torch.Tensor | None,
-    source: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor | None:
-    """The tensor that receives the result: ``out`` if it is given and fits, else a new one; None off the
-    destination mesh.
-
-    Raises:
-        SpecError: given off the destination mesh, of another shape, dtype or device, or sharing memory with
-            the source or with itself.
-    """
-    destination = plan.destination
-    if rank not in destination.mesh:
-        if out is not None:
+        Raises:
+            SpecError: given off the destination mesh, of another shape, dtype or device, or sharing memory with
+                the source or with itself.
+        """
+        if self.destination_shape is None:
+            if out is not None:
+                raise SpecError(
+                    f"rank {self.rank} gave out of shape {_shape(out)} but is not on the destination mesh "
+                    f"{self.plan.destination.mesh}; pass None there"
+                )
+            return None
+        if out is None:
+            return torch.empty(self.destination_shape, dtype=self.destination_dtype, device=self.device)
+        self._check("out", out, self.destination_shape, self.destination_dtype)
+        if out.is_conj() or out.is_neg():
+            raise SpecError(f"out of rank {self.rank} is a lazy conjugate or negative; pass a plain tensor")
+        if out.requires_grad and torch.is_grad_enabled():
             raise SpecError(
-                f"rank {rank} gave out of shape {_shape(out)} but is not on the destination mesh {destination.mesh}; "
-                "pass None there"
+                f"out of rank {self.rank} requires grad and would be written in place; call under torch.no_grad() or "
+                "pass out.detach()"
             )
-        return None
-    if out is None:
-        return new_shard(plan, rank, device)
-    expected = destination.local_shape(rank)
-    _check_tensor("out", out, rank, expected, destination.element_type, device)
-    if out.is_conj() or out.is_neg():
-        raise SpecError(f"out of rank {rank} is a lazy conjugate or negative; pass a plain tensor")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise SpecError(
-            f"out of rank {rank} requires grad and would be written in place; call under torch.no_grad() or pass "
-            "out.detach()"
-        )
-    if any(stride == 0 and extent > 1 for stride, extent in zip(out.stride(), out.shape, strict=True)):
-        raise SpecError(
-            f"out of rank {rank} is expanded (strides {out.stride()}), so several elements share memory; "
-            "pass a tensor of its own, e.g. out.contiguous()"
-        )
-    if source is not None and _share_memory(source, out):
-        raise SpecError(
-            f"out of rank {rank} shares memory with its source tensor, which must stay untouched; "
-            "pass another tensor or leave out=None"
-        )
-    return out.detach()
+        if not out.is_contiguous() and _has_shared_elements(out):
+            raise SpecError(
+                f"out of rank {self.rank} is expanded (strides {out.stride()}), so several elements share memory; "
+                "pass a tensor of its own, e.g. out.contiguous()"
+            )
+        if source is not None and _share_memory(source, out):
+            raise SpecError(
+                f"out of rank {self.rank} shares memory with its source tensor, which must stay untouched; "
+                "pass another tensor or leave out=None"
+            )
+        return out.detach()
+
+    def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        rank = self.rank
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            raise SpecError(
+                f"{name} of rank {rank} is a {type(tensor).__name__}, and a plain dense torch.Tensor is expected; "
+                "pass its local data (tensor.to_local() for a DTensor)"
+            )
+        if tensor.shape != shape:
+            raise SpecError(
+                f"{name} of rank {rank} has shape {tuple(tensor.shape)}, and its spec gives it {shape}; "
+                "pass the shard that spec.local_shape(rank) describes"
+            )
+        if tensor.dtype != dtype:
+            raise SpecError(
+                f"{name} of rank {rank} has dtype {tensor.dtype}, and its spec says {dtype}; "
+                f"pass tensor.to({dtype}) or change the spec"
+            )
+        if tensor.device != self.device:
+            raise SpecError(
+                f"{name} of rank {rank} is on {tensor.device}, and this call works on {self.device}; "
+                f"move it with .to({str(self.device)!r}) or pass device={str(tensor.device)!r}"
+            )
 
 
 def check_casts(plan: Plan) -> None:
@@ -96,43 +127,8 @@ def check_casts(plan: Plan) -> None:
         ) from error
 
 
-def new_shard(plan: Plan, rank: int, device: torch.device) -> torch.Tensor:
-    """An uninitialised shard of the destination."""
-    return torch.empty(
-        plan.destination.local_shape(rank),
-        dtype=torch_dtype(plan.destination.element_type),
-        device=device,
-    )
-
-
-def _check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    rank: int,
-    shape: tuple[int, ...],
-    dtype: str,
-    device: torch.device,
-) -> None:
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-        raise SpecError(
-            f"{name} of rank {rank} is a {type(tensor).__name__}, and a plain dense torch.Tensor is expected; "
-            "pass its local data (tensor.to_local() for a DTensor)"
-        )
-    if tuple(tensor.shape) != shape:
-        raise SpecError(
-            f"{name} of rank {rank} has shape {tuple(tensor.shape)}, and its spec gives it {shape}; "
-            "pass the shard that spec.local_shape(rank) describes"
-        )
-    if tensor.dtype != torch_dtype(dtype):
-        raise SpecError(
-            f"{name} of rank {rank} has dtype {tensor.dtype}, and its spec says {dtype}; "
-            f"pass tensor.to(torch.{dtype}) or change the spec"
-        )
-    if tensor.device != device:
-        raise SpecError(
-            f"{name} of rank {rank} is on {tensor.device}, and this call works on {device}; "
-            f"move it with .to({str(device)!r}) or pass device={str(tensor.device)!r}"
-        )
+def _has_shared_elements(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and extent > 1 for stride, extent in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:

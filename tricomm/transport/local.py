@@ -14,7 +14,7 @@ import torch
 
 from tricomm.errors import TransportError
 from tricomm.plan import Plan
-from tricomm.tensors import check_local, new_shard
+from tricomm.tensors import Contract
 from tricomm.transport.base import Operation, Work
 from tricomm.transport.runtime import Arena, PlanExecution
 
@@ -140,11 +140,13 @@ class LocalTransport:
         outputs: dict[int, torch.Tensor] = {}
         running: dict[int, Iterator[Work]] = {}
         for rank in plan.participants:
-            shard = check_local(plan, rank, tensors.get(rank), device)
-            if rank in plan.destination.mesh:
-                outputs[rank] = new_shard(plan, rank, device)
+            contract = Contract(plan, rank, device)
+            shard = contract.check_source(tensors.get(rank))
+            output = contract.check_out(None, shard)
+            if output is not None:
+                outputs[rank] = output
             running[rank] = PlanExecution(plan, rank, device).steps(
-                shard, outputs.get(rank), _fresh_arena(device), LocalEndpoint(network, rank)
+                shard, output, _fresh_arena(device), LocalEndpoint(network, rank)
             )
         _run_all(running, network)
         return outputs, network.bytes_sent
