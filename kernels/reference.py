@@ -19,23 +19,43 @@ def view(tensor: torch.Tensor, shape: Sequence[int], offset: int, strides: Seque
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
-def pack(tensor: torch.Tensor, boxes: Sequence[StridedBox], packed: torch.Tensor) -> None:
-    """Copy boxes of a tensor into a contiguous 1-d buffer, with torch's cast if the dtypes differ.
+class BoundBoxes:
+    """Boxes bound to one packed buffer, whose views are made once and serve any number of tensors.
 
     Args:
-        tensor: any strides; dtype of the source. For a bit-exact move pass ``words`` of both.
-        boxes: where each box lies on both sides.
+        boxes: where each box lies on both sides. They must not overlap in a tensor that is unpacked into.
         packed: 1-d, contiguous.
     """
-    for box in boxes:
-        view(packed, box.shape, box.packed_offset, box.packed_strides).copy_(
-            view(tensor, box.shape, box.tensor_offset, box.tensor_strides)
+
+    def __init__(self, boxes: Sequence[StridedBox], packed: torch.Tensor) -> None:
+        self._pairs = tuple(
+            (
+                view(packed, box.shape, box.packed_offset, box.packed_strides),
+                box.shape,
+                box.tensor_strides,
+                box.tensor_offset,
+            )
+            for box in boxes
         )
+
+    def pack(self, tensor: torch.Tensor) -> None:
+        """Copy the boxes of a tensor into the buffer, with torch's cast if the dtypes differ."""
+        first = tensor.storage_offset()
+        for packed, shape, strides, offset in self._pairs:
+            packed.copy_(tensor.as_strided(shape, strides, first + offset))
+
+    def unpack(self, tensor: torch.Tensor) -> None:
+        """Copy the buffer into the boxes of a tensor, with torch's cast if the dtypes differ."""
+        first = tensor.storage_offset()
+        for packed, shape, strides, offset in self._pairs:
+            tensor.as_strided(shape, strides, first + offset).copy_(packed)
+
+
+def pack(tensor: torch.Tensor, boxes: Sequence[StridedBox], packed: torch.Tensor) -> None:
+    """Copy boxes of a tensor of any strides into a contiguous 1-d buffer; to move bits pass ``words`` of both."""
+    BoundBoxes(boxes, packed).pack(tensor)
 
 
 def unpack(packed: torch.Tensor, boxes: Sequence[StridedBox], tensor: torch.Tensor) -> None:
-    """The reverse of :func:`pack`. Boxes must not overlap in the tensor."""
-    for box in boxes:
-        view(tensor, box.shape, box.tensor_offset, box.tensor_strides).copy_(
-            view(packed, box.shape, box.packed_offset, box.packed_strides)
-        )
+    """The reverse of :func:`pack`."""
+    BoundBoxes(boxes, packed).unpack(tensor)

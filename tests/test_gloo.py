@@ -12,7 +12,7 @@ import tricomm
 from tests.cases import RANKS, Case, cases
 from tests.oracle import pick, require_equal, source_and_result
 from tests.test_properties import restrided
-from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, SpecError, make_plan
+from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError, make_plan
 from tricomm.launch import Ranks
 from tricomm.transport.torch_dist import Lane
 
@@ -27,7 +27,12 @@ def run_case(rank: int, case: Case, api: str) -> int:
     def counting(lane, operations):
         nonlocal sent
         operations = list(operations)
-        sent += sum(op.buffer.numel() for op in operations if op.is_send)
+        token = lane._token.untyped_storage().data_ptr()
+        sent += sum(
+            op.buffer.numel()
+            for op in operations
+            if op.is_send and op.buffer.untyped_storage().data_ptr() != token  # not the barrier at the end
+        )
         return post(lane, operations)
 
     shards, result = source_and_result(case.source, case.destination)
@@ -144,14 +149,16 @@ def warm_call(rank: int, source: ShardingSpec, destination: ShardingSpec) -> tup
     out = torch.zeros(destination.local_shape(rank)) if rank in destination.mesh else None
     mover(tensor, out=out)
     lane = mover._lane
-    before = dict(mover._execution._tables)
+    before = dict(mover._execution._bound)
     arena = lane.arena(0).data_ptr()
     with Allocations() as allocations:
         mover(tensor, out=out)
-    assert all(mover._execution._tables[key] is table for key, table in before.items())
+    assert {key: id(bound) for key, bound in mover._execution._bound.items()} == {
+        key: id(bound) for key, bound in before.items()
+    }
     assert mover._lane is lane
     assert lane.arena(0).data_ptr() == arena
-    staged = sum(table.staged_chunks for table in mover._execution._tables.values())
+    staged = sum(table.staged_chunks for table, _ in mover._execution._bound.values())
     return allocations.names, staged
 
 
@@ -248,6 +255,10 @@ def gradients_by_hand(rank: int, source: ShardingSpec, destination: ShardingSpec
             mover(tensor)
         with pytest.raises(SpecError, match="in the background"):
             mover.start(tensor)
+    else:
+        for _ in range(2):
+            with pytest.raises(TransportError, match=r"rank \d refused the call: SpecError: .*requires grad"):
+                mover()
     moved = mover.gradient()(pick(weight, destination, rank) if rank in destination.mesh else None)
     if rank in source.mesh:
         require_equal(moved, pick(weight, source, rank), f"gradient on rank {rank}")

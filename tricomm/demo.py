@@ -92,10 +92,11 @@ def _print_table(there: list[Way], back: list[Way], results: list[list[Report]])
     compared = sum(report.compared_numel for result in results for report in result)
     setup = max(result[0].setup_seconds + result[1].setup_seconds for result in results)
     print(
-        f"\nAll {compared:,} elements on all ranks equal the file's (server: cast to bfloat16; back: cast and cast back)."
-        f"\nSeconds: medians of {REPEATS} passes over all tensors, slowest rank; planning, meeting and connecting took "
-        f"{setup:.2f} s.\nBy hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, from buffers "
-        "already\npacked and cast."
+        f"\nAll {compared:,} elements on all ranks equal the file's (server: cast to bfloat16; back: cast twice).\n"
+        f"Seconds: medians of {REPEATS} passes over all tensors, slowest rank; planning, meeting and connecting took "
+        f"{setup:.2f} s.\n"
+        "By hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, from buffers already packed\n"
+        "and cast."
     )
 
 
@@ -236,4 +237,4 @@ def _checkpoint_path(checkpoint: str | None) -> Path:
 
 def _median_of_slowest(seconds: list[list[float]]) -> float:
     """Per repeat the slowest rank, and the median of that."""
-    return median(max(values) for values in zip(*seconds, strict=True))
+    return float(median(max(values) for values in zip(*seconds, strict=True)))

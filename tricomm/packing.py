@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tricomm.errors import PlanError
-from tricomm.kernels import reference
+from tricomm.kernels.reference import BoundBoxes, view, words
 from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box
 from tricomm.plan.program import Copy, RankProgram, Transfer
 from tricomm.sharding import ShardingSpec
@@ -203,11 +203,51 @@ def _copy_row(
     )
 
 
+class StagedChunk(NamedTuple):
+    """A chunk's place in the arena, as bytes to send or receive and as boxes to pack or unpack."""
+
+    buffer: torch.Tensor
+    boxes: BoundBoxes
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Tables bound to an arena: per round and transfer its chunk, or None where it is not staged."""
+
+    arena: torch.Tensor
+    sends: tuple[tuple[StagedChunk | None, ...], ...]
+    receives: tuple[tuple[StagedChunk | None, ...], ...]
+
+
+def bind_staging(tables: Tables, arena: torch.Tensor, casts_on_send: bool, casts_on_receive: bool) -> Staging:
+    """Make the views of the arena that the tables speak of.
+
+    Args:
+        tables: what is staged where.
+        arena: uint8, at least ``tables.arena_nbytes``.
+        casts_on_send, casts_on_receive: whether chunks are elements of the wire dtype, or words to move bits.
+    """
+
+    def bind(transfer: StagedTransfer, casts: bool) -> StagedChunk | None:
+        if transfer.arena_offset is None:
+            return None
+        nbytes = transfer.numel * tables.wire_dtype.itemsize
+        buffer = arena.narrow(0, transfer.arena_offset, nbytes)
+        elements = buffer.view(tables.wire_dtype)
+        return StagedChunk(buffer, BoundBoxes(transfer.boxes, elements if casts else words(elements)))
+
+    return Staging(
+        arena,
+        tuple(tuple(bind(transfer, casts_on_send) for transfer in step) for step in tables.sends),
+        tuple(tuple(bind(transfer, casts_on_receive) for transfer in step) for step in tables.receives),
+    )
+
+
 def copy_locally(tables: Tables, source: torch.Tensor, destination: torch.Tensor) -> None:
     """Copy what the rank holds and needs, with torch's cast if the dtypes differ."""
     for shape, source_offset, source_strides, destination_offset, destination_strides in tables.copies:
-        reference.view(destination, shape, destination_offset, destination_strides).copy_(
-            reference.view(source, shape, source_offset, source_strides)
+        view(destination, shape, destination_offset, destination_strides).copy_(
+            view(source, shape, source_offset, source_strides)
         )
 
 

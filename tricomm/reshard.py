@@ -1,9 +1,7 @@
 """reshard, reshard_async and Resharder: a plan carried out by the ranks of a process group."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +19,9 @@ from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.torch_dist import Hub, Lane, default_device, hub, resolve_group
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+
+Call = tuple[Lane, torch.Tensor | None, torch.Tensor | None]
+"""A checked call: where it runs, what it reads, what it writes."""
 
 
 class Handle:
@@ -56,8 +57,8 @@ class Resharder:
         device: where tensors live; None is host memory, or the current CUDA device if the group has NCCL.
         timeout_seconds: how long a call may wait for another rank.
         confirm: whether a call returns only when all ranks have what they need, so that a failure anywhere
-            raises everywhere. It costs one meeting on the store (some 0.1 ms). Without it a rank returns when
-            its own part is done.
+            raises everywhere. It costs a barrier (a few empty messages). Without it a rank returns when its own
+            part is done.
 
     Raises:
         SpecError: layouts that contradict each other, or a mesh rank outside the group.
@@ -81,7 +82,7 @@ class Resharder:
         group = resolve_group(group)
         self.hub: Hub = hub(group)
         self.rank = self.hub.rank
-        with self._refusing(range(self.hub.size)):
+        try:
             _check_timeout(timeout_seconds)
             self.timeout_seconds = timeout_seconds
             self.device = default_device(group) if device is None else torch.device(device)
@@ -103,6 +104,9 @@ class Resharder:
             self._execution: PlanExecution | None = None
             if self.rank in self.participants:
                 self._execution = PlanExecution(self.plan, self.rank, self.device)
+        except TricommError as error:
+            self.hub.meetings.refuse(range(self.hub.size), f"{type(error).__name__}: {error}")
+            raise
         self._fields = {
             **self.plan.fields(),
             "device": self.device.type,
@@ -126,15 +130,15 @@ class Resharder:
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Reshard. Arguments and result as for :func:`reshard`."""
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            with self._refusing(self.participants):
-                self._check_differentiable(out)
+            self._check_differentiable(out)
             result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
             return result
-        job = self._prepare(tensor, out)
-        if job is None:
+        call = self._prepare(tensor, out)
+        if call is None:
             return None
+        lane = call[0]
         # After an asynchronous start on the same lane, wait in line behind it.
-        return job.lane.worker.submit(job.run).result() if job.lane.pending else job.run()
+        return lane.worker.submit(self._run, *call).result() if lane.pending else self._run(*call)
 
     def start(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> Handle:
         """Reshard in the background. The tensor must not change before ``wait`` returns.
@@ -142,17 +146,20 @@ class Resharder:
         Runs of the same ranks follow each other in the order in which they were started.
         """
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise SpecError(
+            error = SpecError(
                 "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call the "
                 "Resharder directly"
             )
-        job = self._prepare(tensor, out)
-        if job is None:
+            self._refuse(self.participants, error)
+            raise error
+        call = self._prepare(tensor, out)
+        if call is None:
             nothing: Future[torch.Tensor | None] = Future()
             nothing.set_result(None)
             return Handle(nothing)
-        job.lane.pending += 1
-        return Handle(job.lane.worker.submit(job.run_in_background))
+        lane = call[0]
+        lane.pending += 1
+        return Handle(lane.worker.submit(self._run_in_background, *call))
 
     def gradient(self) -> "Resharder":
         """The Resharder that brings the gradient of the result back to the layout of the source.
@@ -173,16 +180,19 @@ class Resharder:
 
     def _check_differentiable(self, out: torch.Tensor | None) -> None:
         plan = self.plan
+        problem = None
         if out is not None:
-            raise SpecError(
-                "a tensor that requires grad cannot be moved into out; leave out=None or pass tensor.detach()"
-            )
-        if set(plan.source.mesh.ranks) != set(plan.destination.mesh.ranks):
-            raise SpecError(
+            problem = "a tensor that requires grad cannot be moved into out; leave out=None or pass tensor.detach()"
+        elif set(plan.source.mesh.ranks) != set(plan.destination.mesh.ranks):
+            problem = (
                 f"the tensor requires grad, but {plan.source.mesh} and {plan.destination.mesh} are different ranks, so "
                 "autograd on one rank cannot reach the other; pass tensor.detach(), and in the backward pass call "
                 "Resharder.gradient() on all ranks"
             )
+        if problem is not None:
+            error = SpecError(problem)
+            self._refuse(self.participants, error)
+            raise error
 
     def meet(self) -> None:
         """Compare with the other ranks what this call is going to do, and connect to them.
@@ -198,93 +208,58 @@ class Resharder:
         )
         self._lane = self.hub.lane(self.participants, self.device, self.timeout_seconds)
 
-    def _prepare(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> "_Job | None":
+    def _prepare(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> "Call | None":
         """Check the arguments and meet where needed, all before anything is sent."""
-        with self._refusing(self.participants):
+        try:
             source = self._contract.check_source(tensor)
             destination = self._contract.check_out(out, source)
+        except SpecError as error:
+            self._refuse(self.participants, error)
+            raise
         if self._execution is None:
             return None
         if self._meets_always or self._lane is None or self._lane.broken is not None:
             self.meet()
         assert self._lane is not None
-        return _Job(self, self._lane, self._execution, source, destination)
+        return self._lane, source, destination
 
-    @contextmanager
-    def _refusing(self, participants: Any) -> Iterator[None]:
-        """An error of this rank alone must not leave the others waiting for it: tell them, then raise."""
-        try:
-            yield
-        except TricommError as error:
-            text = f"{type(error).__name__}: {error}"
-            lane = getattr(self, "_lane", None)
-            if lane is None or lane.broken is not None or self._meets_always:
-                self.hub.meetings.refuse(list(participants), text)
-            else:
-                lane.fail(describe_refusal(self.rank, text))
-            raise
-
-
-class _Job:
-    """One call of a Resharder."""
-
-    def __init__(
-        self,
-        mover: Resharder,
-        lane: Lane,
-        execution: PlanExecution,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-    ) -> None:
-        self.mover = mover
-        self.lane = lane
-        self.execution = execution
-        self.source = source
-        self.destination = destination
-
-    def run(self) -> torch.Tensor | None:
-        """Carry it out on this thread."""
-        lane, mover = self.lane, self.mover
+    def _run(self, lane: Lane, source: torch.Tensor | None, destination: torch.Tensor | None) -> torch.Tensor | None:
+        """Carry one call out on this thread."""
+        assert self._execution is not None
         if lane.broken is not None:
             raise TransportError(lane.broken)
-        lane.begin_call(mover.timeout_seconds)
-        began = time.monotonic()
+        lane.begin_call(self.timeout_seconds)
         try:
-            for work in self.execution.steps(self.source, self.destination, lane.arena, lane):
+            for work in self._execution.steps(source, destination, lane.arena, lane):
                 work.wait()
-            if mover.confirm:
-                self._confirm(began + mover.timeout_seconds)
+            if self.confirm:
+                lane.confirm()
         except TransportError:
             raise
         except BaseException as error:
             # Whatever stops this rank in the middle (a full memory, an interrupt) must reach the others.
-            lane.fail(f"rank {mover.rank} failed in the middle of a reshard: {error!r}")
+            lane.fail(f"rank {self.rank} failed in the middle of a reshard: {error!r}")
             raise
         finally:
             lane.end_call()
-        return self.destination
+        return destination
 
-    def run_in_background(self) -> torch.Tensor | None:
-        """As run, on the lane's worker."""
+    def _run_in_background(
+        self, lane: Lane, source: torch.Tensor | None, destination: torch.Tensor | None
+    ) -> torch.Tensor | None:
         try:
-            return self.run()
+            return self._run(lane, source, destination)
         finally:
-            self.lane.pending -= 1
+            lane.pending -= 1
 
-    def _confirm(self, deadline: float) -> None:
-        mover, lane = self.mover, self.lane
-        try:
-            mover.hub.meetings.meet(
-                f"{mover._digest}/confirm/{lane.name}",
-                mover.participants,
-                lambda: {"phase": "confirm the end of the call", **mover._fields},
-                max(0.0, deadline - time.monotonic()),
-                lambda: mover.hub.board.verdict(lane.name),
-                # A failure ends the lane, so the turns of a lane are counted alike by all its ranks.
-                kind=f"confirm {lane.name}",
-            )
-        except TransportError as error:
-            raise lane.fail(str(error)) from None
+    def _refuse(self, participants: Sequence[int], error: TricommError) -> None:
+        """An error of this rank alone must not leave the others waiting for it: tell them."""
+        text = f"{type(error).__name__}: {error}"
+        lane = getattr(self, "_lane", None)
+        if lane is None or lane.broken is not None or self._meets_always:
+            self.hub.meetings.refuse(participants, text)
+        else:
+            lane.fail(describe_refusal(self.rank, text))
 
 
 @lru_cache(maxsize=256)

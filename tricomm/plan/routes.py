@@ -20,7 +20,7 @@ MAX_PEERS_PER_ROUND = 128
 NCCL group has been seen to hang (pytorch#174942)."""
 
 MIN_CHUNK_NBYTES = 64 << 10
-MAX_UNICAST_CHUNK_NBYTES = 4 << 20
+MAX_UNICAST_CHUNK_NBYTES = 8 << 20
 MAX_CHUNKS = 256
 ROUNDS_IN_FLIGHT = 10
 """Chunks of one peer that may be staged at once, both directions together; divides the staging budget."""

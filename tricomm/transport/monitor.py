@@ -20,6 +20,7 @@ class Watched(Protocol):
     name: str
     call: int
     waiting_for: int | None
+    is_slow: bool
 
     def close_connections(self) -> None:
         """Wake the rank from its wait."""
@@ -81,6 +82,7 @@ class Monitor:
 
     def _beat(self, lane: Watched) -> None:
         """The lane is in the same run as a beat ago."""
+        lane.is_slow = True
         waiting_for = lane.waiting_for
         self._beats += 1
         try:

@@ -6,15 +6,25 @@ copies while the network works, and unpack in the order of the rounds.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 
 import torch
 
 from tricomm.arithmetic import Reducer
-from tricomm.kernels import reference
-from tricomm.packing import StagedTransfer, Tables, copy_locally, make_tables, torch_dtype
+from tricomm.kernels.reference import view, words
+from tricomm.packing import (
+    StagedTransfer,
+    Staging,
+    Tables,
+    bind_staging,
+    copy_locally,
+    make_tables,
+    torch_dtype,
+)
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
+
+MAX_BOUND = 16
+"""Combinations of strides that one Resharder keeps tables for."""
 
 Arena = Callable[[int], torch.Tensor]
 """Gives a uint8 tensor of at least so many bytes, valid until the next call."""
@@ -25,37 +35,48 @@ class MoveExecution:
 
     Args:
         tables: bound to the strides of both tensors.
-        source: the rank's shard, or None.
-        destination: where its new shard goes, or None.
-        arena: uint8, at least ``tables.arena_nbytes``; read and written until the run ends.
+        staging: the tables bound to an arena; read and written until the run ends.
+        source: the rank's shard, or None; as words where bits move, typed where it is cast before sending.
+        destination: where its new shard goes, or None; as words, or typed where it is cast after receiving.
         transport: the rank's end of the network.
     """
+
+    __slots__ = (
+        "arrivals",
+        "buffers",
+        "destination",
+        "received",
+        "sent",
+        "source",
+        "staging",
+        "tables",
+        "transport",
+    )
 
     def __init__(
         self,
         tables: Tables,
+        staging: Staging,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
-        arena: torch.Tensor,
         transport: Transport,
     ) -> None:
-        wire = tables.wire_dtype
         self.tables = tables
+        self.staging = staging
+        self.source = source
+        self.destination = destination
         self.transport = transport
-        self.arena = arena
-        self.typed_source, self.typed_destination = source, destination
-        # Bits move as integers; a side that casts packs and unpacks the typed tensor.
-        self.casts_on_send = source is not None and source.dtype != wire
-        self.casts_on_receive = destination is not None and destination.dtype != wire
-        self.source = _packable(source, self.casts_on_send)
-        self.destination = _packable(destination, self.casts_on_receive)
         self.received: dict[int, list[Work]] = {}
         self.sent: dict[int, list[Work]] = {}
         self.buffers: dict[tuple[int, int], torch.Tensor] = {}
         self.arrivals: dict[tuple[int, int], Work] = {}
 
-    def steps(self) -> Iterator[Work]:
-        """Run; each yielded work must be done before the generator is resumed."""
+    def steps(self, copy_locally: Callable[[], None]) -> Iterator[Work]:
+        """Run; each yielded work must be done before the generator is resumed.
+
+        Args:
+            copy_locally: what to do while the first round is under way.
+        """
         count = len(self.tables.sends)
         posted = retired = 0
         for index in range(count):
@@ -64,12 +85,12 @@ class MoveExecution:
                     yield self.arrivals[transfer.key]
             posted = self._post(index, posted)
             if index == 0:
-                self._copy_locally()
+                copy_locally()
             while retired <= index - self.tables.rounds_open:
                 yield from self._retire(retired)
                 retired += 1
         if count == 0:
-            self._copy_locally()
+            copy_locally()
         for index in range(retired, count):
             yield from self._retire(index)
 
@@ -77,77 +98,52 @@ class MoveExecution:
         """Start the sends of a round and, before them, all receives from round ``posted`` to as many rounds
         ahead as the transport likes, in one group. Returns the first round whose receives are not posted.
         """
-        until = min(index + self.tables.receives_ahead + 1, len(self.tables.receives))
-        early = range(posted, until)
-        operations = chain(*(self._receives(step) for step in early), self._sends(index))
-        works = iter(self.transport.post(operations))
-        for step in early:
-            self.received[step] = [next(works) for _ in self.tables.receives[step]]
-            for transfer, work in zip(self.tables.receives[step], self.received[step], strict=True):
+        receives = self.tables.receives
+        until = min(index + self.tables.receives_ahead + 1, len(receives))
+        works = self.transport.post(self._operations(index, range(posted, until)))
+        first = 0
+        for step in range(posted, until):
+            end = first + len(receives[step])
+            self.received[step] = works[first:end]
+            for transfer, work in zip(receives[step], works[first:end], strict=True):
                 self.arrivals[transfer.key] = work
-        self.sent[index] = list(works)
+            first = end
+        self.sent[index] = works[first:]
         return until
 
-    def _receives(self, index: int) -> Iterator[Operation]:
-        for transfer in self.tables.receives[index]:
-            buffer = self._buffer(transfer, self.destination)
-            self.buffers[transfer.key] = buffer
-            yield Operation(False, transfer.peer, buffer)
-
-    def _sends(self, index: int) -> Iterator[Operation]:
-        for transfer in self.tables.sends[index]:
+    def _operations(self, index: int, early: range) -> Iterator[Operation]:
+        """The receives of the rounds ``early``, then the sends of round ``index``, packed as they are asked for."""
+        for step in early:
+            for transfer, staged in zip(self.tables.receives[step], self.staging.receives[step], strict=True):
+                buffer = _run_of(self.destination, transfer) if staged is None else staged.buffer
+                self.buffers[transfer.key] = buffer
+                yield Operation(False, transfer.peer, buffer)
+        for transfer, staged in zip(self.tables.sends[index], self.staging.sends[index], strict=True):
             if transfer.relay:
                 yield Operation(True, transfer.peer, self.buffers[transfer.key])
-                continue
-            buffer = self._buffer(transfer, self.source)
-            if transfer.boxes:
+            elif staged is None:
+                yield Operation(True, transfer.peer, _run_of(self.source, transfer))
+            else:
                 assert self.source is not None
-                reference.pack(self.source, transfer.boxes, self._elements(buffer, self.casts_on_send))
-            yield Operation(True, transfer.peer, buffer)
+                staged.boxes.pack(self.source)
+                yield Operation(True, transfer.peer, staged.buffer)
 
     def _retire(self, index: int) -> Iterator[Work]:
         """Wait for a round and unpack it; its places in the arena are free from here on."""
-        works = self.received.pop(index)
-        for transfer, work in zip(self.tables.receives[index], works, strict=True):
+        for work, staged in zip(self.received.pop(index), self.staging.receives[index], strict=True):
             yield work
-            if transfer.boxes:
+            if staged is not None:
                 assert self.destination is not None
-                packed = self._elements(self.buffers[transfer.key], self.casts_on_receive)
-                reference.unpack(packed, transfer.boxes, self.destination)
+                staged.boxes.unpack(self.destination)
         yield from self.sent.pop(index)
 
-    def _buffer(self, transfer: StagedTransfer, tensor: torch.Tensor | None) -> torch.Tensor:
-        """The bytes of a chunk: a run of the tensor itself, or its place in the arena."""
-        if transfer.direct_offset is not None:
-            assert tensor is not None
-            run: torch.Tensor = reference.view(tensor, (transfer.numel,), transfer.direct_offset, (1,))
-            return run.view(torch.uint8)
-        assert transfer.arena_offset is not None
-        nbytes = transfer.numel * self.tables.wire_dtype.itemsize
-        return self.arena.narrow(0, transfer.arena_offset, nbytes)
 
-    def _elements(self, buffer: torch.Tensor, casts: bool) -> torch.Tensor:
-        """A staged chunk as elements of the wire dtype, or as words where only bits move."""
-        return _packable_not_none(buffer.view(self.tables.wire_dtype), casts)
-
-    def _copy_locally(self) -> None:
-        source, destination = self.typed_source, self.typed_destination
-        if source is None or destination is None:
-            return
-        casts = source.dtype != destination.dtype
-        copy_locally(
-            self.tables,
-            _packable_not_none(source, casts),
-            _packable_not_none(destination, casts),
-        )
-
-
-def _packable_not_none(tensor: torch.Tensor, casts: bool) -> torch.Tensor:
-    return tensor if casts else reference.words(tensor)
-
-
-def _packable(tensor: torch.Tensor | None, casts: bool) -> torch.Tensor | None:
-    return None if tensor is None else _packable_not_none(tensor, casts)
+def _run_of(tensor: torch.Tensor | None, transfer: StagedTransfer) -> torch.Tensor:
+    """The bytes of a chunk that is one run of the tensor."""
+    assert tensor is not None
+    assert transfer.direct_offset is not None
+    run: torch.Tensor = view(tensor, (transfer.numel,), transfer.direct_offset, (1,))
+    return run.view(torch.uint8)
 
 
 class PlanExecution:
@@ -164,7 +160,7 @@ class PlanExecution:
         self.rank = rank
         self.device = device
         self.programs = plan.for_rank(rank)
-        self._tables: dict[object, Tables] = {}
+        self._bound: dict[object, tuple[Tables, Staging]] = {}
         self._reducer: Reducer | None = None
         if plan.reduction is not None:
             self._reducer = Reducer(
@@ -195,27 +191,6 @@ class PlanExecution:
             source = self._reducer.reduce()
         yield from self._move(len(self.programs) - 1, source, destination, arena, transport)
 
-    def tables(
-        self,
-        index: int,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-        depth: tuple[int, int],
-    ) -> Tables:
-        """The tables of move ``index`` for tensors like these, from the cache if there were such before."""
-        strides = (
-            () if source is None else source.stride(),
-            () if destination is None else destination.stride(),
-        )
-        key = (index, strides, depth)
-        if key not in self._tables:
-            move = self.plan.moves[index]
-            dtypes = (move.source.element_type, move.wire_dtype, move.destination.element_type)
-            if len(self._tables) >= 16:
-                self._tables.clear()
-            self._tables[key] = make_tables(self.programs[index], dtypes, strides, depth, self.plan.staging_nbytes)
-        return self._tables[key]
-
     def _move(
         self,
         index: int,
@@ -224,6 +199,53 @@ class PlanExecution:
         arena: Arena,
         transport: Transport,
     ) -> Iterator[Work]:
-        tables = self.tables(index, source, destination, transport.depth)
-        staging = arena(tables.arena_nbytes)
-        yield from MoveExecution(tables, source, destination, staging, transport).steps()
+        """The steps of move ``index``."""
+        move = self.plan.moves[index]
+        wire = move.wire_dtype
+        casts_on_send, casts_on_receive = move.source.dtype != wire, move.destination.dtype != wire
+        tables, staging = self._bind(index, source, destination, arena, transport.depth)
+        # Bits move as integers; a side that casts packs or unpacks the typed tensor.
+        packable = None if source is None else source if casts_on_send else words(source)
+        unpackable = None if destination is None else destination if casts_on_receive else words(destination)
+
+        def copy() -> None:
+            if source is None or destination is None or not tables.copies:
+                return
+            if source.dtype == destination.dtype:
+                copy_locally(tables, words(source), words(destination))
+            else:
+                copy_locally(tables, source, destination)
+
+        return MoveExecution(tables, staging, packable, unpackable, transport).steps(copy)
+
+    def _bind(
+        self,
+        index: int,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+        arena: Arena,
+        depth: tuple[int, int],
+    ) -> tuple[Tables, Staging]:
+        """Tables and staging for tensors like these, from the cache if there were such before."""
+        key = (
+            index,
+            None if source is None else source.stride(),
+            None if destination is None else destination.stride(),
+            depth,
+        )
+        bound = self._bound.get(key)
+        if bound is not None and arena(bound[0].arena_nbytes) is bound[1].arena:
+            return bound
+        move = self.plan.moves[index]
+        dtypes = (move.source.element_type, move.wire_dtype, move.destination.element_type)
+        tables = make_tables(
+            self.programs[index], dtypes, (key[1] or (), key[2] or ()), depth, self.plan.staging_nbytes
+        )
+        wire = move.wire_dtype
+        staging = bind_staging(
+            tables, arena(tables.arena_nbytes), move.source.dtype != wire, move.destination.dtype != wire
+        )
+        if len(self._bound) >= MAX_BOUND:
+            self._bound.clear()
+        self._bound[key] = (tables, staging)
+        return tables, staging

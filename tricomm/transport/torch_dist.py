@@ -34,15 +34,12 @@ CLOSING_TAG = 1
 class PostedWork:
     """One posted operation. Several NCCL operations of one group share the work underneath."""
 
-    def __init__(self, lane: "Lane", peer: int, work: Any) -> None:
-        self.lane = lane
-        self._peer = peer
-        self._work = work
+    __slots__ = ("_lane", "_work", "peer")
 
-    @property
-    def peer(self) -> int:
-        """The other rank."""
-        return self._peer
+    def __init__(self, lane: "Lane", peer: int, work: Any) -> None:
+        self._lane = lane
+        self._work = work
+        self.peer = peer
 
     def wait(self) -> None:
         """See Work.
@@ -50,9 +47,9 @@ class PostedWork:
         Raises:
             TransportError: the peer, or a rank that it waits for, died, stopped or never called.
         """
-        if self._work is not None:
-            self.lane.wait(self._peer, self._work)
-            self._work = None
+        work, self._work = self._work, None
+        if work is not None:
+            self._lane.wait(self.peer, work)
 
 
 class Lane:
@@ -83,9 +80,14 @@ class Lane:
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tricomm")
         self.call = 0
         self.waiting_for: int | None = None
+        self.is_slow = False
+        self._is_cuda = device.type == "cuda"
+        self._timeout_seconds = 0.0
         self._deadline = 0.0
         self._beat_seconds = 1.0
+        self._limit = timedelta(0)
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self._token = torch.zeros(2, dtype=torch.uint8, device=device)
         self._backends = self._connect(timeout_seconds)
 
     # ---- Transport
@@ -93,16 +95,23 @@ class Lane:
     @property
     def depth(self) -> tuple[int, int]:
         """See Transport."""
-        return NCCL_DEPTH if self.device.type == "cuda" else GLOO_DEPTH
+        return NCCL_DEPTH if self._is_cuda else GLOO_DEPTH
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:
         """See Transport."""
-        if self.device.type == "cuda":
+        if self._is_cuda:
             return self._post_group(list(operations))
+        here = self.hub.rank
         works: list[Work] = []
-        for operation in operations:
-            # Packing happens here, as the iterable is read: outside of what is blamed on the peer.
-            works.append(PostedWork(self, operation.peer, self._post_one(operation)))
+        # Packing happens as the iterable is read, outside of what is blamed on the peer.
+        for is_send, peer, buffer in operations:
+            # One communicator for messages up in rank and one for those down.
+            backend = self._backends[is_send == (peer > here)]
+            try:
+                work = (backend.send if is_send else backend.recv)([buffer], self.index[peer], 0)
+            except RuntimeError as error:
+                raise self.blame(peer, error) from error
+            works.append(PostedWork(self, peer, work))
         return works
 
     def arena(self, nbytes: int) -> torch.Tensor:
@@ -111,30 +120,16 @@ class Lane:
             self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self._arena
 
-    def _post_one(self, operation: Operation) -> Any:
-        peer = self.index[operation.peer]
-        backend = self._backends[self._direction(operation)]
-        start = backend.send if operation.is_send else backend.recv
-        try:
-            return start([operation.buffer], peer, 0)
-        except RuntimeError as error:
-            raise self.blame(operation.peer, error) from error
-
     def _post_group(self, operations: list[Operation]) -> list[Work]:
         """NCCL: the operations of a round run as one group; the plan keeps it under 256."""
         if not operations:
             return []
         backend = self._backends[0]
         backend._start_coalescing()
-        for operation in operations:
-            self._post_one(operation)
+        for is_send, peer, buffer in operations:
+            (backend.send if is_send else backend.recv)([buffer], self.index[peer], 0)
         work = backend._end_coalescing()
         return [PostedWork(self, operation.peer, work) for operation in operations]
-
-    def _direction(self, operation: Operation) -> int:
-        """Which communicator: on gloo messages up in rank use one and messages down the other."""
-        upwards = operation.is_send == (operation.peer > self.hub.rank)
-        return int(upwards) if len(self._backends) > 1 else 0
 
     def _connect(self, timeout_seconds: float) -> list[Any]:
         rank, size = self.index[self.hub.rank], len(self.index)
@@ -143,7 +138,7 @@ class Lane:
         timeout = timedelta(seconds=timeout_seconds)
         self.hub.store.set(f"{self.name}/hello/{self.hub.rank}", "1")
         try:
-            if self.device.type == "cuda":
+            if self._is_cuda:
                 store = dist.PrefixStore(f"{self.name}/nccl", self.hub.store)
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timeout
@@ -163,13 +158,33 @@ class Lane:
                 f"names the right network ({error})"
             ) from error
 
+    def confirm(self) -> None:
+        """Return when every rank of the lane has come here: a dissemination barrier of one-byte messages.
+
+        In step k a rank tells the one 2^k places on and hears the one 2^k places back, so after log2(n) steps it
+        has heard of all. A rank that failed has closed its connections, which ends everybody's wait.
+        """
+        ranks = list(self.index)
+        here = self.index[self.hub.rank]
+        reach = 1
+        while reach < len(ranks):
+            token = self._token
+            to, back = ranks[(here + reach) % len(ranks)], ranks[(here - reach) % len(ranks)]
+            for work in self.post([Operation(False, back, token[1:]), Operation(True, to, token[:1])]):
+                work.wait()
+            reach *= 2
+
     # ---- waiting and blame
 
     def begin_call(self, timeout_seconds: float) -> None:
         """A run starts: everything that it waits for must come within the timeout."""
         self.call += 1
+        self.is_slow = False
         self._deadline = time.monotonic() + timeout_seconds
-        self._beat_seconds = beat_seconds(timeout_seconds)
+        if timeout_seconds != self._timeout_seconds:
+            self._timeout_seconds = timeout_seconds
+            self._beat_seconds = beat_seconds(timeout_seconds)
+            self._limit = self._time_to_wait()
         self.hub.monitor.watch(self, self._beat_seconds)
 
     def end_call(self) -> None:
@@ -178,18 +193,23 @@ class Lane:
 
     def wait(self, peer: int, work: Any) -> None:
         """Wait for a work that depends on a peer."""
-        if self.device.type == "cuda":
+        if self._is_cuda:
             work.wait()
             return
-        # Finding out who is to blame takes two and a half beats, and must end within the timeout too.
-        remaining = self._deadline - time.monotonic() - 2.5 * self._beat_seconds
         self.waiting_for = peer
         try:
-            work.wait(timedelta(milliseconds=max(1, int(remaining * 1000))))
+            work.wait(self._time_to_wait() if self.is_slow else self._limit)
         except RuntimeError as error:
             raise self.blame(peer, error) from error
         finally:
             self.waiting_for = None
+
+    def _time_to_wait(self) -> timedelta:
+        """What is left of the timeout, less what it takes to find out who is to blame: two and a half beats, and
+        one more because a wait that begins within the first beat is given the whole time.
+        """
+        remaining = self._deadline - time.monotonic() - 3.5 * self._beat_seconds
+        return timedelta(milliseconds=max(1, int(remaining * 1000)))
 
     def blame(self, peer: int, error: RuntimeError) -> TransportError:
         """Find out which rank is at fault, tell everybody, and break the lane."""
@@ -222,7 +242,7 @@ class Lane:
 
         gloo has no call for it, but a receive that times out closes its pair on both sides.
         """
-        if self.device.type == "cuda":
+        if self._is_cuda:
             for backend in self._backends:
                 backend.abort()
             return
