@@ -33,9 +33,7 @@ from tricomm.intervals import (
 )
 from tricomm.sharding import layout
 
-quick = settings(
-    max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+quick = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def cut(coordinates: torch.Tensor, parts: int, index: int) -> torch.Tensor:
@@ -210,9 +208,7 @@ def as_explicit(spec: ShardingSpec) -> ShardingSpec:
 def test_every_layout_reduces_to_an_explicit_one(case: Case) -> None:
     for spec in (case.source, case.destination):
         explicit = as_explicit(spec)
-        assert {r: explicit.local_shape(r) for r in spec.mesh.ranks} == {
-            r: spec.local_shape(r) for r in spec.mesh.ranks
-        }
+        assert all(explicit.local_shape(rank) == spec.local_shape(rank) for rank in spec.mesh.ranks)
         assert all(explicit.holding(rank) == spec.holding(rank) for rank in spec.mesh.ranks)
     if not case.source.partial_axes:
         plan = make_plan(case.source, case.destination)

@@ -1,0 +1,292 @@
+"""The house rules of DESIGN.md, read from the source: who imports whom, how long things are, and what is global."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import tricomm
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_FILE_LINES = 420
+MAX_BODY_LINES = 60
+
+# A module may import what stands in an earlier row, and its own package; never its own row or a later one.
+LAYERS = [
+    ["errors", "kernels", "launch"],
+    ["dtype", "intervals"],
+    ["mesh", "placement"],
+    ["notation"],
+    ["sharding", "topology"],
+    ["plan"],
+    ["arithmetic", "autograd", "packing"],
+    ["tensors"],
+    ["transport"],
+    ["reshard"],
+    ["interop"],
+    ["model"],
+    ["pipeline"],
+    ["demo", "view"],
+    ["cli"],
+    ["", "__main__"],
+]
+WITHOUT_TORCH = {"errors", "dtype", "intervals", "mesh", "placement", "notation", "sharding", "topology", "plan"}
+WITHOUT_TORCH |= {"pipeline.schedule", "pipeline.simulate", "pipeline.tune"}
+# The demo compares with isend and irecv written by hand: there it is a user of torch.distributed like any other.
+WITH_DISTRIBUTED = {"transport.torch_dist", "launch", "interop", "pipeline.executor", "pipeline.torch_adapter", "demo"}
+DETECTION = ("topology", "detect")
+
+
+class Import(NamedTuple):
+    """``module`` (without "tricomm.") imports ``target`` inside ``function`` ("" at module level)."""
+
+    module: str
+    function: str
+    target: str
+
+    def is_of(self, package: str) -> bool:
+        return self.target == package or self.target.startswith(package + ".")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def module_name(path: Path) -> str:
+    """Without "tricomm."; the folder kernels/ is installed as tricomm.kernels."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "tricomm" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sources("tricomm", "kernels")}
+
+
+def read_imports(module: str, node: ast.AST, function: str = "") -> Iterator[Import]:
+    """THE DEFINITION: every import below a node, wherever it stands, but not for type checkers only."""
+    if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        children: list[ast.stmt] = node.orelse
+        yield from (found for child in children for found in read_imports(module, child, function))
+        return
+    if isinstance(node, ast.Import):
+        yield from (Import(module, function, alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"{module}: relative import; write the full name"
+        for alias in node.names:
+            # "from a import b" may name a module; then that is what is imported.
+            whole = f"{node.module}.{alias.name}"
+            is_module = whole.removeprefix("tricomm.") in MODULES or whole == "torch.distributed"
+            yield Import(module, function, whole if is_module else str(node.module))
+    elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+        yield Import(module, function, "torch.distributed")
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        function = node.name
+    for child in ast.iter_child_nodes(node):
+        yield from read_imports(module, child, function)
+
+
+IMPORTS = [found for module, path in MODULES.items() for found in read_imports(module, parsed(path))]
+
+
+def layer(module: str) -> int:
+    name = module.split(".", maxsplit=1)[0]
+    assert any(name in row for row in LAYERS), f"tricomm.{name} stands in no row of LAYERS; give it one"
+    return next(index for index, row in enumerate(LAYERS) if name in row)
+
+
+def inside(found: Import) -> str | None:
+    """The module of tricomm that is imported, or None."""
+    return found.target.removeprefix("tricomm").removeprefix(".") if found.is_of("tricomm") else None
+
+
+def test_imports_point_one_way() -> None:
+    for found in IMPORTS:
+        target = inside(found)
+        if target is not None and target.split(".")[0] != found.module.split(".")[0]:
+            assert layer(target) < layer(found.module), f"tricomm.{found.module} imports tricomm.{target}"
+
+
+def test_modules_of_one_package_do_not_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for found in IMPORTS:
+        target = inside(found)
+        if target in MODULES and MODULES[target].name != "__init__.py":
+            graph[found.module].add(target)
+    while graph:
+        leaves = {module for module, targets in graph.items() if not targets & graph.keys()}
+        assert leaves, f"these import each other: {graph}"
+        graph = {module: targets for module, targets in graph.items() if module not in leaves}
+
+
+def under(module: str, names: set[str]) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in names)
+
+
+def test_planning_needs_no_torch() -> None:
+    for found in IMPORTS:
+        if under(found.module, WITHOUT_TORCH) and (found.module, found.function) != DETECTION:
+            outside = [name for name in ("torch", "triton", "tricomm.kernels") if found.is_of(name)]
+            assert not outside, f"tricomm.{found.module} imports {found.target}"
+
+
+def test_torch_distributed_stays_where_it_belongs() -> None:
+    for found in IMPORTS:
+        if found.is_of("torch.distributed.tensor"):
+            assert found.module == "interop", f"tricomm.{found.module} imports {found.target}"
+        elif found.is_of("torch.distributed") and (found.module, found.function) != DETECTION:
+            assert under(found.module, WITH_DISTRIBUTED), f"tricomm.{found.module} imports {found.target}"
+
+
+def test_kernels_know_torch_and_triton_and_nobody_else_knows_triton() -> None:
+    for found in IMPORTS:
+        if under(found.module, {"kernels"}):
+            own = inside(found) is None or found.is_of("tricomm.kernels")
+            assert own, f"kernels: {found.module} imports {found.target}"
+        else:
+            assert not found.is_of("triton"), f"tricomm.{found.module} imports {found.target}"
+
+
+def test_the_reader_of_imports_sees_them_all() -> None:
+    text = """
+import torch.distributed as dist
+from torch import distributed
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import triton
+else:
+    import numpy
+def late():
+    try:
+        from tricomm import reshard, errors
+        torch.distributed.barrier()
+    finally:
+        pass
+"""
+    found = [(one.function, one.target) for one in read_imports("x", ast.parse(text))]
+    assert found[:4] == [("", "torch.distributed"), ("", "torch.distributed"), ("", "typing"), ("", "numpy")]
+    assert found[4:] == [("late", "tricomm.reshard"), ("late", "tricomm.errors"), ("late", "torch.distributed")]
+    assert {("topology", "detect", "torch.distributed"), ("plan.plan", "", "tricomm.plan.tasks")} <= set(IMPORTS)
+    assert len(MODULES) > 30
+
+
+def test_files_are_short() -> None:
+    counts = {path: len(path.read_text().splitlines()) for path in sources("tricomm", "kernels", "bench", "tests")}
+    assert {str(path.relative_to(ROOT)): count for path, count in counts.items() if count > MAX_FILE_LINES} == {}
+
+
+def test_functions_are_short() -> None:
+    long = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.body[0].lineno + 1
+                if lines > MAX_BODY_LINES:
+                    long[f"{module}.{node.name}"] = lines
+    assert long == {}
+
+
+def test_kernels_at_the_top_of_a_checkout_say_what_they_are() -> None:
+    command = [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import kernels"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert "tricomm.kernels" in last
+    assert "pip install -e ." in last
+
+
+def test_every_package_is_installed_and_kernels_only_inside_tricomm() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {"tricomm.kernels"}
+    for path in MODULES.values():
+        if path.name == "__init__.py" and (ROOT / "tricomm") in path.parents:
+            found.add(".".join(path.parent.relative_to(ROOT).parts))
+    assert sorted(settings["packages"]) == sorted(found)
+    assert settings["package-dir"] == {"tricomm.kernels": "kernels"}
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    assert tricomm.__all__ == sorted(set(tricomm.__all__))
+    assert [name for name in tricomm.__all__ if not hasattr(tricomm, name)] == []
+
+
+MUTABLE_DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "ChainMap"}
+MUTABLE_CALLS |= {"WeakKeyDictionary", "WeakValueDictionary", "WeakSet", "local", "Lock", "RLock", "count"}
+MUTATING_METHODS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove"}
+
+
+def is_mutable(value: ast.expr | None) -> bool:
+    if isinstance(value, ast.Call):
+        return ast.unparse(value.func).split(".")[-1].split("[")[0] in MUTABLE_CALLS
+    return isinstance(value, MUTABLE_DISPLAYS)
+
+
+def module_level(node: ast.AST) -> Iterator[ast.stmt]:
+    """The statements that run on import, also those inside of if, try, with and for."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from module_level(child)
+
+
+def mutable_globals(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in module_level(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and is_mutable(node.value):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {ast.unparse(target) for target in targets}
+    return names - {"__all__"}
+
+
+def written(tree: ast.Module) -> set[str]:
+    """Names of which something is stored in, deleted from, or changed by a method."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            names.add(ast.unparse(node.value))
+        elif isinstance(node, ast.AugAssign):
+            names.add(ast.unparse(node.target))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING_METHODS:
+            names.add(ast.unparse(node.func.value))
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_keep_no_state(module: str) -> None:
+    tree = parsed(MODULES[module])
+    kept = mutable_globals(tree)
+    assert {name for name in kept if name != name.upper()} == set(), "only constants, in capitals"
+    assert kept & written(tree) == set(), "a constant is not written"
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(tree)), "no global statement"
+
+
+def test_the_reader_of_state_sees_it_all() -> None:
+    text = """
+CONSTANT: dict[str, int] = {"a": 1}
+cache = {}
+if True:
+    seen: set[int] = set()
+lanes, held = collections.defaultdict(list), 1
+waiting = collections.deque[int]()
+fine = tuple([1])
+def function():
+    local = []
+    CONSTANT["b"] = 2
+    cache.update({})
+"""
+    tree = ast.parse(text)
+    assert mutable_globals(tree) == {"CONSTANT", "cache", "seen", "waiting"}
+    assert written(tree) == {"CONSTANT", "cache"}
