@@ -65,7 +65,7 @@ def _describe_move(move: "Move", title: str, balance: str) -> list[str]:
         cast = f", cast to {move.destination.dtype} on the {side}"
     lines = [
         f"  {title}{move.strategy!r}, {balance}: {len(move.tasks)} tasks, {len(move.messages)} messages, "
-        f"{len(move.hops)} hops in {rounds} rounds, {local} local copies{cast}"
+        f"{len(move.hops)} hops in {rounds} round{'' if rounds == 1 else 's'}, {local} local copies{cast}"
     ]
     for message in move.messages[:MAX_ROWS]:
         arrow = " -> ".join(format_ranks([rank]) for rank in message.chain)

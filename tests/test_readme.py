@@ -1,0 +1,51 @@
+"""What the README says is what happens."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.S | re.M)
+
+
+def test_the_first_example_runs_and_prints_the_plan_that_is_shown() -> None:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    assert printed.getvalue() == blocks("text")[0]
+
+
+def test_the_plan_command_runs() -> None:
+    command = re.search(r"`python -m (tricomm plan [^`]*)`", README)
+    assert command is not None
+    words = [part.strip('"') for part in re.findall(r'"[^"]*"|\S+', command[1])]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("reshard\n  from  float32[4096, 1024] S1 R on")
+
+
+def test_a_wrong_command_says_why() -> None:
+    words = ["tricomm", "plan", "--shape", "8", "--source", "2", "X", "--destination", "2", "R"]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert "entry 'X'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_targets_that_it_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    import tricomm
+
+    for name in tricomm.__all__:
+        assert getattr(tricomm, name).__doc__, name
