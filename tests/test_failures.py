@@ -257,27 +257,37 @@ def test_mistakes_are_refused_before_anything_is_sent(five: Ranks) -> None:
         assert missing if rank in SOURCE.mesh else unexpected
 
 
-def interrupted(rank: int) -> tuple[str, str, float]:
-    """Rank 3 runs out of memory, so to say, in the middle."""
+def interrupted(rank: int, times: int) -> list[tuple[str, str, float]]:
+    """Rank 3 runs out of memory, so to say, at its first operation, when others may not have begun; many times."""
     mover = Resharder(SOURCE, COLUMNS, strategy=STRATEGIES["unicast"], timeout_seconds=TIMEOUT_SECONDS, confirm=True)
-    if rank == 3:
+    outcomes = []
+    post = Lane.post
 
-        def deed() -> None:
-            raise MemoryError("no more")
+    def failing(lane: Lane, operations: Any) -> Any:
+        raise MemoryError("no more")
 
-        in_the_middle(deed, after=5)
-    try:
-        return attempt(rank, lambda: mover(shard_of(rank)))
-    except MemoryError as error:
-        return "MemoryError", str(error), 0.0
+    for _ in range(times):
+        if rank == 3:
+            Lane.post = failing  # type: ignore[method-assign]
+        try:
+            outcomes.append(attempt(rank, lambda: mover(shard_of(rank))))
+        except MemoryError as error:
+            outcomes.append(("MemoryError", str(error), 0.0))
+        finally:
+            Lane.post = post  # type: ignore[method-assign]
+    output = mover(shard_of(rank))
+    if rank in COLUMNS.mesh:
+        require_equal(output, pick(full_tensor(), COLUMNS, rank), f"rank {rank} after the failures")
+    return outcomes
 
 
 def test_an_exception_in_the_middle_reaches_the_others(five: Ranks) -> None:
-    outcomes = five.run(interrupted)
-    assert outcomes[3][0] == "MemoryError"
+    of_ranks = five.run(interrupted, 8)
     others = [0, 1, 2, 4]
-    require_all_blame([outcomes[rank] for rank in others], others, 3)
-    assert all("no more" in outcomes[rank][1] for rank in others)
+    for outcomes in zip(*of_ranks, strict=True):
+        assert outcomes[3][0] == "MemoryError"
+        require_all_blame([outcomes[rank] for rank in others], others, 3)
+        assert all("no more" in outcomes[rank][1] for rank in others)
 
 
 def test_without_a_process_group_the_error_says_what_to_do() -> None:

@@ -383,3 +383,33 @@ def test_split_region_cuts_the_row_major_list(region: Region, max_numel: int) ->
     pieces = list(split_region(region, max_numel))
     assert [element for piece in pieces for element in elements(piece)] == elements(region)
     assert all(region_numel(piece) <= max_numel for piece in pieces)
+
+
+def test_the_order_of_cuts_survives_a_shape_that_comes_later() -> None:
+    mesh = Mesh([[0, 1], [2, 3]], ("a", "b"))
+    late = ShardingSpec(mesh, (Shard(-1), Shard(0)), axis_order=("b", "a"))
+    early = ShardingSpec(mesh, (Shard(-1), Shard(0)), (8,), "int8", ("b", "a"))
+    resolved = late.resolved(early)
+    assert resolved == early
+    assert resolved.holding(1) == (((4, 6),),)
+    assert late != ShardingSpec(mesh, (Shard(-1), Shard(0)), axis_order=("a", "b"))
+    assert "Shard(-1)" in str(late)
+
+
+def test_an_empty_interval_overlaps_nothing() -> None:
+    spec = ShardingSpec.explicit({0: (((0, 8), (4, 4)),)}, (8,), "int8")
+    assert spec.holding(0) == (((0, 8),),)
+
+
+def test_a_mesh_without_axes_holds_one_rank() -> None:
+    one = ShardingSpec(Mesh(3, ()), (), (4,), "int8")
+    plan = make_plan(one, ShardingSpec(Mesh([1, 2], ("x",)), (Shard(0),)))
+    plan.verify()
+    assert plan.wire_nbytes == 4
+
+
+def test_segments_stand_at_their_axis() -> None:
+    mesh = Mesh([[0, 1], [2, 3]], ("a", "b"))
+    first = ShardingSpec(mesh, (Shard(0, (2, 6)), Shard(0)), (8,), "int8")
+    second = ShardingSpec(mesh, (Shard(0), Shard(0, (2, 6))), (8,), "int8")
+    assert (first.notation, second.notation) == ("S0{2,6}1", "S01{2,6}")

@@ -135,6 +135,6 @@ def _serve(
             os._exit(0)
         try:
             answer = (True, function(rank, *arguments))
-        except Exception:
+        except BaseException:  # torch's CheckpointException is not an Exception
             answer = (False, traceback.format_exc())
         pipe.send(answer)

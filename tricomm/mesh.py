@@ -56,8 +56,10 @@ class Mesh:
 
     def __init__(self, ranks: Any, axis_names: Sequence[str]) -> None:
         shape, flat = _flatten(ranks)
-        if isinstance(axis_names, str):
-            raise SpecError(f'axis_names={axis_names!r} is one string; write a tuple of names: ("{axis_names}",)')
+        if isinstance(axis_names, str) or not isinstance(axis_names, Sequence):
+            raise SpecError(
+                f'axis_names={axis_names!r} is not a tuple of names; write one name per axis, such as ("dp", "tp")'
+            )
         names = tuple(axis_names)
         if len(names) != len(shape):
             raise SpecError(
@@ -69,9 +71,11 @@ class Mesh:
         index: dict[int, int] = {}
         for position, rank in enumerate(flat):
             if rank < 0:
-                raise SpecError(f"rank {rank} is negative; ranks count from 0 in their process group")
+                raise SpecError(f"rank {rank} is negative; ranks count from 0, so write the rank in its process group")
             if rank in index:
-                raise SpecError(f"rank {rank} stands twice in the mesh; a rank may hold one place only")
+                raise SpecError(
+                    f"rank {rank} stands twice in the mesh; a rank may hold one place only, so name it once"
+                )
             index[rank] = position
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "axis_names", names)
@@ -110,7 +114,7 @@ class Mesh:
         """The index of an axis given by index or by name."""
         if isinstance(key, str) and key in self.axis_names:
             return self.axis_names.index(key)
-        if isinstance(key, int) and 0 <= key < self.ndim:
+        if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < self.ndim:
             return key
         raise SpecError(f"axis {key!r} is not an axis of {self}; its axes are {self.axis_names}, numbered from 0")
 

@@ -29,9 +29,13 @@ def from_notation(mesh: Mesh, dims: Sequence[str]) -> tuple[tuple[Placement, ...
         for digit in entry[1:]:
             axis = int(digit)
             if axis >= mesh.ndim:
-                raise SpecError(f"entry {entry!r} names mesh axis {axis}, but {mesh} has axes 0 to {mesh.ndim - 1}")
+                raise SpecError(
+                    f"entry {entry!r} names mesh axis {axis}, but {mesh} has axes 0 to {mesh.ndim - 1}; use one of them"
+                )
             if axis in order:
-                raise SpecError(f"dims={tuple(dims)} use mesh axis {axis} twice; an axis can cut one dim only")
+                raise SpecError(
+                    f"dims={tuple(dims)} use mesh axis {axis} twice; an axis can cut one dim only, so name it once"
+                )
             placements[axis] = Shard(dim)
             order.append(axis)
     rest = [axis for axis in range(mesh.ndim) if axis not in order]
@@ -48,15 +52,21 @@ def to_notation(
     """The letters of a layout; segments stand in braces, contributions as ``+sum(1)`` behind the dims."""
     if holdings is not None:
         return "explicit"
+    if shape is None and any(isinstance(p, Shard) and p.dim < 0 for p in placements):
+        return repr(placements)  # which dims are meant is known with the shape
     shards = [placement for placement in placements if isinstance(placement, Shard)]
     ndim = len(shape) if shape is not None else 1 + max((s.dim for s in shards), default=-1)
     words: list[str] = []
     for dim in range(ndim):
         axes = cutting_axes(dim)
-        segments = [s.segments for s in shards if s.dim == dim and s.segments]
-        braces = "{" + ",".join(map(str, segments[0])) + "}" if segments and segments[0] else ""
-        words.append("S" + "".join(map(str, axes)) + braces if axes else "R")
+        words.append("S" + "".join(_letters(axis, placements[axis]) for axis in axes) if axes else "R")
     for axis, placement in enumerate(placements):
         if isinstance(placement, Partial):
             words.append(f"+{placement.op}({axis})")
     return " ".join(words) if words else "scalar"
+
+
+def _letters(axis: int, placement: Placement) -> str:
+    """An axis that cuts, with its segments: "1{2,6}"."""
+    segments = placement.segments if isinstance(placement, Shard) else None
+    return str(axis) if segments is None else f"{axis}{{{','.join(map(str, segments))}}}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from tricomm.errors import PlanError
+from tricomm.errors import PlanError, SpecError
 from tricomm.kernels.reference import BoundBoxes, view, words
 from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box
 from tricomm.plan.program import Copy, RankProgram, Transfer
@@ -258,10 +258,10 @@ def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Te
         tensor: the full tensor, ``spec.shape``.
 
     Raises:
-        PlanError: the tensor does not have the spec's shape.
+        SpecError: the tensor does not have the spec's shape.
     """
     if tuple(tensor.shape) != spec.global_shape:
-        raise PlanError(f"tensor of shape {tuple(tensor.shape)} is not the full tensor of {spec}; pass all of it")
+        raise SpecError(f"tensor of shape {tuple(tensor.shape)} is not the full tensor of {spec}; pass all of it")
     shard = tensor
     for dim, intervals in enumerate(spec.holding(rank)):
         pieces = [shard.narrow(dim, start, stop - start) for start, stop in intervals]

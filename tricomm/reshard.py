@@ -200,13 +200,14 @@ class Resharder:
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
-        self.hub.meetings.meet(
+        generation = self.hub.meetings.meet(
             self._digest,
             self.participants,
             lambda: self._fields,
             self.timeout_seconds,
+            lambda: str(self.hub.next_generation(self.participants, self.device)),
         )
-        self._lane = self.hub.lane(self.participants, self.device, self.timeout_seconds)
+        self._lane = self.hub.lane(self.participants, self.device, int(generation), self.timeout_seconds)
 
     def _prepare(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> "Call | None":
         """Check the arguments and meet where needed, all before anything is sent."""

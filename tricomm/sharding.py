@@ -4,10 +4,11 @@ Every layout (even, uneven, replicated, nested, segmented, explicit) reduces to 
 each tensor dim an ordered tuple of half-open intervals of global coordinates. The shard is their product.
 """
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -199,6 +200,10 @@ class ShardingSpec:
     # ---- checks, once, at construction
 
     def _checked_placements(self) -> tuple[Placement, ...]:
+        if not isinstance(self.placements, Sequence):
+            raise SpecError(
+                f"placements={self.placements!r} is not a tuple of placements; write one per mesh axis: (Shard(0),)"
+            )
         placements = tuple(self.placements)
         if len(placements) != self.mesh.ndim:
             raise SpecError(
@@ -226,12 +231,19 @@ class ShardingSpec:
     def _canonical_axis_order(self) -> tuple[int, ...]:
         """The order of cuts with only what matters: which axis comes first among those that cut one dim."""
         ndim = self.mesh.ndim
+        if self.axis_order is not None and not isinstance(self.axis_order, Sequence):
+            raise SpecError(
+                f"axis_order={self.axis_order!r} is not a tuple of axes; list all of {self.mesh.axis_names}, "
+                "first cut first"
+            )
         given = range(ndim) if self.axis_order is None else [self.mesh.axis(key) for key in self.axis_order]
         if sorted(given) != list(range(ndim)):
             raise SpecError(
                 f"axis_order={self.axis_order} must name each of the {ndim} axes {self.mesh.axis_names} once; "
                 "list them all, first cut first"
             )
+        if self.shape is None:
+            return tuple(given)  # which dims are the same, counted from the end, is known with the shape
         by_dim: dict[int | None, list[int]] = {}
         for axis in given:
             placement = self.placements[axis]
@@ -262,7 +274,7 @@ def layout(spec: ShardingSpec) -> Layout:
     shape, mesh = spec.global_shape, spec.mesh
     part_of = np.zeros((mesh.size, len(shape)), dtype=np.int64)
     parts: list[tuple[Intervals, ...]] = []
-    coordinates = np.indices(mesh.shape).reshape(mesh.ndim, -1)
+    coordinates = np.indices(mesh.shape).reshape(mesh.ndim, mesh.size)
     for dim in range(len(shape)):
         if spec.holdings is not None:
             index: dict[Intervals, int] = {}
@@ -280,11 +292,11 @@ def layout(spec: ShardingSpec) -> Layout:
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
-        checked = tuple(int(extent) for extent in shape)
-    except (TypeError, ValueError):
+        checked = tuple(operator.index(extent) for extent in shape)
+    except TypeError:
         raise SpecError(f"shape={shape!r} is not a sequence of integers; write (4096, 1024)") from None
     if any(extent < 0 for extent in checked):
-        raise SpecError(f"shape={checked} has a negative extent; every extent must be at least 0")
+        raise SpecError(f"shape={checked} has a negative extent; every extent must be at least 0, so give the sizes")
     return checked
 
 
@@ -314,25 +326,29 @@ def _segment_bounds(placement: Shard, extent: int) -> Iterator[Interval]:
 
 
 def _checked_holding(rank: int, holding: Holding, shape: tuple[int, ...]) -> Holding:
-    if len(holding) != len(shape):
+    try:
+        pairs = [[(operator.index(start), operator.index(stop)) for start, stop in intervals] for intervals in holding]
+    except (TypeError, ValueError):
         raise SpecError(
-            f"the holding {holding} of rank {rank} has {len(holding)} dims, but shape {shape} has {len(shape)}; "
+            f"the holding {holding!r} of rank {rank} is not one tuple of integer (start, stop) pairs per dim; write "
+            "(((0, 4), (8, 12)), ((0, 16),))"
+        ) from None
+    if len(pairs) != len(shape):
+        raise SpecError(
+            f"the holding {holding} of rank {rank} has {len(pairs)} dims, but shape {shape} has {len(shape)}; "
             "give one tuple of (start, stop) per dim"
         )
-    checked: list[Intervals] = []
-    for dim, (intervals, extent) in enumerate(zip(holding, shape, strict=True)):
-        last = 0
-        for start, stop in sorted(intervals):
+    for dim, (intervals, extent) in enumerate(zip(pairs, shape, strict=True)):
+        for start, stop in intervals:
             if not 0 <= start <= stop <= extent:
                 raise SpecError(
                     f"interval ({start}, {stop}) of rank {rank} in dim {dim} does not lie in (0, {extent}); "
                     "intervals are half-open and within the global shape"
                 )
-            if start < last:
+        for (_, stop), (start, _) in pairwise(sorted((a, b) for a, b in intervals if a < b)):
+            if start < stop:
                 raise SpecError(
                     f"the intervals {tuple(intervals)} of rank {rank} in dim {dim} overlap at {start}; "
-                    "a rank holds an element once"
+                    "a rank holds an element once, so cut one of them"
                 )
-            last = stop
-        checked.append(merged([(int(start), int(stop)) for start, stop in intervals]))
-    return tuple(checked)
+    return tuple(merged(intervals) for intervals in pairs)

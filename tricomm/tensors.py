@@ -76,8 +76,8 @@ class Contract:
             )
         if not out.is_contiguous() and _has_shared_elements(out):
             raise SpecError(
-                f"out of rank {self.rank} is expanded (strides {out.stride()}), so several elements share memory; "
-                "pass a tensor of its own, e.g. out.contiguous()"
+                f"out of rank {self.rank} is expanded or overlaps itself (strides {out.stride()}), so several elements "
+                "share memory; pass a tensor of its own, e.g. out.contiguous()"
             )
         if source is not None and _share_memory(source, out):
             raise SpecError(
@@ -128,7 +128,14 @@ def check_casts(plan: Plan) -> None:
 
 
 def _has_shared_elements(tensor: torch.Tensor) -> bool:
-    return any(stride == 0 and extent > 1 for stride, extent in zip(tensor.stride(), tensor.shape, strict=True))
+    """Whether elements may share memory: a stride does not step over all that smaller strides reach."""
+    reach = 0
+    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent > 1:
+            if stride <= reach:
+                return True
+            reach += (extent - 1) * stride
+    return False
 
 
 def _share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from tricomm.errors import SpecError
@@ -33,16 +34,31 @@ class Topology:
     latency_seconds: float = DEFAULT_LATENCY_SECONDS
 
     def __post_init__(self) -> None:
-        if isinstance(self.hosts, str) or not all(isinstance(host, str) for host in self.hosts):
-            raise SpecError(f'hosts={self.hosts!r} must be one host name per rank; write ("a", "a", "b", "b")')
-        object.__setattr__(self, "hosts", tuple(self.hosts))
-        if not self.hosts:
+        hosts = self.hosts
+        if (
+            isinstance(hosts, str)
+            or not isinstance(hosts, Sequence)
+            or not all(isinstance(host, str) for host in hosts)
+        ):
+            raise SpecError(f'hosts={hosts!r} must be one host name per rank; write ("a", "a", "b", "b")')
+        if not hosts:
             raise SpecError("hosts is empty; give one host name per rank")
-        for name in ("nic_bytes_per_second", "nics_per_host", "intra_bytes_per_second"):
-            if not getattr(self, name) > 0:
-                raise SpecError(f"{name}={getattr(self, name)!r} must be above 0")
-        if not self.latency_seconds >= 0:
-            raise SpecError(f"latency_seconds={self.latency_seconds!r} must be at least 0")
+        object.__setattr__(self, "hosts", tuple(hosts))
+        for name, example in (
+            ("nic_bytes_per_second", "a rate such as 12.5e9"),
+            ("intra_bytes_per_second", "a rate such as 200e9"),
+            ("latency_seconds", "a time such as 20e-6"),
+        ):
+            value = getattr(self, name)
+            rule = "at least 0" if name == "latency_seconds" else "above 0"
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < inf or (value == 0 and rule == "above 0"):
+                raise SpecError(f"{name}={value!r} must be {rule}, a finite number; give {example}")
+            # 10 and 10.0 are the same rate, and must have the same digest on all ranks.
+            object.__setattr__(self, name, float(value))
+        nics = self.nics_per_host
+        if isinstance(nics, bool) or not isinstance(nics, int) or nics < 1:
+            raise SpecError(f"nics_per_host={nics!r} must be above 0, an integer; give the NICs of one host")
 
     @classmethod
     def flat(cls, ranks: int) -> "Topology":

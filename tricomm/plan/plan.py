@@ -17,7 +17,7 @@ from tricomm.plan.rounds import Hop, schedule
 from tricomm.plan.routes import Auto, Message, RouteContext, SendRecv, Strategy
 from tricomm.plan.senders import Balance, LeastLoaded, Naive
 from tricomm.plan.tasks import Task, peer_bound, unit_tasks
-from tricomm.plan.verify import verify_move
+from tricomm.plan.verify import require, verify_move
 from tricomm.sharding import ShardingSpec
 from tricomm.topology import Topology
 
@@ -133,6 +133,12 @@ class Plan:
             PlanError: the first claim that does not hold.
         """
         self._require_global("verify")
+        require(
+            self.reduction == reduction_of(self.source, self.destination)
+            and [(move.source, move.destination) for move in self.moves]
+            == _legs(self.source, self.destination, self.reduction),
+            f"its moves do not lead from {self.source} to {self.destination}",
+        )
         for move in self.moves:
             verify_move(move)
 
@@ -187,6 +193,7 @@ def make_plan(
         SpecError: the specs contradict each other, or the destination is Partial.
         PlanError: an element that is needed is held by nobody.
     """
+    _check_kinds(source, destination, strategy, balance)
     source.element_type, source.global_shape  # noqa: B018  raises if either is missing
     destination = destination.resolved(source)
     if destination.shape != source.shape:
@@ -200,8 +207,8 @@ def make_plan(
             "reshard to Replicate() or Shard(dim)"
         )
     check_cast(source.element_type, destination.element_type)
-    if not isinstance(staging_bytes, int) or staging_bytes <= 0:
-        raise PlanError(f"staging_bytes={staging_bytes!r} must be a positive number of bytes")
+    if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int) or staging_bytes <= 0:
+        raise PlanError(f"staging_bytes={staging_bytes!r} must be a positive number of bytes, such as 256 << 20")
     participants = sorted({*source.mesh.ranks, *destination.mesh.ranks})
     if topology is None:
         topology = Topology.flat(participants[-1] + 1)
@@ -220,12 +227,7 @@ def _make_plan(
     rank: int | None,
 ) -> Plan:
     reduction = reduction_of(source, destination)
-    legs = [(source, destination)]
-    if reduction is not None:
-        legs = [
-            (reduction.stacked_source, reduction.stacked_destination),
-            (reduction.reduced, destination),
-        ]
+    legs = _legs(source, destination, reduction)
     alone = all(_rank_can_plan_alone(*leg, strategy, balance) for leg in legs)
     known_rank = rank if alone else None
     participants = tuple(sorted({*source.mesh.ranks, *destination.mesh.ranks}))
@@ -243,6 +245,27 @@ def _make_plan(
         reduction,
         moves,
     )
+
+
+def _check_kinds(source: object, destination: object, strategy: object, balance: object) -> None:
+    for name, spec in (("source", source), ("destination", destination)):
+        if not isinstance(spec, ShardingSpec):
+            raise SpecError(
+                f"{name}={spec!r} is not a ShardingSpec; write ShardingSpec(mesh, placements, shape, dtype)"
+            )
+    if not hasattr(strategy, "route") and not isinstance(strategy, Auto):
+        raise PlanError(f"strategy={strategy!r} is not a strategy; pass Auto(), SendRecv() or Broadcast()")
+    if not hasattr(balance, "assign"):
+        raise PlanError(f"balance={balance!r} is not a sender choice; pass LeastLoaded() or Naive()")
+
+
+def _legs(
+    source: ShardingSpec, destination: ShardingSpec, reduction: Reduction | None
+) -> list[tuple[ShardingSpec, ShardingSpec]]:
+    """The layouts that a tensor has before and after each move."""
+    if reduction is None:
+        return [(source, destination)]
+    return [(reduction.stacked_source, reduction.stacked_destination), (reduction.reduced, destination)]
 
 
 def _rank_can_plan_alone(

@@ -30,7 +30,8 @@ def verify_move(move: "Move") -> None:
     _verify_rounds_match(move)
 
 
-def _require(condition: bool, claim: str) -> None:
+def require(condition: bool, claim: str) -> None:
+    """Raise PlanError, saying that the planner is to blame, unless the claim holds."""
     if not condition:
         raise PlanError(f"the plan is wrong: {claim}; this is a defect of the planner, please report both specs")
 
@@ -43,13 +44,13 @@ def _verify_coverage(move: "Move") -> None:
             arriving[rank].extend(task.regions)
     for message in move.messages:
         for rank in message.chain[1:]:
-            _require(rank in arriving, f"rank {rank} receives and is not in the destination mesh")
+            require(rank in arriving, f"rank {rank} receives and is not in the destination mesh")
             for chunk in message.chunks:
                 arriving[rank].extend(chunk)
     for rank, regions in arriving.items():
         holding = move.destination.holding(rank)
         expected, counts = _coverage(holding, regions)
-        _require(
+        require(
             bool(np.array_equal(expected, counts)),
             f"rank {rank} needs {holding} once and receives {regions}",
         )
@@ -66,7 +67,7 @@ def _coverage(holding: Holding, regions: Iterable[Region]) -> tuple[np.ndarray, 
     for grid, counted in ((expected, [holding]), (counts, regions)):
         for region in counted:
             index = [_cells_of(edges, intervals) for edges, intervals in zip(cuts, region, strict=True)]
-            grid[np.ix_(*index)] += 1
+            np.add.at(grid, np.ix_(*index), 1)
     return expected, counts
 
 
@@ -80,40 +81,44 @@ def _require_held(regions: Iterable[Region], holding: Holding, rank: int) -> Non
     for region in regions:
         for inner, outer in zip(region, holding, strict=True):
             found = sum(run.length for run in runs(inner, outer))
-            _require(found == length(inner), f"rank {rank} sends {region} and does not hold all of it")
+            require(found == length(inner), f"rank {rank} sends {region} and does not hold all of it")
 
 
 def _verify_hops(move: "Move") -> None:
     received: dict[tuple[int, int, int], int] = {}
     for hop in move.hops:
+        require(
+            0 <= hop.message < len(move.messages) and 0 <= hop.chunk < len(move.messages[hop.message].chunks),
+            f"{hop} carries a chunk that does not exist",
+        )
         message = move.messages[hop.message]
         at = message.chain.index(hop.destination) if hop.destination in message.chain else 0
-        _require(
+        require(
             at > 0 and message.chain[at - 1] == hop.source,
             f"{hop} does not follow the chain {message.chain}",
         )
         key = (hop.message, hop.chunk, hop.destination)
-        _require(key not in received, f"{hop} brings a chunk that is already there")
+        require(key not in received, f"{hop} brings a chunk that is already there")
         received[key] = hop.round
     for hop in move.hops:
         message = move.messages[hop.message]
         if hop.source == message.chain[0]:
-            _require(hop.source in move.source.mesh, f"{hop} starts off the source mesh")
+            require(hop.source in move.source.mesh, f"{hop} starts off the source mesh")
             _require_held(message.chunks[hop.chunk], move.source.holding(hop.source), hop.source)
         else:
             before = received.get((hop.message, hop.chunk, hop.source))
-            _require(
+            require(
                 before is not None and before < hop.round,
                 f"{hop} forwards what its source does not have by then",
             )
     expected = sum(len(message.chunks) * (len(message.chain) - 1) for message in move.messages)
-    _require(len(received) == expected, f"{expected - len(received)} chunks never reach a receiver")
+    require(len(received) == expected, f"{expected - len(received)} chunks never reach a receiver")
     pairs = Counter((hop.round, hop.source, hop.destination) for hop in move.hops)
     for (number, source, destination), count in pairs.items():
-        _require(count == 1, f"{count} chunks from {source} to {destination} in round {number}")
+        require(count == 1, f"{count} chunks from {source} to {destination} in round {number}")
     for side in ("source", "destination"):
         for (number, rank), count in Counter((hop.round, getattr(hop, side)) for hop in move.hops).items():
-            _require(
+            require(
                 count <= MAX_PEERS_PER_ROUND,
                 f"{count} hops with {side} {rank} in round {number}",
             )
@@ -126,4 +131,4 @@ def _verify_rounds_match(move: "Move") -> None:
         for step in rank_program(move, rank).rounds:
             sent |= {(step.number, rank, t.peer, t.key, t.numel) for t in step.sends}
             received |= {(step.number, t.peer, rank, t.key, t.numel) for t in step.receives}
-    _require(sent == received, f"sends and receives differ: {sorted(sent ^ received)[:4]}")
+    require(sent == received, f"sends and receives differ: {sorted(sent ^ received)[:4]}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tricomm.errors import TransportError
+from tricomm.errors import SpecError, TransportError
 from tricomm.plan import Plan
 from tricomm.tensors import Contract
 from tricomm.transport.base import Operation, Work
@@ -137,6 +137,12 @@ class LocalTransport:
         """As :meth:`run`; also the bytes that went over each ordered pair of ranks."""
         network = LocalNetwork(self.grouped, (0 if self.grouped else self.receives_ahead, self.rounds_open))
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        for rank in tensors:
+            if rank not in plan.participants:
+                raise SpecError(
+                    f"a tensor was given for rank {rank}, which is on neither mesh; the ranks are {plan.participants}, "
+                    "so take it out"
+                )
         outputs: dict[int, torch.Tensor] = {}
         running: dict[int, Iterator[Work]] = {}
         for rank in plan.participants:

@@ -1,9 +1,9 @@
 """Meetings: ranks compare what they are about to do before they do it.
 
 The ranks of a call count their calls, so its number is the same on all of them, and for every number there is
-one outcome on the store: "done", written by the last rank to arrive, or a verdict, written by whoever first sees
-that it cannot come about. Whichever is written first stands. Nobody can therefore succeed where another failed,
-and a call that failed may simply be made again.
+one outcome on the store: "done", written by the last rank to arrive, or a problem, written by whoever first sees
+that the meeting cannot come about. Whichever is written first stands. Nobody can therefore succeed where another
+failed, and a call that failed may simply be made again.
 
 On the fast path a rank adds one to a counter and looks at the outcome. What it is about to do it tells in detail
 only if somebody is slow.
@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 0.1
 SETTLE_SECONDS = 0.5
 """How long a rank that has seen a disagreement waits for the others' notes, so that the first one is named."""
 
-DONE = "done"
+DONE = "done "
 
 
 class Turn(NamedTuple):
@@ -63,9 +63,8 @@ class Meetings:
         participants: Sequence[int],
         fields: Callable[[], Mapping[str, str]],
         timeout_seconds: float,
-        verdict: Callable[[], str | None] = lambda: None,
-        kind: str = "call",
-    ) -> None:
+        settle: Callable[[], str] = lambda: "",
+    ) -> str:
         """Return once every participant has come and is about to do the same.
 
         Args:
@@ -73,8 +72,11 @@ class Meetings:
             participants: who must come, sorted, this rank among them.
             fields: what this rank is about to do, by name; asked for only if somebody is slow.
             timeout_seconds: how long to wait.
-            verdict: tells of a failure elsewhere that has been noted, so that nobody waits for the dead.
-            kind: meetings of different kinds are counted apart.
+            settle: what the ranks must agree on for what follows; the last one to come decides it for all, when
+                everybody is past the calls before and nobody has begun this one.
+
+        Returns:
+            What was settled.
 
         Raises:
             TransportError: somebody is about to do something else, refused, failed, or did not come in time.
@@ -83,11 +85,11 @@ class Meetings:
         deadline = time.monotonic() + timeout_seconds - min(0.25, 0.1 * timeout_seconds)
         with store_errors():
             while True:
-                turn = self._next_turn(participants, kind)
-                outcome = self._attend(turn, digest, participants, fields, deadline, verdict)
-                if outcome == DONE:
+                turn = self._next_turn(participants)
+                outcome = self._attend(turn, digest, participants, fields, deadline, settle)
+                if outcome.startswith(DONE):
                     self._last_digest[turn.name] = digest
-                    return
+                    return outcome.removeprefix(DONE)
                 problem = json.loads(outcome)
                 for name, number in problem["turns"]:
                     self._turns[name] = max(self._turns.get(name, 0), number)
@@ -98,13 +100,13 @@ class Meetings:
     def refuse(self, participants: Sequence[int], reason: str) -> None:
         """Tell those who may wait for this rank that it does not come, and why."""
         with store_errors():
-            turn = self._next_turn(participants, "call")
+            turn = self._next_turn(participants)
             self._call_off(describe_refusal(self.rank, reason), self.rank, [turn])
             # For ranks that expect it in a call of other participants.
             self._announce(turn, participants, {"refused": reason})
 
-    def _next_turn(self, participants: Sequence[int], kind: str) -> Turn:
-        name = f"{kind}/{hashlib.sha256(repr(list(participants)).encode()).hexdigest()[:16]}"
+    def _next_turn(self, participants: Sequence[int]) -> Turn:
+        name = hashlib.sha256(repr(list(participants)).encode()).hexdigest()[:16]
         self._turns[name] = self._turns.get(name, 0) + 1
         return Turn(name, self._turns[name])
 
@@ -115,20 +117,17 @@ class Meetings:
         participants: Sequence[int],
         fields: Callable[[], Mapping[str, str]],
         deadline: float,
-        verdict: Callable[[], str | None],
+        settle: Callable[[], str],
     ) -> str:
         """The outcome of one turn."""
         if self.store.add(turn.count_key(digest), 1) == len(participants):
             self._forget_previous(turn)
-            return self._conclude(turn, DONE)
+            return self._conclude(turn, DONE + settle())
         if wait_for_key(self.store, turn.outcome_key, min(PATIENCE_SECONDS, deadline - time.monotonic())):
             return self._outcome(turn)
         self._announce(turn, participants, {"fields": dict(fields())})
         settled: float | None = None
         while not wait_for_key(self.store, turn.outcome_key, PATIENCE_SECONDS):
-            failure = verdict()
-            if failure is not None:
-                return self._call_off(failure, None, [turn])
             notes = self._notes(turn, participants)
             dissent = find_dissent(notes, participants)
             now = time.monotonic()
@@ -152,7 +151,7 @@ class Meetings:
     def _call_off(self, text: str, refused_by: int | None, turns: Sequence[Turn]) -> str:
         """End the first turn, and the others that clash with it, with a problem; the first one's outcome."""
         outcome = self._conclude(turns[0], json.dumps({"text": text, "refused_by": refused_by, "turns": turns}))
-        if outcome != DONE:
+        if not outcome.startswith(DONE):
             for turn in turns[1:]:
                 self._conclude(turn, outcome)
         return outcome

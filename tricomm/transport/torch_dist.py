@@ -10,7 +10,7 @@ gloo runs a pair of ranks half duplex, so a lane has two communicators there, on
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
@@ -57,22 +57,23 @@ class Lane:
 
     Args:
         hub: of the process group.
-        name: the same on all ranks, never used before.
         participants: the ranks, sorted.
         device: where tensors live; decides the backend.
+        generation: how many lanes of these ranks have failed before.
         timeout_seconds: for connecting.
     """
 
     def __init__(
         self,
         hub: "Hub",
-        name: str,
-        participants: Sequence[int],
+        participants: tuple[int, ...],
         device: torch.device,
+        generation: int,
         timeout_seconds: float,
     ) -> None:
         self.hub = hub
-        self.name = name
+        self.generation = generation
+        self.name = lane_name(participants, device, generation)
         self.index = {rank: index for index, rank in enumerate(participants)}
         self.device = device
         self.broken: str | None = None
@@ -270,23 +271,35 @@ class Hub:
         self.board = Board(self.store, self.rank)
         self.meetings = Meetings(self.store, self.rank)
         self.monitor = Monitor(self.board)
-        self._lanes: dict[tuple[tuple[int, ...], torch.device], Lane] = {}
-        self._generations: dict[tuple[tuple[int, ...], torch.device], int] = {}
+        self._lanes: dict[tuple[tuple[int, ...], str], Lane] = {}
 
-    def lane(self, participants: tuple[int, ...], device: torch.device, timeout_seconds: float) -> Lane:
-        """The lane of some ranks, made or renewed if need be. All of them must have met just before, so that
-        they all see the same verdicts.
+    def next_generation(self, participants: tuple[int, ...], device: torch.device) -> int:
+        """Which lane of some ranks is to be used: the first that nobody has seen fail.
+
+        A failure may be noted at any time, so one rank must decide it for all, at a meeting.
         """
-        key = (participants, device)
-        ranks = hashlib.sha256(repr((participants, device.type)).encode()).hexdigest()[:16]
-        generation = self._generations.get(key, 0)
-        while self.board.verdict(f"lane/{ranks}/{generation}") is not None:
+        lane = self._lanes.get((participants, device.type))
+        generation = 0 if lane is None else lane.generation
+        while self.board.verdict(lane_name(participants, device, generation)) is not None:
             generation += 1
-        if key not in self._lanes or generation != self._generations[key]:
-            self._generations[key] = generation
-            name = f"lane/{ranks}/{generation}"
-            self._lanes[key] = Lane(self, name, participants, device, timeout_seconds)
-        return self._lanes[key]
+        return generation
+
+    def lane(
+        self, participants: tuple[int, ...], device: torch.device, generation: int, timeout_seconds: float
+    ) -> Lane:
+        """The lane of some ranks in the generation that they have agreed on, connected if it is new."""
+        key = (participants, device.type)
+        lane = self._lanes.get(key)
+        if lane is None or lane.generation != generation:
+            lane = Lane(self, participants, device, generation, timeout_seconds)
+            self._lanes[key] = lane
+        return lane
+
+
+def lane_name(participants: tuple[int, ...], device: torch.device, generation: int) -> str:
+    """A name that is the same on all ranks and never used again."""
+    ranks = hashlib.sha256(repr((participants, device.type)).encode()).hexdigest()[:16]
+    return f"lane/{ranks}/{generation}"
 
 
 @lru_cache(maxsize=16)
