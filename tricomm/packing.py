@@ -62,6 +62,21 @@ class Tables:
     rounds_open: int
 
     @cached_property
+    def packs(self) -> bool:
+        """Whether the rank packs anything to send."""
+        return any(transfer.boxes for step in self.sends for transfer in step)
+
+    @cached_property
+    def unpacks(self) -> bool:
+        """Whether the rank unpacks anything that it receives."""
+        return any(transfer.boxes for step in self.receives for transfer in step)
+
+    @cached_property
+    def relays(self) -> bool:
+        """Whether the rank forwards anything."""
+        return any(transfer.relay for step in self.sends for transfer in step)
+
+    @cached_property
     def staged_chunks(self) -> int:
         """How many chunks pass through staging."""
         every = (*self.sends, *self.receives)

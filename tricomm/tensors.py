@@ -47,7 +47,7 @@ class Contract:
         self._check("the tensor", tensor, self.source_shape, self.source_dtype)
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
-        return tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
 
     def check_out(self, out: torch.Tensor | None, source: torch.Tensor | None) -> torch.Tensor | None:
         """The tensor that receives the result: ``out`` if it is given and fits, else a new one; None off the
@@ -84,7 +84,7 @@ class Contract:
                 f"out of rank {self.rank} shares memory with its source tensor, which must stay untouched; "
                 "pass another tensor or leave out=None"
             )
-        return out.detach()
+        return out.detach() if out.requires_grad else out
 
     def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         rank = self.rank

@@ -6,6 +6,7 @@ copies while the network works, and unpack in the order of the rounds.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -36,22 +37,12 @@ class MoveExecution:
     Args:
         tables: bound to the strides of both tensors.
         staging: the tables bound to an arena; read and written until the run ends.
-        source: the rank's shard, or None; as words where bits move, typed where it is cast before sending.
-        destination: where its new shard goes, or None; as words, or typed where it is cast after receiving.
+        source: the rank's shard, or None; as words where it is packed bit by bit.
+        destination: where its new shard goes, or None; as words where it is unpacked bit by bit.
         transport: the rank's end of the network.
     """
 
-    __slots__ = (
-        "arrivals",
-        "buffers",
-        "destination",
-        "received",
-        "sent",
-        "source",
-        "staging",
-        "tables",
-        "transport",
-    )
+    __slots__ = ("buffers", "destination", "source", "staging", "tables", "transport")
 
     def __init__(
         self,
@@ -66,50 +57,51 @@ class MoveExecution:
         self.source = source
         self.destination = destination
         self.transport = transport
-        self.received: dict[int, list[Work]] = {}
-        self.sent: dict[int, list[Work]] = {}
         self.buffers: dict[tuple[int, int], torch.Tensor] = {}
-        self.arrivals: dict[tuple[int, int], Work] = {}
 
-    def steps(self, copy_locally: Callable[[], None]) -> Iterator[Work]:
+    def steps(self, meanwhile: Callable[[], None] | None) -> Iterator[Work]:
         """Run; each yielded work must be done before the generator is resumed.
 
         Args:
-            copy_locally: what to do while the first round is under way.
-        """
-        count = len(self.tables.sends)
-        posted = retired = 0
-        for index in range(count):
-            for transfer in self.tables.sends[index]:
-                if transfer.relay:
-                    yield self.arrivals[transfer.key]
-            posted = self._post(index, posted)
-            if index == 0:
-                copy_locally()
-            while retired <= index - self.tables.rounds_open:
-                yield from self._retire(retired)
-                retired += 1
-        if count == 0:
-            copy_locally()
-        for index in range(retired, count):
-            yield from self._retire(index)
+            meanwhile: what to do while the first round is under way.
 
-    def _post(self, index: int, posted: int) -> int:
-        """Start the sends of a round and, before them, all receives from round ``posted`` to as many rounds
-        ahead as the transport likes, in one group. Returns the first round whose receives are not posted.
+        Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for
+        and unpacked, whereupon its places in the arena are free. Receives are posted with the rounds before theirs,
+        as far ahead as the transport likes.
         """
-        receives = self.tables.receives
-        until = min(index + self.tables.receives_ahead + 1, len(receives))
-        works = self.transport.post(self._operations(index, range(posted, until)))
-        first = 0
-        for step in range(posted, until):
-            end = first + len(receives[step])
-            self.received[step] = works[first:end]
-            for transfer, work in zip(receives[step], works[first:end], strict=True):
-                self.arrivals[transfer.key] = work
-            first = end
-        self.sent[index] = works[first:]
-        return until
+        tables, count = self.tables, len(self.tables.sends)
+        received: list[list[Work]] = []
+        sent: list[list[Work]] = []
+        arrivals: dict[tuple[int, int], Work] = {}
+        for index in range(max(count + tables.rounds_open, 1)):
+            if index < count:
+                if tables.relays:
+                    for transfer in tables.sends[index]:
+                        if transfer.relay:
+                            yield arrivals[transfer.key]
+                early = range(len(received), min(index + tables.receives_ahead + 1, count))
+                works = self.transport.post(self._operations(index, early))
+                first = 0
+                for step in early:
+                    end = first + len(tables.receives[step])
+                    received.append(works[first:end])
+                    if tables.relays:
+                        arrivals.update(
+                            (transfer.key, work)
+                            for transfer, work in zip(tables.receives[step], received[step], strict=True)
+                        )
+                    first = end
+                sent.append(works[first:])
+            if index == 0 and meanwhile is not None:
+                meanwhile()
+            done = index - tables.rounds_open
+            if 0 <= done < count:
+                for work, staged in zip(received[done], self.staging.receives[done], strict=True):
+                    yield work
+                    if staged is not None:
+                        assert self.destination is not None
+                        staged.boxes.unpack(self.destination)
+                yield from sent[done]
 
     def _operations(self, index: int, early: range) -> Iterator[Operation]:
         """The receives of the rounds ``early``, then the sends of round ``index``, packed as they are asked for."""
@@ -127,15 +119,6 @@ class MoveExecution:
                 assert self.source is not None
                 staged.boxes.pack(self.source)
                 yield Operation(True, transfer.peer, staged.buffer)
-
-    def _retire(self, index: int) -> Iterator[Work]:
-        """Wait for a round and unpack it; its places in the arena are free from here on."""
-        for work, staged in zip(self.received.pop(index), self.staging.receives[index], strict=True):
-            yield work
-            if staged is not None:
-                assert self.destination is not None
-                staged.boxes.unpack(self.destination)
-        yield from self.sent.pop(index)
 
 
 def _run_of(tensor: torch.Tensor | None, transfer: StagedTransfer) -> torch.Tensor:
@@ -185,11 +168,21 @@ class PlanExecution:
             arena: gives the staging.
             transport: the rank's end of the network.
         """
-        if self._reducer is not None:
-            stacked = None if source is None else source.unsqueeze(0)
-            yield from self._move(0, stacked, self._reducer.contributions, arena, transport)
-            source = self._reducer.reduce()
-        yield from self._move(len(self.programs) - 1, source, destination, arena, transport)
+        if self._reducer is None:
+            return self._move(0, source, destination, arena, transport)
+        return self._reduce_and_move(self._reducer, source, destination, arena, transport)
+
+    def _reduce_and_move(
+        self,
+        reducer: Reducer,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+        arena: Arena,
+        transport: Transport,
+    ) -> Iterator[Work]:
+        stacked = None if source is None else source.unsqueeze(0)
+        yield from self._move(0, stacked, reducer.contributions, arena, transport)
+        yield from self._move(1, reducer.reduce(), destination, arena, transport)
 
     def _move(
         self,
@@ -202,21 +195,19 @@ class PlanExecution:
         """The steps of move ``index``."""
         move = self.plan.moves[index]
         wire = move.wire_dtype
-        casts_on_send, casts_on_receive = move.source.dtype != wire, move.destination.dtype != wire
         tables, staging = self._bind(index, source, destination, arena, transport.depth)
-        # Bits move as integers; a side that casts packs or unpacks the typed tensor.
-        packable = None if source is None else source if casts_on_send else words(source)
-        unpackable = None if destination is None else destination if casts_on_receive else words(destination)
-
-        def copy() -> None:
-            if source is None or destination is None or not tables.copies:
-                return
+        meanwhile = None
+        if tables.copies and source is not None and destination is not None:
+            pair = source, destination
             if source.dtype == destination.dtype:
-                copy_locally(tables, words(source), words(destination))
-            else:
-                copy_locally(tables, source, destination)
-
-        return MoveExecution(tables, staging, packable, unpackable, transport).steps(copy)
+                pair = words(source), words(destination)
+            meanwhile = partial(copy_locally, tables, *pair)
+        # Bits are packed and unpacked as integers; a side that casts sees the typed tensor.
+        if source is not None and tables.packs and move.source.dtype == wire:
+            source = words(source)
+        if destination is not None and tables.unpacks and move.destination.dtype == wire:
+            destination = words(destination)
+        return MoveExecution(tables, staging, source, destination, transport).steps(meanwhile)
 
     def _bind(
         self,

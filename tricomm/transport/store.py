@@ -9,6 +9,8 @@ from tricomm.errors import TransportError
 
 FIRST_PAUSE_SECONDS = 20e-6
 LONGEST_PAUSE_SECONDS = 0.02
+PAUSE_GROWTH = 1.25
+"""Small, because what is waited for may come just after a pause has begun."""
 
 
 @contextmanager
@@ -37,5 +39,5 @@ def wait_for_key(store: Any, key: str, seconds: float) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
     return True

@@ -48,8 +48,19 @@ class PostedWork:
             TransportError: the peer, or a rank that it waits for, died, stopped or never called.
         """
         work, self._work = self._work, None
-        if work is not None:
-            self._lane.wait(self.peer, work)
+        if work is None:
+            return
+        lane = self._lane
+        if lane.is_cuda:
+            work.wait()  # orders the stream; the host goes on
+            return
+        lane.waiting_for = self.peer
+        try:
+            work.wait(lane.limit())
+        except RuntimeError as error:
+            raise lane.blame(self.peer, error) from error
+        finally:
+            lane.waiting_for = None
 
 
 class Lane:
@@ -82,7 +93,7 @@ class Lane:
         self.call = 0
         self.waiting_for: int | None = None
         self.is_slow = False
-        self._is_cuda = device.type == "cuda"
+        self.is_cuda = device.type == "cuda"
         self._timeout_seconds = 0.0
         self._deadline = 0.0
         self._beat_seconds = 1.0
@@ -96,11 +107,11 @@ class Lane:
     @property
     def depth(self) -> tuple[int, int]:
         """See Transport."""
-        return NCCL_DEPTH if self._is_cuda else GLOO_DEPTH
+        return NCCL_DEPTH if self.is_cuda else GLOO_DEPTH
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:
         """See Transport."""
-        if self._is_cuda:
+        if self.is_cuda:
             return self._post_group(list(operations))
         here = self.hub.rank
         works: list[Work] = []
@@ -139,7 +150,7 @@ class Lane:
         timeout = timedelta(seconds=timeout_seconds)
         self.hub.store.set(f"{self.name}/hello/{self.hub.rank}", "1")
         try:
-            if self._is_cuda:
+            if self.is_cuda:
                 store = dist.PrefixStore(f"{self.name}/nccl", self.hub.store)
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timeout
@@ -192,18 +203,9 @@ class Lane:
         """The run is over; the monitor need not look any more."""
         self.hub.monitor.release(self)
 
-    def wait(self, peer: int, work: Any) -> None:
-        """Wait for a work that depends on a peer."""
-        if self._is_cuda:
-            work.wait()
-            return
-        self.waiting_for = peer
-        try:
-            work.wait(self._time_to_wait() if self.is_slow else self._limit)
-        except RuntimeError as error:
-            raise self.blame(peer, error) from error
-        finally:
-            self.waiting_for = None
+    def limit(self) -> timedelta:
+        """How long a wait may take that begins now."""
+        return self._time_to_wait() if self.is_slow else self._limit
 
     def _time_to_wait(self) -> timedelta:
         """What is left of the timeout, less what it takes to find out who is to blame: two and a half beats, and
@@ -243,7 +245,7 @@ class Lane:
 
         gloo has no call for it, but a receive that times out closes its pair on both sides.
         """
-        if self._is_cuda:
+        if self.is_cuda:
             for backend in self._backends:
                 backend.abort()
             return
