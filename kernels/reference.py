@@ -19,43 +19,32 @@ def view(tensor: torch.Tensor, shape: Sequence[int], offset: int, strides: Seque
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
-class BoundBoxes:
-    """Boxes bound to one packed buffer, whose views are made once and serve any number of tensors.
+def paired_views(
+    tensor: torch.Tensor, boxes: Sequence[StridedBox], packed: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """(view of the tensor, view of the buffer) for each box: what one copies to the other.
 
     Args:
-        boxes: where each box lies on both sides. They must not overlap in a tensor that is unpacked into.
+        tensor: any strides.
+        boxes: where each box lies on both sides.
         packed: 1-d, contiguous.
     """
-
-    def __init__(self, boxes: Sequence[StridedBox], packed: torch.Tensor) -> None:
-        self._pairs = tuple(
-            (
-                view(packed, box.shape, box.packed_offset, box.packed_strides),
-                box.shape,
-                box.tensor_strides,
-                box.tensor_offset,
-            )
-            for box in boxes
+    return tuple(
+        (
+            view(tensor, box.shape, box.tensor_offset, box.tensor_strides),
+            view(packed, box.shape, box.packed_offset, box.packed_strides),
         )
-
-    def pack(self, tensor: torch.Tensor) -> None:
-        """Copy the boxes of a tensor into the buffer, with torch's cast if the dtypes differ."""
-        first = tensor.storage_offset()
-        for packed, shape, strides, offset in self._pairs:
-            packed.copy_(tensor.as_strided(shape, strides, first + offset))
-
-    def unpack(self, tensor: torch.Tensor) -> None:
-        """Copy the buffer into the boxes of a tensor, with torch's cast if the dtypes differ."""
-        first = tensor.storage_offset()
-        for packed, shape, strides, offset in self._pairs:
-            tensor.as_strided(shape, strides, first + offset).copy_(packed)
+        for box in boxes
+    )
 
 
 def pack(tensor: torch.Tensor, boxes: Sequence[StridedBox], packed: torch.Tensor) -> None:
-    """Copy boxes of a tensor of any strides into a contiguous 1-d buffer; to move bits pass ``words`` of both."""
-    BoundBoxes(boxes, packed).pack(tensor)
+    """Copy boxes of a tensor into a contiguous 1-d buffer, with torch's cast; to move bits pass ``words`` of both."""
+    for of_tensor, of_packed in paired_views(tensor, boxes, packed):
+        of_packed.copy_(of_tensor)
 
 
 def unpack(packed: torch.Tensor, boxes: Sequence[StridedBox], tensor: torch.Tensor) -> None:
-    """The reverse of :func:`pack`."""
-    BoundBoxes(boxes, packed).unpack(tensor)
+    """The reverse of :func:`pack`. Boxes must not overlap in the tensor."""
+    for of_tensor, of_packed in paired_views(tensor, boxes, packed):
+        of_tensor.copy_(of_packed)

@@ -149,16 +149,17 @@ def warm_call(rank: int, source: ShardingSpec, destination: ShardingSpec) -> tup
     out = torch.zeros(destination.local_shape(rank)) if rank in destination.mesh else None
     mover(tensor, out=out)
     lane = mover._lane
-    before = dict(mover._execution._bound)
+    before = {key: id(table) for key, table in mover._execution._tables.items()}
+    bound = {key: id(memory) for key, memory in mover._execution._memories.items()}
     arena = lane.arena(0).data_ptr()
     with Allocations() as allocations:
         mover(tensor, out=out)
-    assert {key: id(bound) for key, bound in mover._execution._bound.items()} == {
-        key: id(bound) for key, bound in before.items()
-    }
+    assert {key: id(table) for key, table in mover._execution._tables.items()} == before
+    last = len(mover.plan.moves) - 1
+    assert id(mover._execution._memories[last]) == bound[last] or mover.plan.reduction is not None
     assert mover._lane is lane
     assert lane.arena(0).data_ptr() == arena
-    staged = sum(table.staged_chunks for table, _ in mover._execution._bound.values())
+    staged = sum(table.staged_chunks for table in mover._execution._tables.values())
     return allocations.names, staged
 
 
@@ -267,3 +268,24 @@ def gradients_by_hand(rank: int, source: ShardingSpec, destination: ShardingSpec
 def test_gradients_between_different_ranks_are_moved_by_hand(ranks: Ranks) -> None:
     source = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (6, 10), "float32")
     ranks.run(gradients_by_hand, source, ShardingSpec(SERVE, (Shard(1),), (6, 10), "float32"))
+
+
+def forgotten(rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
+    """A mover keeps no tensor alive, and notices one that moved to other memory under the same name."""
+    mover = Resharder(source, destination, timeout_seconds=20)
+    tensor = torch.zeros(source.local_shape(rank)) if rank in source.mesh else None
+    for salt in range(3):
+        full = torch.arange(96 * 40, dtype=torch.float32).reshape(96, 40) + salt
+        if tensor is not None:
+            tensor.data = pick(full, source, rank)
+        output = mover(tensor)
+        if output is not None:
+            require_equal(output, pick(full, destination, rank), f"rank {rank}, data {salt}")
+    assert list(mover._execution._memories) == [0]
+    del tensor, output
+    assert not mover._execution._memories
+
+
+def test_a_resharder_keeps_no_tensor_and_sees_new_memory(ranks: Ranks) -> None:
+    source = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (96, 40), "float32")
+    ranks.run(forgotten, source, ShardingSpec(SERVE, (Shard(1),), (96, 40), "float32"))

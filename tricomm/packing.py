@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tricomm.errors import PlanError, SpecError
-from tricomm.kernels.reference import BoundBoxes, view, words
+from tricomm.kernels.reference import paired_views, view, words
 from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box
 from tricomm.plan.program import Copy, RankProgram, Transfer
 from tricomm.sharding import ShardingSpec
@@ -60,16 +60,6 @@ class Tables:
     arena_nbytes: int
     receives_ahead: int
     rounds_open: int
-
-    @cached_property
-    def packs(self) -> bool:
-        """Whether the rank packs anything to send."""
-        return any(transfer.boxes for step in self.sends for transfer in step)
-
-    @cached_property
-    def unpacks(self) -> bool:
-        """Whether the rank unpacks anything that it receives."""
-        return any(transfer.boxes for step in self.receives for transfer in step)
 
     @cached_property
     def relays(self) -> bool:
@@ -218,52 +208,82 @@ def _copy_row(
     )
 
 
-class StagedChunk(NamedTuple):
-    """A chunk's place in the arena, as bytes to send or receive and as boxes to pack or unpack."""
+Copies = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+"""(into, out of): what ``into.copy_(out_of)`` is to be called on, in order."""
 
+
+class Slot(NamedTuple):
+    """A transfer as tensors: its bytes, and what to copy before they are sent or after they have come."""
+
+    peer: int
+    key: tuple[int, int]
     buffer: torch.Tensor
-    boxes: BoundBoxes
+    is_relay: bool
+    copies: Copies
 
 
-@dataclass(frozen=True)
-class Staging:
-    """Tables bound to an arena: per round and transfer its chunk, or None where it is not staged."""
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Tables bound to one pair of tensors and an arena: nothing is left to compute when a call comes.
 
-    arena: torch.Tensor
-    sends: tuple[tuple[StagedChunk | None, ...], ...]
-    receives: tuple[tuple[StagedChunk | None, ...], ...]
-
-
-def bind_staging(tables: Tables, arena: torch.Tensor, casts_on_send: bool, casts_on_receive: bool) -> Staging:
-    """Make the views of the arena that the tables speak of.
-
-    Args:
-        tables: what is staged where.
-        arena: uint8, at least ``tables.arena_nbytes``.
-        casts_on_send, casts_on_receive: whether chunks are elements of the wire dtype, or words to move bits.
+    Attributes:
+        sends, receives: per round.
+        local: what the rank has already.
     """
 
-    def bind(transfer: StagedTransfer, casts: bool) -> StagedChunk | None:
-        if transfer.arena_offset is None:
-            return None
-        nbytes = transfer.numel * tables.wire_dtype.itemsize
-        buffer = arena.narrow(0, transfer.arena_offset, nbytes)
-        elements = buffer.view(tables.wire_dtype)
-        return StagedChunk(buffer, BoundBoxes(transfer.boxes, elements if casts else words(elements)))
-
-    return Staging(
-        arena,
-        tuple(tuple(bind(transfer, casts_on_send) for transfer in step) for step in tables.sends),
-        tuple(tuple(bind(transfer, casts_on_receive) for transfer in step) for step in tables.receives),
-    )
+    tables: Tables
+    sends: tuple[tuple[Slot, ...], ...]
+    receives: tuple[tuple[Slot, ...], ...]
+    local: Copies
 
 
-def copy_locally(tables: Tables, source: torch.Tensor, destination: torch.Tensor) -> None:
-    """Copy what the rank holds and needs, with torch's cast if the dtypes differ."""
-    for shape, source_offset, source_strides, destination_offset, destination_strides in tables.copies:
-        view(destination, shape, destination_offset, destination_strides).copy_(
-            view(source, shape, source_offset, source_strides)
+def bind(tables: Tables, source: torch.Tensor | None, destination: torch.Tensor | None, arena: torch.Tensor) -> Binding:
+    """Make every view that a run needs.
+
+    Bits are packed, unpacked and copied as integers; where a cast happens, both sides are typed.
+
+    Args:
+        tables: made for tensors with these strides.
+        source, destination: the rank's tensors, or None.
+        arena: uint8, at least ``tables.arena_nbytes``.
+    """
+    buffers: dict[tuple[int, int], torch.Tensor] = {}
+
+    def slot(transfer: StagedTransfer, tensor: torch.Tensor | None, is_send: bool) -> Slot:
+        if transfer.relay:
+            return Slot(transfer.peer, transfer.key, buffers[transfer.key], True, ())
+        assert tensor is not None
+        copies: Copies = ()
+        if transfer.direct_offset is not None:
+            buffer = view(tensor, (transfer.numel,), transfer.direct_offset, (1,)).view(torch.uint8)
+        else:
+            assert transfer.arena_offset is not None
+            buffer = arena.narrow(0, transfer.arena_offset, transfer.numel * tables.wire_dtype.itemsize)
+            pairs = paired_views(*_alike(tensor, buffer.view(tables.wire_dtype), transfer.boxes))
+            copies = tuple((packed, part) if is_send else (part, packed) for part, packed in pairs)
+        buffers[transfer.key] = buffer
+        return Slot(transfer.peer, transfer.key, buffer, False, copies)
+
+    receives = tuple(tuple(slot(transfer, destination, False) for transfer in step) for step in tables.receives)
+    sends = tuple(tuple(slot(transfer, source, True) for transfer in step) for step in tables.sends)
+    local: Copies = ()
+    if tables.copies and source is not None and destination is not None:
+        moves_bits = source.dtype == destination.dtype
+        here, there = (words(source), words(destination)) if moves_bits else (source, destination)
+        local = tuple(
+            (view(there, shape, there_offset, there_strides), view(here, shape, here_offset, here_strides))
+            for shape, here_offset, here_strides, there_offset, there_strides in tables.copies
         )
+    return Binding(tables, sends, receives, local)
+
+
+def _alike(
+    tensor: torch.Tensor, packed: torch.Tensor, boxes: tuple[StridedBox, ...]
+) -> tuple[torch.Tensor, tuple[StridedBox, ...], torch.Tensor]:
+    """Both as words if only bits move between them."""
+    if tensor.dtype == packed.dtype:
+        return words(tensor), boxes, words(packed)
+    return tensor, boxes, packed
 
 
 def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Tensor:

@@ -121,8 +121,9 @@ class Meetings:
     ) -> str:
         """The outcome of one turn."""
         if self.store.add(turn.count_key(digest), 1) == len(participants):
+            outcome = self._conclude(turn, DONE + settle())
             self._forget_previous(turn)
-            return self._conclude(turn, DONE + settle())
+            return outcome
         if wait_for_key(self.store, turn.outcome_key, min(PATIENCE_SECONDS, deadline - time.monotonic())):
             return self._outcome(turn)
         self._announce(turn, participants, {"fields": dict(fields())})

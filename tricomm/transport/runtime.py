@@ -5,128 +5,81 @@ in-process transport goes on with another rank. The order is COSTA's: receives f
 copies while the network works, and unpack in the order of the rounds.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 
 from tricomm.arithmetic import Reducer
-from tricomm.kernels.reference import view, words
-from tricomm.packing import (
-    StagedTransfer,
-    Staging,
-    Tables,
-    bind_staging,
-    copy_locally,
-    make_tables,
-    torch_dtype,
-)
+from tricomm.packing import Binding, Copies, Tables, bind, make_tables, torch_dtype
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
 
-MAX_BOUND = 16
+MAX_TABLES = 16
 """Combinations of strides that one Resharder keeps tables for."""
 
 Arena = Callable[[int], torch.Tensor]
 """Gives a uint8 tensor of at least so many bytes, valid until the next call."""
 
 
-class MoveExecution:
-    """One run of one move's tables over one rank's tensors.
+def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
+    """Run one move of one rank; each yielded work must be done before the generator is resumed.
+
+    Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for and
+    unpacked, whereupon its places in the arena are free. Receives are posted with the rounds before theirs, as far
+    ahead as the transport likes.
 
     Args:
-        tables: bound to the strides of both tensors.
-        staging: the tables bound to an arena; read and written until the run ends.
-        source: the rank's shard, or None; as words where it is packed bit by bit.
-        destination: where its new shard goes, or None; as words where it is unpacked bit by bit.
+        binding: the rank's tables, bound to its tensors and an arena; read and written until the run ends.
         transport: the rank's end of the network.
     """
-
-    __slots__ = ("buffers", "destination", "source", "staging", "tables", "transport")
-
-    def __init__(
-        self,
-        tables: Tables,
-        staging: Staging,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-        transport: Transport,
-    ) -> None:
-        self.tables = tables
-        self.staging = staging
-        self.source = source
-        self.destination = destination
-        self.transport = transport
-        self.buffers: dict[tuple[int, int], torch.Tensor] = {}
-
-    def steps(self, meanwhile: Callable[[], None] | None) -> Iterator[Work]:
-        """Run; each yielded work must be done before the generator is resumed.
-
-        Args:
-            meanwhile: what to do while the first round is under way.
-
-        Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for
-        and unpacked, whereupon its places in the arena are free. Receives are posted with the rounds before theirs,
-        as far ahead as the transport likes.
-        """
-        tables, count = self.tables, len(self.tables.sends)
-        received: list[list[Work]] = []
-        sent: list[list[Work]] = []
-        arrivals: dict[tuple[int, int], Work] = {}
-        for index in range(max(count + tables.rounds_open, 1)):
-            if index < count:
+    tables, count = binding.tables, len(binding.sends)
+    received: list[list[Work]] = []
+    sent: list[list[Work]] = []
+    arrivals: dict[tuple[int, int], Work] = {}
+    for index in range(max(count + tables.rounds_open, 1)):
+        if index < count:
+            if tables.relays:
+                for transfer in tables.sends[index]:
+                    if transfer.relay:
+                        yield arrivals[transfer.key]
+            early = range(len(received), min(index + tables.receives_ahead + 1, count))
+            works = transport.post(_operations(binding, index, early))
+            first = 0
+            for step in early:
+                end = first + len(tables.receives[step])
+                received.append(works[first:end])
                 if tables.relays:
-                    for transfer in tables.sends[index]:
-                        if transfer.relay:
-                            yield arrivals[transfer.key]
-                early = range(len(received), min(index + tables.receives_ahead + 1, count))
-                works = self.transport.post(self._operations(index, early))
-                first = 0
-                for step in early:
-                    end = first + len(tables.receives[step])
-                    received.append(works[first:end])
-                    if tables.relays:
-                        arrivals.update(
-                            (transfer.key, work)
-                            for transfer, work in zip(tables.receives[step], received[step], strict=True)
-                        )
-                    first = end
-                sent.append(works[first:])
-            if index == 0 and meanwhile is not None:
-                meanwhile()
-            done = index - tables.rounds_open
-            if 0 <= done < count:
-                for work, staged in zip(received[done], self.staging.receives[done], strict=True):
-                    yield work
-                    if staged is not None:
-                        assert self.destination is not None
-                        staged.boxes.unpack(self.destination)
-                yield from sent[done]
-
-    def _operations(self, index: int, early: range) -> Iterator[Operation]:
-        """The receives of the rounds ``early``, then the sends of round ``index``, packed as they are asked for."""
-        for step in early:
-            for transfer, staged in zip(self.tables.receives[step], self.staging.receives[step], strict=True):
-                buffer = _run_of(self.destination, transfer) if staged is None else staged.buffer
-                self.buffers[transfer.key] = buffer
-                yield Operation(False, transfer.peer, buffer)
-        for transfer, staged in zip(self.tables.sends[index], self.staging.sends[index], strict=True):
-            if transfer.relay:
-                yield Operation(True, transfer.peer, self.buffers[transfer.key])
-            elif staged is None:
-                yield Operation(True, transfer.peer, _run_of(self.source, transfer))
-            else:
-                assert self.source is not None
-                staged.boxes.pack(self.source)
-                yield Operation(True, transfer.peer, staged.buffer)
+                    arrivals.update(
+                        (transfer.key, work)
+                        for transfer, work in zip(tables.receives[step], received[step], strict=True)
+                    )
+                first = end
+            sent.append(works[first:])
+        if index == 0:
+            _copy(binding.local)
+        done = index - tables.rounds_open
+        if 0 <= done < count:
+            for work, slot in zip(received[done], binding.receives[done], strict=True):
+                yield work
+                _copy(slot.copies)
+            yield from sent[done]
 
 
-def _run_of(tensor: torch.Tensor | None, transfer: StagedTransfer) -> torch.Tensor:
-    """The bytes of a chunk that is one run of the tensor."""
-    assert tensor is not None
-    assert transfer.direct_offset is not None
-    run: torch.Tensor = view(tensor, (transfer.numel,), transfer.direct_offset, (1,))
-    return run.view(torch.uint8)
+def _operations(binding: Binding, index: int, early: range) -> Iterator[Operation]:
+    """The receives of the rounds ``early``, then the sends of round ``index``, packed as they are asked for."""
+    for step in early:
+        for slot in binding.receives[step]:
+            yield Operation(False, slot.peer, slot.buffer)
+    for slot in binding.sends[index]:
+        _copy(slot.copies)
+        yield Operation(True, slot.peer, slot.buffer)
+
+
+def _copy(copies: Copies) -> None:
+    for into, out_of in copies:
+        into.copy_(out_of)
 
 
 class PlanExecution:
@@ -143,7 +96,8 @@ class PlanExecution:
         self.rank = rank
         self.device = device
         self.programs = plan.for_rank(rank)
-        self._bound: dict[object, tuple[Tables, Staging]] = {}
+        self._tables: dict[object, Tables] = {}
+        self._memories: dict[int, Memory] = {}
         self._reducer: Reducer | None = None
         if plan.reduction is not None:
             self._reducer = Reducer(
@@ -193,21 +147,10 @@ class PlanExecution:
         transport: Transport,
     ) -> Iterator[Work]:
         """The steps of move ``index``."""
-        move = self.plan.moves[index]
-        wire = move.wire_dtype
-        tables, staging = self._bind(index, source, destination, arena, transport.depth)
-        meanwhile = None
-        if tables.copies and source is not None and destination is not None:
-            pair = source, destination
-            if source.dtype == destination.dtype:
-                pair = words(source), words(destination)
-            meanwhile = partial(copy_locally, tables, *pair)
-        # Bits are packed and unpacked as integers; a side that casts sees the typed tensor.
-        if source is not None and tables.packs and move.source.dtype == wire:
-            source = words(source)
-        if destination is not None and tables.unpacks and move.destination.dtype == wire:
-            destination = words(destination)
-        return MoveExecution(tables, staging, source, destination, transport).steps(meanwhile)
+        memory = self._memories.get(index)
+        if memory is None or not memory.is_of(source, destination, arena, transport.depth):
+            memory = self._bind(index, source, destination, arena, transport.depth)
+        return run_move(memory.binding, transport)
 
     def _bind(
         self,
@@ -216,27 +159,77 @@ class PlanExecution:
         destination: torch.Tensor | None,
         arena: Arena,
         depth: tuple[int, int],
-    ) -> tuple[Tables, Staging]:
-        """Tables and staging for tensors like these, from the cache if there were such before."""
-        key = (
-            index,
-            None if source is None else source.stride(),
-            None if destination is None else destination.stride(),
+    ) -> "Memory":
+        """Bind the tables to these tensors, and keep that until one of the tensors goes."""
+        tables = self._tables_for(index, source, destination, depth)
+        staging = arena(tables.arena_nbytes)
+        binding = bind(tables, source, destination, staging)
+        memories = self._memories
+
+        def forget(_: object) -> None:
+            memories.pop(index, None)
+
+        memory = Memory(
+            None if source is None else weakref.ref(source, forget),
+            None if destination is None else weakref.ref(destination, forget),
+            (_address(source), _address(destination)),
+            staging,
             depth,
+            binding,
         )
-        bound = self._bound.get(key)
-        if bound is not None and arena(bound[0].arena_nbytes) is bound[1].arena:
-            return bound
-        move = self.plan.moves[index]
-        dtypes = (move.source.element_type, move.wire_dtype, move.destination.element_type)
-        tables = make_tables(
-            self.programs[index], dtypes, (key[1] or (), key[2] or ()), depth, self.plan.staging_nbytes
+        memories[index] = memory
+        return memory
+
+    def _tables_for(
+        self,
+        index: int,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+        depth: tuple[int, int],
+    ) -> Tables:
+        """The tables for tensors with these strides, from the cache if there were such before."""
+        strides = (
+            () if source is None else source.stride(),
+            () if destination is None else destination.stride(),
         )
-        wire = move.wire_dtype
-        staging = bind_staging(
-            tables, arena(tables.arena_nbytes), move.source.dtype != wire, move.destination.dtype != wire
+        key = (index, strides, depth)
+        if key not in self._tables:
+            move = self.plan.moves[index]
+            dtypes = (move.source.element_type, move.wire_dtype, move.destination.element_type)
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            self._tables[key] = make_tables(self.programs[index], dtypes, strides, depth, self.plan.staging_nbytes)
+        return self._tables[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The binding of the last call, good for the same tensors in the same place. It does not keep them alive."""
+
+    source: "weakref.ref[torch.Tensor] | None"
+    destination: "weakref.ref[torch.Tensor] | None"
+    addresses: tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]
+    staging: torch.Tensor
+    depth: tuple[int, int]
+    binding: Binding
+
+    def is_of(
+        self,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+        arena: Arena,
+        depth: tuple[int, int],
+    ) -> bool:
+        """Whether a call with these may use the binding."""
+        return (
+            (None if self.source is None else self.source()) is source
+            and (None if self.destination is None else self.destination()) is destination
+            and self.addresses == (_address(source), _address(destination))
+            and self.depth == depth
+            and arena(self.binding.tables.arena_nbytes) is self.staging
         )
-        if len(self._bound) >= MAX_BOUND:
-            self._bound.clear()
-        self._bound[key] = (tables, staging)
-        return tables, staging
+
+
+def _address(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """Where a tensor's elements are, which may change under the same object (set_, data)."""
+    return (0, ()) if tensor is None else (tensor.data_ptr(), tensor.stride())

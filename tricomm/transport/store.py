@@ -7,7 +7,7 @@ from typing import Any
 
 from tricomm.errors import TransportError
 
-FIRST_PAUSE_SECONDS = 20e-6
+FIRST_PAUSE_SECONDS = 100e-6
 LONGEST_PAUSE_SECONDS = 0.02
 PAUSE_GROWTH = 1.25
 """Small, because what is waited for may come just after a pause has begun."""
