@@ -46,9 +46,10 @@ class Handle:
 class Resharder:
     """A reshard made once and called often: plan, tables, staging and communicators are kept.
 
-    Every rank of either mesh makes it and calls it the same number of times; others may too and get None. On
-    the first call the ranks compare what they are about to do. A later call allocates nothing but the result
-    (nothing at all with ``out``) and talks to nobody but the ranks it exchanges data with.
+    Every rank of either mesh makes it, and all make the same calls in the same order, each from one thread; ranks on
+    neither mesh may call too and get None. On the first call the ranks compare what they are about to do. A later
+    call allocates nothing but the result (nothing at all with ``out``) and talks to nobody but the ranks it
+    exchanges data with.
 
     Args:
         source, destination: layouts; the destination's shape and dtype default to the source's.
@@ -137,8 +138,10 @@ class Resharder:
         if call is None:
             return None
         lane = call[0]
-        # After an asynchronous start on the same lane, wait in line behind it.
-        return lane.worker.submit(self._run, *call).result() if lane.pending else self._run(*call)
+        if lane.last_started is None or lane.last_started.done():
+            return self._run(*call)
+        # What was started on the same lane is still under way: wait in line behind it.
+        return lane.worker.submit(self._run, *call).result()
 
     def start(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> Handle:
         """Reshard in the background. The tensor must not change before ``wait`` returns.
@@ -158,8 +161,8 @@ class Resharder:
             nothing.set_result(None)
             return Handle(nothing)
         lane = call[0]
-        lane.pending += 1
-        return Handle(lane.worker.submit(self._run_in_background, *call))
+        lane.last_started = lane.worker.submit(self._run, *call)
+        return Handle(lane.last_started)
 
     def gradient(self) -> "Resharder":
         """The Resharder that brings the gradient of the result back to the layout of the source.
@@ -244,14 +247,6 @@ class Resharder:
         finally:
             lane.end_call()
         return destination
-
-    def _run_in_background(
-        self, lane: Lane, source: torch.Tensor | None, destination: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        try:
-            return self._run(lane, source, destination)
-        finally:
-            lane.pending -= 1
 
     def _refuse(self, participants: Sequence[int], error: TricommError) -> None:
         """An error of this rank alone must not leave the others waiting for it: tell them."""

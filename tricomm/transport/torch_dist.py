@@ -11,7 +11,7 @@ gloo runs a pair of ranks half duplex, so a lane has two communicators there, on
 import hashlib
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -88,7 +88,7 @@ class Lane:
         self.index = {rank: index for index, rank in enumerate(participants)}
         self.device = device
         self.broken: str | None = None
-        self.pending = 0
+        self.last_started: Future[torch.Tensor | None] | None = None
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tricomm")
         self.call = 0
         self.waiting_for: int | None = None
