@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -30,11 +32,20 @@ def test_the_plan_command_runs() -> None:
     assert done.stdout.startswith("reshard\n  from  float32[4096, 1024] S1 R on")
 
 
-def test_a_wrong_command_says_why() -> None:
-    words = ["tricomm", "plan", "--shape", "8", "--source", "2", "X", "--destination", "2", "R"]
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, check=False)
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["plan", "--shape", "8", "--source", "2", "X", "--destination", "2", "R"], "entry 'X'"),
+        (["plan", "--shape", "8,a", "--source", "2", "R", "--destination", "2", "R"], "--shape '8,a' is not a list"),
+        (["demo", "--checkpoint", "/nowhere"], "/nowhere is not a file"),
+        (["demo", "--checkpoint", __file__], "is not a .safetensors file"),
+    ],
+)
+def test_a_wrong_command_says_why(words: list[str], why: str) -> None:
+    command = [sys.executable, "-m", "tricomm", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
-    assert "entry 'X'" in done.stderr
+    assert why in done.stderr
     assert "Traceback" not in done.stderr
 
 

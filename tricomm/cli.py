@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tricomm.errors import TricommError
+from tricomm.errors import SpecError, TricommError
 from tricomm.mesh import Mesh
 from tricomm.plan import make_plan
 from tricomm.sharding import ShardingSpec
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _plan_text(options: argparse.Namespace) -> str:
-    shape = tuple(int(extent) for extent in options.shape.split(",") if extent)
+    shape = _integers("--shape", options.shape)
     source = _spec(options.source, 0, shape, options.dtype)
     first = 0 if options.same_ranks else source.mesh.size
     return str(make_plan(source, _spec(options.destination, first, shape, None)))
@@ -55,7 +55,7 @@ def _plan_text(options: argparse.Namespace) -> str:
 def _spec(words: Sequence[str], first: int, shape: tuple[int, ...], dtype: str | None) -> ShardingSpec:
     """The spec of a mesh shape and a layout in words, on consecutive ranks."""
     mesh, layout = words
-    extents = [int(extent) for extent in mesh.split(",")]
+    extents = _integers("mesh", mesh)
     count = 1
     for extent in extents:
         count *= extent
@@ -64,3 +64,10 @@ def _spec(words: Sequence[str], first: int, shape: tuple[int, ...], dtype: str |
         nested = [nested[i : i + extent] for i in range(0, len(nested), extent)]
     names = tuple(f"axis{axis}" for axis in range(len(extents)))
     return ShardingSpec.from_dims(Mesh(nested, names), layout.split(), shape, dtype)
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(",") if word)
+    except ValueError:
+        raise SpecError(f"{name} {text!r} is not a list of integers; write 4096,1024") from None
