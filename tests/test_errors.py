@@ -292,6 +292,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[TricommError], str, str, str]]
         "source=None", "not a ShardingSpec", "write ShardingSpec(mesh"),
     "strategy a word": (lambda: move(strategy="auto"), PlanError,
         "strategy='auto'", "not a strategy", "pass Auto()"),
+    "strategy a class": (lambda: move(strategy=SendRecv), PlanError,
+        "SendRecv", "not a strategy", "pass Auto()"),
     "balance a word": (lambda: move(balance="naive"), PlanError,
         "balance='naive'", "not a sender choice", "pass LeastLoaded()"),
     "staging a truth": (lambda: move(staging_bytes=True), PlanError,
@@ -318,6 +320,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[TricommError], str, str, str]]
     "shard of a part": (lambda: local_shard(torch.zeros(8, 3), ROWS, 0), SpecError,
         "shape (8, 3)", "not the full tensor of float32[8, 4]", "pass all of it"),
     # tensors.py
+    "tensor of numpy": (lambda: run({0: torch.zeros(4, 4), 1: torch.zeros(4, 4).numpy()}), SpecError,
+        "the tensor of rank 1 is a ndarray", "a plain dense torch.Tensor is expected", "pass its local data"),
     "tensor on neither mesh": (lambda: run({9: torch.zeros(3)}), SpecError,
         "rank 9", "on neither mesh", "take it out"),
     "tensor off the mesh": (lambda: run({2: torch.zeros(3)}), SpecError,

@@ -130,7 +130,7 @@ class Resharder:
 
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Reshard. Arguments and result as for :func:`reshard`."""
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             self._check_differentiable(out)
             result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
             return result
@@ -148,7 +148,7 @@ class Resharder:
 
         Runs of the same ranks follow each other in the order in which they were started.
         """
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             error = SpecError(
                 "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call the "
                 "Resharder directly"

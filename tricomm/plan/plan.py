@@ -253,9 +253,9 @@ def _check_kinds(source: object, destination: object, strategy: object, balance:
             raise SpecError(
                 f"{name}={spec!r} is not a ShardingSpec; write ShardingSpec(mesh, placements, shape, dtype)"
             )
-    if not hasattr(strategy, "route") and not isinstance(strategy, Auto):
+    if isinstance(strategy, type) or not (hasattr(strategy, "route") or isinstance(strategy, Auto)):
         raise PlanError(f"strategy={strategy!r} is not a strategy; pass Auto(), SendRecv() or Broadcast()")
-    if not hasattr(balance, "assign"):
+    if isinstance(balance, type) or not hasattr(balance, "assign"):
         raise PlanError(f"balance={balance!r} is not a sender choice; pass LeastLoaded() or Naive()")
 
 

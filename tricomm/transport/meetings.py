@@ -223,7 +223,7 @@ def describe_absence(absent: Sequence[int], participants: Sequence[int]) -> str:
     others = f" (nor did {list(absent[1:])})" if absent[1:] else ""
     return (
         f"rank {absent[0]} did not call within the timeout{others}, and ranks {list(participants)} must all "
-        "call; see whether it died, hangs or calls something else"
+        "call; see whether it died, hangs, calls something else or calls with layouts that leave it out"
     )
 
 
