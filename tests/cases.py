@@ -1,7 +1,7 @@
 """What Hypothesis draws: pairs of layouts with everything that DESIGN.md lists, on up to eight ranks."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -66,7 +66,6 @@ class Case:
     topology: Topology | None
     staging_bytes: int
     strides: str = "contiguous"
-    options: dict[str, Any] = field(default_factory=dict)
 
     def plan_arguments(self) -> dict[str, Any]:
         return {

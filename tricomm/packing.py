@@ -216,9 +216,7 @@ class Slot(NamedTuple):
     """A transfer as tensors: its bytes, and what to copy before they are sent or after they have come."""
 
     peer: int
-    key: tuple[int, int]
     buffer: torch.Tensor
-    is_relay: bool
     copies: Copies
 
 
@@ -251,7 +249,7 @@ def bind(tables: Tables, source: torch.Tensor | None, destination: torch.Tensor 
 
     def slot(transfer: StagedTransfer, tensor: torch.Tensor | None, is_send: bool) -> Slot:
         if transfer.relay:
-            return Slot(transfer.peer, transfer.key, buffers[transfer.key], True, ())
+            return Slot(transfer.peer, buffers[transfer.key], ())
         assert tensor is not None
         copies: Copies = ()
         if transfer.direct_offset is not None:
@@ -262,7 +260,7 @@ def bind(tables: Tables, source: torch.Tensor | None, destination: torch.Tensor 
             pairs = paired_views(*_alike(tensor, buffer.view(tables.wire_dtype), transfer.boxes))
             copies = tuple((packed, part) if is_send else (part, packed) for part, packed in pairs)
         buffers[transfer.key] = buffer
-        return Slot(transfer.peer, transfer.key, buffer, False, copies)
+        return Slot(transfer.peer, buffer, copies)
 
     receives = tuple(tuple(slot(transfer, destination, False) for transfer in step) for step in tables.receives)
     sends = tuple(tuple(slot(transfer, source, True) for transfer in step) for step in tables.sends)

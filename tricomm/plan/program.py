@@ -78,16 +78,6 @@ class RankProgram:
     copies: tuple[Copy, ...]
     rounds: tuple[Round, ...]
 
-    @property
-    def sent_numel(self) -> int:
-        """Elements that leave this rank, relayed ones included."""
-        return sum(transfer.numel for step in self.rounds for transfer in step.sends)
-
-    @property
-    def received_numel(self) -> int:
-        """Elements that reach this rank."""
-        return sum(transfer.numel for step in self.rounds for transfer in step.receives)
-
 
 def rank_program(move: "Move", rank: int) -> RankProgram:
     """Lower a move to the program of one rank."""

@@ -93,8 +93,6 @@ class PlanExecution:
 
     def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
         self.plan = plan
-        self.rank = rank
-        self.device = device
         self.programs = plan.for_rank(rank)
         self._tables: dict[object, Tables] = {}
         self._memories: dict[int, Memory] = {}
