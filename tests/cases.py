@@ -10,15 +10,21 @@ from hypothesis import strategies as st
 from tricomm import (
     Auto,
     Broadcast,
+    Ensemble,
+    GlobalAllGather,
     LeastLoaded,
+    LocalAllGather,
     Mesh,
     Naive,
     Partial,
+    RandomizedGreedy,
     Replicate,
+    Search,
     SendRecv,
     Shard,
     ShardingSpec,
     SpecError,
+    Split,
     Topology,
 )
 from tricomm.dtype import ITEMSIZE, check_cast, check_reduction
@@ -179,14 +185,19 @@ def cases(draw: Any) -> Case:
     topology = None
     if draw(st.booleans()):
         hosts = tuple(f"host{draw(st.integers(0, 3))}" for _ in range(RANKS))
-        topology = Topology(hosts, nics_per_host=draw(st.integers(1, 2)))
+        rate = draw(st.sampled_from([1e6, 12.5e9]))
+        rates = {host: (rate * draw(st.integers(1, 3)), rate * draw(st.integers(1, 3))) for host in sorted({*hosts})}
+        topology = Topology(hosts, rates if draw(st.booleans()) else rate, nics_per_host=draw(st.integers(1, 3)))
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     chunk = draw(st.sampled_from([None, None, 1, 16, 64, 1000]))
     if chunk is not None:
         # Enough chunks to reorder, not so many that one case takes a second.
         chunk = max(chunk, nbytes // 48)
-    strategy = draw(st.sampled_from([Auto(), SendRecv(chunk), Broadcast(chunk)]))
-    balance = draw(st.sampled_from([Naive(), LeastLoaded()]))
+    strategy = draw(
+        st.sampled_from([Auto(), SendRecv(chunk), Broadcast(chunk), LocalAllGather(chunk), GlobalAllGather(chunk)])
+    )
+    balances = [Split(), Split(), Naive(), LeastLoaded(), Search(50), RandomizedGreedy(3), Ensemble()]
+    balance = draw(st.sampled_from(balances))
     staging = draw(st.sampled_from([1 << 20, 256 << 20]))
     strides = draw(st.sampled_from(["contiguous", "transposed", "padded"]))
     return Case(source, destination, strategy, balance, topology, staging, strides)

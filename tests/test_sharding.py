@@ -18,17 +18,13 @@ from tests.oracle import coded, pick, require_equal
 from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec, Topology, local_shard, make_plan
 from tricomm.intervals import (
     Intervals,
-    Region,
     Run,
     chunk,
     clip,
     joint_runs,
     length,
     merged,
-    region_numel,
-    region_shape,
     runs,
-    split_region,
     take,
 )
 from tricomm.sharding import layout
@@ -370,19 +366,6 @@ def test_joint_runs_pair_the_positions_of_every_coordinate(data: st.DataObject) 
     inner = data.draw(interval_lists(both))
     found = [(a + step, b + step) for a, b, count in joint_runs(inner, first, second) for step in range(count)]
     assert found == [(expand(first).index(c), expand(second).index(c)) for c in expand(inner)]
-
-
-@quick
-@given(region=st.lists(interval_lists(), max_size=3).map(tuple), max_numel=st.integers(1, 40))
-def test_split_region_cuts_the_row_major_list(region: Region, max_numel: int) -> None:
-    def elements(piece: Region) -> list[tuple[int, ...]]:
-        return list(itertools.product(*(expand(intervals) for intervals in piece)))
-
-    assert region_numel(region) == len(elements(region))
-    assert region_shape(region) == tuple(len(expand(intervals)) for intervals in region)
-    pieces = list(split_region(region, max_numel))
-    assert [element for piece in pieces for element in elements(piece)] == elements(region)
-    assert all(region_numel(piece) <= max_numel for piece in pieces)
 
 
 def test_the_order_of_cuts_survives_a_shape_that_comes_later() -> None:

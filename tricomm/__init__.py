@@ -4,7 +4,21 @@ from tricomm.errors import PlanError, SpecError, TransportError, TricommError
 from tricomm.mesh import Mesh
 from tricomm.packing import local_shard
 from tricomm.placement import Partial, Replicate, Shard
-from tricomm.plan import Auto, Broadcast, LeastLoaded, Naive, Plan, SendRecv, make_plan
+from tricomm.plan import (
+    Auto,
+    Broadcast,
+    Ensemble,
+    GlobalAllGather,
+    LeastLoaded,
+    LocalAllGather,
+    Naive,
+    Plan,
+    RandomizedGreedy,
+    Search,
+    SendRecv,
+    Split,
+    make_plan,
+)
 from tricomm.reshard import Handle, Resharder, reshard, reshard_async
 from tricomm.sharding import ShardingSpec
 from tricomm.topology import Topology
@@ -13,20 +27,26 @@ from tricomm.transport import LocalTransport
 __all__ = [
     "Auto",
     "Broadcast",
+    "Ensemble",
+    "GlobalAllGather",
     "Handle",
     "LeastLoaded",
+    "LocalAllGather",
     "LocalTransport",
     "Mesh",
     "Naive",
     "Partial",
     "Plan",
     "PlanError",
+    "RandomizedGreedy",
     "Replicate",
     "Resharder",
+    "Search",
     "SendRecv",
     "Shard",
     "ShardingSpec",
     "SpecError",
+    "Split",
     "Topology",
     "TransportError",
     "TricommError",

@@ -5,7 +5,7 @@ concatenation, so ``((8, 12), (0, 4))`` is eight elements of which the first is 
 A product of them, one per dim, is a :data:`Region`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -108,26 +108,6 @@ def region_numel(region: Region) -> int:
     return numel
 
 
-def split_region(region: Region, max_numel: int) -> Iterator[Region]:
-    """Cut a region into pieces of at most ``max_numel`` elements, in row-major order.
-
-    The outermost dim of more than one element is cut first, so a piece of a region that is contiguous
-    in memory is contiguous too.
-    """
-    numel = region_numel(region)
-    if numel <= max_numel:
-        yield region
-        return
-    shape = region_shape(region)
-    dim = next(d for d, extent in enumerate(shape) if extent > 1)
-    rows_per_piece = max(1, max_numel // (numel // shape[dim]))
-    pieces = -(-shape[dim] // rows_per_piece)
-    for index in range(pieces):
-        begin, end = (shape[dim] * index // pieces, shape[dim] * (index + 1) // pieces)
-        part = (*region[:dim], take(region[dim], begin, end), *region[dim + 1 :])
-        yield from split_region(part, max_numel)
-
-
 def joint_runs(inner: Intervals, first: Intervals, second: Intervals) -> tuple[tuple[int, int, int], ...]:
     """(position in ``first``, position in ``second``, length) of the coordinates of ``inner``."""
     result: list[tuple[int, int, int]] = []
@@ -143,3 +123,61 @@ def joint_runs(inner: Intervals, first: Intervals, second: Intervals) -> tuple[t
                 )
             )
     return tuple(result)
+
+
+def cut_regions(regions: Sequence[Region], points: Sequence[int], slack_numel: int) -> list[tuple[Region, ...]]:
+    """Cut the elements of some regions, taken one region after the other and row-major, into consecutive parts.
+
+    Args:
+        regions: what to cut; none is empty.
+        points: where, ascending, as positions in that order; n points give n + 1 parts.
+        slack_numel: how far a cut may move from its point so that it falls between regions, between rows, or at a
+            multiple of ``ALIGNED_NUMEL``. A part may end up empty.
+    """
+    parts: list[tuple[Region, ...]] = []
+    current: list[Region] = []
+    rest = list(reversed(regions))
+    position = 0
+    for point in points:
+        while rest:
+            numel = region_numel(rest[-1])
+            ahead = point - position
+            if numel <= ahead + slack_numel:
+                current.append(rest.pop())
+                position += numel
+                continue
+            if ahead > slack_numel:
+                first, second = _cut_region(rest.pop(), ahead, slack_numel)
+                current += first
+                position += sum(map(region_numel, first))
+                rest += reversed(second)
+            break
+        parts.append(tuple(current))
+        current = []
+    parts.append((*current, *reversed(rest)))
+    return parts
+
+
+ALIGNED_NUMEL = 64
+"""Cuts inside a row fall at multiples of this where they may, so that wide words fit on both sides."""
+
+
+def _cut_region(region: Region, point: int, slack_numel: int) -> tuple[list[Region], list[Region]]:
+    """Elements before and from ``point`` on, as few products of intervals as possible; neither side is empty."""
+    numel = region_numel(region)
+    dim = next(d for d, intervals in enumerate(region) if length(intervals) > 1)
+    extent = length(region[dim])
+    row = numel // extent
+    begin, inside = divmod(point, row)
+    if row == 1 and slack_numel >= ALIGNED_NUMEL:
+        begin = min(max(round(point / ALIGNED_NUMEL) * ALIGNED_NUMEL, 1), extent - 1)
+    elif min(inside, row - inside) <= slack_numel:
+        begin, inside = min(max(begin + (2 * inside > row), 1), extent - 1), 0
+
+    def rows(start: int, stop: int) -> list[Region]:
+        return [(*region[:dim], take(region[dim], start, stop), *region[dim + 1 :])] if start < stop else []
+
+    if not inside:
+        return rows(0, begin), rows(begin, extent)
+    first, second = _cut_region(rows(begin, begin + 1)[0], inside, slack_numel)
+    return rows(0, begin) + first, second + rows(begin + 1, extent)

@@ -9,7 +9,7 @@ import torch
 
 from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
 from tricomm.errors import SpecError, TransportError, TricommError
-from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Balance, LeastLoaded, Plan, Strategy, make_plan
+from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Balance, Plan, Split, Strategy, make_plan
 from tricomm.plan.plan import digest_of
 from tricomm.sharding import ShardingSpec
 from tricomm.tensors import Contract, check_casts
@@ -72,7 +72,7 @@ class Resharder:
         destination: ShardingSpec,
         *,
         strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
-        balance: Balance = LeastLoaded(),  # noqa: B008
+        balance: Balance = Split(),  # noqa: B008
         topology: Topology | None = None,
         group: Any = None,
         device: torch.device | str | None = None,

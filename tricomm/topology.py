@@ -1,69 +1,86 @@
-"""Topology: which host a rank lives on, and how fast bytes leave and enter it."""
+"""Topology: which host and NIC a rank uses, and how fast bytes leave and enter it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from tricomm.errors import SpecError
 
 DEFAULT_NIC_BYTES_PER_SECOND = 12.5e9
 DEFAULT_INTRA_BYTES_PER_SECOND = 200e9
 DEFAULT_LATENCY_SECONDS = 20e-6
+DEFAULT_OVERHEAD_SECONDS = 2e-6
+
+
+class NicRate(NamedTuple):
+    """What one NIC carries in each direction at once."""
+
+    send_bytes_per_second: float
+    receive_bytes_per_second: float
+
+
+Rate = float | tuple[float, float]
+"""A rate in both directions, or (sending, receiving)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Hosts and the links between them.
+    """Hosts, their NICs, and the links between them.
 
     Args:
         hosts: one host name per rank of the process group.
-        nic_bytes_per_second: rate of one NIC, in each direction.
-        nics_per_host: NICs that the ranks of a host share.
+        nic_bytes_per_second: rate of one NIC: a number, or {host: number}, or {host: (sending, receiving)} with an
+            entry for every host.
+        nics_per_host: NICs of a host. Rank i of a host (in the order of ranks) uses NIC i modulo this: 1 is a NIC
+            that all share, as many as devices is a NIC for each (rails).
         intra_bytes_per_second: rate between two ranks of one host.
         latency_seconds: from posting a message to its first byte.
+        overhead_seconds: for which a message keeps the rank that sends it busy (LogP's o).
 
     Raises:
-        SpecError: no hosts, or a rate that is not positive.
+        SpecError: no hosts, a rate that is not positive, or a host without a rate.
     """
 
     hosts: tuple[str, ...]
-    nic_bytes_per_second: float = DEFAULT_NIC_BYTES_PER_SECOND
+    nic_bytes_per_second: float | Mapping[str, Rate] | tuple[tuple[str, NicRate], ...] = DEFAULT_NIC_BYTES_PER_SECOND
     nics_per_host: int = 1
     intra_bytes_per_second: float = DEFAULT_INTRA_BYTES_PER_SECOND
     latency_seconds: float = DEFAULT_LATENCY_SECONDS
+    overhead_seconds: float = DEFAULT_OVERHEAD_SECONDS
+    _host_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _nic_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _nic_rates: tuple[NicRate, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        hosts = self.hosts
-        if (
-            isinstance(hosts, str)
-            or not isinstance(hosts, Sequence)
-            or not all(isinstance(host, str) for host in hosts)
-        ):
-            raise SpecError(f'hosts={hosts!r} must be one host name per rank; write ("a", "a", "b", "b")')
-        if not hosts:
-            raise SpecError("hosts is empty; give one host name per rank")
-        object.__setattr__(self, "hosts", tuple(hosts))
-        for name, example in (
-            ("nic_bytes_per_second", "a rate such as 12.5e9"),
-            ("intra_bytes_per_second", "a rate such as 200e9"),
-            ("latency_seconds", "a time such as 20e-6"),
-        ):
-            value = getattr(self, name)
-            rule = "at least 0" if name == "latency_seconds" else "above 0"
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not 0 <= value < inf or (value == 0 and rule == "above 0"):
-                raise SpecError(f"{name}={value!r} must be {rule}, a finite number; give {example}")
+        set_field = object.__setattr__
+        set_field(self, "hosts", _checked_hosts(self.hosts))
+        for name in ("intra_bytes_per_second", "latency_seconds", "overhead_seconds"):
             # 10 and 10.0 are the same rate, and must have the same digest on all ranks.
-            object.__setattr__(self, name, float(value))
+            set_field(self, name, _checked_number(name, getattr(self, name)))
         nics = self.nics_per_host
         if isinstance(nics, bool) or not isinstance(nics, int) or nics < 1:
             raise SpecError(f"nics_per_host={nics!r} must be above 0, an integer; give the NICs of one host")
+        names = tuple(dict.fromkeys(self.hosts))
+        rates = _checked_rates(self.nic_bytes_per_second, names)
+        set_field(self, "nic_bytes_per_second", rates if isinstance(rates, float) else tuple(rates.items()))
+        index = {name: number for number, name in enumerate(names)}
+        host_of = tuple(index[name] for name in self.hosts)
+        seen = [0] * len(names)
+        nic_of: list[int] = []
+        for host in host_of:
+            nic_of.append(host * nics + seen[host] % nics)
+            seen[host] += 1
+        set_field(self, "_host_of", host_of)
+        set_field(self, "_nic_of", tuple(nic_of))
+        per_host = [NicRate(rates, rates) if isinstance(rates, float) else rates[name] for name in names]
+        set_field(self, "_nic_rates", tuple(rate for rate in per_host for _ in range(nics)))
 
     @classmethod
     def flat(cls, ranks: int) -> "Topology":
         """Every rank on a host of its own, at nominal rates: what is assumed when no topology is given."""
-        return cls(tuple(f"rank{rank}" for rank in range(ranks)))
+        return _flat(ranks)
 
     @classmethod
     def detect(cls, group: Any = None, **rates: Any) -> "Topology":
@@ -81,9 +98,17 @@ class Topology:
         dist.all_gather_object(hosts, socket.gethostname(), group=group)
         return replace(cls(tuple(str(host) for host in hosts)), **rates)
 
-    def host(self, rank: int) -> str:
-        """The host of a rank."""
-        return self.hosts[rank]
+    def host(self, rank: int) -> int:
+        """The number of a rank's host: hosts are counted in the order in which ``hosts`` first names them."""
+        return self._host_of[rank]
+
+    def nic(self, rank: int) -> int:
+        """The number of the NIC that a rank uses; NICs are counted host by host."""
+        return self._nic_of[rank]
+
+    def nic_rate(self, nic: int) -> NicRate:
+        """The rates of a NIC."""
+        return self._nic_rates[nic]
 
     def check_covers(self, ranks: Sequence[int]) -> None:
         """Refuse ranks for which no host is named.
@@ -97,7 +122,47 @@ class Topology:
                 f"rank {highest} has no host: topology names {len(self.hosts)} hosts; give one host name per rank"
             )
 
-    @property
-    def host_bytes_per_second(self) -> float:
-        """All NICs of a host together, in one direction."""
-        return self.nic_bytes_per_second * self.nics_per_host
+
+@lru_cache(maxsize=8)
+def _flat(ranks: int) -> Topology:
+    return Topology(tuple(f"rank{rank}" for rank in range(ranks)))
+
+
+def _checked_hosts(hosts: object) -> tuple[str, ...]:
+    if isinstance(hosts, str) or not isinstance(hosts, Sequence) or not all(isinstance(host, str) for host in hosts):
+        raise SpecError(f'hosts={hosts!r} must be one host name per rank; write ("a", "a", "b", "b")')
+    if not hosts:
+        raise SpecError("hosts is empty; give one host name per rank")
+    return tuple(hosts)
+
+
+def _checked_number(name: str, value: object) -> float:
+    is_time = name in ("latency_seconds", "overhead_seconds")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < inf or (value == 0 and not is_time):  # type: ignore[operator]
+        rule, example = ("at least 0", "a time such as 20e-6") if is_time else ("above 0", "a rate such as 12.5e9")
+        raise SpecError(f"{name}={value!r} must be {rule}, a finite number; give {example}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _checked_rates(given: object, names: Sequence[str]) -> float | dict[str, NicRate]:
+    """One rate for every NIC, or one pair of rates per host."""
+    if isinstance(given, tuple):  # as __post_init__ leaves it, for dataclasses.replace
+        given = dict(given)
+    if not isinstance(given, Mapping):
+        return _checked_number("nic_bytes_per_second", given)
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise SpecError(
+            f"nic_bytes_per_second={dict(given)!r} has no rate for host {missing[0]!r}; give one for every host, "
+            "or one number for all"
+        )
+    rates: dict[str, NicRate] = {}
+    for name in names:
+        pair = given[name] if isinstance(given[name], tuple) else (given[name], given[name])
+        if len(pair) != 2:
+            raise SpecError(
+                f"nic_bytes_per_second={pair!r} of host {name!r} must be a rate or (sending, receiving); give two rates"
+            )
+        rates[name] = NicRate(*(_checked_number("nic_bytes_per_second", rate) for rate in pair))
+    return rates

@@ -9,19 +9,21 @@ from functools import lru_cache
 from tricomm.dtype import ITEMSIZE, check_cast
 from tricomm.errors import PlanError, SpecError
 from tricomm.placement import Partial
+from tricomm.plan.chunks import Message, RouteContext
 from tricomm.plan.cost import lower_bound_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction, reduction_of
 from tricomm.plan.rounds import Hop, schedule
-from tricomm.plan.routes import Auto, Message, RouteContext, SendRecv, Strategy
-from tricomm.plan.senders import Balance, LeastLoaded, Naive
+from tricomm.plan.routes import Auto, SendRecv, Strategy
+from tricomm.plan.senders import Assignment, Balance, FanOut, Naive
+from tricomm.plan.split import Split
 from tricomm.plan.tasks import Task, peer_bound, unit_tasks
 from tricomm.plan.verify import require, verify_move
 from tricomm.sharding import ShardingSpec
 from tricomm.topology import Topology
 
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 """Raised whenever equal arguments may give another plan: ranks with different planners must not meet."""
 
 DEFAULT_STAGING_BYTES = 256 << 20
@@ -106,7 +108,10 @@ class Plan:
         self._require_global("lower_bound_seconds")
         topology = topology or self.topology
         topology.check_covers(self.participants)
-        return sum(lower_bound_seconds(move.tasks, ITEMSIZE[move.wire_dtype], topology) for move in self.moves)
+        return sum(
+            lower_bound_seconds(move.tasks, ITEMSIZE[move.wire_dtype], topology, self.participants)
+            for move in self.moves
+        )
 
     def simulated_seconds(self, topology: Topology | None = None) -> float:
         """The time that this plan should take on a topology (the plan's own if None)."""
@@ -174,7 +179,7 @@ def make_plan(
     *,
     topology: Topology | None = None,
     strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
-    balance: Balance = LeastLoaded(),  # noqa: B008
+    balance: Balance = Split(),  # noqa: B008
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     rank: int | None = None,
 ) -> Plan:
@@ -254,9 +259,15 @@ def _check_kinds(source: object, destination: object, strategy: object, balance:
                 f"{name}={spec!r} is not a ShardingSpec; write ShardingSpec(mesh, placements, shape, dtype)"
             )
     if isinstance(strategy, type) or not (hasattr(strategy, "route") or isinstance(strategy, Auto)):
-        raise PlanError(f"strategy={strategy!r} is not a strategy; pass Auto(), SendRecv() or Broadcast()")
+        raise PlanError(
+            f"strategy={strategy!r} is not a strategy; pass Auto(), Broadcast(), LocalAllGather(), GlobalAllGather() "
+            "or SendRecv()"
+        )
     if isinstance(balance, type) or not hasattr(balance, "assign"):
-        raise PlanError(f"balance={balance!r} is not a sender choice; pass LeastLoaded() or Naive()")
+        raise PlanError(
+            f"balance={balance!r} is not a sender choice; pass Split(), LeastLoaded(), Search(), RandomizedGreedy(), "
+            "Ensemble() or Naive()"
+        )
 
 
 def _legs(
@@ -294,18 +305,21 @@ def _make_move(
     wire_dtype = first if ITEMSIZE[first] < ITEMSIZE[second] else second
     itemsize = ITEMSIZE[wire_dtype]
     tasks = unit_tasks(source, destination, rank)
-    assignments = balance.assign(tasks, itemsize, topology)
     context = RouteContext(itemsize, topology, peer_bound(source, destination), staging_nbytes)
     candidates: tuple[Strategy, ...]
     if not isinstance(strategy, Auto):
         candidates = (strategy,)
-    elif any(len(assignment.receivers) > 1 for assignment in assignments):
+    elif any(len(task.receivers) > 1 for task in tasks):
         candidates = strategy.candidates
     else:
         candidates = (SendRecv(),)
     best: tuple[float, Move] | None = None
+    assignments: dict[FanOut, tuple[Assignment, ...]] = {}
     for candidate in candidates:
-        messages = candidate.route(assignments, context)
+        fan_out = candidate.fan_out
+        if fan_out not in assignments:
+            assignments[fan_out] = balance.assign(tasks, itemsize, topology, fan_out)
+        messages = candidate.route(assignments[fan_out], context)
         if rank is not None:
             messages = tuple(message for message in messages if rank in message.chain)
         hops = schedule(messages, participants, topology)

@@ -1,19 +1,31 @@
 """Rounds: when each hop happens.
 
-A rank executes its rounds in order. In one round a rank pair exchanges at most one chunk in each direction and
-both sides hold the hop in the same round, so sends and receives match and nothing can deadlock, even if a send
-blocks until its receive is posted and a group of operations completes as one (NCCL).
+Every message moves the same fraction of itself at a time, along all hops of its chain at once: with messages cut into n
+chunks, chunk c crosses the h-th of its chain's links between hosts in step c + h. So in each step a NIC carries one
+n-th of all that it has to carry, none more than one n-th of what the busiest carries, and n + (links of the longest
+chain) - 1 steps are all: the optimum but for filling the chains. No search over orders can do better by more than
+that, so none is made. Hops within a host take next to nothing beside those; they are the rounds of a step.
+
+A rank executes its rounds in order. Both sides hold a hop in the same round and, of several between the same two
+ranks, in the same order, so sends and receives match and nothing can deadlock, even if a send blocks until its
+receive is posted and a group of operations completes as one (NCCL).
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from tricomm.plan.routes import MAX_PEERS_PER_ROUND, Message
+from tricomm.plan.chunks import MAX_PEERS_PER_ROUND, Message
 from tricomm.topology import Topology
 
-WAVE_STRIDE = 1 << 32
-"""Round numbers of one wave of a unicast plan; rounds are ordered, not dense."""
+WAVE_STRIDE = 1 << 40
+"""Round numbers of one wave; rounds are ordered, not dense."""
+
+STEP_STRIDE = 1 << 16
+"""Round numbers of one step: more than a chain has hops within hosts."""
+
+UNICAST_STEPS = 1 << 20
+"""Steps over which the chunks of a unicast message are spread."""
 
 
 class Hop(NamedTuple):
@@ -32,57 +44,61 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
     Args:
         messages: at most one per pair of ranks if all are unicast; then a rank can compute its own hops alone.
         participants: all ranks of either mesh, sorted.
-        topology: hosts share NICs.
+        topology: which hops are within a host.
     """
-    if all(len(message.chain) == 2 for message in messages):
-        return _tournament(messages, participants)
-    return _list_schedule(messages, topology)
+    unicast = all(len(message.chain) == 2 for message in messages)
+    # The round of a unicast chunk depends on its own message alone.
+    waves = _distances(messages, participants) if unicast else _first_fit(messages)
+    steps = UNICAST_STEPS if unicast else max(len(message.chunks) for message in messages)
+    hops: list[Hop] = []
+    for index, (message, wave) in enumerate(zip(messages, waves, strict=True)):
+        count = len(message.chunks)
+        firsts = [chunk * steps // count * STEP_STRIDE + wave * WAVE_STRIDE for chunk in range(count)]
+        for source, destination, after in _along(message.chain, topology):
+            hops += [Hop(first + after, source, destination, index, chunk) for chunk, first in enumerate(firsts)]
+    hops.sort()
+    return tuple(hops)
 
 
-def _tournament(messages: Sequence[Message], participants: Sequence[int]) -> tuple[Hop, ...]:
-    """Unicast: everybody sends at once to the ranks at the same distances, at most 128 a round.
+def _along(chain: Sequence[int], topology: Topology) -> list[tuple[int, int, int]]:
+    """(source, destination, rounds after the chunk's first) of the hops of a chain."""
+    pairs = list(pairwise(chain))
+    leaves = [topology.host(source) != topology.host(destination) for source, destination in pairs]
+    result: list[tuple[int, int, int]] = []
+    after = 0
+    for (source, destination), leaves_host in zip(pairs, leaves, strict=True):
+        result.append((source, destination, after))
+        # A chain within one host is in a hurry too: then its hops are steps.
+        after += STEP_STRIDE if leaves_host or not any(leaves) else 1
+    return result
 
-    The round depends on the pair alone, so each rank knows its own without the others' messages.
+
+def _distances(messages: Sequence[Message], participants: Sequence[int]) -> list[int]:
+    """Unicast: the wave of a message from its pair alone, so that each rank knows its own without the others'.
+
+    Everybody sends at once to the ranks at the same distances, at most 128 a round.
     """
     position = {rank: index for index, rank in enumerate(participants)}
-    hops: list[Hop] = []
-    for index, message in enumerate(messages):
-        source, destination = message.chain
-        distance = (position[destination] - position[source]) % len(participants)
-        wave = distance // MAX_PEERS_PER_ROUND
-        for chunk in range(len(message.chunks)):
-            hops.append(Hop(wave * WAVE_STRIDE + chunk, source, destination, index, chunk))
-    return tuple(sorted(hops))
+    size = len(participants)
+    return [
+        (position[destination] - position[source]) % size // MAX_PEERS_PER_ROUND
+        for source, destination in (message.chain for message in messages)
+    ]
 
 
-def _list_schedule(messages: Sequence[Message], topology: Topology) -> tuple[Hop, ...]:
-    """Chains: each hop in the earliest round in which its data is there and all four ends are free.
-
-    A rank sends one chunk and receives one chunk a round; a host lets as many chunks in and out as it has NICs.
-    """
-    used: dict[tuple[str, int | str, int], int] = {}
-    hops: list[Hop] = []
-    longest = max((len(message.chunks) for message in messages), default=0)
-    for chunk in range(longest):
-        for index, message in enumerate(messages):
-            if chunk >= len(message.chunks):
-                continue
-            earliest = 0
-            for source, destination in pairwise(message.chain):
-                ends: list[tuple[str, int | str, int]] = [
-                    ("rank out", source, 1),
-                    ("rank in", destination, 1),
-                ]
-                here, there = topology.host(source), topology.host(destination)
-                if here != there:
-                    ends += [
-                        ("NIC out", here, topology.nics_per_host),
-                        ("NIC in", there, topology.nics_per_host),
-                    ]
-                while any(used.get((kind, who, earliest), 0) >= capacity for kind, who, capacity in ends):
-                    earliest += 1
-                for kind, who, _ in ends:
-                    used[kind, who, earliest] = used.get((kind, who, earliest), 0) + 1
-                hops.append(Hop(earliest, source, destination, index, chunk))
-                earliest += 1
-    return tuple(sorted(hops))
+def _first_fit(messages: Sequence[Message]) -> list[int]:
+    """The first wave in which every rank of the chain still has fewer than 128 sends and receives."""
+    sends: dict[tuple[int, int], int] = {}
+    receives: dict[tuple[int, int], int] = {}
+    waves: list[int] = []
+    for message in messages:
+        wave = 0
+        while any(sends.get((wave, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[:-1]) or any(
+            receives.get((wave, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[1:]
+        ):
+            wave += 1
+        for counts, ranks in ((sends, message.chain[:-1]), (receives, message.chain[1:])):
+            for rank in ranks:
+                counts[wave, rank] = counts.get((wave, rank), 0) + 1
+        waves.append(wave)
+    return waves

@@ -1,21 +1,36 @@
-"""Sender choice: which holder of a task sends it.
+"""Sender choice: which holder of a task sends it, and in which order its receivers forward it.
 
-A balance object turns tasks into assignments. An assignment names one sender, so a balance that divides a
-task among several holders returns several assignments for it.
+A balance turns tasks into assignments. An assignment names one sender, so a balance that divides a task among
+several holders returns several assignments for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
+from typing import NamedTuple, Protocol
 
 from tricomm.intervals import Region, region_numel
 from tricomm.plan.tasks import Task
 from tricomm.topology import Topology
 
 
+class FanOut(Enum):
+    """How often a strategy puts a task on its sender's NIC; the rest is forwarded by receivers."""
+
+    EVERY_RANK = "once for every receiver on another host"
+    EVERY_HOST = "once for every other host"
+    ONCE = "once; each host but the last forwards it"
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """``sender`` brings ``regions`` to every rank of ``receivers``."""
+    """``sender`` brings ``regions`` to every rank of ``receivers``.
+
+    Attributes:
+        sender: one of the task's holders.
+        receivers: host by host; a strategy that forwards does so in this order of the hosts.
+        regions: of one task.
+    """
 
     sender: int
     receivers: tuple[int, ...]
@@ -30,51 +45,209 @@ class Assignment:
 class Balance(Protocol):
     """A rule that chooses senders. Deterministic: equal arguments, equal choice, on every rank."""
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology) -> tuple[Assignment, ...]:
-        """One or more assignments for every task that has receivers, in the order of the tasks."""
+    def assign(
+        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
+    ) -> tuple[Assignment, ...]:
+        """One or more assignments for every task that has receivers."""
         ...
 
     def __hash__(self) -> int: ...
+
+
+class Errand(NamedTuple):
+    """What has to leave a host: some holders, and receivers on hosts where nobody holds it (or all receivers).
+
+    Attributes:
+        holders: who may send.
+        hosts: the receivers of each host.
+        regions, nbytes: what.
+    """
+
+    holders: tuple[int, ...]
+    hosts: tuple[tuple[int, ...], ...]
+    regions: tuple[Region, ...]
+    nbytes: int
+
+
+class Loads:
+    """Seconds for which each NIC sends so far, as senders are chosen one by one.
+
+    Args:
+        topology: NICs and their rates.
+        fan_out: of the strategy that will route.
+    """
+
+    def __init__(self, topology: Topology, fan_out: FanOut) -> None:
+        self.topology = topology
+        self.fan_out = fan_out
+        self.nic_seconds: dict[int, float] = {}
+        self.rank_nbytes: dict[int, int] = {}
+
+    def after(self, sender: int, errand: Errand) -> float:
+        """What the sender's NIC would have to send with this errand, in seconds."""
+        nic = self.topology.nic(sender)
+        copies = self._copies(sender, errand)
+        return self.nic_seconds.get(nic, 0.0) + copies * errand.nbytes / self.topology.nic_rate(nic)[0]
+
+    def add(self, sender: int, errand: Errand) -> Assignment:
+        """Choose this sender. The host whose NICs send most so far comes last, so that it forwards nothing."""
+        self.nic_seconds[self.topology.nic(sender)] = self.after(sender, errand)
+        self.rank_nbytes[sender] = self.rank_nbytes.get(sender, 0) + errand.nbytes
+        hosts = errand.hosts
+        if self.fan_out is FanOut.ONCE and len(hosts) > 1:
+            here = self.topology.host(sender)
+            remote = [ranks for ranks in hosts if self.topology.host(ranks[0]) != here]
+            last = max(reversed(remote), key=self._busy_seconds, default=None)  # the last one of equals
+            for ranks in remote:
+                if ranks is not last:
+                    self._forward(ranks, errand.nbytes)
+            hosts = tuple(sorted(hosts, key=lambda ranks: (ranks is last, self.topology.host(ranks[0]) != here)))
+        return Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), errand.regions)
+
+    def follow(self, assignment: Assignment, nbytes: int) -> None:
+        """Add an assignment whose order is settled."""
+        hosts = by_host(assignment.receivers, self.topology)
+        sender = assignment.sender
+        errand = Errand((sender,), hosts, assignment.regions, nbytes)
+        self.nic_seconds[self.topology.nic(sender)] = self.after(sender, errand)
+        if self.fan_out is FanOut.ONCE:
+            here = self.topology.host(sender)
+            for ranks in [ranks for ranks in hosts if self.topology.host(ranks[0]) != here][:-1]:
+                self._forward(ranks, nbytes)
+
+    def copy(self) -> "Loads":
+        """The same loads, to go on from."""
+        other = Loads(self.topology, self.fan_out)
+        other.nic_seconds = dict(self.nic_seconds)
+        other.rank_nbytes = dict(self.rank_nbytes)
+        return other
+
+    def best(self, errand: Errand) -> int:
+        """The holder whose NIC then sends least; ties go to the rank that sends least, then to mesh order."""
+        return min(errand.holders, key=lambda rank: (self.after(rank, errand), self.rank_nbytes.get(rank, 0)))
+
+    @property
+    def bottleneck_seconds(self) -> float:
+        """The NIC that sends longest."""
+        return max(self.nic_seconds.values(), default=0.0)
+
+    def _copies(self, sender: int, errand: Errand) -> int:
+        here = self.topology.host(sender)
+        remote = [len(ranks) for ranks in errand.hosts if self.topology.host(ranks[0]) != here]
+        if self.fan_out is FanOut.EVERY_RANK:
+            return sum(remote)
+        return len(remote) if self.fan_out is FanOut.EVERY_HOST else min(len(remote), 1)
+
+    def _busy_seconds(self, ranks: Sequence[int]) -> float:
+        return max(self.nic_seconds.get(self.topology.nic(rank), 0.0) for rank in ranks)
+
+    def _forward(self, ranks: Sequence[int], nbytes: int) -> None:
+        """A host forwards over the NICs of all its receivers evenly."""
+        nics = dict.fromkeys(self.topology.nic(rank) for rank in ranks)
+        for nic in nics:
+            seconds = nbytes / len(nics) / self.topology.nic_rate(nic)[0]
+            self.nic_seconds[nic] = self.nic_seconds.get(nic, 0.0) + seconds
+
+
+def by_host(ranks: Iterable[int], topology: Topology) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each host, hosts in the order of their first rank."""
+    groups: dict[int, list[int]] = {}
+    for rank in ranks:
+        groups.setdefault(topology.host(rank), []).append(rank)
+    return tuple(map(tuple, groups.values()))
+
+
+def local_and_remote(
+    tasks: Sequence[Task], itemsize: int, topology: Topology
+) -> tuple[list[Assignment], list[Errand], list[Assignment]]:
+    """Divide the tasks by what there is to choose.
+
+    A receiver on a host where some rank holds the task gets it from there: its NIC then carries nothing.
+
+    Returns:
+        assignments within hosts; errands with a choice, of sender or of order; assignments without any.
+    """
+    local: list[Assignment] = []
+    errands: list[Errand] = []
+    forced: list[Assignment] = []
+    sent: dict[int, int] = {}
+    for task in tasks:
+        receivers = task.receivers
+        if not receivers:
+            continue
+        if len(receivers) == len(task.holders) == 1:
+            forced.append(Assignment(task.holders[0], receivers, task.regions))
+            continue
+        nbytes = task.numel * itemsize
+        holders_at = {topology.host(ranks[0]): ranks for ranks in by_host(task.holders, topology)}
+        remote: list[tuple[int, ...]] = []
+        for ranks in by_host(receivers, topology):
+            here = holders_at.get(topology.host(ranks[0]))
+            if here is None:
+                remote.append(ranks)
+            else:
+                sender = min(here, key=lambda rank: sent.get(rank, 0))
+                sent[sender] = sent.get(sender, 0) + nbytes
+                local.append(Assignment(sender, ranks, task.regions))
+        if remote:
+            errands.append(Errand(task.holders, tuple(remote), task.regions, nbytes))
+    return local, errands, forced
+
+
+def forced_loads(forced: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> Loads:
+    """The loads of what is sent anyway."""
+    loads = Loads(topology, fan_out)
+    for assignment in forced:
+        nbytes = assignment.numel * itemsize
+        loads.add(assignment.sender, Errand((assignment.sender,), (assignment.receivers,), assignment.regions, nbytes))
+    return loads
 
 
 @dataclass(frozen=True, slots=True)
 class Naive:
     """The first holder in mesh order sends: the paper's baseline."""
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology) -> tuple[Assignment, ...]:
+    def assign(
+        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
+    ) -> tuple[Assignment, ...]:
         """See Balance."""
-        return tuple(Assignment(task.holders[0], task.receivers, task.regions) for task in tasks if task.receivers)
+        result: list[Assignment] = []
+        for task in tasks:
+            if task.receivers:
+                sender = task.holders[0]
+                here = topology.host(sender)
+                hosts = sorted(by_host(task.receivers, topology), key=lambda ranks: topology.host(ranks[0]) != here)
+                result.append(Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), task.regions))
+        return tuple(result)
 
 
 @dataclass(frozen=True, slots=True)
 class LeastLoaded:
-    """Largest task first, to the holder whose host has the least to send through its NIC so far.
+    """Largest task first, to the holder whose NIC has the least to send so far.
 
-    Longest-processing-time-first (Graham 1969) over NICs; ties go to the rank with the least to send, then to
-    mesh order. A holder on the only receiving host costs its NIC nothing and so wins. The paper's "load
-    balance only" keeps the given order, and its code weighs whole tiles where only slices travel.
+    Longest-processing-time-first (Graham 1969) over NICs. The paper's "load balance only" keeps the given order,
+    and its code weighs whole tiles where only slices travel.
     """
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology) -> tuple[Assignment, ...]:
+    def assign(
+        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
+    ) -> tuple[Assignment, ...]:
         """See Balance."""
-        nic_nbytes: dict[str, int] = {}
-        rank_nbytes: dict[int, int] = {}
-        chosen: dict[int, Assignment] = {}
-        sized = [(task.numel * itemsize, index, task) for index, task in enumerate(tasks) if task.receivers]
-        for nbytes, index, task in sorted(sized, key=lambda item: (-item[0], item[1])):
-            hosts = {topology.host(rank) for rank in task.receivers}
+        local, errands, forced = local_and_remote(tasks, itemsize, topology)
+        if not errands:
+            return (*local, *forced)
+        loads = forced_loads(forced, itemsize, topology, fan_out)
+        return (*local, *forced, *greedy(errands, loads))
 
-            def cost(holder: int, nbytes: int = nbytes, hosts: set[str] = hosts) -> tuple[int, int, bool]:
-                host = topology.host(holder)
-                leaves = hosts != {host}
-                return (
-                    nic_nbytes.get(host, 0) + (nbytes if leaves else 0),
-                    rank_nbytes.get(holder, 0),
-                    leaves,
-                )
 
-            sender = min(task.holders, key=cost)
-            nic_nbytes[topology.host(sender)] = cost(sender)[0]
-            rank_nbytes[sender] = rank_nbytes.get(sender, 0) + nbytes
-            chosen[index] = Assignment(sender, task.receivers, task.regions)
-        return tuple(chosen[index] for index in sorted(chosen))
+def largest_first(errands: Sequence[Errand]) -> list[int]:
+    """The indices of errands, by falling size; equal ones in the given order."""
+    return sorted(range(len(errands)), key=lambda index: -errands[index].nbytes)
+
+
+def greedy(errands: Sequence[Errand], loads: Loads, order: Sequence[int] | None = None) -> tuple[Assignment, ...]:
+    """Give each errand to its best holder, in the given order (largest first); assignments in that of ``errands``."""
+    chosen: dict[int, Assignment] = {}
+    for index in largest_first(errands) if order is None else order:
+        chosen[index] = loads.add(loads.best(errands[index]), errands[index])
+    return tuple(chosen[index] for index in sorted(chosen))

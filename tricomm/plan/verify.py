@@ -8,8 +8,8 @@ import numpy as np
 
 from tricomm.errors import PlanError
 from tricomm.intervals import Intervals, Region, length, runs
+from tricomm.plan.chunks import MAX_PEERS_PER_ROUND
 from tricomm.plan.program import rank_program
-from tricomm.plan.routes import MAX_PEERS_PER_ROUND
 from tricomm.sharding import Holding
 
 if TYPE_CHECKING:
@@ -113,9 +113,12 @@ def _verify_hops(move: "Move") -> None:
             )
     expected = sum(len(message.chunks) * (len(message.chain) - 1) for message in move.messages)
     require(len(received) == expected, f"{expected - len(received)} chunks never reach a receiver")
-    pairs = Counter((hop.round, hop.source, hop.destination) for hop in move.hops)
-    for (number, source, destination), count in pairs.items():
-        require(count == 1, f"{count} chunks from {source} to {destination} in round {number}")
+    pairs = Counter((hop.round, hop.source, hop.destination, hop.message) for hop in move.hops)
+    for (number, source, destination, message_index), count in pairs.items():
+        require(
+            count == 1,
+            f"{count} chunks of message {message_index} from {source} to {destination} in round {number}",
+        )
     for side in ("source", "destination"):
         for (number, rank), count in Counter((hop.round, getattr(hop, side)) for hop in move.hops).items():
             require(
