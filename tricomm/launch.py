@@ -29,6 +29,8 @@ class Ranks:
         timeout_seconds: of the process group, and of ``run``.
         wrap: how the process of a rank is started; it gets the rank and returns nothing, and is called in the
             new process before anything else (to enter a network namespace, for instance).
+        store: where the processes meet; None starts one on this machine's loopback.
+        store_address: of the store, as the processes see it.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class Ranks:
         size: int,
         timeout_seconds: float = 300.0,
         wrap: Callable[[int], None] | None = None,
+        store: dist.TCPStore | None = None,
+        store_address: str = "127.0.0.1",
     ) -> None:
         self.size = size
         self.timeout_seconds = timeout_seconds
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -47,7 +51,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, size, self.store.port, theirs, timeout_seconds, wrap),
+                args=(rank, size, (store_address, self.store.port), theirs, timeout_seconds, wrap),
                 daemon=True,
             )
             process.start()
@@ -111,7 +115,7 @@ def _ready(rank: int) -> int:
 def _serve(
     rank: int,
     size: int,
-    port: int,
+    store_address: tuple[str, int],
     pipe: Connection,
     timeout_seconds: float,
     wrap: Callable[[int], None] | None,
@@ -120,7 +124,7 @@ def _serve(
     if wrap is not None:
         wrap(rank)
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore(*store_address, is_master=False)
     dist.init_process_group(
         "gloo",
         store=store,
