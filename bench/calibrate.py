@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +35,11 @@ class Flow:
     source: int
     destination: int
     nbytes: int
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Who sends, and who receives."""
+        return self.source, self.destination
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ class Calibration:
         hops: every NIC alone, to the same NIC of the next host.
         together: all of these hops at once, so that every host sends and receives with all its NICs: what the
             slowest of them had.
+        duplex: two ranks that send to each other at once, over a process group for each direction.
         chain: from host to host through all of them, relayed in chunks.
         latency_seconds: of a message of 4 bytes between two hosts.
         intra_bytes_per_second: between two ranks of one host; None where no host has two.
@@ -80,6 +86,7 @@ class Calibration:
 
     hops: tuple[Rate, ...]
     together: Rate
+    duplex: Rate
     chain: Rate
     latency_seconds: float
     intra_bytes_per_second: float | None
@@ -90,7 +97,7 @@ class Calibration:
         return min(hop.bytes_per_second for hop in self.hops)
 
     def __str__(self) -> str:
-        lines = [*map(str, self.hops), str(self.together), str(self.chain)]
+        lines = [*map(str, self.hops), str(self.together), str(self.duplex), str(self.chain)]
         lines.append(f"{'latency':<28}{self.latency_seconds * 1e6:>9.0f} us")
         if self.intra_bytes_per_second is not None:
             lines.append(f"{'inside of a host':<28}{self.intra_bytes_per_second / 1e6:>9.0f} MB/s")
@@ -116,60 +123,48 @@ def calibrate(
         raise ClusterError("calibration needs a hop between hosts, and the cluster has 1 host; give 2 or more")
     if repeats < 3:
         raise ValueError(f"repeats={repeats} must be at least 3; the spread leaves out the fastest and the slowest")
-    hops = ring(cluster, seconds)
-    flows = [hop.flow for hop in hops]
-    chain = [cluster.rank_of(port) for port in cluster.ports if port.index == 0]
-    slowest = min(hop.bytes_per_second for hop in hops)
-    chain_slowest = min(hop.bytes_per_second for hop in hops if hop.flow.destination in chain[1:])
-    # The last of n chunks sets out after the n - 1 before it, and then passes every hop.
-    chain_expected = chain_slowest * CHAIN_CHUNKS / (CHAIN_CHUNKS + len(chain) - 2)
-    chain_bytes = round(chain_slowest * seconds)
     sampler = Sampler(repeats, attempts)
+    hops = ring(cluster, seconds)
     # The first transfer finds small windows, and buffers without memory.
-    run_flows(ranks, flows)
-    alone = tuple(
-        sampler.measure(hop.name, HOP_TOLERANCE, hop.bytes_per_second, partial(_hop_rate, ranks, hop)) for hop in hops
+    run_flows(ranks, [hop.flow for hop in hops])
+    alone = tuple(_measure_together(sampler, ranks, hop.name, [hop], HOP_TOLERANCE) for hop in hops)
+    there = hops[0].flow
+    both_ways = [hop_between(cluster, *pair, seconds) for pair in (there.ranks, there.ranks[::-1])]
+    return Calibration(
+        hops=alone,
+        together=_measure_together(sampler, ranks, f"all {len(hops)} hops at once", hops, TOGETHER_TOLERANCE),
+        duplex=_measure_together(sampler, ranks, "two ranks to each other", both_ways, TOGETHER_TOLERANCE),
+        chain=_measure_chain(sampler, ranks, cluster, seconds),
+        latency_seconds=ranks.run(ping, *there.ranks)[there.source],
+        intra_bytes_per_second=_intra_rate(cluster, ranks, repeats),
     )
-    together = sampler.measure(
-        f"all {len(hops)} hops at once",
-        TOGETHER_TOLERANCE,
-        slowest,
-        # Each was given the bytes that it moves in this time, so that the slowest tells.
-        lambda: slowest * seconds / run_flows(ranks, flows),
-    )
-    relayed = sampler.measure(
-        f"chain over {len(chain)} hosts",
-        CHAIN_TOLERANCE,
-        chain_expected,
-        lambda: chain_bytes / _elapsed(ranks.run(relay, chain, chain_bytes, CHAIN_CHUNKS), chain),
-    )
-    latency_seconds = ranks.run(ping, flows[0].source, flows[0].destination)[flows[0].source]
-    return Calibration(alone, together, relayed, latency_seconds, _intra_rate(cluster, ranks, repeats))
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """From one NIC to another, with the rate that they allow."""
+    """From one NIC to another, with the rate that they allow and the bytes to send."""
 
     name: str
     flow: Flow
     bytes_per_second: float
 
 
-def ring(cluster: Cluster, seconds: float) -> list[Hop]:
-    """From every host to the next, NIC by NIC, with the bytes that pass in some seconds.
+def hop_between(cluster: Cluster, source: int, destination: int, seconds: float) -> Hop:
+    """The hop from rank to rank, with the bytes that pass in some seconds."""
+    ports = cluster.seats[source].port, cluster.seats[destination].port
+    rate = payload_bytes_per_second(*ports)
+    name = f"host {ports[0].host} -> host {ports[1].host}, NIC {ports[0].index}"
+    return Hop(name, Flow(source, destination, round(rate * seconds)), rate)
 
-    Where hosts have different numbers of NICs, the extra ones are left out.
-    """
-    hops = []
-    at = {(port.host, port.index): port for port in cluster.ports}
-    for (host, index), source in at.items():
-        destination = at.get(((host + 1) % len(cluster.hosts), index))
-        if destination is not None:
-            rate = payload_bytes_per_second(source, destination)
-            flow = Flow(cluster.rank_of(source), cluster.rank_of(destination), round(rate * seconds))
-            hops.append(Hop(f"host {host} -> host {destination.host}, NIC {index}", flow, rate))
-    return hops
+
+def ring(cluster: Cluster, seconds: float) -> list[Hop]:
+    """From every host to the next, NIC by NIC; NICs that the next host does not have are left out."""
+    first_rank = {(seat.host, seat.port.index): seat.rank for seat in reversed(cluster.seats)}
+    return [
+        hop_between(cluster, rank, first_rank[following, index], seconds)
+        for (host, index), rank in sorted(first_rank.items())
+        if (following := (host + 1) % len(cluster.hosts), index) in first_rank
+    ]
 
 
 def payload_bytes_per_second(source: Port, destination: Port) -> float:
@@ -203,13 +198,32 @@ class Sampler:
         )
 
 
+def _measure_together(sampler: Sampler, ranks: Ranks, name: str, hops: Sequence[Hop], tolerance: float) -> Rate:
+    """The rate of the slowest of some hops at once; each has the bytes for the same time, so that it ends last."""
+    slowest = min(hops, key=lambda hop: hop.bytes_per_second)
+    flows = [hop.flow for hop in hops]
+    return sampler.measure(
+        name, tolerance, slowest.bytes_per_second, lambda: slowest.flow.nbytes / run_flows(ranks, flows)
+    )
+
+
+def _measure_chain(sampler: Sampler, ranks: Ranks, cluster: Cluster, seconds: float) -> Rate:
+    chain = [cluster.rank_of(port) for port in cluster.ports if port.index == 0]
+    slowest = min(hop_between(cluster, *pair, seconds).bytes_per_second for pair in pairwise(chain))
+    nbytes = round(slowest * seconds)
+    # The last of n chunks sets out after the n - 1 before it, and then passes every hop.
+    expected = slowest * CHAIN_CHUNKS / (CHAIN_CHUNKS + len(chain) - 2)
+    return sampler.measure(
+        f"chain over {len(chain)} hosts",
+        CHAIN_TOLERANCE,
+        expected,
+        lambda: nbytes / _elapsed(ranks.run(relay, chain, nbytes, CHAIN_CHUNKS), chain),
+    )
+
+
 def run_flows(ranks: Ranks, flows: Sequence[Flow]) -> float:
     """Some transfers at once; the seconds from when the last rank was ready to when the last one was done."""
-    return _elapsed(ranks.run(move, flows), {rank for flow in flows for rank in (flow.source, flow.destination)})
-
-
-def _hop_rate(ranks: Ranks, hop: Hop) -> float:
-    return hop.flow.nbytes / run_flows(ranks, [hop.flow])
+    return _elapsed(ranks.run(move, flows), {rank for flow in flows for rank in flow.ranks})
 
 
 def _elapsed(spans: Sequence[tuple[float, float]], taking_part: Iterable[int]) -> float:
@@ -248,7 +262,7 @@ def move(rank: int, flows: Sequence[Flow]) -> tuple[float, float]:
     dist.barrier()
     begin = time.monotonic()
     for number, flow in enumerate(flows):
-        if rank in (flow.source, flow.destination):
+        if rank in flow.ranks:
             sends = rank == flow.source
             operation, peer = (dist.isend, flow.destination) if sends else (dist.irecv, flow.source)
             group = groups[flow.source < flow.destination]

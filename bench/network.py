@@ -211,7 +211,7 @@ def shaping_commands(namespace: str, interface: str, bits_per_second: int) -> Ba
     """
     burst_bytes = max(MTU_BYTES + ETHERNET_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
     control = round(bits_per_second * CONTROL_SHARE)
-    limits = f"ceil {bits_per_second}bit burst {burst_bytes} cburst {burst_bytes} quantum {MTU_BYTES}"
+    limits = f"ceil {bits_per_second}bit burst {burst_bytes} cburst {burst_bytes} quantum {MTU_BYTES + ETHERNET_BYTES}"
     on = f"dev {interface}"
     lines = [
         f"qdisc add {on} root handle 1: htb default 20",
@@ -271,14 +271,26 @@ def remove(names: Iterable[str]) -> None:
     """End the processes inside of some namespaces, and take the namespaces away.
 
     Raises:
-        ClusterError: one cannot be removed.
+        ClusterError: one is still there.
     """
-    names = list(names)
+    names = [name for name in names if (NETNS_DIRECTORY / name).exists()]
     for pid in processes_in(names):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if names:
-        Batch("ip", "", tuple(f"netns delete {name}" for name in names)).run()
+    for name in names:
+        try:
+            Batch("ip", "", (f"netns delete {name}",)).run()
+        except ClusterError:
+            # Another process that starts now may clean up as well.
+            if (NETNS_DIRECTORY / name).exists():
+                raise
+
+
+def clean() -> list[str]:
+    """Remove what clusters whose process is gone have left; the names of it."""
+    stale = [name for name in namespaces(PREFIX) if not owner_lives(name)]
+    remove(stale)
+    return stale
 
 
 def namespaces(name: str) -> list[str]:
@@ -288,14 +300,9 @@ def namespaces(name: str) -> list[str]:
     return sorted(path.name for path in NETNS_DIRECTORY.iterdir() if path.name.startswith(f"{name}-"))
 
 
-def stale_namespaces() -> list[str]:
-    """Those of clusters whose process is gone."""
-    return [name for name in namespaces(PREFIX) if not _owner_lives(name)]
-
-
-def _owner_lives(namespace: str) -> bool:
+def owner_lives(namespace: str) -> bool:
+    """Whether the process that made a namespace still runs; True for a name that is none of ours."""
     found = re.match(rf"{PREFIX}-(\d+)-(\d+)-", namespace)
-    # Not a name of ours: left alone.
     return found is None or _start_ticks(int(found[1])) == int(found[2])
 
 
@@ -311,7 +318,10 @@ def _start_ticks(pid: int) -> int | None:
 
 def processes_in(names: Iterable[str]) -> list[int]:
     """The processes whose network is one of these namespaces."""
-    inodes = {(NETNS_DIRECTORY / name).stat().st_ino for name in names}
+    inodes = set()
+    for name in names:
+        with suppress(FileNotFoundError):
+            inodes.add((NETNS_DIRECTORY / name).stat().st_ino)
     found = []
     for process in Path("/proc").iterdir():
         with suppress(OSError):
