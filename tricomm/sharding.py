@@ -8,13 +8,13 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import pairwise
 
 import numpy as np
 
 from tricomm.dtype import ITEMSIZE, dtype_name
 from tricomm.errors import SpecError
-from tricomm.intervals import Interval, Intervals, Region, chunk, clip, merged, region_shape
+from tricomm.intervals import Interval, Intervals, Region, chunks, clip, merged, region_shape
 from tricomm.mesh import Mesh
 from tricomm.notation import from_notation, to_notation
 from tricomm.placement import Partial, Placement, Replicate, Shard
@@ -151,14 +151,18 @@ class ShardingSpec:
         extent = self.global_shape[dim]
         held: Intervals = merged(((0, extent),))
         for axis in self.cutting_axes(dim):
-            placement = self.placements[axis]
-            assert isinstance(placement, Shard)
-            parts = [
-                chunk(clip(held, start, stop), self.mesh.shape[axis], coordinate[axis])
-                for start, stop in _segment_bounds(placement, extent)
-            ]
-            held = merged([interval for part in parts for interval in part])
+            held = self.cuts(axis, dim, held)[coordinate[axis]]
         return held
+
+    def cuts(self, axis: int, dim: int, held: Intervals) -> list[Intervals]:
+        """What each index of a mesh axis that cuts a dim gets of the part ``held`` of that dim."""
+        placement, size = self.placements[axis], self.mesh.shape[axis]
+        assert isinstance(placement, Shard)
+        if not placement.segments:
+            return chunks(held, size)
+        bounds = _segment_bounds(placement.segments)
+        per_segment = [chunks(clip(held, start, stop), size) for start, stop in bounds]
+        return [merged([interval for part in parts for interval in part]) for parts in zip(*per_segment, strict=True)]
 
     def holding(self, rank: int) -> Holding:
         """The global intervals that a rank holds, per dim."""
@@ -285,8 +289,10 @@ def layout(spec: ShardingSpec) -> Layout:
         axes = spec.cutting_axes(dim)
         for axis in axes:
             part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
-        extents = [range(mesh.shape[axis]) for axis in axes]
-        parts.append(tuple(spec.dim_intervals(dim, dict(zip(axes, at, strict=True))) for at in product(*extents)))
+        cut = [merged(((0, shape[dim]),))]
+        for axis in axes:
+            cut = [part for held in cut for part in spec.cuts(axis, dim, held)]
+        parts.append(tuple(cut))
     return Layout(tuple(parts), part_of)
 
 
@@ -318,9 +324,9 @@ def _checked_shard(placement: Shard, shape: tuple[int, ...]) -> Shard:
     return placement if dim == placement.dim else Shard(dim, placement.segments)
 
 
-def _segment_bounds(placement: Shard, extent: int) -> Iterator[Interval]:
+def _segment_bounds(segments: Sequence[int]) -> Iterator[Interval]:
     start = 0
-    for size in placement.segments or (extent,):
+    for size in segments:
         yield start, start + size
         start += size
 

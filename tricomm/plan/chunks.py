@@ -108,7 +108,8 @@ def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
     """In how many chunks to cut each message.
 
     n chunks take (busiest link) + fill / n + n * cost, where fill is the time of a whole message on every link of
-    its chain but the busiest, shared as links are, and cost what one more round costs. Least at sqrt(fill / cost).
+    its chain but the busiest, shared as links are, and cost what a rank is busy for with a chunk more. Least at
+    sqrt(fill / cost). Latency overlaps as long as a chunk lasts longer than it.
     """
     topology = context.topology
     link_seconds: dict[tuple[str, int], float] = {}
@@ -125,8 +126,10 @@ def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
             path.append(link)
         paths.append(path)
     fill = max(sum(map(link_seconds.__getitem__, path)) - max(map(link_seconds.__getitem__, path)) for path in paths)
-    cost = topology.latency_seconds + per_rank * topology.overhead_seconds
-    return MAX_CHUNKS if cost == 0 else min(max(round(sqrt(fill / cost)), 1), MAX_CHUNKS)
+    busiest = max(link_seconds.values())
+    most = min(MAX_CHUNKS, int(busiest / topology.latency_seconds)) if topology.latency_seconds else MAX_CHUNKS
+    cost = per_rank * topology.overhead_seconds
+    return max(min(most, round(sqrt(fill / cost)) if cost else MAX_CHUNKS), 1)
 
 
 def unicast(legs: Legs, context: RouteContext) -> tuple[Message, ...]:

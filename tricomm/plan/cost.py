@@ -60,34 +60,44 @@ def _host_rates(topology: Topology, ranks: Sequence[int]) -> tuple[dict[int, flo
 def simulated_seconds(messages: Sequence[Message], hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
     """The time at which the last chunk arrives.
 
-    A chunk leaves through its sender's link and enters through its receiver's, at the rate of the slower one, each
-    link serving its chunks one after the other: round by round, and within a round in the order in which they are
-    ready. As each round carries the same part of every message, that shares a link among messages as fairly as
-    equal turns of a chunk do. A link is a NIC in one direction or, within a host, one rank's side of a copy.
+    A link is a NIC in one direction or, within a host, one rank's side of a copy. The chunks of one round share each
+    link fairly: each is as large a part of its message as any, so all of them end when the link has carried them
+    all, and a chunk has arrived when both its links have. A link takes up a round when it is done with the one
+    before and a chunk is ready; a rank needs ``overhead_seconds`` to post each send.
     """
     free: dict[tuple[str, int], float] = {}
     arrived: dict[tuple[int, int, int], float] = {}
     sizes = [[message.chunk_numel(chunk) * itemsize for chunk in range(len(message.chunks))] for message in messages]
-    latency, overhead = topology.latency_seconds, topology.overhead_seconds
+    links: dict[tuple[int, int], tuple[_Link, _Link]] = {}
     end = 0.0
     for _, together in groupby(hops, key=attrgetter("round")):
-        ready = [(arrived.get((hop.message, hop.chunk, hop.source), 0.0), hop) for hop in together]
-        for since, hop in sorted(ready):
-            source, destination = hop.source, hop.destination
-            if topology.host(source) == topology.host(destination):
-                out, into = ("rank out", source), ("rank in", destination)
-                out_rate = in_rate = topology.intra_bytes_per_second
-            else:
-                here, there = topology.nic(source), topology.nic(destination)
-                out, into = ("NIC out", here), ("NIC in", there)
-                out_rate = topology.nic_rate(here).send_bytes_per_second
-                in_rate = topology.nic_rate(there).receive_bytes_per_second
-            posted = max(since, free.get(("processor", source), 0.0)) + overhead
-            free["processor", source] = posted
-            start = max(posted, free.get(out, 0.0))
-            nbytes = sizes[hop.message][hop.chunk]
-            left = free[out] = start + nbytes / out_rate
-            done = free[into] = max(left, max(start, free.get(into, 0.0)) + nbytes / in_rate)
-            arrived[hop.message, hop.chunk, destination] = done + latency
-            end = max(end, done + latency)
+        ready = sorted((arrived.get((hop.message, hop.chunk, hop.source), 0.0), hop) for hop in together)
+        for since, hop in ready:
+            pair = hop.source, hop.destination
+            if pair not in links:
+                links[pair] = _links(*pair, topology)
+            posted = max(since, free.get(("processor", hop.source), 0.0)) + topology.overhead_seconds
+            free["processor", hop.source] = posted
+            for name, rate in links[pair]:
+                free[name] = max(posted, free.get(name, 0.0)) + sizes[hop.message][hop.chunk] / rate
+        for _, hop in ready:
+            done = max(free[name] for name, _ in links[hop.source, hop.destination]) + topology.latency_seconds
+            arrived[hop.message, hop.chunk, hop.destination] = done
+            end = max(end, done)
     return end
+
+
+_Link = tuple[tuple[str, int], float]
+"""(what is shared, bytes per second)."""
+
+
+def _links(source: int, destination: int, topology: Topology) -> tuple[_Link, _Link]:
+    """What a hop occupies: where it leaves, and where it enters."""
+    if topology.host(source) == topology.host(destination):
+        rate = topology.intra_bytes_per_second
+        return (("rank out", source), rate), (("rank in", destination), rate)
+    here, there = topology.nic(source), topology.nic(destination)
+    return (
+        (("NIC out", here), topology.nic_rate(here).send_bytes_per_second),
+        (("NIC in", there), topology.nic_rate(there).receive_bytes_per_second),
+    )

@@ -8,6 +8,7 @@ masks); the product of the dims, with the masks intersected, gives the tasks.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -134,6 +135,7 @@ def _product(groups: Sequence[Sequence[DimGroup]], holders: int, needers: int) -
                 yield (group.intervals, *rest), held, needed
 
 
+@lru_cache(maxsize=64)
 def _dim_groups(source: Layout, destination: Layout, dim: int) -> list[DimGroup]:
     """Sweep one dim: between two neighbouring cuts nothing changes; equal neighbourhoods join."""
     toggles: dict[int, list[int]] = {}
