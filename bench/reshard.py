@@ -246,7 +246,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.set_ylabel("time / NIC-bound optimum")
     axes.set_xticks(range(len(cases)), cases, rotation=40, ha="right", fontsize=8)
-    axes.legend(fontsize=8, ncols=3)
+    figure.legend(loc="outside upper center", fontsize=8, ncols=3)
     figure.savefig(path, dpi=120)
 
 
