@@ -264,11 +264,8 @@ def run(options: Any) -> tuple[list[Row], dict[str, str]]:
             topology = topology_of(cluster, shape, calibration)
             for case in (case for case in cases if case.cluster == shape):
                 rows += measure_case(case, cluster, ranks, topology, options)
-                print(
-                    table(rows[-1:] if not rows else [r for r in rows if r.case == case.name]).splitlines()[-1],
-                    file=sys.stderr,
-                    flush=True,
-                )
+                of_case = [row for row in rows if row.case == case.name]
+                print(table(of_case).splitlines()[-1], file=sys.stderr, flush=True)
     order = {case.name: number for number, case in enumerate(CASES)}
     return sorted(rows, key=lambda row: order[row.case]), calibrations
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tricomm.dtype import ITEMSIZE, dtype_name
 from tricomm.errors import SpecError
-from tricomm.intervals import Interval, Intervals, Region, chunks, clip, merged, region_shape
+from tricomm.intervals import Interval, Intervals, Region, chunk, chunks, clip, merged, region_shape
 from tricomm.mesh import Mesh
 from tricomm.notation import from_notation, to_notation
 from tricomm.placement import Partial, Placement, Replicate, Shard
@@ -151,18 +151,24 @@ class ShardingSpec:
         extent = self.global_shape[dim]
         held: Intervals = merged(((0, extent),))
         for axis in self.cutting_axes(dim):
-            held = self.cuts(axis, dim, held)[coordinate[axis]]
+            parts = [chunk(segment, self.mesh.shape[axis], coordinate[axis]) for segment in self._segments(axis, held)]
+            held = merged([interval for part in parts for interval in part])
         return held
 
-    def cuts(self, axis: int, dim: int, held: Intervals) -> list[Intervals]:
-        """What each index of a mesh axis that cuts a dim gets of the part ``held`` of that dim."""
-        placement, size = self.placements[axis], self.mesh.shape[axis]
+    def cuts(self, axis: int, held: Intervals) -> list[Intervals]:
+        """What every index of a mesh axis that cuts a dim gets of the part ``held`` of that dim."""
+        per_segment = [chunks(segment, self.mesh.shape[axis]) for segment in self._segments(axis, held)]
+        if len(per_segment) == 1:
+            return per_segment[0]
+        return [merged([interval for part in parts for interval in part]) for parts in zip(*per_segment, strict=True)]
+
+    def _segments(self, axis: int, held: Intervals) -> list[Intervals]:
+        """The parts of ``held`` that a mesh axis cuts each on its own."""
+        placement = self.placements[axis]
         assert isinstance(placement, Shard)
         if not placement.segments:
-            return chunks(held, size)
-        bounds = _segment_bounds(placement.segments)
-        per_segment = [chunks(clip(held, start, stop), size) for start, stop in bounds]
-        return [merged([interval for part in parts for interval in part]) for parts in zip(*per_segment, strict=True)]
+            return [held]
+        return [clip(held, start, stop) for start, stop in _segment_bounds(placement.segments)]
 
     def holding(self, rank: int) -> Holding:
         """The global intervals that a rank holds, per dim."""
@@ -291,7 +297,7 @@ def layout(spec: ShardingSpec) -> Layout:
             part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
         cut = [merged(((0, shape[dim]),))]
         for axis in axes:
-            cut = [part for held in cut for part in spec.cuts(axis, dim, held)]
+            cut = [part for held in cut for part in spec.cuts(axis, held)]
         parts.append(tuple(cut))
     return Layout(tuple(parts), part_of)
 

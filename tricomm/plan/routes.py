@@ -19,8 +19,7 @@ from tricomm.plan.chunks import (
     messages_of,
     unicast,
 )
-from tricomm.plan.senders import Assignment, FanOut, by_host
-from tricomm.topology import Topology
+from tricomm.plan.senders import Assignment, FanOut, by_host, grouped
 
 
 class Strategy(Protocol):
@@ -39,17 +38,24 @@ class Strategy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class SendRecv:
-    """One message per pair of ranks; a task with several receivers is sent to each of them.
+class _Chunked:
+    """What the strategies have in common.
 
     Args:
-        chunk_bytes: size of a chunk; None chooses one that fits the staging budget.
+        chunk_bytes: size of a chunk; None chooses one that fits the staging budget and, for a chain, balances its
+            fill time against what a chunk costs.
     """
 
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        _check_chunk_bytes(self.chunk_bytes)
+        if self.chunk_bytes is not None and (not isinstance(self.chunk_bytes, int) or self.chunk_bytes <= 0):
+            raise PlanError(f"chunk_bytes={self.chunk_bytes!r} must be a positive number of bytes, or None to choose")
+
+
+@dataclass(frozen=True, slots=True)
+class SendRecv(_Chunked):
+    """One message per pair of ranks; a task with several receivers is sent to each of them."""
 
     @property
     def fan_out(self) -> FanOut:
@@ -68,20 +74,12 @@ class SendRecv:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalAllGather:
+class LocalAllGather(_Chunked):
     """Each receiving host gets a task once, a part per device, and its devices hand the parts around (Alpa's).
 
     A part goes around as a chain: sender, the device whose part it is, the other devices of the host. Alpa needs
     the host's devices to divide the tensor and one replicated axis; here parts are as even as rows allow.
-
-    Args:
-        chunk_bytes: size of a chunk; None balances a chain's fill time against what a chunk costs.
     """
-
-    chunk_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_chunk_bytes(self.chunk_bytes)
 
     @property
     def fan_out(self) -> FanOut:
@@ -98,18 +96,10 @@ class LocalAllGather:
 
 
 @dataclass(frozen=True, slots=True)
-class GlobalAllGather:
+class GlobalAllGather(_Chunked):
     """Every receiver gets a part of a task, and all receivers hand their parts around one ring (scatter, then
     all-gather, both at once here).
-
-    Args:
-        chunk_bytes: size of a chunk; None balances a chain's fill time against what a chunk costs.
     """
-
-    chunk_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_chunk_bytes(self.chunk_bytes)
 
     @property
     def fan_out(self) -> FanOut:
@@ -125,21 +115,13 @@ class GlobalAllGather:
 
 
 @dataclass(frozen=True, slots=True)
-class Broadcast:
+class Broadcast(_Chunked):
     """A task with several receivers travels along one chain of them, in chunks, so that all links work at once.
 
     The chain enters each host once, and ranks of a host stand next to each other (the paper's section 3). Where
     a host's receivers have NICs of their own the task is cut into as many parts, and each part enters a host at
     another device, so that all its NICs work.
-
-    Args:
-        chunk_bytes: size of a chunk; None balances the chain's fill time against what a chunk costs.
     """
-
-    chunk_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_chunk_bytes(self.chunk_bytes)
 
     @property
     def fan_out(self) -> FanOut:
@@ -154,7 +136,7 @@ class Broadcast:
             alike.setdefault(assignment.receivers, []).append(assignment)
         legs: dict[tuple[int, ...], list[Region]] = {}
         for receivers, members in alike.items():
-            hosts = [by_nic(ranks, topology) for ranks in by_host(receivers, topology)]
+            hosts = [grouped(ranks, topology.nic) for ranks in by_host(receivers, topology)]
             rails = max(map(len, hosts))
             sizes = [assignment.numel for assignment in members]
             # Equal assignments take the rails in turn; otherwise each is spread over all of them.
@@ -181,21 +163,8 @@ class Auto:
         return SendRecv(), Broadcast(), LocalAllGather(), GlobalAllGather()
 
 
-def by_nic(ranks: Sequence[int], topology: Topology) -> tuple[tuple[int, ...], ...]:
-    """The ranks of a host by the NIC that they use."""
-    groups: dict[int, list[int]] = {}
-    for rank in ranks:
-        groups.setdefault(topology.nic(rank), []).append(rank)
-    return tuple(map(tuple, groups.values()))
-
-
 def _hand_around(legs: dict[tuple[int, ...], list[Region]], assignment: Assignment, ranks: Sequence[int]) -> None:
     """A part of the assignment for each rank, which goes on to the others in a ring."""
     for index, part in enumerate(even_parts(assignment.regions, len(ranks))):
         if part:
             legs.setdefault((assignment.sender, *ranks[index:], *ranks[:index]), []).extend(part)
-
-
-def _check_chunk_bytes(chunk_bytes: int | None) -> None:
-    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes <= 0):
-        raise PlanError(f"chunk_bytes={chunk_bytes!r} must be a positive number of bytes, or None to choose")

@@ -13,10 +13,9 @@ from tricomm.plan.senders import (
     LeastLoaded,
     Loads,
     Naive,
-    forced_loads,
+    choose_senders,
     greedy,
     largest_first,
-    local_and_remote,
 )
 from tricomm.plan.tasks import Task
 from tricomm.topology import Topology
@@ -44,11 +43,10 @@ class Search:
         self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
     ) -> tuple[Assignment, ...]:
         """See Balance."""
-        local, errands, forced = local_and_remote(tasks, itemsize, topology)
-        if not errands:
-            return (*local, *forced)
-        start = forced_loads(forced, itemsize, topology, fan_out)
-        return (*local, *forced, *_Searching(errands, start, self.nodes).run())
+        return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
+
+    def _choose(self, errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
+        return _Searching(errands, loads, self.nodes).run()
 
 
 class _Searching:
@@ -68,8 +66,7 @@ class _Searching:
         self.rest = [0]
         for index in reversed(self.order):
             errand = errands[index]
-            copies = sum(map(len, errand.hosts)) if start.fan_out is FanOut.EVERY_RANK else len(errand.hosts)
-            self.rest.append(self.rest[-1] + copies * errand.nbytes)
+            self.rest.append(self.rest[-1] + errand.crossings(start.fan_out) * errand.nbytes)
         self.rest.reverse()
 
     def bound(self, loads: Loads, depth: int) -> float:
@@ -127,20 +124,20 @@ class RandomizedGreedy:
         self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
     ) -> tuple[Assignment, ...]:
         """See Balance."""
-        local, errands, forced = local_and_remote(tasks, itemsize, topology)
-        if not errands:
-            return (*local, *forced)
+        return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
+
+    def _choose(self, errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
         generator = random.Random(self.seed)
         best: tuple[float, tuple[Assignment, ...]] | None = None
         for _ in range(self.trials):
             order = list(range(len(errands)))
             generator.shuffle(order)
-            loads = forced_loads(forced, itemsize, topology, fan_out)
-            chosen = greedy(errands, loads, order)
-            if best is None or loads.bottleneck_seconds < best[0]:
-                best = (loads.bottleneck_seconds, chosen)
+            tried = loads.copy()
+            chosen = greedy(errands, tried, order)
+            if best is None or tried.bottleneck_seconds < best[0]:
+                best = (tried.bottleneck_seconds, chosen)
         assert best is not None
-        return (*local, *forced, *best[1])
+        return best[1]
 
 
 @dataclass(frozen=True, slots=True)

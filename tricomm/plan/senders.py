@@ -4,7 +4,7 @@ A balance turns tasks into assignments. An assignment names one sender, so a bal
 several holders returns several assignments for it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -68,6 +68,10 @@ class Errand(NamedTuple):
     regions: tuple[Region, ...]
     nbytes: int
 
+    def crossings(self, fan_out: FanOut) -> int:
+        """How often it enters a NIC in all, whoever sends."""
+        return sum(map(len, self.hosts)) if fan_out is FanOut.EVERY_RANK else len(self.hosts)
+
 
 class Loads:
     """Seconds for which each NIC sends so far, as senders are chosen one by one.
@@ -91,25 +95,24 @@ class Loads:
 
     def add(self, sender: int, errand: Errand) -> Assignment:
         """Choose this sender. The host whose NICs send most so far comes last, so that it forwards nothing."""
-        self.nic_seconds[self.topology.nic(sender)] = self.after(sender, errand)
-        self.rank_nbytes[sender] = self.rank_nbytes.get(sender, 0) + errand.nbytes
         hosts = errand.hosts
         if self.fan_out is FanOut.ONCE and len(hosts) > 1:
             here = self.topology.host(sender)
             remote = [ranks for ranks in hosts if self.topology.host(ranks[0]) != here]
             last = max(reversed(remote), key=self._busy_seconds, default=None)  # the last one of equals
-            for ranks in remote:
-                if ranks is not last:
-                    self._forward(ranks, errand.nbytes)
             hosts = tuple(sorted(hosts, key=lambda ranks: (ranks is last, self.topology.host(ranks[0]) != here)))
-        return Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), errand.regions)
+        assignment = Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), errand.regions)
+        self.follow(assignment, errand.nbytes)
+        return assignment
 
     def follow(self, assignment: Assignment, nbytes: int) -> None:
         """Add an assignment whose order is settled."""
-        hosts = by_host(assignment.receivers, self.topology)
         sender = assignment.sender
-        errand = Errand((sender,), hosts, assignment.regions, nbytes)
-        self.nic_seconds[self.topology.nic(sender)] = self.after(sender, errand)
+        hosts = by_host(assignment.receivers, self.topology)
+        self.nic_seconds[self.topology.nic(sender)] = self.after(
+            sender, Errand((sender,), hosts, assignment.regions, nbytes)
+        )
+        self.rank_nbytes[sender] = self.rank_nbytes.get(sender, 0) + nbytes
         if self.fan_out is FanOut.ONCE:
             here = self.topology.host(sender)
             for ranks in [ranks for ranks in hosts if self.topology.host(ranks[0]) != here][:-1]:
@@ -149,12 +152,17 @@ class Loads:
             self.nic_seconds[nic] = self.nic_seconds.get(nic, 0.0) + seconds
 
 
-def by_host(ranks: Iterable[int], topology: Topology) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each host, hosts in the order of their first rank."""
+def grouped(ranks: Iterable[int], number_of: Callable[[int], int]) -> tuple[tuple[int, ...], ...]:
+    """The ranks that have the same number together, in the order of the first of each group."""
     groups: dict[int, list[int]] = {}
     for rank in ranks:
-        groups.setdefault(topology.host(rank), []).append(rank)
+        groups.setdefault(number_of(rank), []).append(rank)
     return tuple(map(tuple, groups.values()))
+
+
+def by_host(ranks: Iterable[int], topology: Topology) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each host, hosts in the order of their first rank."""
+    return grouped(ranks, topology.host)
 
 
 def local_and_remote(
@@ -194,13 +202,21 @@ def local_and_remote(
     return local, errands, forced
 
 
-def forced_loads(forced: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> Loads:
-    """The loads of what is sent anyway."""
+Choice = Callable[[Sequence[Errand], Loads], tuple[Assignment, ...]]
+"""(errands, the loads of what is sent anyway, to be changed) -> one or more assignments for every errand."""
+
+
+def choose_senders(
+    tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut, choice: Choice
+) -> tuple[Assignment, ...]:
+    """Assignments for all tasks, of which ``choice`` makes those where there is a choice."""
+    local, errands, forced = local_and_remote(tasks, itemsize, topology)
+    if not errands:
+        return (*local, *forced)
     loads = Loads(topology, fan_out)
     for assignment in forced:
-        nbytes = assignment.numel * itemsize
-        loads.add(assignment.sender, Errand((assignment.sender,), (assignment.receivers,), assignment.regions, nbytes))
-    return loads
+        loads.follow(assignment, assignment.numel * itemsize)
+    return (*local, *forced, *choice(errands, loads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +249,7 @@ class LeastLoaded:
         self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
     ) -> tuple[Assignment, ...]:
         """See Balance."""
-        local, errands, forced = local_and_remote(tasks, itemsize, topology)
-        if not errands:
-            return (*local, *forced)
-        loads = forced_loads(forced, itemsize, topology, fan_out)
-        return (*local, *forced, *greedy(errands, loads))
+        return choose_senders(tasks, itemsize, topology, fan_out, greedy)
 
 
 def largest_first(errands: Sequence[Errand]) -> list[int]:

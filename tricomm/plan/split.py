@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 from tricomm.intervals import cut_regions, region_numel
 from tricomm.plan.flow import Job, share
-from tricomm.plan.senders import Assignment, Errand, FanOut, forced_loads, greedy, local_and_remote
+from tricomm.plan.senders import Assignment, Errand, FanOut, Loads, choose_senders, greedy
 from tricomm.plan.tasks import Task
 from tricomm.topology import Topology
 
@@ -31,16 +31,16 @@ class Split:
         self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
     ) -> tuple[Assignment, ...]:
         """See Balance."""
-        local, errands, forced = local_and_remote(tasks, itemsize, topology)
-        if not errands:
-            return (*local, *forced)
-        loads = forced_loads(forced, itemsize, topology, fan_out)
-        whole = greedy(errands, loads)
         goal = receiving_seconds(tasks, itemsize, topology)
-        if loads.bottleneck_seconds > goal * (1 + 1e-9):
-            before = forced_loads(forced, itemsize, topology, fan_out).nic_seconds
-            whole = _divided(errands, topology, fan_out, before, goal)
-        return (*local, *forced, *whole)
+
+        def choose(errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
+            before = dict(loads.nic_seconds)
+            whole = greedy(errands, loads)
+            if loads.bottleneck_seconds <= goal * (1 + 1e-9):
+                return whole
+            return _divided(errands, topology, fan_out, before, goal)
+
+        return choose_senders(tasks, itemsize, topology, fan_out, choose)
 
 
 def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) -> float:
@@ -69,11 +69,10 @@ class Kind(NamedTuple):
 
 
 def _kind(errand: Errand, topology: Topology, fan_out: FanOut) -> Kind:
-    copies = sum(map(len, errand.hosts)) if fan_out is FanOut.EVERY_RANK else len(errand.hosts)
     return Kind(
         _nics(errand.holders, topology),
         tuple(sorted(_nics(ranks, topology) for ranks in errand.hosts)),
-        copies,
+        errand.crossings(fan_out),
     )
 
 
@@ -88,18 +87,17 @@ def _divided(
     kinds: dict[Kind, list[Errand]] = {}
     for errand in errands:
         kinds.setdefault(_kind(errand, topology, fan_out), []).append(errand)
-    jobs: list[Job] = []
-    for kind, members in kinds.items():
-        jobs += _jobs(kind, sum(errand.nbytes for errand in members), fan_out)
-    machines = {machine for job in jobs for machine in job.limits} | set(before)
+    jobs = {kind: _jobs(kind, sum(errand.nbytes for errand in members), fan_out) for kind, members in kinds.items()}
+    every = [job for of_kind in jobs.values() for job in of_kind]
+    machines = {machine for job in every for machine in job.limits} | set(before)
     speeds = {machine: topology.nic_rate(machine).send_bytes_per_second for machine in sorted(machines)}
-    amounts = iter(share([job for job in jobs if job.amount], speeds, before, goal).amounts)
+    amounts = iter(share(every, speeds, before, goal).amounts)
     sent: dict[int, int] = {}
     result: list[Assignment] = []
     for kind, members in kinds.items():
         done: dict[int, Fraction] = {}
-        for job in _jobs(kind, sum(errand.nbytes for errand in members), fan_out):
-            for machine, amount in (next(amounts) if job.amount else {}).items():
+        for of_job in islice(amounts, len(jobs[kind])):
+            for machine, amount in of_job.items():
                 done[machine] = done.get(machine, Fraction(0)) + amount
         for piece, errand in _pieces(kind, members, done, fan_out):
             result += _assignments(piece, errand, topology, sent)
@@ -111,6 +109,8 @@ def _jobs(kind: Kind, nbytes: int, fan_out: FanOut) -> list[Job]:
     senders: dict[int, int | None] = dict.fromkeys(kind.senders)
     if fan_out is not FanOut.ONCE:
         return [Job(kind.copies * nbytes, senders)]
+    if len(kind.hosts) == 1:
+        return [Job(nbytes, senders)]
     relays = {nic: nbytes // len(nics) for nics in kind.hosts for nic in nics}
     return [Job(nbytes, senders), Job((len(kind.hosts) - 1) * nbytes, {**relays, **senders})]
 
