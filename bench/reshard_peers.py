@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tricomm import Naive, SendRecv, make_plan
+from tricomm import LeastLoaded, SendRecv, make_plan
 from tricomm.plan.program import Transfer
 from tricomm.plan.tasks import unit_tasks
 from tricomm.sharding import ShardingSpec
@@ -42,10 +42,10 @@ def _room(nbytes: int) -> torch.Tensor:
 
 
 class _OneMessagePerPair:
-    """Each receiver gets every slice from the first rank that holds it, one message per pair, all at once."""
+    """Each receiver gets every slice from the holder that sends least so far, one message per pair, all at once."""
 
     def __init__(self, rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
-        plan = make_plan(source, destination, strategy=SendRecv(chunk_bytes=1 << 40), balance=Naive())
+        plan = make_plan(source, destination, strategy=SendRecv(chunk_bytes=1 << 40), balance=LeastLoaded())
         self.rank = rank
         self.groups = directions()
         self.program = plan.for_rank(rank)[0]
