@@ -4,12 +4,16 @@ A message is a chain of ranks, the sender first, and chunks of elements. Chunk c
 hop; a relay forwards a chunk once it has it. A message to one receiver is a chain of two.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, sqrt
+from typing import NamedTuple
+
+import numpy as np
 
 from tricomm.intervals import Region, cut_regions, region_numel
+from tricomm.plan.columns import Groups, Lazy
 from tricomm.topology import Topology
 
 MAX_PEERS_PER_ROUND = 128
@@ -53,6 +57,72 @@ class Message:
     def numel(self) -> int:
         """Elements of the message, counted once."""
         return sum(self.chunk_numel(index) for index in range(len(self.chunks)))
+
+
+class Pairs(NamedTuple):
+    """What goes from one rank to one other, as columns, ascending by sender and then by receiver.
+
+    Attributes:
+        senders, receivers: one of each.
+        regions: of each.
+        numel: elements of each.
+    """
+
+    senders: np.ndarray
+    receivers: np.ndarray
+    regions: Groups | tuple[tuple[Region, ...], ...]
+    numel: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Pairs":
+        """Some of them."""
+        if isinstance(self.regions, Groups):
+            regions: Groups | tuple[tuple[Region, ...], ...] = self.regions.take(rows)
+        else:
+            regions = tuple(self.regions[row] for row in rows.tolist())
+        return Pairs(self.senders[rows], self.receivers[rows], regions, self.numel[rows])
+
+
+class Unicasts(Lazy[Message]):
+    """Messages to one receiver each, as columns.
+
+    Attributes:
+        pairs: what goes where.
+        cut: the chunks of those messages that have more than one.
+        chunk_counts: of each message.
+    """
+
+    __slots__ = ("chunk_counts", "cut", "pairs")
+
+    def __init__(self, pairs: Pairs, cut: Mapping[int, tuple[Chunk, ...]]) -> None:
+        self.pairs, self.cut = pairs, cut
+        self.chunk_counts = np.ones(len(pairs.senders), np.int64)
+        self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
+
+    @classmethod
+    def of(cls, pairs: Pairs, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], list[Chunk]]) -> "Unicasts":
+        """Cut each message into so many parts, of which those that are empty are left out."""
+        cut: dict[int, tuple[Chunk, ...]] = {}
+        for row in np.flatnonzero(parts > 1).tolist():
+            cut[row] = tuple(chunk for chunk in cutter(pairs.regions[row], int(parts[row])) if chunk)
+        return cls(pairs, cut)
+
+    def touching(self, rank: int) -> "Unicasts":
+        """Those that a rank sends or receives."""
+        rows = np.flatnonzero((self.pairs.senders == rank) | (self.pairs.receivers == rank))
+        if len(rows) == len(self):
+            return self
+        at = {row: index for index, row in enumerate(rows.tolist())}
+        return Unicasts(self.pairs.take(rows), {at[row]: chunks for row, chunks in self.cut.items() if row in at})
+
+    def __len__(self) -> int:
+        return len(self.pairs.senders)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Message]:
+        regions = self.pairs.regions
+        wholes = regions._items(rows) if isinstance(regions, Groups) else (regions[row] for row in rows.tolist())
+        columns = rows.tolist(), self.pairs.senders[rows].tolist(), self.pairs.receivers[rows].tolist()
+        for row, sender, receiver, whole in zip(*columns, wholes, strict=True):
+            yield Message((sender, receiver), self.cut.get(row, (whole,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,25 +202,26 @@ def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
     return max(min(most, round(sqrt(fill / cost)) if cost else MAX_CHUNKS), 1)
 
 
-def unicast(legs: Legs, context: RouteContext) -> tuple[Message, ...]:
+def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Unicasts:
     """Messages whose chunks follow from the message alone, so that each rank of a pair finds them for itself.
 
     Counts are powers of two, so that the chunks of messages of several sizes fall into the same rounds.
     """
     topology, peers = context.topology, context.peers
+    if chunk_bytes is not None:
+        most = max(1, chunk_bytes // context.itemsize)
+        return Unicasts.of(pairs, -(-pairs.numel // most), lambda regions, _: parts_of(regions, most))
     limit = min(MAX_UNICAST_CHUNK_NBYTES, context.chunk_limit_nbytes(min(peers, MAX_PEERS_PER_ROUND)))
     # A round is worth its cost if it takes much longer.
     round_seconds = ROUND_COSTS * (topology.latency_seconds + peers * topology.overhead_seconds) / peers
-    result: list[Message] = []
-    for chain, regions in sorted(legs.items()):
-        nbytes = sum(map(region_numel, regions)) * context.itemsize
-        here, there = chain
-        is_local = topology.host(here) == topology.host(there)
-        rate = topology.intra_bytes_per_second if is_local else topology.nic_rate(topology.nic(here))[0]
-        wanted = min(UNICAST_CHUNKS, int(nbytes / max(rate * round_seconds, MIN_CHUNK_NBYTES))) if peers > 1 else 1
-        parts = max(wanted, ceil(nbytes / limit), 1)
-        result.append(_message(chain, regions, 1 << (parts - 1).bit_length()))
-    return tuple(result)
+    nbytes = pairs.numel * context.itemsize
+    wanted = np.ones(len(nbytes), np.int64)
+    if peers > 1:
+        rates = topology.rates_between(pairs.senders, pairs.receivers)
+        wanted = np.minimum(nbytes / np.maximum(rates * round_seconds, MIN_CHUNK_NBYTES), UNICAST_CHUNKS)
+    parts = np.maximum(np.maximum(wanted.astype(np.int64), -(-nbytes // limit)), 1)
+    _, doublings = np.frexp((parts - 1).astype(np.float64))
+    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_parts)
 
 
 def messages(legs: Legs, count: int, limit_nbytes: int, itemsize: int) -> tuple[Message, ...]:
@@ -170,9 +241,14 @@ def _message(chain: tuple[int, ...], regions: Sequence[Region], parts: int) -> M
 
 def messages_of(legs: Legs, chunk_nbytes: int, itemsize: int) -> tuple[Message, ...]:
     """Chunks of the size that was asked for, or less."""
-    result: list[Message] = []
-    for chain, regions in sorted(legs.items()):
-        numel, most = sum(map(region_numel, regions)), max(1, chunk_nbytes // itemsize)
-        parts = cut_regions(regions, range(most, numel, most), 0)
-        result.append(Message(chain, tuple(part for part in parts if part)))
-    return tuple(result)
+    most = max(1, chunk_nbytes // itemsize)
+    return tuple(
+        Message(chain, tuple(part for part in parts_of(regions, most) if part))
+        for chain, regions in sorted(legs.items())
+    )
+
+
+def parts_of(regions: Sequence[Region], most: int) -> list[tuple[Region, ...]]:
+    """Cut regions into parts of so many elements, of which the last may have less."""
+    numel = sum(map(region_numel, regions))
+    return cut_regions(regions, range(most, numel, most), 0)

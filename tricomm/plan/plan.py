@@ -9,7 +9,7 @@ from functools import lru_cache
 from tricomm.dtype import ITEMSIZE, check_cast
 from tricomm.errors import PlanError, SpecError
 from tricomm.placement import Partial
-from tricomm.plan.chunks import Message, RouteContext
+from tricomm.plan.chunks import Message, RouteContext, Unicasts
 from tricomm.plan.cost import lower_bound_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.program import RankProgram, rank_program
@@ -18,7 +18,7 @@ from tricomm.plan.rounds import Hop, schedule
 from tricomm.plan.routes import Auto, SendRecv, Strategy
 from tricomm.plan.senders import Assignment, Balance, FanOut, Naive
 from tricomm.plan.split import Split
-from tricomm.plan.tasks import Task, peer_bound, unit_tasks
+from tricomm.plan.tasks import Task, Tasks, peer_bound, unit_tasks
 from tricomm.plan.verify import require, verify_move
 from tricomm.sharding import ShardingSpec
 from tricomm.topology import Topology
@@ -47,9 +47,9 @@ class Move:
     destination: ShardingSpec
     wire_dtype: str
     strategy: Strategy
-    tasks: tuple[Task, ...]
-    messages: tuple[Message, ...]
-    hops: tuple[Hop, ...]
+    tasks: Sequence[Task]
+    messages: Sequence[Message]
+    hops: Sequence[Hop]
 
     @property
     def wire_nbytes(self) -> int:
@@ -312,19 +312,19 @@ def _make_move(
     candidates: tuple[Strategy, ...]
     if not isinstance(strategy, Auto):
         candidates = (strategy,)
-    elif any(len(task.receivers) > 1 for task in tasks):
+    elif _multicasts(tasks):
         candidates = strategy.candidates
     else:
         candidates = (SendRecv(),)
     best: tuple[float, Move] | None = None
-    assignments: dict[FanOut, tuple[Assignment, ...]] = {}
+    assignments: dict[FanOut, Sequence[Assignment]] = {}
     for candidate in candidates:
         fan_out = candidate.fan_out
         if fan_out not in assignments:
             assignments[fan_out] = balance.assign(tasks, itemsize, topology, fan_out)
         messages = candidate.route(assignments[fan_out], context)
         if rank is not None:
-            messages = tuple(message for message in messages if rank in message.chain)
+            messages = _touching(messages, rank)
         hops = schedule(messages, participants, topology)
         move = Move(source, destination, wire_dtype, candidate, tasks, messages, hops)
         if len(candidates) == 1:
@@ -334,6 +334,18 @@ def _make_move(
             best = (seconds, move)
     assert best is not None
     return best[1]
+
+
+def _multicasts(tasks: Tasks) -> bool:
+    """Whether a task has several receivers."""
+    return not tasks.one_needer and any(len(task.receivers) > 1 for task in tasks)
+
+
+def _touching(messages: Sequence[Message], rank: int) -> Sequence[Message]:
+    """The messages of which a rank is a part."""
+    if isinstance(messages, Unicasts):
+        return messages.touching(rank)
+    return tuple(message for message in messages if rank in message.chain)
 
 
 def plan_fields(

@@ -1,0 +1,183 @@
+"""Plans as columns: sequences of values that exist as arrays of integers, and as objects only when looked at.
+
+A rank of a large mesh exchanges with thousands of others. What makes its plan slow is not the arithmetic, which is
+the same for every pair, but one object for each task, assignment, message and hop on the way to the program. Here
+a plan's sequences are arrays; an item is made when somebody asks for it, and is then the same value as ever.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TypeVar, overload
+
+import numpy as np
+
+from tricomm.intervals import Intervals, Region
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Lazy(Sequence[T_co]):
+    """An immutable sequence of which an item is made when it is looked at. It equals the tuple of its items."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def _items(self, rows: np.ndarray) -> Iterator[T_co]:
+        """The items of some rows."""
+
+    @overload
+    def __getitem__(self, index: int) -> T_co: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T_co, ...]: ...
+    def __getitem__(self, index: int | slice) -> T_co | tuple[T_co, ...]:
+        if isinstance(index, slice):
+            return tuple(self._items(np.arange(len(self))[index]))
+        row = range(len(self))[index]
+        return next(self._items(np.array([row])))
+
+    def __iter__(self) -> Iterator[T_co]:
+        return self._items(np.arange(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, tuple | Lazy):
+            return NotImplemented
+        return self is other or (len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True)))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+def numbers(values: Iterable[int], count: int = -1) -> np.ndarray:
+    """Integers as an array."""
+    return np.fromiter(values, np.int64, count)
+
+
+def bounds(counts: np.ndarray) -> np.ndarray:
+    """Where each of some groups of so many rows begins, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def spread(offsets: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The rows of some groups, one group after the other; group g has the rows offsets[g] to offsets[g + 1]."""
+    counts = offsets[groups + 1] - offsets[groups]
+    ends = np.cumsum(counts)
+    return np.arange(counts.sum()) + np.repeat(offsets[groups] - ends + counts, counts)
+
+
+def positions(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted value stands among distinct ascending ones; -1 if it does not."""
+    if not len(sorted_values):
+        return np.full(len(wanted), -1)
+    at = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
+    return np.where(sorted_values[at] == wanted, at, -1)
+
+
+class IntervalLists(Lazy[Intervals]):
+    """Lists of intervals: list i has the intervals offsets[i] to offsets[i + 1].
+
+    Attributes:
+        starts, stops: of all intervals, list after list.
+        offsets: one more than lists.
+        lengths: coordinates of each list.
+    """
+
+    __slots__ = ("lengths", "offsets", "starts", "stops")
+
+    def __init__(self, starts: np.ndarray, stops: np.ndarray, offsets: np.ndarray) -> None:
+        self.starts, self.stops, self.offsets = starts, stops, offsets
+        total = bounds(stops - starts)
+        self.lengths = total[offsets[1:]] - total[offsets[:-1]]
+
+    @classmethod
+    def of(cls, lists: Sequence[Intervals]) -> "IntervalLists":
+        """From tuples."""
+        counts = numbers(map(len, lists), len(lists))
+        edges = numbers(chain.from_iterable(chain.from_iterable(lists)), 2 * int(counts.sum()))
+        return cls(edges[0::2], edges[1::2], bounds(counts))
+
+    @property
+    def single(self) -> bool:
+        """Whether every list is one interval."""
+        return len(self.starts) == len(self) and bool((np.diff(self.offsets) == 1).all())
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def _items(self, rows: np.ndarray) -> Iterator[Intervals]:
+        starts, stops = self.starts, self.stops
+        if len(starts) == len(self) and self.single:
+            return (((start, stop),) for start, stop in zip(starts[rows].tolist(), stops[rows].tolist(), strict=True))
+        spans = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        return (tuple(zip(starts[a:b].tolist(), stops[a:b].tolist(), strict=True)) for a, b in spans)
+
+
+class Regions(Lazy[Region]):
+    """Products of interval lists.
+
+    Attributes:
+        dims: per dim, the lists.
+        rows: int array (regions, dims): which list of each dim.
+    """
+
+    __slots__ = ("dims", "rows")
+
+    def __init__(self, dims: tuple[IntervalLists, ...], rows: np.ndarray) -> None:
+        self.dims, self.rows = dims, rows
+
+    @property
+    def numel(self) -> np.ndarray:
+        """Elements of each region."""
+        result = np.ones(len(self.rows), np.int64)
+        for dim, lists in enumerate(self.dims):
+            result *= lists.lengths[self.rows[:, dim]]
+        return result
+
+    def take(self, rows: np.ndarray) -> "Regions":
+        """Some of them."""
+        return Regions(self.dims, self.rows[rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Region]:
+        if not self.dims:
+            return iter([()] * len(rows))
+        return zip(*(lists._items(self.rows[rows, dim]) for dim, lists in enumerate(self.dims)), strict=True)
+
+
+class Groups(Lazy[tuple[Region, ...]]):
+    """Several regions each: group i has the regions offsets[i] to offsets[i + 1]."""
+
+    __slots__ = ("offsets", "regions")
+
+    def __init__(self, regions: Regions, offsets: np.ndarray) -> None:
+        self.regions, self.offsets = regions, offsets
+
+    @property
+    def numel(self) -> np.ndarray:
+        """Elements of each group."""
+        total = bounds(self.regions.numel)
+        return total[self.offsets[1:]] - total[self.offsets[:-1]]
+
+    @property
+    def single(self) -> bool:
+        """Whether every group is one region."""
+        return len(self.regions) == len(self) and bool((np.diff(self.offsets) == 1).all())
+
+    def take(self, groups: np.ndarray) -> "Groups":
+        """Some of them."""
+        counts = self.offsets[groups + 1] - self.offsets[groups]
+        return Groups(self.regions.take(spread(self.offsets, groups)), bounds(counts))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def _items(self, rows: np.ndarray) -> Iterator[tuple[Region, ...]]:
+        if self.single:
+            return ((region,) for region in self.regions._items(rows))
+        spans = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        return (self.regions[start:stop] for start, stop in spans)
