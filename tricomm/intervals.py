@@ -6,7 +6,7 @@ A product of them, one per dim, is a :data:`Region`.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -66,16 +66,6 @@ def chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
     size = length(intervals)
     step = -(-size // parts)
     return take(intervals, min(index * step, size), min((index + 1) * step, size))
-
-
-def chunks(intervals: Intervals, parts: int) -> list[Intervals]:
-    """All parts of :func:`chunk`, in one pass where there is one interval."""
-    if len(intervals) != 1:
-        return [chunk(intervals, parts, index) for index in range(parts)]
-    start, stop = intervals[0]
-    step = -(-(stop - start) // parts)
-    edges = [min(start + step * index, stop) for index in range(parts + 1)]
-    return [((low, high),) if low < high else () for low, high in pairwise(edges)]
 
 
 def runs(inner: Intervals, outer: Intervals) -> tuple[Run, ...]:

@@ -12,9 +12,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from tricomm.columns import IntervalLists
 from tricomm.dtype import ITEMSIZE, dtype_name
 from tricomm.errors import SpecError
-from tricomm.intervals import Interval, Intervals, Region, chunk, chunks, clip, merged, region_shape
+from tricomm.intervals import Interval, Intervals, Region, chunk, clip, merged, region_shape
 from tricomm.mesh import Mesh
 from tricomm.notation import from_notation, to_notation
 from tricomm.placement import Partial, Placement, Replicate, Shard
@@ -155,12 +156,18 @@ class ShardingSpec:
             held = merged([interval for part in parts for interval in part])
         return held
 
-    def cuts(self, axis: int, held: Intervals) -> list[Intervals]:
-        """What every index of a mesh axis that cuts a dim gets of the part ``held`` of that dim."""
-        per_segment = [chunks(segment, self.mesh.shape[axis]) for segment in self._segments(axis, held)]
-        if len(per_segment) == 1:
-            return per_segment[0]
-        return [merged([interval for part in parts for interval in part]) for parts in zip(*per_segment, strict=True)]
+    def cuts(self, axis: int, held: IntervalLists) -> IntervalLists:
+        """What every index of a mesh axis that cuts a dim gets of each of the parts ``held`` of that dim."""
+        extent, placement = self.mesh.shape[axis], self.placements[axis]
+        if held.simple and isinstance(placement, Shard) and not placement.segments:
+            return held.chunks(extent)
+        parts: list[Intervals] = []
+        for part in held:
+            segments = self._segments(axis, part)
+            for index in range(extent):
+                pieces = [chunk(segment, extent, index) for segment in segments]
+                parts.append(merged([interval for piece in pieces for interval in piece]))
+        return IntervalLists.of(parts)
 
     def _segments(self, axis: int, held: Intervals) -> list[Intervals]:
         """The parts of ``held`` that a mesh axis cuts each on its own."""
@@ -274,7 +281,7 @@ class Layout:
         part_of: int array (ranks, dims): the index into ``parts[dim]`` of each rank in mesh order.
     """
 
-    parts: tuple[tuple[Intervals, ...], ...]
+    parts: tuple[IntervalLists, ...]
     part_of: np.ndarray
 
 
@@ -283,22 +290,22 @@ def layout(spec: ShardingSpec) -> Layout:
     """The tables of a spec, whose size grows with ranks plus parts, never with their product."""
     shape, mesh = spec.global_shape, spec.mesh
     part_of = np.zeros((mesh.size, len(shape)), dtype=np.int64)
-    parts: list[tuple[Intervals, ...]] = []
+    parts: list[IntervalLists] = []
     coordinates = np.indices(mesh.shape).reshape(mesh.ndim, mesh.size)
     for dim in range(len(shape)):
         if spec.holdings is not None:
             index: dict[Intervals, int] = {}
             for position, holding in enumerate(spec.holdings):
                 part_of[position, dim] = index.setdefault(holding[dim], len(index))
-            parts.append(tuple(index))
+            parts.append(IntervalLists.of(tuple(index)))
             continue
         axes = spec.cutting_axes(dim)
         for axis in axes:
             part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
-        cut = [merged(((0, shape[dim]),))]
+        cut = IntervalLists.of([merged(((0, shape[dim]),))])
         for axis in axes:
-            cut = [part for held in cut for part in spec.cuts(axis, held)]
-        parts.append(tuple(cut))
+            cut = spec.cuts(axis, cut)
+        parts.append(cut)
     return Layout(tuple(parts), part_of)
 
 

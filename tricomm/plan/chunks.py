@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tricomm.columns import Groups, Lazy
 from tricomm.intervals import Region, cut_regions, region_numel
-from tricomm.plan.columns import Groups, Lazy
 from tricomm.topology import Topology
 
 MAX_PEERS_PER_ROUND = 128

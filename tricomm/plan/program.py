@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise, product, repeat
+from itertools import chain, pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tricomm.columns import Groups, Lazy
 from tricomm.intervals import Region, joint_runs, region_numel, region_shape, runs
 from tricomm.plan.chunks import Message, Unicasts
-from tricomm.plan.columns import Groups
 from tricomm.plan.rounds import Hop, Hops
 from tricomm.plan.tasks import Tasks
 from tricomm.sharding import Holding
@@ -58,12 +58,44 @@ class Transfer(NamedTuple):
     regions: tuple[PackedRegion, ...]
 
 
+class BoxTransfers(Lazy[Transfer]):
+    """Transfers as columns, each of a whole message that is one box of the local tensor.
+
+    Attributes:
+        peers, messages, numel: of each.
+        starts, shapes: of each box, int arrays (transfers, dims).
+    """
+
+    __slots__ = ("messages", "numel", "peers", "shapes", "starts")
+
+    def __init__(
+        self, peers: np.ndarray, messages: np.ndarray, numel: np.ndarray, starts: np.ndarray, shapes: np.ndarray
+    ) -> None:
+        self.peers, self.messages, self.numel, self.starts, self.shapes = peers, messages, numel, starts, shapes
+
+    def between(self, start: int, stop: int) -> "BoxTransfers":
+        """Some that follow each other."""
+        at = slice(start, stop)
+        return BoxTransfers(self.peers[at], self.messages[at], self.numel[at], self.starts[at], self.shapes[at])
+
+    def __len__(self) -> int:
+        return len(self.peers)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Transfer]:
+        origin = (0,) * self.starts.shape[1]
+        columns = (column[rows].tolist() for column in (self.peers, self.messages, self.numel))
+        boxes = (map(tuple, column[rows].tolist()) for column in (self.starts, self.shapes))
+        for peer, message, numel, start, shape in zip(*columns, *boxes, strict=True):
+            box = Box(start, origin, shape)
+            yield Transfer(peer, (message, 0), numel, (PackedRegion(0, shape, (box,)),))
+
+
 class Round(NamedTuple):
     """What one rank sends and receives in one round. ``number`` is the same on all ranks."""
 
     number: int
-    sends: tuple[Transfer, ...]
-    receives: tuple[Transfer, ...]
+    sends: Sequence[Transfer]
+    receives: Sequence[Transfer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +147,7 @@ def _kept(move: "Move", rank: int) -> Iterator[Region]:
     return (region for task in move.tasks if rank in task.holders and rank in task.needers for region in task.regions)
 
 
-def _by_round(move: "Move", rank: int, side: int, holding: Holding | None) -> dict[int, tuple[Transfer, ...]]:
+def _by_round(move: "Move", rank: int, side: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
     """What a rank sends or receives in each round.
 
     Args:
@@ -128,38 +160,20 @@ def _by_round(move: "Move", rank: int, side: int, holding: Holding | None) -> di
         hops = move.hops.table[move.hops.table[:, side] == rank]
     else:
         hops = np.array([hop for hop in move.hops if hop[side] == rank], np.int64).reshape(-1, len(Hop._fields))
-    numbers, peers = hops[:, 0].tolist(), hops[:, _SENDS + _RECEIVES - side].tolist()
-    keys = [*zip(hops[:, 3].tolist(), hops[:, 4].tolist(), strict=True)]
-    whole = _whole_messages(move.messages, hops[:, 3], holding)
-    numel, regions = whole or _chunks(move.messages, keys, holding, rank if side == _SENDS else None)
-    transfers = [*map(Transfer._make, zip(peers, keys, numel, regions, strict=True))]
     edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
-    return {numbers[start]: tuple(transfers[start:stop]) for start, stop in pairwise(edges) if start < stop}
+    rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
+    peers = hops[:, _SENDS + _RECEIVES - side]
+    boxes = _boxes(move.messages, hops[:, 3], peers, holding)
+    if boxes is not None:
+        return {number: boxes.between(start, stop) for number, start, stop in rounds}
+    sender = rank if side == _SENDS else None
+    transfers = _chunks(move.messages, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holding, sender)
+    return {number: tuple(transfers[start:stop]) for number, start, stop in rounds}
 
 
-Packed = tuple[Sequence[int], Sequence[tuple[PackedRegion, ...]]]
-"""Of some chunks, how many elements each has and how it lies in the local tensor."""
-
-
-def _chunks(
-    messages: Sequence[Message], keys: Sequence[tuple[int, int]], holding: Holding | None, sender: int | None
-) -> Packed:
-    """Chunks one by one. What a sender only forwards lies in no tensor of its own."""
-    used = {index: messages[index] for index in dict.fromkeys(index for index, _ in keys)}
-    numel: list[int] = []
-    regions: list[tuple[PackedRegion, ...]] = []
-    for index, chunk in keys:
-        message = used[index]
-        numel.append(message.chunk_numel(chunk))
-        if sender in (None, message.chain[0]):
-            assert holding is not None
-            regions.append(_packed(message.chunks[chunk], holding))
-        else:
-            regions.append(())
-    return numel, regions
-
-
-def _whole_messages(messages: Sequence[Message], indices: np.ndarray, holding: Holding | None) -> Packed | None:
+def _boxes(
+    messages: Sequence[Message], indices: np.ndarray, peers: np.ndarray, holding: Holding | None
+) -> BoxTransfers | None:
     """Messages that are one chunk, which is one box, all at once; None if one of them is more."""
     if holding is None or not isinstance(messages, Unicasts) or any(len(intervals) != 1 for intervals in holding):
         return None
@@ -167,21 +181,34 @@ def _whole_messages(messages: Sequence[Message], indices: np.ndarray, holding: H
     if not isinstance(groups, Groups) or not groups.single or (messages.chunk_counts[indices] != 1).any():
         return None
     rows = groups.regions.rows[indices]
-    starts: list[list[int]] = []
-    extents: list[list[int]] = []
+    starts, shapes = np.empty_like(rows), np.empty_like(rows)
     for dim, lists in enumerate(groups.regions.dims):
         at = lists.offsets[rows[:, dim]]
         if (lists.offsets[rows[:, dim] + 1] - at != 1).any():
             return None
-        starts.append((lists.starts[at] - holding[dim][0][0]).tolist())
-        extents.append((lists.stops[at] - lists.starts[at]).tolist())
-    if not starts:
-        return None
-    origin = (0,) * len(starts)
-    shapes = [*zip(*extents, strict=True)]
-    boxes = map(Box._make, zip(zip(*starts, strict=True), repeat(origin), shapes, strict=False))
-    regions = [(PackedRegion(0, shape, (box,)),) for shape, box in zip(shapes, boxes, strict=True)]
-    return messages.pairs.numel[indices].tolist(), regions
+        starts[:, dim] = lists.starts[at] - holding[dim][0][0]
+        shapes[:, dim] = lists.stops[at] - lists.starts[at]
+    return BoxTransfers(peers, indices, messages.pairs.numel[indices], starts, shapes)
+
+
+def _chunks(
+    messages: Sequence[Message],
+    keys: Sequence[tuple[int, int]],
+    peers: Sequence[int],
+    holding: Holding | None,
+    sender: int | None,
+) -> list[Transfer]:
+    """Chunks one by one. What a sender only forwards lies in no tensor of its own."""
+    used = {index: messages[index] for index in dict.fromkeys(index for index, _ in keys)}
+    transfers: list[Transfer] = []
+    for key, peer in zip(keys, peers, strict=True):
+        message = used[key[0]]
+        packed: tuple[PackedRegion, ...] = ()
+        if sender in (None, message.chain[0]):
+            assert holding is not None
+            packed = _packed(message.chunks[key[1]], holding)
+        transfers.append(Transfer(peer, key, message.chunk_numel(key[1]), packed))
+    return transfers
 
 
 def _packed(chunk: Sequence[Region], holding: Holding) -> tuple[PackedRegion, ...]:

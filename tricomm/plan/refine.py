@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tricomm.plan.columns import IntervalLists, bounds, positions
+from tricomm.columns import IntervalLists, bounds, positions
 from tricomm.sharding import Layout, ShardingSpec
 
 NOBODY = -1
@@ -34,7 +34,8 @@ class Covering:
     def including(self, part: int) -> np.ndarray:
         """Which cells a part covers."""
         if self.parts is None:
-            return self.classes == part
+            covered: np.ndarray = self.classes == part
+            return covered
         return np.isin(self.classes, [number for number, parts in enumerate(self.parts) if part in parts])
 
 
@@ -55,7 +56,7 @@ class Cells:
 @lru_cache(maxsize=64)
 def cells(source: Layout, destination: Layout, dim: int) -> Cells:
     """The cells of a dim that somebody needs."""
-    lists = [IntervalLists.of(table.parts[dim]) for table in (source, destination)]
+    lists = [table.parts[dim] for table in (source, destination)]
     cuts = np.unique(np.concatenate([edges for side in lists for edges in (side.starts, side.stops)]))
     held, needed = (_covering(side, cuts) for side in lists)
     kept = np.flatnonzero(needed.classes != NOBODY)
@@ -120,7 +121,8 @@ class RankSets:
 
     def first(self, sets: np.ndarray) -> np.ndarray:
         """The first rank of some sets, none of which is empty."""
-        return self.members[self.offsets[sets]]
+        ranks: np.ndarray = self.members[self.offsets[sets]]
+        return ranks
 
     def ranks(self, number: int) -> tuple[int, ...]:
         """A set; NOBODY is empty."""

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tricomm.columns import Lazy, bounds, numbers
 from tricomm.plan.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
-from tricomm.plan.columns import Lazy, bounds, numbers
 from tricomm.topology import Topology
 
 WAVE_STRIDE = 1 << 40

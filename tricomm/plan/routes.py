@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tricomm.columns import Groups
 from tricomm.errors import PlanError
 from tricomm.intervals import Region, region_numel
 from tricomm.plan.chunks import (
@@ -21,7 +22,6 @@ from tricomm.plan.chunks import (
     even_parts,
     unicast,
 )
-from tricomm.plan.columns import Groups
 from tricomm.plan.senders import Assignment, FanOut, Settled, by_host, grouped
 
 

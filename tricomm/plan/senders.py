@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tricomm.columns import Groups, Lazy
 from tricomm.intervals import Region, region_numel
-from tricomm.plan.columns import Groups, Lazy
 from tricomm.plan.tasks import Task, Tasks
 from tricomm.topology import Topology
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tricomm.columns import Groups, Lazy, Regions, bounds
 from tricomm.errors import PlanError
 from tricomm.intervals import Region, region_numel
-from tricomm.plan.columns import Groups, Lazy, Regions, bounds
 from tricomm.plan.refine import NOBODY, Cells, Intersections, RankSets, cells
 from tricomm.sharding import ShardingSpec, layout
 

@@ -58,14 +58,17 @@ def numbers(values: Iterable[int], count: int = -1) -> np.ndarray:
 
 def bounds(counts: np.ndarray) -> np.ndarray:
     """Where each of some groups of so many rows begins, and where the last one ends."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    result = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=result[1:])
+    return result
 
 
 def spread(offsets: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The rows of some groups, one group after the other; group g has the rows offsets[g] to offsets[g + 1]."""
     counts = offsets[groups + 1] - offsets[groups]
     ends = np.cumsum(counts)
-    return np.arange(counts.sum()) + np.repeat(offsets[groups] - ends + counts, counts)
+    rows: np.ndarray = np.arange(counts.sum()) + np.repeat(offsets[groups] - ends + counts, counts)
+    return rows
 
 
 def positions(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -83,14 +86,18 @@ class IntervalLists(Lazy[Intervals]):
         starts, stops: of all intervals, list after list.
         offsets: one more than lists.
         lengths: coordinates of each list.
+        simple: whether no list has more than one interval.
+        single: whether every list has one.
     """
 
-    __slots__ = ("lengths", "offsets", "starts", "stops")
+    __slots__ = ("lengths", "offsets", "simple", "single", "starts", "stops")
 
     def __init__(self, starts: np.ndarray, stops: np.ndarray, offsets: np.ndarray) -> None:
         self.starts, self.stops, self.offsets = starts, stops, offsets
         total = bounds(stops - starts)
         self.lengths = total[offsets[1:]] - total[offsets[:-1]]
+        self.simple = bool((np.diff(offsets) <= 1).all())
+        self.single = self.simple and len(starts) == len(self)
 
     @classmethod
     def of(cls, lists: Sequence[Intervals]) -> "IntervalLists":
@@ -99,17 +106,24 @@ class IntervalLists(Lazy[Intervals]):
         edges = numbers(chain.from_iterable(chain.from_iterable(lists)), 2 * int(counts.sum()))
         return cls(edges[0::2], edges[1::2], bounds(counts))
 
-    @property
-    def single(self) -> bool:
-        """Whether every list is one interval."""
-        return len(self.starts) == len(self) and bool((np.diff(self.offsets) == 1).all())
+    def chunks(self, parts: int) -> "IntervalLists":
+        """Every list in as many parts as torch.chunk cuts: ceil(n / parts) coordinates each, the last ones less or
+        none. No list may have more than one interval.
+        """
+        start, stop = np.zeros((2, len(self), 1), np.int64)
+        some = np.diff(self.offsets) == 1
+        start[some, 0], stop[some, 0] = self.starts, self.stops
+        edges = np.minimum(start + -(-(stop - start) // parts) * np.arange(parts + 1), stop)
+        starts, stops = edges[:, :-1].reshape(-1), edges[:, 1:].reshape(-1)
+        some = starts < stops
+        return IntervalLists(starts[some], stops[some], bounds(some))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def _items(self, rows: np.ndarray) -> Iterator[Intervals]:
         starts, stops = self.starts, self.stops
-        if len(starts) == len(self) and self.single:
+        if self.single:
             return (((start, stop),) for start, stop in zip(starts[rows].tolist(), stops[rows].tolist(), strict=True))
         spans = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
         return (tuple(zip(starts[a:b].tolist(), stops[a:b].tolist(), strict=True)) for a, b in spans)
@@ -150,23 +164,26 @@ class Regions(Lazy[Region]):
 
 
 class Groups(Lazy[tuple[Region, ...]]):
-    """Several regions each: group i has the regions offsets[i] to offsets[i + 1]."""
+    """Several regions each.
 
-    __slots__ = ("offsets", "regions")
+    Attributes:
+        regions: of all groups, group after group.
+        offsets: group i has the regions offsets[i] to offsets[i + 1].
+        single: whether every group is one region.
+    """
+
+    __slots__ = ("offsets", "regions", "single")
 
     def __init__(self, regions: Regions, offsets: np.ndarray) -> None:
         self.regions, self.offsets = regions, offsets
+        self.single = bool((np.diff(offsets) == 1).all())
 
     @property
     def numel(self) -> np.ndarray:
         """Elements of each group."""
         total = bounds(self.regions.numel)
-        return total[self.offsets[1:]] - total[self.offsets[:-1]]
-
-    @property
-    def single(self) -> bool:
-        """Whether every group is one region."""
-        return len(self.regions) == len(self) and bool((np.diff(self.offsets) == 1).all())
+        numel: np.ndarray = total[self.offsets[1:]] - total[self.offsets[:-1]]
+        return numel
 
     def take(self, groups: np.ndarray) -> "Groups":
         """Some of them."""
