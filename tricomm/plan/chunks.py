@@ -6,14 +6,15 @@ hop; a relay forwards a chunk once it has it. A message to one receiver is a cha
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from math import ceil, sqrt
+from math import ceil, prod, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
 from tricomm.columns import Groups, Lazy
-from tricomm.intervals import Region, cut_regions, region_numel
+from tricomm.intervals import Piece, Region, cut_shapes, region_numel, region_shape
 from tricomm.topology import Topology
 
 MAX_PEERS_PER_ROUND = 128
@@ -37,6 +38,74 @@ Chunk = tuple[Region, ...]
 """Regions that travel together, packed one after the other, each row-major."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pattern:
+    """How regions of some shapes are cut into chunks, wherever they are.
+
+    Attributes:
+        every: the pieces of each part.
+        parts: the same without parts that are empty: the chunks.
+        numel: elements of each chunk.
+    """
+
+    every: tuple[tuple[Piece, ...], ...]
+    parts: tuple[tuple[Piece, ...], ...]
+    numel: tuple[int, ...]
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=4096)
+def _even_pattern(shapes: Shapes, count: int) -> Pattern:
+    numel = sum(map(prod, shapes))
+    return _pattern(shapes, [numel * index // count for index in range(1, count)], numel // count // 16)
+
+
+@lru_cache(maxsize=4096)
+def _stepped_pattern(shapes: Shapes, most: int) -> Pattern:
+    return _pattern(shapes, range(most, sum(map(prod, shapes)), most), 0)
+
+
+def _pattern(shapes: Shapes, points: Sequence[int], slack_numel: int) -> Pattern:
+    every = tuple(cut_shapes(shapes, points, slack_numel))
+    parts = tuple(part for part in every if part)
+    return Pattern(every, parts, tuple(sum(piece.numel for piece in part) for part in parts))
+
+
+class Chunks(Lazy[Chunk]):
+    """The chunks of a message, which are cut when they are looked at; how many elements each has is known."""
+
+    __slots__ = ("numel", "parts", "regions")
+
+    def __init__(self, regions: Sequence[Region], pattern: Pattern) -> None:
+        self.regions, self.parts, self.numel = regions, pattern.parts, pattern.numel
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Chunk]:
+        return (tuple([piece.of(self.regions) for piece in self.parts[row]]) for row in rows.tolist())
+
+
+def even_parts(regions: Sequence[Region], count: int) -> list[Chunk]:
+    """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most."""
+    if count == 1:
+        return [tuple(regions)]
+    every = _even_pattern(tuple(map(region_shape, regions)), count).every
+    return [tuple([piece.of(regions) for piece in part]) for part in every]
+
+
+def even_chunks(regions: Sequence[Region], count: int) -> Chunks:
+    """The parts of :func:`even_parts` that are not empty."""
+    return Chunks(regions, _even_pattern(tuple(map(region_shape, regions)), count))
+
+
+def stepped_chunks(regions: Sequence[Region], most: int) -> Chunks:
+    """Cut regions into parts of so many elements, of which the last may have less."""
+    return Chunks(regions, _stepped_pattern(tuple(map(region_shape, regions)), most))
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """Chunks that follow one chain of ranks.
@@ -47,10 +116,12 @@ class Message:
     """
 
     chain: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
 
     def chunk_numel(self, index: int) -> int:
         """Elements of one chunk."""
+        if isinstance(self.chunks, Chunks):
+            return self.chunks.numel[index]
         return sum(region_numel(region) for region in self.chunks[index])
 
     @property
@@ -93,18 +164,15 @@ class Unicasts(Lazy[Message]):
 
     __slots__ = ("chunk_counts", "cut", "pairs")
 
-    def __init__(self, pairs: Pairs, cut: Mapping[int, tuple[Chunk, ...]]) -> None:
+    def __init__(self, pairs: Pairs, cut: Mapping[int, Sequence[Chunk]]) -> None:
         self.pairs, self.cut = pairs, cut
         self.chunk_counts = np.ones(len(pairs.senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
 
     @classmethod
-    def of(cls, pairs: Pairs, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], list[Chunk]]) -> "Unicasts":
-        """Cut each message into so many parts, of which those that are empty are left out."""
-        cut: dict[int, tuple[Chunk, ...]] = {}
-        for row in np.flatnonzero(parts > 1).tolist():
-            cut[row] = tuple(chunk for chunk in cutter(pairs.regions[row], int(parts[row])) if chunk)
-        return cls(pairs, cut)
+    def of(cls, pairs: Pairs, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
+        """Cut each message into so many parts, less those that are empty."""
+        return cls(pairs, {row: cutter(pairs.regions[row], int(parts[row])) for row in np.flatnonzero(parts > 1)})
 
     def touching(self, rank: int) -> "Unicasts":
         """Those that a rank sends or receives."""
@@ -150,13 +218,6 @@ class RouteContext:
 
 Legs = Mapping[tuple[int, ...], Sequence[Region]]
 """What travels along each chain."""
-
-
-def even_parts(regions: Sequence[Region], count: int) -> list[tuple[Region, ...]]:
-    """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most."""
-    numel = sum(map(region_numel, regions))
-    points = [numel * index // count for index in range(1, count)]
-    return cut_regions(regions, points, numel // count // 16)
 
 
 def chained(legs: Legs, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
@@ -210,7 +271,7 @@ def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Uni
     topology, peers = context.topology, context.peers
     if chunk_bytes is not None:
         most = max(1, chunk_bytes // context.itemsize)
-        return Unicasts.of(pairs, -(-pairs.numel // most), lambda regions, _: parts_of(regions, most))
+        return Unicasts.of(pairs, -(-pairs.numel // most), lambda regions, _: stepped_chunks(regions, most))
     limit = min(MAX_UNICAST_CHUNK_NBYTES, context.chunk_limit_nbytes(min(peers, MAX_PEERS_PER_ROUND)))
     # A round is worth its cost if it takes much longer.
     round_seconds = ROUND_COSTS * (topology.latency_seconds + peers * topology.overhead_seconds) / peers
@@ -221,7 +282,7 @@ def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Uni
         wanted = np.minimum(nbytes / np.maximum(rates * round_seconds, MIN_CHUNK_NBYTES), UNICAST_CHUNKS)
     parts = np.maximum(np.maximum(wanted.astype(np.int64), -(-nbytes // limit)), 1)
     _, doublings = np.frexp((parts - 1).astype(np.float64))
-    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_parts)
+    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
 
 
 def messages(legs: Legs, count: int, limit_nbytes: int, itemsize: int) -> tuple[Message, ...]:
@@ -235,20 +296,10 @@ def messages(legs: Legs, count: int, limit_nbytes: int, itemsize: int) -> tuple[
 
 
 def _message(chain: tuple[int, ...], regions: Sequence[Region], parts: int) -> Message:
-    chunks = (tuple(regions),) if parts == 1 else even_parts(regions, parts)
-    return Message(chain, tuple(chunk for chunk in chunks if chunk))
+    return Message(chain, (tuple(regions),) if parts == 1 else even_chunks(regions, parts))
 
 
 def messages_of(legs: Legs, chunk_nbytes: int, itemsize: int) -> tuple[Message, ...]:
     """Chunks of the size that was asked for, or less."""
     most = max(1, chunk_nbytes // itemsize)
-    return tuple(
-        Message(chain, tuple(part for part in parts_of(regions, most) if part))
-        for chain, regions in sorted(legs.items())
-    )
-
-
-def parts_of(regions: Sequence[Region], most: int) -> list[tuple[Region, ...]]:
-    """Cut regions into parts of so many elements, of which the last may have less."""
-    numel = sum(map(region_numel, regions))
-    return cut_regions(regions, range(most, numel, most), 0)
+    return tuple(Message(chain, stepped_chunks(regions, most)) for chain, regions in sorted(legs.items()))
