@@ -127,6 +127,8 @@ class Message:
     @property
     def numel(self) -> int:
         """Elements of the message, counted once."""
+        if isinstance(self.chunks, Chunks):
+            return sum(self.chunks.numel)
         return sum(self.chunk_numel(index) for index in range(len(self.chunks)))
 
 
@@ -172,7 +174,8 @@ class Unicasts(Lazy[Message]):
     @classmethod
     def of(cls, pairs: Pairs, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
         """Cut each message into so many parts, less those that are empty."""
-        return cls(pairs, {row: cutter(pairs.regions[row], int(parts[row])) for row in np.flatnonzero(parts > 1)})
+        rows = np.flatnonzero(parts > 1).tolist()
+        return cls(pairs, {row: cutter(pairs.regions[row], int(parts[row])) for row in rows})
 
     def touching(self, rank: int) -> "Unicasts":
         """Those that a rank sends or receives."""

@@ -4,13 +4,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from tricomm.dtype import ITEMSIZE, check_cast
 from tricomm.errors import PlanError, SpecError
 from tricomm.placement import Partial
 from tricomm.plan.chunks import Message, RouteContext, Unicasts
-from tricomm.plan.cost import lower_bound_seconds, simulated_seconds
+from tricomm.plan.cost import busiest_seconds, lower_bound_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction, reduction_of
@@ -316,7 +316,7 @@ def _make_move(
         candidates = strategy.candidates
     else:
         candidates = (SendRecv(),)
-    best: tuple[float, Move] | None = None
+    best: _Routed | None = None
     assignments: dict[FanOut, Sequence[Assignment]] = {}
     for candidate in candidates:
         fan_out = candidate.fan_out
@@ -325,15 +325,50 @@ def _make_move(
         messages = candidate.route(assignments[fan_out], context)
         if rank is not None:
             messages = _touching(messages, rank)
-        hops = schedule(messages, participants, topology)
-        move = Move(source, destination, wire_dtype, candidate, tasks, messages, hops)
-        if len(candidates) == 1:
-            return move
-        seconds = simulated_seconds(messages, hops, itemsize, topology)
-        if best is None or seconds < best[0] * (1 - WORTH_IT):
-            best = (seconds, move)
+        routed = _Routed(candidate, messages, participants, topology, itemsize)
+        if best is None or routed.is_worth_it(best):
+            best = routed
     assert best is not None
-    return best[1]
+    return Move(source, destination, wire_dtype, best.strategy, tasks, best.messages, best.hops)
+
+
+class _Routed:
+    """What a strategy would send. Its hops are made, and its time is simulated, only if that may decide."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        messages: Sequence[Message],
+        participants: Sequence[int],
+        topology: Topology,
+        itemsize: int,
+    ) -> None:
+        self.strategy, self.messages = strategy, messages
+        self._participants, self._topology, self._itemsize = participants, topology, itemsize
+
+    @cached_property
+    def hops(self) -> Sequence[Hop]:
+        return schedule(self.messages, self._participants, self._topology)
+
+    @cached_property
+    def seconds(self) -> float:
+        return simulated_seconds(self.messages, self.hops, self._itemsize, self._topology)
+
+    @cached_property
+    def at_least(self) -> float:
+        """A time that ``seconds`` is not below, however its sums are rounded."""
+        return busiest_seconds(self.messages, self._itemsize, self._topology) * (1 - 1e-9)
+
+    def is_worth_it(self, best: "_Routed") -> bool:
+        """Whether this is so much faster than the best so far that it should be taken."""
+        if "seconds" in best.__dict__:
+            limit = best.seconds * (1 - WORTH_IT)
+            return self.at_least < limit and self.seconds < limit
+        # The bounds tell which of the two is simulated first; often that is enough.
+        if self.at_least >= best.at_least * (1 - WORTH_IT):
+            limit = best.seconds * (1 - WORTH_IT)
+            return self.at_least < limit and self.seconds < limit
+        return self.seconds < best.at_least * (1 - WORTH_IT) or self.seconds < best.seconds * (1 - WORTH_IT)
 
 
 def _multicasts(tasks: Tasks) -> bool:
