@@ -17,8 +17,8 @@ from tricomm.intervals import Intervals, Region
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Lazy(Sequence[T_co]):
-    """An immutable sequence of which an item is made when it is looked at. It equals the tuple of its items."""
+class Rows(Sequence[T_co]):
+    """An immutable sequence of which an item is made when it is looked at."""
 
     __slots__ = ()
 
@@ -39,6 +39,15 @@ class Lazy(Sequence[T_co]):
     def __iter__(self) -> Iterator[T_co]:
         return self._items(np.arange(len(self)))
 
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+class Lazy(Rows[T_co]):
+    """Rows that equal the tuple of their items."""
+
+    __slots__ = ()
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, tuple | Lazy):
             return NotImplemented
@@ -46,9 +55,6 @@ class Lazy(Sequence[T_co]):
 
     def __hash__(self) -> int:
         return hash(tuple(self))
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))
 
 
 def numbers(values: Iterable[int], count: int = -1) -> np.ndarray:
@@ -59,8 +65,52 @@ def numbers(values: Iterable[int], count: int = -1) -> np.ndarray:
 def bounds(counts: np.ndarray) -> np.ndarray:
     """Where each of some groups of so many rows begins, and where the last one ends."""
     result = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=result[1:])
+    np.add.accumulate(counts, out=result[1:])
     return result
+
+
+def counts_of(offsets: np.ndarray) -> np.ndarray:
+    """How many rows each group has."""
+    counts: np.ndarray = offsets[1:] - offsets[:-1]
+    return counts
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The values, each once, ascending: numpy.unique, which takes several times as long for few."""
+    values = np.sort(values)
+    values = values[starts_run(values)]
+    return values
+
+
+def starts_run(values: np.ndarray) -> np.ndarray:
+    """Which values differ from the one before them; the first one does."""
+    differs = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=differs[1:])
+    return differs
+
+
+def numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values, each once, ascending; and where each value stands among them."""
+    order = values.argsort(kind="stable")
+    ascending = values[order]
+    is_new = starts_run(ascending)
+    place = np.empty(len(values), np.int64)
+    place[order] = np.add.accumulate(is_new, dtype=np.int64) - 1
+    return ascending[is_new], place
+
+
+def by_first(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each value stands first, in this order; and for each value, which of those it equals."""
+    order = values.argsort(kind="stable")
+    ascending = values[order]
+    is_new = starts_run(ascending)
+    firsts = order[is_new]
+    turn = firsts.argsort()
+    number = np.empty(len(firsts), np.int64)
+    number[turn] = np.arange(len(firsts))
+    place = np.empty(len(values), np.int64)
+    place[order] = number[np.add.accumulate(is_new, dtype=np.int64) - 1]
+    return firsts[turn], place
 
 
 def spread(offsets: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -79,7 +129,7 @@ def positions(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(sorted_values[at] == wanted, at, -1)
 
 
-class IntervalLists(Lazy[Intervals]):
+class IntervalLists(Rows[Intervals]):
     """Lists of intervals: list i has the intervals offsets[i] to offsets[i + 1].
 
     Attributes:
@@ -94,10 +144,12 @@ class IntervalLists(Lazy[Intervals]):
 
     def __init__(self, starts: np.ndarray, stops: np.ndarray, offsets: np.ndarray) -> None:
         self.starts, self.stops, self.offsets = starts, stops, offsets
-        total = bounds(stops - starts)
-        self.lengths = total[offsets[1:]] - total[offsets[:-1]]
-        self.simple = bool((np.diff(offsets) <= 1).all())
+        self.lengths = stops - starts
+        self.simple = bool((counts_of(offsets) <= 1).all())
         self.single = self.simple and len(starts) == len(self)
+        if not self.single:
+            total = bounds(self.lengths)
+            self.lengths = total[offsets[1:]] - total[offsets[:-1]]
 
     @classmethod
     def of(cls, lists: Sequence[Intervals]) -> "IntervalLists":
@@ -111,7 +163,7 @@ class IntervalLists(Lazy[Intervals]):
         none. No list may have more than one interval.
         """
         start, stop = np.zeros((2, len(self), 1), np.int64)
-        some = np.diff(self.offsets) == 1
+        some = counts_of(self.offsets) == 1
         start[some, 0], stop[some, 0] = self.starts, self.stops
         edges = np.minimum(start + -(-(stop - start) // parts) * np.arange(parts + 1), stop)
         starts, stops = edges[:, :-1].reshape(-1), edges[:, 1:].reshape(-1)
@@ -129,7 +181,7 @@ class IntervalLists(Lazy[Intervals]):
         return (tuple(zip(starts[a:b].tolist(), stops[a:b].tolist(), strict=True)) for a, b in spans)
 
 
-class Regions(Lazy[Region]):
+class Regions(Rows[Region]):
     """Products of interval lists.
 
     Attributes:
@@ -163,7 +215,7 @@ class Regions(Lazy[Region]):
         return zip(*(lists._items(self.rows[rows, dim]) for dim, lists in enumerate(self.dims)), strict=True)
 
 
-class Groups(Lazy[tuple[Region, ...]]):
+class Groups(Rows[tuple[Region, ...]]):
     """Several regions each.
 
     Attributes:
@@ -176,17 +228,21 @@ class Groups(Lazy[tuple[Region, ...]]):
 
     def __init__(self, regions: Regions, offsets: np.ndarray) -> None:
         self.regions, self.offsets = regions, offsets
-        self.single = bool((np.diff(offsets) == 1).all())
+        self.single = bool((counts_of(offsets) == 1).all())
 
     @property
     def numel(self) -> np.ndarray:
         """Elements of each group."""
+        if self.single:
+            return self.regions.numel
         total = bounds(self.regions.numel)
         numel: np.ndarray = total[self.offsets[1:]] - total[self.offsets[:-1]]
         return numel
 
     def take(self, groups: np.ndarray) -> "Groups":
         """Some of them."""
+        if self.single:
+            return Groups(self.regions.take(groups), np.arange(len(groups) + 1))
         counts = self.offsets[groups + 1] - self.offsets[groups]
         return Groups(self.regions.take(spread(self.offsets, groups)), bounds(counts))
 

@@ -5,17 +5,17 @@ each tensor dim an ordered tuple of half-open intervals of global coordinates. T
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from tricomm.columns import IntervalLists
 from tricomm.dtype import ITEMSIZE, dtype_name
 from tricomm.errors import SpecError
-from tricomm.intervals import Interval, Intervals, Region, chunk, clip, merged, region_shape
+from tricomm.intervals import Intervals, Region, chunk, clip, merged, region_shape
 from tricomm.mesh import Mesh
 from tricomm.notation import from_notation, to_notation
 from tricomm.placement import Partial, Placement, Replicate, Shard
@@ -152,30 +152,14 @@ class ShardingSpec:
         extent = self.global_shape[dim]
         held: Intervals = merged(((0, extent),))
         for axis in self.cutting_axes(dim):
-            parts = [chunk(segment, self.mesh.shape[axis], coordinate[axis]) for segment in self._segments(axis, held)]
-            held = merged([interval for part in parts for interval in part])
+            pieces = _segments_of(held, self._segments(axis))
+            held = _part(pieces, self.mesh.shape[axis], coordinate[axis])
         return held
 
-    def cuts(self, axis: int, held: IntervalLists) -> IntervalLists:
-        """What every index of a mesh axis that cuts a dim gets of each of the parts ``held`` of that dim."""
-        extent, placement = self.mesh.shape[axis], self.placements[axis]
-        if held.simple and isinstance(placement, Shard) and not placement.segments:
-            return held.chunks(extent)
-        parts: list[Intervals] = []
-        for part in held:
-            segments = self._segments(axis, part)
-            for index in range(extent):
-                pieces = [chunk(segment, extent, index) for segment in segments]
-                parts.append(merged([interval for piece in pieces for interval in piece]))
-        return IntervalLists.of(parts)
-
-    def _segments(self, axis: int, held: Intervals) -> list[Intervals]:
-        """The parts of ``held`` that a mesh axis cuts each on its own."""
+    def _segments(self, axis: int) -> tuple[int, ...] | None:
+        """The segments that a mesh axis cuts each on its own."""
         placement = self.placements[axis]
-        assert isinstance(placement, Shard)
-        if not placement.segments:
-            return [held]
-        return [clip(held, start, stop) for start, stop in _segment_bounds(placement.segments)]
+        return placement.segments if isinstance(placement, Shard) else None
 
     def holding(self, rank: int) -> Holding:
         """The global intervals that a rank holds, per dim."""
@@ -302,11 +286,28 @@ def layout(spec: ShardingSpec) -> Layout:
         axes = spec.cutting_axes(dim)
         for axis in axes:
             part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
-        cut = IntervalLists.of([merged(((0, shape[dim]),))])
-        for axis in axes:
-            cut = spec.cuts(axis, cut)
-        parts.append(cut)
+        cuts = tuple((mesh.shape[axis], spec._segments(axis)) for axis in axes)
+        parts.append(_parts(shape[dim], cuts))
     return Layout(tuple(parts), part_of)
+
+
+@lru_cache(maxsize=1024)
+def _parts(extent: int, cuts: tuple[tuple[int, tuple[int, ...] | None], ...]) -> IntervalLists:
+    """What a dim is cut into by axes one after the other, each (how many ranks, segments that it cuts each on its own).
+
+    Tensors of a model share extents and axes: equal arguments give the same object.
+    """
+    parts = IntervalLists.of([merged(((0, extent),))])
+    for ranks, segments in cuts:
+        if parts.simple and not segments:
+            parts = parts.chunks(ranks)
+            continue
+        cut: list[Intervals] = []
+        for held in parts:
+            pieces = _segments_of(held, segments)
+            cut += [_part(pieces, ranks, index) for index in range(ranks)]
+        parts = IntervalLists.of(cut)
+    return parts
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -337,11 +338,17 @@ def _checked_shard(placement: Shard, shape: tuple[int, ...]) -> Shard:
     return placement if dim == placement.dim else Shard(dim, placement.segments)
 
 
-def _segment_bounds(segments: Sequence[int]) -> Iterator[Interval]:
-    start = 0
-    for size in segments:
-        yield start, start + size
-        start += size
+def _part(pieces: Sequence[Intervals], ranks: int, index: int) -> Intervals:
+    """What rank ``index`` of so many gets of pieces that are cut each on its own."""
+    return merged([interval for piece in pieces for interval in chunk(piece, ranks, index)])
+
+
+def _segments_of(held: Intervals, segments: Sequence[int] | None) -> list[Intervals]:
+    """What is held of each segment; all of it if there are none."""
+    if not segments:
+        return [held]
+    edges = [0, *accumulate(segments)]
+    return [clip(held, start, stop) for start, stop in pairwise(edges)]
 
 
 def _checked_holding(rank: int, holding: Holding, shape: tuple[int, ...]) -> Holding:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tricomm.columns import IntervalLists, bounds, positions
+from tricomm.columns import IntervalLists, bounds, by_first, counts_of, distinct, numbered, positions
 from tricomm.sharding import Layout, ShardingSpec
 
 NOBODY = -1
@@ -54,22 +54,21 @@ class Cells:
 
 
 @lru_cache(maxsize=64)
-def cells(source: Layout, destination: Layout, dim: int) -> Cells:
-    """The cells of a dim that somebody needs."""
-    lists = [table.parts[dim] for table in (source, destination)]
-    cuts = np.unique(np.concatenate([edges for side in lists for edges in (side.starts, side.stops)]))
-    held, needed = (_covering(side, cuts) for side in lists)
-    kept = np.flatnonzero(needed.classes != NOBODY)
+def cells(source: IntervalLists, destination: IntervalLists) -> Cells:
+    """The cells of a dim that somebody needs, from the parts of either side (the same objects give the same cells)."""
+    cuts = distinct(np.concatenate([source.starts, source.stops, destination.starts, destination.stops]))
+    held, needed = _covering(source, cuts), _covering(destination, cuts)
+    kept = (needed.classes != NOBODY).nonzero()[0]
     starts, stops = cuts[:-1][kept], cuts[1:][kept]
     holders, needers = held.classes[kept], needed.classes[kept]
     # Cells that the same parts hold and need are one, by the first of them.
     width = int(needers.max(initial=0)) + 1
-    _, first, inverse = np.unique(holders * width + needers, return_index=True, return_inverse=True)
-    number = np.empty(len(first), np.int64)
-    number[np.argsort(first)] = np.arange(len(first))
-    cell = number[inverse.reshape(-1)]
-    order = np.argsort(cell, kind="stable")
-    starts, stops, cell, first = starts[order], stops[order], cell[order], np.sort(first)
+    first, cell = by_first(holders * width + needers)
+    if len(first) == len(cell):
+        intervals = IntervalLists(starts, stops, np.arange(len(cell) + 1))
+        return Cells(intervals, Covering(holders, held.parts), Covering(needers, needed.parts))
+    order = cell.argsort(kind="stable")
+    starts, stops, cell = starts[order], stops[order], cell[order]
     # Neighbours within a cell join.
     joins = np.zeros(len(cell), bool)
     joins[1:] = (cell[1:] == cell[:-1]) & (starts[1:] == stops[:-1])
@@ -85,13 +84,13 @@ def cells(source: Layout, destination: Layout, dim: int) -> Cells:
 
 def _covering(lists: IntervalLists, cuts: np.ndarray) -> Covering:
     """Which parts cover what lies between neighbouring cuts."""
-    part = np.repeat(np.arange(len(lists)), np.diff(lists.offsets))
-    order = np.argsort(lists.starts, kind="stable")
+    part = np.arange(len(lists)) if lists.single else np.arange(len(lists)).repeat(counts_of(lists.offsets))
+    order = lists.starts.argsort(kind="stable")
     starts, stops = lists.starts[order], lists.stops[order]
     if not len(starts):
         return Covering(np.full(max(len(cuts) - 1, 0), NOBODY), None)
     if (starts[1:] >= stops[:-1]).all():
-        at = np.searchsorted(starts, cuts[:-1], side="right") - 1
+        at = starts.searchsorted(cuts[:-1], side="right") - 1
         return Covering(np.where((at >= 0) & (cuts[:-1] < stops[at]), part[order][at], NOBODY), None)
     toggles: dict[int, int] = {}
     for number, start, stop in zip(part.tolist(), lists.starts.tolist(), lists.stops.tolist(), strict=True):
@@ -117,7 +116,7 @@ class RankSets:
     @property
     def sizes(self) -> np.ndarray:
         """Ranks of each set."""
-        return np.diff(self.offsets)
+        return counts_of(self.offsets)
 
     def first(self, sets: np.ndarray) -> np.ndarray:
         """The first rank of some sets, none of which is empty."""
@@ -168,10 +167,9 @@ class Intersections:
         width = max(self._counts[dim] if self._disjoint else int(classes.max(initial=0)) + 1, 1)
         keys = np.where(nowhere, NOBODY, sets * width + classes)
         if self._disjoint:
-            known, inverse = np.unique(self._set_of * width + self._part_of[:, dim], return_inverse=True)
-            self._set_of = inverse.reshape(-1)
+            known, self._set_of = numbered(self._set_of * width + self._part_of[:, dim])
             return positions(known, keys)
-        wanted, inverse = np.unique(keys, return_inverse=True)
+        wanted, place = numbered(keys)
         masks = [*self._masks]
         class_masks = self._class_masks(dim)
         numbers: dict[int, int] = {0: NOBODY}
@@ -183,7 +181,8 @@ class Intersections:
         ]
         del numbers[0]
         self._masks = numbers
-        return np.array(found, np.int64)[inverse.reshape(-1)]
+        numbered_sets: np.ndarray = np.array(found, np.int64)[place]
+        return numbered_sets
 
     def _class_masks(self, dim: int) -> list[int]:
         masks = [0] * self._counts[dim]

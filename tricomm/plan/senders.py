@@ -73,10 +73,10 @@ def settled(tasks: Sequence[Task], first_holder: bool = False) -> Settled | None
     """
     if not isinstance(tasks, Tasks) or not tasks.one_needer or not (first_holder or tasks.one_holder):
         return None
-    receivers = tasks.needer_sets.first(tasks.needers)
-    travels = np.flatnonzero(~tasks.holder_sets.includes(tasks.holders, receivers))
-    senders = tasks.holder_sets.first(tasks.holders)[travels]
-    return Settled(senders, receivers[travels], tasks.regions.take(travels))
+    receivers, senders = tasks.needer_sets.first(tasks.needers), tasks.holder_sets.first(tasks.holders)
+    holds = senders == receivers if tasks.one_holder else tasks.holder_sets.includes(tasks.holders, receivers)
+    travels = (~holds).nonzero()[0]
+    return Settled(senders[travels], receivers[travels], tasks.regions.take(travels))
 
 
 class Balance(Protocol):

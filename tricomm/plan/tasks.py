@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tricomm.columns import Groups, Lazy, Regions, bounds
+from tricomm.columns import Groups, Lazy, Regions, bounds, by_first
 from tricomm.errors import PlanError
 from tricomm.intervals import Region, region_numel
 from tricomm.plan.refine import NOBODY, Cells, Intersections, RankSets, cells
@@ -116,15 +116,11 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
         )
     # Products with the same holders and needers are one task, by the first of them.
     keys = held * max(len(needer_sets.sizes), 1) + needed
-    _, first_of, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first_of) < len(keys):
-        number = np.empty(len(first_of), np.int64)
-        number[np.argsort(first_of)] = np.arange(len(first_of))
-        task = number[inverse.reshape(-1)]
-        regions = regions.take(np.argsort(task, kind="stable"))
+    firsts, task = by_first(keys)
+    if len(firsts) < len(keys):
+        regions = regions.take(task.argsort(kind="stable"))
         offsets = bounds(np.bincount(task))
-        first_of = np.sort(first_of)
-        held, needed = held[first_of], needed[first_of]
+        held, needed = held[firsts], needed[firsts]
     else:
         offsets = np.arange(len(keys) + 1)
     return Tasks(Groups(regions, offsets), held, needed, holder_sets, needer_sets)
@@ -139,15 +135,15 @@ def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:
     for dim in _refinement(source, destination):
         if not len(dim.intervals):
             return 1
-        sends *= int(np.unique(dim.held.classes, return_counts=True)[1].max())
-        receives *= int(np.unique(dim.needed.classes, return_counts=True)[1].max())
+        sends *= int(np.bincount(dim.held.classes - NOBODY).max())
+        receives *= int(np.bincount(dim.needed.classes).max())
     replicas = 1 if destination.exclusive else destination.mesh.size
     limit = max(source.mesh.size, destination.mesh.size)
     return min(max(sends * replicas, receives), limit)
 
 
 def _refinement(source: ShardingSpec, destination: ShardingSpec) -> list[Cells]:
-    return [cells(layout(source), layout(destination), dim) for dim in range(len(source.global_shape))]
+    return [cells(*parts) for parts in zip(layout(source).parts, layout(destination).parts, strict=True)]
 
 
 Start = tuple[list[np.ndarray], list[np.ndarray] | None]
