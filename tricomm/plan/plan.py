@@ -4,17 +4,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from tricomm.dtype import ITEMSIZE, check_cast
 from tricomm.errors import PlanError, SpecError
 from tricomm.placement import Partial
-from tricomm.plan.chunks import Message, RouteContext, Unicasts
-from tricomm.plan.cost import busiest_seconds, lower_bound_seconds, simulated_seconds
+from tricomm.plan.choice import Routed
+from tricomm.plan.chunks import Message, RouteContext
+from tricomm.plan.cost import lower_bound_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction, reduction_of
-from tricomm.plan.rounds import Hop, schedule
+from tricomm.plan.rounds import Hop
 from tricomm.plan.routes import Auto, SendRecv, Strategy
 from tricomm.plan.senders import Assignment, Balance, FanOut, Naive
 from tricomm.plan.split import Split
@@ -27,9 +28,6 @@ PLANNER_VERSION = 2
 """Raised whenever equal arguments may give another plan: ranks with different planners must not meet."""
 
 DEFAULT_STAGING_BYTES = 256 << 20
-
-WORTH_IT = 0.03
-"""By how much a strategy with more messages must be faster for Auto to take it: the model does not know all costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,7 @@ class Plan:
             raise PlanError(
                 f"this plan was built for rank {self.rank} only, not for rank {rank}; call make_plan without rank"
             )
-        return tuple(rank_program(move, rank) for move in self.moves)
+        return _programs(_Same(self), rank)
 
     def verify(self) -> None:
         """Prove that every destination element arrives exactly once, that every hop has its data by then and
@@ -174,6 +172,26 @@ class Plan:
                 f"{name} needs the plan of all ranks, and this one was built for rank {self.rank}; "
                 "call make_plan without rank"
             )
+
+
+class _Same:
+    """A plan as a key by identity: tensors that are alike share one plan, and to compare plans takes long."""
+
+    __slots__ = ("plan",)
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.plan is other.plan
+
+    def __hash__(self) -> int:
+        return id(self.plan)
+
+
+@lru_cache(maxsize=512)
+def _programs(same: _Same, rank: int) -> tuple[RankProgram, ...]:
+    return tuple(rank_program(move, rank) for move in same.plan.moves)
 
 
 def make_plan(
@@ -316,71 +334,22 @@ def _make_move(
         candidates = strategy.candidates
     else:
         candidates = (SendRecv(),)
-    best: _Routed | None = None
+    best: Routed | None = None
     assignments: dict[FanOut, Sequence[Assignment]] = {}
     for candidate in candidates:
         fan_out = candidate.fan_out
         if fan_out not in assignments:
             assignments[fan_out] = balance.assign(tasks, itemsize, topology, fan_out)
-        messages = candidate.route(assignments[fan_out], context)
-        if rank is not None:
-            messages = _touching(messages, rank)
-        routed = _Routed(candidate, messages, participants, topology, itemsize)
+        routed = Routed(candidate, assignments[fan_out], context, participants, rank)
         if best is None or routed.is_worth_it(best):
             best = routed
     assert best is not None
     return Move(source, destination, wire_dtype, best.strategy, tasks, best.messages, best.hops)
 
 
-class _Routed:
-    """What a strategy would send. Its hops are made, and its time is simulated, only if that may decide."""
-
-    def __init__(
-        self,
-        strategy: Strategy,
-        messages: Sequence[Message],
-        participants: Sequence[int],
-        topology: Topology,
-        itemsize: int,
-    ) -> None:
-        self.strategy, self.messages = strategy, messages
-        self._participants, self._topology, self._itemsize = participants, topology, itemsize
-
-    @cached_property
-    def hops(self) -> Sequence[Hop]:
-        return schedule(self.messages, self._participants, self._topology)
-
-    @cached_property
-    def seconds(self) -> float:
-        return simulated_seconds(self.messages, self.hops, self._itemsize, self._topology)
-
-    @cached_property
-    def at_least(self) -> float:
-        """A time that ``seconds`` is not below, however its sums are rounded."""
-        return busiest_seconds(self.messages, self._itemsize, self._topology) * (1 - 1e-9)
-
-    def is_worth_it(self, best: "_Routed") -> bool:
-        """Whether this is so much faster than the best so far that it should be taken."""
-        if "seconds" in best.__dict__:
-            limit = best.seconds * (1 - WORTH_IT)
-            return self.at_least < limit and self.seconds < limit
-        # The bounds tell which of the two is simulated first; often that is enough.
-        if self.at_least >= best.at_least * (1 - WORTH_IT):
-            limit = best.seconds * (1 - WORTH_IT)
-            return self.at_least < limit and self.seconds < limit
-        return self.seconds < best.at_least * (1 - WORTH_IT) or self.seconds < best.seconds * (1 - WORTH_IT)
-
-
 def _multicasts(tasks: Tasks) -> bool:
     """Whether a task has several receivers."""
     return not tasks.one_needer and any(len(task.receivers) > 1 for task in tasks)
-
-
-def _touching(messages: Sequence[Message], rank: int) -> Sequence[Message]:
-    """The messages of which a rank is a part."""
-    if isinstance(messages, Unicasts):
-        return messages.touching(rank)
-    return tuple(message for message in messages if rank in message.chain)
 
 
 def plan_fields(
