@@ -21,6 +21,7 @@ MAX_BODY_LINES = 60
 LAYERS = [
     ["errors", "kernels", "launch"],
     ["dtype", "intervals"],
+    ["columns"],
     ["mesh", "placement"],
     ["notation"],
     ["sharding", "topology"],
@@ -36,7 +37,18 @@ LAYERS = [
     ["cli"],
     ["", "__main__"],
 ]
-WITHOUT_TORCH = {"errors", "dtype", "intervals", "mesh", "placement", "notation", "sharding", "topology", "plan"}
+WITHOUT_TORCH = {
+    "errors",
+    "dtype",
+    "intervals",
+    "columns",
+    "mesh",
+    "placement",
+    "notation",
+    "sharding",
+    "topology",
+    "plan",
+}
 WITHOUT_TORCH |= {"pipeline.schedule", "pipeline.simulate", "pipeline.tune"}
 # The demo compares with isend and irecv written by hand: there it is a user of torch.distributed like any other.
 WITH_DISTRIBUTED = {"transport.torch_dist", "launch", "interop", "pipeline.executor", "pipeline.torch_adapter", "demo"}

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Protocol
 
+import numpy as np
+
+from tricomm.columns import Groups
 from tricomm.errors import PlanError
-from tricomm.intervals import Region
+from tricomm.intervals import Region, region_numel
 from tricomm.plan.chunks import (
     Message,
+    Pairs,
     RouteContext,
     chained,
     even_parts,
-    messages_of,
     unicast,
 )
-from tricomm.plan.senders import Assignment, FanOut, by_host, grouped
+from tricomm.plan.senders import Assignment, FanOut, Settled, by_host, grouped
 
 
 class Strategy(Protocol):
@@ -30,7 +33,7 @@ class Strategy(Protocol):
         """How often a task leaves its sender's NIC."""
         ...
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
+    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
         """Messages that bring every assignment to each of its receivers once."""
         ...
 
@@ -62,15 +65,30 @@ class SendRecv(_Chunked):
         """See Strategy."""
         return FanOut.EVERY_RANK
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
+    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
         """See Strategy."""
-        by_pair: dict[tuple[int, ...], list[Region]] = {}
-        for assignment in assignments:
-            for receiver in assignment.receivers:
-                by_pair.setdefault((assignment.sender, receiver), []).extend(assignment.regions)
-        if self.chunk_bytes is not None:
-            return messages_of(by_pair, self.chunk_bytes, context.itemsize)
-        return unicast(by_pair, context)
+        return unicast(_pairs(assignments), self.chunk_bytes, context)
+
+
+def _pairs(assignments: Sequence[Assignment]) -> Pairs:
+    """What goes from each rank to each other."""
+    if isinstance(assignments, Settled):
+        order = np.lexsort((assignments.receivers, assignments.senders))
+        senders, receivers = assignments.senders[order], assignments.receivers[order]
+        regions = assignments.regions.take(order)
+        is_new = np.ones(len(order), bool)
+        is_new[1:] = (senders[1:] != senders[:-1]) | (receivers[1:] != receivers[:-1])
+        begins = np.flatnonzero(is_new)
+        groups = Groups(regions.regions, np.append(regions.offsets[begins], len(regions.regions)))
+        return Pairs(senders[begins], receivers[begins], groups, groups.numel)
+    by_pair: dict[tuple[int, int], list[Region]] = {}
+    for assignment in assignments:
+        for receiver in assignment.receivers:
+            by_pair.setdefault((assignment.sender, receiver), []).extend(assignment.regions)
+    ends = np.array(sorted(by_pair), np.int64).reshape(-1, 2)
+    lists = tuple(tuple(by_pair[pair]) for pair in sorted(by_pair))
+    numel = np.array([sum(map(region_numel, regions)) for regions in lists], np.int64)
+    return Pairs(ends[:, 0], ends[:, 1], lists, numel)
 
 
 @dataclass(frozen=True, slots=True)
