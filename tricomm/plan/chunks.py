@@ -24,9 +24,15 @@ NCCL group has been seen to hang (pytorch#174942)."""
 MIN_CHUNK_NBYTES = 16 << 10
 MAX_UNICAST_CHUNK_NBYTES = 8 << 20
 MAX_CHUNKS = 256
-UNICAST_CHUNKS = 8
+UNICAST_CHUNKS = 4
 """Rounds of a unicast plan in which ranks have several peers: each round moves the same part of every message, so
-that no pair runs ahead and leaves a NIC idle at the end."""
+that no pair runs ahead and leaves a NIC idle at the end. More of them were measured to gain nothing."""
+
+FILL_SHARE = 1 / 200
+"""Filling a chain need not take less than this share of the time in which its busiest link carries everything."""
+
+BUSY_SHARE = 1 / 5
+"""For which chunks may keep a rank busy while that link works: what they cost is then hidden behind it."""
 
 ROUND_COSTS = 20
 """A unicast round lasts at least so many times what it costs."""
@@ -241,9 +247,10 @@ def chained(legs: Legs, chunk_bytes: int | None, context: RouteContext) -> tuple
 def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
     """In how many chunks to cut each message.
 
-    n chunks take (busiest link) + fill / n + n * cost, where fill is the time of a whole message on every link of
-    its chain but the busiest, shared as links are, and cost what a rank is busy for with a chunk more. Least at
-    sqrt(fill / cost). Latency overlaps as long as a chunk lasts longer than it.
+    n chunks take (busiest link) + fill / n, where fill is the time of a whole message on every link of its chain but
+    the busiest, shared as links are. A chunk more keeps a rank busy for ``cost``, which does not slow the link down
+    while there is little of it: so n is as large as filling is worth and BUSY_SHARE allows, and not below
+    sqrt(fill / cost), which is best where nothing hides. Latency overlaps as long as a chunk lasts longer than it.
     """
     topology = context.topology
     link_seconds: dict[tuple[str, int], float] = {}
@@ -263,7 +270,10 @@ def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
     busiest = max(link_seconds.values())
     most = min(MAX_CHUNKS, int(busiest / topology.latency_seconds)) if topology.latency_seconds else MAX_CHUNKS
     cost = per_rank * topology.overhead_seconds
-    return max(min(most, round(sqrt(fill / cost)) if cost else MAX_CHUNKS), 1)
+    wanted = fill / (FILL_SHARE * busiest)
+    if cost:
+        wanted = max(min(wanted, BUSY_SHARE * busiest / cost), sqrt(fill / cost))
+    return max(min(most, round(wanted)), 1)
 
 
 def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Unicasts:

@@ -24,7 +24,7 @@ from tricomm.plan.verify import require, verify_move
 from tricomm.sharding import ShardingSpec
 from tricomm.topology import Topology
 
-PLANNER_VERSION = 2
+PLANNER_VERSION = 3
 """Raised whenever equal arguments may give another plan: ranks with different planners must not meet."""
 
 DEFAULT_STAGING_BYTES = 256 << 20

@@ -6,6 +6,9 @@ n-th of all that it has to carry, none more than one n-th of what the busiest ca
 chain) - 1 steps are all: the optimum but for filling the chains. No search over orders can do better by more than
 that, so none is made. Hops within a host take next to nothing beside those; they are the rounds of a step.
 
+Within a round a rank sends to those after it first, each to others: if all began with the lowest rank, its NIC alone
+would be busy until queues have filled.
+
 A rank executes its rounds in order. Both sides hold a hop in the same round and, of several between the same two
 ranks, in the same order, so sends and receives match and nothing can deadlock, even if a send blocks until its
 receive is posted and a group of operations completes as one (NCCL).
@@ -77,8 +80,13 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
         firsts = [chunk * steps // count * STEP_STRIDE + wave * WAVE_STRIDE for chunk in range(count)]
         for source, destination, after in _along(message.chain, topology):
             hops += [Hop(first + after, source, destination, index, chunk) for chunk, first in enumerate(firsts)]
-    hops.sort()
-    return tuple(hops)
+    position = {rank: index for index, rank in enumerate(participants)}
+
+    def order(hop: Hop) -> tuple[int, ...]:
+        distance = (position[hop.destination] - position[hop.source]) % len(position)
+        return hop.round, hop.source, distance, hop.message, hop.chunk
+
+    return tuple(sorted(hops, key=order))
 
 
 def _along(chain: Sequence[int], topology: Topology) -> list[tuple[int, int, int]]:
@@ -106,7 +114,8 @@ def _unicast_hops(senders: np.ndarray, receivers: np.ndarray, counts: np.ndarray
     first = (distances // MAX_PEERS_PER_ROUND * WAVE_STRIDE)[message]
     rounds = first + chunk * UNICAST_STEPS // counts[message] * STEP_STRIDE
     columns = rounds, senders[message], receivers[message], message, chunk
-    return Hops(np.column_stack(columns)[np.lexsort(columns[::-1])])
+    order = np.lexsort((chunk, message, distances[message], senders[message], rounds))
+    return Hops(np.column_stack(columns)[order])
 
 
 def _first_fit(messages: Sequence[Message]) -> list[int]:

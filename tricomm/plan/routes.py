@@ -4,6 +4,7 @@ The vocabulary is a message: chunks that follow one chain of ranks. Send/recv, a
 only in their chains and chunks.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -15,6 +16,7 @@ from tricomm.columns import Groups
 from tricomm.errors import PlanError
 from tricomm.intervals import Region, region_numel
 from tricomm.plan.chunks import (
+    Legs,
     Message,
     Pairs,
     RouteContext,
@@ -92,7 +94,23 @@ def _pairs(assignments: Sequence[Assignment]) -> Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalAllGather(_Chunked):
+class _Chained(_Chunked, ABC):
+    """A strategy in which receivers may forward."""
+
+    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
+        """See Strategy."""
+        if isinstance(assignments, Settled) or all(len(assignment.receivers) == 1 for assignment in assignments):
+            # Nothing to forward. A rank that plans alone sees its own part only, which must then be cut the same.
+            return unicast(_pairs(assignments), self.chunk_bytes, context)
+        return chained(self._legs(assignments, context), self.chunk_bytes, context)
+
+    @abstractmethod
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
+        """What travels along which chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAllGather(_Chained):
     """Each receiving host gets a task once, a part per device, and its devices hand the parts around (Alpa's).
 
     A part goes around as a chain: sender, the device whose part it is, the other devices of the host. Alpa needs
@@ -104,17 +122,16 @@ class LocalAllGather(_Chunked):
         """See Strategy."""
         return FanOut.EVERY_HOST
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
-        """See Strategy."""
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
         legs: dict[tuple[int, ...], list[Region]] = {}
         for assignment in assignments:
             for ranks in by_host(assignment.receivers, context.topology):
                 _hand_around(legs, assignment, ranks)
-        return chained(legs, self.chunk_bytes, context)
+        return legs
 
 
 @dataclass(frozen=True, slots=True)
-class GlobalAllGather(_Chunked):
+class GlobalAllGather(_Chained):
     """Every receiver gets a part of a task, and all receivers hand their parts around one ring (scatter, then
     all-gather, both at once here).
     """
@@ -124,16 +141,15 @@ class GlobalAllGather(_Chunked):
         """See Strategy."""
         return FanOut.ONCE
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
-        """See Strategy."""
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
         legs: dict[tuple[int, ...], list[Region]] = {}
         for assignment in assignments:
             _hand_around(legs, assignment, assignment.receivers)
-        return chained(legs, self.chunk_bytes, context)
+        return legs
 
 
 @dataclass(frozen=True, slots=True)
-class Broadcast(_Chunked):
+class Broadcast(_Chained):
     """A task with several receivers travels along one chain of them, in chunks, so that all links work at once.
 
     The chain enters each host once, and ranks of a host stand next to each other (the paper's section 3). Where
@@ -146,8 +162,7 @@ class Broadcast(_Chunked):
         """See Strategy."""
         return FanOut.ONCE
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
-        """See Strategy."""
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
         topology = context.topology
         alike: dict[tuple[int, ...], list[Assignment]] = {}
         for assignment in assignments:
@@ -168,7 +183,7 @@ class Broadcast(_Chunked):
                         chain += [rank for ranks in (*nics[first:], *nics[:first]) for rank in ranks]
                     legs.setdefault(tuple(chain), []).extend(part)
                     turn += 1
-        return chained({chain: regions for chain, regions in legs.items() if regions}, self.chunk_bytes, context)
+        return {chain: regions for chain, regions in legs.items() if regions}
 
 
 @dataclass(frozen=True, slots=True)
