@@ -117,10 +117,14 @@ class Topology:
         """The rates of a NIC."""
         return self._nic_rates[nic]
 
+    def share_host(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
+        """Whether each sender is on the same host as the receiver beside it."""
+        shared: np.ndarray = self._host_numbers[senders] == self._host_numbers[receivers]
+        return shared
+
     def rates_between(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
         """Bytes per second at which each sender could reach the receiver beside it if nothing else travelled."""
-        local = self._host_numbers[senders] == self._host_numbers[receivers]
-        return np.where(local, self.intra_bytes_per_second, self._send_rates[senders])
+        return np.where(self.share_host(senders, receivers), self.intra_bytes_per_second, self._send_rates[senders])
 
     def check_covers(self, ranks: Sequence[int]) -> None:
         """Refuse ranks for which no host is named.

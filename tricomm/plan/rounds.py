@@ -6,8 +6,8 @@ n-th of all that it has to carry, none more than one n-th of what the busiest ca
 chain) - 1 steps are all: the optimum but for filling the chains. No search over orders can do better by more than
 that, so none is made. Hops within a host take next to nothing beside those; they are the rounds of a step.
 
-Within a round a rank sends to those after it first, each to others: if all began with the lowest rank, its NIC alone
-would be busy until queues have filled.
+Within a round a rank sends to other hosts first, and to those after it first, each to others: if all began with the
+lowest rank, its NIC alone would be busy until queues have filled.
 
 A rank executes its rounds in order. Both sides hold a hop in the same round and, of several between the same two
 ranks, in the same order, so sends and receives match and nothing can deadlock, even if a send blocks until its
@@ -68,11 +68,32 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
         topology: which hops are within a host.
     """
     if isinstance(messages, Unicasts):
-        return _unicast_hops(messages.pairs.senders, messages.pairs.receivers, messages.chunk_counts, participants)
-    if all(len(message.chain) == 2 for message in messages):
+        pairs, counts = messages.pairs, messages.chunk_counts
+        table = _unicast_hops(pairs.senders, pairs.receivers, counts, participants)
+    elif all(len(message.chain) == 2 for message in messages):
         ends = numbers(rank for message in messages for rank in message.chain)
         counts = numbers(len(message.chunks) for message in messages)
-        return _unicast_hops(ends[0::2], ends[1::2], counts, participants)
+        table = _unicast_hops(ends[0::2], ends[1::2], counts, participants)
+    else:
+        table = _chained_hops(messages, topology)
+    return Hops(table[_order(table, participants, topology)])
+
+
+def _order(table: np.ndarray, participants: Sequence[int], topology: Topology) -> np.ndarray:
+    """Round by round, rank by rank: other hosts before its own, those after it before those before it."""
+    rounds, senders, receivers, message, chunk = table.T
+    distances = _distances(senders, receivers, participants)
+    return np.lexsort((chunk, message, distances, topology.share_host(senders, receivers), senders, rounds))
+
+
+def _distances(senders: np.ndarray, receivers: np.ndarray, participants: Sequence[int]) -> np.ndarray:
+    """How many places after each sender, in the circle of all participants, its receiver stands."""
+    ranks = np.array(participants, np.int64)
+    distances: np.ndarray = (np.searchsorted(ranks, receivers) - np.searchsorted(ranks, senders)) % len(ranks)
+    return distances
+
+
+def _chained_hops(messages: Sequence[Message], topology: Topology) -> np.ndarray:
     steps = max(len(message.chunks) for message in messages)
     hops: list[Hop] = []
     for index, (message, wave) in enumerate(zip(messages, _first_fit(messages), strict=True)):
@@ -80,13 +101,7 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
         firsts = [chunk * steps // count * STEP_STRIDE + wave * WAVE_STRIDE for chunk in range(count)]
         for source, destination, after in _along(message.chain, topology):
             hops += [Hop(first + after, source, destination, index, chunk) for chunk, first in enumerate(firsts)]
-    position = {rank: index for index, rank in enumerate(participants)}
-
-    def order(hop: Hop) -> tuple[int, ...]:
-        distance = (position[hop.destination] - position[hop.source]) % len(position)
-        return hop.round, hop.source, distance, hop.message, hop.chunk
-
-    return tuple(sorted(hops, key=order))
+    return np.array(hops, np.int64)
 
 
 def _along(chain: Sequence[int], topology: Topology) -> list[tuple[int, int, int]]:
@@ -102,20 +117,19 @@ def _along(chain: Sequence[int], topology: Topology) -> list[tuple[int, int, int
     return result
 
 
-def _unicast_hops(senders: np.ndarray, receivers: np.ndarray, counts: np.ndarray, participants: Sequence[int]) -> Hops:
+def _unicast_hops(
+    senders: np.ndarray, receivers: np.ndarray, counts: np.ndarray, participants: Sequence[int]
+) -> np.ndarray:
     """Unicast: the round of a chunk from its own message alone, so that each rank knows its own without the others'.
 
     Everybody sends at once to the ranks at the same distances, at most 128 a round.
     """
-    ranks = np.array(participants, np.int64)
-    distances = (np.searchsorted(ranks, receivers) - np.searchsorted(ranks, senders)) % len(ranks)
+    distances = _distances(senders, receivers, participants)
     message = np.repeat(np.arange(len(counts)), counts)
     chunk = np.arange(len(message)) - bounds(counts)[message]
     first = (distances // MAX_PEERS_PER_ROUND * WAVE_STRIDE)[message]
     rounds = first + chunk * UNICAST_STEPS // counts[message] * STEP_STRIDE
-    columns = rounds, senders[message], receivers[message], message, chunk
-    order = np.lexsort((chunk, message, distances[message], senders[message], rounds))
-    return Hops(np.column_stack(columns)[order])
+    return np.column_stack((rounds, senders[message], receivers[message], message, chunk))
 
 
 def _first_fit(messages: Sequence[Message]) -> list[int]:
