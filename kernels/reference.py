@@ -1,9 +1,17 @@
 """Pack and unpack in plain torch: the definition of both, and the path for tensors that no kernel serves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import gcd
+from typing import TYPE_CHECKING
 
 import torch
-from tricomm.kernels.table import StridedBox
+from tricomm.kernels.table import WIDEST_NBYTES, StridedBox, coalesced, widened
+
+if TYPE_CHECKING:
+    from tricomm.kernels.pack import Table
+
+Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+"""(into, out of): what ``into.copy_(out_of)`` is to be called on, in order."""
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,32 +27,89 @@ def view(tensor: torch.Tensor, shape: Sequence[int], offset: int, strides: Seque
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
+def alignment_nbytes(*tensors: torch.Tensor) -> int:
+    """The power of 2, up to 16 bytes, at a multiple of which all the tensors begin, in memory and in their storage."""
+    bits = 16
+    for tensor in tensors:
+        bits |= tensor.data_ptr() | int(tensor.storage_offset()) * tensor.element_size()
+    return bits & -bits
+
+
+class InWords(dict[int, torch.Tensor]):
+    """Tensors that begin where one begins, by the bytes of their integers; 0 is the tensor itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__({0: tensor})
+
+    def __missing__(self, nbytes: int) -> torch.Tensor:
+        tensor = self[0]
+        if nbytes == tensor.element_size():
+            found = words(tensor)
+        else:
+            found = torch.empty(0, dtype=_WORDS[nbytes], device=tensor.device)
+            found.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size() // nbytes, (0,), (1,))
+        self[nbytes] = found
+        return found
+
+
 def paired_views(
-    tensor: torch.Tensor, boxes: Sequence[StridedBox], packed: torch.Tensor
-) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    tensor: InWords, boxes: Sequence[StridedBox], packed: InWords, base_nbytes: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(view of the tensor, view of the buffer) for each box: what one copies to the other.
 
     Args:
-        tensor: any strides.
-        boxes: where each box lies on both sides.
-        packed: 1-d, contiguous.
+        tensor, packed: any strides; their dtypes matter only for boxes that are cast.
+        boxes: where each box lies on both sides; their words must suit the alignment of both.
+        base_nbytes: where in ``packed`` the boxes' packed offsets count from.
     """
-    return tuple(
-        (
-            view(tensor, box.shape, box.tensor_offset, box.tensor_strides),
-            view(packed, box.shape, box.packed_offset, box.packed_strides),
+    for box in boxes:
+        of_packed = packed[box.word_nbytes]
+        base = base_nbytes // of_packed.element_size()
+        yield (
+            view(tensor[box.word_nbytes], box.shape, box.tensor_offset, box.tensor_strides),
+            view(of_packed, box.shape, base + box.packed_offset, box.packed_strides),
         )
-        for box in boxes
-    )
 
 
-def pack(tensor: torch.Tensor, boxes: Sequence[StridedBox], packed: torch.Tensor) -> None:
-    """Copy boxes of a tensor into a contiguous 1-d buffer, with torch's cast; to move bits pass ``words`` of both."""
-    for of_tensor, of_packed in paired_views(tensor, boxes, packed):
+def pack(tensors: Sequence[torch.Tensor], table: "Table", out: Sequence[torch.Tensor]) -> None:
+    """Copy the boxes of a table out of tensors into packed buffers, with torch's cast if it has one."""
+    for of_tensor, of_packed in _pairs(tensors, table, out):
         of_packed.copy_(of_tensor)
 
 
-def unpack(packed: torch.Tensor, boxes: Sequence[StridedBox], tensor: torch.Tensor) -> None:
-    """The reverse of :func:`pack`. Boxes must not overlap in the tensor."""
-    for of_tensor, of_packed in paired_views(tensor, boxes, packed):
+def unpack(buffers: Sequence[torch.Tensor], table: "Table", tensors: Sequence[torch.Tensor]) -> None:
+    """The reverse of :func:`pack`. Boxes must not overlap in the tensors."""
+    for of_tensor, of_packed in _pairs(tensors, table, buffers):
         of_tensor.copy_(of_packed)
+
+
+def _pairs(
+    tensors: Sequence[torch.Tensor], table: "Table", buffers: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The views of each box, one after the other."""
+    boxes = table.boxes
+    if table.cast is not None:
+        buffers = [buffer.view(table.cast[1]) for buffer in buffers]
+    columns = (boxes.tensor, boxes.buffer, boxes.shape, boxes.tensor_itemsize, boxes.packed_itemsize)
+    places = (boxes.tensor_place, boxes.tensor_strides, boxes.packed_place, boxes.packed_strides)
+    every = zip(*(column.tolist() for column in (*columns, *places)), strict=True)
+    for tensor, buffer, shape, size, packed_size, place, strides, packed_place, packed_strides in every:
+        if 0 in shape:
+            continue
+        sides = tensors[tensor], buffers[buffer]
+        if table.cast is None:
+            # Words of elements, or of parts of them where an address or a stride is no multiple of an element.
+            alignment = alignment_nbytes(*sides)
+            word = gcd(size, WIDEST_NBYTES, alignment, place, packed_place, *strides, *packed_strides)
+            extents, first, second = coalesced(
+                (*shape, size // word),
+                [stride // word for stride in (*strides, word)],
+                [stride // word for stride in (*packed_strides, word)],
+            )
+            box = widened(StridedBox(extents, place // word, first, packed_place // word, second, word), alignment)
+        else:
+            extents, first, second = coalesced(
+                shape, [stride // size for stride in strides], [stride // packed_size for stride in packed_strides]
+            )
+            box = StridedBox(extents, place // size, first, packed_place // packed_size, second, 0)
+        yield from paired_views(InWords(sides[0]), (box,), InWords(sides[1]))

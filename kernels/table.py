@@ -1,16 +1,21 @@
 """The table of a pack or unpack: boxes of a strided tensor and their places in a packed buffer."""
 
 from collections.abc import Sequence
+from math import gcd
 from typing import NamedTuple
+
+WIDEST_NBYTES = 8
+"""Of the integers that torch has."""
 
 
 class StridedBox(NamedTuple):
-    """A box of a tensor and of a packed buffer, in elements, with as few dims as possible.
+    """A box of a tensor and of a packed buffer, in words, with as few dims as possible.
 
     Attributes:
-        shape: extents; () for one element.
+        shape: extents; () for one word.
         tensor_offset, tensor_strides: where the box lies in the tensor, from its first element on.
         packed_offset, packed_strides: where it lies in the packed buffer.
+        word_nbytes: bytes of a word; 0 if words are elements that are cast.
     """
 
     shape: tuple[int, ...]
@@ -18,6 +23,7 @@ class StridedBox(NamedTuple):
     tensor_strides: tuple[int, ...]
     packed_offset: int
     packed_strides: tuple[int, ...]
+    word_nbytes: int
 
     @property
     def is_one_run(self) -> bool:
@@ -70,9 +76,10 @@ def strided_box(
     packed_base: int,
     packed_start: Sequence[int],
     packed_shape: Sequence[int],
+    itemsize: int,
 ) -> StridedBox:
     """The box at ``tensor_start`` of a strided tensor and at ``packed_start`` of a row-major ``packed_shape``
-    that begins at element ``packed_base`` of the buffer.
+    that begins at element ``packed_base`` of the buffer; all in elements, of ``itemsize`` bytes (0 if they are cast).
     """
     packed_strides = contiguous_strides(packed_shape)
     extents, first, second = coalesced(shape, tensor_strides, packed_strides)
@@ -82,4 +89,29 @@ def strided_box(
         first,
         packed_base + offset_of(packed_start, packed_strides),
         second,
+        itemsize,
     )
+
+
+def widened(box: StridedBox, alignment_nbytes: int) -> StridedBox:
+    """The same bytes in the widest integers, of 8 bytes at most, that places, strides and the run allow.
+
+    Args:
+        box: one whose words are moved as bits.
+        alignment_nbytes: what the tensor's and the buffer's first elements are at a multiple of.
+    """
+    size = box.word_nbytes
+    if size not in (1, 2, 4) or not box.shape or box.tensor_strides[-1] != 1 or box.packed_strides[-1] != 1:
+        return box
+    outer = (*box.tensor_strides[:-1], *box.packed_strides[:-1])
+    times = gcd(
+        WIDEST_NBYTES // size, alignment_nbytes // size, box.shape[-1], box.tensor_offset, box.packed_offset, *outer
+    )
+    if times == 1:
+        return box
+    shape, first, second = coalesced(
+        (*box.shape[:-1], box.shape[-1] // times),
+        (*(stride // times for stride in box.tensor_strides[:-1]), 1),
+        (*(stride // times for stride in box.packed_strides[:-1]), 1),
+    )
+    return StridedBox(shape, box.tensor_offset // times, first, box.packed_offset // times, second, size * times)

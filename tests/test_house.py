@@ -27,7 +27,7 @@ LAYERS = [
     ["sharding", "topology"],
     ["plan"],
     ["arithmetic", "autograd", "packing"],
-    ["tensors"],
+    ["binding", "tensors"],
     ["transport"],
     ["reshard"],
     ["interop"],

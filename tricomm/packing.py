@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from tricomm.errors import PlanError, SpecError
-from tricomm.kernels.reference import paired_views, view, words
-from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box
+from tricomm.kernels import pack as kernels
+from tricomm.kernels.boxes import boxes_of
+from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box, widened
 from tricomm.plan.program import Copy, RankProgram, Transfer
 from tricomm.sharding import ShardingSpec
 
@@ -46,17 +47,18 @@ class Tables:
     """A program bound to strides, dtypes and a depth of pipelining. Holds no tensor.
 
     Attributes:
+        dtypes: of the source, the wire and the destination.
         sends, receives: per round.
-        copies: (shape, source offset, source strides, destination offset, destination strides).
+        copies: boxes of the source and, in place of a buffer, of the destination.
         arena_nbytes: staging that the rank needs.
         receives_ahead: how many rounds early receives are posted.
         rounds_open: how many rounds may be in flight before the oldest is waited for.
     """
 
-    wire_dtype: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     sends: tuple[tuple[StagedTransfer, ...], ...]
     receives: tuple[tuple[StagedTransfer, ...], ...]
-    copies: tuple[tuple[tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...]], ...]
+    copies: tuple[StridedBox, ...]
     arena_nbytes: int
     receives_ahead: int
     rounds_open: int
@@ -72,6 +74,18 @@ class Tables:
         every = (*self.sends, *self.receives)
         return sum(t.arena_offset is not None and not t.relay for step in every for t in step)
 
+    @cached_property
+    def kernel_tables(self) -> tuple[tuple[kernels.Table, ...], tuple[kernels.Table, ...], kernels.Table]:
+        """What one launch packs in each round, what one unpacks, and the local copies."""
+        source, wire, destination = self.dtypes
+
+        def of_rounds(steps: tuple[tuple[StagedTransfer, ...], ...], dtype: torch.dtype) -> tuple[kernels.Table, ...]:
+            placed = ([(box, t.arena_offset or 0) for t in step for box in t.boxes] for step in steps)
+            return tuple(_kernel_table(boxes, dtype, wire) for boxes in placed)
+
+        sends, receives = of_rounds(self.sends, source), of_rounds(self.receives, destination)
+        return sends, receives, _kernel_table([(box, 0) for box in self.copies], source, destination)
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name."""
@@ -85,6 +99,7 @@ def make_tables(
     program: RankProgram,
     dtypes: tuple[str, str, str],
     strides: tuple[Sequence[int], Sequence[int]],
+    alignments: tuple[int, int],
     depth: tuple[int, int],
     staging_nbytes: int,
 ) -> Tables:
@@ -94,6 +109,7 @@ def make_tables(
         program: of this rank.
         dtypes: names of the source, wire and destination dtype.
         strides: of the source and destination tensor, in elements; () where there is none.
+        alignments: bytes at a multiple of which each of them begins.
         depth: (receives ahead, rounds open) that the transport would like; less is used if the staging budget
             asks for it.
         staging_nbytes: the budget.
@@ -103,10 +119,9 @@ def make_tables(
     """
     source_dtype, wire_dtype, destination_dtype = dtypes
     itemsize = torch_dtype(wire_dtype).itemsize
-    sends = [[_place(t, strides[0], source_dtype == wire_dtype) for t in step.sends] for step in program.rounds]
-    receives = [
-        [_place(t, strides[1], wire_dtype == destination_dtype) for t in step.receives] for step in program.rounds
-    ]
+    moved = [itemsize if dtype == wire_dtype else 0 for dtype in (source_dtype, destination_dtype)]
+    sends = [[_place(t, strides[0], moved[0], alignments[0]) for t in step.sends] for step in program.rounds]
+    receives = [[_place(t, strides[1], moved[1], alignments[1]) for t in step.receives] for step in program.rounds]
     ahead, window = depth
     while True:
         arena_nbytes = _lay_out(sends, receives, itemsize, ahead, window)
@@ -119,33 +134,43 @@ def make_tables(
             f"raise staging_bytes or give the strategy a smaller chunk_bytes"
         )
     return Tables(
-        torch_dtype(wire_dtype),
+        (torch_dtype(source_dtype), torch_dtype(wire_dtype), torch_dtype(destination_dtype)),
         tuple(map(tuple, sends)),
         tuple(map(tuple, receives)),
-        tuple(_copy_row(copy, *strides) for copy in program.copies),
+        tuple(
+            _copy(copy, strides, itemsize if source_dtype == destination_dtype else 0, min(alignments))
+            for copy in program.copies
+        ),
         arena_nbytes,
         ahead,
         window,
     )
 
 
-def _place(transfer: Transfer, strides: Sequence[int], same_dtype: bool) -> StagedTransfer:
-    """Where a chunk lies, without a place in the arena yet (-1 says that it needs one)."""
+def _place(transfer: Transfer, strides: Sequence[int], itemsize: int, alignment_nbytes: int) -> StagedTransfer:
+    """Where a chunk lies, without a place in the arena yet (-1 says that it needs one).
+
+    Args:
+        transfer: the chunk.
+        strides: of the tensor, in elements.
+        itemsize: bytes of an element, 0 if elements are cast.
+        alignment_nbytes: at a multiple of which the tensor begins; the arena begins at one of more.
+    """
     if not transfer.regions:
         return StagedTransfer(transfer.peer, transfer.key, transfer.numel, None, None, (), True)
     boxes = tuple(
-        strided_box(box.shape, box.local_start, strides, region.offset, box.packed_start, region.shape)
+        strided_box(box.shape, box.local_start, strides, region.offset, box.packed_start, region.shape, itemsize)
         for region in transfer.regions
         for box in region.boxes
     )
-    direct = same_dtype and len(boxes) == 1 and boxes[0].is_one_run
+    direct = itemsize > 0 and len(boxes) == 1 and boxes[0].is_one_run
     return StagedTransfer(
         transfer.peer,
         transfer.key,
         transfer.numel,
         boxes[0].tensor_offset if direct else None,
         None if direct else -1,
-        () if direct else boxes,
+        () if direct else tuple(widened(box, alignment_nbytes) for box in boxes),
         False,
     )
 
@@ -195,93 +220,25 @@ def _lay_out(
     return size
 
 
-def _copy_row(
-    copy: Copy, source_strides: Sequence[int], destination_strides: Sequence[int]
-) -> tuple[tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...]]:
-    shape, first, second = coalesced(copy.shape, source_strides, destination_strides)
-    return (
+def _copy(copy: Copy, strides: tuple[Sequence[int], Sequence[int]], itemsize: int, alignment: int) -> StridedBox:
+    shape, first, second = coalesced(copy.shape, *strides)
+    box = StridedBox(
         shape,
-        offset_of(copy.source_start, source_strides),
+        offset_of(copy.source_start, strides[0]),
         first,
-        offset_of(copy.destination_start, destination_strides),
+        offset_of(copy.destination_start, strides[1]),
         second,
+        itemsize,
     )
+    return widened(box, alignment)
 
 
-Copies = tuple[tuple[torch.Tensor, torch.Tensor], ...]
-"""(into, out of): what ``into.copy_(out_of)`` is to be called on, in order."""
-
-
-class Slot(NamedTuple):
-    """A transfer as tensors: its bytes, and what to copy before they are sent or after they have come."""
-
-    peer: int
-    buffer: torch.Tensor
-    copies: Copies
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """Tables bound to one pair of tensors and an arena: nothing is left to compute when a call comes.
-
-    Attributes:
-        sends, receives: per round.
-        local: what the rank has already.
-    """
-
-    tables: Tables
-    sends: tuple[tuple[Slot, ...], ...]
-    receives: tuple[tuple[Slot, ...], ...]
-    local: Copies
-
-
-def bind(tables: Tables, source: torch.Tensor | None, destination: torch.Tensor | None, arena: torch.Tensor) -> Binding:
-    """Make every view that a run needs.
-
-    Bits are packed, unpacked and copied as integers; where a cast happens, both sides are typed.
-
-    Args:
-        tables: made for tensors with these strides.
-        source, destination: the rank's tensors, or None.
-        arena: uint8, at least ``tables.arena_nbytes``.
-    """
-    buffers: dict[tuple[int, int], torch.Tensor] = {}
-
-    def slot(transfer: StagedTransfer, tensor: torch.Tensor | None, is_send: bool) -> Slot:
-        if transfer.relay:
-            return Slot(transfer.peer, buffers[transfer.key], ())
-        assert tensor is not None
-        copies: Copies = ()
-        if transfer.direct_offset is not None:
-            buffer = view(tensor, (transfer.numel,), transfer.direct_offset, (1,)).view(torch.uint8)
-        else:
-            assert transfer.arena_offset is not None
-            buffer = arena.narrow(0, transfer.arena_offset, transfer.numel * tables.wire_dtype.itemsize)
-            pairs = paired_views(*_alike(tensor, buffer.view(tables.wire_dtype), transfer.boxes))
-            copies = tuple((packed, part) if is_send else (part, packed) for part, packed in pairs)
-        buffers[transfer.key] = buffer
-        return Slot(transfer.peer, buffer, copies)
-
-    receives = tuple(tuple(slot(transfer, destination, False) for transfer in step) for step in tables.receives)
-    sends = tuple(tuple(slot(transfer, source, True) for transfer in step) for step in tables.sends)
-    local: Copies = ()
-    if tables.copies and source is not None and destination is not None:
-        moves_bits = source.dtype == destination.dtype
-        here, there = (words(source), words(destination)) if moves_bits else (source, destination)
-        local = tuple(
-            (view(there, shape, there_offset, there_strides), view(here, shape, here_offset, here_strides))
-            for shape, here_offset, here_strides, there_offset, there_strides in tables.copies
-        )
-    return Binding(tables, sends, receives, local)
-
-
-def _alike(
-    tensor: torch.Tensor, packed: torch.Tensor, boxes: tuple[StridedBox, ...]
-) -> tuple[torch.Tensor, tuple[StridedBox, ...], torch.Tensor]:
-    """Both as words if only bits move between them."""
-    if tensor.dtype == packed.dtype:
-        return words(tensor), boxes, words(packed)
-    return tensor, boxes, packed
+def _kernel_table(placed: Sequence[tuple[StridedBox, int]], tensor: torch.dtype, packed: torch.dtype) -> kernels.Table:
+    """A table of boxes and the bytes that their packed offsets count from; of no boxes if no kernel does the cast."""
+    if tensor != packed and not kernels.casts(tensor, packed):
+        placed = ()
+    cast = (tensor, packed) if tensor != packed and placed else None
+    return kernels.Table(boxes_of(placed, (tensor.itemsize, packed.itemsize)), cast=cast)
 
 
 def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Tensor:

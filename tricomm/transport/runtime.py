@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from tricomm.arithmetic import Reducer
-from tricomm.packing import Binding, Copies, Tables, bind, make_tables, torch_dtype
+from tricomm.binding import Binding, bind
+from tricomm.kernels.reference import alignment_nbytes
+from tricomm.packing import Tables, make_tables, torch_dtype
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
 
 MAX_TABLES = 16
-"""Combinations of strides that one Resharder keeps tables for."""
+"""Combinations of strides and alignments that one Resharder keeps tables for."""
 
 Arena = Callable[[int], torch.Tensor]
 """Gives a uint8 tensor of at least so many bytes, valid until the next call."""
@@ -58,12 +60,12 @@ def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
                 first = end
             sent.append(works[first:])
         if index == 0:
-            _copy(binding.local)
+            binding.local.run()
         done = index - tables.rounds_open
         if 0 <= done < count:
             for work, slot in zip(received[done], binding.receives[done], strict=True):
                 yield work
-                _copy(slot.copies)
+                slot.copies.run()
             yield from sent[done]
 
 
@@ -73,13 +75,8 @@ def _operations(binding: Binding, index: int, early: range) -> Iterator[Operatio
         for slot in binding.receives[step]:
             yield Operation(False, slot.peer, slot.buffer)
     for slot in binding.sends[index]:
-        _copy(slot.copies)
+        slot.copies.run()
         yield Operation(True, slot.peer, slot.buffer)
-
-
-def _copy(copies: Copies) -> None:
-    for into, out_of in copies:
-        into.copy_(out_of)
 
 
 class PlanExecution:
@@ -185,18 +182,21 @@ class PlanExecution:
         destination: torch.Tensor | None,
         depth: tuple[int, int],
     ) -> Tables:
-        """The tables for tensors with these strides, from the cache if there were such before."""
+        """The tables for tensors with these strides and alignments, from the cache if there were such before."""
         strides = (
             () if source is None else source.stride(),
             () if destination is None else destination.stride(),
         )
-        key = (index, strides, depth)
+        alignments = (_alignment(source), _alignment(destination))
+        key = (index, strides, alignments, depth)
         if key not in self._tables:
             move = self.plan.moves[index]
             dtypes = (move.source.element_type, move.wire_dtype, move.destination.element_type)
             if len(self._tables) >= MAX_TABLES:
                 self._tables.clear()
-            self._tables[key] = make_tables(self.programs[index], dtypes, strides, depth, self.plan.staging_nbytes)
+            self._tables[key] = make_tables(
+                self.programs[index], dtypes, strides, alignments, depth, self.plan.staging_nbytes
+            )
         return self._tables[key]
 
 
@@ -226,6 +226,11 @@ class Memory:
             and self.depth == depth
             and arena(self.binding.tables.arena_nbytes) is self.staging
         )
+
+
+def _alignment(tensor: torch.Tensor | None) -> int:
+    nbytes: int = alignment_nbytes() if tensor is None else alignment_nbytes(tensor)
+    return nbytes
 
 
 def _address(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:

@@ -1,0 +1,327 @@
+"""The kernels. The only module that imports triton, and it is imported only inside of functions.
+
+Every one moves boxes from strided places to strided places, so the same kernel packs and unpacks: what differs is
+which side the table says is read. Rows are laid out as ``layout`` says. Where the kernels promise an alignment
+(``tl.multiple_of``), the builder of the table has checked it; without the promise Triton would move bytes.
+
+Casts go through float32, and where Triton's own differ from torch's, or its interpreter's are wrong, they are done on
+integers: to nearest, ties to even. What torch makes of values beyond the largest float8_e4m3fn, which has no infinity,
+depends on its version: NaN up to 2.11, the largest value in 2.13.
+"""
+
+import triton
+import triton.language as tl
+from tricomm.kernels import layout
+
+_ROW = tl.constexpr(layout.ROW_INTS)
+_TOTAL = tl.constexpr(layout.TOTAL)
+_FIRST_TILE = tl.constexpr(layout.FIRST_TILE)
+_WORD_LOG2 = tl.constexpr(layout.WORD_LOG2)
+_READ_JUMPS = tl.constexpr(layout.READ_JUMPS)
+_WRITE_JUMPS = tl.constexpr(layout.WRITE_JUMPS)
+_MAGICS = tl.constexpr(layout.MAGICS)
+_SHIFTS = tl.constexpr(layout.SHIFTS)
+_ACROSS = tl.constexpr(layout.ACROSS)
+_READ_STRIDE = tl.constexpr(layout.READ_STRIDE)
+_WRITE_STRIDE = tl.constexpr(layout.WRITE_STRIDE)
+_TILES_Y = tl.constexpr(layout.TILES_Y)
+_TILES_X = tl.constexpr(layout.TILES_X)
+_OUTER_DIMS = tl.constexpr(layout.OUTER_DIMS)
+_OUTER_EXTENTS = tl.constexpr(layout.OUTER_EXTENTS)
+_OUTER_READ = tl.constexpr(layout.OUTER_READ)
+_OUTER_WRITE = tl.constexpr(layout.OUTER_WRITE)
+
+
+@triton.jit
+def _bases(row, read_base, write_base):
+    """The addresses of the first word of a box where it is read and where it is written."""
+    places = row.to(tl.pointer_type(tl.int64))
+    return read_base + tl.load(places), write_base + tl.load(places + 1)
+
+
+@triton.jit
+def _offsets(index, row, RANK: tl.constexpr):
+    """Places of the words ``index`` of a box on both sides, in words from the first.
+
+    Products may wrap; their sum does not, as the builder keeps the reach of a row below 2**29 words.
+    """
+    read = index * tl.load(row + _READ_JUMPS)
+    write = index * tl.load(row + _WRITE_JUMPS)
+    for dim in tl.static_range(1, RANK):
+        magic = tl.load(row + _MAGICS + (dim - 1)).to(tl.uint32, bitcast=True)
+        shift = tl.load(row + _SHIFTS + (dim - 1)).to(tl.uint32, bitcast=True)
+        quotient = (tl.umulhi(index.to(tl.uint32, bitcast=True), magic) >> shift).to(tl.int32, bitcast=True)
+        read += quotient * tl.load(row + _READ_JUMPS + dim)
+        write += quotient * tl.load(row + _WRITE_JUMPS + dim)
+    return read, write
+
+
+@triton.jit
+def _decoded(raw, FORMAT: tl.constexpr):
+    """The float32 values of raw elements (unsigned integers of their size)."""
+    if FORMAT == "float32":
+        return raw.to(tl.float32, bitcast=True)
+    elif FORMAT == "float16":
+        return raw.to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "bfloat16":
+        return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == "float8_e5m2":
+        return (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        tl.static_assert(FORMAT == "float8_e4m3fn")
+        magnitude = raw.to(tl.uint32) & 0x7F
+        normal = (magnitude << 20) + (120 << 23)
+        subnormal = (magnitude.to(tl.float32) * 0.001953125).to(tl.uint32, bitcast=True)
+        bits = tl.where(magnitude < 8, subnormal, normal)
+        bits = tl.where(magnitude == 0x7F, 0x7FF00000, bits)
+        return (bits | ((raw.to(tl.uint32) & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _float8(value, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+    """float8 elements of float32 values: ``MANTISSA`` bits, ``BIAS`` of the exponent, ``LARGEST`` for all beyond it,
+    and NaN all ones.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Added to this power of 2, a value below the smallest normal one is rounded to the last place of a subnormal.
+    anchor: tl.constexpr = (128 - BIAS + 23 - MANTISSA) << 23
+    anchored = magnitude.to(tl.float32, bitcast=True) + tl.full((1, 1), anchor, tl.uint32).to(tl.float32, bitcast=True)
+    subnormal = anchored.to(tl.uint32, bitcast=True) - anchor
+    odd = (magnitude >> (23 - MANTISSA)) & 1
+    rounding: tl.constexpr = (1 << (22 - MANTISSA)) - 1
+    normal = (magnitude - ((127 - BIAS) << 23) + rounding + odd) >> (23 - MANTISSA)
+    result = tl.where(magnitude < ((128 - BIAS) << 23), subnormal, normal)
+    result = tl.where(result > LARGEST, LARGEST, result)
+    result = tl.where(magnitude > 0x7F800000, 0x7F, result)
+    return (result | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _encoded(value, FORMAT: tl.constexpr, SATURATES: tl.constexpr):
+    """The raw elements of float32 values; with SATURATES float8_e4m3fn has no NaN but those of NaN."""
+    if FORMAT == "float32":
+        return value.to(tl.uint32, bitcast=True)
+    elif FORMAT == "float16":
+        return value.to(tl.float16).to(tl.uint16, bitcast=True)
+    elif FORMAT == "bfloat16":
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
+    elif FORMAT == "float8_e5m2":
+        return _float8(value, 2, 15, 0x7C)
+    else:
+        tl.static_assert(FORMAT == "float8_e4m3fn")
+        return _float8(value, 3, 7, 0x7E if SATURATES else 0x7F)
+
+
+@triton.jit
+def _move(
+    bases,
+    offsets,
+    inside,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
+    LANES: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    SATURATES: tl.constexpr,
+):
+    """Move words of ``LANES`` elements each, and cast them unless FROM and TO are the same.
+
+    Args:
+        bases: addresses of both sides; multiples of the word.
+        offsets: of the words on both sides, in words.
+        inside: which of the words there are.
+        READ, WRITE: types of the elements, integers.
+    """
+    read_base, write_base = bases
+    read, write = offsets
+    lanes = tl.arange(0, LANES)
+    there = inside[:, None] & (lanes < LANES)[None, :]
+    source = tl.multiple_of(read_base.to(tl.pointer_type(READ)), LANES * (READ.primitive_bitwidth // 8))
+    target = tl.multiple_of(write_base.to(tl.pointer_type(WRITE)), LANES * (WRITE.primitive_bitwidth // 8))
+    value = tl.load(source + (read * LANES)[:, None] + lanes[None, :], mask=there)
+    if FROM != TO:
+        value = _encoded(_decoded(value, FROM), TO, SATURATES)
+    tl.store(target + (write * LANES)[:, None] + lanes[None, :], value, mask=there)
+
+
+@triton.jit
+def _copy_tile(tile, rows, tiles, read_base, write_base, WORDS: tl.constexpr, RANK: tl.constexpr):
+    row = rows + tl.load(tiles + tile) * _ROW
+    bases = _bases(row, read_base, write_base)
+    index = (tile - tl.load(row + _FIRST_TILE)) * WORDS + tl.arange(0, WORDS)
+    inside = index < tl.load(row + _TOTAL)
+    offsets = _offsets(index, row, RANK)
+    # The same number of words a thread in each branch keeps the registers of the whole low.
+    log2 = tl.load(row + _WORD_LOG2)
+    if log2 == 4:
+        _move(bases, offsets, inside, tl.int32, tl.int32, 4, "", "", False)
+    elif log2 == 3:
+        _move(bases, offsets, inside, tl.int32, tl.int32, 2, "", "", False)
+    elif log2 == 2:
+        _move(bases, offsets, inside, tl.int32, tl.int32, 1, "", "", False)
+    elif log2 == 1:
+        _move(bases, offsets, inside, tl.int16, tl.int16, 1, "", "", False)
+    else:
+        _move(bases, offsets, inside, tl.int8, tl.int8, 1, "", "", False)
+
+
+@triton.jit
+def copy_boxes(
+    rows,
+    tiles,
+    read_base,
+    write_base,
+    count,
+    WORDS: tl.constexpr,
+    RANK: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """Copy the bits of boxes, in words of 16 to 1 bytes.
+
+    Args:
+        rows: int32 (boxes, 32), the table.
+        tiles: int32 (count,), the row of each tile.
+        read_base, write_base: int64, what places in the table count from on each side (0 if they are addresses).
+        count: tiles.
+        WORDS: of a tile.
+        RANK: dims that the rows use, at least as many as any box has.
+        PERSISTENT: whether a program goes on with the tile that is a whole grid further on, so that a small grid,
+            which leaves multiprocessors to others, does all of them. (A while loop is not pipelined: staging the
+            rows would cost more than it hides.)
+    """
+    tile = tl.program_id(0)
+    if PERSISTENT:
+        while tile < count:
+            _copy_tile(tile, rows, tiles, read_base, write_base, WORDS, RANK)
+            tile += tl.num_programs(0)
+    else:
+        _copy_tile(tile, rows, tiles, read_base, write_base, WORDS, RANK)
+
+
+@triton.jit
+def _cast_tile(
+    tile,
+    rows,
+    tiles,
+    read_base,
+    write_base,
+    WORDS: tl.constexpr,
+    RANK: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    SATURATES: tl.constexpr,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
+    WIDEST_LOG2: tl.constexpr,
+):
+    row = rows + tl.load(tiles + tile) * _ROW
+    bases = _bases(row, read_base, write_base)
+    index = (tile - tl.load(row + _FIRST_TILE)) * WORDS + tl.arange(0, WORDS)
+    inside = index < tl.load(row + _TOTAL)
+    offsets = _offsets(index, row, RANK)
+    log2 = tl.load(row + _WORD_LOG2)
+    for level in tl.static_range(WIDEST_LOG2 + 1):
+        if log2 == level:
+            _move(bases, offsets, inside, READ, WRITE, 1 << level, FROM, TO, SATURATES)
+
+
+@triton.jit
+def cast_boxes(
+    rows,
+    tiles,
+    read_base,
+    write_base,
+    count,
+    WORDS: tl.constexpr,
+    RANK: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    SATURATES: tl.constexpr,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
+    WIDEST_LOG2: tl.constexpr,
+):
+    """As ``copy_boxes``, casting elements FROM one type TO another; a word is 2**0 to 2**WIDEST_LOG2 elements, of which
+    the wider ones are 16 bytes (with more, the two sides would exchange through shared memory).
+    """
+    tile = tl.program_id(0)
+    if PERSISTENT:
+        while tile < count:
+            _cast_tile(
+                tile, rows, tiles, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2
+            )
+            tile += tl.num_programs(0)
+    else:
+        _cast_tile(tile, rows, tiles, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2)
+
+
+@triton.jit
+def _transposed_square(
+    row, bases, y, x, TYPE: tl.constexpr, LANES: tl.constexpr, SIDE: tl.constexpr, NBYTES: tl.constexpr
+):
+    """Move a square: read along x, written along y. With LANES > 1 extents, strides and bases are multiples of it."""
+    read_base, write_base = bases
+    source = tl.multiple_of(read_base.to(tl.pointer_type(TYPE)), NBYTES)
+    target = tl.multiple_of(write_base.to(tl.pointer_type(TYPE)), NBYTES)
+    read_stride = tl.load(row + _READ_STRIDE) // LANES * LANES
+    write_stride = tl.load(row + _WRITE_STRIDE) // LANES * LANES
+    rows_y = y + tl.arange(0, SIDE)
+    columns_x = x + tl.arange(0, SIDE)
+    is_y = rows_y < tl.load(row + _TOTAL) // LANES * LANES
+    is_x = columns_x < tl.load(row + _ACROSS) // LANES * LANES
+    there = is_y[:, None] & is_x[None, :]
+    value = tl.load(source + (rows_y * read_stride)[:, None] + columns_x[None, :], mask=there)
+    tl.store(target + (columns_x * write_stride)[None, :] + rows_y[:, None], value, mask=there)
+
+
+@triton.jit
+def _transpose_tile(
+    tile, rows, tiles, read_base, write_base, TYPE: tl.constexpr, LANES: tl.constexpr, SIDE: tl.constexpr
+):
+    nbytes: tl.constexpr = TYPE.primitive_bitwidth // 8
+    row = rows + tl.load(tiles + tile) * _ROW
+    read_at, write_at = _bases(row, read_base, write_base)
+    left = tile - tl.load(row + _FIRST_TILE)
+    tiles_x = tl.load(row + _TILES_X)
+    x = left % tiles_x * SIDE
+    left = left // tiles_x
+    tiles_y = tl.load(row + _TILES_Y)
+    y = left % tiles_y * SIDE
+    left = left // tiles_y
+    for dim in tl.static_range(_OUTER_DIMS):
+        extent = tl.load(row + _OUTER_EXTENTS + dim)
+        read_at += (left % extent).to(tl.int64) * tl.load(row + _OUTER_READ + dim) * nbytes
+        write_at += (left % extent).to(tl.int64) * tl.load(row + _OUTER_WRITE + dim) * nbytes
+        left = left // extent
+    if tl.load(row + _WORD_LOG2) == 1:
+        _transposed_square(row, (read_at, write_at), y, x, TYPE, LANES, SIDE, 16)
+    else:
+        _transposed_square(row, (read_at, write_at), y, x, TYPE, 1, SIDE, nbytes)
+
+
+@triton.jit
+def transpose_boxes(
+    rows,
+    tiles,
+    read_base,
+    write_base,
+    count,
+    SIDE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    TYPE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """As ``copy_boxes``, for boxes whose unit stride is on one dim where they are read and on another where they are
+    written; units are of one size, TYPE, and LANES of them are 16 bytes. Squares go through shared memory.
+    """
+    tile = tl.program_id(0)
+    if PERSISTENT:
+        while tile < count:
+            _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE)
+            tile += tl.num_programs(0)
+    else:
+        _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE)

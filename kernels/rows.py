@@ -1,0 +1,373 @@
+"""From boxes to the rows of a table: canonical dims, the widest word, magic numbers. All boxes at once, in numpy.
+
+Where a box is read or written does not matter here: callers say which side is which.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from tricomm.kernels import layout
+from tricomm.kernels.boxes import Columns
+
+MAX_REACH_WORDS = 2**29
+"""A row reaches fewer words than this on either side, so that offsets, in units of 4 bytes, are int32."""
+MIN_TRANSPOSED_EXTENT = 16
+"""Along both unit-stride dims; smaller boxes leave most of a square empty."""
+
+Integers = np.ndarray[Any, np.dtype[np.int32]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Sides(NamedTuple):
+    """n boxes between two places. Dims are the first index, innermost first; strides are in the unit at hand.
+
+    Attributes:
+        extents: (rank, n); 1 where there is no dim.
+        read, write: (rank, n), strides; 0 where there is no dim.
+        read_place, write_place: (n,), bytes from the base of each side to the first element.
+        read_base, write_base: (n,), the bases' addresses, or their last bits, so that words can be aligned.
+    """
+
+    extents: Columns
+    read: Columns
+    write: Columns
+    read_place: Columns
+    write_place: Columns
+    read_base: Columns
+    write_base: Columns
+
+    def pick(self, chosen: Any) -> "Sides":
+        """Some of the boxes."""
+        return Sides(*(column[..., chosen] for column in self))
+
+    @property
+    def addresses(self) -> tuple[Columns, Columns]:
+        """Of the first elements, as far as the bases are known."""
+        return self.read_place + self.read_base, self.write_place + self.write_base
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The rows of one launch.
+
+    Attributes:
+        rows: (boxes, 32), as ``layout`` says.
+        tiles: (tiles,), the row of each tile.
+        rank: dims that are used, 2, 4 or 6.
+        transposed_nbytes: bytes of a unit if these rows are for the transposing kernel, else 0.
+    """
+
+    rows: Integers
+    tiles: Integers
+    rank: int
+    transposed_nbytes: int
+
+
+def make_rows(sides: Sides, itemsize: Columns, cast: tuple[int, int] | None, words_per_tile: int) -> tuple[Rows, ...]:
+    """The rows of all boxes: those that keep their order, then those to be transposed, by the size of their units.
+
+    Args:
+        sides: strides in bytes.
+        itemsize: (n,), bytes of an element where none is cast.
+        cast: bytes of an element where it is read and where it is written, if elements are cast.
+        words_per_tile: of the kernel.
+
+    Raises:
+        ValueError: an element of a cast is not at a multiple of its size, or elements are written to one place.
+    """
+    kept = (sides.extents > 0).all(0)
+    if not kept.all():
+        sides, itemsize = sides.pick(kept), itemsize[kept]
+    if not len(itemsize):
+        return ()
+    shared = ((sides.write == 0) & (sides.extents > 1)).any(0)
+    if shared.any():
+        box = int(np.flatnonzero(shared)[0])
+        raise ValueError(
+            f"box {box} is written with strides {sides.write[::-1, box].tolist()}, so several of its elements share "
+            "one place; give a tensor that is not expanded"
+        )
+    if cast is None:
+        ones = np.ones((1, len(itemsize)), np.int64)
+        extents, read, write = (
+            np.concatenate([inner, outer])
+            for inner, outer in ((itemsize[None], sides.extents), (ones, sides.read), (ones, sides.write))
+        )
+        sides = sides._replace(extents=extents, read=read, write=write)
+        units = (1, 1)
+    else:
+        units = cast
+        _check_elements(sides, units)
+        sides = sides._replace(read=sides.read // units[0], write=sides.write // units[1])
+    sides, log2 = in_words(canonical(sides), units)
+    sides, log2 = within_reach(sides, log2, units)
+    turned, across = _transposable(sides, log2) if cast is None else (np.zeros(len(log2), np.bool_), log2)
+    results = []
+    if not turned.all():
+        results.append(_rows(sides.pick(~turned), log2[~turned], words_per_tile))
+    for unit_log2 in np.unique(log2[turned]).tolist():
+        chosen = turned & (log2 == unit_log2)
+        results.append(_transposing_rows(sides.pick(chosen), across[chosen], 1 << unit_log2))
+    return tuple(results)
+
+
+def canonical(sides: Sides) -> Sides:
+    """The same elements with as few dims as possible, ordered by the strides with which they are written."""
+    sides = _merged(sides)
+    wrong = ((sides.write[1:] < sides.write[:-1]) & (sides.extents[1:] > 1)).any(0)
+    if not wrong.any():
+        return sides
+    some = sides.pick(wrong)
+    order = np.argsort(np.where(some.extents > 1, some.write, np.iinfo(np.int64).max), axis=0, kind="stable")
+    some = some._replace(
+        **{name: np.take_along_axis(getattr(some, name), order, 0) for name in ("extents", "read", "write")}
+    )
+    some = _merged(some)
+    rank = max(len(sides.extents), len(some.extents))
+    sides = _padded(sides, rank)
+    for whole, part in zip(sides[:3], _padded(some, rank)[:3], strict=True):
+        whole[:, wrong] = part
+    return sides
+
+
+def _padded(sides: Sides, rank: int) -> Sides:
+    """With no-dims outside, up to at least a rank."""
+    missing = ((0, max(rank - len(sides.extents), 0)), (0, 0))
+    return sides._replace(
+        extents=np.pad(sides.extents, missing, constant_values=1),
+        read=np.pad(sides.read, missing),
+        write=np.pad(sides.write, missing),
+    )
+
+
+def _merged(sides: Sides) -> Sides:
+    """Without dims of extent 1, and with a dim joined to the one inside where both sides go on at its end."""
+    rank, count = sides.extents.shape
+    extents = np.ones((rank, count), np.int64)
+    read, write = np.zeros((rank, count), np.int64), np.zeros((rank, count), np.int64)
+    top_extent, top_read, top_write = extents[0].copy(), read[0].copy(), write[0].copy()
+    used = np.zeros(count, np.int64)
+    boxes = np.arange(count)
+    for extent, a, b in zip(sides.extents, sides.read, sides.write, strict=True):
+        is_dim = extent != 1
+        joins = is_dim & (used > 0) & (a == top_extent * top_read) & (b == top_extent * top_write)
+        pushed = is_dim & ~joins
+        top_extent = np.where(joins, top_extent * extent, np.where(pushed, extent, top_extent))
+        top_read, top_write = np.where(pushed, a, top_read), np.where(pushed, b, top_write)
+        used += pushed
+        at = np.maximum(used - 1, 0)
+        extents[at, boxes], read[at, boxes], write[at, boxes] = top_extent, top_read, top_write
+    most = max(int(used.max()), 1)
+    return sides._replace(extents=extents[:most], read=read[:most], write=write[:most])
+
+
+def in_words(sides: Sides, units: tuple[int, int]) -> tuple[Sides, Columns]:
+    """The boxes in words instead of bytes, or elements, and the base-2 logarithm of each box's word."""
+    log2 = widest_word(sides, units)
+    check_words(sides, log2, units)
+    is_run = _has_run(sides)
+    extents, read, write = sides.extents.copy(), sides.read >> log2, sides.write >> log2
+    extents[0] = np.where(is_run, extents[0] >> log2, extents[0])
+    read[0] = np.where(is_run, 1, read[0])
+    write[0] = np.where(is_run, 1, write[0])
+    # A run of one word is no dim any more.
+    gone = is_run & (extents[0] == 1)
+    if gone.any():
+        columns = []
+        for column, fill in ((extents, 1), (read, 0), (write, 0)):
+            column[:, gone] = np.concatenate([column[1:, gone], np.full((1, int(gone.sum())), fill)])
+            columns.append(column)
+        extents, read, write = columns
+    return sides._replace(extents=extents, read=read, write=write), log2
+
+
+def _has_run(sides: Sides) -> Mask:
+    """Whether the innermost dim is contiguous on both sides."""
+    is_run: Mask = (sides.read[0] == 1) & (sides.write[0] == 1)
+    return is_run
+
+
+def widest_word(sides: Sides, units: tuple[int, int]) -> Columns:
+    """The base-2 logarithm of the widest word, in units, that addresses, strides and the run are multiples of, and
+    that is 16 bytes at most on the wider side.
+    """
+    read_at, write_at = sides.addresses
+    bits = (read_at // units[0]) | (write_at // units[1]) | (layout.VECTOR_NBYTES // max(units))
+    is_run = _has_run(sides)
+    bits |= np.where(is_run, sides.extents[0], 1)
+    for read, write in zip(sides.read[1:], sides.write[1:], strict=True):
+        bits |= read | write
+    lowest = bits & -bits
+    return (lowest > 1).astype(np.int64) + (lowest > 2) + (lowest > 4) + (lowest > 8)
+
+
+def check_words(sides: Sides, log2: Columns, units: tuple[int, int]) -> None:
+    """Raise unless every address, stride and run is a multiple of the word: a kernel that is promised more than is
+    true faults, or moves something else.
+    """
+    mask = (1 << log2) - 1
+    read_at, write_at = sides.addresses
+    off = (read_at % (units[0] << log2)) | (write_at % (units[1] << log2))
+    off |= np.where(_has_run(sides), sides.extents[0], 0) & mask
+    off |= np.where(_has_run(sides), 0, sides.read[0] | sides.write[0]) & mask
+    for read, write in zip(sides.read[1:], sides.write[1:], strict=True):
+        off |= (read | write) & mask
+    if off.any():
+        box = int(np.flatnonzero(off)[0])
+        raise AssertionError(
+            f"box {box} would move in words of {1 << int(log2[box])} units of {units} bytes, and its address, strides "
+            f"or run are no multiples of that; this is an error in tricomm.kernels.rows, please report it"
+        )
+
+
+def _check_elements(sides: Sides, units: tuple[int, int]) -> None:
+    for side, at, strides, unit in zip(
+        ("read", "written"), sides.addresses, (sides.read, sides.write), units, strict=True
+    ):
+        off = (at % unit != 0) | (strides % unit != 0).any(0)
+        if off.any():
+            box = int(np.flatnonzero(off)[0])
+            raise ValueError(
+                f"box {box} is {side} at address {int(at[box])} with strides {strides[:, box].tolist()} bytes, no "
+                f"multiples of its elements' {unit} bytes, so it cannot be cast; place it at a multiple"
+            )
+
+
+def within_reach(sides: Sides, log2: Columns, units: tuple[int, int]) -> tuple[Sides, Columns]:
+    """Boxes of more dims than a row has, or that reach too far for int32 offsets, as several boxes each."""
+    fits = (sides.extents[layout.MAX_RANK :] == 1).all(0)
+    for strides in (sides.read, sides.write):
+        fits &= ((sides.extents - 1) * strides).sum(0) < MAX_REACH_WORDS
+    if fits.all():
+        return _padded(sides._replace(**_cut(sides)), 2), log2
+    parts = [sides.pick(fits)]
+    logs = [log2[fits]]
+    for box in np.flatnonzero(~fits).tolist():
+        nbytes = (units[0] << int(log2[box]), units[1] << int(log2[box]))
+        pieces = list(_pieces(sides.pick(slice(box, box + 1)), nbytes))
+        parts += pieces
+        logs.append(np.full(len(pieces), log2[box]))
+    joined = Sides(*(np.concatenate(columns, axis=-1) for columns in zip(*parts, strict=True)))
+    return _padded(joined._replace(**_cut(joined)), 2), np.concatenate(logs)
+
+
+def _cut(sides: Sides) -> dict[str, Columns]:
+    """The columns without dims that no box has."""
+    rank = max(int((sides.extents > 1).sum(0).max()), 1)
+    return {name: getattr(sides, name)[:rank] for name in ("extents", "read", "write")}
+
+
+def _pieces(box: Sides, nbytes: tuple[int, int]) -> Iterator[Sides]:
+    """One box cut along a dim until every piece fits into a row."""
+    extents = box.extents[:, 0]
+    if int((extents > 1).sum()) > layout.MAX_RANK:
+        dim = int(np.argmin(np.where(extents > 1, extents, np.iinfo(np.int64).max)))
+        length = 1
+    elif any(int(((extents - 1) * strides[:, 0]).sum()) >= MAX_REACH_WORDS for strides in (box.read, box.write)):
+        dim = int(np.argmax((extents - 1) * np.maximum(box.read, box.write)[:, 0]))
+        length = -(-int(extents[dim]) // 2)
+    else:
+        yield box
+        return
+    extent = int(extents[dim])
+    for start in range(0, extent, length):
+        shorter = box.extents.copy()
+        shorter[dim] = min(length, extent - start)
+        piece = box._replace(
+            extents=shorter,
+            read_place=box.read_place + start * box.read[dim] * nbytes[0],
+            write_place=box.write_place + start * box.write[dim] * nbytes[1],
+        )
+        yield from _pieces(_without_units(piece), nbytes)
+
+
+def _without_units(box: Sides) -> Sides:
+    """One box with its dims of extent 1 outermost."""
+    order = np.argsort(box.extents[:, 0] == 1, kind="stable")
+    return box._replace(extents=box.extents[order], read=box.read[order], write=box.write[order])
+
+
+def _transposable(sides: Sides, log2: Columns) -> tuple[Mask, Columns]:
+    """Which boxes have unit stride on one dim where they are read and on another where they are written, and on which
+    dim it is where they are read.
+    """
+    is_across = (sides.read[1:] == 1) & (sides.extents[1:] >= MIN_TRANSPOSED_EXTENT)
+    across = np.argmax(is_across, axis=0) + 1
+    turned = is_across.any(0) & (sides.write[0] == 1) & (sides.extents[0] >= MIN_TRANSPOSED_EXTENT) & (log2 <= 3)
+    return turned, across
+
+
+def magic_numbers(divisors: Columns) -> tuple[Columns, Columns]:
+    """(magic, shift) with ``n // divisor == (n * magic >> 32) >> shift`` for all n below 2**31 and divisors from 2 on.
+
+    With l bits in divisor - 1 the magic number is 2**(31+l) / divisor, rounded up: the error, below 2**l, times n
+    stays below 2**(31+l) (Granlund and Montgomery, 1994).
+    """
+    bits = np.frexp((divisors - 1).astype(np.float64))[1].astype(np.int64)
+    power = np.int64(1) << (31 + bits)
+    return (power + divisors - 1) // divisors, bits - 1
+
+
+def _rows(sides: Sides, log2: Columns, words_per_tile: int) -> Rows:
+    used, count = sides.extents.shape
+    rows, first = _heads(sides, sides.extents.prod(0), words_per_tile)
+    rows[:, layout.WORD_LOG2] = log2
+    inner = np.ones(count, np.int64)
+    for dim in range(used):
+        is_dim = sides.extents[dim] > 1
+        read, write = sides.read[dim], sides.write[dim]
+        if dim:
+            read = np.where(is_dim, read - sides.extents[dim - 1] * sides.read[dim - 1], 0)
+            write = np.where(is_dim, write - sides.extents[dim - 1] * sides.write[dim - 1], 0)
+            magic, shift = magic_numbers(np.where(is_dim, inner, 2))
+            rows[:, layout.MAGICS + dim - 1] = np.where(is_dim, magic, 0).astype(np.uint32).view(np.int32)
+            rows[:, layout.SHIFTS + dim - 1] = np.where(is_dim, shift, 0)
+        rows[:, layout.READ_JUMPS + dim] = read
+        rows[:, layout.WRITE_JUMPS + dim] = write
+        inner = inner * sides.extents[dim]
+    return Rows(rows, first, 2 * -(-used // 2), 0)
+
+
+def _heads(sides: Sides, total: Columns, per_tile: int, tiles: Columns | None = None) -> tuple[Integers, Integers]:
+    """Rows with places, total and first tile filled in, and the row of each tile."""
+    if tiles is None:
+        tiles = -(-total // per_tile)
+    rows = np.zeros((len(total), layout.ROW_INTS), np.int32)
+    places = rows.view(np.int64)
+    places[:, layout.READ_PLACE], places[:, layout.WRITE_PLACE] = sides.read_place, sides.write_place
+    rows[:, layout.TOTAL] = total
+    rows[:, layout.FIRST_TILE] = np.cumsum(tiles) - tiles
+    return rows, np.repeat(np.arange(len(total), dtype=np.int32), tiles)
+
+
+def _transposing_rows(sides: Sides, across: Columns, unit_nbytes: int) -> Rows:
+    rank, count = sides.extents.shape
+    side, lanes = layout.tile_side(unit_nbytes), layout.VECTOR_NBYTES // unit_nbytes
+    boxes = np.arange(count)
+    extent_y, extent_x = sides.extents[0], sides.extents[across, boxes]
+    read_y, write_x = sides.read[0], sides.write[across, boxes]
+    bits = extent_y | extent_x | read_y | write_x
+    outer = []
+    for dim in range(1, rank - 1):
+        source = np.where(dim < across, dim, dim + 1)
+        extent, read, write = (column[source, boxes] for column in (sides.extents, sides.read, sides.write))
+        outer.append((extent, read, write))
+        bits = bits | read | write
+    for at in sides.addresses:
+        bits = bits | at // unit_nbytes
+    tiles_y, tiles_x = -(-extent_y // side), -(-extent_x // side)
+    tiles = tiles_y * tiles_x
+    for extent, _, _ in outer:
+        tiles = tiles * extent
+    rows, of_tiles = _heads(sides, extent_y, side, tiles)
+    rows[:, layout.WORD_LOG2] = bits % lanes == 0
+    rows[:, layout.ACROSS] = extent_x
+    rows[:, layout.READ_STRIDE], rows[:, layout.WRITE_STRIDE] = read_y, write_x
+    rows[:, layout.TILES_Y], rows[:, layout.TILES_X] = tiles_y, tiles_x
+    rows[:, layout.OUTER_EXTENTS : layout.OUTER_EXTENTS + layout.OUTER_DIMS] = 1
+    for dim, columns in enumerate(outer):
+        for place, column in zip((layout.OUTER_EXTENTS, layout.OUTER_READ, layout.OUTER_WRITE), columns, strict=True):
+            rows[:, place + dim] = column
+    return Rows(rows, of_tiles, layout.MAX_RANK, unit_nbytes)

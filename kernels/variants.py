@@ -1,0 +1,97 @@
+"""The variants of the kernels: which constants each is compiled with, how, and for what."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tricomm.kernels import layout
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What is compiled.
+
+    Attributes:
+        rank: dims that rows may use, 2, 4 or 6.
+        persistent: whether a small grid does all tiles, in programs of 16 warps, for launches that must leave
+            multiprocessors to others.
+        formats: (read, written) element types, names in ``layout.FORMATS``, if elements are cast.
+        saturates: whether a cast to float8_e4m3fn gives its largest value, not NaN, for all beyond it.
+        transposed_nbytes: bytes of a unit (1, 2, 4 or 8), for the transposing kernel, else 0.
+    """
+
+    rank: int = 2
+    persistent: bool = False
+    formats: tuple[str, str] | None = None
+    saturates: bool = False
+    transposed_nbytes: int = 0
+
+    @property
+    def num_warps(self) -> int:
+        """Of a program. Squares of 64 give 128 threads whole vectors, and no more."""
+        return 16 if self.persistent and not self.transposed_nbytes else 4
+
+    @property
+    def words_per_tile(self) -> int:
+        """What a program moves at a time: four words a thread."""
+        return 4 * 32 * self.num_warps
+
+    def kernel(self, jit: Any) -> Any:
+        """The function of the module ``jit``."""
+        if self.transposed_nbytes:
+            return jit.transpose_boxes
+        return jit.copy_boxes if self.formats is None else jit.cast_boxes
+
+    def constants(self) -> dict[str, Any]:
+        """Its constexpr arguments, in order."""
+        import triton.language as tl
+
+        if self.transposed_nbytes:
+            types = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+            return {
+                "SIDE": layout.tile_side(self.transposed_nbytes),
+                "PERSISTENT": self.persistent,
+                "TYPE": types[self.transposed_nbytes],
+                "LANES": layout.VECTOR_NBYTES // self.transposed_nbytes,
+            }
+        constants = {"WORDS": self.words_per_tile, "RANK": self.rank, "PERSISTENT": self.persistent}
+        if self.formats is None:
+            return constants
+        types = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32}
+        sizes = [layout.FORMATS[name] for name in self.formats]
+        return {
+            **constants,
+            "FROM": self.formats[0],
+            "TO": self.formats[1],
+            "SATURATES": self.saturates,
+            "READ": types[sizes[0]],
+            "WRITE": types[sizes[1]],
+            "WIDEST_LOG2": (layout.VECTOR_NBYTES // max(sizes)).bit_length() - 1,
+        }
+
+
+@lru_cache(maxsize=1024)
+def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
+    """The compiled kernel, whose ``[grid](rows, tiles, read_base, write_base, count, *constants)`` launches it.
+
+    The signature is given rather than found out from arguments, so that there is one binary a variant whatever the
+    arguments are, and a launch need not look at them.
+
+    Args:
+        variant: which.
+        target: a triton GPUTarget; no such GPU need be there.
+        device_index: a binary is loaded on one device.
+    """
+    import triton
+    from tricomm.kernels import jit
+    from triton.compiler import ASTSource
+
+    constants = variant.constants()
+    arguments = {"rows": "*i32", "tiles": "*i32", "read_base": "i64", "write_base": "i64", "count": "i32"}
+    source = ASTSource(
+        fn=variant.kernel(jit),
+        signature={**arguments, **dict.fromkeys(constants, "constexpr")},
+        constexprs=constants,
+        attrs={(index,): [["tt.divisibility", 16]] for index in range(2)},
+    )
+    return triton.compile(source, target=target, options={"num_warps": variant.num_warps})

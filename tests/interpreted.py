@@ -1,0 +1,55 @@
+"""The kernels in Triton's interpreter, on host memory, beside the compiled ones of the same process."""
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from tricomm.kernels import layout
+from tricomm.kernels.pack import Table
+from triton import knobs
+
+
+@cache
+def interpreted() -> ModuleType:
+    """A second copy of ``tricomm.kernels.jit``: whether a function is interpreted is decided when it is decorated."""
+    path = Path(layout.__file__).with_name("jit.py")
+    spec = importlib.util.spec_from_file_location("interpreted_jit", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+    return module
+
+
+def launch(
+    table: Table,
+    packs: bool,
+    tensors: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor],
+    words_per_tile: int | None = None,
+) -> int:
+    """What ``Table.launch`` does on a device; returns how many kernels it took."""
+    table.check(tensors, buffers)
+    of_tensors, of_buffers = ([side.data_ptr() for side in sides] for sides in (tensors, buffers))
+    every = table.rows(packs, of_tensors, of_buffers, words_per_tile)
+    bases = [addresses[0] if len(addresses) == 1 else 0 for addresses in (of_tensors, of_buffers)]
+    for rows in every:
+        variant = table.variant(rows, packs)
+        constants = variant.constants()
+        if "WORDS" in constants and words_per_tile is not None:
+            constants["WORDS"] = words_per_tile
+        count = len(rows.tiles)
+        grid = count if table.multiprocessors is None else min(count, table.multiprocessors)
+        arrays = torch.from_numpy(rows.rows), torch.from_numpy(rows.tiles)
+        with warnings.catch_warnings():
+            # numpy warns of what is infinite or NaN by intention.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            kernel = variant.kernel(interpreted())
+            kernel[(grid,)](*arrays, *(bases if packs else bases[::-1]), count, *constants.values())
+    return len(every)
