@@ -140,7 +140,7 @@ def tune(
         edges: which stages feed which; () is the chain.
         allow_split: whether the backward can be split.
         trials: so many moves of single actions are tried on the fastest schedule, for stages and hops that are so
-            uneven that no regular schedule fits them; 300 bring most of these within 1 % of the optimum.
+            uneven that no regular schedule fits them.
 
     Raises:
         PlanError: no number of microbatches, or nothing fits the limits.
