@@ -128,6 +128,37 @@ def test_starts_follow_each_other(ranks: Ranks) -> None:
     ranks.run(overlapping_starts, source, ShardingSpec(SERVE, (Replicate(),), (96, 40), "float32"))
 
 
+def opposite_orders(rank: int, there: tuple[ShardingSpec, ShardingSpec]) -> None:
+    """Two channels between the same ranks, used in opposite orders by the two sides: neither waits for the other."""
+    movers = {
+        name: Resharder(*specs, timeout_seconds=20, channel=name)
+        for name, specs in (("down", there), ("up", there[::-1]))
+    }
+    if rank not in movers["down"].participants:
+        return
+    full = torch.arange(96 * 40, dtype=torch.float32).reshape(96, 40)
+    for mover in movers.values():
+        mover.meet()
+    for step in range(3):
+        handles = {}
+        first = rank in there[0].mesh
+        for name in ("down", "up") if first else ("up", "down"):
+            source = there[0] if name == "down" else there[1]
+            tensor = pick(full + step, source, rank) if rank in source.mesh else None
+            handles[name] = movers[name].start(tensor)
+        # The first side waits for what the other started last.
+        for name in ("up", "down") if first else ("down", "up"):
+            output = handles[name].wait()
+            destination = there[1] if name == "down" else there[0]
+            if rank in destination.mesh:
+                require_equal(output, pick(full + step, destination, rank), f"{name} {step} rank {rank}")
+
+
+def test_channels_between_the_same_ranks_are_independent(ranks: Ranks) -> None:
+    source = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (96, 40), "float32")
+    ranks.run(opposite_orders, (source, ShardingSpec(SERVE, (Shard(1),), (96, 40), "float32")))
+
+
 class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the operators that make new storage."""
 

@@ -21,6 +21,7 @@ MAX_BODY_LINES = 60
 LAYERS = [
     ["errors", "kernels", "launch"],
     ["dtype", "intervals"],
+    ["columns"],
     ["mesh", "placement"],
     ["notation"],
     ["sharding", "topology"],
@@ -36,7 +37,18 @@ LAYERS = [
     ["cli"],
     ["", "__main__"],
 ]
-WITHOUT_TORCH = {"errors", "dtype", "intervals", "mesh", "placement", "notation", "sharding", "topology", "plan"}
+WITHOUT_TORCH = {
+    "errors",
+    "dtype",
+    "intervals",
+    "columns",
+    "mesh",
+    "placement",
+    "notation",
+    "sharding",
+    "topology",
+    "plan",
+}
 WITHOUT_TORCH |= {"pipeline.actions", "pipeline.schedule", "pipeline.generators", "pipeline.communication"}
 WITHOUT_TORCH |= {"pipeline.check", "pipeline.costs", "pipeline.simulate", "pipeline.timeline", "pipeline.torch_csv"}
 WITHOUT_TORCH |= {"pipeline.greedy", "pipeline.tune", "pipeline.exact", "pipeline.workload", "pipeline.improve"}

@@ -6,7 +6,7 @@ A product of them, one per dim, is a :data:`Region`.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -66,16 +66,6 @@ def chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
     size = length(intervals)
     step = -(-size // parts)
     return take(intervals, min(index * step, size), min((index + 1) * step, size))
-
-
-def chunks(intervals: Intervals, parts: int) -> list[Intervals]:
-    """All parts of :func:`chunk`, in one pass where there is one interval."""
-    if len(intervals) != 1:
-        return [chunk(intervals, parts, index) for index in range(parts)]
-    start, stop = intervals[0]
-    step = -(-(stop - start) // parts)
-    edges = [min(start + step * index, stop) for index in range(parts + 1)]
-    return [((low, high),) if low < high else () for low, high in pairwise(edges)]
 
 
 def runs(inner: Intervals, outer: Intervals) -> tuple[Run, ...]:
@@ -139,6 +129,23 @@ def joint_runs(inner: Intervals, first: Intervals, second: Intervals) -> tuple[t
     return tuple(result)
 
 
+class Piece(NamedTuple):
+    """The part ``spans`` (start, stop per dim, as positions) of a region, by its place among several."""
+
+    region: int
+    spans: tuple[Interval, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod([stop - start for start, stop in self.spans])
+
+    def of(self, regions: Sequence[Region]) -> Region:
+        """As global coordinates."""
+        region = regions[self.region]
+        return tuple([take(intervals, *span) for intervals, span in zip(region, self.spans, strict=True)])
+
+
 def cut_regions(regions: Sequence[Region], points: Sequence[int], slack_numel: int) -> list[tuple[Region, ...]]:
     """Cut the elements of some regions, taken one region after the other and row-major, into consecutive parts.
 
@@ -148,22 +155,28 @@ def cut_regions(regions: Sequence[Region], points: Sequence[int], slack_numel: i
         slack_numel: how far a cut may move from its point so that it falls between regions, between rows, or at a
             multiple of ``ALIGNED_NUMEL``. A part may end up empty.
     """
-    parts: list[tuple[Region, ...]] = []
-    current: list[Region] = []
-    rest = list(reversed(regions))
+    parts = cut_shapes([region_shape(region) for region in regions], points, slack_numel)
+    return [tuple(piece.of(regions) for piece in part) for part in parts]
+
+
+def cut_shapes(shapes: Sequence[tuple[int, ...]], points: Sequence[int], slack_numel: int) -> list[tuple[Piece, ...]]:
+    """As :func:`cut_regions`, for regions of these shapes, wherever they are."""
+    parts: list[tuple[Piece, ...]] = []
+    current: list[Piece] = []
+    rest = [Piece(index, tuple((0, extent) for extent in shape)) for index, shape in enumerate(shapes)][::-1]
     position = 0
     for point in points:
         while rest:
-            numel = region_numel(rest[-1])
+            numel = rest[-1].numel
             ahead = point - position
             if numel <= ahead + slack_numel:
                 current.append(rest.pop())
                 position += numel
                 continue
             if ahead > slack_numel:
-                first, second = _cut_region(rest.pop(), ahead, slack_numel)
+                first, second = _cut_piece(rest.pop(), ahead, slack_numel)
                 current += first
-                position += sum(map(region_numel, first))
+                position += sum(piece.numel for piece in first)
                 rest += reversed(second)
             break
         parts.append(tuple(current))
@@ -176,22 +189,24 @@ ALIGNED_NUMEL = 64
 """Cuts inside a row fall at multiples of this where they may, so that wide words fit on both sides."""
 
 
-def _cut_region(region: Region, point: int, slack_numel: int) -> tuple[list[Region], list[Region]]:
-    """Elements before and from ``point`` on, as few products of intervals as possible; neither side is empty."""
-    numel = region_numel(region)
-    dim = next(d for d, intervals in enumerate(region) if length(intervals) > 1)
-    extent = length(region[dim])
-    row = numel // extent
+def _cut_piece(piece: Piece, point: int, slack_numel: int) -> tuple[list[Piece], list[Piece]]:
+    """Elements before and from ``point`` on, in as few pieces as possible; neither side is empty."""
+    extents = [stop - start for start, stop in piece.spans]
+    dim = next(dim for dim, extent in enumerate(extents) if extent > 1)
+    extent = extents[dim]
+    row = prod(extents) // extent
     begin, inside = divmod(point, row)
     if row == 1 and slack_numel >= ALIGNED_NUMEL:
         begin = min(max(round(point / ALIGNED_NUMEL) * ALIGNED_NUMEL, 1), extent - 1)
     elif min(inside, row - inside) <= slack_numel:
         begin, inside = min(max(begin + (2 * inside > row), 1), extent - 1), 0
 
-    def rows(start: int, stop: int) -> list[Region]:
-        return [(*region[:dim], take(region[dim], start, stop), *region[dim + 1 :])] if start < stop else []
+    def rows(start: int, stop: int) -> list[Piece]:
+        first = piece.spans[dim][0]
+        span = (first + start, first + stop)
+        return [Piece(piece.region, (*piece.spans[:dim], span, *piece.spans[dim + 1 :]))] if start < stop else []
 
     if not inside:
         return rows(0, begin), rows(begin, extent)
-    first, second = _cut_region(rows(begin, begin + 1)[0], inside, slack_numel)
+    first, second = _cut_piece(rows(begin, begin + 1)[0], inside, slack_numel)
     return rows(0, begin) + first, second + rows(begin + 1, extent)

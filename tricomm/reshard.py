@@ -60,6 +60,8 @@ class Resharder:
         confirm: whether a call returns only when all ranks have what they need, so that a failure anywhere
             raises everywhere. It costs a barrier (a few empty messages). Without it a rank returns when its own
             part is done.
+        channel: Resharders between the same ranks that name different channels have communicators and a
+            background thread of their own: their runs neither wait for each other nor need one order on all ranks.
 
     Raises:
         SpecError: layouts that contradict each other, or a mesh rank outside the group.
@@ -79,6 +81,7 @@ class Resharder:
         staging_bytes: int = DEFAULT_STAGING_BYTES,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         confirm: bool = False,
+        channel: str = "",
     ) -> None:
         group = resolve_group(group)
         self.hub: Hub = hub(group)
@@ -88,6 +91,7 @@ class Resharder:
             self.timeout_seconds = timeout_seconds
             self.device = default_device(group) if device is None else torch.device(device)
             self.confirm = confirm
+            self.channel = _checked_channel(channel)
             for side, spec in (("source", source), ("destination", destination)):
                 _check_ranks(side, spec, self.hub.size)
             self.plan: Plan = make_plan(
@@ -112,6 +116,7 @@ class Resharder:
             **self.plan.fields(),
             "device": self.device.type,
             "confirm": str(confirm),
+            "channel": channel,
         }
         self._digest = digest_of(self._fields)
         self._lane: Lane | None = None
@@ -126,6 +131,7 @@ class Resharder:
             "staging_bytes": staging_bytes,
             "timeout_seconds": timeout_seconds,
             "confirm": confirm,
+            "channel": channel,
         }
 
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -208,9 +214,10 @@ class Resharder:
             self.participants,
             lambda: self._fields,
             self.timeout_seconds,
-            lambda: str(self.hub.next_generation(self.participants, self.device)),
+            lambda: str(self.hub.next_generation(self.participants, self.device, self.channel)),
+            self.channel,
         )
-        self._lane = self.hub.lane(self.participants, self.device, int(generation), self.timeout_seconds)
+        self._lane = self.hub.lane(self.participants, self.device, self.channel, int(generation), self.timeout_seconds)
 
     def _prepare(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> "Call | None":
         """Check the arguments and meet where needed, all before anything is sent."""
@@ -253,7 +260,7 @@ class Resharder:
         text = f"{type(error).__name__}: {error}"
         lane = getattr(self, "_lane", None)
         if lane is None or lane.broken is not None or self._meets_always:
-            self.hub.meetings.refuse(participants, text)
+            self.hub.meetings.refuse(participants, text, self.channel)
         else:
             lane.fail(describe_refusal(self.rank, text))
 
@@ -325,6 +332,12 @@ def reshard_async(
 def _check_timeout(timeout_seconds: float) -> None:
     if not isinstance(timeout_seconds, (int, float)) or not timeout_seconds > 0:
         raise SpecError(f"timeout_seconds={timeout_seconds!r} must be a number of seconds above 0")
+
+
+def _checked_channel(channel: object) -> str:
+    if not isinstance(channel, str):
+        raise SpecError(f'channel={channel!r} must be a name, such as "stage 0 to 1"; leave it out for the shared one')
+    return channel
 
 
 def _check_ranks(side: str, spec: ShardingSpec, size: int) -> None:

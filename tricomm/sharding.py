@@ -5,16 +5,17 @@ each tensor dim an ordered tuple of half-open intervals of global coordinates. T
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
+from tricomm.columns import IntervalLists
 from tricomm.dtype import ITEMSIZE, dtype_name
 from tricomm.errors import SpecError
-from tricomm.intervals import Interval, Intervals, Region, chunk, chunks, clip, merged, region_shape
+from tricomm.intervals import Intervals, Region, chunk, clip, merged, region_shape
 from tricomm.mesh import Mesh
 from tricomm.notation import from_notation, to_notation
 from tricomm.placement import Partial, Placement, Replicate, Shard
@@ -151,24 +152,14 @@ class ShardingSpec:
         extent = self.global_shape[dim]
         held: Intervals = merged(((0, extent),))
         for axis in self.cutting_axes(dim):
-            parts = [chunk(segment, self.mesh.shape[axis], coordinate[axis]) for segment in self._segments(axis, held)]
-            held = merged([interval for part in parts for interval in part])
+            pieces = _segments_of(held, self._segments(axis))
+            held = _part(pieces, self.mesh.shape[axis], coordinate[axis])
         return held
 
-    def cuts(self, axis: int, held: Intervals) -> list[Intervals]:
-        """What every index of a mesh axis that cuts a dim gets of the part ``held`` of that dim."""
-        per_segment = [chunks(segment, self.mesh.shape[axis]) for segment in self._segments(axis, held)]
-        if len(per_segment) == 1:
-            return per_segment[0]
-        return [merged([interval for part in parts for interval in part]) for parts in zip(*per_segment, strict=True)]
-
-    def _segments(self, axis: int, held: Intervals) -> list[Intervals]:
-        """The parts of ``held`` that a mesh axis cuts each on its own."""
+    def _segments(self, axis: int) -> tuple[int, ...] | None:
+        """The segments that a mesh axis cuts each on its own."""
         placement = self.placements[axis]
-        assert isinstance(placement, Shard)
-        if not placement.segments:
-            return [held]
-        return [clip(held, start, stop) for start, stop in _segment_bounds(placement.segments)]
+        return placement.segments if isinstance(placement, Shard) else None
 
     def holding(self, rank: int) -> Holding:
         """The global intervals that a rank holds, per dim."""
@@ -274,7 +265,7 @@ class Layout:
         part_of: int array (ranks, dims): the index into ``parts[dim]`` of each rank in mesh order.
     """
 
-    parts: tuple[tuple[Intervals, ...], ...]
+    parts: tuple[IntervalLists, ...]
     part_of: np.ndarray
 
 
@@ -283,23 +274,40 @@ def layout(spec: ShardingSpec) -> Layout:
     """The tables of a spec, whose size grows with ranks plus parts, never with their product."""
     shape, mesh = spec.global_shape, spec.mesh
     part_of = np.zeros((mesh.size, len(shape)), dtype=np.int64)
-    parts: list[tuple[Intervals, ...]] = []
+    parts: list[IntervalLists] = []
     coordinates = np.indices(mesh.shape).reshape(mesh.ndim, mesh.size)
     for dim in range(len(shape)):
         if spec.holdings is not None:
             index: dict[Intervals, int] = {}
             for position, holding in enumerate(spec.holdings):
                 part_of[position, dim] = index.setdefault(holding[dim], len(index))
-            parts.append(tuple(index))
+            parts.append(IntervalLists.of(tuple(index)))
             continue
         axes = spec.cutting_axes(dim)
         for axis in axes:
             part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
-        cut = [merged(((0, shape[dim]),))]
-        for axis in axes:
-            cut = [part for held in cut for part in spec.cuts(axis, held)]
-        parts.append(tuple(cut))
+        cuts = tuple((mesh.shape[axis], spec._segments(axis)) for axis in axes)
+        parts.append(_parts(shape[dim], cuts))
     return Layout(tuple(parts), part_of)
+
+
+@lru_cache(maxsize=1024)
+def _parts(extent: int, cuts: tuple[tuple[int, tuple[int, ...] | None], ...]) -> IntervalLists:
+    """What a dim is cut into by axes one after the other, each (how many ranks, segments that it cuts each on its own).
+
+    Tensors of a model share extents and axes: equal arguments give the same object.
+    """
+    parts = IntervalLists.of([merged(((0, extent),))])
+    for ranks, segments in cuts:
+        if parts.simple and not segments:
+            parts = parts.chunks(ranks)
+            continue
+        cut: list[Intervals] = []
+        for held in parts:
+            pieces = _segments_of(held, segments)
+            cut += [_part(pieces, ranks, index) for index in range(ranks)]
+        parts = IntervalLists.of(cut)
+    return parts
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -330,11 +338,17 @@ def _checked_shard(placement: Shard, shape: tuple[int, ...]) -> Shard:
     return placement if dim == placement.dim else Shard(dim, placement.segments)
 
 
-def _segment_bounds(segments: Sequence[int]) -> Iterator[Interval]:
-    start = 0
-    for size in segments:
-        yield start, start + size
-        start += size
+def _part(pieces: Sequence[Intervals], ranks: int, index: int) -> Intervals:
+    """What rank ``index`` of so many gets of pieces that are cut each on its own."""
+    return merged([interval for piece in pieces for interval in chunk(piece, ranks, index)])
+
+
+def _segments_of(held: Intervals, segments: Sequence[int] | None) -> list[Intervals]:
+    """What is held of each segment; all of it if there are none."""
+    if not segments:
+        return [held]
+    edges = [0, *accumulate(segments)]
+    return [clip(held, start, stop) for start, stop in pairwise(edges)]
 
 
 def _checked_holding(rank: int, holding: Holding, shape: tuple[int, ...]) -> Holding:

@@ -6,6 +6,8 @@ from functools import lru_cache
 from math import inf
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tricomm.errors import SpecError
 
 DEFAULT_NIC_BYTES_PER_SECOND = 12.5e9
@@ -52,6 +54,8 @@ class Topology:
     _host_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_rates: tuple[NicRate, ...] = field(init=False, repr=False, compare=False)
+    _host_numbers: np.ndarray = field(init=False, repr=False, compare=False)
+    _send_rates: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -76,6 +80,9 @@ class Topology:
         set_field(self, "_nic_of", tuple(nic_of))
         per_host = [NicRate(rates, rates) if isinstance(rates, float) else rates[name] for name in names]
         set_field(self, "_nic_rates", tuple(rate for rate in per_host for _ in range(nics)))
+        send_rates = np.array([rate.send_bytes_per_second for rate in per_host])
+        set_field(self, "_host_numbers", np.array(host_of, np.int64))
+        set_field(self, "_send_rates", send_rates[self._host_numbers])
 
     @classmethod
     def flat(cls, ranks: int) -> "Topology":
@@ -109,6 +116,11 @@ class Topology:
     def nic_rate(self, nic: int) -> NicRate:
         """The rates of a NIC."""
         return self._nic_rates[nic]
+
+    def rates_between(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
+        """Bytes per second at which each sender could reach the receiver beside it if nothing else travelled."""
+        local = self._host_numbers[senders] == self._host_numbers[receivers]
+        return np.where(local, self.intra_bytes_per_second, self._send_rates[senders])
 
     def check_covers(self, ranks: Sequence[int]) -> None:
         """Refuse ranks for which no host is named.

@@ -4,12 +4,17 @@ A message is a chain of ranks, the sender first, and chunks of elements. Chunk c
 hop; a relay forwards a chunk once it has it. A message to one receiver is a chain of two.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from math import ceil, sqrt
+from math import ceil, prod, sqrt
+from typing import NamedTuple
 
-from tricomm.intervals import Region, cut_regions, region_numel
+import numpy as np
+
+from tricomm.columns import Groups, Lazy
+from tricomm.intervals import Piece, Region, cut_shapes, region_numel, region_shape
 from tricomm.topology import Topology
 
 MAX_PEERS_PER_ROUND = 128
@@ -19,9 +24,15 @@ NCCL group has been seen to hang (pytorch#174942)."""
 MIN_CHUNK_NBYTES = 16 << 10
 MAX_UNICAST_CHUNK_NBYTES = 8 << 20
 MAX_CHUNKS = 256
-UNICAST_CHUNKS = 8
+UNICAST_CHUNKS = 4
 """Rounds of a unicast plan in which ranks have several peers: each round moves the same part of every message, so
-that no pair runs ahead and leaves a NIC idle at the end."""
+that no pair runs ahead and leaves a NIC idle at the end. More of them were measured to gain nothing."""
+
+FILL_SHARE = 1 / 200
+"""Filling a chain need not take less than this share of the time in which its busiest link carries everything."""
+
+BUSY_SHARE = 1 / 5
+"""For which chunks may keep a rank busy while that link works: what they cost is then hidden behind it."""
 
 ROUND_COSTS = 20
 """A unicast round lasts at least so many times what it costs."""
@@ -31,6 +42,74 @@ ROUNDS_IN_FLIGHT = 10
 
 Chunk = tuple[Region, ...]
 """Regions that travel together, packed one after the other, each row-major."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pattern:
+    """How regions of some shapes are cut into chunks, wherever they are.
+
+    Attributes:
+        every: the pieces of each part.
+        parts: the same without parts that are empty: the chunks.
+        numel: elements of each chunk.
+    """
+
+    every: tuple[tuple[Piece, ...], ...]
+    parts: tuple[tuple[Piece, ...], ...]
+    numel: tuple[int, ...]
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=4096)
+def _even_pattern(shapes: Shapes, count: int) -> Pattern:
+    numel = sum(map(prod, shapes))
+    return _pattern(shapes, [numel * index // count for index in range(1, count)], numel // count // 16)
+
+
+@lru_cache(maxsize=4096)
+def _stepped_pattern(shapes: Shapes, most: int) -> Pattern:
+    return _pattern(shapes, range(most, sum(map(prod, shapes)), most), 0)
+
+
+def _pattern(shapes: Shapes, points: Sequence[int], slack_numel: int) -> Pattern:
+    every = tuple(cut_shapes(shapes, points, slack_numel))
+    parts = tuple(part for part in every if part)
+    return Pattern(every, parts, tuple(sum(piece.numel for piece in part) for part in parts))
+
+
+class Chunks(Lazy[Chunk]):
+    """The chunks of a message, which are cut when they are looked at; how many elements each has is known."""
+
+    __slots__ = ("numel", "parts", "regions")
+
+    def __init__(self, regions: Sequence[Region], pattern: Pattern) -> None:
+        self.regions, self.parts, self.numel = regions, pattern.parts, pattern.numel
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Chunk]:
+        return (tuple([piece.of(self.regions) for piece in self.parts[row]]) for row in rows.tolist())
+
+
+def even_parts(regions: Sequence[Region], count: int) -> list[Chunk]:
+    """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most."""
+    if count == 1:
+        return [tuple(regions)]
+    every = _even_pattern(tuple(map(region_shape, regions)), count).every
+    return [tuple([piece.of(regions) for piece in part]) for part in every]
+
+
+def even_chunks(regions: Sequence[Region], count: int) -> Chunks:
+    """The parts of :func:`even_parts` that are not empty."""
+    return Chunks(regions, _even_pattern(tuple(map(region_shape, regions)), count))
+
+
+def stepped_chunks(regions: Sequence[Region], most: int) -> Chunks:
+    """Cut regions into parts of so many elements, of which the last may have less."""
+    return Chunks(regions, _stepped_pattern(tuple(map(region_shape, regions)), most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +122,84 @@ class Message:
     """
 
     chain: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
 
     def chunk_numel(self, index: int) -> int:
         """Elements of one chunk."""
+        if isinstance(self.chunks, Chunks):
+            return self.chunks.numel[index]
         return sum(region_numel(region) for region in self.chunks[index])
 
     @property
     def numel(self) -> int:
         """Elements of the message, counted once."""
+        if isinstance(self.chunks, Chunks):
+            return sum(self.chunks.numel)
         return sum(self.chunk_numel(index) for index in range(len(self.chunks)))
+
+
+class Pairs(NamedTuple):
+    """What goes from one rank to one other, as columns, ascending by sender and then by receiver.
+
+    Attributes:
+        senders, receivers: one of each.
+        regions: of each.
+        numel: elements of each.
+    """
+
+    senders: np.ndarray
+    receivers: np.ndarray
+    regions: Groups | tuple[tuple[Region, ...], ...]
+    numel: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Pairs":
+        """Some of them."""
+        if isinstance(self.regions, Groups):
+            regions: Groups | tuple[tuple[Region, ...], ...] = self.regions.take(rows)
+        else:
+            regions = tuple(self.regions[row] for row in rows.tolist())
+        return Pairs(self.senders[rows], self.receivers[rows], regions, self.numel[rows])
+
+
+class Unicasts(Lazy[Message]):
+    """Messages to one receiver each, as columns.
+
+    Attributes:
+        pairs: what goes where.
+        cut: the chunks of those messages that have more than one.
+        chunk_counts: of each message.
+    """
+
+    __slots__ = ("chunk_counts", "cut", "pairs")
+
+    def __init__(self, pairs: Pairs, cut: Mapping[int, Sequence[Chunk]]) -> None:
+        self.pairs, self.cut = pairs, cut
+        self.chunk_counts = np.ones(len(pairs.senders), np.int64)
+        self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
+
+    @classmethod
+    def of(cls, pairs: Pairs, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
+        """Cut each message into so many parts, less those that are empty."""
+        rows = np.flatnonzero(parts > 1).tolist()
+        return cls(pairs, {row: cutter(pairs.regions[row], int(parts[row])) for row in rows})
+
+    def touching(self, rank: int) -> "Unicasts":
+        """Those that a rank sends or receives."""
+        rows = np.flatnonzero((self.pairs.senders == rank) | (self.pairs.receivers == rank))
+        if len(rows) == len(self):
+            return self
+        at = {row: index for index, row in enumerate(rows.tolist())}
+        return Unicasts(self.pairs.take(rows), {at[row]: chunks for row, chunks in self.cut.items() if row in at})
+
+    def __len__(self) -> int:
+        return len(self.pairs.senders)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Message]:
+        regions = self.pairs.regions
+        wholes = regions._items(rows) if isinstance(regions, Groups) else (regions[row] for row in rows.tolist())
+        columns = rows.tolist(), self.pairs.senders[rows].tolist(), self.pairs.receivers[rows].tolist()
+        for row, sender, receiver, whole in zip(*columns, wholes, strict=True):
+            yield Message((sender, receiver), self.cut.get(row, (whole,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +229,6 @@ Legs = Mapping[tuple[int, ...], Sequence[Region]]
 """What travels along each chain."""
 
 
-def even_parts(regions: Sequence[Region], count: int) -> list[tuple[Region, ...]]:
-    """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most."""
-    numel = sum(map(region_numel, regions))
-    points = [numel * index // count for index in range(1, count)]
-    return cut_regions(regions, points, numel // count // 16)
-
-
 def chained(legs: Legs, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
     """Messages with chunks of a size that makes the plan fast."""
     if chunk_bytes is not None:
@@ -107,9 +247,10 @@ def chained(legs: Legs, chunk_bytes: int | None, context: RouteContext) -> tuple
 def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
     """In how many chunks to cut each message.
 
-    n chunks take (busiest link) + fill / n + n * cost, where fill is the time of a whole message on every link of
-    its chain but the busiest, shared as links are, and cost what a rank is busy for with a chunk more. Least at
-    sqrt(fill / cost). Latency overlaps as long as a chunk lasts longer than it.
+    n chunks take (busiest link) + fill / n, where fill is the time of a whole message on every link of its chain but
+    the busiest, shared as links are. A chunk more keeps a rank busy for ``cost``, which does not slow the link down
+    while there is little of it: so n is as large as filling is worth and BUSY_SHARE allows, and not below
+    sqrt(fill / cost), which is best where nothing hides. Latency overlaps as long as a chunk lasts longer than it.
     """
     topology = context.topology
     link_seconds: dict[tuple[str, int], float] = {}
@@ -129,28 +270,32 @@ def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
     busiest = max(link_seconds.values())
     most = min(MAX_CHUNKS, int(busiest / topology.latency_seconds)) if topology.latency_seconds else MAX_CHUNKS
     cost = per_rank * topology.overhead_seconds
-    return max(min(most, round(sqrt(fill / cost)) if cost else MAX_CHUNKS), 1)
+    wanted = fill / (FILL_SHARE * busiest)
+    if cost:
+        wanted = max(min(wanted, BUSY_SHARE * busiest / cost), sqrt(fill / cost))
+    return max(min(most, round(wanted)), 1)
 
 
-def unicast(legs: Legs, context: RouteContext) -> tuple[Message, ...]:
+def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Unicasts:
     """Messages whose chunks follow from the message alone, so that each rank of a pair finds them for itself.
 
     Counts are powers of two, so that the chunks of messages of several sizes fall into the same rounds.
     """
     topology, peers = context.topology, context.peers
+    if chunk_bytes is not None:
+        most = max(1, chunk_bytes // context.itemsize)
+        return Unicasts.of(pairs, -(-pairs.numel // most), lambda regions, _: stepped_chunks(regions, most))
     limit = min(MAX_UNICAST_CHUNK_NBYTES, context.chunk_limit_nbytes(min(peers, MAX_PEERS_PER_ROUND)))
     # A round is worth its cost if it takes much longer.
     round_seconds = ROUND_COSTS * (topology.latency_seconds + peers * topology.overhead_seconds) / peers
-    result: list[Message] = []
-    for chain, regions in sorted(legs.items()):
-        nbytes = sum(map(region_numel, regions)) * context.itemsize
-        here, there = chain
-        is_local = topology.host(here) == topology.host(there)
-        rate = topology.intra_bytes_per_second if is_local else topology.nic_rate(topology.nic(here))[0]
-        wanted = min(UNICAST_CHUNKS, int(nbytes / max(rate * round_seconds, MIN_CHUNK_NBYTES))) if peers > 1 else 1
-        parts = max(wanted, ceil(nbytes / limit), 1)
-        result.append(_message(chain, regions, 1 << (parts - 1).bit_length()))
-    return tuple(result)
+    nbytes = pairs.numel * context.itemsize
+    wanted = np.ones(len(nbytes), np.int64)
+    if peers > 1:
+        rates = topology.rates_between(pairs.senders, pairs.receivers)
+        wanted = np.minimum(nbytes / np.maximum(rates * round_seconds, MIN_CHUNK_NBYTES), UNICAST_CHUNKS)
+    parts = np.maximum(np.maximum(wanted.astype(np.int64), -(-nbytes // limit)), 1)
+    _, doublings = np.frexp((parts - 1).astype(np.float64))
+    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
 
 
 def messages(legs: Legs, count: int, limit_nbytes: int, itemsize: int) -> tuple[Message, ...]:
@@ -164,15 +309,10 @@ def messages(legs: Legs, count: int, limit_nbytes: int, itemsize: int) -> tuple[
 
 
 def _message(chain: tuple[int, ...], regions: Sequence[Region], parts: int) -> Message:
-    chunks = (tuple(regions),) if parts == 1 else even_parts(regions, parts)
-    return Message(chain, tuple(chunk for chunk in chunks if chunk))
+    return Message(chain, (tuple(regions),) if parts == 1 else even_chunks(regions, parts))
 
 
 def messages_of(legs: Legs, chunk_nbytes: int, itemsize: int) -> tuple[Message, ...]:
     """Chunks of the size that was asked for, or less."""
-    result: list[Message] = []
-    for chain, regions in sorted(legs.items()):
-        numel, most = sum(map(region_numel, regions)), max(1, chunk_nbytes // itemsize)
-        parts = cut_regions(regions, range(most, numel, most), 0)
-        result.append(Message(chain, tuple(part for part in parts if part)))
-    return tuple(result)
+    most = max(1, chunk_nbytes // itemsize)
+    return tuple(Message(chain, stepped_chunks(regions, most)) for chain, regions in sorted(legs.items()))

@@ -1,7 +1,8 @@
 """What a plan costs on a topology: the bound that no plan can beat, and the time that this one should take."""
 
 from collections.abc import Sequence
-from itertools import groupby
+from functools import cache
+from itertools import groupby, pairwise
 from operator import attrgetter
 
 from tricomm.plan.chunks import Message
@@ -65,39 +66,82 @@ def simulated_seconds(messages: Sequence[Message], hops: Sequence[Hop], itemsize
     all, and a chunk has arrived when both its links have. A link takes up a round when it is done with the one
     before and a chunk is ready; a rank needs ``overhead_seconds`` to post each send.
     """
-    free: dict[tuple[str, int], float] = {}
+    network = _Network(topology)
+    links_of, posted, free = network.links_of, network.posted, network.free
+    overhead, latency = topology.overhead_seconds, topology.latency_seconds
     arrived: dict[tuple[int, int, int], float] = {}
     sizes = [[message.chunk_numel(chunk) * itemsize for chunk in range(len(message.chunks))] for message in messages]
-    links: dict[tuple[int, int], tuple[_Link, _Link]] = {}
     end = 0.0
     for _, together in groupby(hops, key=attrgetter("round")):
-        ready = sorted((arrived.get((hop.message, hop.chunk, hop.source), 0.0), hop) for hop in together)
-        for since, hop in ready:
-            pair = hop.source, hop.destination
-            if pair not in links:
-                links[pair] = _links(*pair, topology)
-            posted = max(since, free.get(("processor", hop.source), 0.0)) + topology.overhead_seconds
-            free["processor", hop.source] = posted
-            for name, rate in links[pair]:
-                free[name] = max(posted, free.get(name, 0.0)) + sizes[hop.message][hop.chunk] / rate
-        for _, hop in ready:
-            done = max(free[name] for name, _ in links[hop.source, hop.destination]) + topology.latency_seconds
-            arrived[hop.message, hop.chunk, hop.destination] = done
+        ready = sorted([(arrived.get((hop.message, hop.chunk, hop.source), 0.0), hop) for hop in together])
+        for since, (_, source, destination, message, chunk) in ready:
+            (out, out_rate), (into, in_rate) = links_of(source, destination)
+            posted[source] = begin = max(since, posted.get(source, 0.0)) + overhead
+            nbytes = sizes[message][chunk]
+            free[out] = max(begin, free[out]) + nbytes / out_rate
+            free[into] = max(begin, free[into]) + nbytes / in_rate
+        for _, (_, source, destination, message, chunk) in ready:
+            (out, _), (into, _) = links_of(source, destination)
+            done = max(free[out], free[into]) + latency
+            arrived[message, chunk, destination] = done
             end = max(end, done)
     return end
 
 
-_Link = tuple[tuple[str, int], float]
-"""(what is shared, bytes per second)."""
-
-
-def _links(source: int, destination: int, topology: Topology) -> tuple[_Link, _Link]:
-    """What a hop occupies: where it leaves, and where it enters."""
-    if topology.host(source) == topology.host(destination):
-        rate = topology.intra_bytes_per_second
-        return (("rank out", source), rate), (("rank in", destination), rate)
-    here, there = topology.nic(source), topology.nic(destination)
+def busiest_seconds(messages: Sequence[Message], itemsize: int, topology: Topology) -> float:
+    """A time that :func:`simulated_seconds` is not below (but for rounding), whatever the rounds: the busiest link's,
+    the busiest rank's, or that of the last chunk on the longest chain.
+    """
+    network = _Network(topology)
+    each = topology.overhead_seconds + topology.latency_seconds
+    longest = 0.0
+    for message in messages:
+        nbytes, chunks = message.numel * itemsize, len(message.chunks)
+        for source, destination in pairwise(message.chain):
+            network.posted[source] = network.posted.get(source, 0.0) + chunks * topology.overhead_seconds
+            for link, rate in network.links_of(source, destination):
+                network.free[link] += nbytes / rate
+        _, rate = network.links_of(*message.chain[:2])[0]
+        longest = max(longest, nbytes / rate + (len(message.chain) - 1) * each)
+    busiest = max(network.free, default=0.0) + each
     return (
-        (("NIC out", here), topology.nic_rate(here).send_bytes_per_second),
-        (("NIC in", there), topology.nic_rate(there).receive_bytes_per_second),
+        max(busiest, max(network.posted.values(), default=0.0) + topology.latency_seconds, longest) if messages else 0.0
     )
+
+
+_Link = tuple[int, float]
+"""(number of what is shared, bytes per second)."""
+
+
+class _Network:
+    """The links between ranks, numbered as they are met.
+
+    Attributes:
+        free: per link, when it is done with what it has.
+        posted: per rank, when it has posted its last send.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self.free: list[float] = []
+        self.posted: dict[int, float] = {}
+        self._topology = topology
+        self._numbers: dict[tuple[str, int], int] = {}
+        self.links_of = cache(self._links_of)
+
+    def _links_of(self, source: int, destination: int) -> tuple[_Link, _Link]:
+        """What a hop occupies: where it leaves, and where it enters."""
+        topology = self._topology
+        if topology.host(source) == topology.host(destination):
+            rate = topology.intra_bytes_per_second
+            return (self._number("rank out", source), rate), (self._number("rank in", destination), rate)
+        here, there = topology.nic(source), topology.nic(destination)
+        return (
+            (self._number("NIC out", here), topology.nic_rate(here).send_bytes_per_second),
+            (self._number("NIC in", there), topology.nic_rate(there).receive_bytes_per_second),
+        )
+
+    def _number(self, kind: str, index: int) -> int:
+        number = self._numbers.setdefault((kind, index), len(self.free))
+        if number == len(self.free):
+            self.free.append(0.0)
+        return number

@@ -9,27 +9,25 @@ from functools import lru_cache
 from tricomm.dtype import ITEMSIZE, check_cast
 from tricomm.errors import PlanError, SpecError
 from tricomm.placement import Partial
+from tricomm.plan.choice import Routed
 from tricomm.plan.chunks import Message, RouteContext
 from tricomm.plan.cost import lower_bound_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction, reduction_of
-from tricomm.plan.rounds import Hop, schedule
+from tricomm.plan.rounds import Hop
 from tricomm.plan.routes import Auto, SendRecv, Strategy
 from tricomm.plan.senders import Assignment, Balance, FanOut, Naive
 from tricomm.plan.split import Split
-from tricomm.plan.tasks import Task, peer_bound, unit_tasks
+from tricomm.plan.tasks import Task, Tasks, peer_bound, unit_tasks
 from tricomm.plan.verify import require, verify_move
 from tricomm.sharding import ShardingSpec
 from tricomm.topology import Topology
 
-PLANNER_VERSION = 2
+PLANNER_VERSION = 3
 """Raised whenever equal arguments may give another plan: ranks with different planners must not meet."""
 
 DEFAULT_STAGING_BYTES = 256 << 20
-
-WORTH_IT = 0.03
-"""By how much a strategy with more messages must be faster for Auto to take it: the model does not know all costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +45,9 @@ class Move:
     destination: ShardingSpec
     wire_dtype: str
     strategy: Strategy
-    tasks: tuple[Task, ...]
-    messages: tuple[Message, ...]
-    hops: tuple[Hop, ...]
+    tasks: Sequence[Task]
+    messages: Sequence[Message]
+    hops: Sequence[Hop]
 
     @property
     def wire_nbytes(self) -> int:
@@ -131,7 +129,7 @@ class Plan:
             raise PlanError(
                 f"this plan was built for rank {self.rank} only, not for rank {rank}; call make_plan without rank"
             )
-        return tuple(rank_program(move, rank) for move in self.moves)
+        return _programs(_Same(self), rank)
 
     def verify(self) -> None:
         """Prove that every destination element arrives exactly once, that every hop has its data by then and
@@ -174,6 +172,26 @@ class Plan:
                 f"{name} needs the plan of all ranks, and this one was built for rank {self.rank}; "
                 "call make_plan without rank"
             )
+
+
+class _Same:
+    """A plan as a key by identity: tensors that are alike share one plan, and to compare plans takes long."""
+
+    __slots__ = ("plan",)
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.plan is other.plan
+
+    def __hash__(self) -> int:
+        return id(self.plan)
+
+
+@lru_cache(maxsize=512)
+def _programs(same: _Same, rank: int) -> tuple[RankProgram, ...]:
+    return tuple(rank_program(move, rank) for move in same.plan.moves)
 
 
 def make_plan(
@@ -312,28 +330,26 @@ def _make_move(
     candidates: tuple[Strategy, ...]
     if not isinstance(strategy, Auto):
         candidates = (strategy,)
-    elif any(len(task.receivers) > 1 for task in tasks):
+    elif _multicasts(tasks):
         candidates = strategy.candidates
     else:
         candidates = (SendRecv(),)
-    best: tuple[float, Move] | None = None
-    assignments: dict[FanOut, tuple[Assignment, ...]] = {}
+    best: Routed | None = None
+    assignments: dict[FanOut, Sequence[Assignment]] = {}
     for candidate in candidates:
         fan_out = candidate.fan_out
         if fan_out not in assignments:
             assignments[fan_out] = balance.assign(tasks, itemsize, topology, fan_out)
-        messages = candidate.route(assignments[fan_out], context)
-        if rank is not None:
-            messages = tuple(message for message in messages if rank in message.chain)
-        hops = schedule(messages, participants, topology)
-        move = Move(source, destination, wire_dtype, candidate, tasks, messages, hops)
-        if len(candidates) == 1:
-            return move
-        seconds = simulated_seconds(messages, hops, itemsize, topology)
-        if best is None or seconds < best[0] * (1 - WORTH_IT):
-            best = (seconds, move)
+        routed = Routed(candidate, assignments[fan_out], context, participants, rank)
+        if best is None or routed.is_worth_it(best):
+            best = routed
     assert best is not None
-    return best[1]
+    return Move(source, destination, wire_dtype, best.strategy, tasks, best.messages, best.hops)
+
+
+def _multicasts(tasks: Tasks) -> bool:
+    """Whether a task has several receivers."""
+    return not tasks.one_needer and any(len(task.receivers) > 1 for task in tasks)
 
 
 def plan_fields(

@@ -1,11 +1,17 @@
 """RankProgram: what one rank does in a move, in local coordinates and elements. No tensors, no addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from tricomm.columns import Groups, Lazy
 from tricomm.intervals import Region, joint_runs, region_numel, region_shape, runs
+from tricomm.plan.chunks import Message, Unicasts
+from tricomm.plan.rounds import Hop, Hops
+from tricomm.plan.tasks import Tasks
 from tricomm.sharding import Holding
 
 if TYPE_CHECKING:
@@ -52,12 +58,44 @@ class Transfer(NamedTuple):
     regions: tuple[PackedRegion, ...]
 
 
+class BoxTransfers(Lazy[Transfer]):
+    """Transfers as columns, each of a whole message that is one box of the local tensor.
+
+    Attributes:
+        peers, messages, numel: of each.
+        starts, shapes: of each box, int arrays (transfers, dims).
+    """
+
+    __slots__ = ("messages", "numel", "peers", "shapes", "starts")
+
+    def __init__(
+        self, peers: np.ndarray, messages: np.ndarray, numel: np.ndarray, starts: np.ndarray, shapes: np.ndarray
+    ) -> None:
+        self.peers, self.messages, self.numel, self.starts, self.shapes = peers, messages, numel, starts, shapes
+
+    def between(self, start: int, stop: int) -> "BoxTransfers":
+        """Some that follow each other."""
+        at = slice(start, stop)
+        return BoxTransfers(self.peers[at], self.messages[at], self.numel[at], self.starts[at], self.shapes[at])
+
+    def __len__(self) -> int:
+        return len(self.peers)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Transfer]:
+        origin = (0,) * self.starts.shape[1]
+        columns = (column[rows].tolist() for column in (self.peers, self.messages, self.numel))
+        boxes = (map(tuple, column[rows].tolist()) for column in (self.starts, self.shapes))
+        for peer, message, numel, start, shape in zip(*columns, *boxes, strict=True):
+            box = Box(start, origin, shape)
+            yield Transfer(peer, (message, 0), numel, (PackedRegion(0, shape, (box,)),))
+
+
 class Round(NamedTuple):
     """What one rank sends and receives in one round. ``number`` is the same on all ranks."""
 
     number: int
-    sends: tuple[Transfer, ...]
-    receives: tuple[Transfer, ...]
+    sends: Sequence[Transfer]
+    receives: Sequence[Transfer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,32 +124,91 @@ def rank_program(move: "Move", rank: int) -> RankProgram:
     needed = destination.holding(rank) if rank in destination.mesh else None
     copies: list[Copy] = []
     if held is not None and needed is not None:
-        for task in move.tasks:
-            if rank in task.holders and rank in task.needers:
-                for region in task.regions:
-                    copies.extend(_copies(region, held, needed))
-    rounds: dict[int, tuple[list[Transfer], list[Transfer]]] = {}
-    for hop in move.hops:
-        if rank not in (hop.source, hop.destination):
-            continue
-        message = move.messages[hop.message]
-        chunk = message.chunks[hop.chunk]
-        sends, receives = rounds.setdefault(hop.round, ([], []))
-        key = (hop.message, hop.chunk)
-        numel = message.chunk_numel(hop.chunk)
-        if rank == hop.source:
-            packed = _packed(chunk, held) if rank == message.chain[0] and held is not None else ()
-            sends.append(Transfer(hop.destination, key, numel, packed))
-        else:
-            assert needed is not None
-            receives.append(Transfer(hop.source, key, numel, _packed(chunk, needed)))
+        for region in _kept(move, rank):
+            copies.extend(_copies(region, held, needed))
+    sends = _by_round(move, rank, _SENDS, held)
+    receives = _by_round(move, rank, _RECEIVES, needed)
     return RankProgram(
         rank,
         None if held is None else region_shape(held),
         None if needed is None else region_shape(needed),
         tuple(copies),
-        tuple(Round(number, tuple(sends), tuple(receives)) for number, (sends, receives) in sorted(rounds.items())),
+        tuple(Round(number, sends.get(number, ()), receives.get(number, ())) for number in sorted({*sends, *receives})),
     )
+
+
+_SENDS, _RECEIVES = Hop._fields.index("source"), Hop._fields.index("destination")
+
+
+def _kept(move: "Move", rank: int) -> Iterator[Region]:
+    """The regions that a rank holds and needs."""
+    if isinstance(move.tasks, Tasks):
+        return chain.from_iterable(move.tasks.kept_by(rank))
+    return (region for task in move.tasks if rank in task.holders and rank in task.needers for region in task.regions)
+
+
+def _by_round(move: "Move", rank: int, side: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
+    """What a rank sends or receives in each round.
+
+    Args:
+        move: all of it.
+        rank: who.
+        side: the field of a hop in which the rank stands: the source if it sends.
+        holding: what it holds on this side, or None.
+    """
+    if isinstance(move.hops, Hops):
+        hops = move.hops.table[move.hops.table[:, side] == rank]
+    else:
+        hops = np.array([hop for hop in move.hops if hop[side] == rank], np.int64).reshape(-1, len(Hop._fields))
+    edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
+    rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
+    peers = hops[:, _SENDS + _RECEIVES - side]
+    boxes = _boxes(move.messages, hops[:, 3], peers, holding)
+    if boxes is not None:
+        return {number: boxes.between(start, stop) for number, start, stop in rounds}
+    sender = rank if side == _SENDS else None
+    transfers = _chunks(move.messages, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holding, sender)
+    return {number: tuple(transfers[start:stop]) for number, start, stop in rounds}
+
+
+def _boxes(
+    messages: Sequence[Message], indices: np.ndarray, peers: np.ndarray, holding: Holding | None
+) -> BoxTransfers | None:
+    """Messages that are one chunk, which is one box, all at once; None if one of them is more."""
+    if holding is None or not isinstance(messages, Unicasts) or any(len(intervals) != 1 for intervals in holding):
+        return None
+    groups = messages.pairs.regions
+    if not isinstance(groups, Groups) or not groups.single or (messages.chunk_counts[indices] != 1).any():
+        return None
+    rows = groups.regions.rows[indices]
+    starts, shapes = np.empty_like(rows), np.empty_like(rows)
+    for dim, lists in enumerate(groups.regions.dims):
+        at = lists.offsets[rows[:, dim]]
+        if (lists.offsets[rows[:, dim] + 1] - at != 1).any():
+            return None
+        starts[:, dim] = lists.starts[at] - holding[dim][0][0]
+        shapes[:, dim] = lists.stops[at] - lists.starts[at]
+    return BoxTransfers(peers, indices, messages.pairs.numel[indices], starts, shapes)
+
+
+def _chunks(
+    messages: Sequence[Message],
+    keys: Sequence[tuple[int, int]],
+    peers: Sequence[int],
+    holding: Holding | None,
+    sender: int | None,
+) -> list[Transfer]:
+    """Chunks one by one. What a sender only forwards lies in no tensor of its own."""
+    used = {index: messages[index] for index in dict.fromkeys(index for index, _ in keys)}
+    transfers: list[Transfer] = []
+    for key, peer in zip(keys, peers, strict=True):
+        message = used[key[0]]
+        packed: tuple[PackedRegion, ...] = ()
+        if sender in (None, message.chain[0]):
+            assert holding is not None
+            packed = _packed(message.chunks[key[1]], holding)
+        transfers.append(Transfer(peer, key, message.chunk_numel(key[1]), packed))
+    return transfers
 
 
 def _packed(chunk: Sequence[Region], holding: Holding) -> tuple[PackedRegion, ...]:

@@ -6,16 +6,22 @@ n-th of all that it has to carry, none more than one n-th of what the busiest ca
 chain) - 1 steps are all: the optimum but for filling the chains. No search over orders can do better by more than
 that, so none is made. Hops within a host take next to nothing beside those; they are the rounds of a step.
 
+Within a round a rank sends to those after it first, each to others: if all began with the lowest rank, its NIC alone
+would be busy until queues have filled.
+
 A rank executes its rounds in order. Both sides hold a hop in the same round and, of several between the same two
 ranks, in the same order, so sends and receives match and nothing can deadlock, even if a send blocks until its
 receive is posted and a group of operations completes as one (NCCL).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from tricomm.plan.chunks import MAX_PEERS_PER_ROUND, Message
+import numpy as np
+
+from tricomm.columns import Lazy, bounds, numbers
+from tricomm.plan.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
 from tricomm.topology import Topology
 
 WAVE_STRIDE = 1 << 40
@@ -38,7 +44,22 @@ class Hop(NamedTuple):
     chunk: int
 
 
-def schedule(messages: Sequence[Message], participants: Sequence[int], topology: Topology) -> tuple[Hop, ...]:
+class Hops(Lazy[Hop]):
+    """Hops as columns: ``table`` is an int array (hops, fields of a Hop)."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Hop]:
+        return map(Hop._make, self.table[rows].tolist())
+
+
+def schedule(messages: Sequence[Message], participants: Sequence[int], topology: Topology) -> Sequence[Hop]:
     """All hops of the messages, each with its round, in order.
 
     Args:
@@ -46,18 +67,26 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
         participants: all ranks of either mesh, sorted.
         topology: which hops are within a host.
     """
-    unicast = all(len(message.chain) == 2 for message in messages)
-    # The round of a unicast chunk depends on its own message alone.
-    waves = _distances(messages, participants) if unicast else _first_fit(messages)
-    steps = UNICAST_STEPS if unicast else max(len(message.chunks) for message in messages)
+    if isinstance(messages, Unicasts):
+        return _unicast_hops(messages.pairs.senders, messages.pairs.receivers, messages.chunk_counts, participants)
+    if all(len(message.chain) == 2 for message in messages):
+        ends = numbers(rank for message in messages for rank in message.chain)
+        counts = numbers(len(message.chunks) for message in messages)
+        return _unicast_hops(ends[0::2], ends[1::2], counts, participants)
+    steps = max(len(message.chunks) for message in messages)
     hops: list[Hop] = []
-    for index, (message, wave) in enumerate(zip(messages, waves, strict=True)):
+    for index, (message, wave) in enumerate(zip(messages, _first_fit(messages), strict=True)):
         count = len(message.chunks)
         firsts = [chunk * steps // count * STEP_STRIDE + wave * WAVE_STRIDE for chunk in range(count)]
         for source, destination, after in _along(message.chain, topology):
             hops += [Hop(first + after, source, destination, index, chunk) for chunk, first in enumerate(firsts)]
-    hops.sort()
-    return tuple(hops)
+    position = {rank: index for index, rank in enumerate(participants)}
+
+    def order(hop: Hop) -> tuple[int, ...]:
+        distance = (position[hop.destination] - position[hop.source]) % len(position)
+        return hop.round, hop.source, distance, hop.message, hop.chunk
+
+    return tuple(sorted(hops, key=order))
 
 
 def _along(chain: Sequence[int], topology: Topology) -> list[tuple[int, int, int]]:
@@ -73,17 +102,20 @@ def _along(chain: Sequence[int], topology: Topology) -> list[tuple[int, int, int
     return result
 
 
-def _distances(messages: Sequence[Message], participants: Sequence[int]) -> list[int]:
-    """Unicast: the wave of a message from its pair alone, so that each rank knows its own without the others'.
+def _unicast_hops(senders: np.ndarray, receivers: np.ndarray, counts: np.ndarray, participants: Sequence[int]) -> Hops:
+    """Unicast: the round of a chunk from its own message alone, so that each rank knows its own without the others'.
 
     Everybody sends at once to the ranks at the same distances, at most 128 a round.
     """
-    position = {rank: index for index, rank in enumerate(participants)}
-    size = len(participants)
-    return [
-        (position[destination] - position[source]) % size // MAX_PEERS_PER_ROUND
-        for source, destination in (message.chain for message in messages)
-    ]
+    ranks = np.array(participants, np.int64)
+    distances = (np.searchsorted(ranks, receivers) - np.searchsorted(ranks, senders)) % len(ranks)
+    message = np.repeat(np.arange(len(counts)), counts)
+    chunk = np.arange(len(message)) - bounds(counts)[message]
+    first = (distances // MAX_PEERS_PER_ROUND * WAVE_STRIDE)[message]
+    rounds = first + chunk * UNICAST_STEPS // counts[message] * STEP_STRIDE
+    columns = rounds, senders[message], receivers[message], message, chunk
+    order = np.lexsort((chunk, message, distances[message], senders[message], rounds))
+    return Hops(np.column_stack(columns)[order])
 
 
 def _first_fit(messages: Sequence[Message]) -> list[int]:

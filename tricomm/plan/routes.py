@@ -4,22 +4,27 @@ The vocabulary is a message: chunks that follow one chain of ranks. Send/recv, a
 only in their chains and chunks.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Protocol
 
+import numpy as np
+
+from tricomm.columns import Groups
 from tricomm.errors import PlanError
-from tricomm.intervals import Region
+from tricomm.intervals import Region, region_numel
 from tricomm.plan.chunks import (
+    Legs,
     Message,
+    Pairs,
     RouteContext,
     chained,
     even_parts,
-    messages_of,
     unicast,
 )
-from tricomm.plan.senders import Assignment, FanOut, by_host, grouped
+from tricomm.plan.senders import Assignment, FanOut, Settled, by_host, grouped
 
 
 class Strategy(Protocol):
@@ -30,7 +35,7 @@ class Strategy(Protocol):
         """How often a task leaves its sender's NIC."""
         ...
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
+    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
         """Messages that bring every assignment to each of its receivers once."""
         ...
 
@@ -62,19 +67,50 @@ class SendRecv(_Chunked):
         """See Strategy."""
         return FanOut.EVERY_RANK
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
+    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
         """See Strategy."""
-        by_pair: dict[tuple[int, ...], list[Region]] = {}
-        for assignment in assignments:
-            for receiver in assignment.receivers:
-                by_pair.setdefault((assignment.sender, receiver), []).extend(assignment.regions)
-        if self.chunk_bytes is not None:
-            return messages_of(by_pair, self.chunk_bytes, context.itemsize)
-        return unicast(by_pair, context)
+        return unicast(_pairs(assignments), self.chunk_bytes, context)
+
+
+def _pairs(assignments: Sequence[Assignment]) -> Pairs:
+    """What goes from each rank to each other."""
+    if isinstance(assignments, Settled):
+        order = np.lexsort((assignments.receivers, assignments.senders))
+        senders, receivers = assignments.senders[order], assignments.receivers[order]
+        regions = assignments.regions.take(order)
+        is_new = np.ones(len(order), bool)
+        is_new[1:] = (senders[1:] != senders[:-1]) | (receivers[1:] != receivers[:-1])
+        begins = np.flatnonzero(is_new)
+        groups = Groups(regions.regions, np.append(regions.offsets[begins], len(regions.regions)))
+        return Pairs(senders[begins], receivers[begins], groups, groups.numel)
+    by_pair: dict[tuple[int, int], list[Region]] = {}
+    for assignment in assignments:
+        for receiver in assignment.receivers:
+            by_pair.setdefault((assignment.sender, receiver), []).extend(assignment.regions)
+    ends = np.array(sorted(by_pair), np.int64).reshape(-1, 2)
+    lists = tuple(tuple(by_pair[pair]) for pair in sorted(by_pair))
+    numel = np.array([sum(map(region_numel, regions)) for regions in lists], np.int64)
+    return Pairs(ends[:, 0], ends[:, 1], lists, numel)
 
 
 @dataclass(frozen=True, slots=True)
-class LocalAllGather(_Chunked):
+class _Chained(_Chunked, ABC):
+    """A strategy in which receivers may forward."""
+
+    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
+        """See Strategy."""
+        if isinstance(assignments, Settled) or all(len(assignment.receivers) == 1 for assignment in assignments):
+            # Nothing to forward. A rank that plans alone sees its own part only, which must then be cut the same.
+            return unicast(_pairs(assignments), self.chunk_bytes, context)
+        return chained(self._legs(assignments, context), self.chunk_bytes, context)
+
+    @abstractmethod
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
+        """What travels along which chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAllGather(_Chained):
     """Each receiving host gets a task once, a part per device, and its devices hand the parts around (Alpa's).
 
     A part goes around as a chain: sender, the device whose part it is, the other devices of the host. Alpa needs
@@ -86,17 +122,16 @@ class LocalAllGather(_Chunked):
         """See Strategy."""
         return FanOut.EVERY_HOST
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
-        """See Strategy."""
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
         legs: dict[tuple[int, ...], list[Region]] = {}
         for assignment in assignments:
             for ranks in by_host(assignment.receivers, context.topology):
                 _hand_around(legs, assignment, ranks)
-        return chained(legs, self.chunk_bytes, context)
+        return legs
 
 
 @dataclass(frozen=True, slots=True)
-class GlobalAllGather(_Chunked):
+class GlobalAllGather(_Chained):
     """Every receiver gets a part of a task, and all receivers hand their parts around one ring (scatter, then
     all-gather, both at once here).
     """
@@ -106,16 +141,15 @@ class GlobalAllGather(_Chunked):
         """See Strategy."""
         return FanOut.ONCE
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
-        """See Strategy."""
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
         legs: dict[tuple[int, ...], list[Region]] = {}
         for assignment in assignments:
             _hand_around(legs, assignment, assignment.receivers)
-        return chained(legs, self.chunk_bytes, context)
+        return legs
 
 
 @dataclass(frozen=True, slots=True)
-class Broadcast(_Chunked):
+class Broadcast(_Chained):
     """A task with several receivers travels along one chain of them, in chunks, so that all links work at once.
 
     The chain enters each host once, and ranks of a host stand next to each other (the paper's section 3). Where
@@ -128,8 +162,7 @@ class Broadcast(_Chunked):
         """See Strategy."""
         return FanOut.ONCE
 
-    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> tuple[Message, ...]:
-        """See Strategy."""
+    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
         topology = context.topology
         alike: dict[tuple[int, ...], list[Assignment]] = {}
         for assignment in assignments:
@@ -150,7 +183,7 @@ class Broadcast(_Chunked):
                         chain += [rank for ranks in (*nics[first:], *nics[:first]) for rank in ranks]
                     legs.setdefault(tuple(chain), []).extend(part)
                     turn += 1
-        return chained({chain: regions for chain, regions in legs.items() if regions}, self.chunk_bytes, context)
+        return {chain: regions for chain, regions in legs.items() if regions}
 
 
 @dataclass(frozen=True, slots=True)

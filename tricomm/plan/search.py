@@ -16,6 +16,7 @@ from tricomm.plan.senders import (
     choose_senders,
     greedy,
     largest_first,
+    settled,
 )
 from tricomm.plan.tasks import Task
 from tricomm.topology import Topology
@@ -39,9 +40,7 @@ class Search:
     def __post_init__(self) -> None:
         _check_count("nodes", self.nodes)
 
-    def assign(
-        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
-    ) -> tuple[Assignment, ...]:
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See Balance."""
         return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
 
@@ -120,9 +119,7 @@ class RandomizedGreedy:
     def __post_init__(self) -> None:
         _check_count("trials", self.trials)
 
-    def assign(
-        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
-    ) -> tuple[Assignment, ...]:
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See Balance."""
         return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
 
@@ -144,10 +141,11 @@ class RandomizedGreedy:
 class Ensemble:
     """Whichever of Naive, LeastLoaded, RandomizedGreedy and Search loads the busiest NIC least (the paper's)."""
 
-    def assign(
-        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
-    ) -> tuple[Assignment, ...]:
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See Balance."""
+        without_choice = settled(tasks)
+        if without_choice is not None:
+            return without_choice
         members: tuple[Balance, ...] = (Naive(), LeastLoaded(), RandomizedGreedy(), Search())
         choices = [member.assign(tasks, itemsize, topology, fan_out) for member in members]
         return min(choices, key=lambda choice: sending_seconds(choice, itemsize, topology, fan_out))

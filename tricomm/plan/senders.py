@@ -4,13 +4,16 @@ A balance turns tasks into assignments. An assignment names one sender, so a bal
 several holders returns several assignments for it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
+from tricomm.columns import Groups, Lazy
 from tricomm.intervals import Region, region_numel
-from tricomm.plan.tasks import Task
+from tricomm.plan.tasks import Task, Tasks
 from tricomm.topology import Topology
 
 
@@ -42,12 +45,44 @@ class Assignment:
         return sum(region_numel(region) for region in self.regions)
 
 
+class Settled(Lazy[Assignment]):
+    """Assignments as columns, each of a whole task to one receiver.
+
+    Attributes:
+        senders, receivers: one of each.
+        regions: of each.
+    """
+
+    __slots__ = ("receivers", "regions", "senders")
+
+    def __init__(self, senders: np.ndarray, receivers: np.ndarray, regions: Groups) -> None:
+        self.senders, self.receivers, self.regions = senders, receivers, regions
+
+    def __len__(self) -> int:
+        return len(self.senders)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Assignment]:
+        pairs = zip(self.senders[rows].tolist(), self.receivers[rows].tolist(), strict=True)
+        for (sender, receiver), regions in zip(pairs, self.regions._items(rows), strict=True):
+            yield Assignment(sender, (receiver,), regions)
+
+
+def settled(tasks: Sequence[Task], first_holder: bool = False) -> Settled | None:
+    """The assignments where each task has one needer and one holder (or the first is to send): nothing is to be
+    chosen. None where there is a choice.
+    """
+    if not isinstance(tasks, Tasks) or not tasks.one_needer or not (first_holder or tasks.one_holder):
+        return None
+    receivers, senders = tasks.needer_sets.first(tasks.needers), tasks.holder_sets.first(tasks.holders)
+    holds = senders == receivers if tasks.one_holder else tasks.holder_sets.includes(tasks.holders, receivers)
+    travels = (~holds).nonzero()[0]
+    return Settled(senders[travels], receivers[travels], tasks.regions.take(travels))
+
+
 class Balance(Protocol):
     """A rule that chooses senders. Deterministic: equal arguments, equal choice, on every rank."""
 
-    def assign(
-        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
-    ) -> tuple[Assignment, ...]:
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """One or more assignments for every task that has receivers."""
         ...
 
@@ -208,8 +243,11 @@ Choice = Callable[[Sequence[Errand], Loads], tuple[Assignment, ...]]
 
 def choose_senders(
     tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut, choice: Choice
-) -> tuple[Assignment, ...]:
+) -> Sequence[Assignment]:
     """Assignments for all tasks, of which ``choice`` makes those where there is a choice."""
+    without_choice = settled(tasks)
+    if without_choice is not None:
+        return without_choice
     local, errands, forced = local_and_remote(tasks, itemsize, topology)
     if not errands:
         return (*local, *forced)
@@ -223,10 +261,11 @@ def choose_senders(
 class Naive:
     """The first holder in mesh order sends: the paper's baseline."""
 
-    def assign(
-        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
-    ) -> tuple[Assignment, ...]:
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See Balance."""
+        without_choice = settled(tasks, first_holder=True)
+        if without_choice is not None:
+            return without_choice
         result: list[Assignment] = []
         for task in tasks:
             if task.receivers:
@@ -245,9 +284,7 @@ class LeastLoaded:
     and its code weighs whole tiles where only slices travel.
     """
 
-    def assign(
-        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
-    ) -> tuple[Assignment, ...]:
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See Balance."""
         return choose_senders(tasks, itemsize, topology, fan_out, greedy)
 

@@ -27,13 +27,11 @@ class Split:
     Beyond the paper, which gives each task one sender.
     """
 
-    def assign(
-        self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut
-    ) -> tuple[Assignment, ...]:
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See Balance."""
-        goal = receiving_seconds(tasks, itemsize, topology)
 
         def choose(errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
+            goal = receiving_seconds(tasks, itemsize, topology)
             before = dict(loads.nic_seconds)
             whole = greedy(errands, loads)
             if loads.bottleneck_seconds <= goal * (1 + 1e-9):

@@ -1,20 +1,20 @@
 """Unit tasks: the common refinement of two layouts, made dim by dim and never from all pairs of ranks.
 
 The paper's unit communication task is one data slice, the ranks that hold it and the ranks that need it.
-Here a sweep over each dim finds the intervals with the same holders and needers (sets of ranks as bit
-masks); the product of the dims, with the masks intersected, gives the tasks.
+Here each dim falls into cells that the same parts hold and need; the product of the dims' cells, with the ranks
+intersected, gives the tasks. All of it is columns: a Task is made when somebody looks at it.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
 
+import numpy as np
+
+from tricomm.columns import Groups, Lazy, Regions, bounds, by_first
 from tricomm.errors import PlanError
-from tricomm.intervals import Intervals, Region, merged, region_numel
-from tricomm.sharding import Layout, ShardingSpec, layout
+from tricomm.intervals import Region, region_numel
+from tricomm.plan.refine import NOBODY, Cells, Intersections, RankSets, cells
+from tricomm.sharding import ShardingSpec, layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,55 @@ class Task:
         return tuple(rank for rank in self.needers if rank not in held)
 
 
-class DimGroup(NamedTuple):
-    """Coordinates of one dim that the same ranks hold and the same ranks need (as far as this dim goes)."""
+class Tasks(Lazy[Task]):
+    """Tasks as columns.
 
-    intervals: Intervals
-    holders: int
-    needers: int
+    Attributes:
+        regions: of each task.
+        holders, needers: of each task, the number of a set of ranks.
+        holder_sets, needer_sets: those sets.
+    """
+
+    __slots__ = ("holder_sets", "holders", "needer_sets", "needers", "regions")
+
+    def __init__(
+        self,
+        regions: Groups,
+        holders: np.ndarray,
+        needers: np.ndarray,
+        holder_sets: RankSets,
+        needer_sets: RankSets,
+    ) -> None:
+        self.regions, self.holders, self.needers = regions, holders, needers
+        self.holder_sets, self.needer_sets = holder_sets, needer_sets
+
+    @property
+    def one_needer(self) -> bool:
+        """Whether every task has one needer."""
+        return bool((self.needer_sets.sizes[self.needers] == 1).all())
+
+    @property
+    def one_holder(self) -> bool:
+        """Whether every task has one holder."""
+        return bool((self.holder_sets.sizes[self.holders] == 1).all())
+
+    def kept_by(self, rank: int) -> Sequence[tuple[Region, ...]]:
+        """The regions of each task that a rank holds and needs."""
+        held = self.holder_sets.including(rank)[self.holders]
+        return self.regions.take(np.flatnonzero(held & self.needer_sets.including(rank)[self.needers]))
+
+    def __len__(self) -> int:
+        return len(self.holders)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Task]:
+        holders, needers = self.holders[rows].tolist(), self.needers[rows].tolist()
+        held = {number: self.holder_sets.ranks(number) for number in dict.fromkeys(holders)}
+        needed = {number: self.needer_sets.ranks(number) for number in dict.fromkeys(needers)}
+        for regions, holder_set, needer_set in zip(self.regions._items(rows), holders, needers, strict=True):
+            yield Task(regions, held[holder_set], needed[needer_set])
 
 
-def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None = None) -> tuple[Task, ...]:
+def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None = None) -> Tasks:
     """The tasks that bring every rank of ``destination`` what it holds there.
 
     Args:
@@ -62,25 +102,28 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
     Raises:
         PlanError: an element that somebody needs and nobody holds.
     """
-    groups = [_dim_groups(layout(source), layout(destination), dim) for dim in range(len(source.global_shape))]
-    everyone = (1 << source.mesh.size) - 1, (1 << destination.mesh.size) - 1
-    by_ranks: dict[tuple[int, int], list[Region]] = {}
-    for region, holders, needers in _cells(groups, everyone, source, destination, rank):
-        if not holders:
-            needer = _ranks_of(needers, destination.mesh.ranks)[0]
-            raise PlanError(
-                f"the elements {region} that rank {needer} needs are held by no rank of the source {source}; "
-                "add them to a source holding or take them out of the destination"
-            )
-        by_ranks.setdefault((holders, needers), []).append(region)
-    return tuple(
-        Task(
-            tuple(regions),
-            _ranks_of(holders, source.mesh.ranks),
-            _ranks_of(needers, destination.mesh.ranks),
+    per_dim = _refinement(source, destination)
+    holders = Intersections(source, layout(source), [dim.held for dim in per_dim])
+    needers = Intersections(destination, layout(destination), [dim.needed for dim in per_dim])
+    rows, held, needed = _product(_starts(source, destination, rank, per_dim), per_dim, holders, needers)
+    regions = Regions(tuple(dim.intervals for dim in per_dim), rows)
+    holder_sets, needer_sets = holders.result(), needers.result()
+    if (held == NOBODY).any():
+        first = int(np.argmax(held == NOBODY))
+        raise PlanError(
+            f"the elements {regions[first]} that rank {needer_sets.first(needed[first : first + 1])[0]} needs are held "
+            f"by no rank of the source {source}; add them to a source holding or take them out of the destination"
         )
-        for (holders, needers), regions in by_ranks.items()
-    )
+    # Products with the same holders and needers are one task, by the first of them.
+    keys = held * max(len(needer_sets.sizes), 1) + needed
+    firsts, task = by_first(keys)
+    if len(firsts) < len(keys):
+        regions = regions.take(task.argsort(kind="stable"))
+        offsets = bounds(np.bincount(task))
+        held, needed = held[firsts], needed[firsts]
+    else:
+        offsets = np.arange(len(keys) + 1)
+    return Tasks(Groups(regions, offsets), held, needed, holder_sets, needer_sets)
 
 
 def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:
@@ -89,88 +132,65 @@ def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:
     Computed from the dims alone, so that every rank knows it without building the others' tasks.
     """
     sends, receives = 1, 1
-    for dim in range(len(source.global_shape)):
-        groups = _dim_groups(layout(source), layout(destination), dim)
-        if not groups:
+    for dim in _refinement(source, destination):
+        if not len(dim.intervals):
             return 1
-        sends *= max(Counter(group.holders for group in groups).values())
-        receives *= max(Counter(group.needers for group in groups).values())
+        sends *= int(np.bincount(dim.held.classes - NOBODY).max())
+        receives *= int(np.bincount(dim.needed.classes).max())
     replicas = 1 if destination.exclusive else destination.mesh.size
     limit = max(source.mesh.size, destination.mesh.size)
     return min(max(sends * replicas, receives), limit)
 
 
-def _cells(
-    groups: Sequence[Sequence[DimGroup]],
-    everyone: tuple[int, int],
-    source: ShardingSpec,
-    destination: ShardingSpec,
-    rank: int | None,
-) -> Iterator[tuple[Region, int, int]]:
-    """(region, holders, needers) of every cell that somebody needs, or only of those that ``rank`` touches."""
+def _refinement(source: ShardingSpec, destination: ShardingSpec) -> list[Cells]:
+    return [cells(*parts) for parts in zip(layout(source).parts, layout(destination).parts, strict=True)]
+
+
+Start = tuple[list[np.ndarray], list[np.ndarray] | None]
+"""Per dim the cells to combine, and which of them to leave out where all dims say so."""
+
+
+def _starts(
+    source: ShardingSpec, destination: ShardingSpec, rank: int | None, per_dim: Sequence[Cells]
+) -> Iterator[Start]:
+    """Every cell; or those that ``rank`` needs and then those that it holds and does not need."""
     if rank is None:
-        yield from _product(groups, *everyone)
+        yield [np.arange(len(dim.intervals)) for dim in per_dim], None
         return
-    need_bit = 1 << destination.mesh.position(rank) if rank in destination.mesh else 0
-    hold_bit = 1 << source.mesh.position(rank) if rank in source.mesh else 0
-    if need_bit:
-        needed = [[g for g in dim if g.needers & need_bit] for dim in groups]
-        yield from _product(needed, *everyone)
-    if hold_bit:
-        held = [[g for g in dim if g.holders & hold_bit] for dim in groups]
-        for region, holders, needers in _product(held, *everyone):
-            if not needers & need_bit:
-                yield region, holders, needers
+    needs: list[np.ndarray] | None = None
+    if rank in destination.mesh:
+        parts = layout(destination).part_of[destination.mesh.position(rank)].tolist()
+        needs = [dim.needed.including(part) for dim, part in zip(per_dim, parts, strict=True)]
+        yield [np.flatnonzero(needed) for needed in needs], None
+    if rank in source.mesh:
+        parts = layout(source).part_of[source.mesh.position(rank)].tolist()
+        yield [np.flatnonzero(dim.held.including(part)) for dim, part in zip(per_dim, parts, strict=True)], needs
 
 
-def _product(groups: Sequence[Sequence[DimGroup]], holders: int, needers: int) -> Iterator[tuple[Region, int, int]]:
-    """Every combination of one group per dim that some rank needs in all dims."""
-    if not groups:
-        yield (), holders, needers
-        return
-    for group in groups[0]:
-        both = needers & group.needers
-        if both:
-            for rest, held, needed in _product(groups[1:], holders & group.holders, both):
-                yield (group.intervals, *rest), held, needed
-
-
-@lru_cache(maxsize=64)
-def _dim_groups(source: Layout, destination: Layout, dim: int) -> list[DimGroup]:
-    """Sweep one dim: between two neighbouring cuts nothing changes; equal neighbourhoods join."""
-    toggles: dict[int, list[int]] = {}
-    for side, table in enumerate((source, destination)):
-        masks = _part_masks(table, dim)
-        for mask, intervals in zip(masks, table.parts[dim], strict=True):
-            for start, stop in intervals:
-                for cut in (start, stop):
-                    toggles.setdefault(cut, [0, 0])[side] ^= mask
-    by_masks: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    cuts = sorted(toggles)
-    holders = needers = 0
-    for start, stop in pairwise(cuts):
-        holders ^= toggles[start][0]
-        needers ^= toggles[start][1]
-        if needers:
-            by_masks.setdefault((holders, needers), []).append((start, stop))
-    return [DimGroup(merged(intervals), held, needed) for (held, needed), intervals in by_masks.items()]
-
-
-def _part_masks(table: Layout, dim: int) -> list[int]:
-    """For each part of a dim the mask of the ranks (by mesh position) that hold it. Parts share no rank."""
-    masks = [0] * len(table.parts[dim])
-    for position, part in enumerate(table.part_of[:, dim].tolist()):
-        masks[part] |= 1 << position
-    return masks
-
-
-def _ranks_of(mask: int, ranks: tuple[int, ...]) -> tuple[int, ...]:
-    """The ranks whose positions are set in the mask, in mesh order."""
-    if mask == (1 << len(ranks)) - 1:
-        return ranks
-    result: list[int] = []
-    while mask:
-        lowest = mask & -mask
-        result.append(ranks[lowest.bit_length() - 1])
-        mask ^= lowest
-    return tuple(result)
+def _product(
+    starts: Iterator[Start], per_dim: Sequence[Cells], holders: Intersections, needers: Intersections
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every combination of one cell per dim that some rank needs in all dims: (cells per dim, holders, needers)."""
+    blocks = list(starts)
+    rows = np.zeros((len(blocks), 0), np.int64)
+    block = np.arange(len(blocks))
+    held, needed = np.zeros(len(blocks), np.int64), np.zeros(len(blocks), np.int64)
+    left_out = np.array([without is not None for _, without in blocks], bool)
+    for dim, these in enumerate(per_dim):
+        counts = np.array([len(chosen[dim]) for chosen, _ in blocks], np.int64)
+        chosen = np.concatenate([np.zeros(0, np.int64), *(chosen[dim] for chosen, _ in blocks)])
+        begins = bounds(counts)[:-1]
+        sizes = counts[block]
+        left = np.repeat(np.arange(len(rows)), sizes)
+        ends = np.cumsum(sizes)
+        cell = chosen[np.arange(len(left)) - np.repeat(ends - sizes - begins[block], sizes)]
+        needers_here = needers.narrow(dim, needed[left], these.needed.classes[cell])
+        some = needers_here != NOBODY
+        left, cell, needed = left[some], cell[some], needers_here[some]
+        held = holders.narrow(dim, held[left], these.held.classes[cell])
+        rows, block, left_out = np.column_stack([rows[left], cell]), block[left], left_out[left]
+        for number, (_, without) in enumerate(blocks):
+            if without is not None:
+                left_out &= (block != number) | without[dim][cell]
+    kept = ~left_out
+    return rows[kept], held[kept], needed[kept]

@@ -28,7 +28,7 @@ DONE = "done "
 
 
 class Turn(NamedTuple):
-    """The ``number``-th call by one set of ranks."""
+    """The ``number``-th call by one set of ranks on one channel."""
 
     name: str
     number: int
@@ -64,12 +64,14 @@ class Meetings:
         fields: Callable[[], Mapping[str, str]],
         timeout_seconds: float,
         settle: Callable[[], str] = lambda: "",
+        channel: str = "",
     ) -> str:
         """Return once every participant has come and is about to do the same.
 
         Args:
             digest: of the fields.
             participants: who must come, sorted, this rank among them.
+            channel: calls are counted per participants and channel.
             fields: what this rank is about to do, by name; asked for only if somebody is slow.
             timeout_seconds: how long to wait.
             settle: what the ranks must agree on for what follows; the last one to come decides it for all, when
@@ -85,7 +87,7 @@ class Meetings:
         deadline = time.monotonic() + timeout_seconds - min(0.25, 0.1 * timeout_seconds)
         with store_errors():
             while True:
-                turn = self._next_turn(participants)
+                turn = self._next_turn(participants, channel)
                 outcome = self._attend(turn, digest, participants, fields, deadline, settle)
                 if outcome.startswith(DONE):
                     self._last_digest[turn.name] = digest
@@ -97,16 +99,16 @@ class Meetings:
                     raise TransportError(problem["text"])
                 # The others called this turn off when this rank refused an earlier call: the next one is meant.
 
-    def refuse(self, participants: Sequence[int], reason: str) -> None:
+    def refuse(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
         """Tell those who may wait for this rank that it does not come, and why."""
         with store_errors():
-            turn = self._next_turn(participants)
+            turn = self._next_turn(participants, channel)
             self._call_off(describe_refusal(self.rank, reason), self.rank, [turn])
             # For ranks that expect it in a call of other participants.
             self._announce(turn, participants, {"refused": reason})
 
-    def _next_turn(self, participants: Sequence[int]) -> Turn:
-        name = hashlib.sha256(repr(list(participants)).encode()).hexdigest()[:16]
+    def _next_turn(self, participants: Sequence[int], channel: str) -> Turn:
+        name = hashlib.sha256(repr((list(participants), channel)).encode()).hexdigest()[:16]
         self._turns[name] = self._turns.get(name, 0) + 1
         return Turn(name, self._turns[name])
 

@@ -1,7 +1,8 @@
 """torch.distributed underneath: gloo for tensors in host memory, NCCL for CUDA tensors.
 
-Ranks that reshard with each other share a *lane*: communicators of their own, so that nothing here meets the
-user's messages, and a failure leaves the user's process group usable. Lanes are made from the backends directly.
+Ranks that reshard with each other on one channel share a *lane*: communicators of their own, so that nothing here
+meets the user's messages, and a failure leaves the user's process group usable. Lanes are made from the backends
+directly.
 ``dist.new_group`` would not do: with ``use_local_synchronization`` its name depends on how many groups a rank
 happens to have, and ranks with different histories would never meet.
 
@@ -70,6 +71,7 @@ class Lane:
         hub: of the process group.
         participants: the ranks, sorted.
         device: where tensors live; decides the backend.
+        channel: lanes of equal ranks on different channels know nothing of each other.
         generation: how many lanes of these ranks have failed before.
         timeout_seconds: for connecting.
     """
@@ -79,12 +81,13 @@ class Lane:
         hub: "Hub",
         participants: tuple[int, ...],
         device: torch.device,
+        channel: str,
         generation: int,
         timeout_seconds: float,
     ) -> None:
         self.hub = hub
         self.generation = generation
-        self.name = lane_name(participants, device, generation)
+        self.name = lane_name(participants, device, channel, generation)
         self.index = {rank: index for index, rank in enumerate(participants)}
         self.device = device
         self.broken: str | None = None
@@ -263,7 +266,7 @@ class Lane:
 class Hub:
     """What one process knows about one process group: its meetings, its board, its monitor, its lanes.
 
-    The number of lanes is the number of different sets of ranks that reshard with each other.
+    The number of lanes is the number of different sets of ranks that reshard with each other, times their channels.
     """
 
     def __init__(self, group: Any) -> None:
@@ -273,34 +276,39 @@ class Hub:
         self.board = Board(self.store, self.rank)
         self.meetings = Meetings(self.store, self.rank)
         self.monitor = Monitor(self.board)
-        self._lanes: dict[tuple[tuple[int, ...], str], Lane] = {}
+        self._lanes: dict[tuple[tuple[int, ...], str, str], Lane] = {}
 
-    def next_generation(self, participants: tuple[int, ...], device: torch.device) -> int:
+    def next_generation(self, participants: tuple[int, ...], device: torch.device, channel: str) -> int:
         """Which lane of some ranks is to be used: the first that nobody has seen fail.
 
         A failure may be noted at any time, so one rank must decide it for all, at a meeting.
         """
-        lane = self._lanes.get((participants, device.type))
+        lane = self._lanes.get((participants, device.type, channel))
         generation = 0 if lane is None else lane.generation
-        while self.board.verdict(lane_name(participants, device, generation)) is not None:
+        while self.board.verdict(lane_name(participants, device, channel, generation)) is not None:
             generation += 1
         return generation
 
     def lane(
-        self, participants: tuple[int, ...], device: torch.device, generation: int, timeout_seconds: float
+        self,
+        participants: tuple[int, ...],
+        device: torch.device,
+        channel: str,
+        generation: int,
+        timeout_seconds: float,
     ) -> Lane:
         """The lane of some ranks in the generation that they have agreed on, connected if it is new."""
-        key = (participants, device.type)
+        key = (participants, device.type, channel)
         lane = self._lanes.get(key)
         if lane is None or lane.generation != generation:
-            lane = Lane(self, participants, device, generation, timeout_seconds)
+            lane = Lane(self, participants, device, channel, generation, timeout_seconds)
             self._lanes[key] = lane
         return lane
 
 
-def lane_name(participants: tuple[int, ...], device: torch.device, generation: int) -> str:
+def lane_name(participants: tuple[int, ...], device: torch.device, channel: str, generation: int) -> str:
     """A name that is the same on all ranks and never used again."""
-    ranks = hashlib.sha256(repr((participants, device.type)).encode()).hexdigest()[:16]
+    ranks = hashlib.sha256(repr((participants, device.type, channel)).encode()).hexdigest()[:16]
     return f"lane/{ranks}/{generation}"
 
 

@@ -1,0 +1,203 @@
+"""The common refinement of two layouts along one dim, and which ranks lie in an intersection of dims.
+
+Between two neighbouring cuts of either layout nothing changes: the same parts of the source hold what is there, the
+same parts of the destination need it. Where the parts of a layout do not overlap, which is so in every spec but
+explicit ones, a sorted search finds the part; otherwise a sweep finds the set of parts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+
+from tricomm.columns import IntervalLists, bounds, by_first, counts_of, distinct, numbered, positions
+from tricomm.sharding import Layout, ShardingSpec
+
+NOBODY = -1
+"""The class or set that has no parts or ranks in it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Covering:
+    """Which parts of a layout cover each cell of a dim.
+
+    Attributes:
+        classes: per cell the number of a class of parts, or NOBODY.
+        parts: per class the parts in it; None where each part is a class of its own, numbered alike.
+    """
+
+    classes: np.ndarray
+    parts: tuple[tuple[int, ...], ...] | None
+
+    def including(self, part: int) -> np.ndarray:
+        """Which cells a part covers."""
+        if self.parts is None:
+            covered: np.ndarray = self.classes == part
+            return covered
+        return np.isin(self.classes, [number for number, parts in enumerate(self.parts) if part in parts])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """Coordinates of one dim that the same parts hold and the same parts need, in the order of the first of each.
+
+    Attributes:
+        intervals: per cell.
+        held, needed: by which parts.
+    """
+
+    intervals: IntervalLists
+    held: Covering
+    needed: Covering
+
+
+@lru_cache(maxsize=64)
+def cells(source: IntervalLists, destination: IntervalLists) -> Cells:
+    """The cells of a dim that somebody needs, from the parts of either side (the same objects give the same cells)."""
+    cuts = distinct(np.concatenate([source.starts, source.stops, destination.starts, destination.stops]))
+    held, needed = _covering(source, cuts), _covering(destination, cuts)
+    kept = (needed.classes != NOBODY).nonzero()[0]
+    starts, stops = cuts[:-1][kept], cuts[1:][kept]
+    holders, needers = held.classes[kept], needed.classes[kept]
+    # Cells that the same parts hold and need are one, by the first of them.
+    width = int(needers.max(initial=0)) + 1
+    first, cell = by_first(holders * width + needers)
+    if len(first) == len(cell):
+        intervals = IntervalLists(starts, stops, np.arange(len(cell) + 1))
+        return Cells(intervals, Covering(holders, held.parts), Covering(needers, needed.parts))
+    order = cell.argsort(kind="stable")
+    starts, stops, cell = starts[order], stops[order], cell[order]
+    # Neighbours within a cell join.
+    joins = np.zeros(len(cell), bool)
+    joins[1:] = (cell[1:] == cell[:-1]) & (starts[1:] == stops[:-1])
+    begins = np.flatnonzero(~joins)
+    ends = np.append(begins[1:], len(cell)) - 1 if len(cell) else begins
+    counts = np.bincount(cell[begins], minlength=len(first))
+    return Cells(
+        IntervalLists(starts[begins], stops[ends], bounds(counts)),
+        Covering(holders[first], held.parts),
+        Covering(needers[first], needed.parts),
+    )
+
+
+def _covering(lists: IntervalLists, cuts: np.ndarray) -> Covering:
+    """Which parts cover what lies between neighbouring cuts."""
+    part = np.arange(len(lists)) if lists.single else np.arange(len(lists)).repeat(counts_of(lists.offsets))
+    order = lists.starts.argsort(kind="stable")
+    starts, stops = lists.starts[order], lists.stops[order]
+    if not len(starts):
+        return Covering(np.full(max(len(cuts) - 1, 0), NOBODY), None)
+    if (starts[1:] >= stops[:-1]).all():
+        at = starts.searchsorted(cuts[:-1], side="right") - 1
+        return Covering(np.where((at >= 0) & (cuts[:-1] < stops[at]), part[order][at], NOBODY), None)
+    toggles: dict[int, int] = {}
+    for number, start, stop in zip(part.tolist(), lists.starts.tolist(), lists.stops.tolist(), strict=True):
+        toggles[start] = toggles.get(start, 0) ^ (1 << number)
+        toggles[stop] = toggles.get(stop, 0) ^ (1 << number)
+    numbers: dict[int, int] = {0: NOBODY}
+    classes = np.empty(len(cuts) - 1, np.int64)
+    covering = 0
+    for index, (cut, _) in enumerate(pairwise(cuts.tolist())):
+        covering ^= toggles.get(cut, 0)
+        classes[index] = numbers.setdefault(covering, len(numbers) - 1)
+    masks = list(numbers)[1:]
+    return Covering(classes, tuple(tuple(part for part in range(len(lists)) if mask >> part & 1) for mask in masks))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankSets:
+    """Sets of ranks by number; set i is members[offsets[i] : offsets[i + 1]], in mesh order."""
+
+    members: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Ranks of each set."""
+        return counts_of(self.offsets)
+
+    def first(self, sets: np.ndarray) -> np.ndarray:
+        """The first rank of some sets, none of which is empty."""
+        ranks: np.ndarray = self.members[self.offsets[sets]]
+        return ranks
+
+    def ranks(self, number: int) -> tuple[int, ...]:
+        """A set; NOBODY is empty."""
+        if number == NOBODY:
+            return ()
+        return tuple(self.members[self.offsets[number] : self.offsets[number + 1]].tolist())
+
+    def including(self, rank: int) -> np.ndarray:
+        """Which sets have a rank in them."""
+        found = np.zeros(len(self.sizes), bool)
+        found[np.repeat(np.arange(len(found)), self.sizes)[self.members == rank]] = True
+        return found
+
+    def includes(self, sets: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """For each set, whether the rank beside it is one of it."""
+        width = int(max(self.members.max(initial=0), ranks.max(initial=0))) + 1
+        known = np.repeat(np.arange(len(self.sizes)), self.sizes) * width + self.members
+        return np.isin(sets * width + ranks, known)
+
+
+class Intersections:
+    """The ranks of a spec that are in all of some classes, one of each dim, found dim by dim.
+
+    Where every class is one part, ranks that share all parts are one set, and sets need no rank to be found. Otherwise
+    a set is a bit mask of mesh positions.
+    """
+
+    def __init__(self, spec: ShardingSpec, table: Layout, coverings: Sequence[Covering]) -> None:
+        self._ranks = spec.mesh.ranks
+        self._part_of = table.part_of
+        self._counts = [len(parts) for parts in table.parts]
+        self._coverings = coverings
+        self._disjoint = all(covering.parts is None for covering in coverings)
+        self._set_of = np.zeros(spec.mesh.size, np.int64)
+        self._masks: dict[int, int] = {(1 << spec.mesh.size) - 1: 0}
+
+    def narrow(self, dim: int, sets: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """The sets (numbers as this gave them for the dim before, 0 before dim 0) within classes of this dim.
+
+        To be called for one dim after the other, once each.
+        """
+        nowhere = (sets == NOBODY) | (classes == NOBODY)
+        width = max(self._counts[dim] if self._disjoint else int(classes.max(initial=0)) + 1, 1)
+        keys = np.where(nowhere, NOBODY, sets * width + classes)
+        if self._disjoint:
+            known, self._set_of = numbered(self._set_of * width + self._part_of[:, dim])
+            return positions(known, keys)
+        wanted, place = numbered(keys)
+        masks = [*self._masks]
+        class_masks = self._class_masks(dim)
+        numbers: dict[int, int] = {0: NOBODY}
+        found = [
+            NOBODY
+            if key == NOBODY
+            else numbers.setdefault(masks[key // width] & class_masks[key % width], len(numbers) - 1)
+            for key in wanted.tolist()
+        ]
+        del numbers[0]
+        self._masks = numbers
+        numbered_sets: np.ndarray = np.array(found, np.int64)[place]
+        return numbered_sets
+
+    def _class_masks(self, dim: int) -> list[int]:
+        masks = [0] * self._counts[dim]
+        for position, part in enumerate(self._part_of[:, dim].tolist()):
+            masks[part] |= 1 << position
+        parts = self._coverings[dim].parts
+        # The masks of parts share no bit.
+        return masks if parts is None else [sum(masks[part] for part in members) for members in parts]
+
+    def result(self) -> RankSets:
+        """All sets, by the numbers of the last dim."""
+        ranks = np.array(self._ranks, np.int64)
+        if self._disjoint:
+            order = np.argsort(self._set_of, kind="stable")
+            return RankSets(ranks[order], bounds(np.bincount(self._set_of)))
+        sets = [[at for at in range(mask.bit_length()) if mask >> at & 1] for mask in self._masks]
+        order = np.array([at for members in sets for at in members], np.int64)
+        return RankSets(ranks[order], bounds(np.array([*map(len, sets)], np.int64)))
