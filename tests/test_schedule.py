@@ -201,6 +201,15 @@ def test_sends_and_receives_stand_where_they_should(schedule: Schedule, ahead: i
                 assert not action.kind.is_receive or after.is_compute or after.kind.is_receive
 
 
+def test_a_channel_receives_in_the_order_in_which_it_sends() -> None:
+    """Stage 1 begins with microbatch 1, so the receive of 0, which is sent first, comes before its time."""
+    schedule = Schedule.parse(["0F0 0F1 0B0 0B1", "1F1 1B1 1F0 1B0"])
+    lowered = with_communication(schedule, receives_ahead=0)
+    check(lowered)
+    assert texts(lowered)[1] == "1RECV_F0 1RECV_F1 1F1 1B1 1SEND_B1 1F0 1B0 1SEND_B0"
+    assert texts(lowered)[0] == "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B1 0RECV_B0 0B0 0B1"
+
+
 def test_torch_reads_what_is_written() -> None:
     text = write_csv(with_communication(zero_bubble(4, 6)))
     for row, actions in zip(text.splitlines(), with_communication(zero_bubble(4, 6)).lists, strict=True):
