@@ -2,7 +2,7 @@
 
     TricommError
       SpecError       (ValueError)    a mesh, a layout or a tensor does not say what the rules allow
-      PlanError       (ValueError)    two valid layouts cannot be planned as asked
+      PlanError       (ValueError)    two valid layouts cannot be planned as asked, or a pipeline cannot run
       TransportError  (RuntimeError)  ranks disagree, or one died, stopped or never came
 
 Every message names the value, the rule that it breaks and the remedy.
@@ -18,7 +18,7 @@ class SpecError(TricommError, ValueError):
 
 
 class PlanError(TricommError, ValueError):
-    """Two valid specs cannot be planned as asked; nothing has been sent."""
+    """Two valid specs cannot be planned as asked, or a pipeline's schedule cannot run; nothing has been sent."""
 
 
 class TransportError(TricommError, RuntimeError):
