@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tricomm.kernels.reference import alignment_nbytes
 
 from bench import planner_cases as cases
 from tricomm import Topology, make_plan
-from tricomm.dtype import ITEMSIZE
-from tricomm.packing import bind, make_tables, torch_dtype
+from tricomm.binding import bind
+from tricomm.packing import make_tables, torch_dtype
 from tricomm.plan import Plan, RankProgram
 
 RESULTS = Path(__file__).resolve().parent / "results" / "planner.json"
@@ -94,8 +95,8 @@ def bound(plan: Plan, programs: Sequence[RankProgram]) -> None:
             for shape, dtype in zip(shapes, dtypes[::2], strict=True)
         ]
         strides = [() if tensor is None else tensor.stride() for tensor in tensors]
-        tables = make_tables(program, dtypes, (strides[0], strides[1]), (4, 4), plan.staging_nbytes)
-        assert ITEMSIZE[move.wire_dtype] == tables.wire_dtype.itemsize
+        alignments = (alignment_nbytes(), alignment_nbytes())
+        tables = make_tables(program, dtypes, (strides[0], strides[1]), alignments, (4, 4), plan.staging_nbytes)
         bind(tables, tensors[0], tensors[1], torch.empty(tables.arena_nbytes, dtype=torch.uint8))
 
 

@@ -46,8 +46,9 @@ class InWords(dict[int, torch.Tensor]):
         if nbytes == tensor.element_size():
             found = words(tensor)
         else:
-            found = torch.empty(0, dtype=_WORDS[nbytes], device=tensor.device)
-            found.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size() // nbytes, (0,), (1,))
+            # Views of it start from one word: the storage, not the shape, is what limits them.
+            one_word = view(tensor, (max(1, nbytes // tensor.element_size()),), 0, (1,))
+            found = words(one_word).view(_WORDS[nbytes])
         self[nbytes] = found
         return found
 
