@@ -45,6 +45,11 @@ def simulate(
     if not schedule.has_communication and schedule.channels:
         schedule = with_communication(schedule, receives_ahead=max(map(len, schedule.lists)))
     check(schedule, queues)
+    return run_clock(schedule, costs, queues)
+
+
+def run_clock(schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL) -> Timeline:
+    """What ``simulate`` does, for a schedule with communication that is known to run: those that search call it."""
     return _Run(schedule, costs, queues).timeline()
 
 
