@@ -21,7 +21,7 @@ from tricomm.pipeline.tied import Tied
 from tricomm.pipeline.wiring import check_wiring
 
 WIDTH, BATCH, MICROBATCHES = 4, 6, 4
-TIMEOUT_SECONDS = 8.0
+TIMEOUT_SECONDS = 20.0
 SHAPE = (BATCH, WIDTH)
 CHAIN = tuple(Mesh([rank], ("x",)) for rank in range(4))
 
