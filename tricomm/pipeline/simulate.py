@@ -76,6 +76,7 @@ class _Run:
         self.now = 0.0
         self.next_index = [0] * schedule.positions
         self.busy_until = [0.0] * schedule.positions
+        self.blocking: list[list[tuple[Channel, int]]] = [[] for _ in schedule.lists]  # what compute waits for besides
         self.spans: list[list[Span]] = [[] for _ in schedule.lists]
         self.moving: dict[tuple[Channel, int], _Moving] = {}
         self.waiting: dict[tuple[int, ...], deque[_Moving]] = {}
@@ -99,6 +100,12 @@ class _Run:
             self.finish_transfers()
             while self.wake and self.wake[0][0] <= self.now:
                 self.advance(heapq.heappop(self.wake)[1])
+        for position, index in enumerate(self.next_index):
+            if index < len(self.schedule.lists[position]):
+                raise PlanError(
+                    f"{self.schedule.lists[position][index]} at position {position} waits for ever; call check, which "
+                    "says for what"
+                )
         return Timeline(
             self.schedule,
             self.costs,
@@ -130,6 +137,7 @@ class _Run:
                 end = self.now + self.costs.seconds(action)
                 self.spans[position].append(Span(action, self.now, end))
                 self.busy_until[position] = end
+                self.blocking[position].clear()
             else:
                 self.post(action)
             self.next_index[position] += 1
@@ -143,6 +151,10 @@ class _Run:
                 if arrival is None:
                     return None
                 latest = max(latest, arrival)
+        for key in self.blocking[self.schedule.position_of(action.stage)]:
+            if key not in self.arrived:
+                return None
+            latest = max(latest, self.arrived[key])
         return latest
 
     def post(self, action: Action) -> None:
@@ -154,6 +166,8 @@ class _Run:
             one.sent = self.now
         else:
             one.posted = self.now
+        if self.queues is Queues.BLOCKING:
+            self.blocking[self.schedule.position_of(action.stage)].append(key)
         queue = self.queues.key(self.schedule, channel, action.stage)
         one.ends.append(queue)
         waiting = self.waiting.setdefault(queue, deque())
@@ -199,7 +213,8 @@ class _Run:
             self.transfers.append(
                 Transfer(one.channel, one.microbatch, one.sent, one.posted, one.begin, self.now, arrival)
             )
-            heapq.heappush(self.wake, (arrival, self.schedule.position_of(one.channel.receiver)))
+            for stage in one.channel:
+                heapq.heappush(self.wake, (arrival, self.schedule.position_of(stage)))
             for queue in one.ends:
                 self.waiting[queue].popleft()
             for queue in one.ends:
