@@ -6,10 +6,8 @@ python -m tests.pipeline_matrix [--steps 20]
 import argparse
 import time
 
-import torch
-
 from tests.cases import RANKS
-from tests.test_executor import MESHES, MODELS, SCHEDULES, case_of, train
+from tests.test_executor import MESHES, MODELS, SCHEDULES, case_of, errors_of
 from tricomm.launch import Ranks
 
 
@@ -25,7 +23,7 @@ def main() -> None:
                 for kind in SCHEDULES:
                     schedule, meshes = case_of(name, positions, kind)
                     began = time.monotonic()
-                    errors = ranks.run(train, name, (schedule,), meshes, steps, torch.float64)
+                    errors = errors_of(ranks, name, (schedule,), meshes, steps)
                     seconds = time.monotonic() - began
                     loss, gradient = (max(pair[index] for pair in errors) for index in (0, 1))
                     print(f"{name:14} {len(meshes):6} {kind:14} {loss:9.1e} {gradient:9.1e} {seconds:8.1f}", flush=True)

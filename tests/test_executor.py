@@ -1,5 +1,6 @@
 """Pipelines train as the model does in one process: every loss and every gradient, whatever the schedule."""
 
+import io
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -42,8 +43,22 @@ def typed(data: dict[str, Sequence[torch.Tensor]], dtype: torch.dtype) -> dict[s
     return {key: [x.to(dtype) if x.is_floating_point() else x for x in value] for key, value in data.items()}
 
 
-def optimizer_of(name: str, module: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.05 if name == "gpt" else 0.002, momentum=0.9)
+class Momentum:
+    """Gradient descent with momentum. (That of torch.optim imports a compiler first, for seconds on each rank.)"""
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self.rate = 0.05 if name == "gpt" else 0.002
+        self.speeds = {parameter: torch.zeros_like(parameter) for parameter in module.parameters()}
+
+    def zero_grad(self) -> None:
+        for parameter in self.speeds:
+            parameter.grad = None
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for parameter, speed in self.speeds.items():
+                speed.mul_(0.9).add_(parameter.grad)
+                parameter.sub_(self.rate * speed)
 
 
 Trace = list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -51,6 +66,13 @@ Trace = list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @lru_cache
+def packed_reference(*arguments) -> bytes:
+    """Computed once, for all ranks."""
+    buffer = io.BytesIO()
+    torch.save(reference(*arguments), buffer)
+    return buffer.getvalue()
+
+
 def reference(name: str, steps: int, microbatches: int, dtype: torch.dtype, lengths: tuple[int, ...]) -> Trace:
     """THE DEFINITION: the model in one process, microbatch by microbatch."""
     model = MODELS[name]()
@@ -58,7 +80,7 @@ def reference(name: str, steps: int, microbatches: int, dtype: torch.dtype, leng
     for unit, parameter in model.tied[1:]:
         first, first_name = model.tied[0]
         setattr(module.parts[str(unit)], parameter, getattr(module.parts[str(first)], first_name))
-    optimizer = optimizer_of(name, module)
+    optimizer = Momentum(name, module)
     trace = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -96,9 +118,9 @@ def train(
     name: str,
     schedules: tuple[Schedule, ...],
     meshes: tuple[Mesh, ...],
-    steps: int,
+    trace: bytes,
     dtype: torch.dtype,
-    lengths: tuple[int, ...] = (models.CONTEXT,),
+    lengths: tuple[int, ...],
 ) -> tuple[float, float]:
     """(largest relative error of a loss, of a gradient) on this rank; the steps take the schedules in turn."""
     changing, microbatches = len(lengths) > 1, schedules[0].microbatches
@@ -108,9 +130,9 @@ def train(
     executors = [Executor(schedule, stages, edges, tied=tied, timeout_seconds=30) for schedule in schedules]
     mine = [stage for stage in stages if stage.module is not None]
     line = models.lines(mine[0].mesh, "dp") if mine else models.ALONE
-    optimizers = [optimizer_of(name, stage.module) for stage in mine]
+    optimizers = [Momentum(name, stage.module) for stage in mine]
     worst = [0.0, 0.0]
-    for step, (loss, gradients) in enumerate(reference(name, steps, microbatches, dtype, lengths)):
+    for step, (loss, gradients) in enumerate(torch.load(io.BytesIO(trace))):
         length = lengths[step % len(lengths)]
         data = typed(batch_of(name, step, microbatches, length), dtype)
         data = {key: [line.cut(x, 0) for x in value] for key, value in data.items()}
@@ -131,6 +153,20 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
     return worst[0], worst[1]
+
+
+def errors_of(
+    ranks: Ranks,
+    name: str,
+    schedules: tuple[Schedule, ...],
+    meshes: tuple[Mesh, ...],
+    steps: int,
+    dtype: torch.dtype = torch.float64,
+    lengths: tuple[int, ...] = (models.CONTEXT,),
+) -> list[tuple[float, float]]:
+    """Per rank, the largest errors of a training."""
+    trace = packed_reference(name, steps, schedules[0].microbatches, dtype, lengths)
+    return ranks.run(train, name, schedules, meshes, trace, dtype, lengths)
 
 
 def require_below(bound: float, errors: list[tuple[float, float]]) -> None:
@@ -176,22 +212,22 @@ def test_every_schedule_trains_as_one_process_does(ranks: Ranks, name: str, posi
     """20 steps, of which each is run by another schedule; ``python -m tests.pipeline_matrix`` runs 20 by each."""
     cases = [case_of(name, positions, kind) for kind in SCHEDULES if kind != "interleaved"]
     schedules = tuple(schedule for schedule, _ in cases)
-    require_below(1e-10, ranks.run(train, name, schedules, cases[0][1], 20, torch.float64))
+    require_below(1e-10, errors_of(ranks, name, schedules, cases[0][1], 20))
 
 
 @pytest.mark.parametrize("positions", MESHES)
 @pytest.mark.parametrize("name", MODELS)
 def test_interleaved_stages_train_as_one_process_does(ranks: Ranks, name: str, positions: int) -> None:
     schedule, meshes = case_of(name, positions, "interleaved")
-    require_below(1e-10, ranks.run(train, name, (schedule,), meshes, 6, torch.float64))
+    require_below(1e-10, errors_of(ranks, name, (schedule,), meshes, 6))
 
 
 def test_single_precision(ranks: Ranks) -> None:
     schedule, meshes = case_of("gpt", 3, "eager 1 split")
-    require_below(1e-4, ranks.run(train, "gpt", (schedule,), meshes, 6, torch.float32))
+    require_below(1e-4, errors_of(ranks, "gpt", (schedule,), meshes, 6, torch.float32))
 
 
 def test_the_length_of_sequences_changes_from_step_to_step(ranks: Ranks) -> None:
     """Only the first stage knows it; each of three lengths is agreed on once, and comes back."""
     schedule, meshes = case_of("gpt", 3, "eager 1")
-    require_below(1e-10, ranks.run(train, "gpt", (schedule,), meshes, 8, torch.float64, (16, 5, 9, 5)))
+    require_below(1e-10, errors_of(ranks, "gpt", (schedule,), meshes, 8, torch.float64, (16, 5, 9, 5)))

@@ -24,7 +24,7 @@ from tests.pipeline_chain import (
 )
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, SpecError, TransportError
 from tricomm.launch import Ranks
-from tricomm.pipeline import Edge, Schedule, eager_one_f_one_b, gpipe, one_f_one_b, receive_ring
+from tricomm.pipeline import Edge, Kind, Schedule, eager_one_f_one_b, gpipe, one_f_one_b, receive_ring
 from tricomm.pipeline.communication import with_communication
 from tricomm.pipeline.edge import EdgeTensor
 from tricomm.pipeline.executor import Executor
@@ -237,3 +237,17 @@ def test_what_a_module_returns_is_checked(outputs, value, text) -> None:
     stage = Stage(CHAIN[0], ("x",), outputs, Returns(value), (Replicate(),) if "loss" in outputs else None)
     with pytest.raises(SpecError, match=re.escape(text)):
         StageRun(3, stage, (), (), 1.0).forward(0, {"x": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("kind", [Kind.BACKWARD, Kind.INPUT_GRADIENT])
+def test_what_a_stage_passes_on_is_not_its_receive_buffer(kind: Kind) -> None:
+    """Else the next microbatch might fill the buffer while it is still being sent on."""
+    run = StageRun(1, Stage(CHAIN[1], ("x",), ("y",), nn.Flatten(0)), ("x",), ("y",), 1.0)
+    buffer = torch.arange(6.0).reshape(2, 3)
+    gradient = torch.arange(6.0)
+    sent = run.forward(0, {"x": buffer})["y"]
+    back = run.backward(kind, 0, {"y": [gradient]})["x"]
+    buffer.zero_()
+    gradient.zero_()
+    assert sent.tolist() == [0, 1, 2, 3, 4, 5]
+    assert back.tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -65,8 +65,8 @@ class ReplicaCheck:
                     f"ranks {ranks[0]} and {ranks[1]} hold the same elements of the gradient of {label}, and computed "
                     f"different ones (sums {theirs:.6g} and {ours:.6g}); if each computes a share, as a "
                     "column-parallel layer that does not reduce its input's gradient, declare "
-                    "EdgeTensor(..., gradient=(Partial(),)) for that axis; if not, the ranks saw different data or have "
-                    "different weights"
+                    "EdgeTensor(..., gradient=(Partial(),)) for that axis; if not, the ranks saw different data or "
+                    "have different weights"
                 )
 
     def _key(self, label: str, rank: int) -> str:

@@ -1,6 +1,6 @@
 """Stage: a part of a model on its own mesh; StageRun: its microbatches between forward and backward."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -88,6 +88,16 @@ class WithLoss(nn.Module):
         return self.loss(self.module(*inputs[:-1]), inputs[-1])
 
 
+def _apart(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The tensor, or a copy if it is a view of one of the others.
+
+    A stage may pass on what it was given. That is a receive buffer, which the next microbatch may fill while it is
+    still being sent on.
+    """
+    place = tensor.untyped_storage().data_ptr()
+    return tensor.clone() if any(other.untyped_storage().data_ptr() == place for other in others) else tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Begun:
     """What a microbatch leaves behind after its forward.
@@ -125,7 +135,7 @@ class StageRun:
         self._begun: dict[int, Begun] = {}
 
     def forward(self, microbatch: int, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The outputs of a microbatch by name, detached.
+        """The outputs of a microbatch by name, detached, in memory that no input uses.
 
         Args:
             microbatch: which.
@@ -143,12 +153,12 @@ class StageRun:
             self.losses.append(outputs[LOSS].detach())
         roots = [outputs[name] for name in self._roots]
         self._begun[microbatch] = Begun(leaves, StageBackward(list(leaves.values()), roots))
-        return {name: tensor.detach() for name, tensor in outputs.items()}
+        return {name: _apart(tensor.detach(), inputs.values()) for name, tensor in outputs.items()}
 
     def backward(
         self, kind: Kind, microbatch: int, gradients: Mapping[str, Sequence[torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """The gradients of the inputs that have one, by name.
+        """The gradients of the inputs that have one, by name, in memory that no given gradient uses.
 
         Args:
             kind: BACKWARD, or INPUT_GRADIENT, after which ``weight_gradients`` is still to come.
@@ -164,7 +174,7 @@ class StageRun:
             found = begun.backward.input_gradients(given)
         pairs = zip(begun.inputs.items(), found, strict=True)
         # What nobody used still owes a gradient to the stage that waits for it.
-        return {name: torch.zeros_like(leaf) if one is None else one for (name, leaf), one in pairs}
+        return {name: torch.zeros_like(leaf) if one is None else _apart(one, given) for (name, leaf), one in pairs}
 
     def weight_gradients(self, microbatch: int) -> None:
         """The second half of a split backward."""
