@@ -67,9 +67,12 @@ Trace = list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 @lru_cache
 def packed_reference(*arguments) -> bytes:
-    """Computed once, for all ranks."""
+    """Computed once, for all ranks. On one thread, as the ranks do: small products are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     buffer = io.BytesIO()
     torch.save(reference(*arguments), buffer)
+    torch.set_num_threads(threads)
     return buffer.getvalue()
 
 
