@@ -37,9 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.json.write_text(
         json.dumps({"hardware": hardware, "checks": [outcome._asdict() for outcome in outcomes]}, indent=2) + "\n"
     )
-    print(
-        f"\n{hardware['gpu']}, torch {torch.__version__}, {time.perf_counter() - begin:.0f} s; figures in {options.json}"
-    )
+    seconds = time.perf_counter() - begin
+    print(f"\n{hardware['gpu']}, torch {torch.__version__}, {seconds:.0f} s; figures in {options.json}")
     for outcome in outcomes:
         print(f"  {'ok  ' if outcome.passed else 'FAIL'} {outcome.name:<28} {outcome.text}")
     return 0 if all(outcome.passed for outcome in outcomes) else 1

@@ -52,7 +52,7 @@ def random_boxes(dice: random.Random, tensors: list[torch.Tensor]) -> tuple[Boxe
 def zeros_strided_like(tensor: torch.Tensor) -> torch.Tensor:
     """Zeros with the strides of a tensor, and zeros between them."""
     found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    found.untyped_storage().fill_(0)
+    torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(found.untyped_storage()).zero_()
     return found
 
 
