@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 N ?= 20000
 SEED ?= 0
 
-.PHONY: demo test lint fuzz bench bench-cluster clean
+.PHONY: demo test lint fuzz bench bench-cluster gpu-check clean
 
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
@@ -28,6 +28,9 @@ bench: $(VENV)/.bench
 
 bench-cluster: $(VENV)/.bench
 	$(RUN) -m bench.reshard --suite all
+
+gpu-check: $(VENV)/.bench
+	$(RUN) -m bench.gpu_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -77,7 +77,7 @@ def boxes_in_order(
     """
     which, starts, shapes = (np.asarray(column, np.int64) for column in (which, starts, shapes))
     rank = shapes.shape[1]
-    extents, strides = _of_tensors(tensors, rank)
+    extents, strides, itemsizes = _of_tensors(tensors, rank)
     outside = (starts < 0) | (shapes < 0) | (starts + shapes > extents[which])
     if outside.any():
         box = int(np.flatnonzero(outside.any(1))[0])
@@ -85,7 +85,6 @@ def boxes_in_order(
             f"box {box} from {tuple(starts[box].tolist())} of shape {tuple(shapes[box].tolist())} reaches out of "
             f"tensor {which[box]} of shape {tuple(tensors[which[box]].shape)}; give boxes inside of their tensors"
         )
-    itemsizes = np.fromiter(map(torch.Tensor.element_size, tensors), np.int64, len(tensors))
     itemsize = itemsizes[which]
     packed_itemsize = itemsize if packed_dtype is None else np.full_like(itemsize, packed_dtype.itemsize)
     packed_strides = np.empty_like(shapes)
@@ -138,19 +137,23 @@ def boxes_of(placed: Sequence[tuple[StridedBox, int]], cast: tuple[int, int] = (
     )
 
 
-def _of_tensors(tensors: Sequence[torch.Tensor], rank: int) -> tuple[Columns, Columns]:
-    """(len(tensors), rank) extents and strides, with ones and zeros in front."""
-    count = len(tensors)
-    if (np.fromiter(map(torch.Tensor.dim, tensors), np.int64, count) != rank).any():
-        return _columns([tensor.shape for tensor in tensors], rank, 1), _columns(
-            [tensor.stride() for tensor in tensors], rank, 0
-        )
-    # No list of tuples, which the garbage collector would go through again and again.
-    extents, strides = (
-        np.fromiter(chain.from_iterable(map(read, tensors)), np.int64, count * rank).reshape(count, rank)
-        for read in (torch.Tensor.size, torch.Tensor.stride)
+def _of_tensors(tensors: Sequence[torch.Tensor], rank: int) -> tuple[Columns, Columns, Columns]:
+    """(len(tensors), rank) extents and strides, with ones and zeros in front, and bytes of an element."""
+    of = torch.Tensor
+    # One pass, as each tensor is new to the cache, and no list of tuples, which the garbage collector would go
+    # through again and again.
+    heads = zip(map(of.dim, tensors), map(of.element_size, tensors), strict=True)
+    parts = chain.from_iterable(zip(heads, map(of.size, tensors), map(of.stride, tensors), strict=True))
+    flat = np.fromiter(chain.from_iterable(parts), np.int64)
+    width = 2 + 2 * rank
+    if flat.size == width * len(tensors) and (flat[::width] == rank).all():
+        rows = flat.reshape(len(tensors), width)
+        return rows[:, 2 : 2 + rank], rows[:, 2 + rank :], rows[:, 1]
+    return (
+        _columns([tensor.shape for tensor in tensors], rank, 1),
+        _columns([tensor.stride() for tensor in tensors], rank, 0),
+        np.fromiter(map(of.element_size, tensors), np.int64, len(tensors)),
     )
-    return extents, strides
 
 
 def _columns(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Columns:

@@ -67,8 +67,6 @@ class Bound:
         buffers: Side,
         programs: int | None,
     ) -> None:
-        from triton.runtime import driver
-
         self.device = device
         self.tensors, self.buffers = tensors, buffers
         # One allocation and one copy for everything, each part at a multiple of a row. The allocator of pinned memory
@@ -81,7 +79,7 @@ class Bound:
         self.launches: list[Launch] = []
         self._streams: set[int] = set()
         address = self.memory.data_ptr()
-        target = driver.active.get_current_target()
+        target = current_target()
         for rows, variant in zip(every, variants, strict=True):
             count = len(rows.tiles)
             grid = count if programs is None else min(count, programs)
@@ -111,6 +109,13 @@ class Bound:
             used += [self.memory, *self.tensors.kept, *self.buffers.kept]
         for tensor in used:
             tensor.record_stream(stream)
+
+
+def current_target() -> Any:
+    """What Triton compiles for on the current device."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_target()
 
 
 def span_nbytes(tensor: torch.Tensor) -> int:

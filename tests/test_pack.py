@@ -24,7 +24,7 @@ from tests.scenes import Scene, deterministic, moved, noise, scenes
 from tests.test_casts import one_run
 from tricomm import LocalTransport, make_plan
 
-EXAMPLES = 80
+EXAMPLES = 60
 
 
 def check(scene: Scene, packs: bool, with_kernels: bool) -> None:
@@ -215,7 +215,7 @@ def test_refusals(name: str) -> None:
         call()
 
 
-@settings(deterministic, max_examples=14)
+@settings(deterministic, max_examples=6)
 @given(case=cases())
 def test_a_reshard_with_kernels(case: Any) -> None:
     """What a CUDA device does, on host memory: one launch a round and direction."""

@@ -1,0 +1,61 @@
+"""What the kernels compile to, without a GPU: the instructions and the registers of one variant for one target."""
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from tricomm.kernels.variants import Variant, compiled
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CASTS = [
+    ("float32", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("float16", "float8_e4m3fn"),
+    ("float8_e4m3fn", "float8_e5m2"),
+    ("float8_e5m2", "float16"),
+]
+VARIANTS = [
+    *(Variant(rank) for rank in (2, 4, 6)),
+    Variant(4, persistent=True),
+    *(Variant(4, formats=formats, saturates=formats[1] == "float8_e4m3fn") for formats in CASTS),
+    *(Variant(transposed_nbytes=nbytes) for nbytes in (1, 2, 4, 8)),
+]
+
+
+class Binary(NamedTuple):
+    """What matters of a compiled kernel; ``instructions`` counts those of global memory by their width."""
+
+    registers: int
+    spilled: int
+    shared_nbytes: int
+    instructions: dict[str, int]
+
+
+def compile_for(variant: Variant, name: str) -> Binary:
+    kernel = compiled(variant, TARGETS[name])
+    if name.startswith("sm_"):
+        text = kernel.asm["ptx"]
+        found = Counter(re.findall(r"\b((?:ld|st)\.global)(?:\.\w+)*?\.(v\d\.b\d+|b\d+)", text))
+        counts = Counter({f"{op}.{width}": n for (op, width), n in found.items()})
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(kernel.asm["cubin"])
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True)
+        registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
+        return Binary(registers, stack, kernel.metadata.shared, dict(counts))
+    text = kernel.asm["amdgcn"]
+    counts = Counter(re.findall(r"\b(global_(?:load|store)_dwordx4)\b", text))
+    registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
+    spilled = sum(int(n) for n in re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
+    return Binary(registers, spilled, kernel.metadata.shared, dict(counts))
