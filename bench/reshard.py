@@ -25,7 +25,7 @@ from bench.calibrate import Calibration, calibrate
 from bench.cluster import Cluster, parse_bits_per_second
 from bench.network import ClusterError
 from bench.reshard_cases import CASES, Case, Shape
-from bench.reshard_peers import PEERS
+from bench.reshard_peers import COMPLETE, P2P, PEERS
 from tricomm import (
     Auto,
     Broadcast,
@@ -60,9 +60,12 @@ GRID: dict[str, tuple[Strategy | Auto, Balance]] = {
     for strategy in STRATEGIES
     for balance in BALANCES
 }
-COMPLETE_PEER = "hand-written p2p"
-SLOW = 3.0
-"""A peer that takes so many times the bound is sampled once: beside that, what it needs to connect is nothing."""
+SLOW_PEERS = tuple(name for name in PEERS if name not in P2P)
+NEAR = 1.5
+"""A peer within so many times the bound is sampled as often as ours."""
+
+PART = 4
+"""Peers that take many times the bound move a tensor of a PART of the rows, with a bound of its own."""
 
 OVERHEAD_SECONDS = 2e-4
 """Of a message on this machine: a gloo send, its wait and the Python around them, with more ranks than cores."""
@@ -99,20 +102,27 @@ class Row:
 _METHODS: dict[str, Any] = {}
 
 
-def prepare(rank: int, source: ShardingSpec, destination: ShardingSpec, ours: dict[str, dict[str, Any]]) -> None:
+def prepare(
+    rank: int,
+    specs: tuple[ShardingSpec, ShardingSpec],
+    part: tuple[ShardingSpec, ShardingSpec],
+    ours: dict[str, dict[str, Any]],
+) -> None:
     """Make every method of a case, and check those that deliver the tensor."""
+    source, destination = specs
     full = torch.arange(torch.Size(source.global_shape).numel(), dtype=torch.int32).reshape(source.global_shape)
     shard = local_shard(full, source, rank) if rank in source.mesh else None
     expected = local_shard(full, destination, rank) if rank in destination.mesh else None
     out = None if expected is None else torch.empty_like(expected)
-    methods = {name: peer(rank, source, destination, shard, out) for name, peer in PEERS.items()}
+    # Groups are made by every rank, in one order.
+    methods = {name: peer(rank, *(part if name in SLOW_PEERS else specs), shard, out) for name, peer in PEERS.items()}
     _METHODS.clear()
     if shard is None and expected is None:
         return
     for name, options in ours.items():
         resharder = Resharder(source, destination, **options)
         methods[name] = lambda resharder=resharder: resharder(shard, out=out)
-    for name in (*ours, COMPLETE_PEER):
+    for name in (*ours, COMPLETE):
         if out is not None:
             out.fill_(-1)
         methods[name]()
@@ -146,9 +156,14 @@ def topology_of(cluster: Cluster, shape: Shape, calibration: Calibration) -> Top
     )
 
 
+def bound_seconds(specs: tuple[ShardingSpec, ShardingSpec], topology: Topology) -> float:
+    """The NIC-bound optimum."""
+    return make_plan(*specs, topology=topology, strategy=SendRecv()).lower_bound_seconds()
+
+
 def scaled(case: Case, topology: Topology, seconds: float) -> tuple[ShardingSpec, ShardingSpec]:
     """The case's specs with as many rows as make the bound last so long."""
-    bound = make_plan(*case.make(ROW_MULTIPLE), topology=topology, strategy=SendRecv()).lower_bound_seconds()
+    bound = bound_seconds(case.make(ROW_MULTIPLE), topology)
     return case.make(max(1, round(seconds / bound)) * ROW_MULTIPLE)
 
 
@@ -169,6 +184,7 @@ def nic_imbalance(plan: Plan) -> tuple[float, float]:
 def measure_case(case: Case, cluster: Cluster, ranks: Any, topology: Topology, options: Any) -> list[Row]:
     """All methods of a case, in turns."""
     source, destination = scaled(case, topology, options.seconds)
+    part = scaled(case, topology, options.seconds / PART)
     chosen: dict[str, tuple[Strategy | Auto, Balance]] = {**MEASURED, **(GRID if options.grid else {})}
     arguments: dict[str, dict[str, Any]] = {
         name: {"strategy": strategy, "balance": balance, "topology": topology}
@@ -178,18 +194,18 @@ def measure_case(case: Case, cluster: Cluster, ranks: Any, topology: Topology, o
         name: make_plan(source, destination, strategy=strategy, balance=balance, topology=topology)
         for name, (strategy, balance) in chosen.items()
     }
-    bound = plans[OURS].lower_bound_seconds()
-    ranks.run(prepare, source, destination, arguments)
+    bounds = {name: bound_seconds(part if name in SLOW_PEERS else (source, destination), topology) for name in PEERS}
+    bounds |= dict.fromkeys(plans, plans[OURS].lower_bound_seconds())
+    ranks.run(prepare, (source, destination), part, arguments)
     peers = PEERS if options.peer_repeats else {}
     samples: dict[str, list[float]] = {name: [] for name in (*arguments, *peers)}
     for turn in range(options.repeats + 1):
         for name, times in samples.items():
-            if name in PEERS and (turn > options.peer_repeats or is_slow(times, bound)):
+            if name in PEERS and turn > options.peer_repeats and times[0] > NEAR * bounds[name]:
                 continue
             spans = ranks.run(sample, name)
             seconds = max(end for _, end in spans) - max(begin for begin, _ in spans)
-            # The first connects and touches memory.
-            if turn or (name in PEERS and seconds > SLOW * bound):
+            if turn:  # the first connects and touches memory
                 times.append(seconds)
     rows = []
     for name, times in samples.items():
@@ -201,18 +217,13 @@ def measure_case(case: Case, cluster: Cluster, ranks: Any, topology: Topology, o
                 name,
                 statistics.median(times),
                 tuple(times),
-                bound,
+                bounds[name],
                 None if plan is None else plan.simulated_seconds(),
                 None if plan is None else nic_imbalance(plan),
                 None if plan is None else type(plan.moves[0].strategy).__name__,
             )
         )
     return rows
-
-
-def is_slow(times: Sequence[float], bound_seconds: float) -> bool:
-    """Whether one sample is enough."""
-    return bool(times) and times[0] > SLOW * bound_seconds
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -229,7 +240,8 @@ def table(rows: Sequence[Row]) -> str:
         ours = found[OURS]
         predicted = ours.predicted_seconds or 0.0
         cells = [
-            f"{found[method].seconds / ours.bound_seconds:.2f}" if method in found else "" for method in methods[1:]
+            f"{found[method].seconds / found[method].bound_seconds:.2f}" if method in found else ""
+            for method in methods[1:]
         ]
         lines.append(
             f"| {name} | {ours.bound_seconds:.3f} s | **{ours.seconds / ours.bound_seconds:.3f}** | "
@@ -290,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.5, help="that the bound of a case takes (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="samples of each method (%(default)s)")
     parser.add_argument(
-        "--peer-repeats", type=int, default=3, help="samples of each peer; 0 leaves them out (%(default)s)"
+        "--peer-repeats", type=int, default=1, help="samples of each slow peer; 0 leaves peers out (%(default)s)"
     )
     parser.add_argument("--grid", action="store_true", help="every strategy with every sender choice")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all samples there")

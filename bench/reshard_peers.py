@@ -226,3 +226,8 @@ PEERS: dict[str, Any] = {
     "gather + broadcast + slice": GatherBroadcastSlice,
     "leader + broadcast": LeaderBroadcast,
 }
+
+COMPLETE = "hand-written p2p"
+"""The peer that delivers the tensor."""
+
+P2P = (COMPLETE, "p2p of packed bytes")
