@@ -29,11 +29,11 @@ bench: $(VENV)/.bench
 bench-cluster: $(VENV)/.bench
 	$(RUN) -m bench.reshard --suite all
 
-gpu-check: $(VENV)/.bench
-	$(RUN) -m bench.gpu_check
+gpu-check: $(VENV)-gpu/.made
+	$(VENV)-gpu/bin/python -m bench.gpu_check
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-gpu build *.egg-info
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,12 @@ $(VENV)/.test: $(VENV)/.base
 
 $(VENV)/.bench: $(VENV)/.test
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[bench]
+	@touch $@
+
+# The machine's own torch and triton, which have CUDA; nothing is fetched.
+$(VENV)-gpu/.made: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
