@@ -1,0 +1,186 @@
+"""Action: one step of a pipeline, with a text form that parses back; Edge and Channel: what joins the stages.
+
+The text is that of torch.distributed.pipelining, so its schedules can be read and written:
+
+    2F0        stage 2, forward of microbatch 0
+    2B0        its whole backward, or in two steps
+    2I0  2W0   the gradient of its inputs (which the stage before waits for), and that of its weights
+    2SEND_F0   start to send the activation of microbatch 0 to stage 3
+    3RECV_F0   have a buffer ready for it: the receive is posted here, and 3F0 waits for it
+    3SEND_B0   start to send its gradient back to stage 2
+    2RECV_B0   post the receive of that
+
+An edge between stages that are no neighbours names the other end: ``0SEND_F2>3`` goes to stage 3, where it is
+``3RECV_F2<0``. torch has no such edges.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from tricomm.errors import PlanError
+
+
+class Kind(StrEnum):
+    """What an action does; the value is torch's name for it."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    INPUT_GRADIENT = "I"
+    WEIGHT_GRADIENT = "W"
+    SEND_FORWARD = "SEND_F"
+    RECEIVE_FORWARD = "RECV_F"
+    SEND_BACKWARD = "SEND_B"
+    RECEIVE_BACKWARD = "RECV_B"
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether the device computes, rather than sends or receives."""
+        return len(self.value) == 1
+
+    @property
+    def is_send(self) -> bool:
+        """Whether it starts a send."""
+        return self.value.startswith("SEND")
+
+    @property
+    def is_receive(self) -> bool:
+        """Whether it posts a receive."""
+        return self.value.startswith("RECV")
+
+    @property
+    def gives_gradient(self) -> bool:
+        """Whether it gives the gradient that the stage before waits for."""
+        return self in (Kind.BACKWARD, Kind.INPUT_GRADIENT)
+
+
+class Channel(NamedTuple):
+    """One direction of an edge: activations flow to higher stages, gradients to lower ones."""
+
+    sender: int
+    receiver: int
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it carries activations."""
+        return self.sender < self.receiver
+
+    @property
+    def edge(self) -> "Edge":
+        """The edge of which this is a direction."""
+        return Edge(min(self), max(self))
+
+    def __str__(self) -> str:
+        return f"{self.sender}>{self.receiver}"
+
+
+class Edge(NamedTuple):
+    """Activations of stage ``source`` are inputs of stage ``destination``, and gradients come back."""
+
+    source: int
+    destination: int
+
+    @property
+    def forward(self) -> Channel:
+        """The direction of activations."""
+        return Channel(self.source, self.destination)
+
+    @property
+    def backward(self) -> Channel:
+        """The direction of gradients."""
+        return Channel(self.destination, self.source)
+
+    def __str__(self) -> str:
+        return f"{self.source}-{self.destination}"
+
+
+_TEXT = re.compile(r"(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)(?:([<>])(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step of one stage for one microbatch.
+
+    Attributes:
+        stage: whose step it is.
+        kind: what is done.
+        microbatch: for which.
+        peer: the stage at the other end of a send or receive; None means the neighbour, and is replaced by it. Always
+            None for compute.
+
+    Raises:
+        PlanError: numbers that name no stage or microbatch, or a peer on the wrong side.
+    """
+
+    stage: int
+    kind: Kind
+    microbatch: int
+    peer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.stage < 0 or self.microbatch < 0:
+            raise PlanError(
+                f"stage {self.stage} and microbatch {self.microbatch} of an action are counted from 0; give numbers "
+                "that are not negative"
+            )
+        if self.kind.is_compute:
+            if self.peer is not None:
+                raise PlanError(f"{self} computes and has no peer, but peer={self.peer}; leave it out")
+            return
+        step = 1 if self.kind in (Kind.SEND_FORWARD, Kind.RECEIVE_BACKWARD) else -1
+        if self.peer is None:
+            object.__setattr__(self, "peer", self.stage + step)
+        assert self.peer is not None
+        if self.peer < 0 or (self.peer - self.stage) * step <= 0:
+            side = "after" if step > 0 else "before"
+            raise PlanError(
+                f"{self.stage}{self.kind}{self.microbatch} joins stage {self.stage} to stage {self.peer}, which is not "
+                f"a stage {side} it; activations go to later stages and gradients to earlier ones"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Action":
+        """Read what ``str`` writes.
+
+        Raises:
+            PlanError: text that is no action.
+        """
+        match = _TEXT.fullmatch(text)
+        kind = Kind(match[2]) if match else None
+        arrow = {"<": True, ">": False}.get(match[4]) if match and match[4] else None
+        if match is None or kind is None or (arrow is not None and (kind.is_compute or arrow != kind.is_receive)):
+            raise PlanError(f"{text!r} is not an action; write stage, kind and microbatch, as 2F0, 1I3 or 0SEND_F2>3")
+        return cls(int(match[1]), kind, int(match[3]), int(match[5]) if match[5] else None)
+
+    @property
+    def channel(self) -> Channel:
+        """The directed edge that a send or receive uses."""
+        assert self.peer is not None, f"{self} uses no channel"
+        return Channel(self.peer, self.stage) if self.kind.is_receive else Channel(self.stage, self.peer)
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether the device computes, rather than sends or receives."""
+        return self.kind.is_compute
+
+    def __str__(self) -> str:
+        text = f"{self.stage}{self.kind}{self.microbatch}"
+        if self.peer is None or abs(self.peer - self.stage) == 1:
+            return text
+        return f"{text}{'<' if self.kind.is_receive else '>'}{self.peer}"
+
+    def __repr__(self) -> str:
+        return f"Action.parse({str(self)!r})"
+
+
+def send(channel: Channel, microbatch: int) -> Action:
+    """The action that starts to send on a channel."""
+    kind = Kind.SEND_FORWARD if channel.is_forward else Kind.SEND_BACKWARD
+    return Action(channel.sender, kind, microbatch, channel.receiver)
+
+
+def receive(channel: Channel, microbatch: int) -> Action:
+    """The action that posts the receive on a channel."""
+    kind = Kind.RECEIVE_FORWARD if channel.is_forward else Kind.RECEIVE_BACKWARD
+    return Action(channel.receiver, kind, microbatch, channel.sender)
