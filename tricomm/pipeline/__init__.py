@@ -1,7 +1,9 @@
 """Pipelines whose hops hide behind compute: schedules as values, their proof, their simulation and their tuning."""
 
 from tricomm.pipeline.actions import Action, Channel, Edge, Kind
+from tricomm.pipeline.check import Queues, check, receive_ring
 from tricomm.pipeline.communication import with_communication
+from tricomm.pipeline.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.generators import (
     eager_one_f_one_b,
     gpipe,
@@ -11,19 +13,32 @@ from tricomm.pipeline.generators import (
     zero_bubble,
 )
 from tricomm.pipeline.schedule import Schedule, chain
+from tricomm.pipeline.simulate import simulate
+from tricomm.pipeline.timeline import Timeline
+from tricomm.pipeline.torch_csv import read_csv, write_csv
 
 __all__ = [
     "Action",
     "Channel",
+    "Costs",
     "Edge",
     "Kind",
+    "Queues",
     "Schedule",
+    "StageCost",
+    "Timeline",
+    "TransferCost",
     "chain",
+    "check",
     "eager_one_f_one_b",
     "gpipe",
     "interleaved_one_f_one_b",
     "one_f_one_b",
+    "read_csv",
+    "receive_ring",
+    "simulate",
     "warmed_up",
     "with_communication",
+    "write_csv",
     "zero_bubble",
 ]

@@ -36,11 +36,14 @@ class Schedule:
     channels: tuple[Channel, ...] = field(init=False, repr=False, compare=False)
     _position_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _microbatches: int = field(init=False, repr=False, compare=False)
+    _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "lists", tuple(tuple(actions) for actions in self.lists))
         set_field(self, "_position_of", _positions(self.lists))
+        split = (one for one in self.actions() if one.kind is Kind.INPUT_GRADIENT)
+        set_field(self, "_split", frozenset((one.stage, one.microbatch) for one in split))
         set_field(self, "_microbatches", _checked_microbatches(self))
         edges = tuple(dict.fromkeys(Edge(*edge) for edge in self.edges)) or chain(self.stages)
         set_field(self, "edges", _checked_edges(edges, self.stages))
@@ -79,12 +82,22 @@ class Schedule:
     @property
     def is_split(self) -> bool:
         """Whether some backward is split into I and W."""
-        return any(action.kind is Kind.INPUT_GRADIENT for action in self.actions())
+        return bool(self._split)
 
     @property
     def has_communication(self) -> bool:
         """Whether sends and receives have been put in."""
         return any(not action.is_compute for action in self.actions())
+
+    def gradient_of(self, stage: int, microbatch: int) -> Action:
+        """The B or I that gives the gradient of a stage's inputs."""
+        return Action(stage, Kind.INPUT_GRADIENT if (stage, microbatch) in self._split else Kind.BACKWARD, microbatch)
+
+    def producer(self, channel: Channel, microbatch: int) -> Action:
+        """The F, B or I that gives what a channel carries."""
+        if channel.is_forward:
+            return Action(channel.sender, Kind.FORWARD, microbatch)
+        return self.gradient_of(channel.sender, microbatch)
 
     def actions(self) -> Iterator[Action]:
         """All actions, position by position."""
