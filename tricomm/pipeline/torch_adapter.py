@@ -1,7 +1,7 @@
 """For users of torch.distributed.pipelining: stages on meshes of their own, and the schedules of the eager family.
 
-    stage = ReshardStage(module, 0, 2, device, leaving=[Crossing(source, destination)])       # on the first mesh
-    stage = ReshardStage(module, 1, 2, device, arriving=[Crossing(source, destination)])      # on the second
+    stage = ReshardStage(module, 0, 2, device, leaving=[EdgeTensor(source, destination)])       # on the first mesh
+    stage = ReshardStage(module, 1, 2, device, arriving=[EdgeTensor(source, destination)])      # on the second
     schedule = ScheduleEager1F1B([stage], n_microbatches=8, loss_fn=loss, depth=1, split=True)
     schedule.step(x)                                                                          # as with torch
 
@@ -14,19 +14,21 @@ say so.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from tricomm.errors import PlanError, SpecError
-from tricomm.pipeline.boundary import Boundary, Crossing, Tensors, Way, check_place
+from tricomm.errors import SpecError
+from tricomm.packing import torch_dtype
 from tricomm.pipeline.communication import with_communication
+from tricomm.pipeline.edge import EdgeTensor, Link
 from tricomm.pipeline.generators import eager_one_f_one_b
 from tricomm.pipeline.schedule import Schedule
-from tricomm.reshard import Handle
+from tricomm.pipeline.torch_checks import check_place, check_schedule
+from tricomm.pipeline.way import ReceiveHandle
 
 # Bases without types: signatures of private methods differ between versions of torch.
 _Stage: Any = PipelineStage
@@ -116,8 +118,8 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         num_stages: int,
         device: torch.device | str = "cpu",
         *,
-        arriving: Sequence[Crossing] = (),
-        leaving: Sequence[Crossing] = (),
+        arriving: Sequence[EdgeTensor] = (),
+        leaving: Sequence[EdgeTensor] = (),
         positions: int | None = None,
         receives_ahead: int = 1,
         dw_builder: Any = None,
@@ -131,19 +133,18 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         self.group_size = num_stages if positions is None else positions
         self.group_rank = stage_index % self.group_size
         self.receives_ahead = receives_ahead
-        options = {"device": torch.device(device), **options}
-        self._before = Boundary(stage_index - 1, tuple(arriving), options)
-        self._after = Boundary(stage_index, tuple(leaving), options)
-        self._met = False
-        self._sends: list[Handle] = []
-        # In debug mode torch would check shapes that it does not know here; the Resharders check them always.
+        self._arriving, self._leaving = tuple(arriving), tuple(leaving)
+        self._options = {"device": torch.device(device), **options}
+        self._before: Link | None = None
+        self._after: Link | None = None
+        # In debug mode torch would check shapes that it does not know here; the Links check them always.
         self._runtime_validate = False
         self._forget()
 
     def _forget(self) -> None:
         self._outputs: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._activations: dict[int, list[Handle]] = {}
-        self._gradients: dict[int, list[Handle]] = {}
+        self._activations: dict[int, ReceiveHandle | None] = {}
+        self._gradients: dict[int, ReceiveHandle | None] = {}
         self._forwards_sent = 0
 
     @property
@@ -171,14 +172,20 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         self.args_recv_info = dict.fromkeys(range(num_microbatches), ())
         self.act_send_info: dict[int, list[int]] = {}
         if hasattr(self, "_stage_meta"):
-            arguments = args[0] if self.is_first and args and isinstance(args[0], tuple) else self._before.crossings
+            arguments = args[0] if self.is_first and args and isinstance(args[0], tuple) else self._arriving
             self._stage_meta.inputs = (None,) * len(arguments)
-        if not self._met:
-            # In the order of the boundaries, so that no two stages wait for each other.
-            self._before.meet()
-            self._after.meet()
-            self._met = True
+        # In the order of the edges, so that no two stages wait for each other.
+        if self._arriving and self._before is None:
+            self._before = self._connected(self.stage_index - 1, self._arriving)
+        if self._leaving and self._after is None:
+            self._after = self._connected(self.stage_index, self._leaving)
         return ()
+
+    def _connected(self, source: int, tensors: Sequence[EdgeTensor]) -> Link:
+        assert self.chunks is not None
+        link = Link(f"{source}-{source + 1}", tensors, microbatches=self.chunks, **self._options)
+        link.connect()
+        return link
 
     def _prepare_backward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> None:
         return None
@@ -194,95 +201,89 @@ class ReshardStage(_Stage):  # type: ignore[misc]
     def clear_runtime_states(self) -> None:
         """Begin a step."""
         super().clear_runtime_states()
-        self._finish_sends()
         self._forget()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
         """Post the receive of an activation."""
-        if not self.is_first:
-            self._post(self._activations, self._before.activations, fwd_chunk_id)
+        if self._before is not None:
+            self._post(self._activations, self._before.recv, fwd_chunk_id)
         return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
         """Post the receive of a gradient."""
-        if self.has_backward and not self.is_last:
-            self._post(self._gradients, self._after.gradients, bwd_chunk_id)
+        if self.has_backward and self._after is not None and self._after.differentiable:
+            self._post(self._gradients, self._after.recv_gradient, bwd_chunk_id)
         return []
 
-    def _post(self, posted: dict[int, list[Handle]], channel: Way, microbatch: int) -> None:
+    def _post(
+        self, posted: dict[int, ReceiveHandle | None], receive: Callable[[int], ReceiveHandle], microbatch: int
+    ) -> None:
         assert self.chunks is not None
-        if self.receives_ahead and microbatch != 0 and microbatch not in posted:
-            raise SpecError(
-                f"stage {self.stage_index} asks for microbatch {microbatch} out of turn, so none can be received ahead "
-                "of its turn; pass receives_ahead=0"
-            )
         for following in range(microbatch, min(self.chunks, microbatch + 1 + self.receives_ahead)):
             if following not in posted:
-                posted[following] = channel.receive()
+                posted[following] = receive(following)
 
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Tensors:
-        arrived = [handle.wait() for handle in self._activations[fwd_chunk_id]]
-        self._activations[fwd_chunk_id] = []
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
+        handle, self._activations[fwd_chunk_id] = self._activations[fwd_chunk_id], None
+        assert handle is not None
+        assert self._before is not None
         wanted = self.has_backward and torch.is_grad_enabled()
         return tuple(
-            tensor if tensor is None else tensor.requires_grad_(wanted and crossing.is_differentiable)
-            for tensor, crossing in zip(arrived, self._before.crossings, strict=True)
+            tensor.requires_grad_(wanted and index in self._before.differentiable)
+            for index, tensor in enumerate(handle.wait_all())
         )
 
-    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Tensors:
-        handles = self._gradients[bwd_chunk_id]
-        self._gradients[bwd_chunk_id] = []
-        return self._after.gradients_of(handles)
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
+        found: list[torch.Tensor | None] = [None] * len(self._leaving)
+        handle, self._gradients[bwd_chunk_id] = self._gradients.get(bwd_chunk_id), None
+        if handle is not None and self._after is not None:
+            for index, gradient in zip(self._after.differentiable, handle.wait_all(), strict=True):
+                found[index] = gradient
+        return tuple(found)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Compute, and keep the output until it is sent."""
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if not self.is_last:
-            self._outputs[fwd_chunk_id] = tuple(output) if isinstance(output, list | tuple) else (output,)
+        if self._after is not None:
+            tensors = output if isinstance(output, list | tuple) else (output,)
+            self._outputs[fwd_chunk_id] = tuple(tensor.detach() for tensor in tensors)
         return output
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
         """Start to send an activation."""
-        if self.is_last:
-            return []
-        self._keep(self._after.activations.send(self._outputs.pop(fwd_chunk_id)))
-        self._forwards_sent += 1
-        if not self.has_backward and self._forwards_sent == self.chunks:
-            self._finish_sends()
+        if self._after is not None:
+            self._after.send(self._outputs.pop(fwd_chunk_id), fwd_chunk_id)
+            self._forwards_sent += 1
+            if not self.has_backward and self._forwards_sent == self.chunks:
+                self._flush()
         return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
         """Start to send a gradient; one that is not there is zero."""
-        if not self.has_backward or self.is_first:
-            return []
-        found = self.bwd_cache.pop(bwd_chunk_id)[: len(self._before.crossings)]
-        gradients = []
-        for crossing, gradient in zip(self._before.crossings, found, strict=True):
-            if crossing.is_differentiable:
-                gradients.append(self._zero(crossing) if gradient is None else gradient)
-        self._keep(self._before.gradients.send(gradients))
+        if self.has_backward and self._before is not None and self._before.differentiable:
+            found = self.bwd_cache.pop(bwd_chunk_id)
+            gradients = [
+                self._zero(self._arriving[index]) if found[index] is None else found[index]
+                for index in self._before.differentiable
+            ]
+            self._before.send_gradient(tuple(gradients), bwd_chunk_id)
         return []
 
-    def _zero(self, crossing: Crossing) -> torch.Tensor:
-        layout = crossing.gradient or crossing.destination
+    def _zero(self, tensor: EdgeTensor) -> torch.Tensor:
+        layout, _ = tensor.gradient_specs()
         shape = layout.local_shape(dist.get_rank())
-        return torch.zeros(shape, dtype=getattr(torch, str(layout.dtype)), device=self.device)
+        return torch.zeros(shape, dtype=torch_dtype(layout.element_type), device=self.device)
 
-    def _keep(self, handles: list[Handle]) -> None:
-        done = [handle for handle in self._sends if handle.done()]
-        self._sends = [handle for handle in self._sends if not handle.done()] + handles
-        for handle in done:
-            handle.wait()
-
-    def _finish_sends(self) -> None:
-        for handle in self._sends:
-            handle.wait()
-        self._sends = []
+    def _flush(self) -> None:
+        """Nothing may still be on its way when a step returns: the process might end."""
+        for link in (self._before, self._after):
+            if link is not None:
+                link.flush()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """The last thing of a step with backwards: nothing may still be on its way when the step returns."""
+        """The last thing of a step with backwards."""
         super().perform_reduce_grad(grad_scale_factor)
-        self._finish_sends()
+        self._flush()
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         """What torch does between two stages of one rank.
@@ -328,7 +329,7 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
     ) -> None:
         check_torch()
         stages = list(stages)
-        _check_schedule(schedule, stages)
+        check_schedule(schedule, stages)
         super().__init__(stages=stages, n_microbatches=schedule.microbatches, loss_fn=loss_fn, **options)
         if not schedule.has_communication:
             schedule = with_communication(schedule, receives_ahead=receives_ahead)
@@ -362,25 +363,6 @@ def _with_receives_of(schedule: Schedule, position: int, lowered: Sequence[Any],
         if "RECV" not in str(action):
             found += [*before.pop(str(action), ()), action]
     return found
-
-
-def _check_schedule(schedule: Schedule, stages: Sequence[Any]) -> None:
-    count = stages[0].num_stages
-    if schedule.stages != count:
-        raise PlanError(f"the schedule has {schedule.stages} stages and the pipeline {count}; make it for {count}")
-    position = stages[0].group_rank
-    ours = tuple(stage.stage_index for stage in stages)
-    if schedule.stages_of(position) != ours:
-        raise PlanError(
-            f"the schedule has stages {schedule.stages_of(position)} at position {position}, and this rank has {ours}; "
-            "give it those, in order"
-        )
-    skips = [edge for edge in schedule.edges if edge.destination != edge.source + 1]
-    if skips:
-        raise PlanError(
-            f"edge {skips[0]} joins stages that are no neighbours, which torch's runtime cannot run; pass the tensor "
-            "through the stages between, or use tricomm.pipeline's own executor"
-        )
 
 
 class ScheduleEager1F1B(PlannedSchedule):
