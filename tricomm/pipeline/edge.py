@@ -12,7 +12,7 @@ before, and waited for after, anything that goes the other way or over another e
     gradient = link.recv_gradient(0).wait()  # on the source mesh
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,17 +39,26 @@ class EdgeTensor:
             copy travels. That is so if the stage sums gradients itself (as Megatron's column-parallel layers do).
             If each rank of an axis computes a share of the gradient, say ``Partial()`` for that axis: the shares
             are added. None: it has no gradient (tokens, a mask).
+        shape: the global shape, if some of its sizes change from step to step: those are names, which ``bound``
+            replaces, such as ``(8, "sequence", 512)``. The specs then have no shape. () means that they have it.
 
     Raises:
-        SpecError: gradient placements that do not fit the mesh or cut other dims than the destination does.
+        SpecError: gradient placements that do not fit the mesh or cut other dims than the destination does, or a
+            shape given in both places or in none.
     """
 
     source: ShardingSpec
     destination: ShardingSpec
     gradient: tuple[Placement, ...] | None = ()
+    shape: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "destination", self.destination.resolved(self.source))
+        if (self.source.shape is None) != bool(self.shape):
+            raise SpecError(
+                f"an EdgeTensor with shape={self.shape} and source {self.source} must have its sizes in one place; "
+                "give the source a shape, or leave it out there and write shape=(8, 'sequence', 512)"
+            )
         if self.gradient:
             object.__setattr__(self, "gradient", tuple(self.gradient))
             checked = replace(self.destination, placements=self.gradient)
@@ -59,6 +68,26 @@ class EdgeTensor:
                         f"gradient={self.gradient} cuts axis {checked.mesh.axis_names[axis]!r} by {own}, where the "
                         f"tensor has {other}; a gradient has the shape of its tensor: use {other} or Partial()"
                     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of sizes that change."""
+        return tuple(size for size in self.shape if isinstance(size, str))
+
+    def bound(self, sizes: Mapping[str, int]) -> "EdgeTensor":
+        """The same with numbers for the names.
+
+        Raises:
+            SpecError: a name without a number.
+        """
+        if not self.shape:
+            return self
+        missing = [name for name in self.names if name not in sizes]
+        if missing:
+            raise SpecError(f"shape={self.shape} has no size for {missing[0]!r}; the known sizes are {dict(sizes)}")
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+        source = replace(self.source, shape=shape)
+        return EdgeTensor(source, replace(self.destination, shape=shape), self.gradient)
 
     def gradient_specs(self) -> tuple[ShardingSpec, ShardingSpec]:
         """(layout of the gradient on the taking stage, on the giving one)."""
