@@ -324,7 +324,8 @@ def save(rows: Sequence[Row], about: dict[str, Any], path: Path) -> list[Row]:
 
 
 def _row_from(fields: dict[str, Any]) -> Row:
-    return Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Row(**values)
 
 
 def run(options: Any) -> tuple[list[Row], Setting, str]:
