@@ -285,6 +285,14 @@ def test_queues_that_are_shared_deadlock_where_they_do_on_nccl() -> None:
             check(deferred, queues)
 
 
+def test_compute_that_waits_for_each_hop_can_run_only_with_fused_ones() -> None:
+    """Sends and receives that stand together are posted together; receives that come earlier wait for each other."""
+    for schedule in (gpipe(3, 5), one_f_one_b(3, 5)):
+        check(with_communication(schedule, receives_ahead=0), Queues.BLOCKING)
+        with pytest.raises(PlanError, match="queues none, compute waiting for all"):
+            check(with_communication(schedule, receives_ahead=1), Queues.BLOCKING)
+
+
 def test_a_shared_queue_per_position_is_stricter_than_one_per_pair() -> None:
     crossed = Schedule.parse(
         [

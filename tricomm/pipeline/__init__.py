@@ -16,6 +16,8 @@ from tricomm.pipeline.schedule import Schedule, chain
 from tricomm.pipeline.simulate import simulate
 from tricomm.pipeline.timeline import Timeline
 from tricomm.pipeline.torch_csv import read_csv, write_csv
+from tricomm.pipeline.tune import Limits, Tuned, tune
+from tricomm.pipeline.workload import Workload
 
 __all__ = [
     "Action",
@@ -23,11 +25,14 @@ __all__ = [
     "Costs",
     "Edge",
     "Kind",
+    "Limits",
     "Queues",
     "Schedule",
     "StageCost",
     "Timeline",
     "TransferCost",
+    "Tuned",
+    "Workload",
     "chain",
     "check",
     "eager_one_f_one_b",
@@ -37,6 +42,7 @@ __all__ = [
     "read_csv",
     "receive_ring",
     "simulate",
+    "tune",
     "warmed_up",
     "with_communication",
     "write_csv",

@@ -23,7 +23,14 @@ from tricomm.errors import PlanError
 
 
 class Kind(StrEnum):
-    """What an action does; the value is torch's name for it."""
+    """What an action does; the value is torch's name for it.
+
+    Attributes:
+        is_compute: whether the device computes, rather than sends or receives.
+        is_send: whether it starts a send.
+        is_receive: whether it posts a receive.
+        gives_gradient: whether it gives the gradient that the stage before waits for.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -34,25 +41,11 @@ class Kind(StrEnum):
     SEND_BACKWARD = "SEND_B"
     RECEIVE_BACKWARD = "RECV_B"
 
-    @property
-    def is_compute(self) -> bool:
-        """Whether the device computes, rather than sends or receives."""
-        return len(self.value) == 1
-
-    @property
-    def is_send(self) -> bool:
-        """Whether it starts a send."""
-        return self.value.startswith("SEND")
-
-    @property
-    def is_receive(self) -> bool:
-        """Whether it posts a receive."""
-        return self.value.startswith("RECV")
-
-    @property
-    def gives_gradient(self) -> bool:
-        """Whether it gives the gradient that the stage before waits for."""
-        return self in (Kind.BACKWARD, Kind.INPUT_GRADIENT)
+    def __init__(self, text: str) -> None:
+        self.is_compute = len(text) == 1
+        self.is_send = text.startswith("SEND")
+        self.is_receive = text.startswith("RECV")
+        self.gives_gradient = text in ("B", "I")
 
 
 class Channel(NamedTuple):

@@ -23,12 +23,16 @@ class Queues(Enum):
     PER_POSITION = "one per position"
     """All share one: torch's P2P on an NCCL group that was made with ``device_id``, or batched."""
 
+    BLOCKING = "none, compute waiting for all"
+    """What stands together in a list runs together, and the next computation waits until all of it has ended:
+    Megatron's fused P2P, torch's Schedule1F1B, and frameworks that overlap nothing."""
+
     def key(self, schedule: Schedule, channel: Channel, stage: int) -> tuple[int, ...]:
         """The queue, at the end of a channel that ``stage`` is, in which its transfers stand."""
         here = schedule.position_of(stage)
         if self is Queues.PER_POSITION:
             return (here,)
-        if self is Queues.PER_CHANNEL:
+        if self in (Queues.PER_CHANNEL, Queues.BLOCKING):
             return (here, *channel)
         there = schedule.position_of(channel.receiver if stage == channel.sender else channel.sender)
         return (here, min(here, there), max(here, there))
@@ -63,11 +67,10 @@ def check(schedule: Schedule, queues: Queues = Queues.PER_CHANNEL) -> None:
         if len(names) > SHOWN:
             names[SHOWN // 2 : -SHOWN // 2] = [f"{len(names) - SHOWN} others"]
         chain = ", which waits for ".join([*names, names[0]])
-        remedy = (
-            "take a queue per directed edge (Queues.PER_CHANNEL), or post receives later"
-            if schedule.has_communication and _circle(waits(schedule.compute_only(), queues)) is None
-            else "reorder the actions"
-        )
+        can_run = schedule.has_communication and _circle(waits(schedule.compute_only(), queues)) is None
+        remedy = "reorder the actions"
+        if can_run:
+            remedy = "take a queue per directed edge (Queues.PER_CHANNEL), or put the receives elsewhere"
         raise PlanError(f"the schedule cannot run with queues {queues.value}: {chain}; {remedy}")
 
 
@@ -105,11 +108,13 @@ def waits(schedule: Schedule, queues: Queues) -> dict[Node, list[Node]]:
     for actions in schedule.lists:
         before: Action | None = None
         tails: dict[tuple[int, ...], Node] = {}
+        together: list[Node] = []
         for action in actions:
             if action.is_compute:
                 graph.setdefault(action, []).extend(_needed(schedule, action))
                 graph[action] += [before] if before else []
-                before = action
+                graph[action] += together if queues is Queues.BLOCKING else []
+                before, together = action, []
                 continue
             node = (action.channel, action.microbatch)
             queue = queues.key(schedule, action.channel, action.stage)
@@ -117,6 +122,7 @@ def waits(schedule: Schedule, queues: Queues) -> dict[Node, list[Node]]:
             waiting += [before] if before else []
             waiting += [tails[queue]] if queue in tails else []
             tails[queue] = node
+            together.append(node)
     return graph
 
 

@@ -1,6 +1,6 @@
 """Costs: the seconds and bytes of a pipeline's stages and hops, measured or planned."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 
@@ -100,6 +100,17 @@ class TransferCost:
         nbytes = max(prod(destination.local_shape(rank)) for rank in destination.mesh.ranks) * destination.itemsize
         loads = {name: min(1.0, busy / seconds) for name, busy in _nic_seconds(plan, topology).items()}
         return cls(seconds, 0.0, nbytes, tuple(sorted(loads.items())))
+
+    @classmethod
+    def in_turn(cls, costs: Sequence["TransferCost"]) -> "TransferCost":
+        """Several transfers, one after the other: the tensors of one edge."""
+        busy = sum(cost.busy_seconds for cost in costs)
+        loads: dict[str, float] = {}
+        for cost in costs:
+            for name, load in cost.loads:
+                loads[name] = loads.get(name, 0.0) + load * cost.busy_seconds / busy
+        latency = max((cost.latency_seconds for cost in costs), default=0.0)
+        return cls(busy, latency, sum(cost.nbytes for cost in costs), tuple(sorted(loads.items())))
 
     @property
     def seconds(self) -> float:

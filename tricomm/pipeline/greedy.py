@@ -32,7 +32,7 @@ class Preference:
 PREFERENCES = tuple(
     Preference(forward_first, patience, weights_at_limit)
     for forward_first in (False, True)
-    for patience in (0.0, 0.5, 1.0)
+    for patience in (0.0, 1.0)
     for weights_at_limit in (False, True)
 )
 

@@ -13,6 +13,10 @@ def chain(stages: int) -> tuple[Edge, ...]:
     return tuple(Edge(stage, stage + 1) for stage in range(stages - 1))
 
 
+_Channels = dict[tuple[int, Kind], tuple[Channel, ...]]
+"""By stage and kind of action."""
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The list of actions of each position of a pipeline.
@@ -37,6 +41,8 @@ class Schedule:
     _position_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _microbatches: int = field(init=False, repr=False, compare=False)
     _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
+    _inputs: _Channels = field(init=False, repr=False, compare=False)
+    _outputs: _Channels = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -47,6 +53,8 @@ class Schedule:
         set_field(self, "_microbatches", _checked_microbatches(self))
         edges = tuple(dict.fromkeys(Edge(*edge) for edge in self.edges)) or chain(self.stages)
         set_field(self, "edges", _checked_edges(edges, self.stages))
+        set_field(self, "_inputs", _channels_by_action(edges, by_receiver=True))
+        set_field(self, "_outputs", _channels_by_action(edges, by_receiver=False))
         crossing = [edge for edge in edges if self.position_of(edge.source) != self.position_of(edge.destination)]
         set_field(self, "channels", tuple(channel for edge in crossing for channel in (edge.forward, edge.backward)))
 
@@ -110,19 +118,11 @@ class Schedule:
 
     def inputs(self, action: Action) -> tuple[Channel, ...]:
         """The channels (also those inside of a position) whose data an F, B or I needs."""
-        if action.kind is Kind.FORWARD:
-            return tuple(edge.forward for edge in self.edges if edge.destination == action.stage)
-        if action.kind.gives_gradient:
-            return tuple(edge.backward for edge in self.edges if edge.source == action.stage)
-        return ()
+        return self._inputs.get((action.stage, action.kind), ())
 
     def outputs(self, action: Action) -> tuple[Channel, ...]:
         """The channels (also those inside of a position) that carry what an F, B or I gives."""
-        if action.kind is Kind.FORWARD:
-            return tuple(edge.forward for edge in self.edges if edge.source == action.stage)
-        if action.kind.gives_gradient:
-            return tuple(edge.backward for edge in self.edges if edge.destination == action.stage)
-        return ()
+        return self._outputs.get((action.stage, action.kind), ())
 
     def __str__(self) -> str:
         """A grid: a row per position, its actions from left to right."""
@@ -154,6 +154,20 @@ def _positions(lists: Sequence[Sequence[Action]]) -> tuple[int, ...]:
             "number the stages from 0"
         )
     return tuple(found[stage] for stage in range(stages))
+
+
+def _channels_by_action(edges: Sequence[Edge], by_receiver: bool) -> _Channels:
+    """The channels that an F, B or I reads, or those that it fills."""
+    found: _Channels = {}
+    for edge in edges:
+        for channel, kinds in (
+            (edge.forward, (Kind.FORWARD,)),
+            (edge.backward, (Kind.BACKWARD, Kind.INPUT_GRADIENT)),
+        ):
+            for kind in kinds:
+                key = channel.receiver if by_receiver else channel.sender, kind
+                found[key] = (*found.get(key, ()), channel)
+    return found
 
 
 def _checked_edges(edges: tuple[Edge, ...], stages: int) -> tuple[Edge, ...]:

@@ -45,6 +45,11 @@ def simulate(
     if not schedule.has_communication and schedule.channels:
         schedule = with_communication(schedule, receives_ahead=max(map(len, schedule.lists)))
     check(schedule, queues)
+    return run_clock(schedule, costs, queues)
+
+
+def run_clock(schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL) -> Timeline:
+    """What ``simulate`` does, for a schedule with communication that is known to run: those that search call it."""
     return _Run(schedule, costs, queues).timeline()
 
 
@@ -71,6 +76,7 @@ class _Run:
         self.now = 0.0
         self.next_index = [0] * schedule.positions
         self.busy_until = [0.0] * schedule.positions
+        self.blocking: list[list[tuple[Channel, int]]] = [[] for _ in schedule.lists]  # what compute waits for besides
         self.spans: list[list[Span]] = [[] for _ in schedule.lists]
         self.moving: dict[tuple[Channel, int], _Moving] = {}
         self.waiting: dict[tuple[int, ...], deque[_Moving]] = {}
@@ -125,6 +131,7 @@ class _Run:
                 end = self.now + self.costs.seconds(action)
                 self.spans[position].append(Span(action, self.now, end))
                 self.busy_until[position] = end
+                self.blocking[position].clear()
             else:
                 self.post(action)
             self.next_index[position] += 1
@@ -138,6 +145,10 @@ class _Run:
                 if arrival is None:
                     return None
                 latest = max(latest, arrival)
+        for key in self.blocking[self.schedule.position_of(action.stage)]:
+            if key not in self.arrived:
+                return None
+            latest = max(latest, self.arrived[key])
         return latest
 
     def post(self, action: Action) -> None:
@@ -149,6 +160,8 @@ class _Run:
             one.sent = self.now
         else:
             one.posted = self.now
+        if self.queues is Queues.BLOCKING:
+            self.blocking[self.schedule.position_of(action.stage)].append(key)
         queue = self.queues.key(self.schedule, channel, action.stage)
         one.ends.append(queue)
         waiting = self.waiting.setdefault(queue, deque())
@@ -194,7 +207,8 @@ class _Run:
             self.transfers.append(
                 Transfer(one.channel, one.microbatch, one.sent, one.posted, one.begin, self.now, arrival)
             )
-            heapq.heappush(self.wake, (arrival, self.schedule.position_of(one.channel.receiver)))
+            for stage in one.channel:
+                heapq.heappush(self.wake, (arrival, self.schedule.position_of(stage)))
             for queue in one.ends:
                 self.waiting[queue].popleft()
             for queue in one.ends:

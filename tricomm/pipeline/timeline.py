@@ -44,6 +44,15 @@ class Step(NamedTuple):
     end: float
 
 
+class Wait(NamedTuple):
+    """A position waits for a transfer, from ``begin`` to ``end``."""
+
+    position: int
+    channel: Channel
+    begin: float
+    end: float
+
+
 class Peak(NamedTuple):
     """The most that a position holds at once.
 
@@ -88,21 +97,26 @@ class Timeline:
         busy = sum(self.busy_seconds(position) for position in range(self.schedule.positions))
         return 1 - busy / (self.makespan_seconds * self.schedule.positions) if self.makespan_seconds else 0.0
 
-    def exposed_seconds(self) -> dict[Channel, float]:
-        """Per channel, for how long its receiver has nothing to do but wait for data that has been computed.
+    def waits(self) -> Iterator[Wait]:
+        """Where a position has nothing to do but wait for data that has been computed.
 
-        While a position idles before an action, the wait counts from the moment at which the data that comes last
-        was computed; before that it waits for the computation, which is bubble and not communication.
+        While it idles before an action, the wait counts from the moment at which the data that comes last was
+        computed; before that it waits for the computation, which is bubble and not communication.
         """
-        exposed = dict.fromkeys(self.schedule.channels, 0.0)
         arrivals = {(one.channel, one.microbatch): one for one in self.transfers}
-        for spans in self.compute:
+        for position, spans in enumerate(self.compute):
             idle_since = 0.0
             for span in spans:
                 last = self._last_input(span.action, arrivals)
                 if last is not None and last.arrival > idle_since:
-                    exposed[last.channel] += min(span.begin, last.arrival) - max(idle_since, last.sent)
+                    yield Wait(position, last.channel, max(idle_since, last.sent), last.arrival)
                 idle_since = span.end
+
+    def exposed_seconds(self) -> dict[Channel, float]:
+        """Per channel, the sum of the waits for it, fill and drain of the pipeline among them."""
+        exposed = dict.fromkeys(self.schedule.channels, 0.0)
+        for wait in self.waits():
+            exposed[wait.channel] += wait.end - wait.begin
         return exposed
 
     def peaks(self) -> tuple[Peak, ...]:
@@ -127,6 +141,23 @@ class Timeline:
             else:
                 node = self._before_transfer(node)
         return tuple(reversed(path))
+
+    def critical_seconds(self) -> dict[Channel, float]:
+        """Per channel, the seconds of the critical path that it takes. A hop that hides behind compute is there once,
+        in the fill or the drain of the pipeline.
+        """
+        seconds = dict.fromkeys(self.schedule.channels, 0.0)
+        for step in self.critical_path():
+            if isinstance(step.what, Channel):
+                seconds[step.what] += step.end - step.begin
+        return seconds
+
+    def hop_seconds(self) -> dict[Channel, float]:
+        """Per channel, the mean time from the start of a transfer to its arrival."""
+        seconds = dict.fromkeys(self.schedule.channels, 0.0)
+        for one in self.transfers:
+            seconds[one.channel] += (one.arrival - one.begin) / self.schedule.microbatches
+        return seconds
 
     def _before_transfer(self, one: Transfer) -> Span | Transfer | None:
         """What a transfer waited for: the list of an end, or a transfer that stood before it in a queue."""
@@ -201,10 +232,12 @@ def describe(timeline: Timeline) -> Iterator[str]:
         )
         text += f" and {peak.receives} receive buffers"
         yield text + (f", {peak.nbytes / 1e6:.6g} MB" if peak.nbytes else "")
-    for channel, seconds in timeline.exposed_seconds().items():
-        moved = [one for one in timeline.transfers if one.channel == channel]
-        spent = sum(one.arrival - one.begin for one in moved)
-        if spent:
-            yield f"  channel {channel}: {len(moved)} transfers, {spent:.6g} s, of which {seconds:.6g} s are exposed"
-    on_wire = sum(step.end - step.begin for step in timeline.critical_path() if isinstance(step.what, Channel))
-    yield f"  critical path: {on_wire:.6g} s of transfers, {total - on_wire:.6g} s of the rest"
+    exposed, critical = timeline.exposed_seconds(), timeline.critical_seconds()
+    for channel, seconds in timeline.hop_seconds().items():
+        if seconds:
+            yield (
+                f"  channel {channel}: {timeline.schedule.microbatches} transfers of {seconds:.6g} s; its receiver "
+                f"waits {exposed[channel]:.6g} s, and {critical[channel]:.6g} s are on the critical path"
+            )
+    on_wire = sum(critical.values())
+    yield f"  critical path: {total - on_wire:.6g} s of compute, {on_wire:.6g} s of transfers"
