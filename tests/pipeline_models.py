@@ -119,7 +119,7 @@ class Weights(nn.Module):
 
 
 def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64) / math.sqrt(shape[-1])
+    return torch.randn(shape, dtype=torch.float64) / math.sqrt(math.prod(shape[1:]) or 1)
 
 
 # ---- GPT

@@ -134,8 +134,9 @@ class Executor:
         Raises:
             SpecError: data that are missing or too few, or a tensor that is not what its edge declares.
             TransportError: another rank failed; the message says which, and why. The executor is broken then, and a
-                new one is to be made. Ranks of the *same* stage that wait for a failed one inside of their own
-                collectives are freed by the timeout of their own process group only.
+                new one is to be made. A rank whose part was done already returns, and gets the error in its next
+                step. Ranks of the *same* stage that wait for a failed one inside of their own collectives are freed
+                by the timeout of their own process group only.
         """
         if not self._runs:
             return None

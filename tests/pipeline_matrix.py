@@ -1,0 +1,35 @@
+"""Every model, number of stages and schedule, 20 steps each: prints the largest errors. Not part of ``make test``.
+
+python -m tests.pipeline_matrix [--steps 20]
+"""
+
+import argparse
+import time
+
+import torch
+
+from tests.cases import RANKS
+from tests.test_executor import MESHES, MODELS, SCHEDULES, case_of, train
+from tricomm.launch import Ranks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    steps = parser.parse_args().steps
+    print(f"largest relative error over {steps} steps and all ranks, float64; seconds on this machine")
+    print(f"{'model':14} {'stages':>6} {'schedule':14} {'loss':>9} {'gradient':>9} {'seconds':>8}")
+    with Ranks(RANKS, timeout_seconds=300) as ranks:
+        for name in MODELS:
+            for positions in MESHES:
+                for kind in SCHEDULES:
+                    schedule, meshes = case_of(name, positions, kind)
+                    began = time.monotonic()
+                    errors = ranks.run(train, name, (schedule,), meshes, steps, torch.float64)
+                    seconds = time.monotonic() - began
+                    loss, gradient = (max(pair[index] for pair in errors) for index in (0, 1))
+                    print(f"{name:14} {len(meshes):6} {kind:14} {loss:9.1e} {gradient:9.1e} {seconds:8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
