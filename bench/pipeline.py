@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,8 @@ from bench.cluster import Cluster, parse_bits_per_second
 from bench.network import ClusterError
 from bench.pipeline_ranks import Method, Sample, Setting, hop, prepare, sample, slept
 from bench.pipeline_work import Seconds
-from tricomm import Topology
-from tricomm.pipeline import (
-    Costs,
-    Schedule,
-    StageCost,
-    TransferCost,
-    eager_one_f_one_b,
-    simulate,
-    with_communication,
-)
+from tricomm import Topology, make_plan
+from tricomm.pipeline import Channel, Costs, Schedule, StageCost, TransferCost, simulate, tune
 
 OURS = "tricomm"
 IN_TORCH = "tricomm in torch's runtime"
@@ -83,41 +75,33 @@ class Row:
     busy_seconds: tuple[float, ...]
 
 
-def costs_of(setting: Setting, lasting: Seconds, wire_seconds: float, hop_seconds: float) -> Costs:
-    """What the simulator is told: sleeps as they last alone, a hop as it takes alone."""
-    middle = StageCost(lasting.forward, lasting.input_gradient, lasting.weight_gradient)
+def costs_of(setting: Setting, lasting: Seconds, numel: int, hop_seconds: float) -> Costs:
+    """What the tuner is told: sleeps as they last alone, hops as they are planned, and as long as one takes alone.
+
+    A host sends activations to the one side and gradients to the other through one NIC.
+    """
+    nbytes = numel * 4
+    middle = StageCost(lasting.forward, lasting.input_gradient, lasting.weight_gradient, nbytes)
     # The inputs of the first stage need no gradient: both torch and the executor do all of its backward in W.
-    first = StageCost(lasting.forward, 0.0, lasting.backward)
-    transfer = TransferCost(wire_seconds, max(0.0, hop_seconds - wire_seconds))
-    return Costs((first, *[middle] * (setting.stages - 1)), (), transfer)
+    first = StageCost(lasting.forward, 0.0, lasting.backward, nbytes)
+    layouts = setting.layouts(numel)
+    transfers = {}
+    for stage in range(setting.stages - 1):
+        for sender, receiver in ((stage, stage + 1), (stage + 1, stage)):
+            plan = make_plan(layouts[sender], layouts[receiver], topology=setting.topology)
+            planned = TransferCost.of_plan(plan)
+            latency = max(0.0, hop_seconds - planned.busy_seconds)
+            transfers[Channel(sender, receiver)] = replace(planned, latency_seconds=latency)
+    return Costs((first, *[middle] * (setting.stages - 1)), transfers)
 
 
-def candidates(stages: int, microbatches: int) -> dict[str, Schedule]:
-    """The schedules to choose from."""
-    found = {f"depth {depth}": eager_one_f_one_b(stages, microbatches, depth=depth) for depth in (0, 1, 2)}
-    for depth in (0, 1, 2):
-        for slope in range(depth + 2):
-            delay = [slope * stage for stage in range(stages)]
-            found[f"depth {depth}, split, weights {slope} s later"] = eager_one_f_one_b(
-                stages, microbatches, depth=depth, split=True, weight_delay=delay
-            )
-    return found
+def tuned(costs: Costs, microbatches: int) -> tuple[str, Schedule]:
+    """What the tuner chooses, in words and as a value."""
+    best = tune(lambda _: costs, [microbatches]).best
+    return f"{best.name}, receives {best.receives_ahead} ahead", best.schedule
 
 
-def tuned(setting: Setting, costs: Costs) -> tuple[str, Schedule]:
-    """The fastest by simulation; of those within 0.2 %, the one that holds least."""
-    found = []
-    for name, schedule in candidates(setting.stages, setting.microbatches).items():
-        full = with_communication(schedule)
-        timeline = simulate(full, costs)
-        held = sum(peak.activations for peak in timeline.peaks())
-        found.append((timeline.makespan_seconds, held, name, full))
-    best = min(seconds for seconds, *_ in found)
-    _, _, name, schedule = min((one for one in found if one[0] <= best * 1.002), key=lambda one: one[1])
-    return name, schedule
-
-
-def measure(cluster: Cluster, ranks: Any, setting: Setting, calibration: Calibration, options: Any) -> list[Row]:
+def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any) -> list[Row]:
     """All hop times."""
     rows: list[Row] = []
     lasting = ranks.run(slept, setting.seconds)[0]
@@ -131,8 +115,8 @@ def measure(cluster: Cluster, ranks: Any, setting: Setting, calibration: Calibra
         hop_seconds = statistics.median(
             max(end for _, end in turn) - min(begin for begin, _ in turn) for turn in zip(*arrivals, strict=True)
         )
-        costs = costs_of(setting, lasting, wire_seconds, hop_seconds)
-        name, schedule = tuned(setting, costs)
+        costs = costs_of(setting, lasting, numel, hop_seconds)
+        name, schedule = tuned(costs, setting.microbatches)
         methods = methods_of(setting, numel, smallest, schedule)
         ranks.run(prepare, setting, methods)
         samples: dict[str, list[list[Sample]]] = {method.name: [] for method in methods}
@@ -341,7 +325,7 @@ def run(options: Any) -> tuple[list[Row], Setting, str]:
         )
         milliseconds = [one / 1e3 for one in options.sleep]
         setting = Setting(options.stages, options.devices, options.microbatches, Seconds(*milliseconds), topology)
-        return measure(cluster, ranks, setting, calibration, options), setting, str(calibration)
+        return measure(ranks, setting, calibration, options), setting, str(calibration)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

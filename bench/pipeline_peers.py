@@ -49,17 +49,21 @@ class LeaderPipeline:
 
     def __init__(self, rank: int, layouts: list[ShardingSpec], microbatches: int, work: Work) -> None:
         self.rank, self.layouts, self.microbatches, self.work = rank, layouts, microbatches, work
-        self.index = next(index for index, layout in enumerate(layouts) if rank in layout.mesh)
         self.ranks = [tuple(layout.mesh.ranks) for layout in layouts]
-        # Every rank makes every group, in one order; two neighbours get a group for each direction.
-        self.groups = [group_of(ranks) if len(ranks) > 1 else None for ranks in self.ranks]
-        self.directions = directions()
+        self.groups, self.directions = self.make_groups(layouts)
+        self.index = next(index for index, layout in enumerate(layouts) if rank in layout.mesh)
         local = layouts[self.index].local_shape(rank)
         self.local = tuple(local)
         self.whole = tuple(layouts[self.index].global_shape)
         self.input = torch.zeros(self.local)
         self.is_first, self.is_last = self.index == 0, self.index == len(layouts) - 1
         self.is_leader = rank == self.ranks[self.index][0]
+
+    @staticmethod
+    def make_groups(layouts: list[ShardingSpec]) -> tuple[list[Any], tuple[Any, Any]]:
+        """One for each stage, and one for each direction; every rank makes all of them, in one order."""
+        stages = [tuple(layout.mesh.ranks) for layout in layouts]
+        return [group_of(ranks) if len(ranks) > 1 else None for ranks in stages], directions()
 
     # ---- hops
 

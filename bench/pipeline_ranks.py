@@ -67,11 +67,15 @@ class Sample:
 
 
 _METHODS: dict[str, tuple[Any, Work]] = {}
+_NOTHING: tuple[Any, Work] = (lambda: None, Work(Seconds(0.0, 0.0, 0.0), is_first=False))
 
 
 def prepare(rank: int, setting: Setting, methods: list[Method]) -> None:
     """Make the methods of a case."""
     _METHODS.clear()
+    if rank >= setting.stages * setting.devices:
+        LeaderPipeline.make_groups(setting.layouts(setting.devices**2))
+        return
     for method in methods:
         work = Work(setting.seconds, rank < setting.devices)
         _METHODS[method.name] = MAKERS[method.kind](rank, setting, method, work), work
@@ -79,7 +83,7 @@ def prepare(rank: int, setting: Setting, methods: list[Method]) -> None:
 
 def sample(rank: int, name: str) -> Sample:
     """One step."""
-    step, work = _METHODS[name]
+    step, work = _METHODS.get(name, _NOTHING)
     work.counter.reset()
     dist.barrier()
     begin = time.monotonic()

@@ -95,7 +95,8 @@ class Work(nn.Module):
         """Sleep."""
         if self.embedding is not None:
             x = x + self.embedding
-        trunk, branch = _Trunk.apply, _Branch.apply
+        trunk: Any = _Trunk.apply
+        branch: Any = _Branch.apply
         output: torch.Tensor = trunk(x, self.seconds, self.counter) + branch(self.weight, self.seconds, self.counter)
         return output
 

@@ -308,6 +308,9 @@ def run_wrong(rank: int, what: str) -> None:
         ReshardStage(nn.Identity(), 0, 2, leaving=[EdgeTensor(places[0].spec(ROWS_CUT), wide.spec(ONE))])
     if what == "other stages" and rank == 2:
         PlannedSchedule([make_stage(rank, places, 1)], Schedule.parse(["0F0 0B0"]))
+    if what == "order" and rank == 2:
+        turned = Schedule.parse(["0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"])
+        PlannedSchedule([make_stage(rank, places, 1)], turned)
     if what == "skip" and rank == 2:
         stage = ReshardStage(nn.Identity(), 2, 3, arriving=one)
         skip = Schedule.parse(["0F0 0B0", "1F0 1B0", "2F0 2B0"], edges=[(0, 1), (1, 2), (0, 2)])
@@ -321,6 +324,7 @@ def run_wrong(rank: int, what: str) -> None:
         ("other rank", SpecError, "only the ranks of a stage's mesh make it"),
         ("both", SpecError, "give neighbouring stages ranks of their own"),
         ("other stages", PlanError, "the schedule has 1 stages and the pipeline 2"),
+        ("order", PlanError, "1F1 comes where microbatch 0 is due"),
         ("skip", PlanError, "edge 0-2 joins stages that are no neighbours"),
     ],
 )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tricomm.errors import PlanError, SpecError
+from tricomm.pipeline.actions import Kind
 from tricomm.pipeline.edge import EdgeTensor
 from tricomm.pipeline.schedule import Schedule
 
@@ -66,3 +67,18 @@ def check_schedule(schedule: Schedule, stages: Sequence[Any]) -> None:
             f"edge {skips[0]} joins stages that are no neighbours, which torch's runtime cannot run; pass the tensor "
             "through the stages between, or use tricomm.pipeline's own executor"
         )
+    _check_order(schedule)
+
+
+def _check_order(schedule: Schedule) -> None:
+    last: dict[tuple[int, bool], int] = {}
+    for action in schedule.actions():
+        is_forward = action.kind is Kind.FORWARD
+        if is_forward or action.kind.gives_gradient:
+            before = last.get((action.stage, is_forward), -1)
+            if action.microbatch != before + 1:
+                raise PlanError(
+                    f"{action} comes where microbatch {before + 1} is due, and torch's runtime counts losses and "
+                    "outputs in the order 0, 1, 2 ...; keep this order, or use tricomm.pipeline's own executor"
+                )
+            last[action.stage, is_forward] = action.microbatch
