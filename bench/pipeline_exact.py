@@ -18,6 +18,7 @@ from tricomm.pipeline.exact import solve
 
 GRID = [(4, 8), (4, 16), (8, 16)]
 HOPS = (0.0, 0.5, 1.0, 2.0)
+TRIALS = 300
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Row:
 def measured(costs: Costs, microbatches: int, activations: int, hop: str, split: bool, limit: float) -> Row:
     """Tune and solve one problem."""
     begin = time.perf_counter()
-    tuned = tune(lambda _: costs, [microbatches], limits=Limits(activations=activations), allow_split=split)
+    tuned = tune(
+        lambda _: costs, [microbatches], limits=Limits(activations=activations), allow_split=split, trials=TRIALS
+    )
     wall = time.perf_counter() - begin
     best = tuned.best
     exact = solve(costs, microbatches, memory=activations, split=split, limit_seconds=limit)

@@ -27,7 +27,7 @@ from tricomm.pipeline import (
     with_communication,
     zero_bubble,
 )
-from tricomm.pipeline.simulate import fair_rates
+from tricomm.pipeline.simulate import fair_rates, run_clock
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -295,6 +295,17 @@ def test_errors_name_the_value_the_rule_and_the_remedy(make: Any, message: str) 
     with pytest.raises(PlanError) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_a_schedule_that_was_not_checked_still_ends() -> None:
+    circle = Schedule.parse(
+        [
+            "0F0 0SEND_F0 0RECV_B0 0B0 0F1 0SEND_F1 0RECV_B1 0B1",
+            "1RECV_F0 1RECV_F1 1F1 1B1 1SEND_B1 1F0 1B0 1SEND_B0",
+        ]
+    )
+    with pytest.raises(PlanError, match="0B0 at position 0 waits for ever; call check, which says for what"):
+        run_clock(circle, Costs.uniform(2, 1, 1, 1))
 
 
 def test_costs_are_values() -> None:

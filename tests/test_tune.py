@@ -1,15 +1,19 @@
 """The tuner against proven optima and its own words; the solver's set-up; pictures of timelines."""
 
+import contextlib
+import io
 import json
 import re
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from tricomm import PlanError
+from tricomm.cli import main
 from tricomm.pipeline import (
     Channel,
     Costs,
@@ -25,6 +29,7 @@ from tricomm.pipeline import (
     simulate,
     tune,
     with_communication,
+    write_csv,
 )
 from tricomm.pipeline import exact as exact_module
 from tricomm.pipeline.exact import _tick, solve
@@ -82,6 +87,17 @@ def test_list_schedules_keep_to_their_limit(memory: list[int], split: bool) -> N
         assert schedule.is_split == split
         peaks = simulate(schedule, costs).peaks()
         assert all(peak.activations <= limit for peak, limit in zip(peaks, memory, strict=True))
+
+
+def test_moves_of_single_actions_shorten_what_no_regular_schedule_fits() -> None:
+    """Uneven stages and room for two activations: 29 by any regular schedule, 28 proven by CP-SAT."""
+    costs = Costs((StageCost(1, 2, 2), StageCost(2, 2, 2)), {Channel(0, 1): TransferCost(2.0, 0.5)})
+    limits = Limits(activations=2)
+    assert tune(lambda _: costs, [4], limits=limits).best.makespan_seconds == 29
+    tuned = tune(lambda _: costs, [4], limits=limits, trials=100)
+    assert tuned.best.makespan_seconds == 28
+    assert tuned.best.activations <= 2
+    check(tuned.best.schedule)
 
 
 def test_fewer_bytes_than_memory_are_asked_for() -> None:
@@ -146,7 +162,9 @@ def test_what_stays_exposed_is_named_with_its_reason() -> None:
     limited = verdict_of(Costs.uniform(4, 1, 1, 1, 2.5), limits=Limits(activations=4))
     assert any("wants a warm-up that the memory limit has no room for" in reason for reason in limited.values())
     far = Costs.uniform(3, 1, 1, 1, TransferCost(latency_seconds=9))
-    assert any("is above the" in reason or "is waited for" in reason for reason in verdict_of(far, 20).values())
+    assert any("a deeper warm-up was no faster" in reason for reason in verdict_of(far, 20).values())
+    few = verdict_of(Costs.uniform(3, 1, 1, 1, 3), 6)
+    assert "depth 2 hides 3.5 s of a hop in a steady state, and would hide 3 s, but 6 microbatches hardly" in few["0>1"]
 
 
 def test_the_solver_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,3 +228,41 @@ def test_a_trace_shows_each_span_once_and_joins_both_ends() -> None:
     assert max(counts) == timeline.peaks()[0].activations
     assert counts[-1] == 0
     assert {action.kind for action in schedule.actions()} >= {Kind.FORWARD, Kind.BACKWARD}
+
+
+def run_command(*words: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["simulate", *words])
+    return printed.getvalue()
+
+
+def test_the_command_prints_a_grid_and_figures_and_writes_files(tmp_path: Path) -> None:
+    svg, trace, table = (tmp_path / name for name in ("a.svg", "a.json", "a.csv"))
+    words = ("--stages", "2", "--microbatches", "4", "--seconds", "1,1,1", "--hop", "0.5")
+    text = run_command("--schedule", "1f1b", *words, "--svg", str(svg), "--perfetto", str(trace))
+    assert text.startswith("0: 0F0 0F1 0B0 0F2 0B1 0F3 0B2 0B3\n1: 1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3\n\n17 s, bubble ")
+    assert ET.fromstring(svg.read_text()).tag.endswith("svg")
+    assert json.loads(trace.read_text())["traceEvents"]
+    tuned = run_command(*words)
+    assert tuned.startswith("chosen: ")
+    table.write_text(write_csv(one_f_one_b(2, 4)))
+    assert run_command("--schedule", str(table), *words[4:]) == text
+    for name in ("gpipe", "eager", "zero-bubble"):
+        assert run_command("--schedule", name, *words).startswith("0: 0F0 0F1 ")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--seconds", "1,x"], "--seconds '1,x' is not three numbers; write F, I and W as 1,1,1"),
+        (["--seconds", "1,1"], "is not three numbers"),
+        (["--schedule", "fast"], "--schedule 'fast' is no schedule and no file; write tuned, gpipe"),
+        (["--stages", "0"], "stages is empty"),
+    ],
+)
+def test_a_wrong_command_says_why(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(*words)
+    assert caught.value.code == 2
+    assert why in capsys.readouterr().err

@@ -1,13 +1,28 @@
-"""The command line: ``python -m tricomm demo | plan``."""
+"""The command line: ``python -m tricomm demo | plan | simulate``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tricomm.errors import SpecError, TricommError
 from tricomm.mesh import Mesh
+from tricomm.pipeline import (
+    Costs,
+    Limits,
+    Schedule,
+    TransferCost,
+    eager_one_f_one_b,
+    gpipe,
+    read_csv,
+    simulate,
+    tune,
+    with_communication,
+    zero_bubble,
+)
 from tricomm.plan import make_plan
 from tricomm.sharding import ShardingSpec
+from tricomm.view import timeline_perfetto, timeline_svg
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,17 +47,93 @@ def main(arguments: Sequence[str] | None = None) -> None:
             help='mesh shape, as 2,2, and one entry per tensor dim, as "S01 R"',
         )
     plan.add_argument("--same-ranks", action="store_true", help="both meshes start at rank 0")
+    _add_simulate(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command == "demo":
             from tricomm.demo import run_demo
 
             run_demo(options.checkpoint)
+        elif options.command == "simulate":
+            print(_simulate(options))
         else:
             print(_plan_text(options))
     except TricommError as error:
         print(f"tricomm: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="print how a pipeline would run",
+        description="Example: tricomm simulate --stages 4 --microbatches 8 --seconds 1,1,1 --hop 1 --svg timeline.svg",
+    )
+    parser.add_argument(
+        "--schedule",
+        default="tuned",
+        help="tuned (the default), gpipe, 1f1b, eager, zero-bubble, or the path of a CSV file as torch writes it",
+    )
+    parser.add_argument("--stages", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--microbatches", type=int, default=8, help="(%(default)s)")
+    parser.add_argument(
+        "--seconds", default="1,1,1", help="of F, I and W: forward, gradient of inputs, of weights (%(default)s)"
+    )
+    parser.add_argument("--hop", type=float, default=0.0, help="seconds that a transfer keeps its link (%(default)s)")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds until it can be used (%(default)s)")
+    parser.add_argument("--depth", type=int, default=1, help="of the warm-up of eager and zero-bubble (%(default)s)")
+    parser.add_argument("--split", action="store_true", help="backwards in two steps, I then W")
+    parser.add_argument("--activations", type=int, help="the most that a stage may hold, for tuned")
+    parser.add_argument(
+        "--receives-ahead", type=int, default=2, help="actions by which receives come first (%(default)s)"
+    )
+    parser.add_argument("--svg", type=Path, metavar="PATH", help="write a picture")
+    parser.add_argument("--perfetto", type=Path, metavar="PATH", help="write a trace for ui.perfetto.dev")
+
+
+def _simulate(options: argparse.Namespace) -> str:
+    """The grid, the figures and, if asked for, what was compared."""
+    try:
+        times = [float(word) for word in options.seconds.split(",")]
+        forward, inputs, weights = times
+    except ValueError:
+        raise SpecError(f"--seconds {options.seconds!r} is not three numbers; write F, I and W as 1,1,1") from None
+    hop = TransferCost(options.hop, options.latency)
+    lines = []
+    if options.schedule == "tuned":
+        costs = Costs.uniform(options.stages, forward, inputs, weights, hop)
+        tuned = tune(lambda _: costs, [options.microbatches], limits=Limits(activations=options.activations))
+        schedule = tuned.best.schedule
+        lines = [str(tuned), ""]
+    else:
+        schedule = _named_schedule(options)
+        costs = Costs.uniform(schedule.stages, forward, inputs, weights, hop)
+        if not schedule.has_communication:
+            schedule = with_communication(schedule, receives_ahead=options.receives_ahead)
+    timeline = simulate(schedule, costs)
+    if options.svg is not None:
+        options.svg.write_text(timeline_svg(timeline))
+    if options.perfetto is not None:
+        options.perfetto.write_text(timeline_perfetto(timeline))
+    return "\n".join([*lines, str(schedule.compute_only()), "", str(timeline)])
+
+
+def _named_schedule(options: argparse.Namespace) -> Schedule:
+    stages, microbatches, split = options.stages, options.microbatches, options.split
+    if options.schedule == "gpipe":
+        return gpipe(stages, microbatches, split=split)
+    if options.schedule in ("1f1b", "eager"):
+        depth = 0 if options.schedule == "1f1b" else options.depth
+        return eager_one_f_one_b(stages, microbatches, depth=depth, split=split)
+    if options.schedule == "zero-bubble":
+        return zero_bubble(stages, microbatches, depth=options.depth)
+    path = Path(options.schedule)
+    if not path.is_file():
+        raise SpecError(
+            f"--schedule {options.schedule!r} is no schedule and no file; write tuned, gpipe, 1f1b, eager, zero-bubble "
+            "or a path"
+        )
+    return read_csv(path.read_text())
 
 
 def _plan_text(options: argparse.Namespace) -> str:

@@ -16,6 +16,7 @@ from tricomm.tensors import Contract, check_casts
 from tricomm.topology import Topology
 from tricomm.transport.meetings import describe_refusal
 from tricomm.transport.runtime import PlanExecution
+from tricomm.transport.streams import HostSide, Side
 from tricomm.transport.torch_dist import Hub, Lane, default_device, hub, resolve_group
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -27,8 +28,9 @@ Call = tuple[Lane, torch.Tensor | None, torch.Tensor | None]
 class Handle:
     """A reshard that was started."""
 
-    def __init__(self, future: "Future[torch.Tensor | None]") -> None:
+    def __init__(self, future: "Future[tuple[torch.Tensor | None, Any]]", side: Side) -> None:
         self._future = future
+        self._side = side
 
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once."""
@@ -37,10 +39,14 @@ class Handle:
     def wait(self) -> torch.Tensor | None:
         """The rank's new shard; None off the destination mesh.
 
+        On a GPU the host goes on at once, and what it queues afterwards on the current stream runs after the move.
+
         Raises:
             TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage.
         """
-        return self._future.result()
+        result, mark = self._future.result()
+        self._side.join(mark)
+        return result
 
 
 class Resharder:
@@ -144,15 +150,25 @@ class Resharder:
         if call is None:
             return None
         lane = call[0]
-        if lane.last_started is None or lane.last_started.done():
+        if lane.last_started is None:
+            return self._run(*call)
+        if lane.last_started.done() and lane.last_started.exception() is None:
+            lane.side.join(lane.last_started.result()[1])
             return self._run(*call)
         # What was started on the same lane is still under way: wait in line behind it.
-        return lane.worker.submit(self._run, *call).result()
+        return self._start(call, None).wait()
 
-    def start(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> Handle:
+    def start(
+        self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None, after: Any = None
+    ) -> Handle:
         """Reshard in the background. The tensor must not change before ``wait`` returns.
 
-        Runs of the same ranks follow each other in the order in which they were started.
+        Runs of the same ranks and channel follow each other in the order in which they were started.
+
+        Args:
+            tensor, out: as for :func:`reshard`.
+            after: on a GPU, the run begins after this ``mark`` on a stream of its own; None is all that the current
+                stream has to do so far.
         """
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             error = SpecError(
@@ -163,12 +179,26 @@ class Resharder:
             raise error
         call = self._prepare(tensor, out)
         if call is None:
-            nothing: Future[torch.Tensor | None] = Future()
-            nothing.set_result(None)
-            return Handle(nothing)
+            nothing: Future[tuple[torch.Tensor | None, Any]] = Future()
+            nothing.set_result((None, None))
+            return Handle(nothing, HostSide())
+        return self._start(call, after)
+
+    def mark(self) -> Any:
+        """What the current stream has to do so far, for ``start``; None in host memory, or before the first meeting."""
+        return None if self._lane is None else self._lane.side.mark()
+
+    def _start(self, call: Call, after: Any) -> Handle:
         lane = call[0]
-        lane.last_started = lane.worker.submit(self._run, *call)
-        return Handle(lane.last_started)
+        lane.last_started = lane.worker.submit(self._run_aside, lane.side.mark() if after is None else after, *call)
+        return Handle(lane.last_started, lane.side)
+
+    def _run_aside(
+        self, after: Any, lane: Lane, source: torch.Tensor | None, destination: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, Any]:
+        """As _run, on the lane's side; (result, mark at which it is there)."""
+        with lane.side.after(after, source, destination):
+            return self._run(lane, source, destination), lane.side.reached()
 
     def gradient(self) -> "Resharder":
         """The Resharder that brings the gradient of the result back to the layout of the source.

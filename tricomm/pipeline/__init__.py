@@ -4,6 +4,8 @@ from tricomm.pipeline.actions import Action, Channel, Edge, Kind
 from tricomm.pipeline.check import Queues, check, receive_ring
 from tricomm.pipeline.communication import with_communication
 from tricomm.pipeline.costs import Costs, StageCost, TransferCost
+from tricomm.pipeline.edge import EdgeTensor, Link
+from tricomm.pipeline.executor import Executor
 from tricomm.pipeline.generators import (
     eager_one_f_one_b,
     gpipe,
@@ -14,6 +16,8 @@ from tricomm.pipeline.generators import (
 )
 from tricomm.pipeline.schedule import Schedule, chain
 from tricomm.pipeline.simulate import simulate
+from tricomm.pipeline.stage import Stage, WithLoss
+from tricomm.pipeline.tied import Tied
 from tricomm.pipeline.timeline import Timeline
 from tricomm.pipeline.torch_csv import read_csv, write_csv
 from tricomm.pipeline.tune import Limits, Tuned, tune
@@ -24,14 +28,20 @@ __all__ = [
     "Channel",
     "Costs",
     "Edge",
+    "EdgeTensor",
+    "Executor",
     "Kind",
     "Limits",
+    "Link",
     "Queues",
     "Schedule",
+    "Stage",
     "StageCost",
+    "Tied",
     "Timeline",
     "TransferCost",
     "Tuned",
+    "WithLoss",
     "Workload",
     "chain",
     "check",

@@ -10,6 +10,7 @@ loss = executor.step({"tokens": tokens.chunk(8), "targets": targets.chunk(8)})  
 """
 
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from tricomm.errors import SpecError, TransportError, TricommError
 from tricomm.pipeline.actions import Action, Channel, Edge, Kind
 from tricomm.pipeline.check import check
 from tricomm.pipeline.communication import with_communication
-from tricomm.pipeline.edge import Link
+from tricomm.pipeline.edge import EdgeTensor, Link
+from tricomm.pipeline.replicas import ReplicaCheck
 from tricomm.pipeline.schedule import Schedule
 from tricomm.pipeline.sizes import SizeAgreement
 from tricomm.pipeline.stage import Stage, StageRun
@@ -44,6 +46,8 @@ class Executor:
     Every rank of every mesh makes it with the same arguments (but for modules, which only a stage's own ranks have)
     and then calls ``step`` as often. Each edge is a :class:`Link`: activations are resharded from the layout of the one
     stage to that of the other, and gradients back.
+
+    In its first step the ranks of a stage that are said to compute equal gradients of an input compare them.
 
     A step adds to the ``grad`` of the parameters the gradient of the mean of the losses of its microbatches. Zeroing
     gradients and stepping optimisers is the caller's, as is whatever else the ranks of one stage owe each other.
@@ -88,13 +92,16 @@ class Executor:
         self._links: dict[Edge, Link] = {}
         self._bound: OrderedDict[tuple[tuple[str, int], ...], dict[Edge, Link]] = OrderedDict()
         self._action: Action | None = None
+        self._replicas: ReplicaCheck | None = None
         try:
             self.schedule = schedule if schedule.has_communication else with_communication(schedule)
             self.stages, self.edges = tuple(stages), edges
             check_wiring(self.schedule, self.stages, edges)
             check(self.schedule)
             scale = 1.0 / schedule.microbatches if loss_scale is None else loss_scale
+            self._flowing = {edge: _with_gradient(tensors) for edge, tensors in edges.items()}
             self._runs = {i: self._run_of(i, scale) for i, stage in enumerate(stages) if self.rank in stage.mesh}
+            self._data_names = {index: data_names(index, stages[index], edges) for index in self._runs}
             self.position = self.schedule.position_of(next(iter(self._runs))) if self._runs else None
             modules = {index: run.module for index, run in self._runs.items()}
             self._tied = [
@@ -123,9 +130,9 @@ class Executor:
         Args:
             data: the inputs that no edge brings, by name: one tensor for each microbatch, as this rank's module takes
                 it. Names that the stages of this rank do not take are ignored.
-            sizes: the sizes of this step that the edges name, on the ranks of the first stage; the others may leave
-                them out. The first step with new sizes makes and connects the plans of all edges, for some
-                milliseconds per edge; the plans of the last 16 combinations are kept.
+            sizes: the sizes of this step that the edges name. The first rank of the first stage tells them to all
+                others, and what those give is not looked at. The first step with new sizes makes and connects the
+                plans of all edges, for some milliseconds per edge; those of the last 16 combinations are kept.
 
         Returns:
             The loss of the step as this rank's module gave it (its part, if the loss is Partial), detached; None on
@@ -194,7 +201,7 @@ class Executor:
 
     def _forward(self, action: Action, run: StageRun, data: Mapping[str, Sequence[torch.Tensor]]) -> None:
         stage, microbatch = action.stage, action.microbatch
-        inputs = {name: data[name][microbatch] for name in data_names(stage, run.stage, self.edges)}
+        inputs = {name: data[name][microbatch] for name in self._data_names[stage]}
         for channel in self.schedule.inputs(action):
             inputs.update(zip(self.edges[channel.edge], self._take(channel, action), strict=True))
         outputs = run.forward(microbatch, inputs)
@@ -204,11 +211,16 @@ class Executor:
     def _backward(self, action: Action, run: StageRun) -> None:
         gradients: dict[str, list[torch.Tensor]] = {}
         for channel in self.schedule.inputs(action):
-            for name, gradient in zip(self._differentiable(channel.edge), self._take(channel, action), strict=True):
+            for name, gradient in zip(self._flowing[channel.edge], self._take(channel, action), strict=True):
                 gradients.setdefault(name, []).append(gradient)
         found = run.backward(action.kind, action.microbatch, gradients)
         for channel in self.schedule.outputs(action):
-            self._give(channel, action.microbatch, [found[name] for name in self._differentiable(channel.edge)])
+            names = self._flowing[channel.edge]
+            if self._replicas is not None and action.microbatch == 0 and (link := self._links.get(channel.edge)):
+                specs = [link.tensors[index].gradient_specs()[0] for index in link.differentiable]
+                for name, spec in zip(names, specs, strict=True):
+                    self._replicas.note(f"input {name!r} of stage {action.stage}", spec, found[name])
+            self._give(channel, action.microbatch, [found[name] for name in names])
 
     def _give(self, channel: Channel, microbatch: int, tensors: list[torch.Tensor]) -> None:
         """Put tensors where the send action, or the other stage of this position, finds them."""
@@ -234,14 +246,11 @@ class Executor:
             return None
         return link.forward if channel.is_forward else link.backward
 
-    def _differentiable(self, edge: tuple[int, int]) -> list[str]:
-        return [name for name, tensor in self.edges[edge].items() if tensor.gradient is not None]
-
     # ---- around the actions
 
     def _run_of(self, index: int, loss_scale: float) -> StageRun:
-        takes = [name for edge in self.edges if edge[1] == index for name in self._differentiable(edge)]
-        gives = [name for edge in self.edges if edge[0] == index for name in self._differentiable(edge)]
+        takes = [name for edge, names in self._flowing.items() if edge[1] == index for name in names]
+        gives = [name for edge, names in self._flowing.items() if edge[0] == index for name in names]
         return StageRun(index, self.stages[index], takes, gives, loss_scale)
 
     def _connect(self, tied: Sequence[Tied], timeout_seconds: float) -> None:
@@ -252,9 +261,15 @@ class Executor:
             "edges": repr([(tuple(edge), dict(tensors)) for edge, tensors in self.edges.items()]),
             "tied": repr(list(tied)),
         }
-        self.hub.meetings.meet(
-            digest_of(fields), self.ranks, lambda: fields, timeout_seconds, channel=f"executor {self.name}"
+        unique = self.hub.meetings.meet(
+            digest_of(fields),
+            self.ranks,
+            lambda: fields,
+            timeout_seconds,
+            lambda: uuid.uuid4().hex,
+            f"executor {self.name}",
         )
+        self._replicas = ReplicaCheck(self.hub.store, self.rank, unique, timeout_seconds)
         for one in self._tied:
             one.connect()
         if self._sizes is not None:
@@ -280,6 +295,7 @@ class Executor:
                 way.drop_buffers()
         if links is None:
             links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._options)
+            self._links = links
             for link in links.values():
                 link.connect()
             if len(self._bound) >= MAX_SIGNATURES:
@@ -290,8 +306,8 @@ class Executor:
     def _checked(self, data: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, Sequence[torch.Tensor]]:
         """The data that the stages of this rank take."""
         mine: dict[str, Sequence[torch.Tensor]] = {}
-        for index, run in self._runs.items():
-            for name in data_names(index, run.stage, self.edges):
+        for index, names in self._data_names.items():
+            for name in names:
                 found = len(data[name]) if name in data else 0
                 if found != self.schedule.microbatches:
                     raise SpecError(
@@ -305,6 +321,9 @@ class Executor:
     def _finish(self) -> None:
         for link in self._links.values():
             link.flush()
+        if self._replicas is not None:
+            self._replicas.compare()
+            self._replicas = None
         for run in self._runs.values():
             if run.stage.after_backward is not None:
                 run.stage.after_backward(run.module)
@@ -328,3 +347,8 @@ class Executor:
         self._posted.clear()
         self._outbox.clear()
         self._held.clear()
+
+
+def _with_gradient(tensors: Mapping[str, EdgeTensor]) -> tuple[str, ...]:
+    """The names of those that have a gradient, in the order in which gradients cross."""
+    return tuple(name for name, tensor in tensors.items() if tensor.gradient is not None)

@@ -100,6 +100,12 @@ class _Run:
             self.finish_transfers()
             while self.wake and self.wake[0][0] <= self.now:
                 self.advance(heapq.heappop(self.wake)[1])
+        for position, index in enumerate(self.next_index):
+            if index < len(self.schedule.lists[position]):
+                raise PlanError(
+                    f"{self.schedule.lists[position][index]} at position {position} waits for ever; call check, which "
+                    "says for what"
+                )
         return Timeline(
             self.schedule,
             self.costs,

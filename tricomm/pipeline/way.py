@@ -101,7 +101,10 @@ class ReceiveHandle:
     def release(self) -> None:
         """Give the memory back for a later receive. Nothing may read the tensors any more."""
         if self._slot is not None:
-            self._way.holders[self._slot] = None
+            way = self._way
+            way.holders[self._slot] = None
+            # What reads the tensors may still be queued on the current stream.
+            way.freed[self._slot] = way.movers[0].mark()
             self._slot = None
 
 
@@ -136,6 +139,7 @@ class Way:
         self.takes = self.rank in specs[0][1].mesh
         self.slots = None if self.gives and self.takes else slots
         self.holders: list[int | None] = [None] * (self.slots or 0)
+        self.freed: list[Any] = [None] * (self.slots or 0)
         self._buffers: list[list[torch.Tensor]] = []
         self._turns = {"send": 0, "recv": 0}
         self._sent: deque[SendHandle] = deque()
@@ -154,6 +158,7 @@ class Way:
     def drop_buffers(self) -> None:
         """Free the receive buffers; the next receive makes them again."""
         self._buffers.clear()
+        self.freed = [None] * len(self.freed)
 
     def send(self, tensors: Sequence[torch.Tensor], microbatch: int) -> SendHandle:
         """See Link.send."""
@@ -196,7 +201,8 @@ class Way:
         self.holders[slot] = microbatch
         if not self._buffers:
             self._buffers = [self._new_buffers() for _ in self.holders]
-        handle.handles = [mover.start(out=out) for mover, out in zip(self.movers, self._buffers[slot], strict=True)]
+        pairs = zip(self.movers, self._buffers[slot], strict=True)
+        handle.handles = [mover.start(out=out, after=self.freed[slot]) for mover, out in pairs]
         return handle
 
     def flush(self) -> None:

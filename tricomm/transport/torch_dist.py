@@ -25,6 +25,7 @@ from tricomm.transport.base import Operation, Work
 from tricomm.transport.board import Board
 from tricomm.transport.meetings import Meetings
 from tricomm.transport.monitor import Monitor, beat_seconds, stalled_rank
+from tricomm.transport.streams import side_of
 
 GLOO_DEPTH = (4, 2)
 NCCL_DEPTH = (0, 2)
@@ -91,7 +92,8 @@ class Lane:
         self.index = {rank: index for index, rank in enumerate(participants)}
         self.device = device
         self.broken: str | None = None
-        self.last_started: Future[torch.Tensor | None] | None = None
+        self.last_started: Future[tuple[torch.Tensor | None, Any]] | None = None
+        self.side = side_of(device)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tricomm")
         self.call = 0
         self.waiting_for: int | None = None

@@ -1,0 +1,107 @@
+"""Background runs stand beside the compute of a GPU: which marks they wait for, seen through a side that notes them."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tests.oracle import pick, require_equal
+from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec
+from tricomm.launch import Ranks
+from tricomm.pipeline import EdgeTensor, Link
+from tricomm.transport.torch_dist import Lane
+
+SHAPE = (8, 6)
+SOURCE = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), SHAPE, "float32")
+DESTINATION = ShardingSpec(Mesh([2], ("x",)), (Replicate(),))
+RANKS = (0, 1, 2)
+
+
+class Notebook:
+    """A Side of which every mark is a number, and every call a line."""
+
+    def __init__(self) -> None:
+        self.marks = 0
+        self.lines: list[str] = []
+
+    def mark(self) -> int:
+        self.marks += 1
+        self.lines.append(f"mark {self.marks}")
+        return self.marks
+
+    @contextmanager
+    def after(self, mark: int, *tensors: torch.Tensor | None) -> Iterator[None]:
+        assert threading.current_thread().name.startswith("tricomm"), "the caller does not wait"
+        self.lines.append(f"begin after {mark}, keeping {sum(tensor is not None for tensor in tensors)}")
+        yield
+
+    def reached(self) -> int:
+        self.marks += 1
+        self.lines.append(f"end {self.marks}")
+        return self.marks
+
+    def join(self, mark: int) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        self.lines.append(f"join {mark}")
+
+
+def opened(lane: Lane | None) -> list[str]:
+    """Give the lane a notebook."""
+    assert lane is not None
+    lane.side = Notebook()
+    return lane.side.lines
+
+
+def background_run(rank: int) -> list[str]:
+    if rank not in RANKS:
+        return []
+    mover = Resharder(SOURCE, DESTINATION, timeout_seconds=10)
+    mover.meet()
+    lines = opened(mover._lane)
+    full = torch.arange(48.0).reshape(SHAPE)
+    tensor = pick(full, SOURCE, rank) if rank in SOURCE.mesh else None
+    handle = mover.start(tensor)
+    handle.wait()
+    output = mover(tensor)
+    if output is not None:
+        require_equal(output, full, "after a background run")
+    mark = mover.mark()
+    assert mark == 3
+    mover.start(tensor, after=mark).wait()
+    return lines
+
+
+def test_a_run_waits_for_the_caller_and_the_caller_for_it(ranks: Ranks) -> None:
+    for lines in ranks.run(background_run)[:3]:
+        assert lines == [
+            *("mark 1", "begin after 1, keeping 1", "end 2", "join 2"),
+            "join 2",  # the direct call comes after what ran before
+            *("mark 3", "begin after 3, keeping 1", "end 4", "join 4"),
+        ]
+
+
+def receives_in_turn(rank: int) -> list[str]:
+    """Two slots, four microbatches: a receive waits for what read its buffer before, not for all that was queued."""
+    if rank not in RANKS:
+        return []
+    link = Link("marks", [EdgeTensor(SOURCE, DESTINATION)], microbatches=4, slots=(2, None), timeout_seconds=10)
+    link.connect()
+    if rank != 2:
+        for m in range(4):
+            link.send(torch.full(SOURCE.local_shape(rank), float(m)), m)
+        link.flush()
+        return []
+    lines = opened(link.forward.movers[0]._lane)
+    for m in range(4):
+        handle = link.recv(m)
+        assert handle.wait()[0, 0] == m
+        handle.release()
+    return lines
+
+
+def test_a_posted_receive_waits_for_its_buffer_only(ranks: Ranks) -> None:
+    lines = ranks.run(receives_in_turn)[2]
+    begins = [line for line in lines if line.startswith("begin")]
+    # Marks: 1 start, 2 end, 3 release; 4, 5, 6 for the other buffer; then from the marks of the releases on.
+    assert [line.split(",")[0] for line in begins] == [f"begin after {mark}" for mark in (1, 4, 3, 6)]

@@ -1,0 +1,94 @@
+"""Whether ranks that are said to compute equal gradients do: looked at once, in the first step.
+
+A stage whose ranks each compute a share of their input's gradient, and which does not say so, trains with a share taken
+for the whole, and nothing else would show it.
+"""
+
+import json
+from typing import Any
+
+import torch
+
+from tricomm.errors import SpecError, TransportError
+from tricomm.placement import Replicate
+from tricomm.sharding import ShardingSpec
+from tricomm.transport.store import store_errors, wait_for_key
+
+TOLERANCE = 1e-2
+"""Relative to the sum of magnitudes: far above what the order of additions changes, far below what a share lacks."""
+
+
+class ReplicaCheck:
+    """Compares gradients of one step between the ranks that hold the same elements.
+
+    Args:
+        store: that the ranks share.
+        rank: this rank.
+        name: never used before on this store.
+        timeout_seconds: how long to wait for another rank.
+    """
+
+    def __init__(self, store: Any, rank: int, name: str, timeout_seconds: float) -> None:
+        self.store = store
+        self.rank = rank
+        self.name = name
+        self.timeout_seconds = timeout_seconds
+        self._noted: dict[str, tuple[int, int]] = {}
+
+    def note(self, label: str, spec: ShardingSpec, gradient: torch.Tensor) -> None:
+        """Take down a gradient that this rank has computed.
+
+        Args:
+            label: says which, on all ranks alike.
+            spec: its layout, as declared.
+            gradient: this rank's shard.
+        """
+        ranks = same_elements(spec, self.rank)
+        if len(ranks) < 2:
+            return
+        exact = gradient.double()
+        with store_errors():
+            self.store.set(self._key(label, self.rank), json.dumps([float(exact.sum()), float(exact.abs().sum())]))
+        self._noted[label] = (ranks[0], self.rank)
+
+    def compare(self) -> None:
+        """Compare what was noted with the first of the ranks that hold the same.
+
+        Raises:
+            SpecError: they differ.
+            TransportError: the other rank did not come so far within the timeout.
+        """
+        for label, ranks in self._noted.items():
+            (theirs, magnitude), (ours, _) = (self._fetched(label, rank) for rank in ranks)
+            if abs(theirs - ours) > TOLERANCE * magnitude:
+                raise SpecError(
+                    f"ranks {ranks[0]} and {ranks[1]} hold the same elements of the gradient of {label}, and computed "
+                    f"different ones (sums {theirs:.6g} and {ours:.6g}); if each computes a share, as a "
+                    "column-parallel layer that does not reduce its input's gradient, declare "
+                    "EdgeTensor(..., gradient=(Partial(),)) for that axis; if not, the ranks saw different data or have "
+                    "different weights"
+                )
+
+    def _key(self, label: str, rank: int) -> str:
+        return f"replicas/{self.name}/{label}/{rank}"
+
+    def _fetched(self, label: str, rank: int) -> list[float]:
+        key = self._key(label, rank)
+        with store_errors():
+            if not wait_for_key(self.store, key, self.timeout_seconds):
+                raise TransportError(f"rank {rank} did not compute its gradient of {label} within the timeout")
+            sums: list[float] = json.loads(self.store.get(key))
+            return sums
+
+
+def same_elements(spec: ShardingSpec, rank: int) -> list[int]:
+    """The ranks that hold the same elements (and not each a share of their sum), this one among them."""
+
+    def place(other: int) -> object:
+        if spec.holdings is not None:
+            return spec.holding(other)
+        pairs = zip(spec.placements, spec.mesh.coordinate(other), strict=True)
+        return [index for placement, index in pairs if not isinstance(placement, Replicate)]
+
+    mine = place(rank)
+    return [other for other in spec.mesh.ranks if place(other) == mine]
