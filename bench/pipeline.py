@@ -6,6 +6,9 @@ Each stage is a host with a NIC of its own. Compute is a SLEEP of a stated lengt
 the inputs and in that of the weights, so that two cores can play many devices; transfers are real. Messages are sized
 so that one hop takes the given multiple of the forward, at the measured rate. All methods of a case take turns.
 
+A host has one NIC, which sends activations to the one side and gradients to the other: where 2 hops of one microbatch
+take longer than its F + B, the NIC and not the schedule sets the pace, and more microbatches only make it plainer.
+
 "signal" is our schedule with messages of one number: nothing with real messages can be faster in that order, and
 filling and draining the pipeline costs 2 (S - 1) hops more. Needs root and iproute2 (see bench.cluster).
 """
@@ -28,7 +31,7 @@ from bench.network import ClusterError
 from bench.pipeline_ranks import Method, Sample, Setting, hop, prepare, sample, slept
 from bench.pipeline_work import Seconds
 from tricomm import Topology, make_plan
-from tricomm.pipeline import Channel, Costs, Schedule, StageCost, TransferCost, simulate, tune
+from tricomm.pipeline import Channel, Costs, Limits, Schedule, StageCost, TransferCost, simulate, tune
 
 OURS = "tricomm"
 IN_TORCH = "tricomm in torch's runtime"
@@ -95,9 +98,9 @@ def costs_of(setting: Setting, lasting: Seconds, numel: int, hop_seconds: float)
     return Costs((first, *[middle] * (setting.stages - 1)), transfers)
 
 
-def tuned(costs: Costs, microbatches: int) -> tuple[str, Schedule]:
-    """What the tuner chooses, in words and as a value."""
-    best = tune(lambda _: costs, [microbatches]).best
+def tuned(costs: Costs, microbatches: int, activations: int) -> tuple[str, Schedule]:
+    """What the tuner chooses under a limit of microbatches held, in words and as a value."""
+    best = tune(lambda _: costs, [microbatches], limits=Limits(activations=activations)).best
     return f"{best.name}, receives {best.receives_ahead} ahead", best.schedule
 
 
@@ -116,7 +119,7 @@ def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any
             max(end for _, end in turn) - min(begin for begin, _ in turn) for turn in zip(*arrivals, strict=True)
         )
         costs = costs_of(setting, lasting, numel, hop_seconds)
-        name, schedule = tuned(costs, setting.microbatches)
+        name, schedule = tuned(costs, setting.microbatches, options.activations or 2 * setting.stages - 1)
         methods = methods_of(setting, numel, smallest, schedule)
         ranks.run(prepare, setting, methods)
         samples: dict[str, list[list[Sample]]] = {method.name: [] for method in methods}
@@ -251,15 +254,16 @@ def summary(rows: Sequence[Row], seconds: Seconds) -> str:
         f"Targets: up to {hidden:g} F ours / (signal + 2 (S - 1) hops) <= {TARGET_RATIO}; fastest peer / ours >= "
         f"{TARGET_PEER}, and above 1 where the hop is; simulator within {TARGET_SIMULATOR:.0%}.",
         "",
-        "| hop / F | signal + 2 (S - 1) hops | ours over it | fastest peer | over ours | simulator |",
-        "|---|---|---|---|---|---|",
+        "| hop / F | signal + 2 (S - 1) hops | ours over it | fastest peer | over ours | simulator | a NIC sends |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in verdicts(rows):
         wanted = TARGET_PEER if one.hop_forwards == 0 else 1.0
         lines.append(
             f"| {one.hop_forwards:g} | {one.bound_seconds:.3f} s | {_marked(one.ratio, one.ratio <= TARGET_RATIO)} | "
             f"{one.fastest_peer} | {_marked(one.peer_ratio, one.peer_ratio >= wanted)} | "
-            f"{one.simulator_error:+.1%}{'' if abs(one.simulator_error) <= TARGET_SIMULATOR else ' MISSED'} |"
+            f"{one.simulator_error:+.1%}{'' if abs(one.simulator_error) <= TARGET_SIMULATOR else ' MISSED'} | "
+            f"{2 * one.hop_forwards * seconds.forward / (seconds.forward + seconds.backward):.0%} of F + B |"
         )
     return "\n".join(lines)
 
@@ -338,6 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--devices", type=int, default=1, help="of each stage; 2 cut the tensors differently in turn")
     parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument(
+        "--activations", type=int, help="that ours may hold; as many as torch's eager order, 2 S - 1, if left out"
+    )
     parser.add_argument("--nic", type=parse_bits_per_second, default=parse_bits_per_second("100mbit"))
     parser.add_argument("--repeats", type=int, default=3, help="steps of each method, after one (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="add all samples to those there of the same set-up")
