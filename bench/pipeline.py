@@ -287,7 +287,12 @@ def draw(rows: Sequence[Row], seconds: Seconds, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), style, label=name, linewidth=2.2 if is_ours else 1.2, markersize=4)
     bound = sorted((one.hop_forwards, one.bound_seconds) for one in verdicts(rows))
     axes.plot(*zip(*bound, strict=True), "k--", linewidth=1, label="signal + fill and drain, 2 (S - 1) hops")
-    axes.set_xlabel(f"one hop / one forward (F = {seconds.forward * 1e3:g} ms, slept; B = 2 F)")
+    full = (seconds.forward + seconds.backward) / 2 / seconds.forward
+    axes.axvline(full, color="grey", linewidth=0.8)
+    axes.annotate("2 hops = F + B:\na NIC sends without pause", (full, 0.05), fontsize=8, color="grey")
+    axes.set_xlabel(
+        f"one hop / one forward (F = {seconds.forward * 1e3:g} ms, slept; B = {seconds.backward / seconds.forward:g} F)"
+    )
     axes.set_ylabel("step (s)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
