@@ -1,0 +1,395 @@
+"""For users of torch.distributed.pipelining: stages on meshes of their own, and the schedules of the eager family.
+
+    stage = ReshardStage(module, 0, 2, device, leaving=[EdgeTensor(source, destination)])       # on the first mesh
+    stage = ReshardStage(module, 1, 2, device, arriving=[EdgeTensor(source, destination)])      # on the second
+    schedule = ScheduleEager1F1B([stage], n_microbatches=8, loss_fn=loss, depth=1, split=True)
+    schedule.step(x)                                                                          # as with torch
+
+torch sends a stage's output from one rank to one rank. A ReshardStage moves it from mesh to mesh instead, and its
+gradient back, each on a communicator of its own. It works with torch's own schedules too.
+
+torch has no supported place to put another transfer in, so this file uses names of it that are private. All of them
+stand here, ``check_torch`` looks for each of them, and a test runs every schedule on them: where torch changes, both
+say so.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from tricomm.errors import SpecError
+from tricomm.packing import torch_dtype
+from tricomm.pipeline.communication import with_communication
+from tricomm.pipeline.edge import EdgeTensor, Link
+from tricomm.pipeline.generators import eager_one_f_one_b
+from tricomm.pipeline.schedule import Schedule
+from tricomm.pipeline.torch_checks import check_place, check_schedule
+from tricomm.pipeline.way import ReceiveHandle
+
+# Bases without types: signatures of private methods differ between versions of torch.
+_Stage: Any = PipelineStage
+_Runtime: Any = getattr(schedules, "_PipelineScheduleRuntime", object)
+
+USED_OF_STAGE = {
+    "forward_one_chunk": ("fwd_chunk_id", "args", "kwargs"),
+    "get_fwd_recv_ops": ("fwd_chunk_id",),
+    "get_fwd_send_ops": ("fwd_chunk_id",),
+    "get_bwd_recv_ops": ("bwd_chunk_id",),
+    "get_bwd_send_ops": ("bwd_chunk_id",),
+    "_retrieve_recv_activations": ("fwd_chunk_id",),
+    "_retrieve_recv_grads": ("bwd_chunk_id",),
+    "_prepare_forward_infra": ("num_microbatches", "args", "kwargs"),
+    "_prepare_backward_infra": ("num_microbatches",),
+    "clear_runtime_states": (),
+    "perform_reduce_grad": ("grad_scale_factor",),
+    "set_local_fwd_input": ("prev_stage_outputs", "mb_index"),
+}
+"""Methods of torch's stage that are replaced or extended here, with the arguments that they must have."""
+
+USED_OF_RUNTIME = {
+    "_prepare_schedule_with_comms": ("actions",),
+    "_step_microbatches": (),
+}
+"""Of the runtime of its schedules."""
+
+
+def check_torch() -> None:
+    """Whether this torch has the private names that this file builds on.
+
+    Raises:
+        SpecError: one is missing or takes other arguments; the message lists them.
+    """
+    problems = _problems(_Stage, USED_OF_STAGE)
+    problems += (
+        ["schedules._PipelineScheduleRuntime is missing"]
+        if _Runtime is object
+        else _problems(_Runtime, USED_OF_RUNTIME)
+    )
+    if not hasattr(getattr(schedules, "_Action", None), "from_str"):
+        problems.append("schedules._Action.from_str is missing")
+    if problems:
+        raise SpecError(
+            f"torch {torch.__version__} is not one that tricomm.pipeline.torch_adapter knows: {'; '.join(problems)}; "
+            "use torch 2.11 to 2.15, or run the pipeline with tricomm.pipeline's own executor, which needs none of this"
+        )
+
+
+def _problems(owner: type, used: dict[str, tuple[str, ...]]) -> list[str]:
+    found = []
+    for name, arguments in used.items():
+        method = getattr(owner, name, None)
+        if method is None:
+            found.append(f"{owner.__name__}.{name} is missing")
+            continue
+        missing = [argument for argument in arguments if argument not in inspect.signature(method).parameters]
+        found += [f"{owner.__name__}.{name} takes no {argument}" for argument in missing]
+    return found
+
+
+class ReshardStage(_Stage):  # type: ignore[misc]
+    """A stage whose boundaries are reshards. Every rank of the stage's mesh makes one, with equal arguments.
+
+    Shapes are those of one microbatch. The module gets what arrives and returns what leaves: one tensor, or a tuple.
+    A transfer has its own thread and communicator, so it runs while the stage computes; receives are posted ahead.
+
+    Args:
+        module, stage_index, num_stages, device, dw_builder: as for torch's PipelineStage.
+        arriving: what comes from the stage before, in the order of the module's arguments; empty for the first stage.
+        leaving: what goes to the stage after; empty for the last.
+        positions: how many groups of ranks there are; None means one stage each. With fewer, stage s is at position
+            s % positions, as in torch's interleaved schedules.
+        receives_ahead: how many receives are posted before torch asks for them. Each costs a buffer of one microbatch.
+            Schedules of this file place receives themselves, and set it to 0.
+        options: of the Resharders: ``strategy``, ``balance``, ``topology``, ``group``, ``staging_bytes``,
+            ``timeout_seconds``.
+
+    Raises:
+        SpecError: boundaries that do not fit the stage's place, or a torch that this file does not know.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        stage_index: int,
+        num_stages: int,
+        device: torch.device | str = "cpu",
+        *,
+        arriving: Sequence[EdgeTensor] = (),
+        leaving: Sequence[EdgeTensor] = (),
+        positions: int | None = None,
+        receives_ahead: int = 1,
+        dw_builder: Any = None,
+        **options: Any,
+    ) -> None:
+        check_torch()
+        check_place(dist.get_rank(), stage_index, num_stages, arriving, leaving)
+        # A group of this rank alone: torch is to find nobody to talk to.
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        super().__init__(module, stage_index, num_stages, torch.device(device), group=alone, dw_builder=dw_builder)
+        self.group_size = num_stages if positions is None else positions
+        self.group_rank = stage_index % self.group_size
+        self.receives_ahead = receives_ahead
+        self._arriving, self._leaving = tuple(arriving), tuple(leaving)
+        self._options = {"device": torch.device(device), **options}
+        self._before: Link | None = None
+        self._after: Link | None = None
+        # In debug mode torch would check shapes that it does not know here; the Links check them always.
+        self._runtime_validate = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._outputs: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._activations: dict[int, ReceiveHandle | None] = {}
+        self._gradients: dict[int, ReceiveHandle | None] = {}
+        self._forwards_sent = 0
+
+    @property
+    def stage_index_to_group_rank(self) -> dict[int, int]:
+        """For torch all stages are on this rank, so that it sets up no transfer of its own."""
+        return dict.fromkeys(range(self.num_stages), 0)
+
+    @stage_index_to_group_rank.setter
+    def stage_index_to_group_rank(self, mapping: dict[int, int]) -> None:
+        pass
+
+    # ---- setting up, where torch would exchange shapes and allocate a buffer per microbatch
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Any = None) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    def _warmup_backward_result(self, received_result: Any = None) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        return []
+
+    def _prepare_forward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        self.chunks = num_microbatches
+        self.args_recv_info = dict.fromkeys(range(num_microbatches), ())
+        self.act_send_info: dict[int, list[int]] = {}
+        if hasattr(self, "_stage_meta"):
+            arguments = args[0] if self.is_first and args and isinstance(args[0], tuple) else self._arriving
+            self._stage_meta.inputs = (None,) * len(arguments)
+        # In the order of the edges, so that no two stages wait for each other.
+        if self._arriving and self._before is None:
+            self._before = self._connected(self.stage_index - 1, self._arriving)
+        if self._leaving and self._after is None:
+            self._after = self._connected(self.stage_index, self._leaving)
+        return ()
+
+    def _connected(self, source: int, tensors: Sequence[EdgeTensor]) -> Link:
+        assert self.chunks is not None
+        link = Link(f"{source}-{source + 1}", tensors, microbatches=self.chunks, **self._options)
+        link.connect()
+        return link
+
+    def _prepare_backward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def _validate_fwd_input(self, args: Any, kwargs: Any) -> None:
+        pass
+
+    def _validate_fwd_outputs(self, outputs: Any) -> None:
+        pass
+
+    # ---- one step
+
+    def clear_runtime_states(self) -> None:
+        """Begin a step."""
+        super().clear_runtime_states()
+        self._forget()
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
+        """Post the receive of an activation."""
+        if self._before is not None:
+            self._post(self._activations, self._before.recv, fwd_chunk_id)
+        return []
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
+        """Post the receive of a gradient."""
+        if self.has_backward and self._after is not None and self._after.differentiable:
+            self._post(self._gradients, self._after.recv_gradient, bwd_chunk_id)
+        return []
+
+    def _post(
+        self, posted: dict[int, ReceiveHandle | None], receive: Callable[[int], ReceiveHandle], microbatch: int
+    ) -> None:
+        assert self.chunks is not None
+        for following in range(microbatch, min(self.chunks, microbatch + 1 + self.receives_ahead)):
+            if following not in posted:
+                posted[following] = receive(following)
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
+        handle, self._activations[fwd_chunk_id] = self._activations[fwd_chunk_id], None
+        assert handle is not None
+        assert self._before is not None
+        wanted = self.has_backward and torch.is_grad_enabled()
+        return tuple(
+            tensor.requires_grad_(wanted and index in self._before.differentiable)
+            for index, tensor in enumerate(handle.wait_all())
+        )
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
+        found: list[torch.Tensor | None] = [None] * len(self._leaving)
+        handle, self._gradients[bwd_chunk_id] = self._gradients.get(bwd_chunk_id), None
+        if handle is not None and self._after is not None:
+            for index, gradient in zip(self._after.differentiable, handle.wait_all(), strict=True):
+                found[index] = gradient
+        return tuple(found)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Compute, and keep the output until it is sent."""
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self._after is not None:
+            tensors = output if isinstance(output, list | tuple) else (output,)
+            self._outputs[fwd_chunk_id] = tuple(tensor.detach() for tensor in tensors)
+        return output
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
+        """Start to send an activation."""
+        if self._after is not None:
+            self._after.send(self._outputs.pop(fwd_chunk_id), fwd_chunk_id)
+            self._forwards_sent += 1
+            if not self.has_backward and self._forwards_sent == self.chunks:
+                self._flush()
+        return []
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
+        """Start to send a gradient; one that is not there is zero."""
+        if self.has_backward and self._before is not None and self._before.differentiable:
+            found = self.bwd_cache.pop(bwd_chunk_id)
+            gradients = [
+                self._zero(self._arriving[index]) if found[index] is None else found[index]
+                for index in self._before.differentiable
+            ]
+            self._before.send_gradient(tuple(gradients), bwd_chunk_id)
+        return []
+
+    def _zero(self, tensor: EdgeTensor) -> torch.Tensor:
+        layout, _ = tensor.gradient_specs()
+        shape = layout.local_shape(dist.get_rank())
+        return torch.zeros(shape, dtype=torch_dtype(layout.element_type), device=self.device)
+
+    def _flush(self) -> None:
+        """Nothing may still be on its way when a step returns: the process might end."""
+        for link in (self._before, self._after):
+            if link is not None:
+                link.flush()
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """The last thing of a step with backwards."""
+        super().perform_reduce_grad(grad_scale_factor)
+        self._flush()
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        """What torch does between two stages of one rank.
+
+        Raises:
+            SpecError: always; neighbouring stages are on different meshes here.
+        """
+        raise SpecError(
+            f"stages {self.stage_index - 1} and {self.stage_index} are on one rank, as in V-shaped schedules; a "
+            "ReshardStage has its neighbours on other ranks: use a schedule that places stages in turn"
+        )
+
+
+# ---- schedules
+
+
+class PlannedSchedule(_Runtime):  # type: ignore[misc]
+    """A tricomm schedule, run by torch's runtime. Use it like torch's schedules: ``step``, ``eval``.
+
+    On stages that are all ReshardStages, receives are posted where the schedule says. On others the runtime places
+    them itself, because stages of torch share one communicator, on which an early receive can block a send.
+
+    Args:
+        stages: this rank's, in order.
+        schedule: sends and receives are put in if it has none.
+        loss_fn: of the last stage's output and the target; None for forward only.
+        receives_ahead: see :func:`tricomm.pipeline.with_communication`.
+        options: those of torch's schedules, such as ``scale_grads`` and ``output_merge_spec``.
+
+    Raises:
+        PlanError: a schedule for other stages, or with an edge that torch's runtime does not know.
+        SpecError: a torch that this file does not know.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Any],
+        schedule: Schedule,
+        loss_fn: Any = None,
+        *,
+        receives_ahead: int = 1,
+        **options: Any,
+    ) -> None:
+        check_torch()
+        stages = list(stages)
+        check_schedule(schedule, stages)
+        super().__init__(stages=stages, n_microbatches=schedule.microbatches, loss_fn=loss_fn, **options)
+        if not schedule.has_communication:
+            schedule = with_communication(schedule, receives_ahead=receives_ahead)
+        parse = schedules._Action.from_str
+        self.schedule = schedule
+        self.pipeline_order = {
+            position: [parse(str(action)) for action in actions]
+            for position, actions in enumerate(schedule.compute_only().lists)
+        }
+        self._prepare_schedule_with_comms(self.pipeline_order)
+        if all(isinstance(stage, ReshardStage) for stage in stages):
+            for stage in stages:
+                stage.receives_ahead = 0
+            lowered = self.pipeline_order_with_comms
+            self.pipeline_order_with_comms: dict[int, list[Any]] = {
+                position: _with_receives_of(schedule, position, actions, parse) for position, actions in lowered.items()
+            }
+
+
+def _with_receives_of(schedule: Schedule, position: int, lowered: Sequence[Any], parse: Any) -> list[Any]:
+    """What torch made of a list, steps for FSDP and gradients in it, with receives where the schedule has them."""
+    before: dict[str, list[Any]] = {}
+    waiting: list[Any] = []
+    for action in schedule.lists[position]:
+        if action.kind.is_receive:
+            waiting.append(parse(str(action)))
+        elif action.is_compute:
+            before[str(action)], waiting = waiting, []
+    found: list[Any] = []
+    for action in lowered:
+        if "RECV" not in str(action):
+            found += [*before.pop(str(action), ()), action]
+    return found
+
+
+class ScheduleEager1F1B(PlannedSchedule):
+    """1F1B with more forwards ahead of the first backward, so that transfers hide behind compute.
+
+    Args:
+        stages: this rank's stage, in a list.
+        n_microbatches: how many a step is cut into.
+        loss_fn, receives_ahead, options: see PlannedSchedule.
+        depth: 0 is 1F1B; 1 is the eager 1F1B of the paper, and hides hops up to (F + B) / 2.
+        split: backwards in two steps, the gradient of the inputs first: hides W / 2 more.
+        weight_delay: see :func:`tricomm.pipeline.eager_one_f_one_b`.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Any],
+        n_microbatches: int,
+        loss_fn: Any = None,
+        *,
+        depth: int = 1,
+        split: bool = False,
+        weight_delay: int | Sequence[int] = 0,
+        receives_ahead: int = 1,
+        **options: Any,
+    ) -> None:
+        schedule = eager_one_f_one_b(
+            stages[0].num_stages, n_microbatches, depth=depth, split=split, weight_delay=weight_delay
+        )
+        super().__init__(stages, schedule, loss_fn, receives_ahead=receives_ahead, **options)

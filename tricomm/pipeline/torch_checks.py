@@ -1,0 +1,84 @@
+"""What the adapter for torch.distributed.pipelining refuses: stages and schedules that do not fit together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tricomm.errors import PlanError, SpecError
+from tricomm.pipeline.actions import Kind
+from tricomm.pipeline.edge import EdgeTensor
+from tricomm.pipeline.schedule import Schedule
+
+
+def check_place(
+    rank: int, index: int, stages: int, arriving: Sequence[EdgeTensor], leaving: Sequence[EdgeTensor]
+) -> None:
+    """Whether a stage has the edges that its place asks for, and this rank a part in them.
+
+    Raises:
+        SpecError: if not.
+    """
+    if not 0 <= index < stages:
+        raise SpecError(f"stage_index={index} is not one of {stages} stages; count from 0")
+    for name, crossings, wanted in (("arriving", arriving, index > 0), ("leaving", leaving, index < stages - 1)):
+        if bool(crossings) != wanted:
+            rule = "needs at least one tensor" if wanted else "must be empty"
+            raise SpecError(
+                f"{name} of stage {index} of {stages} has {len(crossings)} tensors and {rule}; the first stage has "
+                "none arriving, the last none leaving, and all others both"
+            )
+    for side, meshes in (
+        ("arrives at", [one.destination.mesh for one in arriving]),
+        ("leaves", [one.source.mesh for one in leaving]),
+    ):
+        outside = next((mesh for mesh in meshes if rank not in mesh), None)
+        if outside is not None:
+            raise SpecError(
+                f"rank {rank} makes stage {index}, but a tensor {side} {outside}, which has not this rank; only the "
+                "ranks of a stage's mesh make it"
+            )
+    for tensor in (*arriving, *leaving):
+        both = sorted(set(tensor.source.mesh.ranks) & set(tensor.destination.mesh.ranks))
+        if both:
+            raise SpecError(
+                f"rank {both[0]} is on {tensor.source.mesh} and on {tensor.destination.mesh}, and torch hands tensors "
+                "between stages of one rank over without a transfer; give neighbouring stages ranks of their own"
+            )
+
+
+def check_schedule(schedule: Schedule, stages: Sequence[Any]) -> None:
+    """Whether a schedule is for these stages of torch, and one that torch's runtime can run.
+
+    Raises:
+        PlanError: if not.
+    """
+    count = stages[0].num_stages
+    if schedule.stages != count:
+        raise PlanError(f"the schedule has {schedule.stages} stages and the pipeline {count}; make it for {count}")
+    position = stages[0].group_rank
+    ours = tuple(stage.stage_index for stage in stages)
+    if schedule.stages_of(position) != ours:
+        raise PlanError(
+            f"the schedule has stages {schedule.stages_of(position)} at position {position}, and this rank has {ours}; "
+            "give it those, in order"
+        )
+    skips = [edge for edge in schedule.edges if edge.destination != edge.source + 1]
+    if skips:
+        raise PlanError(
+            f"edge {skips[0]} joins stages that are no neighbours, which torch's runtime cannot run; pass the tensor "
+            "through the stages between, or use tricomm.pipeline's own executor"
+        )
+    _check_order(schedule)
+
+
+def _check_order(schedule: Schedule) -> None:
+    last: dict[tuple[int, bool], int] = {}
+    for action in schedule.actions():
+        is_forward = action.kind is Kind.FORWARD
+        if is_forward or action.kind.gives_gradient:
+            before = last.get((action.stage, is_forward), -1)
+            if action.microbatch != before + 1:
+                raise PlanError(
+                    f"{action} comes where microbatch {before + 1} is due, and torch's runtime counts losses and "
+                    "outputs in the order 0, 1, 2 ...; keep this order, or use tricomm.pipeline's own executor"
+                )
+            last[action.stage, is_forward] = action.microbatch
