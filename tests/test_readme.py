@@ -60,3 +60,17 @@ def test_every_public_name_has_a_docstring() -> None:
 
     for name in tricomm.__all__:
         assert getattr(tricomm, name).__doc__, name
+
+
+def test_the_pipeline_script_trains(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(blocks("python")[2])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = {
+        (int(step), int(rank)): float(loss)
+        for step, rank, loss in re.findall(r"step (\d+), rank (\d): loss of its part ([\d.]+)", done.stdout)
+    }
+    assert {rank for _, rank in losses} == {1, 2}
+    assert all(losses[19, rank] < losses[0, rank] for rank in (1, 2))
