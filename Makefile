@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
 test: $(VENV)/.test
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
+	$(RUN) -m pytest --durations 25
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

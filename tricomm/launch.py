@@ -60,7 +60,12 @@ class Ranks:
             self._pipes.append(ours)
 
     def __enter__(self) -> "Ranks":
-        self.run(_ready)
+        try:
+            self.run(_ready)
+        except BaseException:
+            # A block that does not begin does not end either.
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

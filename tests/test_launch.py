@@ -1,0 +1,19 @@
+"""Ranks on this machine."""
+
+import os
+
+import pytest
+
+from tricomm.launch import RankError, Ranks
+
+
+def leave(rank: int) -> None:
+    if rank == 1:
+        os._exit(3)
+
+
+def test_ranks_that_do_not_start_leave_no_process_behind() -> None:
+    ranks = Ranks(2, timeout_seconds=5, wrap=leave)
+    with pytest.raises(RankError, match="did not answer|has ended"), ranks:
+        pass
+    assert not any(process.is_alive() for process in ranks._processes)
