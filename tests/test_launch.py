@@ -14,6 +14,6 @@ def leave(rank: int) -> None:
 
 def test_ranks_that_do_not_start_leave_no_process_behind() -> None:
     ranks = Ranks(2, timeout_seconds=5, wrap=leave)
-    with pytest.raises(RankError, match="did not answer|has ended"), ranks:
+    with pytest.raises(RankError, match=r"did not answer|has ended"), ranks:
         pass
     assert not any(process.is_alive() for process in ranks._processes)
