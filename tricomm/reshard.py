@@ -1,9 +1,10 @@
 """reshard, reshard_async and Resharder: a plan carried out by the ranks of a process group."""
 
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -56,6 +57,9 @@ class Resharder:
     neither mesh may call too and get None. On the first call the ranks compare what they are about to do. A later
     call allocates nothing but the result (nothing at all with ``out``) and talks to nobody but the ranks it
     exchanges data with.
+
+    Connections and a thread are shared by the Resharders of the same ranks and channel. They go when the last of
+    those is closed or no longer referred to: ``close()``, or ``with Resharder(...) as mover:``.
 
     Args:
         source, destination: layouts; the destination's shape and dtype default to the source's.
@@ -127,6 +131,8 @@ class Resharder:
         self._digest = digest_of(self._fields)
         self._lane: Lane | None = None
         self._meets_always = False
+        self._closed_lane: weakref.ref[Lane] | None = None
+        self._is_closed = False
         self._gradient: Resharder | None = None
         self._options: dict[str, Any] = {
             "strategy": strategy,
@@ -217,6 +223,23 @@ class Resharder:
         """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
         return gradient_scale(self.plan.source)
 
+    def close(self) -> None:
+        """Give back what the Resharder holds, as soon as what it started is done. Later calls raise a SpecError.
+
+        Every rank closes it, or none that another still calls.
+        """
+        if self._lane is not None:
+            self._closed_lane, self._lane = weakref.ref(self._lane), None
+        self._is_closed = True
+        if self._gradient is not None:
+            self._gradient.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _check_differentiable(self, out: torch.Tensor | None) -> None:
         plan = self.plan
         problem = None
@@ -239,19 +262,15 @@ class Resharder:
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
-        generation = self.hub.meetings.meet(
-            self._digest,
-            self.participants,
-            lambda: self._fields,
-            self.timeout_seconds,
-            lambda: str(self.hub.next_generation(self.participants, self.device, self.channel)),
-            self.channel,
+        self._lane = self.hub.meet(
+            self._digest, self.participants, lambda: self._fields, self.device, self.channel, self.timeout_seconds
         )
-        self._lane = self.hub.lane(self.participants, self.device, self.channel, int(generation), self.timeout_seconds)
 
     def _prepare(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> "Call | None":
         """Check the arguments and meet where needed, all before anything is sent."""
         try:
+            if self._is_closed:
+                raise SpecError("a call of a Resharder that was closed; make another, or close it later")
             source = self._contract.check_source(tensor)
             destination = self._contract.check_out(out, source)
         except SpecError as error:
@@ -288,7 +307,11 @@ class Resharder:
     def _refuse(self, participants: Sequence[int], error: TricommError) -> None:
         """An error of this rank alone must not leave the others waiting for it: tell them."""
         text = f"{type(error).__name__}: {error}"
-        lane = getattr(self, "_lane", None)
+        lane = self._lane
+        if self._closed_lane is not None:
+            lane = self._closed_lane()
+            if lane is None:
+                return  # its connections have closed, which tells them
         if lane is None or lane.broken is not None or self._meets_always:
             self.hub.meetings.refuse(participants, text, self.channel)
         else:

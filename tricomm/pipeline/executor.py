@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -86,6 +86,7 @@ class Executor:
         self.rank = self.hub.rank
         self.name = name
         self.failure: str | None = None
+        self._is_closed = False
         self.observer: Observer | None = None
         self.ranks = tuple(sorted({rank for stage in stages for rank in stage.mesh.ranks}))
         self._options = {"group": group, "timeout_seconds": timeout_seconds, **options}
@@ -139,12 +140,14 @@ class Executor:
             ranks without a loss.
 
         Raises:
-            SpecError: data that are missing or too few, or a tensor that is not what its edge declares.
+            SpecError: the executor was closed, data are missing or too few, or a tensor is not what its edge declares.
             TransportError: another rank failed; the message says which, and why. The executor is broken then, and a
                 new one is to be made. A rank whose part was done already returns, and gets the error in its next
                 step. Ranks of the *same* stage that wait for a failed one inside of their own collectives are freed
                 by the timeout of their own process group only.
         """
+        if self._is_closed:
+            raise SpecError("a step of an executor that was closed; make another, or close it later")
         if not self._runs:
             return None
         if self.failure is not None:
@@ -169,6 +172,23 @@ class Executor:
             raise
         losses = [loss for run in self._runs.values() for loss in run.weighted_losses()]
         return torch.stack(losses).sum() if losses else None
+
+    def close(self) -> None:
+        """Give back connections, threads and buffers; a later step raises a SpecError. So does a dropped executor."""
+        self._is_closed = True
+        for links in (self._links, *self._bound.values()):
+            for link in links.values():
+                link.close()
+        for one in self._tied:
+            one.close()
+        if self._sizes is not None:
+            self._sizes.mover.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def ring_nbytes(self) -> int:
@@ -266,8 +286,8 @@ class Executor:
             self.ranks,
             lambda: fields,
             timeout_seconds,
-            lambda: uuid.uuid4().hex,
-            f"executor {self.name}",
+            settle=lambda _: uuid.uuid4().hex,
+            channel=f"executor {self.name}",
         )
         self._replicas = ReplicaCheck(self.hub.store, self.rank, unique, timeout_seconds)
         for one in self._tied:

@@ -74,6 +74,11 @@ class TiedGradients:
         for mover in self.movers.values():
             mover.abort(reason)
 
+    def close(self) -> None:
+        """Give back connections."""
+        for mover in self.movers.values():
+            mover.close()
+
     def add(self) -> None:
         """Make the ``grad`` of every copy the sum of all."""
         for parameter in self.parameters.values():

@@ -187,6 +187,12 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         link.connect()
         return link
 
+    def close(self) -> None:
+        """Give back the connections; later steps raise a SpecError."""
+        for link in (self._before, self._after):
+            if link is not None:
+                link.close()
+
     def _prepare_backward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> None:
         return None
 

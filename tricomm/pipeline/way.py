@@ -214,6 +214,12 @@ class Way:
         """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError."""
         self.movers[0].abort(reason)  # all use one lane
 
+    def close(self) -> None:
+        """Give back connections and buffers."""
+        for mover in self.movers:
+            mover.close()
+        self._buffers.clear()
+
     def _next_turn(self, call: str, microbatch: int) -> int:
         """Count a call; it must be that of the microbatch whose turn it is."""
         if not (self.gives if call == "send" else self.takes):

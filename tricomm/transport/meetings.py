@@ -38,6 +38,11 @@ class Turn(NamedTuple):
         """Where the outcome stands."""
         return f"meet/{self.name}/{self.number}/outcome"
 
+    @property
+    def wish_key(self) -> str:
+        """Where a rank notes that it asks for something new."""
+        return f"meet/{self.name}/{self.number}/wish"
+
     def count_key(self, digest: str) -> str:
         """Where the ranks that are about to do the same are counted."""
         return f"meet/{self.name}/{self.number}/{digest}"
@@ -63,7 +68,8 @@ class Meetings:
         participants: Sequence[int],
         fields: Callable[[], Mapping[str, str]],
         timeout_seconds: float,
-        settle: Callable[[], str] = lambda: "",
+        asks: bool = False,
+        settle: Callable[[bool], str] = lambda _: "",
         channel: str = "",
     ) -> str:
         """Return once every participant has come and is about to do the same.
@@ -74,8 +80,9 @@ class Meetings:
             channel: calls are counted per participants and channel.
             fields: what this rank is about to do, by name; asked for only if somebody is slow.
             timeout_seconds: how long to wait.
+            asks: whether this rank cannot go on with what was settled before.
             settle: what the ranks must agree on for what follows; the last one to come decides it for all, when
-                everybody is past the calls before and nobody has begun this one.
+                everybody is past the calls before and nobody has begun this one. It is told whether any rank asks.
 
         Returns:
             What was settled.
@@ -88,6 +95,8 @@ class Meetings:
         with store_errors():
             while True:
                 turn = self._next_turn(participants, channel)
+                if asks:
+                    self.store.set(turn.wish_key, "1")
                 outcome = self._attend(turn, digest, participants, fields, deadline, settle)
                 if outcome.startswith(DONE):
                     self._last_digest[turn.name] = digest
@@ -119,11 +128,11 @@ class Meetings:
         participants: Sequence[int],
         fields: Callable[[], Mapping[str, str]],
         deadline: float,
-        settle: Callable[[], str],
+        settle: Callable[[bool], str],
     ) -> str:
         """The outcome of one turn."""
         if self.store.add(turn.count_key(digest), 1) == len(participants):
-            outcome = self._conclude(turn, DONE + settle())
+            outcome = self._conclude(turn, DONE + settle(self.store.check([turn.wish_key])))
             self._forget_previous(turn)
             return outcome
         if wait_for_key(self.store, turn.outcome_key, min(PATIENCE_SECONDS, deadline - time.monotonic())):
@@ -181,8 +190,8 @@ class Meetings:
         digest = self._last_digest.pop(turn.name, None)
         if digest is not None:
             before = turn._replace(number=turn.number - 1)
-            self.store.delete_key(before.outcome_key)
-            self.store.delete_key(before.count_key(digest))
+            for key in (before.outcome_key, before.count_key(digest), before.wish_key):
+                self.store.delete_key(key)
 
 
 def find_dissent(notes: Mapping[int, Mapping[str, Any]], participants: Sequence[int]) -> tuple[str, int | None] | None:

@@ -67,18 +67,21 @@ class Monitor:
         while True:
             self._wake.wait()
             idle.wait(self._seconds)
-            lanes = list(self._lanes.values())
-            if not lanes:
+            if not self._look():
                 self._wake.clear()
                 self._seen.clear()
                 # A run may have begun between the two lines above.
                 if self._lanes:
                     self._wake.set()
-                continue
-            for lane in lanes:
-                if self._seen.get(lane.name) == lane.call:
-                    self._beat(lane)
-                self._seen[lane.name] = lane.call
+
+    def _look(self) -> bool:
+        """Beat for the lanes that are slow; whether any is in a run. Keeps no lane alive between two looks."""
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            if self._seen.get(lane.name) == lane.call:
+                self._beat(lane)
+            self._seen[lane.name] = lane.call
+        return bool(lanes)
 
     def _beat(self, lane: Watched) -> None:
         """The lane is in the same run as a beat ago."""

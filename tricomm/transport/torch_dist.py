@@ -6,15 +6,21 @@ directly.
 ``dist.new_group`` would not do: with ``use_local_synchronization`` its name depends on how many groups a rank
 happens to have, and ranks with different histories would never meet.
 
-gloo runs a pair of ranks half duplex, so a lane has two communicators there, one per direction.
+A lane lives as long as a Resharder holds it; then its connections and threads go.
+
+gloo runs a pair of ranks half duplex, so a lane has two communicators there, one per direction. Each direction has a
+gloo device, with the thread that does the sending and receiving, and all lanes of a process share the two: such a
+thread looks for work 100 times a second even when there is none.
 """
 
 import hashlib
+import os
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -73,7 +79,7 @@ class Lane:
         participants: the ranks, sorted.
         device: where tensors live; decides the backend.
         channel: lanes of equal ranks on different channels know nothing of each other.
-        generation: how many lanes of these ranks have failed before.
+        generation: how many lanes these ranks had before on this channel.
         timeout_seconds: for connecting.
     """
 
@@ -88,7 +94,7 @@ class Lane:
     ) -> None:
         self.hub = hub
         self.generation = generation
-        self.name = lane_name(participants, device, channel, generation)
+        self.name = f"{lane_name(participants, device, channel)}/{generation}"
         self.index = {rank: index for index, rank in enumerate(participants)}
         self.device = device
         self.broken: str | None = None
@@ -162,10 +168,13 @@ class Lane:
                 backends: list[Any] = [dist.ProcessGroupNCCL(store, rank, size, options)]
                 # NCCL wants all ranks in the first operation of a communicator.
                 backends[0].allreduce([torch.zeros(1, device=self.device)]).wait()
+                weakref.finalize(self, _shut_down, backends).atexit = False
                 return backends
             return [
-                dist.ProcessGroupGloo(dist.PrefixStore(f"{self.name}/{way}", self.hub.store), rank, size, timeout)
-                for way in ("down", "up")
+                dist.ProcessGroupGloo(
+                    dist.PrefixStore(f"{self.name}/{way}", self.hub.store), rank, size, _gloo_options(devices, timeout)
+                )
+                for way, devices in zip(("down", "up"), self.hub.gloo_devices, strict=True)
             ]
         except RuntimeError as error:
             absent = [other for other in self.index if not self.hub.store.check([f"{self.name}/hello/{other}"])]
@@ -278,40 +287,69 @@ class Hub:
         self.board = Board(self.store, self.rank)
         self.meetings = Meetings(self.store, self.rank)
         self.monitor = Monitor(self.board)
-        self._lanes: dict[tuple[tuple[int, ...], str, str], Lane] = {}
+        self._lanes: weakref.WeakValueDictionary[tuple[tuple[int, ...], str, str], Lane] = weakref.WeakValueDictionary()
 
-    def next_generation(self, participants: tuple[int, ...], device: torch.device, channel: str) -> int:
-        """Which lane of some ranks is to be used: the first that nobody has seen fail.
+    @cached_property
+    def gloo_devices(self) -> tuple[list[Any], list[Any]]:
+        """The gloo devices of messages down and up in rank, for all lanes."""
+        return _new_gloo_devices(), _new_gloo_devices()
 
-        A failure may be noted at any time, so one rank must decide it for all, at a meeting.
-        """
-        lane = self._lanes.get((participants, device.type, channel))
-        generation = 0 if lane is None else lane.generation
-        while self.board.verdict(lane_name(participants, device, channel, generation)) is not None:
-            generation += 1
-        return generation
-
-    def lane(
+    def meet(
         self,
+        digest: str,
         participants: tuple[int, ...],
+        fields: Callable[[], Mapping[str, str]],
         device: torch.device,
         channel: str,
-        generation: int,
         timeout_seconds: float,
     ) -> Lane:
-        """The lane of some ranks in the generation that they have agreed on, connected if it is new."""
+        """Compare with the other ranks what is going to be done, and connect to them; see Meetings.meet.
+
+        Any rank may have lost its lane, by a failure or because nothing there used it any more. So all take a new
+        one if any rank asks for it; otherwise all have the same.
+        """
         key = (participants, device.type, channel)
         lane = self._lanes.get(key)
+        name = lane_name(participants, device, channel)
+
+        def settle(is_asked_for: bool) -> str:
+            return str(self.store.add(f"{name}/generations", 1) if is_asked_for or lane is None else lane.generation)
+
+        asks = lane is None or lane.broken is not None
+        generation = int(self.meetings.meet(digest, participants, fields, timeout_seconds, asks, settle, channel))
         if lane is None or lane.generation != generation:
+            # Forget the old one first: should connecting fail, the next meeting must know that this rank has none.
+            self._lanes.pop(key, None)
             lane = Lane(self, participants, device, channel, generation, timeout_seconds)
             self._lanes[key] = lane
         return lane
 
 
-def lane_name(participants: tuple[int, ...], device: torch.device, channel: str, generation: int) -> str:
-    """A name that is the same on all ranks and never used again."""
-    ranks = hashlib.sha256(repr((participants, device.type, channel)).encode()).hexdigest()[:16]
-    return f"lane/{ranks}/{generation}"
+def lane_name(participants: tuple[int, ...], device: torch.device, channel: str) -> str:
+    """What the lanes of some ranks are called on the store, the same on all of them."""
+    return f"lane/{hashlib.sha256(repr((participants, device.type, channel)).encode()).hexdigest()[:16]}"
+
+
+def _new_gloo_devices() -> list[Any]:
+    """A gloo device per network interface that GLOO_SOCKET_IFNAME names, as torch makes them for a group of its own."""
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    if not names:
+        return [dist.ProcessGroupGloo.create_default_device()]
+    return [dist.ProcessGroupGloo.create_device(interface=name) for name in names]
+
+
+def _gloo_options(devices: list[Any], timeout: timedelta) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = devices
+    options._timeout = timeout
+    options._threads = 1  # they run collectives, of which there are none here
+    return options
+
+
+def _shut_down(backends: list[Any]) -> None:
+    for backend in backends:
+        backend.shutdown()
 
 
 @lru_cache(maxsize=16)
