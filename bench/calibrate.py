@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from bench.cluster import Cluster
-from bench.network import ETHERNET_BYTES, HEADER_BYTES, MTU_BYTES, ClusterError, Port
+from bench.network import ClusterError, Port
+from bench.shaping import ETHERNET_BYTES, HEADER_BYTES, MTU_BYTES
 from tricomm.launch import Ranks
 
 HOP_TOLERANCE = 0.05

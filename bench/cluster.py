@@ -95,10 +95,16 @@ class Cluster:
 
     @classmethod
     def uniform(
-        cls, hosts: int, devices_per_host: int, nic_bits_per_second: float, nics_per_host: int = 1
+        cls,
+        hosts: int,
+        devices_per_host: int,
+        nic_bits_per_second: float,
+        nics_per_host: int = 1,
+        has_links: bool = False,
     ) -> "Cluster":
-        """Equal hosts with equal NICs; with several, device d uses NIC ``d % nics_per_host``."""
-        return cls([Host(devices_per_host, (Nic.symmetric(nic_bits_per_second),) * nics_per_host)] * hosts)
+        """Equal hosts with equal NICs; see :class:`Host`."""
+        nics = (Nic.symmetric(nic_bits_per_second),) * nics_per_host
+        return cls([Host(devices_per_host, nics, has_links)] * hosts)
 
     def __enter__(self) -> "Cluster":
         reason = network.missing()

@@ -26,6 +26,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.shaping import MTU_BYTES, kernel_settings, shaping_lines
+
 NETNS_DIRECTORY = Path("/run/netns")
 PREFIX = "tricomm"
 NIC = "nic0"
@@ -34,20 +36,6 @@ SWITCH = "switch"
 
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWNET = 0x40000000
-
-MTU_BYTES = 1500
-# Ethernet, IPv4, and TCP with time stamps. The shaper counts them in every packet.
-ETHERNET_BYTES = 14
-HEADER_BYTES = 20 + 32
-# How late the shaper's timer may come without loss of rate. On a busy virtual machine that is a millisecond; more
-# would let short transfers exceed the rate, since what was not sent in that time is sent at once.
-BURST_SECONDS = 2e-3
-# A switch that never drops: every connection keeps less than SOCKET_SECONDS of its NIC's time under way, so that no
-# queue overflows, and connections into one NIC share it evenly. Where packets are dropped they do neither.
-QUEUE_BYTES = 16_000_000
-SOCKET_SECONDS = 2.6e-3
-LEAST_SOCKET_BYTES = 131_072
-CONTROL_SHARE = 0.1
 MAX_HOSTS = 250
 MAX_NICS = 250
 LEAST_BITS_PER_SECOND = 1_000_000
@@ -81,10 +69,14 @@ class Nic:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host: device d sends and receives through NIC ``d % len(nics)``."""
+    """A host: device d sends and receives through NIC ``d % len(nics)``.
+
+    With ``has_links`` the rate of a NIC is that of a link of its own to each NIC of the other hosts.
+    """
 
     devices: int
     nics: tuple[Nic, ...]
+    has_links: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.devices, bool) or not isinstance(self.devices, int) or self.devices < 1:
@@ -104,6 +96,7 @@ class Port:
     host: int
     index: int
     nic: Nic
+    has_links: bool = False
 
     @property
     def data_port(self) -> str:
@@ -139,7 +132,7 @@ def ports_of(name: str, hosts: Sequence[Host]) -> list[Port]:
     if not 1 <= len(hosts) <= MAX_HOSTS:
         raise ValueError(f"{len(hosts)} hosts; a cluster has 1 to {MAX_HOSTS}")
     return [
-        Port(f"{name}-host{host}-nic{index}", host, index, nic)
+        Port(f"{name}-host{host}-nic{index}", host, index, nic, described.has_links)
         for host, described in enumerate(hosts)
         for index, nic in enumerate(described.nics)
     ]
@@ -203,48 +196,21 @@ def port_commands(port: Port, ports: Sequence[Port]) -> Batch:
     return Batch("ip", port.namespace, tuple(lines))
 
 
-def shaping_commands(namespace: str, interface: str, bits_per_second: int) -> Batch:
-    """Limit what leaves an interface.
-
-    Small packets go ahead of the bulk: TCP's acknowledgements and gloo's announcements of what is ready. Behind a
-    full queue they would slow the other direction down.
-    """
-    burst_bytes = max(MTU_BYTES + ETHERNET_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
-    control = round(bits_per_second * CONTROL_SHARE)
-    limits = f"ceil {bits_per_second}bit burst {burst_bytes} cburst {burst_bytes} quantum {MTU_BYTES + ETHERNET_BYTES}"
-    on = f"dev {interface}"
-    lines = [
-        f"qdisc add {on} root handle 1: htb default 20",
-        f"class add {on} parent 1: classid 1:1 htb rate {bits_per_second}bit {limits}",
-        f"class add {on} parent 1:1 classid 1:10 htb rate {control}bit {limits} prio 0",
-        f"class add {on} parent 1:1 classid 1:20 htb rate {bits_per_second - control}bit {limits} prio 1",
-        f"qdisc add {on} parent 1:10 handle 10: bfifo limit {QUEUE_BYTES}",
-        f"qdisc add {on} parent 1:20 handle 20: bfifo limit {QUEUE_BYTES}",
-        # IP packets shorter than 128 bytes.
-        f"filter add {on} parent 1: protocol ip prio 1 u32 match u16 0x0000 0xff80 at 2 flowid 1:10",
-    ]
-    return Batch("tc", namespace, tuple(lines))
-
-
-def kernel_settings(nic: Nic) -> dict[str, str]:
-    """What to write below /proc/sys in the namespace of a NIC."""
-    fastest = max(nic.send_bits_per_second, nic.receive_bits_per_second)
-    socket_bytes = max(LEAST_SOCKET_BYTES, round(fastest / 8 * SOCKET_SECONDS))
-    return {
-        # IPv6 would only add its own chatter.
-        "net/ipv6/conf/all/disable_ipv6": "1",
-        "net/ipv6/conf/default/disable_ipv6": "1",
-        "net/ipv4/tcp_rmem": f"4096 {socket_bytes} {socket_bytes}",
-        "net/ipv4/tcp_wmem": f"4096 {socket_bytes} {socket_bytes}",
-        # A network for training has no slow start; here a pause between two measurements would bring it back.
-        "net/ipv4/tcp_slow_start_after_idle": "0",
-    }
+def shaping_commands(name: str, port: Port, ports: Sequence[Port]) -> tuple[Batch, Batch]:
+    """Limit what a NIC sends and what it receives."""
+    others = [other.data_address for other in ports if other.host != port.host] if port.has_links else []
+    nic = port.nic
+    return (
+        Batch("tc", port.namespace, shaping_lines(NIC, nic.send_bits_per_second, others, "dst")),
+        Batch("tc", f"{name}-{SWITCH}", shaping_lines(port.data_port, nic.receive_bits_per_second, others, "src")),
+    )
 
 
 def apply_settings(port: Port) -> None:
     """Write the kernel's settings; one that this kernel does not have needs no writing."""
+    fastest = max(port.nic.send_bits_per_second, port.nic.receive_bits_per_second)
     with inside(port.namespace):
-        for name, value in kernel_settings(port.nic).items():
+        for name, value in kernel_settings(fastest).items():
             path = Path("/proc/sys", name)
             if path.exists():
                 path.write_text(value)
@@ -256,15 +222,14 @@ def create(name: str, ports: Sequence[Port]) -> None:
     Raises:
         ClusterError: a command failed.
     """
-    switch = f"{name}-{SWITCH}"
     namespace_commands(name, ports).run()
     for port in ports:
         apply_settings(port)
     switch_commands(name, ports).run()
     for port in ports:
         port_commands(port, ports).run()
-        shaping_commands(port.namespace, NIC, port.nic.send_bits_per_second).run()
-        shaping_commands(switch, port.data_port, port.nic.receive_bits_per_second).run()
+        for batch in shaping_commands(name, port, ports):
+            batch.run()
 
 
 def remove(names: Iterable[str]) -> None:

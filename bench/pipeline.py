@@ -1,25 +1,25 @@
 """Pipelines on an emulated cluster whose hops take time: our schedules against torch's and Megatron's.
 
-    python -m bench.pipeline [--hops 0 0.5 1 1.5 2] [--microbatches 8] [--devices 1] [--json PATH] [--plot PATH]
+    python -m bench.pipeline [--hops 0 0.5 1 1.5 2] [--microbatches 8] [--devices 1] [--links] [--json PATH]
 
 Each stage is a host with a NIC of its own. Compute is a SLEEP of a stated length, in the forward, in the gradient of
 the inputs and in that of the weights, so that two cores can play many devices; transfers are real. Messages are sized
 so that one hop takes the given multiple of the forward, at the measured rate. All methods of a case take turns.
 
 A host has one NIC, which sends activations to the one side and gradients to the other: where 2 hops of one microbatch
-take longer than its F + B, the NIC and not the schedule sets the pace, and more microbatches only make it plainer.
+take longer than its F + B, the NIC and not the schedule sets the pace, and more microbatches only make it plainer. With
+``--links`` a host has a link of that rate for each neighbour (a NIC for each, or a torus), and no two hops meet.
 
 "signal" is our schedule with messages of one number: nothing with real messages can be faster in that order, and
 filling and draining the pipeline costs 2 (S - 1) hops more. Needs root and iproute2 (see bench.cluster).
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,59 +29,16 @@ from bench.calibrate import Calibration, calibrate
 from bench.cluster import Cluster, parse_bits_per_second
 from bench.network import ClusterError
 from bench.pipeline_ranks import Method, Sample, Setting, hop, prepare, sample, slept
+from bench.pipeline_report import IN_TORCH, LEADER, OURS, SIGNAL, TORCH, Row, draw, save, summary, table
 from bench.pipeline_work import Seconds
 from tricomm import Topology, make_plan
 from tricomm.pipeline import Channel, Costs, Limits, Schedule, StageCost, TransferCost, simulate, tune
-
-OURS = "tricomm"
-IN_TORCH = "tricomm in torch's runtime"
-SIGNAL = "signal"
-LEADER = "leader + broadcast, 1F1B"
-TORCH = {
-    "torch GPipe": "ScheduleGPipe",
-    "torch 1F1B": "Schedule1F1B",
-    "torch Interleaved1F1B([stage])": "ScheduleInterleaved1F1B",
-    "torch InterleavedZeroBubble([stage])": "ScheduleInterleavedZeroBubble",
-}
-TARGET_RATIO = 1.03
-TARGET_PEER = 0.98
-TARGET_SIMULATOR = 0.10
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one hop time.
-
-    Attributes:
-        method: which.
-        microbatches, devices: of the case.
-        hop_forwards: the hop that was asked for, in forwards.
-        hop_seconds: the hop as measured alone, from the start of the send to the data's use.
-        seconds: median of the samples.
-        samples: from when the first rank began to when the last one ended.
-        peaks: the most microbatches each stage held.
-        predicted_seconds: by the simulator; None for peers.
-        schedule: ours, by its parameters.
-        busy_seconds: what the sleeps of the last sample lasted in all, on each stage.
-    """
-
-    method: str
-    microbatches: int
-    devices: int
-    hop_forwards: float
-    hop_seconds: float
-    seconds: float
-    samples: tuple[float, ...]
-    peaks: tuple[int, ...]
-    predicted_seconds: float | None
-    schedule: str | None
-    busy_seconds: tuple[float, ...]
 
 
 def costs_of(setting: Setting, lasting: Seconds, numel: int, hop_seconds: float) -> Costs:
     """What the tuner is told: sleeps as they last alone, hops as they are planned, and as long as one takes alone.
 
-    A host sends activations to the one side and gradients to the other through one NIC.
+    A host sends activations to the one side and gradients to the other through one NIC, unless it has links.
     """
     nbytes = numel * 4
     middle = StageCost(lasting.forward, lasting.input_gradient, lasting.weight_gradient, nbytes)
@@ -94,11 +51,39 @@ def costs_of(setting: Setting, lasting: Seconds, numel: int, hop_seconds: float)
             plan = make_plan(layouts[sender], layouts[receiver], topology=setting.topology)
             planned = TransferCost.of_plan(plan)
             latency = max(0.0, hop_seconds - planned.busy_seconds)
-            transfers[Channel(sender, receiver)] = replace(planned, latency_seconds=latency)
+            loads = () if setting.has_links else planned.loads
+            transfers[Channel(sender, receiver)] = replace(planned, latency_seconds=latency, loads=loads)
     return Costs((first, *[middle] * (setting.stages - 1)), transfers)
 
 
-def tuned(costs: Costs, microbatches: int, activations: int) -> tuple[str, Schedule]:
+def wire_bound_seconds(costs: Costs, microbatches: int) -> float:
+    """No schedule is shorter: for the most loaded end of a NIC or link, the time before its first byte can come, that
+    of all its bytes, and what follows after its last byte, at best a gradient on its way back to the first stage.
+    """
+    last = len(costs.stages) - 1
+    forth = [costs.transfer(Channel(stage, stage + 1)) for stage in range(last)]
+    back = [costs.transfer(Channel(stage + 1, stage)) for stage in range(last)]
+    tails = [costs.stages[0].backward_seconds]  # from when a stage has a gradient
+    for stage in range(1, last + 1):
+        tails.append(costs.stages[stage].input_gradient_seconds + back[stage - 1].busy_seconds + tails[-1])
+    bound = arrival = 0.0
+    for stage in range(last + 1):
+        if stage:
+            arrival += costs.stages[stage - 1].forward_seconds + forth[stage - 1].busy_seconds
+        sends = forth[stage : stage + 1] + back[max(0, stage - 1) : stage]
+        receives = forth[max(0, stage - 1) : stage] + back[stage : stage + 1]
+        ends = [
+            (arrival + costs.stages[stage].forward_seconds, sends, tails[stage - 1] if stage else 0.0),
+            (arrival - forth[stage - 1].busy_seconds if stage else 0.0, receives, tails[stage]),
+        ]
+        for begin, transfers, after in ends:
+            busy = [one.busy_seconds for one in transfers]
+            load = sum(busy) if all(one.loads for one in transfers) else max(busy)
+            bound = max(bound, begin + microbatches * load + after)
+    return bound
+
+
+def tuned(costs: Costs, microbatches: int, activations: int | None) -> tuple[str, Schedule]:
     """What the tuner chooses under a limit of microbatches held, in words and as a value."""
     best = tune(lambda _: costs, [microbatches], limits=Limits(activations=activations)).best
     return f"{best.name}, receives {best.receives_ahead} ahead", best.schedule
@@ -119,7 +104,7 @@ def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any
             max(end for _, end in turn) - min(begin for begin, _ in turn) for turn in zip(*arrivals, strict=True)
         )
         costs = costs_of(setting, lasting, numel, hop_seconds)
-        name, schedule = tuned(costs, setting.microbatches, options.activations or 2 * setting.stages - 1)
+        name, schedule = tuned(costs, setting.microbatches, options.activations)
         methods = methods_of(setting, numel, smallest, schedule)
         ranks.run(prepare, setting, methods)
         samples: dict[str, list[list[Sample]]] = {method.name: [] for method in methods}
@@ -139,6 +124,7 @@ def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any
                     setting,
                     (forwards, hop_seconds),
                     of_ours.get(method.name),
+                    wire_bound_seconds(costs, setting.microbatches),
                     name if method.schedule else None,
                 )
             )
@@ -165,6 +151,7 @@ def row_of(
     setting: Setting,
     hop_times: tuple[float, float],
     predicted: float | None,
+    wire_bound: float,
     schedule: str | None,
 ) -> Row:
     """What the ranks' samples say together."""
@@ -175,155 +162,22 @@ def row_of(
         name,
         setting.microbatches,
         setting.devices,
+        setting.has_links,
         *hop_times,
         statistics.median(times),
         times,
         tuple(max(taken[rank].peak for taken in samples) for rank in range(0, len(samples[0]), setting.devices)),
         predicted,
+        wire_bound,
         schedule,
         busy,
     )
 
 
-# ---- what is shown
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One hop time against the targets.
-
-    Attributes:
-        bound_seconds: signal + 2 (S - 1) hops.
-        ratio: ours over it.
-        fastest_peer, peer_ratio: the fastest other method, and its time over ours.
-        simulator_error: predicted over measured, less one.
-    """
-
-    hop_forwards: float
-    bound_seconds: float
-    ratio: float
-    fastest_peer: str
-    peer_ratio: float
-    simulator_error: float
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """One for each case."""
-    found = []
-    for key in dict.fromkeys((row.devices, row.microbatches, row.hop_forwards) for row in rows):
-        case = {row.method: row for row in rows if (row.devices, row.microbatches, row.hop_forwards) == key}
-        ours, signal = case[OURS], case[SIGNAL]
-        bound = signal.seconds + 2 * (len(ours.peaks) - 1) * ours.hop_seconds
-        peer = min((row for name, row in case.items() if name not in (OURS, SIGNAL, IN_TORCH)), key=lambda r: r.seconds)
-        assert ours.predicted_seconds is not None
-        found.append(
-            Verdict(
-                key[2],
-                bound,
-                ours.seconds / bound,
-                peer.method,
-                peer.seconds / ours.seconds,
-                ours.predicted_seconds / ours.seconds - 1,
-            )
-        )
-    return found
-
-
-def table(rows: Sequence[Row]) -> str:
-    """One line per hop time and method, in Markdown."""
-    lines = [
-        "| hop / F | hop | method | step | over ours | most microbatches held, by stage | simulator |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    ours = {(r.devices, r.microbatches, r.hop_forwards): r.seconds for r in rows if r.method == OURS}
-    for row in rows:
-        over = row.seconds / ours[row.devices, row.microbatches, row.hop_forwards]
-        error = "" if row.predicted_seconds is None else f"{row.predicted_seconds / row.seconds - 1:+.1%}"
-        name = row.method if row.schedule is None else f"{row.method}: {row.schedule}"
-        lines.append(
-            f"| {row.hop_forwards:g} | {row.hop_seconds * 1e3:.1f} ms | {name} | {row.seconds:.3f} s | {over:.2f} | "
-            f"{' '.join(map(str, row.peaks))} | {error} |"
-        )
-    return "\n".join(lines)
-
-
-def summary(rows: Sequence[Row], seconds: Seconds) -> str:
-    """Each hop time against the targets."""
-    hidden = (seconds.forward + seconds.backward + seconds.weight_gradient) / 2 / seconds.forward
-    lines = [
-        f"Targets: up to {hidden:g} F ours / (signal + 2 (S - 1) hops) <= {TARGET_RATIO}; fastest peer / ours >= "
-        f"{TARGET_PEER}, and above 1 where the hop is; simulator within {TARGET_SIMULATOR:.0%}.",
-        "",
-        "| hop / F | signal + 2 (S - 1) hops | ours over it | fastest peer | over ours | simulator | a NIC sends |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in verdicts(rows):
-        wanted = TARGET_PEER if one.hop_forwards == 0 else 1.0
-        lines.append(
-            f"| {one.hop_forwards:g} | {one.bound_seconds:.3f} s | {_marked(one.ratio, one.ratio <= TARGET_RATIO)} | "
-            f"{one.fastest_peer} | {_marked(one.peer_ratio, one.peer_ratio >= wanted)} | "
-            f"{one.simulator_error:+.1%}{'' if abs(one.simulator_error) <= TARGET_SIMULATOR else ' MISSED'} | "
-            f"{2 * one.hop_forwards * seconds.forward / (seconds.forward + seconds.backward):.0%} of F + B |"
-        )
-    return "\n".join(lines)
-
-
-def _marked(value: float, is_reached: bool) -> str:
-    return f"{value:.3f}{'' if is_reached else ' MISSED'}"
-
-
-def draw(rows: Sequence[Row], seconds: Seconds, path: Path) -> None:
-    """A step's length over the hop's, one line per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
-    for name in dict.fromkeys(row.method for row in rows):
-        points = sorted((row.hop_forwards, row.seconds) for row in rows if row.method == name)
-        is_ours = name in (OURS, IN_TORCH, SIGNAL)
-        style = {OURS: "o-", IN_TORCH: "o--", SIGNAL: "k:"}.get(name, "s-")
-        axes.plot(*zip(*points, strict=True), style, label=name, linewidth=2.2 if is_ours else 1.2, markersize=4)
-    bound = sorted((one.hop_forwards, one.bound_seconds) for one in verdicts(rows))
-    axes.plot(*zip(*bound, strict=True), "k--", linewidth=1, label="signal + fill and drain, 2 (S - 1) hops")
-    full = (seconds.forward + seconds.backward) / 2 / seconds.forward
-    axes.axvline(full, color="grey", linewidth=0.8)
-    axes.annotate("2 hops = F + B:\na NIC sends without pause", (full, 0.05), fontsize=8, color="grey")
-    axes.set_xlabel(
-        f"one hop / one forward (F = {seconds.forward * 1e3:g} ms, slept; B = {seconds.backward / seconds.forward:g} F)"
-    )
-    axes.set_ylabel("step (s)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def save(rows: Sequence[Row], about: dict[str, Any], path: Path) -> list[Row]:
-    """Write the rows, with those of other cases that the file has from the same set-up; all of them."""
-    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    kept: list[Row] = []
-    if all(before.get(key) == about[key] for key in ("machine", "torch", "seconds", "nic_bits_per_second")):
-        ours = {(row.devices, row.microbatches, row.hop_forwards) for row in rows}
-        kept = [_row_from(one) for one in before["rows"]]
-        kept = [row for row in kept if (row.devices, row.microbatches, row.hop_forwards) not in ours]
-    order = {name: number for number, name in enumerate((SIGNAL, OURS, IN_TORCH, LEADER, *TORCH))}
-    together = sorted(
-        [*kept, *rows], key=lambda row: (row.devices, row.microbatches, row.hop_forwards, order[row.method])
-    )
-    path.write_text(json.dumps({**about, "rows": [asdict(row) for row in together]}, indent=1) + "\n")
-    return together
-
-
-def _row_from(fields: dict[str, Any]) -> Row:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return Row(**values)
-
-
 def run(options: Any) -> tuple[list[Row], Setting, str]:
     """Start the cluster and measure."""
-    with Cluster.uniform(options.stages, options.devices, options.nic) as cluster, cluster.ranks() as ranks:
+    hosts = Cluster.uniform(options.stages, options.devices, options.nic, has_links=options.links)
+    with hosts as cluster, cluster.ranks() as ranks:
         calibration = calibrate(cluster, ranks, seconds=0.2, repeats=3)
         print(calibration, file=sys.stderr, flush=True)
         topology = Topology(
@@ -333,7 +187,9 @@ def run(options: Any) -> tuple[list[Row], Setting, str]:
             latency_seconds=calibration.latency_seconds,
         )
         milliseconds = [one / 1e3 for one in options.sleep]
-        setting = Setting(options.stages, options.devices, options.microbatches, Seconds(*milliseconds), topology)
+        setting = Setting(
+            options.stages, options.devices, options.microbatches, Seconds(*milliseconds), topology, options.links
+        )
         return measure(ranks, setting, calibration, options), setting, str(calibration)
 
 
@@ -348,8 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=1, help="of each stage; 2 cut the tensors differently in turn")
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument(
-        "--activations", type=int, help="that ours may hold; as many as torch's eager order, 2 S - 1, if left out"
+        "--activations", type=int, help="that ours may hold at most, such as 2 S - 1, which torch's eager order holds"
     )
+    parser.add_argument("--links", action="store_true", help="a link for each neighbour of a host, not one NIC")
     parser.add_argument("--nic", type=parse_bits_per_second, default=parse_bits_per_second("100mbit"))
     parser.add_argument("--repeats", type=int, default=3, help="steps of each method, after one (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="add all samples to those there of the same set-up")
@@ -374,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "calibration": calibration,
         }
         rows = save(rows, about, options.json)
-    rows = [row for row in rows if (row.devices, row.microbatches) == (options.devices, options.microbatches)]
+    shown = (options.devices, options.microbatches, options.links)
+    rows = [row for row in rows if row.case[:3] == shown]
     print(f"\n{table(rows)}\n\n{summary(rows, setting.seconds)}")
     if options.plot is not None:
         draw(rows, setting.seconds, options.plot)

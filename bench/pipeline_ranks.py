@@ -44,6 +44,7 @@ class Setting:
     microbatches: int
     seconds: Seconds
     topology: Topology
+    has_links: bool = False
 
     def layouts(self, numel: int) -> list[ShardingSpec]:
         """Per stage, where its inputs lie, and its outputs too: by rows and by columns in turn, if it has devices."""

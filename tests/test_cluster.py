@@ -77,17 +77,34 @@ def test_an_owner_is_a_process_that_started_then() -> None:
 
 
 def test_a_nic_is_shaped_in_both_directions_and_small_packets_go_first() -> None:
-    commands = network.shaping_commands("somewhere", "nic0", 400_000_000)
-    assert (commands.program, commands.namespace) == ("tc", "somewhere")
-    assert commands.lines[1:4] == (
-        "class add dev nic0 parent 1: classid 1:1 htb rate 400000000bit ceil 400000000bit burst 100000 cburst 100000 "
+    ports = network.ports_of("name", [Host(1, (SLOW,)), Host(1, (FAST,))])
+    sends, receives = network.shaping_commands("name", ports[0], ports)
+    assert (sends.program, sends.namespace) == ("tc", "name-host0-nic0")
+    assert sends.lines[1:4] == (
+        "class add dev nic0 parent 1: classid 1:1 htb rate 200000000bit ceil 200000000bit burst 50000 cburst 50000 "
         "quantum 1514",
-        "class add dev nic0 parent 1:1 classid 1:10 htb rate 40000000bit ceil 400000000bit burst 100000 cburst 100000 "
+        "class add dev nic0 parent 1:1 classid 1:10 htb rate 20000000bit ceil 200000000bit burst 50000 cburst 50000 "
         "quantum 1514 prio 0",
-        "class add dev nic0 parent 1:1 classid 1:20 htb rate 360000000bit ceil 400000000bit burst 100000 "
-        "cburst 100000 quantum 1514 prio 1",
+        "class add dev nic0 parent 1:1 classid 1:20 htb rate 180000000bit ceil 200000000bit burst 50000 "
+        "cburst 50000 quantum 1514 prio 1",
     )
-    assert commands.lines[-1].endswith("u32 match u16 0x0000 0xff80 at 2 flowid 1:10")
+    assert sends.lines[-1].endswith("u32 match u16 0x0000 0xff80 at 2 flowid 1:10")
+    assert receives.namespace == "name-switch"
+    assert "dev d0n0 parent 1: classid 1:1 htb rate 100000000bit" in receives.lines[1]
+
+
+def test_links_have_the_rate_each() -> None:
+    ports = network.ports_of("name", [Host(2, (FAST, FAST), has_links=True), *[Host(1, (FAST,), has_links=True)] * 2])
+    sends, receives = network.shaping_commands("name", ports[0], ports)
+    peers = ("10.77.0.2", "10.77.0.3")  # not the host's own other NIC
+    for batch, side in ((sends, "dst"), (receives, "src")):
+        assert sum("htb rate 400000000bit" in line for line in batch.lines) == len(peers)
+        assert [line.split("prio ")[1] for line in batch.lines if line.startswith("filter")] == [
+            f"1 u32 match ip {side} {peers[0]}/32 match u16 0x0000 0xff80 at 2 flowid 1:10",
+            f"2 u32 match ip {side} {peers[0]}/32 flowid 1:20",
+            f"1 u32 match ip {side} {peers[1]}/32 match u16 0x0000 0xff80 at 2 flowid 1:110",
+            f"2 u32 match ip {side} {peers[1]}/32 flowid 1:120",
+        ]
 
 
 def test_all_of_the_network_is_in_namespaces_of_ours() -> None:
