@@ -18,7 +18,7 @@ from tricomm.pipeline.exact import solve
 
 GRID = [(4, 8), (4, 16), (8, 16)]
 HOPS = (0.0, 0.5, 1.0, 2.0)
-TRIALS = 300
+TRIALS = 1000
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,11 @@ class Topology:
     _nic_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_rates: tuple[NicRate, ...] = field(init=False, repr=False, compare=False)
     _host_numbers: np.ndarray = field(init=False, repr=False, compare=False)
-    _send_rates: np.ndarray = field(init=False, repr=False, compare=False)
+    nic_numbers: np.ndarray = field(init=False, repr=False, compare=False)
+    """The NIC of each rank, as ``nic`` says."""
+    nic_send_rates: np.ndarray = field(init=False, repr=False, compare=False)
+    nic_receive_rates: np.ndarray = field(init=False, repr=False, compare=False)
+    """Of each NIC, as ``nic_rate`` says."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -80,9 +84,11 @@ class Topology:
         set_field(self, "_nic_of", tuple(nic_of))
         per_host = [NicRate(rates, rates) if isinstance(rates, float) else rates[name] for name in names]
         set_field(self, "_nic_rates", tuple(rate for rate in per_host for _ in range(nics)))
-        send_rates = np.array([rate.send_bytes_per_second for rate in per_host])
         set_field(self, "_host_numbers", np.array(host_of, np.int64))
-        set_field(self, "_send_rates", send_rates[self._host_numbers])
+        set_field(self, "nic_numbers", np.array(nic_of, np.int64))
+        sends, receives = zip(*self._nic_rates, strict=True)
+        set_field(self, "nic_send_rates", np.array(sends))
+        set_field(self, "nic_receive_rates", np.array(receives))
 
     @classmethod
     def flat(cls, ranks: int) -> "Topology":
@@ -124,7 +130,8 @@ class Topology:
 
     def rates_between(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
         """Bytes per second at which each sender could reach the receiver beside it if nothing else travelled."""
-        return np.where(self.share_host(senders, receivers), self.intra_bytes_per_second, self._send_rates[senders])
+        rates = self.nic_send_rates[self.nic_numbers[senders]]
+        return np.where(self.share_host(senders, receivers), self.intra_bytes_per_second, rates)
 
     def check_covers(self, ranks: Sequence[int]) -> None:
         """Refuse ranks for which no host is named.

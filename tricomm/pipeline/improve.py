@@ -1,7 +1,13 @@
-"""Local search: move what is on the critical path to an earlier place, as long as that helps."""
+"""Local search: move single actions of a schedule to other places, as long as that helps.
 
+First what is on the critical path moves forward. That ends where only several moves together would help, as where hops
+share NICs; then random moves are tried, some of which may do harm for a while (simulated annealing).
+"""
+
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import exp
 
 from tricomm.errors import PlanError
 from tricomm.pipeline.actions import Action, Kind
@@ -14,24 +20,32 @@ from tricomm.pipeline.timeline import Timeline
 REACH = 4
 """Places by which an action is moved at most."""
 
+HARM = 5e-4
+"""The part of the makespan by which a random move may typically lengthen it at first; at the end it may not at all."""
 
-def improved(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int) -> Schedule:
-    """A schedule that is no longer, found by moving actions of the critical path before others of their stage.
 
-    Deterministic: the path is walked from its start, and the first move that helps is kept.
+def improved(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int, seed: int = 0) -> Schedule:
+    """A schedule that is no longer; the same for the same arguments.
 
     Args:
         schedule: without communication, one stage per position.
         costs: of its stages and channels.
         memory: per stage, the most activations that it may hold.
-        trials: moves that are tried at most.
+        trials: schedules that are simulated at most.
+        seed: of the random moves.
     """
+    schedule, left = _along_the_path(schedule, costs, memory, trials)
+    return _wandered(schedule, costs, memory, left, random.Random(seed))
+
+
+def _along_the_path(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int) -> tuple[Schedule, int]:
+    """(a schedule that no move of the critical path shortens, trials left); the first move that helps is kept."""
     timeline = _ideal(schedule, costs)
     left = trials
     while True:
         for candidate in _neighbours(schedule, timeline, memory):
             if not left:
-                return schedule
+                return schedule, 0
             left -= 1
             try:
                 shorter = _ideal(candidate, costs)
@@ -41,7 +55,27 @@ def improved(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: in
                 schedule, timeline = candidate, shorter
                 break
         else:
-            return schedule
+            return schedule, left
+
+
+def _wandered(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int, rng: random.Random) -> Schedule:
+    """The shortest schedule on a random walk."""
+    best, best_seconds = schedule, _ideal(schedule, costs).makespan_seconds
+    seconds = best_seconds
+    for turn in range(trials):
+        candidate = _random_neighbour(schedule, memory, rng)
+        if candidate is schedule:
+            continue
+        try:
+            found = _ideal(candidate, costs).makespan_seconds
+        except PlanError:
+            continue
+        harm = HARM * best_seconds * (1 - turn / trials)
+        if found <= seconds or rng.random() < exp((seconds - found) / harm):
+            schedule, seconds = candidate, found
+        if found < best_seconds * (1 - 1e-9):
+            best, best_seconds = candidate, found
+    return best
 
 
 def _ideal(schedule: Schedule, costs: Costs) -> Timeline:
@@ -58,9 +92,28 @@ def _neighbours(schedule: Schedule, timeline: Timeline, memory: Sequence[int]) -
         actions = schedule.lists[stage]
         index = actions.index(step.what)
         for earlier in range(index - 1, max(-1, index - 1 - REACH), -1):
-            moved = (*actions[:earlier], step.what, *actions[earlier:index], *actions[index + 1 :])
+            moved = _moved(actions, index, earlier)
             if _is_allowed(moved, memory[stage]):
-                yield replace(schedule, lists=(*schedule.lists[:stage], moved, *schedule.lists[stage + 1 :]))
+                yield _with_list(schedule, stage, moved)
+
+
+def _random_neighbour(schedule: Schedule, memory: Sequence[int], rng: random.Random) -> Schedule:
+    """The schedule with one action elsewhere; the same one if the move that was drawn is not allowed."""
+    stage = rng.randrange(len(schedule.lists))
+    actions = schedule.lists[stage]
+    index = rng.randrange(len(actions))
+    place = min(max(0, index + rng.randint(-REACH, REACH)), len(actions) - 1)
+    moved = _moved(actions, index, place)
+    return _with_list(schedule, stage, moved) if _is_allowed(moved, memory[stage]) else schedule
+
+
+def _moved(actions: tuple[Action, ...], index: int, place: int) -> tuple[Action, ...]:
+    others = (*actions[:index], *actions[index + 1 :])
+    return (*others[:place], actions[index], *others[place:])
+
+
+def _with_list(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> Schedule:
+    return replace(schedule, lists=(*schedule.lists[:stage], actions, *schedule.lists[stage + 1 :]))
 
 
 def _is_allowed(actions: Sequence[Action], memory: int) -> bool:

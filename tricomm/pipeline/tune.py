@@ -209,6 +209,8 @@ class _Search:
         fastest = min(self.fitting, key=lambda one: one.makespan_seconds, default=None)
         if not self.trials or fastest is None or fastest.microbatches != microbatches:
             return
+        if fastest.makespan_seconds <= self.bound(microbatches, costs):
+            return
         schedule = improved(fastest.schedule.compute_only(), costs, self.most_held(microbatches, costs), self.trials)
         for form in self.timed([(f"{fastest.name}, improved", None, schedule)], microbatches, costs):
             self.place_receives(form, microbatches, costs)

@@ -7,14 +7,14 @@ hop; a relay forwards a chunk once it has it. A message to one receiver is a cha
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from math import ceil, prod, sqrt
+from math import prod, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.columns import Groups, Lazy
+from tricomm.columns import Groups, Lazy, numbers
 from tricomm.intervals import Piece, Region, cut_shapes, region_numel, region_shape
+from tricomm.plan.network import ChainLinks, crossings, link_count, summed
 from tricomm.topology import Topology
 
 MAX_PEERS_PER_ROUND = 128
@@ -172,7 +172,7 @@ class Unicasts(Lazy[Message]):
 
     __slots__ = ("chunk_counts", "cut", "pairs")
 
-    def __init__(self, pairs: Pairs, cut: Mapping[int, Sequence[Chunk]]) -> None:
+    def __init__(self, pairs: Pairs, cut: Mapping[int, Chunks]) -> None:
         self.pairs, self.cut = pairs, cut
         self.chunk_counts = np.ones(len(pairs.senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
@@ -235,16 +235,16 @@ def chained(legs: Legs, chunk_bytes: int | None, context: RouteContext) -> tuple
         return messages_of(legs, chunk_bytes, context.itemsize)
     if not legs:
         return ()
-    sends: dict[int, int] = {}
-    for chain in legs:
-        for rank in chain:
-            sends[rank] = sends.get(rank, 0) + 1
-    per_rank = max(sends.values())
+    links = ChainLinks.of(tuple(legs))
+    turns = np.bincount(links.sources, minlength=len(context.topology.hosts))
+    np.add.at(turns, links.destinations[links.lasts], 1)
+    per_rank = int(turns.max())
     limit = context.chunk_limit_nbytes(min(per_rank, MAX_PEERS_PER_ROUND))
-    return messages(legs, _chunk_count(legs, per_rank, context), limit, context.itemsize)
+    nbytes = numbers((sum(map(region_numel, regions)) for regions in legs.values()), len(legs)) * context.itemsize
+    return messages(legs, nbytes, _chunk_count(links, nbytes, per_rank, context.topology), limit)
 
 
-def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
+def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology: Topology) -> int:
     """In how many chunks to cut each message.
 
     n chunks take (busiest link) + fill / n, where fill is the time of a whole message on every link of its chain but
@@ -252,22 +252,11 @@ def _chunk_count(legs: Legs, per_rank: int, context: RouteContext) -> int:
     while there is little of it: so n is as large as filling is worth and BUSY_SHARE allows, and not below
     sqrt(fill / cost), which is best where nothing hides. Latency overlaps as long as a chunk lasts longer than it.
     """
-    topology = context.topology
-    link_seconds: dict[tuple[str, int], float] = {}
-    paths: list[list[tuple[str, int]]] = []
-    for chain, regions in legs.items():
-        nbytes = sum(map(region_numel, regions)) * context.itemsize
-        path: list[tuple[str, int]] = []
-        for source, destination in pairwise(chain):
-            link, rate = ("rank", source), topology.intra_bytes_per_second
-            if topology.host(source) != topology.host(destination):
-                nic = topology.nic(source)
-                link, rate = ("NIC", nic), topology.nic_rate(nic).send_bytes_per_second
-            link_seconds[link] = link_seconds.get(link, 0.0) + nbytes / rate
-            path.append(link)
-        paths.append(path)
-    fill = max(sum(map(link_seconds.__getitem__, path)) - max(map(link_seconds.__getitem__, path)) for path in paths)
-    busiest = max(link_seconds.values())
+    crossed = crossings(links.sources, links.destinations, topology)
+    link_seconds = summed(crossed.out, nbytes[links.chain] / crossed.out_rates, link_count(topology))
+    on_path = link_seconds[crossed.out]
+    fill = float((summed(links.chain, on_path, len(nbytes)) - np.maximum.reduceat(on_path, links.firsts)).max())
+    busiest = float(link_seconds.max())
     most = min(MAX_CHUNKS, int(busiest / topology.latency_seconds)) if topology.latency_seconds else MAX_CHUNKS
     cost = per_rank * topology.overhead_seconds
     wanted = fill / (FILL_SHARE * busiest)
@@ -298,14 +287,13 @@ def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Uni
     return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
 
 
-def messages(legs: Legs, count: int, limit_nbytes: int, itemsize: int) -> tuple[Message, ...]:
+def messages(legs: Legs, nbytes: np.ndarray, count: int, limit_nbytes: int) -> tuple[Message, ...]:
     """Each message in ``count`` chunks; fewer if they would be tiny, more if they would exceed the limit."""
-    result: list[Message] = []
-    for chain, regions in sorted(legs.items()):
-        nbytes = sum(map(region_numel, regions)) * itemsize
-        parts = max(min(count, nbytes // MIN_CHUNK_NBYTES), ceil(nbytes / limit_nbytes), 1)
-        result.append(_message(chain, regions, parts))
-    return tuple(result)
+    parts = np.maximum(np.minimum(count, nbytes // MIN_CHUNK_NBYTES), np.maximum(-(-nbytes // limit_nbytes), 1))
+    counted = zip(legs.items(), parts.tolist(), strict=True)
+    return tuple(
+        _message(chain, regions, part) for (chain, regions), part in sorted(counted, key=lambda one: one[0][0])
+    )
 
 
 def _message(chain: tuple[int, ...], regions: Sequence[Region], parts: int) -> Message:

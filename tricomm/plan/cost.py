@@ -1,13 +1,16 @@
 """What a plan costs on a topology: the bound that no plan can beat, and the time that this one should take."""
 
 from collections.abc import Sequence
-from functools import cache
-from itertools import groupby, pairwise
-from operator import attrgetter
+from itertools import chain, pairwise
+from typing import NamedTuple
 
-from tricomm.plan.chunks import Message
+import numpy as np
+
+from tricomm.columns import bounds, numbers, positions, starts_run
+from tricomm.plan.chunks import Chunks, Message, Unicasts
 from tricomm.plan.flow import Job, share
-from tricomm.plan.rounds import Hop
+from tricomm.plan.network import ChainLinks, crossings, link_count, summed
+from tricomm.plan.rounds import Hop, Hops
 from tricomm.plan.tasks import Task
 from tricomm.topology import Topology
 
@@ -66,82 +69,127 @@ def simulated_seconds(messages: Sequence[Message], hops: Sequence[Hop], itemsize
     all, and a chunk has arrived when both its links have. A link takes up a round when it is done with the one
     before and a chunk is ready; a rank needs ``overhead_seconds`` to post each send.
     """
-    network = _Network(topology)
-    links_of, posted, free = network.links_of, network.posted, network.free
+    if not len(hops):
+        return 0.0
+    rows = _Rows.of(messages, hops, itemsize, topology)
     overhead, latency = topology.overhead_seconds, topology.latency_seconds
-    arrived: dict[tuple[int, int, int], float] = {}
-    sizes = [[message.chunk_numel(chunk) * itemsize for chunk in range(len(message.chunks))] for message in messages]
+    source, out, into = rows.source, rows.out, rows.into
+    posted = [0.0] * len(topology.hosts)
+    free = [0.0] * link_count(topology)
+    arrived = [0.0] * (len(rows.before) + 1)  # the last one is that of what a sender has from the start
     end = 0.0
-    for _, together in groupby(hops, key=attrgetter("round")):
-        ready = sorted([(arrived.get((hop.message, hop.chunk, hop.source), 0.0), hop) for hop in together])
-        for since, (_, source, destination, message, chunk) in ready:
-            (out, out_rate), (into, in_rate) = links_of(source, destination)
-            posted[source] = begin = max(since, posted.get(source, 0.0)) + overhead
-            nbytes = sizes[message][chunk]
-            free[out] = max(begin, free[out]) + nbytes / out_rate
-            free[into] = max(begin, free[into]) + nbytes / in_rate
-        for _, (_, source, destination, message, chunk) in ready:
-            (out, _), (into, _) = links_of(source, destination)
-            done = max(free[out], free[into]) + latency
-            arrived[message, chunk, destination] = done
+    for first, last in pairwise(rows.rounds):
+        since = [arrived[row] for row in rows.before[first:last]]
+        for row in sorted(range(first, last), key=lambda row: since[row - first]):
+            rank = source[row]
+            posted[rank] = begin = max(since[row - first], posted[rank]) + overhead
+            free[out[row]] = max(begin, free[out[row]]) + rows.out_seconds[row]
+            free[into[row]] = max(begin, free[into[row]]) + rows.into_seconds[row]
+        for row in range(first, last):
+            arrived[row] = done = max(free[out[row]], free[into[row]]) + latency
             end = max(end, done)
     return end
+
+
+class _Rows(NamedTuple):
+    """Hops in the order of rounds, as lists of numbers, which Python reads faster one by one than arrays.
+
+    Attributes:
+        rounds: where each round begins, and where the last one ends.
+        before: the row that brings a hop's chunk to its source; -1 where the source is its message's sender.
+        source: rank.
+        out, into: the links.
+        out_seconds, into_seconds: for which it keeps them busy.
+    """
+
+    rounds: list[int]
+    before: list[int]
+    source: list[int]
+    out: list[int]
+    into: list[int]
+    out_seconds: list[float]
+    into_seconds: list[float]
+
+    @classmethod
+    def of(cls, messages: Sequence[Message], hops: Sequence[Hop], itemsize: int, topology: Topology) -> "_Rows":
+        table = hops.table if isinstance(hops, Hops) else np.array(hops, np.int64)
+        rounds, source, destination, message, chunk = table[np.lexsort(table.T[::-1])].T
+        loads = Loads.of(messages)
+        nbytes = loads.chunk_numel[bounds(loads.chunk_counts)[message] + chunk] * itemsize
+        links = crossings(source, destination, topology)
+        # A rank receives a chunk of a message once, and gives it on once.
+        most = len(topology.hosts)
+        place = (message * most + destination) * (int(chunk.max()) + 1) + chunk
+        wanted = (message * most + source) * (int(chunk.max()) + 1) + chunk
+        order = np.argsort(place)
+        at = positions(place[order], wanted)
+        before = np.where(at >= 0, order[at], -1)
+        begins = np.append(np.flatnonzero(starts_run(rounds)), len(rounds))
+        columns = (begins, before, source, links.out, links.into, nbytes / links.out_rates, nbytes / links.into_rates)
+        return cls(*(column.tolist() for column in columns))
 
 
 def busiest_seconds(messages: Sequence[Message], itemsize: int, topology: Topology) -> float:
     """A time that :func:`simulated_seconds` is not below (but for rounding), whatever the rounds: the busiest link's,
     the busiest rank's, or that of the last chunk on the longest chain.
     """
-    network = _Network(topology)
+    if not len(messages):
+        return 0.0
+    links, counts, _ = loads = Loads.of(messages)
     each = topology.overhead_seconds + topology.latency_seconds
-    longest = 0.0
-    for message in messages:
-        nbytes, chunks = message.numel * itemsize, len(message.chunks)
-        for source, destination in pairwise(message.chain):
-            network.posted[source] = network.posted.get(source, 0.0) + chunks * topology.overhead_seconds
-            for link, rate in network.links_of(source, destination):
-                network.free[link] += nbytes / rate
-        _, rate = network.links_of(*message.chain[:2])[0]
-        longest = max(longest, nbytes / rate + (len(message.chain) - 1) * each)
-    busiest = max(network.free, default=0.0) + each
-    return (
-        max(busiest, max(network.posted.values(), default=0.0) + topology.latency_seconds, longest) if messages else 0.0
-    )
+    crossed = crossings(links.sources, links.destinations, topology)
+    nbytes = loads.numel * itemsize
+    carried = nbytes[links.chain]
+    numbers_of = np.stack([crossed.out, crossed.into], axis=1).reshape(-1)
+    seconds = np.stack([carried / crossed.out_rates, carried / crossed.into_rates], axis=1).reshape(-1)
+    busiest = summed(numbers_of, seconds, link_count(topology)).max() + each
+    posting = summed(links.sources, counts[links.chain] * topology.overhead_seconds, len(topology.hosts)).max()
+    longest = (nbytes / crossed.out_rates[links.firsts] + links.lengths * each).max()
+    return float(max(busiest, posting + topology.latency_seconds, longest))
 
 
-_Link = tuple[int, float]
-"""(number of what is shared, bytes per second)."""
-
-
-class _Network:
-    """The links between ranks, numbered as they are met.
+class Loads(NamedTuple):
+    """Messages as columns.
 
     Attributes:
-        free: per link, when it is done with what it has.
-        posted: per rank, when it has posted its last send.
+        links: of their chains.
+        chunk_counts: of each message.
+        chunk_numel: elements of every chunk, message after message.
     """
 
-    def __init__(self, topology: Topology) -> None:
-        self.free: list[float] = []
-        self.posted: dict[int, float] = {}
-        self._topology = topology
-        self._numbers: dict[tuple[str, int], int] = {}
-        self.links_of = cache(self._links_of)
+    links: ChainLinks
+    chunk_counts: np.ndarray
+    chunk_numel: np.ndarray
 
-    def _links_of(self, source: int, destination: int) -> tuple[_Link, _Link]:
-        """What a hop occupies: where it leaves, and where it enters."""
-        topology = self._topology
-        if topology.host(source) == topology.host(destination):
-            rate = topology.intra_bytes_per_second
-            return (self._number("rank out", source), rate), (self._number("rank in", destination), rate)
-        here, there = topology.nic(source), topology.nic(destination)
-        return (
-            (self._number("NIC out", here), topology.nic_rate(here).send_bytes_per_second),
-            (self._number("NIC in", there), topology.nic_rate(there).receive_bytes_per_second),
-        )
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> "Loads":
+        """Of any messages."""
+        if isinstance(messages, Unicasts):
+            return cls._of_unicasts(messages)
+        sizes = [_numel_of(message) for message in messages]
+        links = ChainLinks.of([message.chain for message in messages])
+        return cls(links, numbers(map(len, sizes), len(sizes)), numbers(chain.from_iterable(sizes)))
 
-    def _number(self, kind: str, index: int) -> int:
-        number = self._numbers.setdefault((kind, index), len(self.free))
-        if number == len(self.free):
-            self.free.append(0.0)
-        return number
+    @classmethod
+    def _of_unicasts(cls, messages: Unicasts) -> "Loads":
+        pairs, counts = messages.pairs, messages.chunk_counts
+        rows = np.arange(len(counts))
+        numel = np.repeat(pairs.numel, counts)
+        firsts = bounds(counts)
+        for row, chunks in messages.cut.items():
+            numel[firsts[row] : firsts[row + 1]] = chunks.numel
+        return cls(ChainLinks(rows, pairs.senders, pairs.receivers, rows), counts, numel)
+
+    @property
+    def numel(self) -> np.ndarray:
+        """Elements of each message."""
+        total = bounds(self.chunk_numel)
+        ends = bounds(self.chunk_counts)
+        numel: np.ndarray = total[ends[1:]] - total[ends[:-1]]
+        return numel
+
+
+def _numel_of(message: Message) -> tuple[int, ...]:
+    if isinstance(message.chunks, Chunks):
+        return message.chunks.numel
+    return tuple(message.chunk_numel(index) for index in range(len(message.chunks)))

@@ -15,13 +15,13 @@ receive is posted and a group of operations completes as one (NCCL).
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from tricomm.columns import Lazy, bounds, numbers
 from tricomm.plan.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
+from tricomm.plan.network import ChainLinks
 from tricomm.topology import Topology
 
 WAVE_STRIDE = 1 << 40
@@ -94,27 +94,27 @@ def _distances(senders: np.ndarray, receivers: np.ndarray, participants: Sequenc
 
 
 def _chained_hops(messages: Sequence[Message], topology: Topology) -> np.ndarray:
-    steps = max(len(message.chunks) for message in messages)
-    hops: list[Hop] = []
-    for index, (message, wave) in enumerate(zip(messages, _first_fit(messages), strict=True)):
-        count = len(message.chunks)
-        firsts = [chunk * steps // count * STEP_STRIDE + wave * WAVE_STRIDE for chunk in range(count)]
-        for source, destination, after in _along(message.chain, topology):
-            hops += [Hop(first + after, source, destination, index, chunk) for chunk, first in enumerate(firsts)]
-    return np.array(hops, np.int64)
+    counts = numbers((len(message.chunks) for message in messages), len(messages))
+    links = ChainLinks.of([message.chain for message in messages])
+    after = _after_first(links, topology) + numbers(_first_fit(messages), len(messages))[links.chain] * WAVE_STRIDE
+    of_link = counts[links.chain]
+    link = np.repeat(np.arange(len(of_link)), of_link)
+    chunk = np.arange(len(link)) - bounds(of_link)[link]
+    step = chunk * counts.max() // of_link[link]
+    return np.column_stack(
+        (step * STEP_STRIDE + after[link], links.sources[link], links.destinations[link], links.chain[link], chunk)
+    )
 
 
-def _along(chain: Sequence[int], topology: Topology) -> list[tuple[int, int, int]]:
-    """(source, destination, rounds after the chunk's first) of the hops of a chain."""
-    pairs = list(pairwise(chain))
-    leaves = [topology.host(source) != topology.host(destination) for source, destination in pairs]
-    result: list[tuple[int, int, int]] = []
-    after = 0
-    for (source, destination), leaves_host in zip(pairs, leaves, strict=True):
-        result.append((source, destination, after))
-        # A chain within one host is in a hurry too: then its hops are steps.
-        after += STEP_STRIDE if leaves_host or not any(leaves) else 1
-    return result
+def _after_first(links: ChainLinks, topology: Topology) -> np.ndarray:
+    """How many rounds after its chunk's first a hop over each link comes."""
+    leaves = ~topology.share_host(links.sources, links.destinations)
+    # A chain within one host is in a hurry too: then its hops are steps.
+    stays = ~np.logical_or.reduceat(leaves, links.firsts)
+    rounds = np.where(leaves | stays[links.chain], STEP_STRIDE, 1)
+    before = bounds(rounds)[:-1]
+    after: np.ndarray = before - before[links.firsts][links.chain]
+    return after
 
 
 def _unicast_hops(
