@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu_sanitizer import sanitizer_part
 from bench.gpu_transport import transport_part
 from bench.kernel_check import kernels_part
 from bench.overhead import describe_hardware
 from bench.parts import Outcome
 
-PARTS: list[Callable[[torch.device], Iterable[Outcome]]] = [kernels_part, transport_part]
+PARTS: list[Callable[[torch.device], Iterable[Outcome]]] = [kernels_part, sanitizer_part, transport_part]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

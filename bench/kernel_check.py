@@ -63,9 +63,9 @@ def bytes_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def check_random_boxes(device: torch.device) -> str:
+def check_random_boxes(device: torch.device, scenes: int = RANDOM_SCENES) -> str:
     """Pack and unpack random boxes, one and several buffers, with and without a limit of multiprocessors."""
-    for seed in range(RANDOM_SCENES):
+    for seed in range(scenes):
         dice = random.Random(seed)
         tensors = [random_tensor(dice, device) for _ in range(dice.randint(1, 4))]
         boxes, nbytes = random_boxes(dice, tensors)
@@ -83,7 +83,7 @@ def check_random_boxes(device: torch.device) -> str:
         reference.unpack(inner[1:], table, backs[1])
         if not all(bytes_equal(a, b) for a, b in zip(*backs, strict=True)):
             raise ValueError(f"scene {seed}: unpacked bytes differ")
-    return f"{RANDOM_SCENES} random scenes, both directions"
+    return f"{scenes} random scenes, both directions"
 
 
 def patterns(dtype: torch.dtype, device: torch.device) -> torch.Tensor:

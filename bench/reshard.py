@@ -267,11 +267,34 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.bar(places, ratios, 0.8 / len(methods), label=method)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_yscale("log", base=2)
-    axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    ticks = [1, 2, 4, 8, 16, 32, 64]
+    axes.set_yticks(ticks, list(map(str, ticks)))
+    axes.margins(x=0.01)
     axes.set_ylabel("time / NIC-bound optimum")
     axes.set_xticks(range(len(cases)), cases, rotation=40, ha="right", fontsize=8)
     figure.legend(loc="outside upper center", fontsize=8, ncols=3)
     figure.savefig(path, dpi=120)
+
+
+def save(rows: Sequence[Row], calibrations: dict[str, str], nic: int, path: Path) -> list[Row]:
+    """Write the rows, with those of other cases that the file has from the same set-up; all of them."""
+    about = {"machine": platform.platform(), "torch": torch.__version__, "nic_bits_per_second": nic}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    together = list(rows)
+    if all(before.get(key) == value for key, value in about.items()):
+        new = {row.case for row in rows}
+        together += [row for row in map(_row_from, before["rows"]) if row.case not in new]
+        calibrations = {**before["calibrations"], **calibrations}
+    order = {case.name: number for number, case in enumerate(CASES)}
+    together.sort(key=lambda row: order[row.case])
+    content = {**about, "calibrations": calibrations, "rows": [asdict(row) for row in together]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return together
+
+
+def _row_from(fields: dict[str, Any]) -> Row:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Row(**values)
 
 
 def run(options: Any) -> tuple[list[Row], dict[str, str]]:
@@ -290,8 +313,7 @@ def run(options: Any) -> tuple[list[Row], dict[str, str]]:
                 rows += measure_case(case, cluster, ranks, topology, options)
                 of_case = [row for row in rows if row.case == case.name]
                 print(table(of_case).splitlines()[-1], file=sys.stderr, flush=True)
-    order = {case.name: number for number, case in enumerate(CASES)}
-    return sorted(rows, key=lambda row: order[row.case]), calibrations
+    return rows, calibrations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -300,13 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", choices=("paper", "ours", "all"), default="all")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     parser.add_argument("--nic", type=parse_bits_per_second, default=parse_bits_per_second("200mbit"))
-    parser.add_argument("--seconds", type=float, default=1.5, help="that the bound of a case takes (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="samples of each method (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="that the bound of a case takes (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="samples of each method (%(default)s)")
     parser.add_argument(
         "--peer-repeats", type=int, default=3, help="samples of each peer; 0 leaves peers out (%(default)s)"
     )
     parser.add_argument("--grid", action="store_true", help="every strategy with every sender choice")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all samples there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="add all samples to those there of other cases")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a picture there (needs the extra 'bench')")
     options = parser.parse_args(arguments)
     try:
@@ -316,9 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table(rows))
     if options.json is not None:
-        machine = {"machine": platform.platform(), "torch": torch.__version__, "nic_bits_per_second": options.nic}
-        content = {**machine, "calibrations": calibrations, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        rows = save(rows, calibrations, options.nic, options.json)
     if options.plot is not None:
         draw(rows, options.plot)
     return 0

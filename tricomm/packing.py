@@ -203,21 +203,32 @@ def _lay_out(
                 alive.append((index, index + window, transfer.numel, sends[index], at))
     alive.sort(key=lambda item: item[:2])
     taken: list[tuple[int, int, int]] = []
-    size = 0
+    size, now = 0, -1
+    refused = 0  # if not 0, no gap is as large as this
     for first, last, numel, step, at in alive:
         nbytes = -(-numel * itemsize // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
-        taken = [(start, stop, until) for start, stop, until in taken if until >= first]
-        offset = 0
-        for index, (start, stop, _) in enumerate(taken):
-            if start - offset >= nbytes:
-                taken.insert(index, (offset, offset + nbytes, last))
-                break
-            offset = stop
-        else:
-            taken.append((offset, offset + nbytes, last))
+        if first != now:
+            now, refused = first, 0
+            taken = [(start, stop, until) for start, stop, until in taken if until >= first]
+        offset = taken[-1][1] if taken else 0
+        place = len(taken)
+        if not refused or nbytes < refused:
+            place, offset = _first_gap(taken, nbytes)
+            refused = nbytes if place == len(taken) else refused
+        taken.insert(place, (offset, offset + nbytes, last))
         step[at] = step[at]._replace(arena_offset=offset)
         size = max(size, offset + nbytes)
     return size
+
+
+def _first_gap(taken: Sequence[tuple[int, int, int]], nbytes: int) -> tuple[int, int]:
+    """(index among what is taken, byte) of the first place that is large enough; behind everything if no gap is."""
+    offset = 0
+    for index, (start, stop, _) in enumerate(taken):
+        if start - offset >= nbytes:
+            return index, offset
+        offset = stop
+    return len(taken), offset
 
 
 def _copy(copy: Copy, strides: tuple[Sequence[int], Sequence[int]], itemsize: int, alignment: int) -> StridedBox:

@@ -140,12 +140,12 @@ def busiest_seconds(messages: Sequence[Message], itemsize: int, topology: Topolo
     crossed = crossings(links.sources, links.destinations, topology)
     nbytes = loads.numel * itemsize
     carried = nbytes[links.chain]
-    numbers_of = np.stack([crossed.out, crossed.into], axis=1).reshape(-1)
-    seconds = np.stack([carried / crossed.out_rates, carried / crossed.into_rates], axis=1).reshape(-1)
-    busiest = summed(numbers_of, seconds, link_count(topology)).max() + each
+    count = link_count(topology)  # out and into have different numbers
+    busy = summed(crossed.out, carried / crossed.out_rates, count)
+    busy += summed(crossed.into, carried / crossed.into_rates, count)
     posting = summed(links.sources, counts[links.chain] * topology.overhead_seconds, len(topology.hosts)).max()
     longest = (nbytes / crossed.out_rates[links.firsts] + links.lengths * each).max()
-    return float(max(busiest, posting + topology.latency_seconds, longest))
+    return float(max(busy.max() + each, posting + topology.latency_seconds, longest))
 
 
 class Loads(NamedTuple):
