@@ -22,7 +22,9 @@ def fake_sanitizer(directory: Path, exit_code: int) -> None:
     program.chmod(0o755)
 
 
-@pytest.mark.parametrize(("exit_code", "text"), [(0, f"memcheck of {SCENES} random scenes"), (9, "exit code 9, 9 being")])
+@pytest.mark.parametrize(
+    ("exit_code", "text"), [(0, f"memcheck of {SCENES} random scenes"), (9, "exit code 9, 9 being")]
+)
 def test_what_the_sanitizer_says_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int, text: str
 ) -> None:
