@@ -86,10 +86,12 @@ class Routed:
 
 def assigned_seconds(assignments: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
     """What none of Auto's strategies with this fan-out can beat: the NIC whose ranks send longest, without what they
-    forward, or the last byte's way along a chain, which leads through all receivers, or all of one host.
+    forward; the last byte's way along a chain, which leads through all receivers, or all of one host; or, where the
+    ranks of a host hand parts around, the rank that posts most sends.
     """
     each = topology.overhead_seconds + topology.latency_seconds
     nic_seconds: dict[int, float] = {}
+    handed: set[tuple[int, tuple[int, ...]]] = set()
     longest = 0
     hosts_of: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
     for assignment in assignments:
@@ -100,6 +102,8 @@ def assigned_seconds(assignments: Sequence[Assignment], itemsize: int, topology:
         copies, links = sum(remote), 1
         if fan_out is FanOut.EVERY_HOST:
             copies, links = len(remote), max(map(len, hosts))
+            # With so many elements no part is empty. Equal senders and receivers share messages.
+            handed.update((assignment.sender, ranks) for ranks in hosts if assignment.numel >= 2 * len(ranks))
         elif fan_out is FanOut.ONCE:
             # A chain enters the sender's own host only if it has receivers there: then others may forward it.
             copies, links = int(len(remote) == len(hosts)), len(receivers)
@@ -107,4 +111,10 @@ def assigned_seconds(assignments: Sequence[Assignment], itemsize: int, topology:
         seconds = copies * assignment.numel * itemsize / topology.nic_rate(nic).send_bytes_per_second
         nic_seconds[nic] = nic_seconds.get(nic, 0.0) + seconds
         longest = max(longest, links)
-    return max(max(nic_seconds.values(), default=0.0), longest * each)
+    posts: dict[int, int] = {}
+    for sender, ranks in handed:
+        posts[sender] = posts.get(sender, 0) + len(ranks)
+        for rank in ranks:
+            posts[rank] = posts.get(rank, 0) + len(ranks) - 1
+    posting = max(posts.values(), default=0) * topology.overhead_seconds
+    return max(max(nic_seconds.values(), default=0.0), longest * each, posting)
