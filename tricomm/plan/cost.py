@@ -71,24 +71,25 @@ def simulated_seconds(messages: Sequence[Message], hops: Sequence[Hop], itemsize
     """
     if not len(hops):
         return 0.0
-    rows = _Rows.of(messages, hops, itemsize, topology)
+    rounds, before, source, out, into, out_seconds, into_seconds = _Rows.of(messages, hops, itemsize, topology)
     overhead, latency = topology.overhead_seconds, topology.latency_seconds
-    source, out, into = rows.source, rows.out, rows.into
     posted = [0.0] * len(topology.hosts)
     free = [0.0] * link_count(topology)
-    arrived = [0.0] * (len(rows.before) + 1)  # the last one is that of what a sender has from the start
-    end = 0.0
-    for first, last in pairwise(rows.rounds):
-        since = [arrived[row] for row in rows.before[first:last]]
-        for row in sorted(range(first, last), key=lambda row: since[row - first]):
-            rank = source[row]
-            posted[rank] = begin = max(since[row - first], posted[rank]) + overhead
-            free[out[row]] = max(begin, free[out[row]]) + rows.out_seconds[row]
-            free[into[row]] = max(begin, free[into[row]]) + rows.into_seconds[row]
+    arrived = [0.0] * (len(before) + 1)  # the last one is that of what a sender has from the start
+    for first, last in pairwise(rounds):
+        ready = sorted(zip([arrived[row] for row in before[first:last]], range(first, last), strict=True))
+        for since, row in ready:
+            rank, leaves, enters = source[row], out[row], into[row]
+            begin = posted[rank]
+            posted[rank] = begin = (since if since > begin else begin) + overhead
+            busy = free[leaves]
+            free[leaves] = (begin if begin > busy else busy) + out_seconds[row]
+            busy = free[enters]
+            free[enters] = (begin if begin > busy else busy) + into_seconds[row]
         for row in range(first, last):
-            arrived[row] = done = max(free[out[row]], free[into[row]]) + latency
-            end = max(end, done)
-    return end
+            left, entered = free[out[row]], free[into[row]]
+            arrived[row] = (left if left > entered else entered) + latency
+    return max(arrived)
 
 
 class _Rows(NamedTuple):
