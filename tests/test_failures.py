@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tricomm
 from tests.oracle import pick, require_equal
@@ -149,6 +150,37 @@ def test_a_rank_that_never_calls_is_named_by_every_other_and_told_when_it_comes(
     five: Ranks, victim: int, first: bool, one_shot: bool
 ) -> None:
     require_all_blame(five.run(stay_away, victim, first, one_shot), list(range(SIZE)), victim)
+
+
+def skip_some(rank: int, skipped: int) -> list[tuple[str, str, float]]:
+    """Rank 2 leaves out some calls; then all make the same calls, each after the one before has ended everywhere."""
+
+    def call() -> None:
+        output = tricomm.reshard(shard_of(rank), SOURCE, COLUMNS, timeout_seconds=TIMEOUT_SECONDS)
+        if rank in COLUMNS.mesh:
+            require_equal(output, pick(full_tensor(), COLUMNS, rank), f"rank {rank}")
+
+    call()
+    for _ in range(skipped):
+        if rank != 2:
+            assert attempt(rank, call)[0] == "TransportError"
+        dist.barrier()
+    outcomes = []
+    for _ in range(4):
+        outcomes.append(attempt(rank, call))
+        dist.barrier()
+    return outcomes
+
+
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_ranks_of_which_one_skipped_calls_come_together_again(five: Ranks, skipped: int) -> None:
+    """Told the first time, rank 2 might have been late only; the second time it ends the call that others wait in."""
+    for rank, outcomes in enumerate(five.run(skip_some, skipped)):
+        kinds = [kind for kind, _, _ in outcomes]
+        assert kinds == ["TransportError", "TransportError", "returned", "returned"], f"rank {rank}: {outcomes}"
+        _, text, seconds = outcomes[1]
+        assert ("rank 2 did not call" if rank == 2 else "rank 2 is one call behind") in text
+        assert seconds < TIMEOUT_SECONDS / 2, f"rank {rank} waited {seconds} s"
 
 
 def disagree(rank: int, dissenters: dict[int, dict[str, Any]]) -> tuple[str, str, float]:

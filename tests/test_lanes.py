@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tricomm
 from tests.oracle import pick, require_equal
@@ -23,6 +24,7 @@ SERVE = Mesh([4, 5, 6], ("tp",))
 SOURCE = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (12, 8), "float32")
 DESTINATION = ShardingSpec(SERVE, (Shard(1),), (12, 8), "float32")
 FULL = torch.arange(96.0).reshape(12, 8)
+PARTICIPANTS = (*TRAIN.ranks, *SERVE.ranks)
 CHANNELS = 12
 
 
@@ -134,6 +136,32 @@ def test_a_resharder_that_one_rank_closed_names_it(ranks: Ranks, is_shared: bool
     texts = ranks.run(close_on_one, is_shared)
     assert "was closed" in texts[4]
     assert re.search("rank 4 .*closed", texts[0])
+    ranks.run(forget_on_some)
+
+
+def close_after_a_failure(rank: int) -> float:
+    """One rank refuses, so all connections are lost; another closes its Resharder, and then all call."""
+    mover = Resharder(SOURCE, DESTINATION, timeout_seconds=8, confirm=True)
+    check(rank, mover(shard_of(rank)))
+    if rank in PARTICIPANTS:
+        with pytest.raises((SpecError, TransportError)):
+            mover(torch.zeros(1) if rank == 0 else shard_of(rank))
+    _cached_resharder.cache_clear()
+    gc.collect()
+    if rank == 4:
+        mover.close()
+        gc.collect()
+    dist.barrier()
+    begin = time.monotonic()
+    if rank in PARTICIPANTS:
+        with pytest.raises((SpecError, TransportError), match="was closed"):
+            mover(shard_of(rank))
+    return time.monotonic() - begin
+
+
+def test_a_closed_resharder_ends_the_meeting_of_the_others(ranks: Ranks) -> None:
+    for rank, seconds in enumerate(ranks.run(close_after_a_failure)):
+        assert seconds < 4, f"rank {rank} waited {seconds} s"
     ranks.run(forget_on_some)
 
 

@@ -306,12 +306,16 @@ class Resharder:
 
     def _refuse(self, participants: Sequence[int], error: TricommError) -> None:
         """An error of this rank alone must not leave the others waiting for it: tell them."""
+        if self.rank not in participants:
+            return  # nobody waits for it
         text = f"{type(error).__name__}: {error}"
         lane = self._lane
         if self._closed_lane is not None:
             lane = self._closed_lane()
             if lane is None:
-                return  # its connections have closed, which tells them
+                # Its connections have closed, which tells those that use them; others may be meeting for new ones.
+                self.hub.meetings.release(participants, text, self.channel)
+                return
         if lane is None or lane.broken is not None or self._meets_always:
             self.hub.meetings.refuse(participants, text, self.channel)
         else:

@@ -61,6 +61,7 @@ class Meetings:
         self.rank = rank
         self._turns: dict[str, int] = {}
         self._last_digest: dict[str, str] = {}
+        self._was_late: set[str] = set()
 
     def meet(
         self,
@@ -100,13 +101,43 @@ class Meetings:
                 outcome = self._attend(turn, digest, participants, fields, deadline, settle)
                 if outcome.startswith(DONE):
                     self._last_digest[turn.name] = digest
+                    self._was_late.discard(turn.name)
                     return outcome.removeprefix(DONE)
                 problem = json.loads(outcome)
                 for name, number in problem["turns"]:
                     self._turns[name] = max(self._turns.get(name, 0), number)
+                if self.rank in problem["absent"]:
+                    self._catch_up(turn, participants)
                 if problem["refused_by"] != self.rank:
                     raise TransportError(problem["text"])
                 # The others called this turn off when this rank refused an earlier call: the next one is meant.
+
+    def _catch_up(self, turn: Turn, participants: Sequence[int]) -> None:
+        """This rank came too late for a turn. The first time it goes on behind the turns that were called off: whoever
+        calls again will be met there. If it is late twice running, it is a call behind, and would be for ever.
+        """
+        while self.store.check([turn._replace(number=self._turns[turn.name] + 1).outcome_key]):
+            self._turns[turn.name] += 1
+        if turn.name in self._was_late:
+            text = f"rank {self.rank} is one call behind the others, and ends this one to catch up"
+            self._end_awaited(turn.name, participants, f"{text}; call again on all ranks")
+        self._was_late.add(turn.name)
+
+    def release(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
+        """As ``refuse``, if others wait for this rank in a meeting by now; else nothing."""
+        with store_errors():
+            self._end_awaited(_name_of(participants, channel), participants, describe_refusal(self.rank, reason))
+
+    def _end_awaited(self, name: str, participants: Sequence[int], text: str) -> None:
+        """Call off the turn in which others wait for this rank, if they do."""
+        # Time for all who have come to say so.
+        time.sleep(2 * PATIENCE_SECONDS)
+        here = Turn(name, self._turns.get(name, 0))
+        waiting = [Turn(*note["turn"]) for note in self._notes(here, participants).values()]
+        awaited = max((turn for turn in waiting if turn.name == name), default=here)
+        if awaited.number > here.number:
+            self._turns[name] = awaited.number
+            self._call_off(text, self.rank, [awaited])
 
     def refuse(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
         """Tell those who may wait for this rank that it does not come, and why."""
@@ -117,7 +148,7 @@ class Meetings:
             self._announce(turn, participants, {"refused": reason})
 
     def _next_turn(self, participants: Sequence[int], channel: str) -> Turn:
-        name = hashlib.sha256(repr((list(participants), channel)).encode()).hexdigest()[:16]
+        name = _name_of(participants, channel)
         self._turns[name] = self._turns.get(name, 0) + 1
         return Turn(name, self._turns[name])
 
@@ -150,7 +181,7 @@ class Meetings:
                     return self._call_off(*dissent, [turn, *sorted(others)])
             elif now > deadline:
                 absent = [rank for rank in participants if rank not in notes]
-                return self._call_off(describe_absence(absent, participants), None, [turn])
+                return self._call_off(describe_absence(absent, participants), None, [turn], absent)
         return self._outcome(turn)
 
     def _outcome(self, turn: Turn) -> str:
@@ -160,9 +191,10 @@ class Meetings:
         """Write an outcome unless there is one; the outcome that stands."""
         return bytes(self.store.compare_set(turn.outcome_key, "", outcome)).decode()
 
-    def _call_off(self, text: str, refused_by: int | None, turns: Sequence[Turn]) -> str:
+    def _call_off(self, text: str, refused_by: int | None, turns: Sequence[Turn], absent: Sequence[int] = ()) -> str:
         """End the first turn, and the others that clash with it, with a problem; the first one's outcome."""
-        outcome = self._conclude(turns[0], json.dumps({"text": text, "refused_by": refused_by, "turns": turns}))
+        problem = {"text": text, "refused_by": refused_by, "turns": turns, "absent": list(absent)}
+        outcome = self._conclude(turns[0], json.dumps(problem))
         if not outcome.startswith(DONE):
             for turn in turns[1:]:
                 self._conclude(turn, outcome)
@@ -220,6 +252,11 @@ def find_dissent(notes: Mapping[int, Mapping[str, Any]], participants: Sequence[
                 None,
             )
     return None
+
+
+def _name_of(participants: Sequence[int], channel: str) -> str:
+    """What the turns of some ranks on a channel are called on the store."""
+    return hashlib.sha256(repr((list(participants), channel)).encode()).hexdigest()[:16]
 
 
 def describe_refusal(rank: int, reason: str) -> str:

@@ -237,8 +237,8 @@ class Lane:
                 text = stalled_rank(self.hub.board, self.name, peer, self._beat_seconds)
             if text is None:
                 text = (
-                    f"rank {peer} died or left in the middle of a reshard: its connection to rank {self.hub.rank} "
-                    f"closed; see that rank's log ({error})"
+                    f"rank {peer} died, left in the middle of a reshard or closed its Resharder: its connection to "
+                    f"rank {self.hub.rank} closed; see that rank's log ({error})"
                 )
         except TransportError as lost:
             text = f"rank {peer} failed ({error}), and {lost}"
