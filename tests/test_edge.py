@@ -268,3 +268,34 @@ def test_what_a_link_must_be_told() -> None:
     other = EdgeTensor(SOURCE, ShardingSpec(OVERLAPPING, (Shard(1),)))
     with pytest.raises(SpecError, match=r"the tensors of edge 'a' have destination meshes .* make another edge"):
         Link("a", [tensor, other], microbatches=1)
+
+
+def with_autograd(rank: int) -> None:
+    """As the module's docstring has it: two layers on two ranks, and autograd on both sides."""
+    if rank > 1:
+        return
+    first, second = (ShardingSpec(Mesh([at], ("x",)), (Replicate(),), SHAPE, "float32") for at in (0, 1))
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE)
+    layers = [torch.nn.Linear(SHAPE[1], SHAPE[1]) for _ in range(2)]
+    with Link("autograd", [EdgeTensor(first, second)], microbatches=1, timeout_seconds=TIMEOUT_SECONDS) as link:
+        link.connect()
+        if rank == 0:
+            y = layers[0](x)
+            link.send(y, 0)
+            y.backward(link.recv_gradient(0).wait())
+        else:
+            y = link.recv(0).wait().requires_grad_()
+            layers[1](y).sum().backward()
+            link.send_gradient(y.grad, 0)
+        link.flush()
+    found = layers[rank].weight.grad
+    whole = [torch.nn.Linear(SHAPE[1], SHAPE[1]) for _ in range(2)]
+    for mine, theirs in zip(whole, layers, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    whole[1](whole[0](x)).sum().backward()
+    require_equal(found, whole[rank].weight.grad, f"rank {rank}")
+
+
+def test_autograd_on_both_sides(ranks: Ranks) -> None:
+    ranks.run(with_autograd)

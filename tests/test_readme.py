@@ -24,6 +24,15 @@ def test_the_first_example_runs_and_prints_the_plan_that_is_shown() -> None:
     assert printed.getvalue() == blocks("text")[0]
 
 
+def test_the_tuning_example_chooses_a_schedule() -> None:
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(blocks("python")[3], "README.md", "exec"), names)
+    assert printed.getvalue().startswith("chosen: ")
+    assert names["schedule"].stages == 3
+
+
 def test_the_plan_command_runs() -> None:
     command = re.search(r"`python -m (tricomm plan [^`]*)`", README)
     assert command is not None

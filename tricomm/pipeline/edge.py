@@ -5,11 +5,15 @@ before, and waited for after, anything that goes the other way or over another e
 
     link = Link("0-1", [EdgeTensor(source, destination)], microbatches=8)
     link.connect()
-    link.send(x, 0)                          # on the ranks of the source mesh
-    handle = link.recv(0)                    # on those of the destination mesh: posts the receive
-    x = handle.wait()
-    link.send_gradient(x.grad, 0)
-    gradient = link.recv_gradient(0).wait()  # on the source mesh
+    # On the ranks of the source mesh:
+    y = module(x)
+    link.send(y, 0)
+    handle = link.recv_gradient(0)           # posts the receive; compute something else meanwhile
+    y.backward(handle.wait())
+    # On those of the destination mesh:
+    y = link.recv(0).wait().requires_grad_()
+    module(y).sum().backward()
+    link.send_gradient(y.grad, 0)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,7 +174,8 @@ class Link:
 
         Args:
             x: this rank's shard of the tensor, or a tuple in the order of declaration if the edge has several. They
-                must not change before the handle's ``wait`` returns, but may be dropped at once.
+                must not change before the handle's ``wait`` returns, but may be dropped at once. Autograd does not
+                follow them: what arrives requires no grad, and the gradient comes back by ``recv_gradient``.
 
         Raises:
             SpecError: not this microbatch's turn, or tensors that are not what was declared. The ranks at the other

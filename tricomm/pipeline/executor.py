@@ -1,12 +1,14 @@
 """Executor: runs a schedule for ordinary modules, each stage on its own mesh.
 
-stages = [
-Stage(mesh_a, ("tokens",), ("hidden",), module_a),             # module: None on ranks of other meshes
-Stage(mesh_b, ("hidden", "targets"), ("loss",), module_b, loss=(Replicate(),)),
-]
-edges = {(0, 1): {"hidden": EdgeTensor(source_spec, destination_spec)}}
-executor = Executor(eager_one_f_one_b(2, 8), stages, edges)
-loss = executor.step({"tokens": tokens.chunk(8), "targets": targets.chunk(8)})   # gradients are in .grad
+Made once on every rank, with the same arguments but for the modules, then called every step:
+
+    stages = [
+        Stage(mesh_a, ("tokens",), ("hidden",), module_a),  # module: None on ranks of other meshes
+        Stage(mesh_b, ("hidden", "targets"), ("loss",), module_b, loss=(Replicate(),)),
+    ]
+    edges = {(0, 1): {"hidden": EdgeTensor(source_spec, destination_spec)}}
+    executor = Executor(eager_one_f_one_b(2, 8), stages, edges)
+    loss = executor.step({"tokens": tokens.chunk(8), "targets": targets.chunk(8)})  # gradients are in .grad
 """
 
 import time

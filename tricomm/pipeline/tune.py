@@ -285,7 +285,7 @@ class _Search:
             name = "1F1B" if depth == 0 else f"eager 1F1B, depth {depth}"
             yield name, depth, eager_one_f_one_b(count, microbatches, depth=depth, edges=self.edges)
             delays: list[tuple[str, list[int]]] = [("", [0] * count), (" 1 later", [1] * count)]
-            delays += [(f" {turns} s later", [turns * stage for stage in range(count)]) for turns in (1, 2)]
+            delays += [(f" {turns} per stage later", [turns * stage for stage in range(count)]) for turns in (1, 2)]
             for text, delay in delays if self.allow_split else ():
                 schedule = eager_one_f_one_b(
                     count, microbatches, depth=depth, split=True, weight_delay=delay, edges=self.edges

@@ -167,6 +167,8 @@ class Way:
             raise SpecError(f"{self.name} carries {len(self.movers)} tensors and got {len(tensors)}; pass each")
         while self._sent and self._sent[0].done():
             self._sent.popleft().wait()  # raises if it failed
+        # What autograd knows of the tensor stays here: its gradient comes back by the other direction.
+        tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
         handles = [mover.start(tensor) for mover, tensor in zip(self.movers, tensors, strict=True)]
         handle = SendHandle(handles, tensors)
         self._sent.append(handle)
