@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.pipeline_work import Seconds
+from bench.results_file import earlier, other_rows
 
 OURS = "tricomm"
 IN_TORCH = "tricomm in torch's runtime"
@@ -187,17 +188,9 @@ def draw(rows: Sequence[Row], seconds: Seconds, path: Path) -> None:
 
 def save(rows: Sequence[Row], about: dict[str, Any], path: Path) -> list[Row]:
     """Write the rows, with those of other cases that the file has from the same set-up; all of them."""
-    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    kept: list[Row] = []
-    if all(before.get(key) == about[key] for key in ("machine", "torch", "seconds", "nic_bits_per_second")):
-        new = {row.case for row in rows}
-        kept = [row for row in map(_row_from, before["rows"]) if row.case not in new]
+    set_up = {key: about[key] for key in ("machine", "torch", "seconds", "nic_bits_per_second")}
     order = {name: number for number, name in enumerate((SIGNAL, OURS, IN_TORCH, LEADER, *TORCH))}
+    kept = other_rows(earlier(path, set_up), Row, rows)
     together = sorted([*kept, *rows], key=lambda row: (row.case, order[row.method]))
     path.write_text(json.dumps({**about, "rows": [asdict(row) for row in together]}, indent=1) + "\n")
     return together
-
-
-def _row_from(fields: dict[str, Any]) -> Row:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return Row(**values)

@@ -26,6 +26,7 @@ from bench.cluster import Cluster, parse_bits_per_second
 from bench.network import ClusterError
 from bench.reshard_cases import CASES, Case, Shape
 from bench.reshard_peers import COMPLETE, P2P, PEERS
+from bench.results_file import earlier, other_rows
 from tricomm import (
     Auto,
     Broadcast,
@@ -279,22 +280,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def save(rows: Sequence[Row], calibrations: dict[str, str], nic: int, path: Path) -> list[Row]:
     """Write the rows, with those of other cases that the file has from the same set-up; all of them."""
     about = {"machine": platform.platform(), "torch": torch.__version__, "nic_bits_per_second": nic}
-    before = json.loads(path.read_text()) if path.exists() else {}
-    together = list(rows)
-    if all(before.get(key) == value for key, value in about.items()):
-        new = {row.case for row in rows}
-        together += [row for row in map(_row_from, before["rows"]) if row.case not in new]
-        calibrations = {**before["calibrations"], **calibrations}
+    before = earlier(path, about)
     order = {case.name: number for number, case in enumerate(CASES)}
-    together.sort(key=lambda row: order[row.case])
+    together = sorted([*rows, *other_rows(before, Row, rows)], key=lambda row: order[row.case])
+    calibrations = {**before.get("calibrations", {}), **calibrations}
     content = {**about, "calibrations": calibrations, "rows": [asdict(row) for row in together]}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return together
-
-
-def _row_from(fields: dict[str, Any]) -> Row:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return Row(**values)
 
 
 def run(options: Any) -> tuple[list[Row], dict[str, str]]:

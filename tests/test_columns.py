@@ -16,7 +16,7 @@ from tricomm import Auto, Mesh, Naive, Replicate, SendRecv, Shard, ShardingSpec,
 from tricomm.columns import IntervalLists, by_first, distinct, numbered, positions, spread
 from tricomm.intervals import Region, chunk
 from tricomm.plan.choice import ROUNDING, WORTH_IT, assigned_seconds
-from tricomm.plan.cost import busiest_seconds
+from tricomm.plan.cost import Loads, busiest_seconds
 from tricomm.plan.program import BoxTransfers
 from tricomm.plan.rounds import Hop, Hops
 from tricomm.plan.tasks import Task, Tasks, unit_tasks
@@ -175,7 +175,7 @@ def test_bounds_hold_and_auto_takes_what_trying_all_would_take(case: Case) -> No
             assigned = case.balance.assign(other.tasks, itemsize, plan.topology, other.strategy.fan_out)
             bounds = (
                 assigned_seconds(assigned, itemsize, plan.topology, other.strategy.fan_out),
-                busiest_seconds(other.messages, itemsize, plan.topology),
+                busiest_seconds(Loads.of(other.messages), itemsize, plan.topology),
             )
             if other.messages:
                 assert max(bounds) * (1 - ROUNDING) <= seconds

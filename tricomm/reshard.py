@@ -306,8 +306,6 @@ class Resharder:
 
     def _refuse(self, participants: Sequence[int], error: TricommError) -> None:
         """An error of this rank alone must not leave the others waiting for it: tell them."""
-        if self.rank not in participants:
-            return  # nobody waits for it
         text = f"{type(error).__name__}: {error}"
         lane = self._lane
         if self._closed_lane is not None:

@@ -24,7 +24,7 @@ HARM = 5e-4
 """The part of the makespan by which a random move may typically lengthen it at first; at the end it may not at all."""
 
 
-def improved(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int, seed: int = 0) -> Schedule:
+def improved(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int) -> Schedule:
     """A schedule that is no longer; the same for the same arguments.
 
     Args:
@@ -32,20 +32,23 @@ def improved(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: in
         costs: of its stages and channels.
         memory: per stage, the most activations that it may hold.
         trials: schedules that are simulated at most.
-        seed: of the random moves.
     """
-    schedule, left = _along_the_path(schedule, costs, memory, trials)
-    return _wandered(schedule, costs, memory, left, random.Random(seed))
+    schedule, seconds, left = _along_the_path(schedule, costs, memory, trials)
+    return _wandered(schedule, seconds, costs, memory, left)
 
 
-def _along_the_path(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int) -> tuple[Schedule, int]:
-    """(a schedule that no move of the critical path shortens, trials left); the first move that helps is kept."""
+def _along_the_path(
+    schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int
+) -> tuple[Schedule, float, int]:
+    """(a schedule that no move of the critical path shortens, its makespan, trials left); the first move that helps is
+    kept.
+    """
     timeline = _ideal(schedule, costs)
     left = trials
     while True:
         for candidate in _neighbours(schedule, timeline, memory):
             if not left:
-                return schedule, 0
+                return schedule, timeline.makespan_seconds, left
             left -= 1
             try:
                 shorter = _ideal(candidate, costs)
@@ -55,13 +58,13 @@ def _along_the_path(schedule: Schedule, costs: Costs, memory: Sequence[int], tri
                 schedule, timeline = candidate, shorter
                 break
         else:
-            return schedule, left
+            return schedule, timeline.makespan_seconds, left
 
 
-def _wandered(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int, rng: random.Random) -> Schedule:
-    """The shortest schedule on a random walk."""
-    best, best_seconds = schedule, _ideal(schedule, costs).makespan_seconds
-    seconds = best_seconds
+def _wandered(schedule: Schedule, seconds: float, costs: Costs, memory: Sequence[int], trials: int) -> Schedule:
+    """The shortest schedule on a random walk from one of that makespan."""
+    rng = random.Random(0)
+    best, best_seconds = schedule, seconds
     for turn in range(trials):
         candidate = _random_neighbour(schedule, memory, rng)
         if candidate is schedule:

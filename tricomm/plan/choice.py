@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from tricomm.plan.chunks import Message, RouteContext, Unicasts
-from tricomm.plan.cost import busiest_seconds, simulated_seconds
+from tricomm.plan.cost import Loads, busiest_seconds, simulated_seconds
 from tricomm.plan.rounds import Hop, schedule
 from tricomm.plan.routes import Strategy
 from tricomm.plan.senders import Assignment, FanOut, by_host
@@ -59,14 +59,18 @@ class Routed:
         return schedule(self.messages, self._participants, self._context.topology)
 
     @cached_property
+    def _loads(self) -> Loads:
+        return Loads.of(self.messages)
+
+    @cached_property
     def seconds(self) -> float:
         """The simulated time."""
-        return simulated_seconds(self.messages, self.hops, self._context.itemsize, self._context.topology)
+        return simulated_seconds(self._loads, self.hops, self._context.itemsize, self._context.topology)
 
     @cached_property
     def bound_of_messages(self) -> float:
         """A time that ``seconds`` is not below."""
-        return busiest_seconds(self.messages, self._context.itemsize, self._context.topology) * (1 - ROUNDING)
+        return busiest_seconds(self._loads, self._context.itemsize, self._context.topology) * (1 - ROUNDING)
 
     @cached_property
     def bound_of_assignments(self) -> float:

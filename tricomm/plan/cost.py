@@ -61,7 +61,7 @@ def _host_rates(topology: Topology, ranks: Sequence[int]) -> tuple[dict[int, flo
     return sending, receiving
 
 
-def simulated_seconds(messages: Sequence[Message], hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
+def simulated_seconds(loads: "Loads", hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
     """The time at which the last chunk arrives.
 
     A link is a NIC in one direction or, within a host, one rank's side of a copy. The chunks of one round share each
@@ -71,7 +71,7 @@ def simulated_seconds(messages: Sequence[Message], hops: Sequence[Hop], itemsize
     """
     if not len(hops):
         return 0.0
-    rounds, before, source, out, into, out_seconds, into_seconds = _Rows.of(messages, hops, itemsize, topology)
+    rounds, before, source, out, into, out_seconds, into_seconds = _Rows.of(loads, hops, itemsize, topology)
     overhead, latency = topology.overhead_seconds, topology.latency_seconds
     posted = [0.0] * len(topology.hosts)
     free = [0.0] * link_count(topology)
@@ -112,31 +112,29 @@ class _Rows(NamedTuple):
     into_seconds: list[float]
 
     @classmethod
-    def of(cls, messages: Sequence[Message], hops: Sequence[Hop], itemsize: int, topology: Topology) -> "_Rows":
+    def of(cls, loads: "Loads", hops: Sequence[Hop], itemsize: int, topology: Topology) -> "_Rows":
         table = hops.table if isinstance(hops, Hops) else np.array(hops, np.int64)
         rounds, source, destination, message, chunk = table[np.lexsort(table.T[::-1])].T
-        loads = Loads.of(messages)
         nbytes = loads.chunk_numel[bounds(loads.chunk_counts)[message] + chunk] * itemsize
         links = crossings(source, destination, topology)
         # A rank receives a chunk of a message once, and gives it on once.
-        most = len(topology.hosts)
-        place = (message * most + destination) * (int(chunk.max()) + 1) + chunk
-        wanted = (message * most + source) * (int(chunk.max()) + 1) + chunk
-        order = np.argsort(place)
-        at = positions(place[order], wanted)
+        ranks, chunks = len(topology.hosts), int(chunk.max()) + 1
+        brings, gives = ((message * ranks + rank) * chunks + chunk for rank in (destination, source))
+        order = np.argsort(brings)
+        at = positions(brings[order], gives)
         before = np.where(at >= 0, order[at], -1)
         begins = np.append(np.flatnonzero(starts_run(rounds)), len(rounds))
         columns = (begins, before, source, links.out, links.into, nbytes / links.out_rates, nbytes / links.into_rates)
         return cls(*(column.tolist() for column in columns))
 
 
-def busiest_seconds(messages: Sequence[Message], itemsize: int, topology: Topology) -> float:
+def busiest_seconds(loads: "Loads", itemsize: int, topology: Topology) -> float:
     """A time that :func:`simulated_seconds` is not below (but for rounding), whatever the rounds: the busiest link's,
     the busiest rank's, or that of the last chunk on the longest chain.
     """
-    if not len(messages):
+    links, counts, _ = loads
+    if not len(counts):
         return 0.0
-    links, counts, _ = loads = Loads.of(messages)
     each = topology.overhead_seconds + topology.latency_seconds
     crossed = crossings(links.sources, links.destinations, topology)
     nbytes = loads.numel * itemsize

@@ -11,7 +11,7 @@ from tricomm.errors import PlanError, SpecError
 from tricomm.placement import Partial
 from tricomm.plan.choice import Routed
 from tricomm.plan.chunks import Message, RouteContext
-from tricomm.plan.cost import lower_bound_seconds, simulated_seconds
+from tricomm.plan.cost import Loads, lower_bound_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction, reduction_of
@@ -120,7 +120,8 @@ class Plan:
         topology = topology or self.topology
         topology.check_covers(self.participants)
         return sum(
-            simulated_seconds(move.messages, move.hops, ITEMSIZE[move.wire_dtype], topology) for move in self.moves
+            simulated_seconds(Loads.of(move.messages), move.hops, ITEMSIZE[move.wire_dtype], topology)
+            for move in self.moves
         )
 
     def for_rank(self, rank: int) -> tuple[RankProgram, ...]:

@@ -140,7 +140,11 @@ class Meetings:
             self._call_off(text, self.rank, [awaited])
 
     def refuse(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
-        """Tell those who may wait for this rank that it does not come, and why."""
+        """Tell those who may wait for this rank that it does not come, and why; nobody waits for one that is not among
+        the participants.
+        """
+        if self.rank not in participants:
+            return
         with store_errors():
             turn = self._next_turn(participants, channel)
             self._call_off(describe_refusal(self.rank, reason), self.rank, [turn])
