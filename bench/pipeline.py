@@ -32,7 +32,7 @@ from bench.pipeline_ranks import Method, Sample, Setting, hop, prepare, sample, 
 from bench.pipeline_report import IN_TORCH, LEADER, OURS, SIGNAL, TORCH, Row, draw, save, summary, table
 from bench.pipeline_work import Seconds
 from tricomm import Topology, make_plan
-from tricomm.pipeline import Channel, Costs, Limits, Schedule, StageCost, TransferCost, simulate, tune
+from tricomm.pipeline import Channel, Costs, Limits, Queues, Schedule, StageCost, TransferCost, simulate, tune
 
 
 def costs_of(setting: Setting, lasting: Seconds, numel: int, hop_seconds: float) -> Costs:
@@ -83,12 +83,6 @@ def wire_bound_seconds(costs: Costs, microbatches: int) -> float:
     return bound
 
 
-def tuned(costs: Costs, microbatches: int, activations: int | None) -> tuple[str, Schedule]:
-    """What the tuner chooses under a limit of microbatches held, in words and as a value."""
-    best = tune(lambda _: costs, [microbatches], limits=Limits(activations=activations)).best
-    return f"{best.name}, receives {best.receives_ahead} ahead", best.schedule
-
-
 def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any) -> list[Row]:
     """All hop times."""
     rows: list[Row] = []
@@ -104,8 +98,9 @@ def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any
             max(end for _, end in turn) - min(begin for begin, _ in turn) for turn in zip(*arrivals, strict=True)
         )
         costs = costs_of(setting, lasting, numel, hop_seconds)
-        name, schedule = tuned(costs, setting.microbatches, options.activations)
-        methods = methods_of(setting, numel, smallest, schedule)
+        limits = Limits(activations=options.activations)
+        best = tune(lambda _, costs=costs: costs, [setting.microbatches], limits=limits).best  # type: ignore[misc]
+        methods = methods_of(setting, numel, smallest, best.schedule, best.queues)
         ranks.run(prepare, setting, methods)
         samples: dict[str, list[list[Sample]]] = {method.name: [] for method in methods}
         for turn in range(options.repeats + 1):
@@ -113,9 +108,8 @@ def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any
                 taken = ranks.run(sample, method.name)
                 if turn:  # the first connects and touches memory
                     samples[method.name].append(taken)
-        predicted = simulate(schedule, costs).makespan_seconds
-        without = simulate(schedule, costs.without_transfers()).makespan_seconds
-        of_ours = {OURS: predicted, IN_TORCH: predicted, SIGNAL: without}
+        without = simulate(best.schedule, costs.without_transfers(), queues=best.queues).makespan_seconds
+        of_ours = {OURS: best.makespan_seconds, IN_TORCH: best.makespan_seconds, SIGNAL: without}
         for method in methods:
             rows.append(
                 row_of(
@@ -125,19 +119,21 @@ def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any
                     (forwards, hop_seconds),
                     of_ours.get(method.name),
                     wire_bound_seconds(costs, setting.microbatches),
-                    name if method.schedule else None,
+                    str(best) if method.schedule else None,
                 )
             )
         print("\n".join(table(rows[-len(methods) :]).splitlines()[2:]), flush=True)
     return rows
 
 
-def methods_of(setting: Setting, numel: int, smallest: int, schedule: Schedule) -> list[Method]:
+def methods_of(
+    setting: Setting, numel: int, smallest: int, schedule: Schedule, queues: Queues = Queues.PER_CHANNEL
+) -> list[Method]:
     """What is compared; torch sends from one rank to one rank, so it has no entry where a stage has several."""
     methods = [
-        Method(SIGNAL, "executor", smallest, schedule),
-        Method(OURS, "executor", numel, schedule),
-        Method(IN_TORCH, "adapter", numel, schedule),
+        Method(SIGNAL, "executor", smallest, schedule, queues),
+        Method(OURS, "executor", numel, schedule, queues),
+        Method(IN_TORCH, "adapter", numel, schedule, queues),
         Method(LEADER, "leader", numel),
     ]
     if setting.devices == 1:

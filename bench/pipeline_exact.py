@@ -30,7 +30,7 @@ class Row:
         hop: what the hops are.
         split: whether the backward may be split.
         plain_seconds: of 1F1B with whole backwards, which holds no more than S.
-        tuned_seconds, name, receives_ahead: of the tuner's choice, with receives posted that many actions ahead.
+        tuned_seconds, name: of the tuner's choice.
         exact_seconds, bound_seconds: of the solver, with all receives posted at the start; equal if proven.
         tuner_wall_seconds, solver_wall_seconds: how long each searched.
     """
@@ -43,7 +43,6 @@ class Row:
     plain_seconds: float
     tuned_seconds: float
     name: str
-    receives_ahead: int
     exact_seconds: float
     bound_seconds: float
     tuner_wall_seconds: float
@@ -73,8 +72,7 @@ def measured(costs: Costs, microbatches: int, activations: int, hop: str, split:
         split,
         plain,
         best.makespan_seconds,
-        best.name,
-        best.receives_ahead,
+        str(best),
         exact.makespan_seconds,
         exact.bound_seconds,
         wall,
@@ -121,7 +119,7 @@ def line(row: Row) -> str:
     backward = "split" if row.split else "whole"
     return (
         f"| {row.stages} | {row.microbatches} | {row.activations} | {row.hop} | {backward} | {row.plain_seconds:g} | "
-        f"{row.tuned_seconds:g} | {row.name}, {row.receives_ahead} ahead | {exact} | {row.gap:.1%} | "
+        f"{row.tuned_seconds:g} | {row.name} | {exact} | {row.gap:.1%} | "
         f"{row.tuner_wall_seconds:.1f} | {row.solver_wall_seconds:.1f} |"
     )
 

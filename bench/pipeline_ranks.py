@@ -10,7 +10,7 @@ import torch.distributed as dist
 from bench.pipeline_peers import LeaderPipeline, TorchPipeline
 from bench.pipeline_work import Seconds, Summed, Work, loss_of
 from tricomm import Mesh, Replicate, Shard, ShardingSpec, Topology
-from tricomm.pipeline import Schedule
+from tricomm.pipeline import Queues, Schedule
 from tricomm.pipeline.edge import EdgeTensor, Link
 from tricomm.pipeline.executor import Executor
 from tricomm.pipeline.stage import Stage
@@ -24,7 +24,7 @@ class Method:
         name: for tables.
         kind: "executor" and "adapter" are ours; "torch" and "leader" are peers.
         numel: of the tensor that crosses an edge for each microbatch.
-        schedule: ours.
+        schedule, queues: ours.
         torch_schedule: the name of a class of torch.distributed.pipelining.
     """
 
@@ -32,6 +32,7 @@ class Method:
     kind: str
     numel: int
     schedule: Schedule | None = None
+    queues: Queues = Queues.PER_CHANNEL
     torch_schedule: str = ""
 
 
@@ -146,7 +147,9 @@ def _executor(rank: int, setting: Setting, method: Method, work: Work) -> Any:
     edges = {
         (index, index + 1): {f"x{index + 1}": _edge_tensor(layouts[index], layouts[index + 1])} for index in range(last)
     }
-    executor = Executor(method.schedule, stages, edges, name=method.name, topology=setting.topology)
+    executor = Executor(
+        method.schedule, stages, edges, queues=method.queues, name=method.name, topology=setting.topology
+    )
     first = layouts[0]
     data = {}
     if rank in first.mesh:
@@ -168,7 +171,7 @@ def _adapter(rank: int, setting: Setting, method: Method, work: Work) -> Any:
         leaving=[_edge_tensor(layouts[index], layouts[index + 1])] if index < setting.stages - 1 else (),
         topology=setting.topology,
     )
-    schedule = PlannedSchedule([stage], method.schedule, loss_of)
+    schedule = PlannedSchedule([stage], method.schedule, loss_of, queues=method.queues)
     rows, *others = layouts[0].local_shape(rank) if index == 0 else (0,)
     inputs = [torch.zeros(rows * setting.microbatches, *others)] if index == 0 else []
     target = torch.zeros(setting.microbatches) if index == setting.stages - 1 else None

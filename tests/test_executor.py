@@ -10,7 +10,16 @@ import torch
 from tests import pipeline_models as models
 from tricomm import Mesh, Replicate, Shard, ShardingSpec
 from tricomm.launch import Ranks
-from tricomm.pipeline import eager_one_f_one_b, gpipe, interleaved_one_f_one_b, one_f_one_b, zero_bubble
+from tricomm.pipeline import (
+    Costs,
+    Queues,
+    eager_one_f_one_b,
+    gpipe,
+    in_turn,
+    interleaved_one_f_one_b,
+    one_f_one_b,
+    zero_bubble,
+)
 from tricomm.pipeline.executor import Executor
 from tricomm.pipeline.schedule import Schedule
 from tricomm.pipeline.tied import Tied
@@ -124,13 +133,15 @@ def train(
     trace: bytes,
     dtype: torch.dtype,
     lengths: tuple[int, ...],
+    queues: Queues,
 ) -> tuple[float, float]:
     """(largest relative error of a loss, of a gradient) on this rank; the steps take the schedules in turn."""
     changing, microbatches = len(lengths) > 1, schedules[0].microbatches
     model = models.gpt("sequence") if changing else MODELS[name]()
     stages, edges, spans = models.cut_into_stages(model, meshes, dtype)
     tied = tied_of(model, spans, meshes, dtype)
-    executors = [Executor(schedule, stages, edges, tied=tied, timeout_seconds=30) for schedule in schedules]
+    options = {"queues": queues, "tied": tied, "timeout_seconds": 30}
+    executors = [Executor(schedule, stages, edges, **options) for schedule in schedules]
     mine = [stage for stage in stages if stage.module is not None]
     line = models.lines(mine[0].mesh, "dp") if mine else models.ALONE
     optimizers = [Momentum(name, stage.module) for stage in mine]
@@ -166,10 +177,11 @@ def errors_of(
     steps: int,
     dtype: torch.dtype = torch.float64,
     lengths: tuple[int, ...] = (models.CONTEXT,),
+    queues: Queues = Queues.PER_CHANNEL,
 ) -> list[tuple[float, float]]:
     """Per rank, the largest errors of a training."""
     trace = packed_reference(name, steps, schedules[0].microbatches, dtype, lengths)
-    return ranks.run(train, name, schedules, meshes, trace, dtype, lengths)
+    return ranks.run(train, name, schedules, meshes, trace, dtype, lengths, queues)
 
 
 def require_below(bound: float, errors: list[tuple[float, float]]) -> None:
@@ -193,6 +205,11 @@ SCHEDULES = {
     # It takes microbatches in groups of one per position.
     "interleaved": lambda stages, edges: interleaved_one_f_one_b(stages, 3 if stages == 3 else 4, edges=edges),
 }
+
+
+def turned(schedule: Schedule) -> Schedule:
+    """With hops that take turns (``Queues.PER_DIRECTION``), in an order for hops that are slow."""
+    return in_turn(schedule, Costs.uniform(schedule.stages, 1, 1, 1, 2), trials=30)
 
 
 def case_of(name: str, positions: int, kind: str) -> tuple[Schedule, tuple[Mesh, ...]]:
@@ -223,6 +240,15 @@ def test_every_schedule_trains_as_one_process_does(ranks: Ranks, name: str, posi
 def test_interleaved_stages_train_as_one_process_does(ranks: Ranks, name: str, positions: int) -> None:
     schedule, meshes = case_of(name, positions, "interleaved")
     require_below(1e-10, errors_of(ranks, name, (schedule,), meshes, 6))
+
+
+@pytest.mark.parametrize("kind", ["eager 2 split", "interleaved"])
+@pytest.mark.parametrize("name", MODELS)
+def test_hops_that_take_turns_train_as_one_process_does(ranks: Ranks, name: str, kind: str) -> None:
+    """Skips, several tensors an edge, meshes of several ranks, two stages at a position: all in one order a rank."""
+    schedule, meshes = case_of(name, 4, kind)
+    errors = errors_of(ranks, name, (turned(schedule),), meshes, 6, queues=Queues.PER_DIRECTION)
+    require_below(1e-10, errors)
 
 
 def test_single_precision(ranks: Ranks) -> None:

@@ -52,6 +52,7 @@ WITHOUT_TORCH = {
 WITHOUT_TORCH |= {"pipeline.actions", "pipeline.schedule", "pipeline.generators", "pipeline.communication"}
 WITHOUT_TORCH |= {"pipeline.check", "pipeline.costs", "pipeline.simulate", "pipeline.timeline", "pipeline.torch_csv"}
 WITHOUT_TORCH |= {"pipeline.greedy", "pipeline.tune", "pipeline.exact", "pipeline.workload", "pipeline.improve"}
+WITHOUT_TORCH |= {"pipeline.in_turn", "pipeline.verdicts"}
 WITHOUT_TORCH |= {"view"}
 # The demo compares with isend and irecv written by hand: there it is a user of torch.distributed like any other.
 WITH_DISTRIBUTED = {"transport.torch_dist", "launch", "interop", "pipeline.executor", "pipeline.torch_adapter", "demo"}

@@ -11,7 +11,7 @@ from torch.distributed import pipelining
 from tests.oracle import pick
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, SpecError
 from tricomm.launch import RankError, Ranks
-from tricomm.pipeline import Schedule, torch_adapter
+from tricomm.pipeline import Costs, Queues, Schedule, eager_one_f_one_b, in_turn, torch_adapter
 from tricomm.pipeline.edge import EdgeTensor
 from tricomm.pipeline.torch_adapter import PlannedSchedule, ReshardStage, ScheduleEager1F1B, check_torch
 
@@ -119,6 +119,11 @@ def on_rank(tensors: list[torch.Tensor], spec: ShardingSpec, rank: int) -> torch
 
 def make_schedule(name: str, stages: list[ReshardStage]) -> Any:
     single = {"ScheduleGPipe", "Schedule1F1B"}
+    if name == "in turn":
+        count = stages[0].num_stages
+        eager = eager_one_f_one_b(count, MICROBATCHES, depth=1, split=True, weight_delay=1)
+        turned = in_turn(eager, Costs.uniform(count, 1, 1, 1, 2), trials=20)
+        return PlannedSchedule(stages, turned, loss_of, queues=Queues.PER_DIRECTION, scale_grads=False)
     if name.startswith("eager"):
         _, depth, *split = name.split()
         return ScheduleEager1F1B(stages, MICROBATCHES, loss_of, depth=int(depth), split=bool(split), scale_grads=False)
@@ -135,6 +140,7 @@ SCHEDULES = (
     "eager 1",
     "eager 1 split",
     "eager 2",
+    "in turn",
 )
 
 
@@ -308,6 +314,9 @@ def run_wrong(rank: int, what: str) -> None:
         ReshardStage(nn.Identity(), 0, 2, leaving=[EdgeTensor(places[0].spec(ROWS_CUT), wide.spec(ONE))])
     if what == "other stages" and rank == 2:
         PlannedSchedule([make_stage(rank, places, 1)], Schedule.parse(["0F0 0B0"]))
+    if what == "deadlock" and rank == 2:
+        crossed = Schedule.parse(["0F0 0RECV_B0 0SEND_F0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"])
+        PlannedSchedule([make_stage(rank, places, 1)], crossed, queues=Queues.PER_POSITION)
     if what == "order" and rank == 2:
         turned = Schedule.parse(["0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"])
         PlannedSchedule([make_stage(rank, places, 1)], turned)
@@ -324,6 +333,7 @@ def run_wrong(rank: int, what: str) -> None:
         ("other rank", SpecError, "only the ranks of a stage's mesh make it"),
         ("both", SpecError, "give neighbouring stages ranks of their own"),
         ("other stages", PlanError, "the schedule has 1 stages and the pipeline 2"),
+        ("deadlock", PlanError, "the schedule cannot run with queues one per position: "),
         ("order", PlanError, "1F1 comes where microbatch 0 is due"),
         ("skip", PlanError, "edge 0-2 joins stages that are no neighbours"),
     ],

@@ -34,6 +34,7 @@ from tricomm.pipeline import (
 from tricomm.pipeline import exact as exact_module
 from tricomm.pipeline.exact import _tick, solve
 from tricomm.pipeline.greedy import PREFERENCES, list_schedule
+from tricomm.pipeline.verdicts import verdict
 from tricomm.view import timeline_perfetto, timeline_svg
 
 # Least makespans for F = I = W = 1, proven by CP-SAT in ortools 9.15 (python -m bench.pipeline_exact): stages,
@@ -158,7 +159,14 @@ def test_what_stays_exposed_is_named_with_its_reason() -> None:
         in found["0>1"]
     )
     shared = Costs.uniform(2, 1, 1, 1, TransferCost(2.5).sharing("a", "a"))
-    assert any("it shares a NIC and takes" in reason for reason in verdict_of(shared).values())
+    full = "transfers of a microbatch keep a out for 5 s and the slowest stage computes 3 s, so the NIC sets the pace"
+    assert any(full in reason for reason in verdict_of(shared).values())
+    crowded = Costs.uniform(2, 1, 1, 1, TransferCost(1.25).sharing("a", "a"))
+    together = simulate(with_communication(eager_one_f_one_b(2, 8, depth=1)), crowded)
+    reasons = [verdict(channel, together, 1, False).reason for channel in together.schedule.channels]
+    assert any(
+        "it shares a NIC and takes" in reason and "instead of 1.25 s; use more NICs" in reason for reason in reasons
+    )
     limited = verdict_of(Costs.uniform(4, 1, 1, 1, 2.5), limits=Limits(activations=4))
     assert any("wants a warm-up that the memory limit has no room for" in reason for reason in limited.values())
     far = Costs.uniform(3, 1, 1, 1, TransferCost(latency_seconds=9))

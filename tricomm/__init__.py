@@ -19,10 +19,11 @@ from tricomm.plan import (
     Split,
     make_plan,
 )
-from tricomm.reshard import Handle, Resharder, reshard, reshard_async
+from tricomm.reshard import Resharder, reshard, reshard_async
 from tricomm.sharding import ShardingSpec
 from tricomm.topology import Topology
 from tricomm.transport import LocalTransport
+from tricomm.transport.handle import Handle
 
 __all__ = [
     "Auto",

@@ -15,39 +15,16 @@ from tricomm.plan.plan import digest_of
 from tricomm.sharding import ShardingSpec
 from tricomm.tensors import Contract, check_casts
 from tricomm.topology import Topology
+from tricomm.transport.handle import Handle
 from tricomm.transport.meetings import describe_refusal
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.streams import HostSide, Side
+from tricomm.transport.streams import HostSide
 from tricomm.transport.torch_dist import Hub, Lane, default_device, hub, resolve_group
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
 Call = tuple[Lane, torch.Tensor | None, torch.Tensor | None]
 """A checked call: where it runs, what it reads, what it writes."""
-
-
-class Handle:
-    """A reshard that was started."""
-
-    def __init__(self, future: "Future[tuple[torch.Tensor | None, Any]]", side: Side) -> None:
-        self._future = future
-        self._side = side
-
-    def done(self) -> bool:
-        """Whether wait() would return, or raise, at once."""
-        return self._future.done()
-
-    def wait(self) -> torch.Tensor | None:
-        """The rank's new shard; None off the destination mesh.
-
-        On a GPU the host goes on at once, and what it queues afterwards on the current stream runs after the move.
-
-        Raises:
-            TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage.
-        """
-        result, mark = self._future.result()
-        self._side.join(mark)
-        return result
 
 
 class Resharder:
@@ -165,7 +142,12 @@ class Resharder:
         return self._start(call, None).wait()
 
     def start(
-        self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None, after: Any = None
+        self,
+        tensor: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        after: Any = None,
+        behind: Sequence[Handle] = (),
     ) -> Handle:
         """Reshard in the background. The tensor must not change before ``wait`` returns.
 
@@ -175,6 +157,7 @@ class Resharder:
             tensor, out: as for :func:`reshard`.
             after: on a GPU, the run begins after this ``mark`` on a stream of its own; None is all that the current
                 stream has to do so far.
+            behind: runs of this rank, whatever they move, that end before this one begins.
         """
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             error = SpecError(
@@ -188,22 +171,30 @@ class Resharder:
             nothing: Future[tuple[torch.Tensor | None, Any]] = Future()
             nothing.set_result((None, None))
             return Handle(nothing, HostSide())
-        return self._start(call, after)
+        return self._start(call, after, behind)
 
     def mark(self) -> Any:
         """What the current stream has to do so far, for ``start``; None in host memory, or before the first meeting."""
         return None if self._lane is None else self._lane.side.mark()
 
-    def _start(self, call: Call, after: Any) -> Handle:
+    def _start(self, call: Call, after: Any, behind: Sequence[Handle] = ()) -> Handle:
         lane = call[0]
-        lane.last_started = lane.worker.submit(self._run_aside, lane.side.mark() if after is None else after, *call)
+        after = lane.side.mark() if after is None else after
+        lane.last_started = lane.worker.submit(self._run_aside, after, behind, *call)
         return Handle(lane.last_started, lane.side)
 
     def _run_aside(
-        self, after: Any, lane: Lane, source: torch.Tensor | None, destination: torch.Tensor | None
+        self,
+        after: Any,
+        behind: Sequence[Handle],
+        lane: Lane,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, Any]:
         """As _run, on the lane's side; (result, mark at which it is there)."""
         with lane.side.after(after, source, destination):
+            for handle in behind:
+                handle.settle()
             return self._run(lane, source, destination), lane.side.reached()
 
     def gradient(self) -> "Resharder":

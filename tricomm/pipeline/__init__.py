@@ -14,17 +14,20 @@ from tricomm.pipeline.generators import (
     warmed_up,
     zero_bubble,
 )
+from tricomm.pipeline.in_turn import in_turn
 from tricomm.pipeline.schedule import Schedule, chain
 from tricomm.pipeline.simulate import simulate
 from tricomm.pipeline.stage import Stage, WithLoss
 from tricomm.pipeline.tied import Tied
 from tricomm.pipeline.timeline import Timeline
 from tricomm.pipeline.torch_csv import read_csv, write_csv
-from tricomm.pipeline.tune import Limits, Tuned, tune
+from tricomm.pipeline.tune import Candidate, Limits, Tuned, tune
+from tricomm.pipeline.way import Turns
 from tricomm.pipeline.workload import Workload
 
 __all__ = [
     "Action",
+    "Candidate",
     "Channel",
     "Costs",
     "Edge",
@@ -41,12 +44,14 @@ __all__ = [
     "Timeline",
     "TransferCost",
     "Tuned",
+    "Turns",
     "WithLoss",
     "Workload",
     "chain",
     "check",
     "eager_one_f_one_b",
     "gpipe",
+    "in_turn",
     "interleaved_one_f_one_b",
     "one_f_one_b",
     "read_csv",

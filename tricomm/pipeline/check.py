@@ -18,6 +18,9 @@ class Queues(Enum):
 
     PER_CHANNEL = "one per directed edge"
     """A communicator for each direction of each edge, as tricomm's executor has."""
+    PER_DIRECTION = "one per position and direction"
+    """What a position sends goes one after the other, and so does what it receives. Transfers to several neighbours,
+    which would share a NIC, take turns on it, in an order that was planned: see ``in_turn``."""
     PER_PAIR = "one per pair of positions"
     """Both directions share one: torch's unbatched P2P on NCCL, which makes a communicator for each pair of ranks."""
     PER_POSITION = "one per position"
@@ -32,6 +35,8 @@ class Queues(Enum):
         here = schedule.position_of(stage)
         if self is Queues.PER_POSITION:
             return (here,)
+        if self is Queues.PER_DIRECTION:
+            return (here, int(stage == channel.receiver))
         if self in (Queues.PER_CHANNEL, Queues.BLOCKING):
             return (here, *channel)
         there = schedule.position_of(channel.receiver if stage == channel.sender else channel.sender)

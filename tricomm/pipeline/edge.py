@@ -25,7 +25,7 @@ import torch
 
 from tricomm.autograd import gradient_scale, gradient_specs
 from tricomm.errors import SpecError
-from tricomm.pipeline.way import ReceiveHandle, SendHandle, Tensors, Way
+from tricomm.pipeline.way import ReceiveHandle, SendHandle, Tensors, Turns, Way
 from tricomm.placement import Placement, Shard
 from tricomm.plan.plan import digest_of
 from tricomm.sharding import ShardingSpec
@@ -113,6 +113,7 @@ class Link:
             0, 1, 2 ... in both.
         slots: receive buffers of each direction (forward, backward), used in turn and given back with
             ``handle.release()``. None makes a new tensor for every receive.
+        turns: shared by the Links of a rank that take turns with each other; on all ranks or on none.
         options: ``group``, ``device``, ``timeout_seconds``, ``strategy``, ``balance`` and ``topology`` of
             :class:`tricomm.Resharder`. The timeout bounds how long a posted receive may wait, the other stage's
             compute included.
@@ -129,6 +130,7 @@ class Link:
         microbatches: int,
         orders: tuple[Sequence[int], Sequence[int]] | None = None,
         slots: tuple[int | None, int | None] = (None, None),
+        turns: Turns | None = None,
         **options: Any,
     ) -> None:
         self.name = name
@@ -144,13 +146,13 @@ class Link:
                     "list them all"
                 )
         pairs = [(tensor.source, tensor.destination) for tensor in self.tensors]
-        self.forward = Way(f"edge {name} forward", pairs, forward_order, slots[0], [1.0] * len(pairs), options)
+        self.forward = Way(f"edge {name} forward", pairs, forward_order, slots[0], [1.0] * len(pairs), turns, options)
         self.backward: Way | None = None
         if self.differentiable:
             chosen = [self.tensors[index] for index in self.differentiable]
             scales = [gradient_scale(tensor.source) for tensor in chosen]
             pairs = [tensor.gradient_specs() for tensor in chosen]
-            self.backward = Way(f"edge {name} backward", pairs, backward_order, slots[1], scales, options)
+            self.backward = Way(f"edge {name} backward", pairs, backward_order, slots[1], scales, turns, options)
         self.ways = (self.forward,) if self.backward is None else (self.forward, self.backward)
 
     def connect(self) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from tricomm.errors import SpecError, TransportError, TricommError
 from tricomm.pipeline.actions import Action, Channel, Edge, Kind
-from tricomm.pipeline.check import check
+from tricomm.pipeline.check import Queues, check
 from tricomm.pipeline.communication import with_communication
 from tricomm.pipeline.edge import EdgeTensor, Link
 from tricomm.pipeline.replicas import ReplicaCheck
@@ -30,7 +30,7 @@ from tricomm.pipeline.sizes import SizeAgreement
 from tricomm.pipeline.stage import Stage, StageRun
 from tricomm.pipeline.tied import Tied, TiedGradients
 from tricomm.pipeline.way import ReceiveHandle, Way
-from tricomm.pipeline.wiring import Edges, check_wiring, data_names, make_links
+from tricomm.pipeline.wiring import Edges, check_wiring, data_names, make_links, turns_of
 from tricomm.plan.plan import digest_of
 from tricomm.reshard import DEFAULT_TIMEOUT_SECONDS
 from tricomm.transport.torch_dist import Hub, hub, resolve_group
@@ -59,6 +59,8 @@ class Executor:
             compute action ahead.
         stages: one for each, in order.
         edges: what crosses from which stage to which.
+        queues: PER_CHANNEL lets all hops of a rank run at once; PER_DIRECTION lets them take turns, and wants a
+            schedule that was made for it (``tune`` says which is better: ``tuned.best.queues``).
         tied: parameters of which several stages hold copies.
         loss_scale: the weight of each microbatch's loss; None is one over their number.
         name: tells executors of the same ranks apart.
@@ -77,6 +79,7 @@ class Executor:
         stages: Sequence[Stage],
         edges: Edges,
         *,
+        queues: Queues = Queues.PER_CHANNEL,
         tied: Sequence[Tied] = (),
         loss_scale: float | None = None,
         name: str = "pipeline",
@@ -97,10 +100,11 @@ class Executor:
         self._action: Action | None = None
         self._replicas: ReplicaCheck | None = None
         try:
+            self.queues, self._turns = queues, turns_of(queues)
             self.schedule = schedule if schedule.has_communication else with_communication(schedule)
             self.stages, self.edges = tuple(stages), edges
             check_wiring(self.schedule, self.stages, edges)
-            check(self.schedule)
+            check(self.schedule, queues)
             scale = 1.0 / schedule.microbatches if loss_scale is None else loss_scale
             self._flowing = {edge: _with_gradient(tensors) for edge, tensors in edges.items()}
             self._runs = {i: self._run_of(i, scale) for i, stage in enumerate(stages) if self.rank in stage.mesh}
@@ -115,7 +119,7 @@ class Executor:
             if names:
                 self._sizes = SizeAgreement(tuple(names), stages[0].mesh.ranks[0], self.ranks, name, self._options)
             elif self._runs:
-                self._bound[()] = make_links(self.schedule, edges, {}, self.rank, name, self._options)
+                self._bound[()] = make_links(self.schedule, edges, {}, self.rank, name, self._turns, self._options)
         except TricommError as error:
             self.hub.meetings.refuse(self.ranks, f"{type(error).__name__}: {error}", f"executor {name}")
             raise
@@ -279,6 +283,7 @@ class Executor:
         """Compare with all ranks what is about to run, then connect, in one order on all."""
         fields = {
             "schedule": str(self.schedule),
+            "queues": self.queues.name,
             "stages": repr([(stage.mesh, stage.inputs, stage.outputs, stage.loss) for stage in self.stages]),
             "edges": repr([(tuple(edge), dict(tensors)) for edge, tensors in self.edges.items()]),
             "tied": repr(list(tied)),
@@ -316,7 +321,7 @@ class Executor:
             for way in link.ways:
                 way.drop_buffers()
         if links is None:
-            links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._options)
+            links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._turns, self._options)
             self._links = links
             for link in links.values():
                 link.connect()

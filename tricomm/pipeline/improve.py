@@ -5,16 +5,13 @@ share NICs; then random moves are tried, some of which may do harm for a while (
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import exp
 
 from tricomm.errors import PlanError
 from tricomm.pipeline.actions import Action, Kind
-from tricomm.pipeline.communication import with_communication
-from tricomm.pipeline.costs import Costs
 from tricomm.pipeline.schedule import Schedule
-from tricomm.pipeline.simulate import run_clock
 from tricomm.pipeline.timeline import Timeline
 
 REACH = 4
@@ -24,26 +21,30 @@ HARM = 5e-4
 """The part of the makespan by which a random move may typically lengthen it at first; at the end it may not at all."""
 
 
-def improved(schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int) -> Schedule:
+Ideal = Callable[[Schedule], Timeline]
+"""What an order of computation allows at best: see ``ideal_timeline``."""
+
+
+def improved(schedule: Schedule, ideal: Ideal, memory: Sequence[int], trials: int) -> Schedule:
     """A schedule that is no longer; the same for the same arguments.
 
     Args:
         schedule: without communication, one stage per position.
-        costs: of its stages and channels.
+        ideal: by which schedules are compared.
         memory: per stage, the most activations that it may hold.
         trials: schedules that are simulated at most.
     """
-    schedule, seconds, left = _along_the_path(schedule, costs, memory, trials)
-    return _wandered(schedule, seconds, costs, memory, left)
+    schedule, seconds, left = _along_the_path(schedule, ideal, memory, trials)
+    return _wandered(schedule, seconds, ideal, memory, left)
 
 
 def _along_the_path(
-    schedule: Schedule, costs: Costs, memory: Sequence[int], trials: int
+    schedule: Schedule, ideal: Ideal, memory: Sequence[int], trials: int
 ) -> tuple[Schedule, float, int]:
     """(a schedule that no move of the critical path shortens, its makespan, trials left); the first move that helps is
     kept.
     """
-    timeline = _ideal(schedule, costs)
+    timeline = ideal(schedule)
     left = trials
     while True:
         for candidate in _neighbours(schedule, timeline, memory):
@@ -51,7 +52,7 @@ def _along_the_path(
                 return schedule, timeline.makespan_seconds, left
             left -= 1
             try:
-                shorter = _ideal(candidate, costs)
+                shorter = ideal(candidate)
             except PlanError:  # the move made stages wait for each other in a circle
                 continue
             if shorter.makespan_seconds < timeline.makespan_seconds * (1 - 1e-9):
@@ -61,7 +62,7 @@ def _along_the_path(
             return schedule, timeline.makespan_seconds, left
 
 
-def _wandered(schedule: Schedule, seconds: float, costs: Costs, memory: Sequence[int], trials: int) -> Schedule:
+def _wandered(schedule: Schedule, seconds: float, ideal: Ideal, memory: Sequence[int], trials: int) -> Schedule:
     """The shortest schedule on a random walk from one of that makespan."""
     rng = random.Random(0)
     best, best_seconds = schedule, seconds
@@ -70,7 +71,7 @@ def _wandered(schedule: Schedule, seconds: float, costs: Costs, memory: Sequence
         if candidate is schedule:
             continue
         try:
-            found = _ideal(candidate, costs).makespan_seconds
+            found = ideal(candidate).makespan_seconds
         except PlanError:
             continue
         harm = HARM * best_seconds * (1 - turn / trials)
@@ -79,11 +80,6 @@ def _wandered(schedule: Schedule, seconds: float, costs: Costs, memory: Sequence
         if found < best_seconds * (1 - 1e-9):
             best, best_seconds = candidate, found
     return best
-
-
-def _ideal(schedule: Schedule, costs: Costs) -> Timeline:
-    """With all receives posted at the start."""
-    return run_clock(with_communication(schedule, receives_ahead=3 * schedule.microbatches), costs)
 
 
 def _neighbours(schedule: Schedule, timeline: Timeline, memory: Sequence[int]) -> Iterator[Schedule]:

@@ -9,7 +9,7 @@ an NCCL stream that runs beside compute; gloo is a little more generous.
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tricomm.errors import PlanError
@@ -24,9 +24,7 @@ ROUNDING = 1e-12
 """Parts of a link or of a transfer that are no more than rounding."""
 
 
-def simulate(
-    schedule: Schedule, costs: Costs, *, queues: Queues = Queues.PER_CHANNEL, proved: bool = False
-) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs, *, queues: Queues = Queues.PER_CHANNEL) -> Timeline:
     """Run a schedule on a clock.
 
     Args:
@@ -48,9 +46,15 @@ def simulate(
     return run_clock(schedule, costs, queues)
 
 
-def run_clock(schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL) -> Timeline:
-    """What ``simulate`` does, for a schedule with communication that is known to run: those that search call it."""
-    return _Run(schedule, costs, queues).timeline()
+def run_clock(
+    schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL, *, in_order: bool = True
+) -> Timeline:
+    """What ``simulate`` does, for a schedule with communication that is known to run: those that search call it.
+
+    Without ``in_order`` queues have no order: whichever transfer is ready first goes first. Ranks could not do that,
+    for they would have to know of each other which are ready.
+    """
+    return _Run(schedule, costs, queues, in_order).timeline()
 
 
 @dataclass(eq=False, slots=True)
@@ -71,8 +75,8 @@ class _Moving:
 class _Run:
     """One simulation."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues) -> None:
-        self.schedule, self.costs, self.queues = schedule, costs, queues
+    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, in_order: bool) -> None:
+        self.schedule, self.costs, self.queues, self.in_order = schedule, costs, queues, in_order
         self.now = 0.0
         self.next_index = [0] * schedule.positions
         self.busy_until = [0.0] * schedule.positions
@@ -81,6 +85,7 @@ class _Run:
         self.moving: dict[tuple[Channel, int], _Moving] = {}
         self.waiting: dict[tuple[int, ...], deque[_Moving]] = {}
         self.arrived: dict[tuple[Channel, int], float] = {}
+        self.off_wire: dict[Channel, float] = {}  # since when a channel carries nothing
         self.transfers: list[Transfer] = []
         self.alone: list[tuple[float, int, _Moving]] = []  # ends on the wire of those that share nothing
         self.shared: list[_Moving] = []  # those that share something, with a rate that changes
@@ -110,7 +115,7 @@ class _Run:
             self.schedule,
             self.costs,
             tuple(tuple(spans) for spans in self.spans),
-            tuple(sorted(self.transfers, key=lambda one: (one.begin, one.channel))),
+            tuple(sorted(self.transfers, key=lambda one: one.begin)),
         )
 
     def next_time(self) -> float | None:
@@ -175,8 +180,8 @@ class _Run:
         self.begin_if_first(one)
 
     def begin_if_first(self, one: _Moving) -> None:
-        """Put a transfer on the wire if both ends are posted and it heads both queues."""
-        if one.begin >= 0 or len(one.ends) < 2 or any(self.waiting[queue][0] is not one for queue in one.ends):
+        """Put a transfer on the wire if both ends are posted and it is its turn in both queues."""
+        if one.begin >= 0 or len(one.ends) < 2 or not all(self.is_turn_of(one, queue) for queue in one.ends):
             return
         one.begin, one.remaining = self.now, one.cost.busy_seconds
         self.turn += 1
@@ -186,6 +191,10 @@ class _Run:
             self.share()
         else:
             heapq.heappush(self.alone, (self.now + one.remaining, self.turn, one))
+
+    def is_turn_of(self, one: _Moving, queue: tuple[int, ...]) -> bool:
+        waiting = self.waiting[queue]
+        return waiting[0] is one if self.in_order else all(other.begin < 0 for other in waiting)
 
     def progress_shared(self) -> None:
         """Count what the sharing transfers have moved up to now."""
@@ -208,6 +217,7 @@ class _Run:
             self.shared = [one for one in self.shared if one not in ended]
             self.share()
         for one in (*done, *ended):
+            self.off_wire[one.channel] = self.now
             arrival = self.now + one.cost.latency_seconds
             self.arrived[one.channel, one.microbatch] = arrival
             self.transfers.append(
@@ -216,10 +226,22 @@ class _Run:
             for stage in one.channel:
                 heapq.heappush(self.wake, (arrival, self.schedule.position_of(stage)))
             for queue in one.ends:
-                self.waiting[queue].popleft()
-            for queue in one.ends:
-                if self.waiting[queue]:
-                    self.begin_if_first(self.waiting[queue][0])
+                self.waiting[queue].remove(one)
+        # After all that ended at this moment have gone, so that whoever waits longest is first.
+        self.begin_next(dict.fromkeys(queue for one in (*done, *ended) for queue in one.ends))
+
+    def begin_next(self, queues: Iterable[tuple[int, ...]]) -> None:
+        """Let go what stands in queues and may."""
+        if self.in_order:
+            following = [self.waiting[queue][0] for queue in queues if self.waiting[queue]]
+        else:
+            following = [one for queue in queues for one in self.waiting[queue]]
+        for one in sorted(following, key=self.ready_since):
+            self.begin_if_first(one)
+
+    def ready_since(self, one: _Moving) -> float:
+        """When both ends had come to it and the one before it on its channel was off the wire: channels alternate."""
+        return max(one.sent, one.posted, self.off_wire.get(one.channel, 0.0))
 
 
 def fair_rates(loads: Sequence[Sequence[Load]]) -> list[float]:

@@ -9,8 +9,8 @@ from torch import nn
 
 from tricomm.errors import SpecError
 from tricomm.pipeline.way import Mover
-from tricomm.reshard import Handle
 from tricomm.sharding import ShardingSpec
+from tricomm.transport.handle import Handle
 
 
 @dataclass(frozen=True, slots=True)

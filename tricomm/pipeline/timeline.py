@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 from tricomm.pipeline.actions import Action, Channel, Kind
@@ -74,7 +74,8 @@ class Timeline:
     Attributes:
         schedule, costs: what was simulated; sends and receives are in the schedule.
         compute: per position, its compute actions in order.
-        transfers: of all channels, in the order in which they began.
+        transfers: of all channels, in the order in which they began; of those that began at one moment, in the order in
+            which they ended.
     """
 
     schedule: Schedule
@@ -163,15 +164,22 @@ class Timeline:
         """What a transfer waited for: the list of an end, or a transfer that stood before it in a queue."""
         if one.begin > max(one.sent, one.posted):
             ends = {self.schedule.position_of(stage) for stage in one.channel}
+            # Those before it only: where some take no time, several may begin and end at one moment.
             queued = [
                 other
-                for other in self.transfers
+                for other in takewhile(lambda other: other != one, self.transfers)
                 if other.end == one.begin and ends & {self.schedule.position_of(stage) for stage in other.channel}
             ]
-            return min(queued, key=lambda other: other.channel != one.channel)
+            return min(queued, key=lambda other: (other.channel != one.channel, not self._share_an_end(one, other)))
         stage = one.channel.sender if one.sent >= one.posted else one.channel.receiver
         ended = [span for span in self.compute[self.schedule.position_of(stage)] if span.end == one.begin]
         return max(ended, key=lambda span: span.begin, default=None)
+
+    def _share_an_end(self, one: Transfer, other: Transfer) -> bool:
+        """Whether both leave from one position, or both come to one."""
+        place = self.schedule.position_of
+        ends, others = tuple(map(place, one.channel)), tuple(map(place, other.channel))
+        return ends[0] == others[0] or ends[1] == others[1]
 
     def _last_input(self, action: Action, arrivals: dict[tuple[Channel, int], Transfer]) -> Transfer | None:
         """The transfer that an action waits for longest."""

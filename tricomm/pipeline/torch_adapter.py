@@ -13,7 +13,6 @@ stand here, ``check_torch`` looks for each of them, and a test runs every schedu
 say so.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,14 +20,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from tricomm.errors import SpecError
+from tricomm.errors import PlanError, SpecError
 from tricomm.packing import torch_dtype
+from tricomm.pipeline.check import Queues, check
 from tricomm.pipeline.communication import with_communication
 from tricomm.pipeline.edge import EdgeTensor, Link
 from tricomm.pipeline.generators import eager_one_f_one_b
 from tricomm.pipeline.schedule import Schedule
-from tricomm.pipeline.torch_checks import check_place, check_schedule
-from tricomm.pipeline.way import ReceiveHandle
+from tricomm.pipeline.torch_checks import check_place, check_schedule, unknown_of
+from tricomm.pipeline.way import ReceiveHandle, Turns
+from tricomm.pipeline.wiring import turns_of
 
 # Bases without types: signatures of private methods differ between versions of torch.
 _Stage: Any = PipelineStage
@@ -63,11 +64,11 @@ def check_torch() -> None:
     Raises:
         SpecError: one is missing or takes other arguments; the message lists them.
     """
-    problems = _problems(_Stage, USED_OF_STAGE)
+    problems = unknown_of(_Stage, USED_OF_STAGE)
     problems += (
         ["schedules._PipelineScheduleRuntime is missing"]
         if _Runtime is object
-        else _problems(_Runtime, USED_OF_RUNTIME)
+        else unknown_of(_Runtime, USED_OF_RUNTIME)
     )
     if not hasattr(getattr(schedules, "_Action", None), "from_str"):
         problems.append("schedules._Action.from_str is missing")
@@ -76,18 +77,6 @@ def check_torch() -> None:
             f"torch {torch.__version__} is not one that tricomm.pipeline.torch_adapter knows: {'; '.join(problems)}; "
             "use torch 2.11 to 2.15, or run the pipeline with tricomm.pipeline's own executor, which needs none of this"
         )
-
-
-def _problems(owner: type, used: dict[str, tuple[str, ...]]) -> list[str]:
-    found = []
-    for name, arguments in used.items():
-        method = getattr(owner, name, None)
-        if method is None:
-            found.append(f"{owner.__name__}.{name} is missing")
-            continue
-        missing = [argument for argument in arguments if argument not in inspect.signature(method).parameters]
-        found += [f"{owner.__name__}.{name} takes no {argument}" for argument in missing]
-    return found
 
 
 class ReshardStage(_Stage):  # type: ignore[misc]
@@ -135,6 +124,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         self.receives_ahead = receives_ahead
         self._arriving, self._leaving = tuple(arriving), tuple(leaving)
         self._options = {"device": torch.device(device), **options}
+        self.turns: Turns | None = None
         self._before: Link | None = None
         self._after: Link | None = None
         # In debug mode torch would check shapes that it does not know here; the Links check them always.
@@ -183,7 +173,8 @@ class ReshardStage(_Stage):  # type: ignore[misc]
 
     def _connected(self, source: int, tensors: Sequence[EdgeTensor]) -> Link:
         assert self.chunks is not None
-        link = Link(f"{source}-{source + 1}", tensors, microbatches=self.chunks, **self._options)
+        name = f"{source}-{source + 1}"
+        link = Link(name, tensors, microbatches=self.chunks, turns=self.turns, **self._options)
         link.connect()
         return link
 
@@ -309,7 +300,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
 class PlannedSchedule(_Runtime):  # type: ignore[misc]
     """A tricomm schedule, run by torch's runtime. Use it like torch's schedules: ``step``, ``eval``.
 
-    On stages that are all ReshardStages, receives are posted where the schedule says. On others the runtime places
+    On stages that are all ReshardStages, sends and receives stand where the schedule says. On others the runtime places
     them itself, because stages of torch share one communicator, on which an early receive can block a send.
 
     Args:
@@ -317,10 +308,11 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
         schedule: sends and receives are put in if it has none.
         loss_fn: of the last stage's output and the target; None for forward only.
         receives_ahead: see :func:`tricomm.pipeline.with_communication`.
+        queues: as for :class:`tricomm.pipeline.Executor`; only ReshardStages take turns.
         options: those of torch's schedules, such as ``scale_grads`` and ``output_merge_spec``.
 
     Raises:
-        PlanError: a schedule for other stages, or with an edge that torch's runtime does not know.
+        PlanError: a schedule for other stages, with an edge that torch's runtime does not know, or that cannot run.
         SpecError: a torch that this file does not know.
     """
 
@@ -331,6 +323,7 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
         loss_fn: Any = None,
         *,
         receives_ahead: int = 1,
+        queues: Queues = Queues.PER_CHANNEL,
         **options: Any,
     ) -> None:
         check_torch()
@@ -339,6 +332,8 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
         super().__init__(stages=stages, n_microbatches=schedule.microbatches, loss_fn=loss_fn, **options)
         if not schedule.has_communication:
             schedule = with_communication(schedule, receives_ahead=receives_ahead)
+        check(schedule, queues)
+        turns = turns_of(queues)
         parse = schedules._Action.from_str
         self.schedule = schedule
         self.pipeline_order = {
@@ -348,26 +343,37 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
         self._prepare_schedule_with_comms(self.pipeline_order)
         if all(isinstance(stage, ReshardStage) for stage in stages):
             for stage in stages:
-                stage.receives_ahead = 0
+                stage.receives_ahead, stage.turns = 0, turns
             lowered = self.pipeline_order_with_comms
             self.pipeline_order_with_comms: dict[int, list[Any]] = {
-                position: _with_receives_of(schedule, position, actions, parse) for position, actions in lowered.items()
+                position: _with_communication_of(schedule, position, actions, parse)
+                for position, actions in lowered.items()
             }
+        elif turns is not None:
+            raise PlanError(f"queues={queues} wants stages that take turns; make them all ReshardStages")
 
 
-def _with_receives_of(schedule: Schedule, position: int, lowered: Sequence[Any], parse: Any) -> list[Any]:
-    """What torch made of a list, steps for FSDP and gradients in it, with receives where the schedule has them."""
+def _with_communication_of(schedule: Schedule, position: int, lowered: Sequence[Any], parse: Any) -> list[Any]:
+    """What torch made of a list, steps for FSDP and gradients in it, with sends and receives where the schedule has
+    them: receives right before the next computation, sends right after the one before.
+    """
     before: dict[str, list[Any]] = {}
-    waiting: list[Any] = []
+    after: dict[str, list[Any]] = {}
+    receives: list[Any] = []
+    last = ""
     for action in schedule.lists[position]:
         if action.kind.is_receive:
-            waiting.append(parse(str(action)))
-        elif action.is_compute:
-            before[str(action)], waiting = waiting, []
+            receives.append(parse(str(action)))
+        elif action.kind.is_send:
+            after.setdefault(last, []).append(parse(str(action)))
+        else:
+            last = str(action)
+            before[last], receives = receives, []
     found: list[Any] = []
     for action in lowered:
-        if "RECV" not in str(action):
-            found += [*before.pop(str(action), ()), action]
+        text = str(action)
+        if "RECV" not in text and "SEND" not in text:
+            found += [*before.pop(text, ()), action, *after.pop(text, ())]
     return found
 
 

@@ -1,12 +1,26 @@
 """What the adapter for torch.distributed.pipelining refuses: stages and schedules that do not fit together."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tricomm.errors import PlanError, SpecError
 from tricomm.pipeline.actions import Kind
 from tricomm.pipeline.edge import EdgeTensor
 from tricomm.pipeline.schedule import Schedule
+
+
+def unknown_of(owner: type, used: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a class of torch lacks of the methods, and their arguments, that the adapter uses; in words."""
+    found = []
+    for name, arguments in used.items():
+        method = getattr(owner, name, None)
+        if method is None:
+            found.append(f"{owner.__name__}.{name} is missing")
+            continue
+        missing = [argument for argument in arguments if argument not in inspect.signature(method).parameters]
+        found += [f"{owner.__name__}.{name} takes no {argument}" for argument in missing]
+    return found
 
 
 def check_place(

@@ -8,26 +8,31 @@ task. The formula only explains: the choice is made by simulation.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from tricomm.errors import PlanError
-from tricomm.pipeline.actions import Channel, Edge
+from tricomm.pipeline.actions import Edge
+from tricomm.pipeline.check import Queues
 from tricomm.pipeline.communication import with_communication
 from tricomm.pipeline.costs import Costs
 from tricomm.pipeline.generators import eager_one_f_one_b, gpipe, warm_up_of
 from tricomm.pipeline.greedy import PREFERENCES, list_schedule
 from tricomm.pipeline.improve import improved
+from tricomm.pipeline.in_turn import ideal_timeline, in_turn
 from tricomm.pipeline.schedule import Schedule, chain
 from tricomm.pipeline.simulate import run_clock, simulate
 from tricomm.pipeline.timeline import Timeline
+from tricomm.pipeline.verdicts import Verdict, verdict
 
 DEPTHS = (0, 1, 2, 3)
 RECEIVES_AHEAD = (1, 2, 3, 4)
 
+TURNED_FORMS = 4
+TURNED_ORDERS = 200
+"""How many forms are looked at with hops in turn, and how many orders of turns for each."""
+
 WORTH_IT = 0.005
 """A schedule that holds more must be faster by this part: the costs are not known better."""
-
-EXPOSED = 0.01
-"""A channel that adds less than this part of the makespan counts as hidden."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Candidate:
         name: in words.
         schedule: with sends and receives.
         microbatches: into which the batch is split.
-        receives_ahead: as for ``with_communication``.
+        receives_ahead: as for ``with_communication``; None if hops take turns, in the order of ``in_turn``.
         depth: of the warm-up; None for list schedules and GPipe.
         is_split: whether backwards are I then W.
         makespan_seconds: of the whole batch.
@@ -61,28 +66,21 @@ class Candidate:
     name: str
     schedule: Schedule
     microbatches: int
-    receives_ahead: int
+    receives_ahead: int | None
     depth: int | None
     is_split: bool
     makespan_seconds: float
     activations: int
     nbytes: int
 
+    @property
+    def queues(self) -> Queues:
+        """How transfers wait for each other; to be given to the Executor with the schedule."""
+        return Queues.PER_DIRECTION if self.receives_ahead is None else Queues.PER_CHANNEL
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How a channel fares in the chosen schedule.
-
-    Attributes:
-        hop_seconds: mean time of a transfer, with what it shares.
-        exposed_seconds: by which it lengthens the critical path beyond one fill or drain.
-        reason: why, and what would help; "" if it is hidden.
-    """
-
-    channel: Channel
-    hop_seconds: float
-    exposed_seconds: float
-    reason: str
+    def __str__(self) -> str:
+        hops = "hops in turn" if self.receives_ahead is None else f"receives {self.receives_ahead} ahead"
+        return f"{self.name}, {self.microbatches} microbatches, {hops}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +156,11 @@ def tune(
         )
     compared = sorted(search.fitting, key=lambda one: one.makespan_seconds)
     near = [one for one in compared if one.makespan_seconds <= compared[0].makespan_seconds * (1 + WORTH_IT)]
-    best = min(near, key=lambda one: (one.nbytes, one.activations, one.receives_ahead, one.makespan_seconds))
+    best = min(near, key=lambda one: (one.nbytes, one.activations, one.receives_ahead or 0, one.makespan_seconds))
     costs = costs_of(best.microbatches)
-    timeline = simulate(best.schedule, costs)
+    timeline = simulate(best.schedule, costs, queues=best.queues)
     refused = [text for seconds, text in sorted(search.refused) if seconds < best.makespan_seconds * (1 - WORTH_IT)]
-    verdicts = tuple(_verdict(channel, best, timeline, bool(refused)) for channel in best.schedule.channels)
+    verdicts = tuple(verdict(channel, timeline, best.depth, bool(refused)) for channel in best.schedule.channels)
     others = tuple(one for one in compared if one is not best)
     return Tuned(best, timeline, (best, *others), tuple(refused), verdicts)
 
@@ -191,17 +189,19 @@ class _Search:
 
     def look_at(self, microbatches: int, costs: Costs) -> None:
         """All forms for a number of microbatches; the order is by what they take if receives cost nothing."""
-        forms = self.timed(self.known_forms(microbatches, costs), microbatches, costs)
+        forms = self.timed(self.known_forms(microbatches, costs), costs)
         fitting = [
             form.least_seconds for form in forms if form.activations <= (self.limits.activations or microbatches)
         ]
         if not fitting or min(fitting) > self.bound(microbatches, costs) * (1 + WORTH_IT):
-            forms += self.timed(self.list_schedules(microbatches, costs), microbatches, costs)
+            forms += self.timed(self.list_schedules(microbatches, costs), costs)
         for form in sorted(forms, key=lambda form: form.least_seconds):
             # No way to post receives makes it faster than with all of them posted at the start.
             if form.least_seconds > self.fastest * (1 + WORTH_IT):
                 break
-            self.place_receives(form, microbatches, costs)
+            self.place_receives(form, costs)
+        if _has_shared_loads(costs):
+            self.take_turns(forms, costs)
         self.improve(microbatches, costs)
 
     def improve(self, microbatches: int, costs: Costs) -> None:
@@ -211,20 +211,24 @@ class _Search:
             return
         if fastest.makespan_seconds <= self.bound(microbatches, costs):
             return
-        schedule = improved(fastest.schedule.compute_only(), costs, self.most_held(microbatches, costs), self.trials)
-        for form in self.timed([(f"{fastest.name}, improved", None, schedule)], microbatches, costs):
-            self.place_receives(form, microbatches, costs)
+        ideal = partial(ideal_timeline, costs=costs, queues=fastest.queues)
+        schedule = improved(fastest.schedule.compute_only(), ideal, self.most_held(microbatches, costs), self.trials)
+        forms = self.timed([(f"{fastest.name}, improved", None, schedule)], costs)
+        if fastest.receives_ahead is None:
+            self.take_turns(forms, costs)
+        else:
+            self.place_receives(forms[0], costs)
 
     def most_held(self, microbatches: int, costs: Costs) -> list[int]:
         """Per stage, the limit on activations, or as many as the bytes allow."""
         return [_most_activations(stage.activation_nbytes, self.limits, microbatches) for stage in costs.stages]
 
-    def timed(self, named: Iterable[tuple[str, int | None, Schedule]], microbatches: int, costs: Costs) -> list[_Form]:
+    def timed(self, named: Iterable[tuple[str, int | None, Schedule]], costs: Costs) -> list[_Form]:
         """Each schedule once, with what it takes if all receives are posted at the start."""
         forms: dict[Schedule, _Form] = {}
         for name, depth, schedule in named:
             if schedule not in forms:
-                ideal = run_clock(with_communication(schedule, receives_ahead=3 * microbatches), costs)
+                ideal = ideal_timeline(schedule, costs)
                 activations = max(peak.activations for peak in ideal.peaks())
                 forms[schedule] = _Form(name, depth, schedule, ideal.makespan_seconds, activations)
         return list(forms.values())
@@ -238,24 +242,11 @@ class _Search:
         pairs = zip(heads, costs.stages, strict=True)
         return max(head + microbatches * stage.total_seconds for head, stage in pairs)
 
-    def place_receives(self, form: _Form, microbatches: int, costs: Costs) -> None:
+    def place_receives(self, form: _Form, costs: Costs) -> None:
         """The best number of actions by which receives come ahead, if some fits."""
         found: Candidate | None = None
         for ahead in RECEIVES_AHEAD:
-            schedule = with_communication(form.schedule, receives_ahead=ahead)
-            timeline = run_clock(schedule, costs)
-            peaks = timeline.peaks()
-            candidate = Candidate(
-                form.name,
-                schedule,
-                microbatches,
-                ahead,
-                form.depth,
-                schedule.is_split,
-                timeline.makespan_seconds,
-                max(peak.activations for peak in peaks),
-                max(peak.nbytes for peak in peaks),
-            )
+            candidate = _candidate(form, with_communication(form.schedule, receives_ahead=ahead), ahead, costs)
             if not self.fits(candidate):
                 if ahead == RECEIVES_AHEAD[0]:
                     self.refused.append((candidate.makespan_seconds, _line(candidate)))
@@ -267,6 +258,17 @@ class _Search:
         if found is not None:
             self.fitting.append(found)
             self.fastest = min(self.fastest, found.makespan_seconds)
+
+    def take_turns(self, forms: Iterable[_Form], costs: Costs) -> None:
+        """The fastest forms that fit with hops that take turns on what they share, with the order of turns improved."""
+        pairs = [(form, _candidate(form, in_turn(form.schedule, costs), None, costs)) for form in forms]
+        pairs.sort(key=lambda pair: pair[1].makespan_seconds)
+        fitting = [pair for pair in pairs if self.fits(pair[1])]
+        self.refused += [(one.makespan_seconds, _line(one)) for _, one in pairs if not self.fits(one)]
+        for form, as_ready in fitting[:TURNED_FORMS]:
+            improved_order = _candidate(form, in_turn(form.schedule, costs, trials=TURNED_ORDERS), None, costs)
+            self.fitting.append(improved_order if self.fits(improved_order) else as_ready)
+            self.fastest = min(self.fastest, self.fitting[-1].makespan_seconds)
 
     def fits(self, one: Candidate) -> bool:
         needs = (one.nbytes, one.activations)
@@ -311,6 +313,30 @@ class _Search:
                     )
 
 
+def _candidate(form: _Form, schedule: Schedule, receives_ahead: int | None, costs: Costs) -> Candidate:
+    """A form with communication, simulated."""
+    queues = Queues.PER_DIRECTION if receives_ahead is None else Queues.PER_CHANNEL
+    timeline = run_clock(schedule, costs, queues)
+    peaks = timeline.peaks()
+    return Candidate(
+        form.name,
+        schedule,
+        schedule.microbatches,
+        receives_ahead,
+        form.depth,
+        schedule.is_split,
+        timeline.makespan_seconds,
+        max(peak.activations for peak in peaks),
+        max(peak.nbytes for peak in peaks),
+    )
+
+
+def _has_shared_loads(costs: Costs) -> bool:
+    """Whether transfers of different channels may slow each other down."""
+    names = [name for one in costs.all_transfers() for name, _ in one.loads]
+    return len(names) > len(set(names)) or bool(costs.other.loads)
+
+
 def _most_activations(nbytes: int, limits: Limits, microbatches: int) -> int:
     most = microbatches
     if limits.activations is not None:
@@ -320,37 +346,6 @@ def _most_activations(nbytes: int, limits: Limits, microbatches: int) -> int:
     return max(1, most)
 
 
-def _verdict(channel: Channel, best: Candidate, timeline: Timeline, is_limited: bool) -> Verdict:
-    hop, alone = timeline.hop_seconds()[channel], timeline.costs.transfer(channel)
-    exposed = max(0.0, timeline.critical_seconds()[channel] - hop)
-    stages = timeline.costs.stages
-    slowest = max(stage.total_seconds for stage in stages)
-    if exposed <= EXPOSED * timeline.makespan_seconds:
-        return Verdict(channel, hop, exposed, "")
-    if alone.busy_seconds > slowest:
-        reason = (
-            f"a transfer keeps its link for {alone.busy_seconds:.6g} s and the slowest stage computes "
-            f"{slowest:.6g} s a microbatch, so no schedule hides it; send fewer bytes, or plan the hop better"
-        )
-    elif hop > alone.seconds * (1 + EXPOSED):
-        reason = f"it shares a NIC and takes {hop:.6g} s instead of {alone.seconds:.6g} s; use more NICs or fewer bytes"
-    elif is_limited:
-        reason = f"a hop of {hop:.6g} s wants a warm-up that the memory limit has no room for; raise the limit"
-    elif best.depth is not None:
-        weights = min(stage.weight_gradient_seconds for stage in stages) if best.is_split else 0.0
-        least = min(stage.total_seconds for stage in stages)
-        hides = (best.depth * least + weights) / 2
-        reason = f"depth {best.depth} hides {hides:.6g} s of a hop in a steady state, "
-        if hop > hides:
-            reason += f"and it takes {hop:.6g} s; a deeper warm-up was no faster"
-        else:
-            reason += f"and would hide {hop:.6g} s, but {best.microbatches} microbatches hardly reach one; use more"
-    else:
-        reason = f"a hop of {hop:.6g} s is waited for; a deeper warm-up was no faster"
-    return Verdict(channel, hop, exposed, reason)
-
-
 def _line(one: Candidate) -> str:
-    words = f"{one.name}, {one.microbatches} microbatches, receives {one.receives_ahead} ahead"
     held = f"holds {one.activations} activations" + (f", {one.nbytes / 1e6:.6g} MB" if one.nbytes else "")
-    return f"{one.makespan_seconds:.6g} s  {words}, {held}"
+    return f"{one.makespan_seconds:.6g} s  {one}, {held}"

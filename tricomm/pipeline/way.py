@@ -8,8 +8,9 @@ import torch
 
 from tricomm.errors import SpecError, TransportError
 from tricomm.packing import torch_dtype
-from tricomm.reshard import Handle, Resharder
+from tricomm.reshard import Resharder
 from tricomm.sharding import ShardingSpec
+from tricomm.transport.handle import Handle
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 """What crosses an edge: a tensor, or a tuple in the order of declaration if there are several."""
@@ -30,6 +31,26 @@ class Mover(Resharder):
             self.hub.meetings.refuse(self.participants, reason, self.channel)
         elif self._lane.broken is None:
             self._lane.fail(reason)
+
+
+class Turns:
+    """What one rank sends over several Links goes one after the other, and so does what it receives.
+
+    For Links that share a NIC: each transfer has all of it, and a planned order decides which comes first, where
+    otherwise all of them would be slowed down together. All ranks of these Links take turns, in orders that fit
+    together: ``check`` proves it of a schedule for ``Queues.PER_DIRECTION``.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, Handle] = {}
+
+    def before(self, directions: Sequence[str]) -> list[Handle]:
+        """What must have ended before the next transfer of these directions begins."""
+        return [self._last[direction] for direction in directions if direction in self._last]
+
+    def take(self, directions: Sequence[str], handle: Handle) -> None:
+        """Note a transfer that was started."""
+        self._last.update(dict.fromkeys(directions, handle))
 
 
 class SendHandle:
@@ -118,6 +139,7 @@ class Way:
         slots: receive buffers, used in turn; None makes new tensors for every receive. Ranks on both meshes always
             get new tensors.
         scales: what a received tensor is multiplied by.
+        turns: of this rank, if its transfers take turns.
         options: of :class:`tricomm.Resharder`.
     """
 
@@ -128,9 +150,11 @@ class Way:
         order: Sequence[int],
         slots: int | None,
         scales: Sequence[float],
+        turns: Turns | None,
         options: dict[str, Any],
     ) -> None:
         self.name = name
+        self.turns = turns
         self.order = tuple(order)
         self.scales = tuple(scales)
         self.movers = [Mover(*pair, channel=name, **options) for pair in specs]
@@ -169,7 +193,7 @@ class Way:
             self._sent.popleft().wait()  # raises if it failed
         # What autograd knows of the tensor stays here: its gradient comes back by the other direction.
         tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
-        handles = [mover.start(tensor) for mover, tensor in zip(self.movers, tensors, strict=True)]
+        handles = self._start([{"tensor": tensor} for tensor in tensors])
         handle = SendHandle(handles, tensors)
         self._sent.append(handle)
         if self.takes:
@@ -192,7 +216,7 @@ class Way:
         slot = None if self.slots is None else turn % self.slots
         handle = ReceiveHandle(self, microbatch, slot)
         if slot is None:
-            handle.handles = [mover.start() for mover in self.movers]
+            handle.handles = self._start([{}] * len(self.movers))
             return handle
         holder = self.holders[slot]
         if holder is not None:
@@ -203,8 +227,7 @@ class Way:
         self.holders[slot] = microbatch
         if not self._buffers:
             self._buffers = [self._new_buffers() for _ in self.holders]
-        pairs = zip(self.movers, self._buffers[slot], strict=True)
-        handle.handles = [mover.start(out=out, after=self.freed[slot]) for mover, out in pairs]
+        handle.handles = self._start([{"out": out, "after": self.freed[slot]} for out in self._buffers[slot]])
         return handle
 
     def flush(self) -> None:
@@ -221,6 +244,15 @@ class Way:
         for mover in self.movers:
             mover.close()
         self._buffers.clear()
+
+    def _start(self, arguments: Sequence[dict[str, Any]]) -> list[Handle]:
+        """Start all movers, in turn with what else this rank moves in the same direction, if it is to take turns."""
+        directions = [name for name, has_part in (("send", self.gives), ("recv", self.takes)) if has_part]
+        behind = self.turns.before(directions) if self.turns is not None else ()
+        handles = [mover.start(**some, behind=behind) for mover, some in zip(self.movers, arguments, strict=True)]
+        if self.turns is not None:
+            self.turns.take(directions, handles[-1])  # all use one lane, and end in order
+        return handles
 
     def _next_turn(self, call: str, microbatch: int) -> int:
         """Count a call; it must be that of the microbatch whose turn it is."""

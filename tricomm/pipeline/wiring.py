@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tricomm.errors import SpecError
+from tricomm.errors import PlanError, SpecError
 from tricomm.mesh import format_ranks
 from tricomm.pipeline.actions import Channel, Edge, Kind
-from tricomm.pipeline.check import receive_ring
+from tricomm.pipeline.check import Queues, receive_ring
 from tricomm.pipeline.edge import EdgeTensor, Link
 from tricomm.pipeline.schedule import Schedule
 from tricomm.pipeline.stage import LOSS, Stage
+from tricomm.pipeline.way import Turns
 
 Edges = Mapping[tuple[int, int], Mapping[str, EdgeTensor]]
 """Per (source stage, destination stage), the tensors that cross, by the name that both stages know them by."""
@@ -52,6 +53,19 @@ def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: Edges) -> N
             raise SpecError(f"stage {index} sends its loss to another stage; give that output another name")
 
 
+def turns_of(queues: Queues) -> Turns | None:
+    """What keeps the order of queues on a rank.
+
+    Raises:
+        PlanError: queues that ranks do not keep.
+    """
+    if queues not in (Queues.PER_CHANNEL, Queues.PER_DIRECTION):
+        raise PlanError(
+            f"queues={queues} describes other systems; transfers of tricomm have queues PER_CHANNEL or PER_DIRECTION"
+        )
+    return Turns() if queues is Queues.PER_DIRECTION else None
+
+
 def data_names(index: int, stage: Stage, edges: Edges) -> tuple[str, ...]:
     """The inputs of a stage that no edge brings."""
     brought = {name for (_, destination), tensors in edges.items() if destination == index for name in tensors}
@@ -59,11 +73,17 @@ def data_names(index: int, stage: Stage, edges: Edges) -> tuple[str, ...]:
 
 
 def make_links(
-    schedule: Schedule, edges: Edges, sizes: Mapping[str, int], rank: int, name: str, options: Mapping[str, Any]
+    schedule: Schedule,
+    edges: Edges,
+    sizes: Mapping[str, int],
+    rank: int,
+    name: str,
+    turns: Turns | None,
+    options: Mapping[str, Any],
 ) -> dict[Edge, Link]:
     """The Links of the edges that a rank has a part in, in the order in which all ranks connect them.
 
-    An edge inside of a position has one only if its two layouts differ.
+    An edge inside of a position has one only if its two layouts differ, and takes no turns.
     """
     links: dict[Edge, Link] = {}
     for edge in schedule.edges:
@@ -80,6 +100,7 @@ def make_links(
             slots=(None, None)
             if is_inside
             else (receive_ring(schedule, edge.forward), receive_ring(schedule, edge.backward)),
+            turns=None if is_inside else turns,
             **options,
         )
     return links

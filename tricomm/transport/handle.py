@@ -1,0 +1,39 @@
+"""Handle: what a reshard that runs in the background is waited for by."""
+
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from tricomm.transport.streams import Side
+
+
+class Handle:
+    """A reshard that was started."""
+
+    def __init__(self, future: "Future[tuple[torch.Tensor | None, Any]]", side: Side) -> None:
+        self._future = future
+        self._side = side
+
+    def done(self) -> bool:
+        """Whether wait() would return, or raise, at once."""
+        return self._future.done()
+
+    def settle(self) -> None:
+        """Return when it has ended, well or badly. On a GPU what is queued afterwards on the current stream runs after
+        the move.
+        """
+        if self._future.exception() is None:
+            self._side.join(self._future.result()[1])
+
+    def wait(self) -> torch.Tensor | None:
+        """The rank's new shard; None off the destination mesh.
+
+        On a GPU the host goes on at once, and what it queues afterwards on the current stream runs after the move.
+
+        Raises:
+            TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage.
+        """
+        result, mark = self._future.result()
+        self._side.join(mark)
+        return result
