@@ -1,5 +1,6 @@
 """Hops that take turns on a NIC: the order that is found, what it gains, and that ranks keep to it."""
 
+import re
 import time
 from itertools import pairwise
 
@@ -99,10 +100,10 @@ def test_the_tuner_lets_hops_take_turns_where_that_is_faster() -> None:
     assert shared.best.receives_ahead is None
     check(shared.best.schedule, TURNS)
     require_turns(shared.timeline)
-    assert shared.timeline.makespan_seconds == shared.best.makespan_seconds <= 36.5
-    assert "the transfers of a microbatch keep host 1 in for 3 s and the slowest stage computes 3 s" in str(shared)
+    assert shared.timeline.makespan_seconds == shared.best.makespan_seconds == 36
+    assert re.search(r"a microbatch keep host \d (in|out) for 3 s and the slowest stage computes 3 s", str(shared))
     at_once = [one for one in shared.compared if one.queues is Queues.PER_CHANNEL]
-    assert min(one.makespan_seconds for one in at_once) > 1.02 * 36.5
+    assert min(one.makespan_seconds for one in at_once) > 1.03 * 36
     links = tune(lambda _: Costs.uniform(4, 1, 1, 1, 1.5), [8])
     assert all(one.queues is Queues.PER_CHANNEL for one in links.compared)
 

@@ -256,6 +256,9 @@ def test_the_command_prints_a_grid_and_figures_and_writes_files(tmp_path: Path) 
     assert tuned.startswith("chosen: ")
     table.write_text(write_csv(one_f_one_b(2, 4)))
     assert run_command("--schedule", str(table), *words[4:]) == text
+    assert "hops in turn" in run_command("--stages", "4", "--hop", "1.5", "--one-nic")
+    shared = run_command("--schedule", "1f1b", "--stages", "3", *words[2:], "--one-nic")
+    assert float(shared.split("\n\n")[1].split()[0]) > 17
     for name in ("gpipe", "eager", "zero-bubble"):
         assert run_command("--schedule", name, *words).startswith("0: 0F0 0F1 ")
 

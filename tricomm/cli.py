@@ -2,16 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tricomm.errors import SpecError, TricommError
 from tricomm.mesh import Mesh
 from tricomm.pipeline import (
     Costs,
+    Edge,
     Limits,
     Schedule,
     TransferCost,
+    chain,
     eager_one_f_one_b,
     gpipe,
     read_csv,
@@ -80,6 +82,9 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--seconds", default="1,1,1", help="of F, I and W: forward, gradient of inputs, of weights (%(default)s)"
     )
     parser.add_argument("--hop", type=float, default=0.0, help="seconds that a transfer keeps its link (%(default)s)")
+    parser.add_argument(
+        "--one-nic", action="store_true", help="hops to and from both neighbours of a stage share its NIC"
+    )
     parser.add_argument("--latency", type=float, default=0.0, help="seconds until it can be used (%(default)s)")
     parser.add_argument("--depth", type=int, default=1, help="of the warm-up of eager and zero-bubble (%(default)s)")
     parser.add_argument("--split", action="store_true", help="backwards in two steps, I then W")
@@ -102,20 +107,34 @@ def _simulate(options: argparse.Namespace) -> str:
     lines = []
     if options.schedule == "tuned":
         costs = Costs.uniform(options.stages, forward, inputs, weights, hop)
+        if options.one_nic:
+            costs = _through_one_nic(costs, chain(options.stages), hop)
         tuned = tune(lambda _: costs, [options.microbatches], limits=Limits(activations=options.activations))
-        schedule = tuned.best.schedule
+        schedule, timeline = tuned.best.schedule, tuned.timeline
         lines = [str(tuned), ""]
     else:
         schedule = _named_schedule(options)
         costs = Costs.uniform(schedule.stages, forward, inputs, weights, hop)
+        if options.one_nic:
+            costs = _through_one_nic(costs, schedule.edges, hop)
         if not schedule.has_communication:
             schedule = with_communication(schedule, receives_ahead=options.receives_ahead)
-    timeline = simulate(schedule, costs)
+        timeline = simulate(schedule, costs)
     if options.svg is not None:
         options.svg.write_text(timeline_svg(timeline))
     if options.perfetto is not None:
         options.perfetto.write_text(timeline_perfetto(timeline))
     return "\n".join([*lines, str(schedule.compute_only()), "", str(timeline)])
+
+
+def _through_one_nic(costs: Costs, edges: Iterable[Edge], hop: TransferCost) -> Costs:
+    """Each stage has a NIC, which sends and receives at its full rate at once."""
+    for edge in edges:
+        for channel in (edge.forward, edge.backward):
+            costs = costs.with_transfers(
+                [channel], hop.sharing(f"NIC of stage {channel.sender}", f"NIC of stage {channel.receiver}")
+            )
+    return costs
 
 
 def _named_schedule(options: argparse.Namespace) -> Schedule:

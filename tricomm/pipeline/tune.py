@@ -27,9 +27,9 @@ from tricomm.pipeline.verdicts import Verdict, verdict
 DEPTHS = (0, 1, 2, 3)
 RECEIVES_AHEAD = (1, 2, 3, 4)
 
-TURNED_FORMS = 4
-TURNED_ORDERS = 200
-"""How many forms are looked at with hops in turn, and how many orders of turns for each."""
+TURNED_FORMS = 8
+TURNED_ACTIONS = 20_000
+"""How many forms are looked at with hops in turn, and for each, how many actions are simulated to find their order."""
 
 WORTH_IT = 0.005
 """A schedule that holds more must be faster by this part: the costs are not known better."""
@@ -266,7 +266,8 @@ class _Search:
         fitting = [pair for pair in pairs if self.fits(pair[1])]
         self.refused += [(one.makespan_seconds, _line(one)) for _, one in pairs if not self.fits(one)]
         for form, as_ready in fitting[:TURNED_FORMS]:
-            improved_order = _candidate(form, in_turn(form.schedule, costs, trials=TURNED_ORDERS), None, costs)
+            trials = TURNED_ACTIONS // sum(map(len, form.schedule.lists))
+            improved_order = _candidate(form, in_turn(form.schedule, costs, trials=trials), None, costs)
             self.fitting.append(improved_order if self.fits(improved_order) else as_ready)
             self.fastest = min(self.fastest, self.fitting[-1].makespan_seconds)
 
