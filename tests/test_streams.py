@@ -42,8 +42,8 @@ class Notebook:
         return self.marks
 
     def join(self, mark: int) -> None:
-        assert threading.current_thread() is threading.main_thread()
-        self.lines.append(f"join {mark}")
+        is_caller = threading.current_thread() is threading.main_thread()
+        self.lines.append(f"join {mark}" if is_caller else f"another side joins {mark}")
 
 
 def opened(lane: Lane | None) -> list[str]:
@@ -79,6 +79,28 @@ def test_a_run_waits_for_the_caller_and_the_caller_for_it(ranks: Ranks) -> None:
             "join 2",  # the direct call comes after what ran before
             *("mark 3", "begin after 3, keeping 1", "end 4", "join 4"),
         ]
+
+
+def one_behind_another(rank: int) -> list[str]:
+    if rank not in RANKS:
+        return []
+    first, second = (Resharder(SOURCE, DESTINATION, timeout_seconds=10, channel=name) for name in ("first", "second"))
+    full = torch.arange(48.0).reshape(SHAPE)
+    tensor = pick(full, SOURCE, rank) if rank in SOURCE.mesh else None
+    for mover in (first, second):
+        mover.meet()
+    lines = opened(first._lane)
+    opened(second._lane)
+    before = first.start(tensor)
+    second.start(tensor, behind=[before]).wait()
+    before.wait()
+    return lines
+
+
+def test_a_run_behind_another_waits_for_it_on_the_device(ranks: Ranks) -> None:
+    """Not only on the host, where a run has ended as soon as it is queued."""
+    for lines in ranks.run(one_behind_another)[:3]:
+        assert lines == ["mark 1", "begin after 1, keeping 1", "end 2", "another side joins 2", "join 2"]
 
 
 def receives_in_turn(rank: int) -> list[str]:
