@@ -206,3 +206,47 @@ def test_executors_leave_nothing_behind(ranks: Ranks) -> None:
     ranks.run(executors_come_and_go)  # autograd starts a thread of its own
     for rank, (before, after) in enumerate(ranks.run(executors_come_and_go)):
         require_less(rank, after, before)
+
+
+class SlowStore(dist.Store):
+    """A store whose answers take a while: so do the connections that are made with it, one after the other."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self.store = store
+
+    def set(self, key, value):
+        self.store.set(key, value)
+
+    def get(self, key):
+        time.sleep(0.05)
+        return self.store.get(key)
+
+    def wait(self, keys, *timeout):
+        self.store.wait(keys, *timeout)
+
+    def check(self, keys):
+        return self.store.check(keys)
+
+    def add(self, key, value):
+        return self.store.add(key, value)
+
+
+def connect_slowly(rank: int, turn: int) -> None:
+    """All but one rank are done, and close, long before that one has all its connections."""
+    lagging = (0, 3, 6)[turn]
+    mover = Resharder(SOURCE, DESTINATION, channel=f"slow {turn}", timeout_seconds=TIMEOUT_SECONDS)
+    hub = mover.hub
+    store = hub.store
+    if rank == lagging:
+        hub.store = SlowStore(store)
+    try:
+        mover.meet() if rank in PARTICIPANTS else None
+    finally:
+        hub.store = store
+    mover.close()
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_no_rank_closes_before_all_are_connected(ranks: Ranks, turn: int) -> None:
+    ranks.run(connect_slowly, turn)

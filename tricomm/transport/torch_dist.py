@@ -112,6 +112,8 @@ class Lane:
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
         self._backends = self._connect(timeout_seconds)
+        if not self.is_cuda:
+            self._meet_all(timeout_seconds)
 
     # ---- Transport
 
@@ -183,6 +185,18 @@ class Lane:
                 f"{who} within the timeout; see whether it died, and on several hosts whether GLOO_SOCKET_IFNAME "
                 f"names the right network ({error})"
             ) from error
+
+    def _meet_all(self, timeout_seconds: float) -> None:
+        """Go on only when every rank has all its connections.
+
+        Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
+        connection to it, which would fail there. NCCL's first operation is such a meeting.
+        """
+        self.begin_call(timeout_seconds)
+        try:
+            self.confirm()
+        finally:
+            self.end_call()
 
     def confirm(self) -> None:
         """Return when every rank of the lane has come here: a dissemination barrier of one-byte messages.
