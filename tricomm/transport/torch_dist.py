@@ -195,6 +195,12 @@ class Lane:
         self.begin_call(timeout_seconds)
         try:
             self.confirm()
+        except TransportError:
+            raise
+        except BaseException as error:
+            # Whatever stops this rank (an interrupt) must reach the others, which wait for it.
+            self.fail(f"rank {self.hub.rank} failed while it connected: {error!r}")
+            raise
         finally:
             self.end_call()
 
