@@ -37,6 +37,7 @@ from tricomm.pipeline import (
     with_communication,
 )
 from tricomm.pipeline.in_turn import ideal_timeline
+from tricomm.pipeline.way import ReceiveHandle
 
 TURNS = Queues.PER_DIRECTION
 
@@ -135,13 +136,19 @@ def test_orders_that_were_not_made_for_turns_are_refused() -> None:
 # ---- on ranks
 
 SHAPE = (3, 5)
-THIRD = Mesh([2], ("x",))
 
 
 def link_between(source: int, destination: int, turns: Turns | None) -> Link:
     specs = [ShardingSpec(Mesh([rank], ("x",)), (Replicate(),), SHAPE, "float32") for rank in (source, destination)]
     name = f"{source} to {destination}, {'in turn' if turns else 'at once'}"
     return Link(name, [EdgeTensor(*specs)], microbatches=1, turns=turns, timeout_seconds=TIMEOUT_SECONDS)
+
+
+def arrives(handle: ReceiveHandle, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not handle.done() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return handle.done()
 
 
 def two_senders(rank: int, takes_turns: bool) -> bool | None:
@@ -156,10 +163,7 @@ def two_senders(rank: int, takes_turns: bool) -> bool | None:
         links[1].send(torch.ones(SHAPE), 0)
     elif rank == 2:
         first, second = links[0].recv(0), links[1].recv(0)
-        deadline = time.monotonic() + (0.5 if takes_turns else TIMEOUT_SECONDS)
-        while not second.done() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        early = second.done()
+        early = arrives(second, 0.5 if takes_turns else TIMEOUT_SECONDS)
         store.set(key, "looked")
         assert (first.wait()[0, 0], second.wait()[0, 0]) == (0, 1)
     elif rank == 0:
@@ -189,10 +193,7 @@ def two_receivers(rank: int, takes_turns: bool) -> bool | None:
         links[2].send(torch.full(SHAPE, 2.0), 0)
     elif rank == 2:
         handle = links[2].recv(0)
-        deadline = time.monotonic() + (0.5 if takes_turns else TIMEOUT_SECONDS)
-        while not handle.done() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        early = handle.done()
+        early = arrives(handle, 0.5 if takes_turns else TIMEOUT_SECONDS)
         store.set(key, "looked")
         assert handle.wait()[0, 0] == 2
     elif rank == 1:

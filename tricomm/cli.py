@@ -98,25 +98,15 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _simulate(options: argparse.Namespace) -> str:
     """The grid, the figures and, if asked for, what was compared."""
-    try:
-        times = [float(word) for word in options.seconds.split(",")]
-        forward, inputs, weights = times
-    except ValueError:
-        raise SpecError(f"--seconds {options.seconds!r} is not three numbers; write F, I and W as 1,1,1") from None
-    hop = TransferCost(options.hop, options.latency)
     lines = []
     if options.schedule == "tuned":
-        costs = Costs.uniform(options.stages, forward, inputs, weights, hop)
-        if options.one_nic:
-            costs = _through_one_nic(costs, chain(options.stages), hop)
+        costs = _costs(options, options.stages, chain(options.stages))
         tuned = tune(lambda _: costs, [options.microbatches], limits=Limits(activations=options.activations))
         schedule, timeline = tuned.best.schedule, tuned.timeline
         lines = [str(tuned), ""]
     else:
         schedule = _named_schedule(options)
-        costs = Costs.uniform(schedule.stages, forward, inputs, weights, hop)
-        if options.one_nic:
-            costs = _through_one_nic(costs, schedule.edges, hop)
+        costs = _costs(options, schedule.stages, schedule.edges)
         if not schedule.has_communication:
             schedule = with_communication(schedule, receives_ahead=options.receives_ahead)
         timeline = simulate(schedule, costs)
@@ -127,13 +117,18 @@ def _simulate(options: argparse.Namespace) -> str:
     return "\n".join([*lines, str(schedule.compute_only()), "", str(timeline)])
 
 
-def _through_one_nic(costs: Costs, edges: Iterable[Edge], hop: TransferCost) -> Costs:
-    """Each stage has a NIC, which sends and receives at its full rate at once."""
-    for edge in edges:
-        for channel in (edge.forward, edge.backward):
-            costs = costs.with_transfers(
-                [channel], hop.sharing(f"NIC of stage {channel.sender}", f"NIC of stage {channel.receiver}")
-            )
+def _costs(options: argparse.Namespace, stages: int, edges: Iterable[Edge]) -> Costs:
+    """Equal stages and hops; with one NIC, a stage sends and receives at its full rate at once."""
+    try:
+        times = [float(word) for word in options.seconds.split(",")]
+        forward, inputs, weights = times
+    except ValueError:
+        raise SpecError(f"--seconds {options.seconds!r} is not three numbers; write F, I and W as 1,1,1") from None
+    hop = TransferCost(options.hop, options.latency)
+    costs = Costs.uniform(stages, forward, inputs, weights, hop)
+    for channel in (one for edge in edges for one in (edge.forward, edge.backward)) if options.one_nic else ():
+        shared = hop.sharing(f"NIC of stage {channel.sender}", f"NIC of stage {channel.receiver}")
+        costs = costs.with_transfers([channel], shared)
     return costs
 
 

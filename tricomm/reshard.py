@@ -279,20 +279,11 @@ class Resharder:
         assert self._execution is not None
         if lane.broken is not None:
             raise TransportError(lane.broken)
-        lane.begin_call(self.timeout_seconds)
-        try:
+        with lane.running(self.timeout_seconds, "in the middle of a reshard"):
             for work in self._execution.steps(source, destination, lane.arena, lane):
                 work.wait()
             if self.confirm:
                 lane.confirm()
-        except TransportError:
-            raise
-        except BaseException as error:
-            # Whatever stops this rank in the middle (a full memory, an interrupt) must reach the others.
-            lane.fail(f"rank {self.rank} failed in the middle of a reshard: {error!r}")
-            raise
-        finally:
-            lane.end_call()
         return destination
 
     def _refuse(self, participants: Sequence[int], error: TricommError) -> None:

@@ -1,5 +1,6 @@
 """Where sends and receives stand in a schedule: sends right after their producer, receives ahead of their consumer."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from tricomm.errors import PlanError
@@ -30,21 +31,33 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
             "by which receives come first, usually 1"
         )
     schedule = schedule.compute_only()
-    # A send and the receive that it meets, by the action that gives and the one that takes.
-    slots = _receive_slots(schedule, receives_ahead)
+    received = _receives(schedule, receives_ahead)
     lists = []
     for position, actions in enumerate(schedule.lists):
-        out: list[Action] = []
-        for index, action in enumerate(actions):
-            out += slots[position].get(index, [])
-            out.append(action)
-            out += [send(channel, action.microbatch) for channel in _crossing(schedule, schedule.outputs(action))]
-        lists.append(tuple(out))
+        sent = [
+            (index + 1, send(channel, action.microbatch))
+            for index, action in enumerate(actions)
+            for channel in _crossing(schedule, schedule.outputs(action))
+        ]
+        lists.append(woven(actions, [*sent, *received[position]]))
     return replace(schedule, lists=tuple(lists))
 
 
-def _receive_slots(schedule: Schedule, ahead: int) -> list[dict[int, list[Action]]]:
-    """Per position, the receives that stand right before the compute action of an index."""
+def woven(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) -> tuple[Action, ...]:
+    """Compute actions with others among them: each stands before the compute action of its index, or at the end; those
+    of one index in the order in which they are given.
+    """
+    slots: dict[int, list[Action]] = {}
+    for index, action in placed:
+        slots.setdefault(index, []).append(action)
+    out: list[Action] = []
+    for index, action in enumerate(actions):
+        out += [*slots.get(index, ()), action]
+    return (*out, *slots.get(len(actions), ()))
+
+
+def _receives(schedule: Schedule, ahead: int) -> list[list[tuple[int, Action]]]:
+    """Per position, (index of the compute action before which it stands, receive)."""
     sent: dict[Channel, list[int]] = {channel: [] for channel in schedule.channels}
     wanted: dict[tuple[Channel, int], int] = {}
     for actions in schedule.lists:
@@ -53,7 +66,7 @@ def _receive_slots(schedule: Schedule, ahead: int) -> list[dict[int, list[Action
                 sent[channel].append(action.microbatch)
             for channel in _crossing(schedule, schedule.inputs(action)):
                 wanted[channel, action.microbatch] = max(0, index - ahead)
-    slots: list[dict[int, list[Action]]] = [{} for _ in schedule.lists]
+    found: list[list[tuple[int, Action]]] = [[] for _ in schedule.lists]
     placed: list[tuple[int, int, Channel, int]] = []
     for channel, microbatches in sent.items():
         slot = len(schedule.lists[schedule.position_of(channel.receiver)])
@@ -62,8 +75,8 @@ def _receive_slots(schedule: Schedule, ahead: int) -> list[dict[int, list[Action
             slot = min(slot, wanted[channel, microbatches[turn]])
             placed.append((slot, turn, channel, microbatches[turn]))
     for slot, _, channel, microbatch in sorted(placed):
-        slots[schedule.position_of(channel.receiver)].setdefault(slot, []).append(receive(channel, microbatch))
-    return slots
+        found[schedule.position_of(channel.receiver)].append((slot, receive(channel, microbatch)))
+    return found
 
 
 def _crossing(schedule: Schedule, channels: tuple[Channel, ...]) -> list[Channel]:

@@ -14,11 +14,11 @@ from dataclasses import replace
 from tricomm.errors import PlanError
 from tricomm.pipeline.actions import Action, Channel, receive, send
 from tricomm.pipeline.check import Queues
-from tricomm.pipeline.communication import with_communication
+from tricomm.pipeline.communication import with_communication, woven
 from tricomm.pipeline.costs import Costs
 from tricomm.pipeline.schedule import Schedule
 from tricomm.pipeline.simulate import run_clock
-from tricomm.pipeline.timeline import Timeline, Transfer
+from tricomm.pipeline.timeline import Timeline
 
 Order = dict[tuple[int, bool], tuple[tuple[Channel, int], ...]]
 """Per position and direction (whether it sends), the transfers in the order of their turns."""
@@ -46,15 +46,11 @@ def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
     timeline = ideal_timeline(schedule, costs, Queues.PER_DIRECTION)
     schedule = schedule.compute_only()
     timeline = _improved(schedule, timeline, costs, trials)
-    transfers = timeline.transfers
+    order = _order_of(timeline)
     lists = []
     for position, actions in enumerate(schedule.lists):
-        slots: dict[int, list[Action]] = {}
-        sent = [(one.channel, one.microbatch) for one in transfers if _is_end(schedule, one, position, True)]
-        received = [one for one in transfers if _is_end(schedule, one, position, False)]
-        for slot, action in (*_receives(schedule, timeline, received, position), *_sends(schedule, sent, position)):
-            slots.setdefault(slot, []).append(action)
-        lists.append(_woven(actions, slots))
+        received = _receives(timeline, order[position, False], position)
+        lists.append(woven(actions, [*received, *_sends(schedule, order[position, True], position)]))
     return replace(schedule, lists=tuple(lists))
 
 
@@ -67,11 +63,12 @@ def _improved(schedule: Schedule, timeline: Timeline, costs: Costs, trials: int)
     while following:
         order, timeline = following.pop()
         for other in _swaps(order, timeline):
-            if str(other) in seen:
+            key = str(other)
+            if key in seen:
                 continue
             if len(seen) > trials:
                 return best
-            seen.add(str(other))
+            seen.add(key)
             try:
                 found = run_clock(_all_posted(schedule, other), costs, Queues.PER_DIRECTION)
             except PlanError:  # it made ranks wait for each other
@@ -87,13 +84,14 @@ def _improved(schedule: Schedule, timeline: Timeline, costs: Costs, trials: int)
 
 def _order_of(timeline: Timeline) -> Order:
     """In which order the transfers of a timeline took their turns."""
-    schedule = timeline.schedule
-    transfers = timeline.transfers
+    place = timeline.schedule.position_of
     return {
         (position, is_send): tuple(
-            (one.channel, one.microbatch) for one in transfers if _is_end(schedule, one, position, is_send)
+            (one.channel, one.microbatch)
+            for one in timeline.transfers
+            if place(one.channel.sender if is_send else one.channel.receiver) == position
         )
-        for position in range(schedule.positions)
+        for position in range(timeline.schedule.positions)
         for is_send in (True, False)
     }
 
@@ -115,20 +113,9 @@ def _all_posted(schedule: Schedule, order: Order) -> Schedule:
     """The schedule with an order, all receives standing at the start."""
     lists = []
     for position, actions in enumerate(schedule.lists):
-        slots: dict[int, list[Action]] = {}
-        for slot, action in _sends(schedule, order[position, True], position):
-            slots.setdefault(slot, []).append(action)
-        received = [receive(*crossing) for crossing in order[position, False]]
-        lists.append((*received, *_woven(actions, slots)))
+        received = [(0, receive(*crossing)) for crossing in order[position, False]]
+        lists.append(woven(actions, [*received, *_sends(schedule, order[position, True], position)]))
     return replace(schedule, lists=tuple(lists))
-
-
-def _woven(actions: tuple[Action, ...], slots: dict[int, list[Action]]) -> tuple[Action, ...]:
-    """Compute actions with others before those of an index."""
-    out: list[Action] = []
-    for index, action in enumerate(actions):
-        out += [*slots.get(index, ()), action]
-    return (*out, *slots.get(len(actions), ()))
 
 
 def _sends(schedule: Schedule, sent: Sequence[tuple[Channel, int]], position: int) -> Iterator[tuple[int, Action]]:
@@ -140,26 +127,20 @@ def _sends(schedule: Schedule, sent: Sequence[tuple[Channel, int]], position: in
         yield slot, send(channel, microbatch)
 
 
-def _receives(
-    schedule: Schedule, timeline: Timeline, received: list[Transfer], position: int
-) -> list[tuple[int, Action]]:
+def _receives(timeline: Timeline, received: Sequence[tuple[Channel, int]], position: int) -> list[tuple[int, Action]]:
     """The same for receives: each stands before what is computed, or waited for, when its transfer begins."""
     spans = timeline.compute[position]
+    begins = {(one.channel, one.microbatch): one.begin for one in timeline.transfers}
     consumers = {
         (channel, span.action.microbatch): index
         for index, span in enumerate(spans)
-        for channel in schedule.inputs(span.action)
+        for channel in timeline.schedule.inputs(span.action)
     }
     found = []
     slot = len(spans)
     # From the last to the first: none may stand after one that comes later on the wire.
     for one in reversed(received):
-        current = next((index for index, span in enumerate(spans) if span.end > one.begin), len(spans))
-        slot = min(slot, current, consumers[one.channel, one.microbatch])
-        found.append((slot, receive(one.channel, one.microbatch)))
+        current = next((index for index, span in enumerate(spans) if span.end > begins[one]), len(spans))
+        slot = min(slot, current, consumers[one])
+        found.append((slot, receive(*one)))
     return found[::-1]
-
-
-def _is_end(schedule: Schedule, one: Transfer, position: int, is_send: bool) -> bool:
-    """Whether a position is that end of a transfer."""
-    return schedule.position_of(one.channel.sender if is_send else one.channel.receiver) == position

@@ -263,8 +263,12 @@ class _Search:
         """The fastest forms that fit with hops that take turns on what they share, with the order of turns improved."""
         pairs = [(form, _candidate(form, in_turn(form.schedule, costs), None, costs)) for form in forms]
         pairs.sort(key=lambda pair: pair[1].makespan_seconds)
-        fitting = [pair for pair in pairs if self.fits(pair[1])]
-        self.refused += [(one.makespan_seconds, _line(one)) for _, one in pairs if not self.fits(one)]
+        fitting: list[tuple[_Form, Candidate]] = []
+        for form, as_ready in pairs:
+            if self.fits(as_ready):
+                fitting.append((form, as_ready))
+            else:
+                self.refused.append((as_ready.makespan_seconds, _line(as_ready)))
         for form, as_ready in fitting[:TURNED_FORMS]:
             trials = TURNED_ACTIONS // sum(map(len, form.schedule.lists))
             improved_order = _candidate(form, in_turn(form.schedule, costs, trials=trials), None, costs)

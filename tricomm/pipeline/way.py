@@ -165,7 +165,7 @@ class Way:
         self.holders: list[int | None] = [None] * (self.slots or 0)
         self.freed: list[Any] = [None] * (self.slots or 0)
         self._buffers: list[list[torch.Tensor]] = []
-        self._turns = {"send": 0, "recv": 0}
+        self._counts = {"send": 0, "recv": 0}
         self._sent: deque[SendHandle] = deque()
         self._own: dict[int, tuple[ReceiveHandle | None, Sequence[Handle] | None]] = {}
 
@@ -261,7 +261,7 @@ class Way:
             raise SpecError(
                 f"rank {self.rank} is not on the {side} mesh of {self.name} and cannot {call}; only its ranks may"
             )
-        turn = self._turns[call]
+        turn = self._counts[call]
         expected = self.order[turn % len(self.order)]
         if microbatch != expected:
             raise SpecError(
@@ -269,7 +269,7 @@ class Way:
                 f"microbatches cross in the order {_short(self.order)} at both ends: call in this order, or make the "
                 "Link with another"
             )
-        self._turns[call] = turn + 1
+        self._counts[call] = turn + 1
         return turn
 
     def _new_buffers(self) -> list[torch.Tensor]:

@@ -17,8 +17,9 @@ import hashlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from typing import Any
@@ -192,17 +193,8 @@ class Lane:
         Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
         connection to it, which would fail there. NCCL's first operation is such a meeting.
         """
-        self.begin_call(timeout_seconds)
-        try:
+        with self.running(timeout_seconds, "while it connected"):
             self.confirm()
-        except TransportError:
-            raise
-        except BaseException as error:
-            # Whatever stops this rank (an interrupt) must reach the others, which wait for it.
-            self.fail(f"rank {self.hub.rank} failed while it connected: {error!r}")
-            raise
-        finally:
-            self.end_call()
 
     def confirm(self) -> None:
         """Return when every rank of the lane has come here: a dissemination barrier of one-byte messages.
@@ -222,8 +214,11 @@ class Lane:
 
     # ---- waiting and blame
 
-    def begin_call(self, timeout_seconds: float) -> None:
-        """A run starts: everything that it waits for must come within the timeout."""
+    @contextmanager
+    def running(self, timeout_seconds: float, moment: str) -> Iterator[None]:
+        """A run: everything that it waits for must come within the timeout. Whatever stops this rank in it (a full
+        memory, an interrupt) reaches the others, with the moment in words.
+        """
         self.call += 1
         self.is_slow = False
         self._deadline = time.monotonic() + timeout_seconds
@@ -232,10 +227,15 @@ class Lane:
             self._beat_seconds = beat_seconds(timeout_seconds)
             self._limit = self._time_to_wait()
         self.hub.monitor.watch(self, self._beat_seconds)
-
-    def end_call(self) -> None:
-        """The run is over; the monitor need not look any more."""
-        self.hub.monitor.release(self)
+        try:
+            yield
+        except TransportError:
+            raise
+        except BaseException as error:
+            self.fail(f"rank {self.hub.rank} failed {moment}: {error!r}")
+            raise
+        finally:
+            self.hub.monitor.release(self)  # it need not look any more
 
     def limit(self) -> timedelta:
         """How long a wait may take that begins now."""
