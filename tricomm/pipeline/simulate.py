@@ -235,8 +235,8 @@ class _Run:
         if self.in_order:
             following = [self.waiting[queue][0] for queue in queues if self.waiting[queue]]
         else:
-            following = sorted((one for queue in queues for one in self.waiting[queue]), key=self.ready_since)
-        for one in following:
+            following = [one for queue in queues for one in self.waiting[queue]]
+        for one in sorted(following, key=self.ready_since):
             self.begin_if_first(one)
 
     def ready_since(self, one: _Moving) -> float:
