@@ -46,6 +46,8 @@ def test_the_plan_command_runs() -> None:
     [
         (["plan", "--shape", "8", "--source", "2", "X", "--destination", "2", "R"], "entry 'X'"),
         (["plan", "--shape", "8,a", "--source", "2", "R", "--destination", "2", "R"], "--shape '8,a' is not a list"),
+        (["simulate", "--svg", "/nowhere/out.svg"], "cannot be written (No such file or directory)"),
+        (["simulate", "--svg", "out.png"], "write it to out.svg and convert that"),
         (["demo", "--checkpoint", "/nowhere"], "/nowhere is not a file"),
         (["demo", "--checkpoint", __file__], "is not a .safetensors file"),
     ],
@@ -73,7 +75,9 @@ def test_every_public_name_has_a_docstring() -> None:
 
 def test_the_pipeline_script_trains(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(blocks("python")[2])
+    training, measuring = blocks("python")[2], blocks("python")[4]
+    last_line = "dist.destroy_process_group()\n"
+    script.write_text(training.replace(last_line, measuring + last_line))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -83,3 +87,4 @@ def test_the_pipeline_script_trains(tmp_path: Path) -> None:
     }
     assert {rank for _, rank in losses} == {1, 2}
     assert all(losses[19, rank] < losses[0, rank] for rank in (1, 2))
+    assert re.search(r"^\(StageCost\(forward_seconds=.*\nchosen: ", done.stdout, re.M)

@@ -111,10 +111,19 @@ def _simulate(options: argparse.Namespace) -> str:
             schedule = with_communication(schedule, receives_ahead=options.receives_ahead)
         timeline = simulate(schedule, costs)
     if options.svg is not None:
-        options.svg.write_text(timeline_svg(timeline))
+        _write("--svg", options.svg, timeline_svg(timeline))
     if options.perfetto is not None:
-        options.perfetto.write_text(timeline_perfetto(timeline))
+        _write("--perfetto", options.perfetto, timeline_perfetto(timeline))
     return "\n".join([*lines, str(schedule.compute_only()), "", str(timeline)])
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    if option == "--svg" and path.suffix not in ("", ".svg"):
+        raise SpecError(f"--svg {path} names no SVG file; write it to {path.with_suffix('.svg')} and convert that")
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise SpecError(f"{option} {path} cannot be written ({error.strerror}); name a file of yours") from None
 
 
 def _costs(options: argparse.Namespace, stages: int, edges: Iterable[Edge]) -> Costs:

@@ -15,6 +15,7 @@ from tricomm.pipeline.generators import (
     zero_bubble,
 )
 from tricomm.pipeline.in_turn import in_turn
+from tricomm.pipeline.measure import Measurement
 from tricomm.pipeline.schedule import Schedule, chain
 from tricomm.pipeline.simulate import simulate
 from tricomm.pipeline.stage import Stage, WithLoss
@@ -36,6 +37,7 @@ __all__ = [
     "Kind",
     "Limits",
     "Link",
+    "Measurement",
     "Queues",
     "Schedule",
     "Stage",

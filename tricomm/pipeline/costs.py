@@ -174,6 +174,11 @@ class Costs:
         """How long a compute action takes."""
         return self.stages[action.stage].seconds(action)
 
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """Those that have a cost of their own."""
+        return tuple(self._by_channel)
+
     def all_transfers(self) -> tuple[TransferCost, ...]:
         """The costs of all channels that are named, and of the others."""
         return (*self._by_channel.values(), self.other)

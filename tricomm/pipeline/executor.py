@@ -33,7 +33,7 @@ from tricomm.pipeline.way import ReceiveHandle, Way
 from tricomm.pipeline.wiring import Edges, check_wiring, data_names, make_links, turns_of
 from tricomm.plan.plan import digest_of
 from tricomm.reshard import DEFAULT_TIMEOUT_SECONDS
-from tricomm.transport.torch_dist import Hub, hub, resolve_group
+from tricomm.transport.torch_dist import Hub, default_device, hub, resolve_group
 
 MAX_SIGNATURES = 16
 """Combinations of sizes whose plans are kept."""
@@ -90,11 +90,15 @@ class Executor:
         self.hub: Hub = hub(resolve_group(group))
         self.rank = self.hub.rank
         self.name = name
+        self.timeout_seconds = timeout_seconds
         self.failure: str | None = None
         self._is_closed = False
         self.observer: Observer | None = None
+        self.measurements = 0
+        """How many Measurements were made of it."""
+        self.device = default_device(group) if options.get("device") is None else torch.device(options["device"])
         self.ranks = tuple(sorted({rank for stage in stages for rank in stage.mesh.ranks}))
-        self._options = {"group": group, "timeout_seconds": timeout_seconds, **options}
+        self.options = {"group": group, "timeout_seconds": timeout_seconds, **options}
         self._links: dict[Edge, Link] = {}
         self._bound: OrderedDict[tuple[tuple[str, int], ...], dict[Edge, Link]] = OrderedDict()
         self._action: Action | None = None
@@ -107,24 +111,25 @@ class Executor:
             check(self.schedule, queues)
             scale = 1.0 / schedule.microbatches if loss_scale is None else loss_scale
             self._flowing = {edge: _with_gradient(tensors) for edge, tensors in edges.items()}
-            self._runs = {i: self._run_of(i, scale) for i, stage in enumerate(stages) if self.rank in stage.mesh}
-            self._data_names = {index: data_names(index, stages[index], edges) for index in self._runs}
-            self.position = self.schedule.position_of(next(iter(self._runs))) if self._runs else None
-            modules = {index: run.module for index, run in self._runs.items()}
+            self.runs = {i: self._run_of(i, scale) for i, stage in enumerate(stages) if self.rank in stage.mesh}
+            """The stages of this rank."""
+            self._data_names = {index: data_names(index, stages[index], edges) for index in self.runs}
+            self.position = self.schedule.position_of(next(iter(self.runs))) if self.runs else None
+            modules = {index: run.module for index, run in self.runs.items()}
             self._tied = [
-                TiedGradients(one, modules, f"{name} tied {number}", self._options) for number, one in enumerate(tied)
+                TiedGradients(one, modules, f"{name} tied {number}", self.options) for number, one in enumerate(tied)
             ]
             names = {size for tensors in edges.values() for tensor in tensors.values() for size in tensor.names}
             self._sizes: SizeAgreement | None = None
             if names:
-                self._sizes = SizeAgreement(tuple(names), stages[0].mesh.ranks[0], self.ranks, name, self._options)
-            elif self._runs:
-                self._bound[()] = make_links(self.schedule, edges, {}, self.rank, name, self._turns, self._options)
+                self._sizes = SizeAgreement(tuple(names), stages[0].mesh.ranks[0], self.ranks, name, self.options)
+            elif self.runs:
+                self._bound[()] = make_links(self.schedule, edges, {}, self.rank, name, self._turns, self.options)
         except TricommError as error:
             self.hub.meetings.refuse(self.ranks, f"{type(error).__name__}: {error}", f"executor {name}")
             raise
-        if self._runs:
-            self._connect(tied, timeout_seconds)
+        self.unique = self._connect(tied) if self.runs else ""
+        """A name that no other executor has, on all ranks of the meshes."""
         self._posted: dict[tuple[Channel, int], ReceiveHandle] = {}
         self._outbox: dict[tuple[Channel, int], list[torch.Tensor]] = {}
         self._held: dict[tuple[int, int], list[ReceiveHandle]] = {}
@@ -154,14 +159,14 @@ class Executor:
         """
         if self._is_closed:
             raise SpecError("a step of an executor that was closed; make another, or close it later")
-        if not self._runs:
+        if not self.runs:
             return None
         if self.failure is not None:
             raise TransportError(f"the executor failed in an earlier step; make a new one ({self.failure})")
         try:
             self._bind(sizes)
             mine = self._checked(data)
-            for run in self._runs.values():
+            for run in self.runs.values():
                 run.reset()
             assert self.position is not None
             for action in self.schedule.lists[self.position]:
@@ -176,7 +181,7 @@ class Executor:
             # Whatever stops this rank (an error in a module, an interrupt) must reach those that wait for it.
             self._fail(error)
             raise
-        losses = [loss for run in self._runs.values() for loss in run.weighted_losses()]
+        losses = [loss for run in self.runs.values() for loss in run.weighted_losses()]
         return torch.stack(losses).sum() if losses else None
 
     def close(self) -> None:
@@ -196,6 +201,11 @@ class Executor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def bound_edges(self) -> dict[Edge, list[EdgeTensor]]:
+        """The tensors of all edges, with the sizes of the last step."""
+        sizes = dict(next(reversed(self._bound), ()))
+        return {edge: [tensor.bound(sizes) for tensor in self.edges[edge].values()] for edge in self.schedule.edges}
+
     @property
     def ring_nbytes(self) -> int:
         """Bytes of receive buffers that this rank holds."""
@@ -206,7 +216,7 @@ class Executor:
     def _do(self, action: Action, data: Mapping[str, Sequence[torch.Tensor]]) -> None:
         kind, microbatch = action.kind, action.microbatch
         if kind.is_compute:
-            run = self._runs[action.stage]
+            run = self.runs[action.stage]
             if kind is Kind.FORWARD:
                 self._forward(action, run, data)
             elif kind is Kind.WEIGHT_GRADIENT:
@@ -279,8 +289,8 @@ class Executor:
         gives = [name for edge, names in self._flowing.items() if edge[0] == index for name in names]
         return StageRun(index, self.stages[index], takes, gives, loss_scale)
 
-    def _connect(self, tied: Sequence[Tied], timeout_seconds: float) -> None:
-        """Compare with all ranks what is about to run, then connect, in one order on all."""
+    def _connect(self, tied: Sequence[Tied]) -> str:
+        """Compare with all ranks what is about to run, then connect, in one order on all; returns a name for it."""
         fields = {
             "schedule": str(self.schedule),
             "queues": self.queues.name,
@@ -288,15 +298,15 @@ class Executor:
             "edges": repr([(tuple(edge), dict(tensors)) for edge, tensors in self.edges.items()]),
             "tied": repr(list(tied)),
         }
-        unique = self.hub.meetings.meet(
+        unique: str = self.hub.meetings.meet(
             digest_of(fields),
             self.ranks,
             lambda: fields,
-            timeout_seconds,
+            self.timeout_seconds,
             settle=lambda _: uuid.uuid4().hex,
             channel=f"executor {self.name}",
         )
-        self._replicas = ReplicaCheck(self.hub.store, self.rank, unique, timeout_seconds)
+        self._replicas = ReplicaCheck(self.hub.store, self.rank, unique, self.timeout_seconds)
         for one in self._tied:
             one.connect()
         if self._sizes is not None:
@@ -305,6 +315,7 @@ class Executor:
             self._links = self._bound[()]
             for link in self._links.values():
                 link.connect()
+        return unique
 
     def _bind(self, sizes: Mapping[str, int] | None) -> None:
         """Use the Links for the sizes of this step; make and connect them if they are new."""
@@ -321,7 +332,7 @@ class Executor:
             for way in link.ways:
                 way.drop_buffers()
         if links is None:
-            links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._turns, self._options)
+            links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._turns, self.options)
             self._links = links
             for link in links.values():
                 link.connect()
@@ -351,7 +362,7 @@ class Executor:
         if self._replicas is not None:
             self._replicas.compare()
             self._replicas = None
-        for run in self._runs.values():
+        for run in self.runs.values():
             if run.stage.after_backward is not None:
                 run.stage.after_backward(run.module)
         for one in self._tied:

@@ -1,7 +1,9 @@
 """Stage: a part of a model on its own mesh; StageRun: its microbatches between forward and backward."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -111,6 +113,13 @@ class Begun:
     backward: StageBackward
 
 
+class Meter(Protocol):
+    """Notes what a stage costs; see :class:`tricomm.pipeline.Measurement`."""
+
+    def noted(self, kind: Kind, inputs: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
+        """Around the computation of one action; a forward says what it reads."""
+
+
 class StageRun:
     """One stage on one of its ranks.
 
@@ -131,6 +140,8 @@ class StageRun:
         self.losses: list[torch.Tensor] = []
         self._takes = frozenset(takes)
         self._roots = tuple(name for name in stage.outputs if name in gives or name == LOSS)
+        self.meter: Meter | None = None
+        """Told of every computation while it is there."""
         self._loss_scale = loss_scale
         self._begun: dict[int, Begun] = {}
 
@@ -146,7 +157,7 @@ class StageRun:
         """
         given = {name: tensor.detach() for name, tensor in inputs.items()}
         leaves = {name: tensor.requires_grad_() for name, tensor in given.items() if name in self._takes}
-        with torch.enable_grad():
+        with torch.enable_grad(), self._metered(Kind.FORWARD, given.values()):
             returned = self.module(*(given[name] for name in self.stage.inputs))
         outputs = dict(zip(self.stage.outputs, self._checked(returned), strict=True))
         if LOSS in outputs:
@@ -167,18 +178,20 @@ class StageRun:
         """
         begun = self._begun[microbatch]
         given = [self._gradient_of(name, gradients) for name in self._roots]
-        if kind is Kind.BACKWARD:
-            found = begun.backward.run(given)
-            del self._begun[microbatch]
-        else:
-            found = begun.backward.input_gradients(given)
+        with self._metered(kind):
+            if kind is Kind.BACKWARD:
+                found = begun.backward.run(given)
+                del self._begun[microbatch]
+            else:
+                found = begun.backward.input_gradients(given)
         pairs = zip(begun.inputs.items(), found, strict=True)
         # What nobody used still owes a gradient to the stage that waits for it.
         return {name: torch.zeros_like(leaf) if one is None else _apart(one, given) for (name, leaf), one in pairs}
 
     def weight_gradients(self, microbatch: int) -> None:
         """The second half of a split backward."""
-        self._begun.pop(microbatch).backward.weight_gradients()
+        with self._metered(Kind.WEIGHT_GRADIENT):
+            self._begun.pop(microbatch).backward.weight_gradients()
 
     def weighted_losses(self) -> list[torch.Tensor]:
         """What each microbatch adds to the loss of the step."""
@@ -188,6 +201,9 @@ class StageRun:
         """Begin a step."""
         self.losses.clear()
         self._begun.clear()
+
+    def _metered(self, kind: Kind, inputs: Iterable[torch.Tensor] = ()) -> AbstractContextManager[None]:
+        return nullcontext() if self.meter is None else self.meter.noted(kind, inputs)
 
     def _gradient_of(self, name: str, gradients: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
         if name == LOSS:

@@ -34,8 +34,16 @@ class Workload:
             )
 
     @classmethod
-    def measured(cls, costs: Costs, microbatches: int, channels: tuple[Channel, ...]) -> "Workload":
-        """From costs that were measured with some number of microbatches."""
+    def measured(cls, costs: Costs, microbatches: int, channels: tuple[Channel, ...] | None = None) -> "Workload":
+        """From costs that were measured with some number of microbatches.
+
+        Args:
+            costs: of one microbatch, as :class:`tricomm.pipeline.Measurement` gives them.
+            microbatches: of the step in which they were.
+            channels: that the stages use; None is those that the costs name.
+        """
+        if channels is None:
+            channels = costs.channels
         stages = tuple(_scaled_stage(stage, microbatches, 0.0) for stage in costs.stages)
         transfers = {channel: _scaled_transfer(costs.transfer(channel), microbatches) for channel in channels}
         return cls(stages, transfers)
