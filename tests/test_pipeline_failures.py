@@ -1,7 +1,9 @@
 """Pipelines that fail: at once where somebody waits, in words that name who and why, and others work afterwards."""
 
+import re
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import nn
@@ -22,6 +24,7 @@ from tricomm.launch import Ranks
 from tricomm.pipeline import eager_one_f_one_b, gpipe, one_f_one_b
 from tricomm.pipeline.edge import EdgeTensor
 from tricomm.pipeline.executor import Executor
+from tricomm.transport.meetings import find_dissent
 
 
 class Faulty(nn.Module):
@@ -121,7 +124,7 @@ def different_schedules(rank: int) -> tuple[str, str]:
 def test_ranks_with_different_schedules_do_not_begin(ranks: Ranks) -> None:
     for kind, text in ranks.run(different_schedules)[:4]:
         assert kind == "TransportError"
-        assert "rank 2 disagrees with rank 0 about schedule" in text
+        assert "rank 2 disagrees with rank 0 about the schedule" in text
 
 
 def refused_by_one(rank: int) -> tuple[str, str]:
@@ -153,7 +156,10 @@ def wrong_output(rank: int) -> tuple[str, str]:
 def test_an_output_of_another_shape_is_refused(ranks: Ranks) -> None:
     outcomes = ranks.run(wrong_output)
     assert outcomes[1][0] == "SpecError"
-    assert "the tensor of rank 1 has shape (6, 5), and its spec gives it (6, 4)" in outcomes[1][1]
+    assert (
+        "edge pipeline 1-2 forward, microbatch 0: the tensor of rank 1 has shape (6, 5), and its spec gives it (6, 4)"
+        in outcomes[1][1]
+    )
     for rank in (0, 2, 3):
         assert outcomes[rank][0] == "TransportError"
         assert "the tensor of rank 1 has shape (6, 5)" in outcomes[rank][1]
@@ -195,3 +201,17 @@ def test_sizes_that_no_edge_names_are_refused(ranks: Ranks) -> None:
     for kind, text in ranks.run(unneeded_sizes)[:4]:
         assert kind in ("SpecError", "TransportError")
         assert "sizes={'batch': 6}, and no edge has a size with a name; leave them out" in text
+
+
+def test_long_texts_that_differ_are_shown_where_they_do() -> None:
+    def notes(text: str) -> dict[str, Any]:
+        return {"fields": {"the schedule": text}, "turn": ("lane", 1)}
+
+    same, after = "0F0 0F1 " * 100, " 0B0" * 100
+    found = find_dissent({0: notes(f"{same}0B0{after}"), 1: notes(f"{same}0F2{after}"), 2: notes(same)}, [0, 1, 2])
+    assert found is not None
+    assert re.search(r"rank 0 says \.\.\. [^,]*0F1 0B0[^,]* \.\.\., rank 1 says \.\.\. [^,]*0F1 0F2", found[0])
+    assert len(found[0]) < 600
+    shorter = find_dissent({0: notes(f"{same}0B0"), 2: notes(same)}, [0, 2])
+    assert shorter is not None
+    assert re.search(r"rank 0 says \.\.\. [^,]*0F1 0B0, rank 2 says \.\.\. [^,]*0F1 ;", shorter[0])

@@ -139,7 +139,12 @@ def test_wiring_is_checked_by_its_text() -> None:
     first = stages[0]
     wrong = [
         (gpipe(3, 2), stages, edges, "4 stages for a schedule of 3; give one Stage for each"),
-        (schedule, stages, {(0, 1): edges[0, 1]}, "edges are given for 0-1, and the schedule has 0-1, 1-2, 2-3"),
+        (
+            schedule,
+            stages,
+            {(0, 1): edges[0, 1]},
+            "edges are given for 0-1, and the schedule has 0-1, 1-2, 2-3; say what crosses 1-2, 2-3, or pass",
+        ),
         (schedule, stages, {**edges, (0, 1): {}}, "edge 0-1 carries nothing; name its tensors or drop the edge"),
         (schedule, stages, {**edges, (0, 1): {"y": tensor}}, "an edge carries 'y', and stage 0 has outputs=('x1',)"),
         (schedule, stages, {**edges, (0, 1): edges[1, 2]}, "an edge carries 'x2', and stage 0 has outputs=('x1',)"),

@@ -46,6 +46,8 @@ def test_the_plan_command_runs() -> None:
     [
         (["plan", "--shape", "8", "--source", "2", "X", "--destination", "2", "R"], "entry 'X'"),
         (["plan", "--shape", "8,a", "--source", "2", "R", "--destination", "2", "R"], "--shape '8,a' is not a list"),
+        (["simulate", "--schedule", "eager", "--activations", "2"], "--activations limits tuned schedules"),
+        (["simulate", "--schedule", "gpipe", "--depth", "2"], "--depth is of eager and zero-bubble, and this is gpipe"),
         (["simulate", "--svg", "/nowhere/out.svg"], "cannot be written (No such file or directory)"),
         (["simulate", "--svg", "out.png"], "write it to out.svg and convert that"),
         (["demo", "--checkpoint", "/nowhere"], "/nowhere is not a file"),

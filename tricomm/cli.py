@@ -86,7 +86,7 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--one-nic", action="store_true", help="hops to and from both neighbours of a stage share its NIC"
     )
     parser.add_argument("--latency", type=float, default=0.0, help="seconds until it can be used (%(default)s)")
-    parser.add_argument("--depth", type=int, default=1, help="of the warm-up of eager and zero-bubble (%(default)s)")
+    parser.add_argument("--depth", type=int, help="of the warm-up of eager and zero-bubble (1)")
     parser.add_argument("--split", action="store_true", help="backwards in two steps, I then W")
     parser.add_argument("--activations", type=int, help="the most that a stage may hold, for tuned")
     parser.add_argument(
@@ -98,6 +98,7 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _simulate(options: argparse.Namespace) -> str:
     """The grid, the figures and, if asked for, what was compared."""
+    _check_unused(options)
     lines = []
     if options.schedule == "tuned":
         costs = _costs(options, options.stages, chain(options.stages))
@@ -141,15 +142,28 @@ def _costs(options: argparse.Namespace, stages: int, edges: Iterable[Edge]) -> C
     return costs
 
 
+def _check_unused(options: argparse.Namespace) -> None:
+    """Refuse what the schedule would not look at."""
+    is_tuned = options.schedule == "tuned"
+    if options.activations is not None and not is_tuned:
+        raise SpecError(f"--activations limits tuned schedules, and this is {options.schedule}; leave it out")
+    if options.depth is not None and options.schedule not in ("eager", "zero-bubble"):
+        raise SpecError(f"--depth is of eager and zero-bubble, and this is {options.schedule}; leave it out")
+
+
+def _depth(options: argparse.Namespace) -> int:
+    return 1 if options.depth is None else int(options.depth)
+
+
 def _named_schedule(options: argparse.Namespace) -> Schedule:
     stages, microbatches, split = options.stages, options.microbatches, options.split
     if options.schedule == "gpipe":
         return gpipe(stages, microbatches, split=split)
     if options.schedule in ("1f1b", "eager"):
-        depth = 0 if options.schedule == "1f1b" else options.depth
+        depth = 0 if options.schedule == "1f1b" else _depth(options)
         return eager_one_f_one_b(stages, microbatches, depth=depth, split=split)
     if options.schedule == "zero-bubble":
-        return zero_bubble(stages, microbatches, depth=options.depth)
+        return zero_bubble(stages, microbatches, depth=_depth(options))
     path = Path(options.schedule)
     if not path.is_file():
         raise SpecError(

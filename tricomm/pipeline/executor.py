@@ -68,6 +68,11 @@ class Executor:
         timeout_seconds: how long a rank waits for another, the other's compute included.
         options: ``device``, ``strategy``, ``balance`` and ``topology`` of :class:`tricomm.Resharder`.
 
+    Attributes:
+        observer: None, or a function that is told after each action of this rank the action and when it began and
+            ended, by ``time.perf_counter()``. A forward or backward counts the wait for what it needs, a send or
+            receive only its start: what stages cost, :class:`tricomm.pipeline.Measurement` tells.
+
     Raises:
         SpecError, PlanError: arguments that break a rule; the other ranks get a TransportError that says so.
         TransportError: the ranks were given different arguments, or one of them refused or did not come.
@@ -292,7 +297,8 @@ class Executor:
     def _connect(self, tied: Sequence[Tied]) -> str:
         """Compare with all ranks what is about to run, then connect, in one order on all; returns a name for it."""
         fields = {
-            "schedule": str(self.schedule),
+            "the number of microbatches": str(self.schedule.microbatches),
+            "the schedule": " | ".join(" ".join(map(str, actions)) for actions in self.schedule.lists),
             "queues": self.queues.name,
             "stages": repr([(stage.mesh, stage.inputs, stage.outputs, stage.loss) for stage in self.stages]),
             "edges": repr([(tuple(edge), dict(tensors)) for edge, tensors in self.edges.items()]),

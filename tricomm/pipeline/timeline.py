@@ -69,7 +69,8 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What a simulation gives.
+    """What a simulation gives; ``tricomm.view`` draws it (``timeline_svg``) or makes a trace of it
+    (``timeline_perfetto``).
 
     Attributes:
         schedule, costs: what was simulated; sends and receives are in the schedule.

@@ -193,7 +193,10 @@ class Way:
             self._sent.popleft().wait()  # raises if it failed
         # What autograd knows of the tensor stays here: its gradient comes back by the other direction.
         tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
-        handles = self._start([{"tensor": tensor} for tensor in tensors])
+        try:
+            handles = self._start([{"tensor": tensor} for tensor in tensors])
+        except SpecError as error:
+            raise SpecError(f"{self.name}, microbatch {microbatch}: {error}") from error
         handle = SendHandle(handles, tensors)
         self._sent.append(handle)
         if self.takes:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from tricomm.errors import TransportError
@@ -244,9 +245,10 @@ def find_dissent(notes: Mapping[int, Mapping[str, Any]], participants: Sequence[
         ours, theirs = notes[first]["fields"], notes[rank]["fields"]
         field = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
         if field is not None:
+            one, other = _around_difference(str(ours.get(field)), str(theirs.get(field)))
             return (
-                f"rank {rank} disagrees with rank {first} about {field}: rank {first} says {_short(ours.get(field))}, "
-                f"rank {rank} says {_short(theirs.get(field))}; every rank must make the same call",
+                f"rank {rank} disagrees with rank {first} about {field}: rank {first} says {one}, rank {rank} says "
+                f"{other}; every rank must make the same call",
                 None,
             )
         if notes[rank]["turn"] != notes[first]["turn"]:
@@ -279,6 +281,13 @@ def describe_absence(absent: Sequence[int], participants: Sequence[int]) -> str:
     )
 
 
-def _short(value: object, limit: int = 300) -> str:
-    text = str(value)
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+def _around_difference(one: str, other: str, limit: int = 200) -> tuple[str, str]:
+    """Two texts, of which much may be alike, cut down to where they begin to differ."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    begin = max(0, same - limit // 2) if max(len(one), len(other)) > limit else 0
+    end = begin + limit
+
+    def cut(text: str) -> str:
+        return f"{'... ' if begin else ''}{text[begin:end]}{' ...' if len(text) > end else ''}"
+
+    return cut(one), cut(other)
