@@ -215,3 +215,20 @@ def test_long_texts_that_differ_are_shown_where_they_do() -> None:
     shorter = find_dissent({0: notes(f"{same}0B0"), 2: notes(same)}, [0, 2])
     assert shorter is not None
     assert re.search(r"rank 0 says \.\.\. [^,]*0F1 0B0, rank 2 says \.\.\. [^,]*0F1 ;", shorter[0])
+
+
+def last_stays_away(rank: int) -> tuple[str, str]:
+    stages, edges = chain(rank)
+    executor = Executor(one_f_one_b(4, MICROBATCHES), stages, edges, timeout_seconds=4.0)
+    executor.step(data())
+    outcome = ("", "") if rank == 3 else attempt(lambda: executor.step(data()))
+    if rank == 3:
+        time.sleep(5.0)
+    executor.close()
+    return outcome
+
+
+def test_a_rank_that_stays_away_is_named_also_by_those_that_wait_for_others(ranks: Ranks) -> None:
+    for kind, text in ranks.run(last_stays_away)[:3]:
+        assert kind == "TransportError"
+        assert "rank 3 gave no sign of life" in text

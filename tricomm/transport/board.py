@@ -1,7 +1,8 @@
 """The notice board of a process group: who waits for whom, and who is to blame.
 
-*Beats*: a rank that has waited for a while says that it is alive and for whom it waits. *Verdict*: the first rank
-that knows who is to blame for a failure writes it down, and everybody else repeats it.
+*Beats*: a rank that has waited for a while says that it is alive and for whom it waits, in each lane and in all of them
+together (in a pipeline, one rank may wait in one lane for a rank that waits in another). *Verdict*: the first rank that
+knows who is to blame for a failure writes it down, and everybody else repeats it.
 """
 
 import json
@@ -15,6 +16,13 @@ class Beat(NamedTuple):
 
     number: int
     peer: int
+
+
+class Waits(NamedTuple):
+    """After ``number`` beats of its monitor a rank waits for these ranks, on any of its lanes."""
+
+    number: int
+    peers: tuple[int, ...]
 
 
 class Board:
@@ -40,6 +48,19 @@ class Board:
             if not self.store.check([f"{lane}/beat/{rank}"]):
                 return Beat(0, rank)
             return Beat(*json.loads(self.store.get(f"{lane}/beat/{rank}")))
+
+    def post_waits(self, waits: Waits) -> None:
+        """Say that this rank is alive and for whom it waits, whatever the lane."""
+        with store_errors():
+            self.store.set(f"waits/{self.rank}", json.dumps(waits))
+
+    def waits_of(self, rank: int) -> Waits:
+        """What a rank said last; number 0 if it never waited."""
+        with store_errors():
+            if not self.store.check([f"waits/{rank}"]):
+                return Waits(0, ())
+            number, peers = json.loads(self.store.get(f"waits/{rank}"))
+            return Waits(number, tuple(peers))
 
     def post_verdict(self, lane: str, text: str) -> str:
         """Note a failure unless somebody did before; the verdict that stands."""

@@ -6,10 +6,11 @@ of who waits for whom to the one that shows no sign of life.
 """
 
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from tricomm.errors import TransportError
-from tricomm.transport.board import Beat, Board
+from tricomm.transport.board import Beat, Board, Waits
 
 MAX_HOPS = 64
 
@@ -77,11 +78,22 @@ class Monitor:
     def _look(self) -> bool:
         """Beat for the lanes that are slow; whether any is in a run. Keeps no lane alive between two looks."""
         lanes = list(self._lanes.values())
-        for lane in lanes:
-            if self._seen.get(lane.name) == lane.call:
-                self._beat(lane)
-            self._seen[lane.name] = lane.call
+        slow = [lane for lane in lanes if self._seen.get(lane.name) == lane.call]
+        if slow:
+            self._tell_waits(slow)
+        for lane in slow:
+            self._beat(lane)
+        self._seen.update((lane.name, lane.call) for lane in lanes)
         return bool(lanes)
+
+    def _tell_waits(self, slow: list[Watched]) -> None:
+        """Say for whom this rank waits in all of its slow lanes."""
+        peers = {lane.waiting_for for lane in slow}
+        self._beats += 1
+        try:
+            self.board.post_waits(Waits(self._beats, tuple(sorted(peer for peer in peers if peer is not None))))
+        except TransportError:
+            return  # as below
 
     def _beat(self, lane: Watched) -> None:
         """The lane is in the same run as a beat ago."""
@@ -117,6 +129,7 @@ def stalled_rank(board: Board, lane: str, peer: int, seconds: float) -> str:
         beat = board.beat_of(lane, rank)
         before[rank] = beat.number
         rank = beat.peer
+    said_before = {rank: waits.number for rank, waits in _reached(board, peer)}
     threading.Event().wait(1.5 * seconds)
     verdict = board.verdict(lane)
     if verdict is not None:
@@ -125,13 +138,15 @@ def stalled_rank(board: Board, lane: str, peer: int, seconds: float) -> str:
     followed: list[int] = []
     while rank not in followed:
         beat = board.beat_of(lane, rank)
-        if beat.number == before.get(rank, 0):
+        is_here = beat.number != before.get(rank, 0)
+        silent = None if is_here else _silent_rank(board, rank, said_before)
+        if silent is not None:
             return (
-                f"rank {rank} gave no sign of life within the timeout: it hangs, is stopped, or never made this "
+                f"rank {silent} gave no sign of life within the timeout: it hangs, is stopped, or never made this "
                 f"call; see that rank's log (rank {board.rank} waited for rank {peer})"
             )
         followed.append(rank)
-        if beat.peer == rank:
+        if beat.peer == rank or not is_here:
             return (
                 f"rank {rank} is alive but did not send or receive within the timeout; it is busy elsewhere or the "
                 f"timeout is too short (rank {board.rank} waited for rank {peer})"
@@ -141,3 +156,20 @@ def stalled_rank(board: Board, lane: str, peer: int, seconds: float) -> str:
         f"ranks {followed} wait for each other until the timeout; raise the timeout if the network is slow, "
         "and report both specs if it is not"
     )
+
+
+def _reached(board: Board, first: int) -> Iterator[tuple[int, Waits]]:
+    """What a rank says, then those for whom it waits, and those for whom they wait, on any lane."""
+    seen, ahead = {board.rank}, [first]
+    while ahead:
+        rank = ahead.pop(0)
+        if rank not in seen:
+            seen.add(rank)
+            waits = board.waits_of(rank)
+            yield rank, waits
+            ahead.extend(waits.peers)
+
+
+def _silent_rank(board: Board, first: int, said_before: Mapping[int, int]) -> int | None:
+    """The nearest rank, from one that is not in this lane on, that has said nothing new; None if all are alive."""
+    return next((rank for rank, waits in _reached(board, first) if waits.number == said_before.get(rank, 0)), None)
