@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore
 
 from tests import pipeline_models as models
 from tests.pipeline_chain import (
@@ -22,12 +23,13 @@ from tests.pipeline_chain import (
     linear,
     require_trained,
 )
-from tricomm import Mesh, Partial, PlanError, Replicate, Shard, SpecError, TransportError
+from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
 from tricomm.pipeline import Edge, Kind, Schedule, eager_one_f_one_b, gpipe, one_f_one_b, receive_ring
 from tricomm.pipeline.communication import with_communication
 from tricomm.pipeline.edge import EdgeTensor
 from tricomm.pipeline.executor import Executor
+from tricomm.pipeline.replicas import ReplicaCheck
 from tricomm.pipeline.stage import Stage, StageRun
 from tricomm.pipeline.tied import Tied
 from tricomm.pipeline.wiring import check_wiring
@@ -256,3 +258,26 @@ def test_what_a_stage_passes_on_is_not_its_receive_buffer(kind: Kind) -> None:
     gradient.zero_()
     assert sent.tolist() == [0, 1, 2, 3, 4, 5]
     assert back.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+# ---- whether ranks that are said to compute equal gradients do
+
+
+def compared(first: torch.Tensor, second: torch.Tensor) -> str:
+    """What the second of two ranks says that hold the same elements."""
+    store, spec = HashStore(), ShardingSpec(Mesh([0, 1], ("tp",)), (Replicate(),), tuple(first.shape), "float32")
+    checks = [ReplicaCheck(store, rank, "test", 1.0) for rank in (0, 1)]
+    for check, gradient in zip(checks, (first, second), strict=True):
+        check.note("x", spec, gradient)
+    return attempt(checks[1].compare)[1]
+
+
+@pytest.mark.parametrize("numel", [16, 256, 1 << 14])
+def test_gradients_that_differ_are_found_though_their_sums_agree(numel: int) -> None:
+    torch.manual_seed(numel)
+    for _ in range(5):
+        first, second = torch.randn(2, numel)
+        second += (first.sum() - second.sum()) / numel
+        assert "computed different ones" in compared(first, second)
+        assert compared(first, first + 1e-2 * first.abs() * torch.randn(numel)) == "", "rounding is no difference"
+    assert compared(torch.zeros(numel), torch.zeros(numel)) == ""
