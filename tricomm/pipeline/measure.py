@@ -1,6 +1,5 @@
 """Measurement: what the stages of a pipeline cost, noted while it trains."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from tricomm.pipeline.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.executor import Executor
 from tricomm.plan import make_plan
 from tricomm.topology import Topology
-from tricomm.transport.store import store_errors, wait_for_key
+from tricomm.transport.store import awaited_note, post_note
 
 
 class StageMeter:
@@ -180,18 +179,15 @@ class Measurement:
         try:
             mine: dict[str, Any] = {str(index): asdict(meter.cost()) for index, meter in self._meters.items()}
         except SpecError as error:
-            with store_errors():
-                store.set(keys[executor.rank], json.dumps({"error": str(error)}))
+            post_note(store, keys[executor.rank], {"error": str(error)})
             raise
+        post_note(store, keys[executor.rank], mine)
         told = []
-        with store_errors():
-            store.set(keys[executor.rank], json.dumps(mine))
-            for rank, key in keys.items():
-                if not wait_for_key(store, key, executor.timeout_seconds):
-                    raise TransportError(f"rank {rank} did not ask for the costs of its stage within the timeout")
-                told.append(json.loads(store.get(key)))
-                if "error" in told[-1]:
-                    raise TransportError(f"rank {rank} has no costs of its stage: {told[-1]['error']}")
+        for rank, key in keys.items():
+            absent = f"rank {rank} did not ask for the costs of its stage within the timeout"
+            told.append(awaited_note(store, key, executor.timeout_seconds, absent))
+            if "error" in told[-1]:
+                raise TransportError(f"rank {rank} has no costs of its stage: {told[-1]['error']}")
         names = [field.name for field in fields(StageCost)]
         by_stage = ([one[str(index)] for one in told if str(index) in one] for index in range(len(executor.stages)))
         return tuple(StageCost(*(max(one[name] for one in costs) for name in names)) for costs in by_stage)

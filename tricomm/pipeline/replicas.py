@@ -4,15 +4,14 @@ A stage whose ranks each compute a share of their input's gradient, and which do
 for the whole, and nothing else would show it.
 """
 
-import json
 from typing import Any
 
 import torch
 
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import SpecError
 from tricomm.placement import Replicate
 from tricomm.sharding import ShardingSpec
-from tricomm.transport.store import store_errors, wait_for_key
+from tricomm.transport.store import awaited_note, post_note
 
 TOLERANCE = 0.1
 """Relative to the norm: far above what the order of additions changes, in bfloat16 too, and far below the difference of
@@ -50,9 +49,7 @@ class ReplicaCheck:
         ranks = same_elements(spec, self.rank)
         if len(ranks) < 2:
             return
-        told = json.dumps([*_projections(gradient), float(gradient.double().norm())])
-        with store_errors():
-            self.store.set(self._key(label, self.rank), told)
+        post_note(self.store, self._key(label, self.rank), [*_projections(gradient), float(gradient.double().norm())])
         self._noted[label] = (ranks[0], self.rank)
 
     def compare(self) -> None:
@@ -80,12 +77,9 @@ class ReplicaCheck:
         return f"replicas/{self.name}/{label}/{rank}"
 
     def _fetched(self, label: str, rank: int) -> list[float]:
-        key = self._key(label, rank)
-        with store_errors():
-            if not wait_for_key(self.store, key, self.timeout_seconds):
-                raise TransportError(f"rank {rank} did not compute its gradient of {label} within the timeout")
-            sums: list[float] = json.loads(self.store.get(key))
-            return sums
+        absent = f"rank {rank} did not compute its gradient of {label} within the timeout"
+        sums: list[float] = awaited_note(self.store, self._key(label, rank), self.timeout_seconds, absent)
+        return sums
 
 
 def _projections(gradient: torch.Tensor) -> list[float]:

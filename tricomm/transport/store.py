@@ -1,5 +1,6 @@
 """Small things about a torch.distributed key-value store."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,3 +42,21 @@ def wait_for_key(store: Any, key: str, seconds: float) -> bool:
         time.sleep(pause)
         pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
     return True
+
+
+def post_note(store: Any, key: str, note: object) -> None:
+    """Leave a value, of what JSON can hold, for other ranks."""
+    with store_errors():
+        store.set(key, json.dumps(note))
+
+
+def awaited_note(store: Any, key: str, seconds: float, absent: str) -> Any:
+    """The value that a rank leaves under a key.
+
+    Raises:
+        TransportError: ``absent``, if it is not there within some seconds.
+    """
+    with store_errors():
+        if not wait_for_key(store, key, seconds):
+            raise TransportError(absent)
+        return json.loads(store.get(key))
