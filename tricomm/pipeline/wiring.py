@@ -25,13 +25,12 @@ def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: Edges) -> N
     if len(stages) != schedule.stages:
         raise SpecError(f"{len(stages)} stages for a schedule of {schedule.stages}; give one Stage for each")
     if {Edge(*edge) for edge in edges} != set(schedule.edges):
-        given, wanted = ({Edge(*edge) for edge in side} for side in (edges, schedule.edges))
-        told = (", ".join(map(str, sorted(side))) or "none" for side in (given, wanted))
-        missing = ", ".join(map(str, sorted(wanted - given)))
+        sides = ({Edge(*edge) for edge in edges}, set(schedule.edges))
+        given, wanted, missing = (", ".join(map(str, sorted(one))) for one in (*sides, sides[1] - sides[0]))
+        remedy = f"say what crosses {missing}, or " if missing else ""
         raise SpecError(
-            "edges are given for {}, and the schedule has {}; ".format(*told)
-            + (f"say what crosses {missing}, or " if missing else "")
-            + f"pass edges={sorted(edges)} to the function that makes the schedule"
+            f"edges are given for {given or 'none'}, and the schedule has {wanted or 'none'}; {remedy}pass "
+            f"edges={sorted(edges)} to the function that makes the schedule"
         )
     _check_meshes(schedule, stages)
     for (source, destination), tensors in edges.items():
