@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from tricomm.transport import monitor
-from tricomm.transport.board import Beat, Board, Waits
+from tricomm.transport.board import Beat, Board
 from tricomm.transport.monitor import stalled_rank
 
 
@@ -32,12 +32,11 @@ def blame(
     store = Dict()
 
     def everybody_beats(number: int) -> None:
-        for rank, peer in beats.items():
+        for rank in {*beats, *waits}:
             if number == 1 or rank not in quiet:
-                Board(store, rank).post_beat("lane", Beat(number, peer))
-        for rank, peers in waits.items():
-            if number == 1 or rank not in quiet:
-                Board(store, rank).post_waits(Waits(number, peers))
+                here = {"lane": beats[rank]} if rank in beats else {}
+                elsewhere = {f"lane to {peer}": peer for peer in waits.get(rank, ())}
+                Board(store, rank).post_beat(Beat(number, {**elsewhere, **here}))
 
     class Event:
         def wait(self, seconds: float) -> None:

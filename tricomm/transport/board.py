@@ -1,28 +1,22 @@
 """The notice board of a process group: who waits for whom, and who is to blame.
 
-*Beats*: a rank that has waited for a while says that it is alive and for whom it waits, in each lane and in all of them
-together (in a pipeline, one rank may wait in one lane for a rank that waits in another). *Verdict*: the first rank that
-knows who is to blame for a failure writes it down, and everybody else repeats it.
+*Beats*: a rank that has waited for a while says that it is alive and for whom it waits in which lane. (In a pipeline, a
+rank may wait in one lane for a rank that waits in another.) *Verdict*: the first rank that knows who is to blame for a
+failure writes it down, and everybody else repeats it.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tricomm.transport.store import store_errors
+from tricomm.transport.store import post_note, store_errors
 
 
 class Beat(NamedTuple):
-    """After ``number`` beats of its monitor a rank waits for rank ``peer`` (for itself: it does not wait)."""
+    """After ``number`` beats of its monitor a rank waits in these lanes, for whom (for itself: it does not wait)."""
 
     number: int
-    peer: int
-
-
-class Waits(NamedTuple):
-    """After ``number`` beats of its monitor a rank waits for these ranks, on any of its lanes."""
-
-    number: int
-    peers: tuple[int, ...]
+    waits: Mapping[str, int]
 
 
 class Board:
@@ -37,30 +31,16 @@ class Board:
         self.store = store
         self.rank = rank
 
-    def post_beat(self, lane: str, beat: Beat) -> None:
+    def post_beat(self, beat: Beat) -> None:
         """Say that this rank is alive and for whom it waits."""
-        with store_errors():
-            self.store.set(f"{lane}/beat/{self.rank}", json.dumps(beat))
+        post_note(self.store, f"beat/{self.rank}", beat)
 
-    def beat_of(self, lane: str, rank: int) -> Beat:
+    def beat_of(self, rank: int) -> Beat:
         """The last beat of a rank; number 0 if it never waited."""
         with store_errors():
-            if not self.store.check([f"{lane}/beat/{rank}"]):
-                return Beat(0, rank)
-            return Beat(*json.loads(self.store.get(f"{lane}/beat/{rank}")))
-
-    def post_waits(self, waits: Waits) -> None:
-        """Say that this rank is alive and for whom it waits, whatever the lane."""
-        with store_errors():
-            self.store.set(f"waits/{self.rank}", json.dumps(waits))
-
-    def waits_of(self, rank: int) -> Waits:
-        """What a rank said last; number 0 if it never waited."""
-        with store_errors():
-            if not self.store.check([f"waits/{rank}"]):
-                return Waits(0, ())
-            number, peers = json.loads(self.store.get(f"waits/{rank}"))
-            return Waits(number, tuple(peers))
+            if not self.store.check([f"beat/{rank}"]):
+                return Beat(0, {})
+            return Beat(*json.loads(self.store.get(f"beat/{rank}")))
 
     def post_verdict(self, lane: str, text: str) -> str:
         """Note a failure unless somebody did before; the verdict that stands."""

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from tricomm.errors import TransportError
-from tricomm.transport.board import Beat, Board, Waits
+from tricomm.transport.board import Beat, Board
 
-MAX_HOPS = 64
+MAX_RANKS = 64
+"""So many are asked for their beats at most; each answer takes two calls of the store."""
 
 
 class Watched(Protocol):
@@ -80,35 +81,24 @@ class Monitor:
         lanes = list(self._lanes.values())
         slow = [lane for lane in lanes if self._seen.get(lane.name) == lane.call]
         if slow:
-            self._tell_waits(slow)
-        for lane in slow:
-            self._beat(lane)
+            self._beat(slow)
         self._seen.update((lane.name, lane.call) for lane in lanes)
         return bool(lanes)
 
-    def _tell_waits(self, slow: list[Watched]) -> None:
-        """Say for whom this rank waits in all of its slow lanes."""
-        peers = {lane.waiting_for for lane in slow}
+    def _beat(self, slow: list[Watched]) -> None:
+        """These lanes are in the same run as a beat ago."""
+        waits = {}
+        for lane in slow:
+            lane.is_slow = True
+            waiting_for = lane.waiting_for
+            waits[lane.name] = self.board.rank if waiting_for is None else waiting_for
         self._beats += 1
         try:
-            self.board.post_waits(Waits(self._beats, tuple(sorted(peer for peer in peers if peer is not None))))
-        except TransportError:
-            return  # as below
-
-    def _beat(self, lane: Watched) -> None:
-        """The lane is in the same run as a beat ago."""
-        lane.is_slow = True
-        waiting_for = lane.waiting_for
-        self._beats += 1
-        try:
-            self.board.post_beat(
-                lane.name,
-                Beat(self._beats, self.board.rank if waiting_for is None else waiting_for),
-            )
-            failed = self.board.verdict(lane.name) is not None
+            self.board.post_beat(Beat(self._beats, waits))
+            failed = [lane for lane in slow if self.board.verdict(lane.name) is not None]
         except TransportError:
             return  # the store is lost: the wait itself will end in an error that says so
-        if failed:
+        for lane in failed:
             lane.close_connections()
 
 
@@ -121,15 +111,7 @@ def stalled_rank(board: Board, lane: str, peer: int, seconds: float) -> str:
         peer: whom this rank waited for.
         seconds: the time between two beats.
     """
-    before: dict[int, int] = {}
-    rank = peer
-    for _ in range(MAX_HOPS):
-        if rank in before:
-            break
-        beat = board.beat_of(lane, rank)
-        before[rank] = beat.number
-        rank = beat.peer
-    said_before = {rank: waits.number for rank, waits in _reached(board, peer)}
+    before = {rank: beat.number for rank, beat in _reached(board, peer)}
     threading.Event().wait(1.5 * seconds)
     verdict = board.verdict(lane)
     if verdict is not None:
@@ -137,39 +119,39 @@ def stalled_rank(board: Board, lane: str, peer: int, seconds: float) -> str:
     rank = peer
     followed: list[int] = []
     while rank not in followed:
-        beat = board.beat_of(lane, rank)
-        is_here = beat.number != before.get(rank, 0)
-        silent = None if is_here else _silent_rank(board, rank, said_before)
+        beat = board.beat_of(rank)
+        is_here = lane in beat.waits and beat.number != before.get(rank, 0)
+        silent = None if is_here else _silent_rank(board, rank, before)
         if silent is not None:
             return (
                 f"rank {silent} gave no sign of life within the timeout: it hangs, is stopped, or never made this "
                 f"call; see that rank's log (rank {board.rank} waited for rank {peer})"
             )
         followed.append(rank)
-        if beat.peer == rank or not is_here:
+        if not is_here or beat.waits[lane] == rank:
             return (
                 f"rank {rank} is alive but did not send or receive within the timeout; it is busy elsewhere or the "
                 f"timeout is too short (rank {board.rank} waited for rank {peer})"
             )
-        rank = beat.peer
+        rank = beat.waits[lane]
     return (
         f"ranks {followed} wait for each other until the timeout; raise the timeout if the network is slow, "
         "and report both specs if it is not"
     )
 
 
-def _reached(board: Board, first: int) -> Iterator[tuple[int, Waits]]:
-    """What a rank says, then those for whom it waits, and those for whom they wait, on any lane."""
+def _reached(board: Board, first: int) -> Iterator[tuple[int, Beat]]:
+    """The beats of a rank, then of those for whom it waits in any lane, and so on, but not of this rank."""
     seen, ahead = {board.rank}, [first]
-    while ahead:
+    while ahead and len(seen) <= MAX_RANKS:
         rank = ahead.pop(0)
         if rank not in seen:
             seen.add(rank)
-            waits = board.waits_of(rank)
-            yield rank, waits
-            ahead.extend(waits.peers)
+            beat = board.beat_of(rank)
+            yield rank, beat
+            ahead.extend(sorted(beat.waits.values()))
 
 
-def _silent_rank(board: Board, first: int, said_before: Mapping[int, int]) -> int | None:
-    """The nearest rank, from one that is not in this lane on, that has said nothing new; None if all are alive."""
-    return next((rank for rank, waits in _reached(board, first) if waits.number == said_before.get(rank, 0)), None)
+def _silent_rank(board: Board, first: int, before: Mapping[int, int]) -> int | None:
+    """The nearest rank, from one that is not in this lane on, that has not beaten since; None if all are alive."""
+    return next((rank for rank, beat in _reached(board, first) if beat.number == before.get(rank, 0)), None)
