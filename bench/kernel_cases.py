@@ -44,9 +44,8 @@ class Case:
             which += [part.tensor] * len(part.starts)
             starts += [(0,) * lead + start for start in part.starts]
             shapes += [(1,) * lead + part.shape] * len(part.starts)
-        columns = (np.array(column, np.int64).reshape(len(which), rank) for column in (starts, shapes))
-        found: tuple[Boxes, int] = boxes_in_order(tensors, np.array(which, np.int64), *columns, self.packed)
-        return found
+        start, shape = (np.array(column, np.int64).reshape(len(which), rank) for column in (starts, shapes))
+        return boxes_in_order(tensors, np.array(which, np.int64), start, shape, self.packed)
 
 
 def _made(

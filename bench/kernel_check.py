@@ -45,8 +45,7 @@ def random_boxes(dice: random.Random, tensors: list[torch.Tensor]) -> tuple[Boxe
         for dim, extent in enumerate(tensor.shape, rank - tensor.ndim):
             starts[index, dim] = dice.choice((0, 0, dice.randrange(extent)))
             shapes[index, dim] = extent - starts[index, dim]
-    found: tuple[Boxes, int] = boxes_in_order(tensors, np.arange(len(tensors)), starts, shapes)
-    return found
+    return boxes_in_order(tensors, np.arange(len(tensors)), starts, shapes)
 
 
 def zeros_strided_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -228,14 +228,14 @@ def test_kernels_at_the_top_of_a_checkout_say_what_they_are() -> None:
     assert "pip install -e ." in last
 
 
-def test_every_package_is_installed_and_kernels_only_inside_tricomm() -> None:
+def test_only_tricomm_is_installed_with_the_kernels_inside() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {"tricomm.kernels"}
-    for path in MODULES.values():
-        if path.name == "__init__.py" and (ROOT / "tricomm") in path.parents:
-            found.add(".".join(path.parent.relative_to(ROOT).parts))
-    assert sorted(settings["packages"]) == sorted(found)
-    assert settings["package-dir"] == {"tricomm.kernels": "kernels"}
+    assert settings["package-dir"] == {"": ".src"}
+    assert [path.name for path in (ROOT / ".src").iterdir() if not path.name.endswith(".egg-info")] == ["tricomm"]
+    assert (ROOT / ".src" / "tricomm").resolve() == ROOT / "tricomm"
+    assert (ROOT / "tricomm" / "kernels").resolve() == ROOT / "kernels"
+    packages = {path.parent for path in (ROOT / "tricomm").rglob("*.py")}
+    assert all((package / "__init__.py").is_file() for package in packages)
 
 
 def test_public_names_are_sorted_and_exist() -> None:

@@ -128,7 +128,8 @@ def _copies(
     if tensor is None:
         yield from ((NOTHING,) * len(step) for step in steps)
     elif kernels.serves(arena.device, tables.dtypes[0 if packs else 2], tables.dtypes[1]):
-        for step, table in zip(steps, tables.kernel_tables[0 if packs else 1], strict=True):
+        of_sends, of_receives, _ = tables.kernel_tables
+        for step, table in zip(steps, of_sends if packs else of_receives, strict=True):
             of_step: list[Copies] = [NOTHING] * len(step)
             if len(table.boxes):
                 of_step[0 if packs else -1] = KernelCopies(table, packs, tensor, arena)
