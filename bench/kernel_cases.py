@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
 from tricomm.kernels.boxes import Boxes, boxes_in_order
 
 

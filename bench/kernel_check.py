@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from tricomm.kernels import layout, reference
-from tricomm.kernels.boxes import Boxes, boxes_in_order
-from tricomm.kernels.pack import Table, pack, unpack
 
 from bench.kernel_cases import CASES
 from bench.kernels import as_json, format_rows, measure
 from bench.parts import Outcome
+from tricomm.kernels import layout, reference
+from tricomm.kernels.boxes import Boxes, boxes_in_order
+from tricomm.kernels.pack import Table, pack, unpack
 
 RANDOM_SCENES = 400
 GUARD_NBYTES = 64

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tricomm.kernels.boxes import Boxes
-from tricomm.kernels.pack import Table, pack, unpack
 
 from bench.kernel_cases import CASES, Case
 from bench.overhead import describe_hardware
+from tricomm.kernels.boxes import Boxes
+from tricomm.kernels.pack import Table, pack, unpack
 
 FLUSH_NBYTES = 256 << 20
 HOST_SCALE = 64

@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tricomm.kernels.reference import alignment_nbytes
 
 from bench import planner_cases as cases
 from tricomm import Topology, make_plan
 from tricomm.binding import bind
+from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing import make_tables, torch_dtype
 from tricomm.plan import Plan, RankProgram
 

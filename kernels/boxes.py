@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from tricomm.kernels.table import StridedBox
 
 PACKED_ALIGNMENT_NBYTES = 16

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
 from tricomm.kernels import layout
 from tricomm.kernels.rows import Rows
 from tricomm.kernels.variants import Variant, compiled

@@ -11,6 +11,7 @@ depends on its version: NaN up to 2.11, the largest value in 2.13.
 
 import triton
 import triton.language as tl
+
 from tricomm.kernels import layout
 
 _ROW = tl.constexpr(layout.ROW_INTS)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+
 from tricomm.kernels import layout, reference
 from tricomm.kernels.boxes import Boxes, Columns
 from tricomm.kernels.device import Bound, Side, span_nbytes

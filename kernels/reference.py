@@ -5,6 +5,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
+
 from tricomm.kernels.table import WIDEST_NBYTES, StridedBox, coalesced, widened
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from tricomm.kernels import layout
 from tricomm.kernels.boxes import Columns
 

@@ -83,8 +83,9 @@ def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
         device_index: a binary is loaded on one device.
     """
     import triton
-    from tricomm.kernels import jit
     from triton.compiler import ASTSource
+
+    from tricomm.kernels import jit
 
     constants = variant.constants()
     arguments = {"rows": "*i32", "tiles": "*i32", "read_base": "i64", "write_base": "i64", "count": "i32"}

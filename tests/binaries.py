@@ -7,9 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from tricomm.kernels.variants import Variant, compiled
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+
+from tricomm.kernels.variants import Variant, compiled
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from triton import knobs
+
 from tricomm.kernels import layout
 from tricomm.kernels.pack import Table
-from triton import knobs
 
 
 @cache

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from tricomm.kernels.boxes import Boxes, boxes_in_order
 
 from tests.cases import MOVED_DTYPES
 from tests.oracle import WORDS
+from tricomm.kernels.boxes import Boxes, boxes_in_order
 
 GUARD_NBYTES = 48
 deterministic = settings(

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tricomm.kernels import layout
-from tricomm.kernels.boxes import Boxes, boxes_in_order
-from tricomm.kernels.pack import Table, pack, unpack
 
 from tests.cases import CAST_DTYPES
 from tests.interpreted import launch
 from tests.oracle import WORDS, require_equal
 from tests.scenes import deterministic
+from tricomm.kernels import layout
+from tricomm.kernels.boxes import Boxes, boxes_in_order
+from tricomm.kernels.pack import Table, pack, unpack
 
 CAST = [name for name in CAST_DTYPES if name in layout.FORMATS]
 

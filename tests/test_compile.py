@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
-from tricomm.kernels import layout
-from tricomm.kernels.variants import Variant
 
 from tests.binaries import TARGETS, VARIANTS, Binary, compile_for
+from tricomm.kernels import layout
+from tricomm.kernels.variants import Variant
 
 Binaries = dict[tuple[Variant, str], "Future[Binary]"]
 MAX_REGISTERS = {"copy": 40, "cast": 64, "transpose": 72}

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+
+from tests.interpreted import interpreted
+from tests.oracle import require_equal
 from tricomm.kernels import device as device_module
 from tricomm.kernels import pack as pack_module
 from tricomm.kernels import reference
 from tricomm.kernels.boxes import boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
 from tricomm.kernels.variants import Variant
-
-from tests.interpreted import interpreted
-from tests.oracle import require_equal
 
 
 class Stream(NamedTuple):

@@ -9,13 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tricomm.kernels import layout
-from tricomm.kernels import pack as pack_module
-from tricomm.kernels import rows as rows_module
-from tricomm.kernels.boxes import PACKED_ALIGNMENT_NBYTES, boxes_in_order
-from tricomm.kernels.pack import Table, pack, unpack
-from tricomm.kernels.rows import magic_numbers
-from tricomm.kernels.table import StridedBox, widened
 
 from tests.cases import cases
 from tests.interpreted import launch
@@ -23,6 +16,13 @@ from tests.oracle import WORDS, pick, require_equal, source_and_result
 from tests.scenes import Scene, deterministic, moved, noise, scenes
 from tests.test_casts import one_run
 from tricomm import LocalTransport, make_plan
+from tricomm.kernels import layout
+from tricomm.kernels import pack as pack_module
+from tricomm.kernels import rows as rows_module
+from tricomm.kernels.boxes import PACKED_ALIGNMENT_NBYTES, boxes_in_order
+from tricomm.kernels.pack import Table, pack, unpack
+from tricomm.kernels.rows import magic_numbers
+from tricomm.kernels.table import StridedBox, widened
 
 EXAMPLES = 60
 
