@@ -20,7 +20,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m mypy
 
 fuzz: $(VENV)/.test
-	TRICOMM_FUZZ=$(N) TRICOMM_FUZZ_GLOO=$$(( $(N) / 10 )) $(RUN) -m pytest tests/test_properties.py tests/test_gloo.py
+	TRICOMM_FUZZ=$(N) TRICOMM_FUZZ_GLOO=$$(( $(N) / 10 )) $(RUN) -m pytest tests/transport/test_properties.py tests/transport/test_gloo.py
 
 bench: $(VENV)/.bench
 	$(RUN) -m bench.overhead

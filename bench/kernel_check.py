@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from bench.kernel_cases import CASES
-from bench.kernels import as_json, format_rows, measure
+from bench.kernels.cases import CASES
+from bench.kernels.run import as_json, format_rows, measure
 from bench.parts import Outcome
 from tricomm.kernels import layout, reference
 from tricomm.kernels.boxes import Boxes, boxes_in_order

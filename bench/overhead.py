@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.baselines import BYTES_ONLY, CHECKPOINT, COMPLETE, RANKS, RESHARDER, Setting, make_methods
+from bench.reshard.baselines import BYTES_ONLY, CHECKPOINT, COMPLETE, RANKS, RESHARDER, Setting, make_methods
 from tricomm.launch import Ranks
 
 SMALL_REPEATS = 400

@@ -27,7 +27,7 @@ from tricomm import (
     Split,
     Topology,
 )
-from tricomm.dtype import ITEMSIZE, check_cast, check_reduction
+from tricomm.layout.dtype import ITEMSIZE, check_cast, check_reduction
 
 RANKS = 8
 MOVED_DTYPES = sorted(ITEMSIZE)

@@ -30,15 +30,12 @@ from tricomm import (
     autograd,
     local_shard,
     make_plan,
-    mesh,
-    notation,
-    packing,
-    placement,
-    sharding,
-    tensors,
-    topology,
 )
-from tricomm import dtype as dtypes
+from tricomm.layout import dtype as dtypes
+from tricomm.layout import mesh, notation, placement, topology
+from tricomm.layout import spec as sharding
+from tricomm.packing import tables as packing
+from tricomm.packing import tensors
 from tricomm.plan import plan, routes, tasks
 
 MODULES: list[ModuleType] = [

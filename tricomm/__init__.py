@@ -1,9 +1,11 @@
 """tricomm moves a sharded tensor from one device mesh to another with a different layout."""
 
 from tricomm.errors import PlanError, SpecError, TransportError, TricommError
-from tricomm.mesh import Mesh
-from tricomm.packing import local_shard
-from tricomm.placement import Partial, Replicate, Shard
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.placement import Partial, Replicate, Shard
+from tricomm.layout.spec import ShardingSpec
+from tricomm.layout.topology import Topology
+from tricomm.packing.tables import local_shard
 from tricomm.plan import (
     Auto,
     Broadcast,
@@ -20,8 +22,6 @@ from tricomm.plan import (
     make_plan,
 )
 from tricomm.reshard import Resharder, reshard, reshard_async
-from tricomm.sharding import ShardingSpec
-from tricomm.topology import Topology
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle
 

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 
 from tricomm.errors import SpecError
-from tricomm.placement import Partial, Placement, Replicate
-from tricomm.sharding import ShardingSpec
+from tricomm.layout.placement import Partial, Placement, Replicate
+from tricomm.layout.spec import ShardingSpec
 
 
 class Mover(Protocol):

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tricomm.draw import timeline_perfetto, timeline_svg
 from tricomm.errors import SpecError, TricommError
-from tricomm.mesh import Mesh
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.spec import ShardingSpec
 from tricomm.pipeline import (
     Costs,
     Edge,
@@ -23,8 +25,6 @@ from tricomm.pipeline import (
     zero_bubble,
 )
 from tricomm.plan import make_plan
-from tricomm.sharding import ShardingSpec
-from tricomm.view import timeline_perfetto, timeline_svg
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,17 +20,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from tricomm.dtype import ITEMSIZE
 from tricomm.errors import SpecError
 from tricomm.kernels.reference import words
 from tricomm.launch import Ranks
-from tricomm.mesh import Mesh
-from tricomm.packing import local_shard, torch_dtype
-from tricomm.placement import Placement, Replicate, Shard
+from tricomm.layout.dtype import ITEMSIZE
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.placement import Placement, Replicate, Shard
+from tricomm.layout.spec import ShardingSpec
+from tricomm.packing.tables import local_shard, torch_dtype
 from tricomm.plan import make_plan
 from tricomm.plan.describe import format_nbytes
 from tricomm.reshard import Resharder
-from tricomm.sharding import ShardingSpec
 
 TRAINER = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
 SERVER = Mesh([4, 5, 6, 7], ("tp",))

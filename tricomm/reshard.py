@@ -10,11 +10,11 @@ import torch
 
 from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
 from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.layout.spec import ShardingSpec
+from tricomm.layout.topology import Topology
+from tricomm.packing.tensors import Contract, check_casts
 from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Balance, Plan, Split, Strategy, make_plan
 from tricomm.plan.plan import digest_of
-from tricomm.sharding import ShardingSpec
-from tricomm.tensors import Contract, check_casts
-from tricomm.topology import Topology
 from tricomm.transport.handle import Handle
 from tricomm.transport.meetings import describe_refusal
 from tricomm.transport.runtime import PlanExecution

@@ -1,12 +1,19 @@
 """Pipelines whose hops hide behind compute: schedules as values, their proof, their simulation and their tuning."""
 
-from tricomm.pipeline.actions import Action, Channel, Edge, Kind
-from tricomm.pipeline.check import Queues, check, receive_ring
-from tricomm.pipeline.communication import with_communication
-from tricomm.pipeline.costs import Costs, StageCost, TransferCost
-from tricomm.pipeline.edge import EdgeTensor, Link
-from tricomm.pipeline.executor import Executor
-from tricomm.pipeline.generators import (
+from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
+from tricomm.pipeline.costs.simulate import simulate
+from tricomm.pipeline.costs.timeline import Timeline
+from tricomm.pipeline.costs.workload import Workload
+from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.executor import Executor
+from tricomm.pipeline.run.measure import Measurement
+from tricomm.pipeline.run.stage import Stage, WithLoss
+from tricomm.pipeline.run.tied import Tied
+from tricomm.pipeline.run.way import Turns
+from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
+from tricomm.pipeline.schedule.check import Queues, check, receive_ring
+from tricomm.pipeline.schedule.communication import with_communication
+from tricomm.pipeline.schedule.generators import (
     eager_one_f_one_b,
     gpipe,
     interleaved_one_f_one_b,
@@ -14,17 +21,10 @@ from tricomm.pipeline.generators import (
     warmed_up,
     zero_bubble,
 )
-from tricomm.pipeline.in_turn import in_turn
-from tricomm.pipeline.measure import Measurement
-from tricomm.pipeline.schedule import Schedule, chain
-from tricomm.pipeline.simulate import simulate
-from tricomm.pipeline.stage import Stage, WithLoss
-from tricomm.pipeline.tied import Tied
-from tricomm.pipeline.timeline import Timeline
-from tricomm.pipeline.torch_csv import read_csv, write_csv
-from tricomm.pipeline.tune import Candidate, Limits, Tuned, tune
-from tricomm.pipeline.way import Turns
-from tricomm.pipeline.workload import Workload
+from tricomm.pipeline.schedule.schedule import Schedule, chain
+from tricomm.pipeline.schedule.torch_csv import read_csv, write_csv
+from tricomm.pipeline.tune.in_turn import in_turn
+from tricomm.pipeline.tune.tune import Candidate, Limits, Tuned, tune
 
 __all__ = [
     "Action",

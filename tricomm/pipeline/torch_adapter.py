@@ -21,15 +21,15 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from tricomm.errors import PlanError, SpecError
-from tricomm.packing import torch_dtype
-from tricomm.pipeline.check import Queues, check
-from tricomm.pipeline.communication import with_communication
-from tricomm.pipeline.edge import EdgeTensor, Link
-from tricomm.pipeline.generators import eager_one_f_one_b
-from tricomm.pipeline.schedule import Schedule
+from tricomm.packing.tables import torch_dtype
+from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.way import ReceiveHandle, Turns
+from tricomm.pipeline.run.wiring import turns_of
+from tricomm.pipeline.schedule.check import Queues, check
+from tricomm.pipeline.schedule.communication import with_communication
+from tricomm.pipeline.schedule.generators import eager_one_f_one_b
+from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.pipeline.torch_checks import check_place, check_schedule, unknown_of
-from tricomm.pipeline.way import ReceiveHandle, Turns
-from tricomm.pipeline.wiring import turns_of
 
 # Bases without types: signatures of private methods differ between versions of torch.
 _Stage: Any = PipelineStage

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tricomm.errors import PlanError, SpecError
-from tricomm.pipeline.actions import Kind
-from tricomm.pipeline.edge import EdgeTensor
-from tricomm.pipeline.schedule import Schedule
+from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.schedule.actions import Kind
+from tricomm.pipeline.schedule.schedule import Schedule
 
 
 def unknown_of(owner: type, used: Mapping[str, Sequence[str]]) -> list[str]:

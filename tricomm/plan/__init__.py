@@ -3,9 +3,9 @@
 from tricomm.plan.plan import DEFAULT_STAGING_BYTES, Move, Plan, make_plan
 from tricomm.plan.program import RankProgram
 from tricomm.plan.routes import Auto, Broadcast, GlobalAllGather, LocalAllGather, SendRecv, Strategy
-from tricomm.plan.search import Ensemble, RandomizedGreedy, Search
-from tricomm.plan.senders import Balance, LeastLoaded, Naive
-from tricomm.plan.split import Split
+from tricomm.plan.senders.policy import Balance, LeastLoaded, Naive
+from tricomm.plan.senders.search import Ensemble, RandomizedGreedy, Search
+from tricomm.plan.senders.split import Split
 
 __all__ = [
     "DEFAULT_STAGING_BYTES",

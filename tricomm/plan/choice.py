@@ -7,12 +7,12 @@ replicas would mostly cost, so each is first bounded: by its assignments alone, 
 from collections.abc import Sequence
 from functools import cached_property
 
+from tricomm.layout.topology import Topology
 from tricomm.plan.chunks import Message, RouteContext, Unicasts
 from tricomm.plan.cost import Loads, busiest_seconds, simulated_seconds
 from tricomm.plan.rounds import Hop, schedule
 from tricomm.plan.routes import Strategy
-from tricomm.plan.senders import Assignment, FanOut, by_host
-from tricomm.topology import Topology
+from tricomm.plan.senders.policy import Assignment, FanOut, by_host
 
 WORTH_IT = 0.03
 """By how much a strategy with more messages must be faster for Auto to take it: the model does not know all costs."""

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.columns import Groups, Lazy, numbers
-from tricomm.intervals import Piece, Region, cut_shapes, region_numel, region_shape
+from tricomm.layout.columns import Groups, Lazy, numbers
+from tricomm.layout.intervals import Piece, Region, cut_shapes, region_numel, region_shape
+from tricomm.layout.topology import Topology
 from tricomm.plan.network import ChainLinks, crossings, link_count, summed
-from tricomm.topology import Topology
 
 MAX_PEERS_PER_ROUND = 128
 """A round groups at most this many sends and as many receives on a rank: 256 operations, above which one

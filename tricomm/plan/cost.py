@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.columns import bounds, numbers, positions, starts_run
+from tricomm.layout.columns import bounds, numbers, positions, starts_run
+from tricomm.layout.topology import Topology
 from tricomm.plan.chunks import Chunks, Message, Unicasts
-from tricomm.plan.flow import Job, share
 from tricomm.plan.network import ChainLinks, crossings, link_count, summed
 from tricomm.plan.rounds import Hop, Hops
+from tricomm.plan.senders.flow import Job, share
 from tricomm.plan.tasks import Task
-from tricomm.topology import Topology
 
 
 def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology, ranks: Sequence[int]) -> float:

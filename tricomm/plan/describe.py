@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from tricomm.intervals import Region
-from tricomm.mesh import format_ranks
+from tricomm.layout.intervals import Region
+from tricomm.layout.mesh import format_ranks
 
 if TYPE_CHECKING:
     from tricomm.plan.plan import Move, Plan

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.columns import bounds, numbers
-from tricomm.topology import Topology
+from tricomm.layout.columns import bounds, numbers
+from tricomm.layout.topology import Topology
 
 
 class Crossings(NamedTuple):

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tricomm.dtype import ITEMSIZE, check_cast
 from tricomm.errors import PlanError, SpecError
-from tricomm.placement import Partial
+from tricomm.layout.dtype import ITEMSIZE, check_cast
+from tricomm.layout.placement import Partial
+from tricomm.layout.spec import ShardingSpec
+from tricomm.layout.topology import Topology
 from tricomm.plan.choice import Routed
 from tricomm.plan.chunks import Message, RouteContext
 from tricomm.plan.cost import Loads, lower_bound_seconds, simulated_seconds
@@ -17,12 +19,10 @@ from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction, reduction_of
 from tricomm.plan.rounds import Hop
 from tricomm.plan.routes import Auto, SendRecv, Strategy
-from tricomm.plan.senders import Assignment, Balance, FanOut, Naive
-from tricomm.plan.split import Split
+from tricomm.plan.senders.policy import Assignment, Balance, FanOut, Naive
+from tricomm.plan.senders.split import Split
 from tricomm.plan.tasks import Task, Tasks, peer_bound, unit_tasks
 from tricomm.plan.verify import require, verify_move
-from tricomm.sharding import ShardingSpec
-from tricomm.topology import Topology
 
 PLANNER_VERSION = 3
 """Raised whenever equal arguments may give another plan: ranks with different planners must not meet."""

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tricomm.columns import Groups, Lazy
-from tricomm.intervals import Region, joint_runs, region_numel, region_shape, runs
+from tricomm.layout.columns import Groups, Lazy
+from tricomm.layout.intervals import Region, joint_runs, region_numel, region_shape, runs
+from tricomm.layout.spec import Holding
 from tricomm.plan.chunks import Message, Unicasts
 from tricomm.plan.rounds import Hop, Hops
 from tricomm.plan.tasks import Tasks
-from tricomm.sharding import Holding
 
 if TYPE_CHECKING:
     from tricomm.plan.plan import Move

@@ -8,11 +8,11 @@ part, is an ordinary source. Each element is reduced once, whoever needs it.
 
 from dataclasses import dataclass, replace
 
-from tricomm.dtype import check_reduction
-from tricomm.intervals import Region, clip, length
-from tricomm.mesh import Mesh
-from tricomm.placement import Partial, Placement, Replicate, Shard
-from tricomm.sharding import ShardingSpec
+from tricomm.layout.dtype import check_reduction
+from tricomm.layout.intervals import Region, clip, length
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.placement import Partial, Placement, Replicate, Shard
+from tricomm.layout.spec import ShardingSpec
 
 
 @dataclass(frozen=True, slots=True)

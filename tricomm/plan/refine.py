@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from tricomm.columns import IntervalLists, bounds, by_first, counts_of, distinct, numbered, positions
-from tricomm.sharding import Layout, ShardingSpec
+from tricomm.layout.columns import IntervalLists, bounds, by_first, counts_of, distinct, numbered, positions
+from tricomm.layout.spec import Layout, ShardingSpec
 
 NOBODY = -1
 """The class or set that has no parts or ranks in it."""

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.columns import Lazy, bounds, numbers
+from tricomm.layout.columns import Lazy, bounds, numbers
+from tricomm.layout.topology import Topology
 from tricomm.plan.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
 from tricomm.plan.network import ChainLinks
-from tricomm.topology import Topology
 
 WAVE_STRIDE = 1 << 40
 """Round numbers of one wave; rounds are ordered, not dense."""

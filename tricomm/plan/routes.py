@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from tricomm.columns import Groups
 from tricomm.errors import PlanError
-from tricomm.intervals import Region, region_numel
+from tricomm.layout.columns import Groups
+from tricomm.layout.intervals import Region, region_numel
 from tricomm.plan.chunks import (
     Legs,
     Message,
@@ -24,7 +24,7 @@ from tricomm.plan.chunks import (
     even_parts,
     unicast,
 )
-from tricomm.plan.senders import Assignment, FanOut, Settled, by_host, grouped
+from tricomm.plan.senders.policy import Assignment, FanOut, Settled, by_host, grouped
 
 
 class Strategy(Protocol):

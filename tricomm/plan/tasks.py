@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tricomm.columns import Groups, Lazy, Regions, bounds, by_first
 from tricomm.errors import PlanError
-from tricomm.intervals import Region, region_numel
+from tricomm.layout.columns import Groups, Lazy, Regions, bounds, by_first
+from tricomm.layout.intervals import Region, region_numel
+from tricomm.layout.spec import ShardingSpec, layout
 from tricomm.plan.refine import NOBODY, Cells, Intersections, RankSets, cells
-from tricomm.sharding import ShardingSpec, layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tricomm.errors import PlanError
-from tricomm.intervals import Intervals, Region, length, runs
+from tricomm.layout.intervals import Intervals, Region, length, runs
+from tricomm.layout.spec import Holding
 from tricomm.plan.chunks import MAX_PEERS_PER_ROUND
 from tricomm.plan.program import rank_program
-from tricomm.sharding import Holding
 
 if TYPE_CHECKING:
     from tricomm.plan.plan import Move

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from tricomm.errors import SpecError, TransportError
+from tricomm.packing.tensors import Contract
 from tricomm.plan import Plan
-from tricomm.tensors import Contract
 from tricomm.transport.base import Operation, Work
 from tricomm.transport.runtime import Arena, PlanExecution
 

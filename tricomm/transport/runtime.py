@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tricomm.arithmetic import Reducer
-from tricomm.binding import Binding, bind
 from tricomm.kernels.reference import alignment_nbytes
-from tricomm.packing import Tables, make_tables, torch_dtype
+from tricomm.packing.arithmetic import Reducer
+from tricomm.packing.binding import Binding, bind
+from tricomm.packing.tables import Tables, make_tables, torch_dtype
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
 

@@ -1,0 +1,314 @@
+"""Whether an emulated cluster behaves as it should: measured before anything is reported from it.
+
+All rates are of payload, in bytes per second: what gloo moves, without the headers of TCP, IP and Ethernet.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench.cluster.cluster import Cluster
+from bench.cluster.network import ClusterError, Port
+from bench.cluster.shaping import ETHERNET_BYTES, HEADER_BYTES, MTU_BYTES
+from tricomm.launch import Ranks
+
+HOP_TOLERANCE = 0.05
+SPREAD_TOLERANCE = 0.05
+TOGETHER_TOLERANCE = 0.10
+CHAIN_TOLERANCE = 0.12
+CHAIN_CHUNKS = 64
+FLOW_CHUNK_BYTES = 1 << 20
+PINGS = 200
+INTRA_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Bytes that one rank sends to another."""
+
+    source: int
+    destination: int
+    nbytes: int
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Who sends, and who receives."""
+        return self.source, self.destination
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A rate as measured and as it should be.
+
+    Attributes:
+        name: what was measured.
+        bytes_per_second: the median of the samples.
+        expected_bytes_per_second: from the rates that the NICs were given.
+        spread: between the samples, without the fastest and the slowest, as a share of the median.
+    """
+
+    name: str
+    bytes_per_second: float
+    expected_bytes_per_second: float
+    spread: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over expected."""
+        return self.bytes_per_second / self.expected_bytes_per_second
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:<28}{self.bytes_per_second / 1e6:>9.3f} MB/s, {self.ratio:.3f} of expected, "
+            f"spread {self.spread:.1%}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a cluster can do.
+
+    Attributes:
+        hops: every NIC alone, to the same NIC of the next host.
+        together: all of these hops at once, so that every host sends and receives with all its NICs: what the
+            slowest of them had.
+        duplex: two ranks that send to each other at once, over a process group for each direction.
+        chain: from host to host through all of them, relayed in chunks.
+        latency_seconds: of a message of 4 bytes between two hosts.
+        intra_bytes_per_second: between two ranks of one host; None where no host has two.
+    """
+
+    hops: tuple[Rate, ...]
+    together: Rate
+    duplex: Rate
+    chain: Rate
+    latency_seconds: float
+    intra_bytes_per_second: float | None
+
+    @property
+    def hop_bytes_per_second(self) -> float:
+        """The slowest hop: what bounds and ratios are computed from where all NICs are equal."""
+        return min(hop.bytes_per_second for hop in self.hops)
+
+    def __str__(self) -> str:
+        lines = [*map(str, self.hops), str(self.together), str(self.duplex), str(self.chain)]
+        lines.append(f"{'latency':<28}{self.latency_seconds * 1e6:>9.0f} us")
+        if self.intra_bytes_per_second is not None:
+            lines.append(f"{'inside of a host':<28}{self.intra_bytes_per_second / 1e6:>9.0f} MB/s")
+        return "\n".join(lines)
+
+
+def calibrate(
+    cluster: Cluster, ranks: Ranks, *, seconds: float = 0.3, repeats: int = 5, attempts: int = 3
+) -> Calibration:
+    """Measure a cluster, and refuse it where it does not do what its NICs promise.
+
+    Args:
+        cluster: with two hosts or more.
+        ranks: those of the cluster.
+        seconds: that each transfer should take.
+        repeats: samples of each figure, at least 3.
+        attempts: how often a figure is measured before it is refused; another program may have disturbed it.
+
+    Raises:
+        ClusterError: a rate is not the expected one, or differs from sample to sample.
+    """
+    if len(cluster.hosts) < 2:
+        raise ClusterError("calibration needs a hop between hosts, and the cluster has 1 host; give 2 or more")
+    if repeats < 3:
+        raise ValueError(f"repeats={repeats} must be at least 3; the spread leaves out the fastest and the slowest")
+    sampler = Sampler(repeats, attempts)
+    hops = ring(cluster, seconds)
+    # The first transfer finds small windows, and buffers without memory.
+    run_flows(ranks, [hop.flow for hop in hops])
+    alone = tuple(_measure_together(sampler, ranks, hop.name, [hop], HOP_TOLERANCE) for hop in hops)
+    there = hops[0].flow
+    both_ways = [hop_between(cluster, *pair, seconds) for pair in (there.ranks, there.ranks[::-1])]
+    return Calibration(
+        hops=alone,
+        together=_measure_together(sampler, ranks, f"all {len(hops)} hops at once", hops, TOGETHER_TOLERANCE),
+        duplex=_measure_together(sampler, ranks, "two ranks to each other", both_ways, TOGETHER_TOLERANCE),
+        chain=_measure_chain(sampler, ranks, cluster, seconds),
+        latency_seconds=ranks.run(ping, *there.ranks)[there.source],
+        intra_bytes_per_second=_intra_rate(cluster, ranks, repeats),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """From one NIC to another, with the rate that they allow and the bytes to send."""
+
+    name: str
+    flow: Flow
+    bytes_per_second: float
+
+
+def hop_between(cluster: Cluster, source: int, destination: int, seconds: float) -> Hop:
+    """The hop from rank to rank, with the bytes that pass in some seconds."""
+    ports = cluster.seats[source].port, cluster.seats[destination].port
+    rate = payload_bytes_per_second(*ports)
+    name = f"host {ports[0].host} -> host {ports[1].host}, NIC {ports[0].index}"
+    return Hop(name, Flow(source, destination, round(rate * seconds)), rate)
+
+
+def ring(cluster: Cluster, seconds: float) -> list[Hop]:
+    """From every host to the next, NIC by NIC; NICs that the next host does not have are left out."""
+    first_rank = {(seat.host, seat.port.index): seat.rank for seat in reversed(cluster.seats)}
+    return [
+        hop_between(cluster, rank, first_rank[following, index], seconds)
+        for (host, index), rank in sorted(first_rank.items())
+        if (following := (host + 1) % len(cluster.hosts), index) in first_rank
+    ]
+
+
+def payload_bytes_per_second(source: Port, destination: Port) -> float:
+    """What two NICs allow, less the headers."""
+    bits_per_second = min(source.nic.send_bits_per_second, destination.nic.receive_bits_per_second)
+    return bits_per_second / 8 * (MTU_BYTES - HEADER_BYTES) / (MTU_BYTES + ETHERNET_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Takes samples until they are good; see :func:`calibrate`."""
+
+    repeats: int
+    attempts: int
+
+    def measure(self, name: str, tolerance: float, expected: float, sample: Callable[[], float]) -> Rate:
+        """A rate.
+
+        Raises:
+            ClusterError: no attempt gave one within the tolerance.
+        """
+        for _ in range(self.attempts):
+            samples = sorted(sample() for _ in range(self.repeats))
+            median = statistics.median(samples)
+            rate = Rate(name, median, expected, (samples[-2] - samples[1]) / median)
+            if abs(rate.ratio - 1) <= tolerance and rate.spread <= SPREAD_TOLERANCE:
+                return rate
+        raise ClusterError(
+            f"the emulated network is not as fast as it should be: {rate}; within {tolerance:.0%} and a spread up to "
+            f"{SPREAD_TOLERANCE:.0%} would do. Stop other programs on this machine, or give the NICs a lower rate"
+        )
+
+
+def _measure_together(sampler: Sampler, ranks: Ranks, name: str, hops: Sequence[Hop], tolerance: float) -> Rate:
+    """The rate of the slowest of some hops at once; each has the bytes for the same time, so that it ends last."""
+    slowest = min(hops, key=lambda hop: hop.bytes_per_second)
+    flows = [hop.flow for hop in hops]
+    return sampler.measure(
+        name, tolerance, slowest.bytes_per_second, lambda: slowest.flow.nbytes / run_flows(ranks, flows)
+    )
+
+
+def _measure_chain(sampler: Sampler, ranks: Ranks, cluster: Cluster, seconds: float) -> Rate:
+    chain = [cluster.rank_of(port) for port in cluster.ports if port.index == 0]
+    slowest = min(hop_between(cluster, *pair, seconds).bytes_per_second for pair in pairwise(chain))
+    nbytes = round(slowest * seconds)
+    # The last of n chunks sets out after the n - 1 before it, and then passes every hop.
+    expected = slowest * CHAIN_CHUNKS / (CHAIN_CHUNKS + len(chain) - 2)
+    return sampler.measure(
+        f"chain over {len(chain)} hosts",
+        CHAIN_TOLERANCE,
+        expected,
+        lambda: nbytes / _elapsed(ranks.run(relay, chain, nbytes, CHAIN_CHUNKS), chain),
+    )
+
+
+def run_flows(ranks: Ranks, flows: Sequence[Flow]) -> float:
+    """Some transfers at once; the seconds from when the last rank was ready to when the last one was done."""
+    return _elapsed(ranks.run(move, flows), {rank for flow in flows for rank in flow.ranks})
+
+
+def _elapsed(spans: Sequence[tuple[float, float]], taking_part: Iterable[int]) -> float:
+    # All processes are on one machine, and read one clock.
+    spans = [spans[rank] for rank in taking_part]
+    return max(end for _, end in spans) - max(begin for begin, _ in spans)
+
+
+def _intra_rate(cluster: Cluster, ranks: Ranks, repeats: int) -> float | None:
+    for seat, following in pairwise(cluster.seats):
+        if seat.host == following.host:
+            flow = Flow(seat.rank, following.rank, INTRA_BYTES)
+            return INTRA_BYTES / statistics.median(run_flows(ranks, [flow]) for _ in range(repeats))
+    return None
+
+
+# What follows runs on the ranks.
+
+
+@lru_cache
+def _groups() -> tuple[Any, Any]:
+    """One group for each direction: between two ranks a gloo group sends in one direction at a time."""
+    everyone = list(range(dist.get_world_size()))
+    return dist.new_group(everyone), dist.new_group(everyone)
+
+
+@lru_cache
+def _buffer(purpose: str, nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8)
+
+
+def move(rank: int, flows: Sequence[Flow]) -> tuple[float, float]:
+    """Send and receive this rank's part of some flows; when it began and ended."""
+    groups = _groups()
+    works = []
+    dist.barrier()
+    begin = time.monotonic()
+    for number, flow in enumerate(flows):
+        if rank in flow.ranks:
+            sends = rank == flow.source
+            operation, peer = (dist.isend, flow.destination) if sends else (dist.irecv, flow.source)
+            group = groups[flow.source < flow.destination]
+            for chunk in torch.split(_buffer(f"flow {number}", flow.nbytes), FLOW_CHUNK_BYTES):
+                works.append(operation(chunk, peer, group=group))
+    _wait(works)
+    return begin, time.monotonic()
+
+
+def relay(rank: int, chain: Sequence[int], nbytes: int, chunks: int) -> tuple[float, float]:
+    """Pass bytes along a chain of ranks, each chunk as soon as it has come; when this rank began and ended."""
+    parts = _buffer("chain", nbytes).chunk(chunks)
+    place = chain.index(rank) if rank in chain else None
+    works = []
+    dist.barrier()
+    begin = time.monotonic()
+    if place is not None:
+        following = chain[place + 1] if place + 1 < len(chain) else None
+        arrivals = [dist.irecv(part, chain[place - 1]) for part in parts] if place else [None] * len(parts)
+        for part, arrival in zip(parts, arrivals, strict=True):
+            _wait([arrival])
+            if following is not None:
+                works.append(dist.isend(part, following))
+        _wait(works)
+    return begin, time.monotonic()
+
+
+def ping(rank: int, first: int, second: int) -> float:
+    """Half of the median round trip of 4 bytes between two ranks, in seconds; 0 on the others."""
+    message = torch.zeros(1)
+    round_trips = []
+    dist.barrier()
+    for _ in range(PINGS if rank in (first, second) else 0):
+        began = time.monotonic()
+        if rank == first:
+            dist.send(message, second)
+            dist.recv(message, second)
+        else:
+            dist.recv(message, first)
+            dist.send(message, first)
+        round_trips.append(time.monotonic() - began)
+    return statistics.median(round_trips) / 2 if round_trips else 0.0
+
+
+def _wait(works: Iterable[dist.Work | None]) -> None:
+    for work in works:
+        if work is not None:
+            work.wait()

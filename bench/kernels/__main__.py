@@ -1,0 +1,5 @@
+"""``python -m bench.kernels``."""
+
+from bench.kernels.run import main
+
+main()

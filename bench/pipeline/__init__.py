@@ -1,0 +1,1 @@
+"""Pipelines on emulated hosts against bounds, proven optima, peers and the paper."""

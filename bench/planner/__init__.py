@@ -1,0 +1,1 @@
+"""What planning costs, by layout and number of ranks."""

@@ -1,0 +1,5 @@
+"""``python -m bench.planner``."""
+
+from bench.planner.run import main
+
+main()

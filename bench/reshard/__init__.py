@@ -1,0 +1,1 @@
+"""One tensor between layouts on emulated hosts, against the NIC bound and against peers."""

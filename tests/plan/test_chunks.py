@@ -1,0 +1,32 @@
+"""Large tensors, whose messages have several chunks: what small ones, as Hypothesis draws them, do not show."""
+
+import pytest
+
+from tests.plan.test_plan import without_indices
+from tricomm import Auto, Broadcast, GlobalAllGather, LocalAllGather, Mesh, SendRecv, Shard, ShardingSpec, Topology
+from tricomm.plan import make_plan
+
+
+@pytest.mark.parametrize("strategy", [Auto(), SendRecv(), Broadcast(), LocalAllGather(), GlobalAllGather()], ids=repr)
+def test_a_rank_alone_cuts_large_messages_as_everybody_does(strategy) -> None:
+    """Uneven messages of megabytes: what a rank does not see must not change how it cuts what it sends."""
+    source = ShardingSpec(Mesh([0, 1], ("a",)), (Shard(0),), (7, 35_280, 64), "int32")
+    destination = ShardingSpec(Mesh([2, 3, 4], ("b",)), (Shard(0),))
+    arguments = {"strategy": strategy, "topology": Topology(tuple("abcde"), 25e6)}
+    plan = make_plan(source, destination, **arguments)
+    plan.verify()
+    assert max(len(message.chunks) for message in plan.moves[0].messages) > 1
+    for rank in range(5):
+        alone = make_plan(source, destination, **arguments, rank=rank)
+        assert alone.rank == rank
+        assert [*map(without_indices, alone.for_rank(rank))] == [*map(without_indices, plan.for_rank(rank))]
+
+
+def test_ranks_send_to_those_after_them_first() -> None:
+    """If all began with the lowest rank, its NIC alone would be busy until the others' queues have filled."""
+    mesh = Mesh(range(6), ("a",))
+    source = ShardingSpec(mesh, (Shard(0),), (36, 36), "int32")
+    plan = make_plan(source, ShardingSpec(mesh, (Shard(1),)))
+    for rank in range(6):
+        (step,) = plan.for_rank(rank)[0].rounds
+        assert [transfer.peer for transfer in step.sends] == [(rank + distance) % 6 for distance in range(1, 6)]

@@ -1,0 +1,217 @@
+"""Costs: the seconds and bytes of a pipeline's stages and hops, measured or planned."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite, prod
+
+from tricomm.errors import PlanError
+from tricomm.layout.dtype import ITEMSIZE
+from tricomm.layout.topology import Topology
+from tricomm.pipeline.schedule.actions import Action, Channel, Kind
+from tricomm.plan import Plan
+
+Load = tuple[str, float]
+"""(what transfers share, the part of it that a transfer takes when it has it alone)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one microbatch costs a stage.
+
+    Attributes:
+        forward_seconds, input_gradient_seconds, weight_gradient_seconds: F, I and W; B is I + W.
+        activation_nbytes: held from the begin of F to the end of B or W, without what arrived over an edge.
+
+    Raises:
+        PlanError: a number that is negative or not finite.
+    """
+
+    forward_seconds: float
+    input_gradient_seconds: float
+    weight_gradient_seconds: float
+    activation_nbytes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+    def seconds(self, action: Action) -> float:
+        """How long an action computes."""
+        if action.kind is Kind.FORWARD:
+            return self.forward_seconds
+        if action.kind is Kind.INPUT_GRADIENT:
+            return self.input_gradient_seconds
+        if action.kind is Kind.WEIGHT_GRADIENT:
+            return self.weight_gradient_seconds
+        return self.backward_seconds
+
+    @property
+    def backward_seconds(self) -> float:
+        """The whole backward, B."""
+        return self.input_gradient_seconds + self.weight_gradient_seconds
+
+    @property
+    def total_seconds(self) -> float:
+        """F + B."""
+        return self.forward_seconds + self.backward_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCost:
+    """What one microbatch costs in one direction of an edge.
+
+    Attributes:
+        busy_seconds: for which it occupies its channel, if it shares nothing.
+        latency_seconds: from its last byte on the wire to its use; others may use the wire meanwhile.
+        nbytes: of the buffer that a position needs for it: at the sender while it is sent, at the receiver from the
+            post of the receive to the end of the backward.
+        loads: shared resources that it uses, such as ``("NIC 0 out", 1.0)``. Transfers whose parts add up to more
+            than 1 slow each other down.
+
+    Raises:
+        PlanError: a number that is negative or not finite.
+    """
+
+    busy_seconds: float = 0.0
+    latency_seconds: float = 0.0
+    nbytes: int = 0
+    loads: tuple[Load, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+    @classmethod
+    def of_bytes(cls, nbytes: int, bytes_per_second: float, latency_seconds: float = 0.0) -> "TransferCost":
+        """One message over one link."""
+        if bytes_per_second <= 0:
+            raise PlanError(f"bytes_per_second={bytes_per_second!r} must be above 0; give the rate of the link")
+        return cls(nbytes / bytes_per_second, latency_seconds, nbytes)
+
+    @classmethod
+    def of_plan(cls, plan: Plan, topology: Topology | None = None) -> "TransferCost":
+        """A reshard, as its plan is simulated; it loads each NIC with what it sends and receives there.
+
+        Args:
+            plan: of all ranks.
+            topology: hosts and rates; the plan's own if None.
+        """
+        topology = topology or plan.topology
+        seconds = plan.simulated_seconds(topology)
+        destination = plan.destination
+        nbytes = max(prod(destination.local_shape(rank)) for rank in destination.mesh.ranks) * destination.itemsize
+        loads = {name: min(1.0, busy / seconds) for name, busy in _nic_seconds(plan, topology).items()}
+        return cls(seconds, 0.0, nbytes, tuple(sorted(loads.items())))
+
+    @classmethod
+    def in_turn(cls, costs: Sequence["TransferCost"]) -> "TransferCost":
+        """Several transfers, one after the other: the tensors of one edge."""
+        busy = sum(cost.busy_seconds for cost in costs)
+        loads: dict[str, float] = {}
+        for cost in costs:
+            for name, load in cost.loads:
+                loads[name] = loads.get(name, 0.0) + load * cost.busy_seconds / busy
+        latency = max((cost.latency_seconds for cost in costs), default=0.0)
+        return cls(busy, latency, sum(cost.nbytes for cost in costs), tuple(sorted(loads.items())))
+
+    @property
+    def seconds(self) -> float:
+        """From its start to its arrival, if it shares nothing."""
+        return self.busy_seconds + self.latency_seconds
+
+    def sharing(self, sender: str, receiver: str, *, full_duplex: bool = True) -> "TransferCost":
+        """The same transfer through the whole of two named NICs.
+
+        Args:
+            sender, receiver: any names; transfers that name the same NIC share it.
+            full_duplex: whether a NIC sends and receives at its full rate at once.
+        """
+        directions = (f"{sender} out", f"{receiver} in") if full_duplex else (sender, receiver)
+        return replace(self, loads=tuple((name, 1.0) for name in dict.fromkeys(directions)))
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a pipeline costs.
+
+    Attributes:
+        stages: one cost per stage.
+        transfers: per channel, as a mapping or pairs; channels that are left out cost ``other``.
+        other: the transfers of all other channels.
+
+    Raises:
+        PlanError: no stages.
+    """
+
+    stages: tuple[StageCost, ...]
+    transfers: Mapping[Channel, TransferCost] | tuple[tuple[Channel, TransferCost], ...] = ()
+    other: TransferCost = field(default_factory=TransferCost)
+    _by_channel: dict[Channel, TransferCost] = field(init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        given = self.transfers.items() if isinstance(self.transfers, Mapping) else self.transfers
+        by_channel = {Channel(*channel): cost for channel, cost in given}
+        if not self.stages:
+            raise PlanError("stages is empty; give one StageCost per stage")
+        if not any(stage.total_seconds for stage in self.stages):
+            raise PlanError("no stage takes any time, and there is nothing to schedule; give the seconds of F, I and W")
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "transfers", tuple(sorted(by_channel.items(), key=lambda item: item[0])))
+        object.__setattr__(self, "_by_channel", by_channel)
+
+    @classmethod
+    def uniform(
+        cls,
+        stages: int,
+        forward_seconds: float,
+        input_gradient_seconds: float,
+        weight_gradient_seconds: float,
+        hop: TransferCost | float = 0.0,
+    ) -> "Costs":
+        """All stages alike, and all hops alike; a hop given in seconds occupies its channel for them."""
+        stage = StageCost(forward_seconds, input_gradient_seconds, weight_gradient_seconds)
+        return cls((stage,) * stages, (), hop if isinstance(hop, TransferCost) else TransferCost(hop))
+
+    def seconds(self, action: Action) -> float:
+        """How long a compute action takes."""
+        return self.stages[action.stage].seconds(action)
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """Those that have a cost of their own."""
+        return tuple(self._by_channel)
+
+    def all_transfers(self) -> tuple[TransferCost, ...]:
+        """The costs of all channels that are named, and of the others."""
+        return (*self._by_channel.values(), self.other)
+
+    def transfer(self, channel: Channel) -> TransferCost:
+        """What a microbatch costs on a channel."""
+        return self._by_channel.get(channel, self.other)
+
+    def without_transfers(self) -> "Costs":
+        """The same stages with hops that cost nothing: the yardstick for what is exposed."""
+        return Costs(self.stages)
+
+    def with_transfers(self, channels: Iterable[Channel], cost: TransferCost) -> "Costs":
+        """The same costs, but for some channels."""
+        return replace(self, transfers={**self._by_channel, **dict.fromkeys(channels, cost)})
+
+
+def _nic_seconds(plan: Plan, topology: Topology) -> dict[str, float]:
+    """For how long each NIC is busy in each direction."""
+    busy: dict[str, float] = {}
+    for move in plan.moves:
+        for hop in move.hops:
+            here, there = topology.nic(hop.source), topology.nic(hop.destination)
+            if topology.host(hop.source) != topology.host(hop.destination):
+                nbytes = move.messages[hop.message].chunk_numel(hop.chunk) * ITEMSIZE[move.wire_dtype]
+                out, into = f"NIC {here} out", f"NIC {there} in"
+                busy[out] = busy.get(out, 0.0) + nbytes / topology.nic_rate(here).send_bytes_per_second
+                busy[into] = busy.get(into, 0.0) + nbytes / topology.nic_rate(there).receive_bytes_per_second
+    return busy
+
+
+def _check_numbers(cost: StageCost | TransferCost) -> None:
+    for name in type(cost).__dataclass_fields__:
+        value = getattr(cost, name)
+        if isinstance(value, (int, float)) and not (isfinite(value) and value >= 0):
+            raise PlanError(f"{name}={value!r} must be a finite number from 0; measure it in the unit of its name")

@@ -1,0 +1,252 @@
+"""Timeline: when a schedule's actions and transfers begin and end, and what follows from that."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import NamedTuple
+
+from tricomm.pipeline.costs.costs import Costs
+from tricomm.pipeline.schedule.actions import Action, Channel, Kind
+from tricomm.pipeline.schedule.schedule import Schedule
+
+
+class Span(NamedTuple):
+    """A compute action on the clock, in seconds."""
+
+    action: Action
+    begin: float
+    end: float
+
+
+class Transfer(NamedTuple):
+    """A transfer on the clock, in seconds.
+
+    Attributes:
+        sent, posted: when the sender and the receiver came to it.
+        begin, end: when it was on the wire.
+        arrival: when its data could be used.
+    """
+
+    channel: Channel
+    microbatch: int
+    sent: float
+    posted: float
+    begin: float
+    end: float
+    arrival: float
+
+
+class Step(NamedTuple):
+    """A part of the critical path: a compute action, or a channel, from ``begin`` to ``end``."""
+
+    what: Action | Channel
+    begin: float
+    end: float
+
+
+class Wait(NamedTuple):
+    """A position waits for a transfer, from ``begin`` to ``end``."""
+
+    position: int
+    channel: Channel
+    begin: float
+    end: float
+
+
+class Peak(NamedTuple):
+    """The most that a position holds at once.
+
+    Attributes:
+        activations: microbatches between F and the end of their backward, over all stages of the position.
+        receives: receive buffers, from the post to the end of the backward.
+        nbytes: activations, receive buffers and sends that are not off the wire, at the worst moment.
+    """
+
+    activations: int
+    receives: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What a simulation gives; ``tricomm.draw`` draws it (``timeline_svg``) or makes a trace of it
+    (``timeline_perfetto``).
+
+    Attributes:
+        schedule, costs: what was simulated; sends and receives are in the schedule.
+        compute: per position, its compute actions in order.
+        transfers: of all channels, in the order in which they began; of those that began at one moment, in the order in
+            which they ended.
+    """
+
+    schedule: Schedule
+    costs: Costs
+    compute: tuple[tuple[Span, ...], ...]
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def makespan_seconds(self) -> float:
+        """From the start to the end of the last compute action."""
+        return max(spans[-1].end for spans in self.compute)
+
+    def busy_seconds(self, position: int) -> float:
+        """For how long a position computes."""
+        return sum(span.end - span.begin for span in self.compute[position])
+
+    @property
+    def bubble_fraction(self) -> float:
+        """The part of all positions' time in which they do not compute."""
+        busy = sum(self.busy_seconds(position) for position in range(self.schedule.positions))
+        return 1 - busy / (self.makespan_seconds * self.schedule.positions) if self.makespan_seconds else 0.0
+
+    def waits(self) -> Iterator[Wait]:
+        """Where a position has nothing to do but wait for data that has been computed.
+
+        While it idles before an action, the wait counts from the moment at which the data that comes last was
+        computed; before that it waits for the computation, which is bubble and not communication.
+        """
+        arrivals = {(one.channel, one.microbatch): one for one in self.transfers}
+        for position, spans in enumerate(self.compute):
+            idle_since = 0.0
+            for span in spans:
+                last = self._last_input(span.action, arrivals)
+                if last is not None and last.arrival > idle_since:
+                    yield Wait(position, last.channel, max(idle_since, last.sent), last.arrival)
+                idle_since = span.end
+
+    def exposed_seconds(self) -> dict[Channel, float]:
+        """Per channel, the sum of the waits for it, fill and drain of the pipeline among them."""
+        exposed = dict.fromkeys(self.schedule.channels, 0.0)
+        for wait in self.waits():
+            exposed[wait.channel] += wait.end - wait.begin
+        return exposed
+
+    def peaks(self) -> tuple[Peak, ...]:
+        """Per position, the most that it holds at once."""
+        return tuple(self._peak(position) for position in range(self.schedule.positions))
+
+    def critical_path(self) -> tuple[Step, ...]:
+        """A chain of compute actions and transfers without a gap, from the start to the end: the end comes earlier
+        only if one of them is shorter. A transfer counts from when it went on the wire.
+        """
+        arrivals = {(one.channel, one.microbatch): one for one in self.transfers}
+        before = {second.action: first for spans in self.compute for first, second in pairwise(spans)}
+        node: Span | Transfer | None = max((spans[-1] for spans in self.compute), key=lambda span: span.end)
+        until = self.makespan_seconds
+        path: list[Step] = []
+        while node is not None:
+            path.append(Step(node.action if isinstance(node, Span) else node.channel, node.begin, until))
+            until = node.begin
+            if isinstance(node, Span):
+                previous, last = before.get(node.action), self._last_input(node.action, arrivals)
+                node = previous if last is None or (previous and previous.end >= last.arrival) else last
+            else:
+                node = self._before_transfer(node)
+        return tuple(reversed(path))
+
+    def critical_seconds(self) -> dict[Channel, float]:
+        """Per channel, the seconds of the critical path that it takes. A hop that hides behind compute is there once,
+        in the fill or the drain of the pipeline.
+        """
+        seconds = dict.fromkeys(self.schedule.channels, 0.0)
+        for step in self.critical_path():
+            if isinstance(step.what, Channel):
+                seconds[step.what] += step.end - step.begin
+        return seconds
+
+    def hop_seconds(self) -> dict[Channel, float]:
+        """Per channel, the mean time from the start of a transfer to its arrival."""
+        seconds = dict.fromkeys(self.schedule.channels, 0.0)
+        for one in self.transfers:
+            seconds[one.channel] += (one.arrival - one.begin) / self.schedule.microbatches
+        return seconds
+
+    def _before_transfer(self, one: Transfer) -> Span | Transfer | None:
+        """What a transfer waited for: the list of an end, or a transfer that stood before it in a queue."""
+        if one.begin > max(one.sent, one.posted):
+            ends = {self.schedule.position_of(stage) for stage in one.channel}
+            # Those before it only: where some take no time, several may begin and end at one moment.
+            queued = [
+                other
+                for other in takewhile(lambda other: other != one, self.transfers)
+                if other.end == one.begin and ends & {self.schedule.position_of(stage) for stage in other.channel}
+            ]
+            return min(queued, key=lambda other: (other.channel != one.channel, not self._share_an_end(one, other)))
+        stage = one.channel.sender if one.sent >= one.posted else one.channel.receiver
+        ended = [span for span in self.compute[self.schedule.position_of(stage)] if span.end == one.begin]
+        return max(ended, key=lambda span: span.begin, default=None)
+
+    def _share_an_end(self, one: Transfer, other: Transfer) -> bool:
+        """Whether both leave from one position, or both come to one."""
+        place = self.schedule.position_of
+        ends, others = tuple(map(place, one.channel)), tuple(map(place, other.channel))
+        return ends[0] == others[0] or ends[1] == others[1]
+
+    def _last_input(self, action: Action, arrivals: dict[tuple[Channel, int], Transfer]) -> Transfer | None:
+        """The transfer that an action waits for longest."""
+        found = [
+            arrivals[channel, action.microbatch]
+            for channel in self.schedule.inputs(action)
+            if (channel, action.microbatch) in arrivals
+        ]
+        return max(found, key=lambda one: one.arrival, default=None)
+
+    def _peak(self, position: int) -> Peak:
+        freed = {
+            (span.action.stage, span.action.microbatch): span.end
+            for span in self.compute[position]
+            if span.action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+        }
+        activations: list[tuple[float, float, int]] = []
+        for span in self.compute[position]:
+            if span.action.kind is Kind.FORWARD:
+                nbytes = self.costs.stages[span.action.stage].activation_nbytes
+                activations.append((span.begin, freed[span.action.stage, span.action.microbatch], nbytes))
+        receives: list[tuple[float, float, int]] = []
+        sends: list[tuple[float, float, int]] = []
+        for one in self.transfers:
+            nbytes = self.costs.transfer(one.channel).nbytes
+            if self.schedule.position_of(one.channel.receiver) == position:
+                receives.append((one.posted, freed[one.channel.receiver, one.microbatch], nbytes))
+            elif self.schedule.position_of(one.channel.sender) == position:
+                sends.append((one.sent, one.end, nbytes))
+        together = [*activations, *receives, *sends]
+        return Peak(_most(activations, False), _most(receives, False), _most(together, True))
+
+    def __str__(self) -> str:
+        return "\n".join(describe(self))
+
+
+def _most(held: Iterable[tuple[float, float, int]], in_bytes: bool) -> int:
+    """The most that is held at once; what ends at a moment is gone before what begins then."""
+    changes: list[tuple[float, int]] = []
+    for begin, end, nbytes in held:
+        weight = nbytes if in_bytes else 1
+        changes += [(begin, weight), (end, -weight)]
+    most = now = 0
+    for _, change in sorted(changes):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def describe(timeline: Timeline) -> Iterator[str]:
+    """The figures of a timeline, a line each."""
+    total = timeline.makespan_seconds
+    yield f"{total:.6g} s, bubble {timeline.bubble_fraction:.1%}"
+    for position, peak in enumerate(timeline.peaks()):
+        busy = timeline.busy_seconds(position)
+        text = (
+            f"  position {position}: computes {busy:.6g} s ({busy / total:.0%}), holds {peak.activations} activations"
+        )
+        text += f" and {peak.receives} receive buffers"
+        yield text + (f", {peak.nbytes / 1e6:.6g} MB" if peak.nbytes else "")
+    exposed, critical = timeline.exposed_seconds(), timeline.critical_seconds()
+    for channel, seconds in timeline.hop_seconds().items():
+        if seconds:
+            yield (
+                f"  channel {channel}: {timeline.schedule.microbatches} transfers of {seconds:.6g} s; its receiver "
+                f"waits {exposed[channel]:.6g} s, and {critical[channel]:.6g} s are on the critical path"
+            )
+    on_wire = sum(critical.values())
+    yield f"  critical path: {total - on_wire:.6g} s of compute, {on_wire:.6g} s of transfers"

@@ -1,0 +1,268 @@
+"""Link: an edge of a pipeline between real ranks. Activations go one way, gradients the other.
+
+Each direction is a channel with communicators and a background thread of its own, so that a receive may be posted
+before, and waited for after, anything that goes the other way or over another edge.
+
+    link = Link("0-1", [EdgeTensor(source, destination)], microbatches=8)
+    link.connect()
+    # On the ranks of the source mesh:
+    y = module(x)
+    link.send(y, 0)
+    handle = link.recv_gradient(0)           # posts the receive; compute something else meanwhile
+    y.backward(handle.wait())
+    # On those of the destination mesh:
+    y = link.recv(0).wait().requires_grad_()
+    module(y).sum().backward()
+    link.send_gradient(y.grad, 0)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from tricomm.autograd import gradient_scale, gradient_specs
+from tricomm.errors import SpecError
+from tricomm.layout.placement import Placement, Shard
+from tricomm.layout.spec import ShardingSpec
+from tricomm.pipeline.run.way import ReceiveHandle, SendHandle, Tensors, Turns, Way
+from tricomm.plan.plan import digest_of
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeTensor:
+    """One tensor that crosses an edge.
+
+    Attributes:
+        source: its layout on the mesh of the stage that gives it.
+        destination: its layout on the mesh of the stage that takes it; shape and dtype default to the source's.
+        gradient: the layout of the gradient that the taking stage computes, one placement per axis of its mesh.
+            () is that of ``destination``: ranks that hold the same elements compute the same gradient, of which one
+            copy travels. That is so if the stage sums gradients itself (as Megatron's column-parallel layers do).
+            If each rank of an axis computes a share of the gradient, say ``Partial()`` for that axis: the shares
+            are added. None: it has no gradient (tokens, a mask).
+        shape: the global shape, if some of its sizes change from step to step: those are names, which ``bound``
+            replaces, such as ``(8, "sequence", 512)``. The specs then have no shape. () means that they have it.
+
+    Raises:
+        SpecError: gradient placements that do not fit the mesh or cut other dims than the destination does, or a
+            shape given in both places or in none.
+    """
+
+    source: ShardingSpec
+    destination: ShardingSpec
+    gradient: tuple[Placement, ...] | None = ()
+    shape: tuple[int | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "destination", self.destination.resolved(self.source))
+        if (self.source.shape is None) != bool(self.shape):
+            raise SpecError(
+                f"an EdgeTensor with shape={self.shape} and source {self.source} must have its sizes in one place; "
+                "give the source a shape, or leave it out there and write shape=(8, 'sequence', 512)"
+            )
+        if self.gradient:
+            object.__setattr__(self, "gradient", tuple(self.gradient))
+            checked = replace(self.destination, placements=self.gradient)
+            for axis, (own, other) in enumerate(zip(checked.placements, self.destination.placements, strict=True)):
+                if own != other and checked.mesh.shape[axis] > 1 and isinstance(own, Shard):
+                    raise SpecError(
+                        f"gradient={self.gradient} cuts axis {checked.mesh.axis_names[axis]!r} by {own}, where the "
+                        f"tensor has {other}; a gradient has the shape of its tensor: use {other} or Partial()"
+                    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of sizes that change."""
+        return tuple(size for size in self.shape if isinstance(size, str))
+
+    def bound(self, sizes: Mapping[str, int]) -> "EdgeTensor":
+        """The same with numbers for the names.
+
+        Raises:
+            SpecError: a name without a number.
+        """
+        if not self.shape:
+            return self
+        missing = [name for name in self.names if name not in sizes]
+        if missing:
+            raise SpecError(f"shape={self.shape} has no size for {missing[0]!r}; the known sizes are {dict(sizes)}")
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+        source = replace(self.source, shape=shape)
+        return EdgeTensor(source, replace(self.destination, shape=shape), self.gradient)
+
+    def gradient_specs(self) -> tuple[ShardingSpec, ShardingSpec]:
+        """(layout of the gradient on the taking stage, on the giving one)."""
+        computed, wanted = gradient_specs(self.source, self.destination)
+        return (replace(computed, placements=self.gradient) if self.gradient else computed), wanted
+
+
+class Link:
+    """Carries the tensors of one edge between the meshes of its two stages.
+
+    Every rank of either mesh makes it with the same arguments, then all call ``connect``. Calls come from one thread,
+    and each direction takes the microbatches in one order at both ends; the two directions need no common order.
+
+    Args:
+        name: distinct among the Links of these ranks.
+        tensors: what crosses; all on the same two meshes.
+        microbatches: of a step.
+        orders: of the microbatches in each direction (forward, backward), each repeated every step; None is
+            0, 1, 2 ... in both.
+        slots: receive buffers of each direction (forward, backward), used in turn and given back with
+            ``handle.release()``. None makes a new tensor for every receive.
+        turns: shared by the Links of a rank that take turns with each other; on all ranks or on none.
+        options: ``group``, ``device``, ``timeout_seconds``, ``strategy``, ``balance`` and ``topology`` of
+            :class:`tricomm.Resharder`. The timeout bounds how long a posted receive may wait, the other stage's
+            compute included.
+
+    Raises:
+        SpecError: tensors on different meshes, or arguments that break a rule.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Sequence[EdgeTensor],
+        *,
+        microbatches: int,
+        orders: tuple[Sequence[int], Sequence[int]] | None = None,
+        slots: tuple[int | None, int | None] = (None, None),
+        turns: Turns | None = None,
+        **options: Any,
+    ) -> None:
+        self.name = name
+        self.tensors = tuple(tensors)
+        self.differentiable = tuple(i for i, tensor in enumerate(self.tensors) if tensor.gradient is not None)
+        """Indices of the tensors that have a gradient, in the order in which the gradients cross."""
+        _check(name, self.tensors, microbatches, slots)
+        forward_order, backward_order = orders or (range(microbatches), range(microbatches))
+        for order in (forward_order, backward_order):
+            if sorted(order) != list(range(microbatches)):
+                raise SpecError(
+                    f"order {tuple(order)} of edge {name!r} must name each of {microbatches} microbatches once; "
+                    "list them all"
+                )
+        pairs = [(tensor.source, tensor.destination) for tensor in self.tensors]
+        self.forward = Way(f"edge {name} forward", pairs, forward_order, slots[0], [1.0] * len(pairs), turns, options)
+        self.backward: Way | None = None
+        if self.differentiable:
+            chosen = [self.tensors[index] for index in self.differentiable]
+            scales = [gradient_scale(tensor.source) for tensor in chosen]
+            pairs = [tensor.gradient_specs() for tensor in chosen]
+            self.backward = Way(f"edge {name} backward", pairs, backward_order, slots[1], scales, turns, options)
+        self.ways = (self.forward,) if self.backward is None else (self.forward, self.backward)
+
+    def connect(self) -> None:
+        """Compare with the ranks of both meshes what is going to cross, and connect to them.
+
+        Where ranks have several Links, all connect them in the same order.
+
+        Raises:
+            TransportError: a rank says something else, refused, or did not come within the timeout.
+        """
+        mover = self.forward.movers[0]
+        fields = {"edge": self.name, "tensors": repr(self.tensors), "orders": repr([way.order for way in self.ways])}
+        mover.hub.meetings.meet(
+            digest_of(fields), mover.participants, lambda: fields, mover.timeout_seconds, channel=f"edge {self.name}"
+        )
+        for way in self.ways:
+            way.connect()
+
+    def send(self, x: Tensors, microbatch: int) -> SendHandle:
+        """Start to send the activations of a microbatch; on ranks of the source mesh.
+
+        Args:
+            x: this rank's shard of the tensor, or a tuple in the order of declaration if the edge has several. They
+                must not change before the handle's ``wait`` returns, but may be dropped at once. Autograd does not
+                follow them: what arrives requires no grad, and the gradient comes back by ``recv_gradient``.
+
+        Raises:
+            SpecError: not this microbatch's turn, or tensors that are not what was declared. The ranks at the other
+                end get a TransportError that says so.
+        """
+        with self._telling():
+            return self.forward.send(_as_tuple(x), microbatch)
+
+    def recv(self, microbatch: int) -> ReceiveHandle:
+        """Post the receive of the activations of a microbatch; on ranks of the destination mesh.
+
+        Raises:
+            SpecError: not this microbatch's turn, or no free buffer.
+        """
+        with self._telling():
+            return self.forward.recv(microbatch)
+
+    def send_gradient(self, gradient: Tensors, microbatch: int) -> SendHandle:
+        """As send, for gradients of the tensors that have one; on ranks of the destination mesh."""
+        with self._telling():
+            return self._gradients().send(_as_tuple(gradient), microbatch)
+
+    def recv_gradient(self, microbatch: int) -> ReceiveHandle:
+        """As recv, for gradients; on ranks of the source mesh."""
+        with self._telling():
+            return self._gradients().recv(microbatch)
+
+    def flush(self) -> None:
+        """Return when all that was sent may be changed.
+
+        Raises:
+            TransportError: a rank failed.
+        """
+        for way in self.ways:
+            way.flush()
+
+    def close(self) -> None:
+        """Give back connections, threads and buffers, as soon as what was started is done; so does a dropped Link."""
+        for way in self.ways:
+            way.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def abort(self, reason: str) -> None:
+        """Tell the ranks of both meshes that this one does not go on, and why; their waits end in a TransportError."""
+        for way in self.ways:
+            way.abort(reason)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """An error of this rank alone must not leave the others waiting, in either direction."""
+        try:
+            yield
+        except SpecError as error:
+            self.abort(f"rank {self.forward.rank} refused the call: {type(error).__name__}: {error}")
+            raise
+
+    def _gradients(self) -> Way:
+        if self.backward is None:
+            raise SpecError(f"no tensor of edge {self.name!r} has a gradient; declare one with gradient=()")
+        return self.backward
+
+
+def _as_tuple(tensors: Tensors) -> tuple[torch.Tensor, ...]:
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+def _check(name: str, tensors: Sequence[EdgeTensor], microbatches: int, slots: tuple[int | None, int | None]) -> None:
+    if not tensors:
+        raise SpecError(f"edge {name!r} carries no tensor; give at least one EdgeTensor")
+    if microbatches < 1:
+        raise SpecError(f"microbatches={microbatches} of edge {name!r} must be at least 1; give their number per step")
+    for count in slots:
+        if count is not None and count < 1:
+            raise SpecError(f"slots={slots} of edge {name!r} must be at least 1, or None for new tensors each time")
+    first = tensors[0]
+    for tensor in tensors[1:]:
+        for side in ("source", "destination"):
+            ours, theirs = getattr(first, side).mesh, getattr(tensor, side).mesh
+            if set(ours.ranks) != set(theirs.ranks):
+                raise SpecError(
+                    f"the tensors of edge {name!r} have {side} meshes {ours} and {theirs}; all tensors of an edge go "
+                    "between the ranks of two stages: make another edge"
+                )

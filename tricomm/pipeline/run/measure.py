@@ -1,0 +1,208 @@
+"""Measurement: what the stages of a pipeline cost, noted while it trains."""
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from tricomm.errors import SpecError, TransportError
+from tricomm.layout.topology import Topology
+from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
+from tricomm.pipeline.run.executor import Executor
+from tricomm.pipeline.schedule.actions import Channel, Kind
+from tricomm.plan import make_plan
+from tricomm.transport.store import awaited_note, post_note
+
+
+class StageMeter:
+    """Notes how long the actions of one stage compute on this rank, and what its forward keeps.
+
+    On a GPU, events on the current stream tell the times, so that nothing waits for the device before the costs are
+    asked for.
+
+    Args:
+        module: of the stage; its parameters are not counted as kept.
+        device: where it computes.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._own = [*module.parameters(), *module.buffers()]
+        self._spans: dict[Kind, list[tuple[Any, Any]]] = {}
+        self._kept_nbytes: int | None = None
+
+    @contextmanager
+    def noted(self, kind: Kind, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Around the computation of one action, without what it waits for.
+
+        Args:
+            kind: of the action.
+            inputs: of a forward; they are not counted as kept.
+        """
+        # Counting takes time. The first time of each kind is left out of the costs, as it also warms up.
+        counting: AbstractContextManager[None] = nullcontext()
+        if kind is Kind.FORWARD and self._kept_nbytes is None:
+            counting = self._counting([*self._own, *inputs])
+        begin = self._now()
+        with counting:
+            yield
+        self._spans.setdefault(kind, []).append((begin, self._now()))
+
+    def cost(self) -> StageCost:
+        """Medians over the microbatches after the first.
+
+        Raises:
+            SpecError: fewer than two microbatches ran.
+        """
+        seconds = {kind: self._median_seconds(spans) for kind, spans in self._spans.items()}
+        if Kind.FORWARD not in seconds or self._kept_nbytes is None:
+            raise SpecError("no step ran inside of the Measurement; run some there, then ask for costs")
+        # A whole backward leaves nothing to delay: all of it is I.
+        inputs = seconds.get(Kind.INPUT_GRADIENT, seconds.get(Kind.BACKWARD, 0.0))
+        weights = seconds.get(Kind.WEIGHT_GRADIENT, 0.0)
+        return StageCost(seconds[Kind.FORWARD], inputs, weights, self._kept_nbytes)
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _median_seconds(self, spans: list[tuple[Any, Any]]) -> float:
+        if len(spans) < 2:
+            raise SpecError(
+                "one microbatch ran inside of the Measurement, and the first is left out because it warms up; run two "
+                "steps, or more microbatches"
+            )
+        if self._is_cuda:
+            spans[-1][1].synchronize()
+        return statistics.median(
+            float(begin.elapsed_time(end) / 1e3 if self._is_cuda else end - begin) for begin, end in spans[1:]
+        )
+
+    @contextmanager
+    def _counting(self, known: list[torch.Tensor]) -> Iterator[None]:
+        """Count the memory that autograd keeps, but for that of known tensors."""
+        ignored = {tensor.untyped_storage().data_ptr() for tensor in known}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in ignored:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # the tensor itself, kept by the node that made it, would keep that node for ever
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        self._kept_nbytes = sum(kept.values())
+
+
+@dataclass
+class Measurement:
+    """Notes what the stages cost in the steps that run inside of its ``with``, on every rank of the pipeline.
+
+    ::
+
+        with Measurement(executor) as measurement:
+            for data in some_batches:
+                executor.step(data)
+        costs = measurement.costs(Topology.detect(nic_bytes_per_second=12.5e9))
+        tuned = tune(Workload.measured(costs, executor.schedule.microbatches).costs, [4, 8, 16])
+
+    The steps train as any others. Times are those of the computation alone: what an action waits for is not in them.
+
+    Args:
+        executor: whose steps they are.
+
+    Raises:
+        SpecError: another Measurement of this executor has not ended.
+    """
+
+    executor: Executor
+
+    def __post_init__(self) -> None:
+        self._number = self.executor.measurements
+        self.executor.measurements += 1
+        runs, device = self.executor.runs, self.executor.device
+        self._meters = {index: StageMeter(run.module, device) for index, run in runs.items()}
+        self._stages: tuple[StageCost, ...] = ()
+
+    def __enter__(self) -> Self:
+        if any(run.meter is not None for run in self.executor.runs.values()):
+            raise SpecError("this executor is being measured already; end that Measurement first")
+        for index, run in self.executor.runs.items():
+            run.meter = self._meters[index]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self.executor.runs.values():
+            run.meter = None
+
+    def costs(self, topology: Topology | None = None) -> Costs:
+        """What one microbatch costs: the same on every rank of the pipeline, all of which call it.
+
+        Each stage costs what it does on its slowest rank: medians over all microbatches but the first, of F, I and W,
+        or if it ran whole backwards, these as I and nothing as W. ``activation_nbytes`` is what autograd saved in the
+        first forward, without parameters and inputs. (Checkpointing without reentry saves its inputs unseen.) Hops
+        cost what their plans do on the topology, with the sizes of the last step; those that share a NIC there share
+        it in the costs.
+
+        Args:
+            topology: hosts and the rates of their NICs; None is that of the executor.
+
+        Raises:
+            SpecError: no topology, no steps or one microbatch only, or a rank without a stage.
+            TransportError: another rank has no costs, or did not come within the timeout.
+        """
+        topology = topology or self.executor.options.get("topology")
+        if topology is None:
+            raise SpecError(
+                "no topology, and hops take as long as NICs say; pass costs(Topology.detect(nic_bytes_per_second=...))"
+            )
+        if not self.executor.runs:
+            raise SpecError(f"rank {self.executor.rank} is on the mesh of no stage; ask for costs on those that are")
+        if not self._stages:
+            self._stages = self._slowest()
+        return Costs(self._stages, self._transfers(topology))
+
+    def _slowest(self) -> tuple[StageCost, ...]:
+        """The costs of all stages, told by all ranks over the store."""
+        executor, store = self.executor, self.executor.hub.store
+        keys = {rank: f"measured/{executor.unique}/{self._number}/{rank}" for rank in executor.ranks}
+        try:
+            mine: dict[str, Any] = {str(index): asdict(meter.cost()) for index, meter in self._meters.items()}
+        except SpecError as error:
+            post_note(store, keys[executor.rank], {"error": str(error)})
+            raise
+        post_note(store, keys[executor.rank], mine)
+        told = []
+        for rank, key in keys.items():
+            absent = f"rank {rank} did not ask for the costs of its stage within the timeout"
+            told.append(awaited_note(store, key, executor.timeout_seconds, absent))
+            if "error" in told[-1]:
+                raise TransportError(f"rank {rank} has no costs of its stage: {told[-1]['error']}")
+        names = [field.name for field in fields(StageCost)]
+        by_stage = ([one[str(index)] for one in told if str(index) in one] for index in range(len(executor.stages)))
+        return tuple(StageCost(*(max(one[name] for one in costs) for name in names)) for costs in by_stage)
+
+    def _transfers(self, topology: Topology) -> dict[Channel, TransferCost]:
+        executor = self.executor
+        options = {name: executor.options[name] for name in ("strategy", "balance") if name in executor.options}
+        transfers = {}
+        for edge, tensors in executor.bound_edges().items():
+            ways = {
+                edge.forward: [(tensor.source, tensor.destination) for tensor in tensors],
+                edge.backward: [tensor.gradient_specs() for tensor in tensors if tensor.gradient is not None],
+            }
+            for channel, pairs in ways.items():
+                if channel in executor.schedule.channels:
+                    plans = [make_plan(*pair, topology=topology, **options) for pair in pairs]
+                    transfers[channel] = TransferCost.in_turn([TransferCost.of_plan(plan) for plan in plans])
+        return transfers

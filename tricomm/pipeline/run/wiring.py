@@ -1,0 +1,154 @@
+"""How the stages of a pipeline hang together: checked once, then made into the Links of one rank."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tricomm.errors import PlanError, SpecError
+from tricomm.layout.mesh import format_ranks
+from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.stage import LOSS, Stage
+from tricomm.pipeline.run.way import Turns
+from tricomm.pipeline.schedule.actions import Channel, Edge, Kind
+from tricomm.pipeline.schedule.check import Queues, receive_ring
+from tricomm.pipeline.schedule.schedule import Schedule
+
+Edges = Mapping[tuple[int, int], Mapping[str, EdgeTensor]]
+"""Per (source stage, destination stage), the tensors that cross, by the name that both stages know them by."""
+
+
+def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: Edges) -> None:
+    """Refuse stages and edges that do not fit the schedule or each other.
+
+    Raises:
+        SpecError: the first rule that is broken.
+    """
+    if len(stages) != schedule.stages:
+        raise SpecError(f"{len(stages)} stages for a schedule of {schedule.stages}; give one Stage for each")
+    if {Edge(*edge) for edge in edges} != set(schedule.edges):
+        sides = ({Edge(*edge) for edge in edges}, set(schedule.edges))
+        given, wanted, missing = (", ".join(map(str, sorted(one))) for one in (*sides, sides[1] - sides[0]))
+        remedy = f"say what crosses {missing}, or " if missing else ""
+        raise SpecError(
+            f"edges are given for {given or 'none'}, and the schedule has {wanted or 'none'}; {remedy}pass "
+            f"edges={sorted(edges)} to the function that makes the schedule"
+        )
+    _check_meshes(schedule, stages)
+    for (source, destination), tensors in edges.items():
+        if not tensors:
+            raise SpecError(f"edge {source}-{destination} carries nothing; name its tensors or drop the edge")
+        for name, tensor in tensors.items():
+            _check_end(source, stages[source], name, "outputs", tensor.source.mesh.ranks)
+            _check_end(destination, stages[destination], name, "inputs", tensor.destination.mesh.ranks)
+    for index, stage in enumerate(stages):
+        for name in stage.inputs:
+            sources = [source for (source, destination), one in edges.items() if destination == index and name in one]
+            if len(sources) > 1:
+                raise SpecError(
+                    f"input {name!r} of stage {index} comes from the stages {sorted(sources)}; an input has one "
+                    "origin: give the tensors different names"
+                )
+        if stage.loss is None and not any(source == index for source, _ in edges):
+            raise SpecError(
+                f"stage {index} has no loss and no edge out of it; nothing needs it: give it one or drop it"
+            )
+        if LOSS in stage.outputs and any(LOSS in one for (source, _), one in edges.items() if source == index):
+            raise SpecError(f"stage {index} sends its loss to another stage; give that output another name")
+
+
+def turns_of(queues: Queues) -> Turns | None:
+    """What keeps the order of queues on a rank.
+
+    Raises:
+        PlanError: queues that ranks do not keep.
+    """
+    if queues not in (Queues.PER_CHANNEL, Queues.PER_DIRECTION):
+        raise PlanError(
+            f"queues={queues} describes other systems; transfers of tricomm have queues PER_CHANNEL or PER_DIRECTION"
+        )
+    return Turns() if queues is Queues.PER_DIRECTION else None
+
+
+def data_names(index: int, stage: Stage, edges: Edges) -> tuple[str, ...]:
+    """The inputs of a stage that no edge brings."""
+    brought = {name for (_, destination), tensors in edges.items() if destination == index for name in tensors}
+    return tuple(name for name in stage.inputs if name not in brought)
+
+
+def make_links(
+    schedule: Schedule,
+    edges: Edges,
+    sizes: Mapping[str, int],
+    rank: int,
+    name: str,
+    turns: Turns | None,
+    options: Mapping[str, Any],
+) -> dict[Edge, Link]:
+    """The Links of the edges that a rank has a part in, in the order in which all ranks connect them.
+
+    An edge inside of a position has one only if its two layouts differ, and takes no turns.
+    """
+    links: dict[Edge, Link] = {}
+    for edge in schedule.edges:
+        tensors = [tensor.bound(sizes) for tensor in edges[edge].values()]
+        is_inside = edge.forward not in schedule.channels
+        involved = any(rank in spec.mesh for spec in (tensors[0].source, tensors[0].destination))
+        if not involved or (is_inside and all(_passes_unchanged(tensor) for tensor in tensors)):
+            continue
+        links[edge] = Link(
+            f"{name} {edge}",
+            tensors,
+            microbatches=schedule.microbatches,
+            orders=(_order(schedule, edge.forward), _order(schedule, edge.backward)),
+            slots=(None, None)
+            if is_inside
+            else (receive_ring(schedule, edge.forward), receive_ring(schedule, edge.backward)),
+            turns=None if is_inside else turns,
+            **options,
+        )
+    return links
+
+
+def _order(schedule: Schedule, channel: Channel) -> list[int]:
+    """The order in which the microbatches leave a stage."""
+    actions = schedule.lists[schedule.position_of(channel.sender)]
+    return [
+        action.microbatch
+        for action in actions
+        if action.stage == channel.sender
+        and (action.kind is Kind.FORWARD if channel.is_forward else action.kind.gives_gradient)
+    ]
+
+
+def _passes_unchanged(tensor: EdgeTensor) -> bool:
+    same_gradient = tensor.gradient in ((), None, tensor.destination.placements)
+    return tensor.source == tensor.destination and not tensor.source.partial_axes and same_gradient
+
+
+def _check_meshes(schedule: Schedule, stages: Sequence[Stage]) -> None:
+    taken: dict[int, int] = {}
+    for position in range(schedule.positions):
+        first, *others = schedule.stages_of(position)
+        ranks = set(stages[first].mesh.ranks)
+        for other in others:
+            if set(stages[other].mesh.ranks) != ranks:
+                raise SpecError(
+                    f"stages {first} and {other} are at position {position} of the schedule, on {stages[first].mesh} "
+                    f"and {stages[other].mesh}; the stages of a position have the same ranks"
+                )
+        for rank in stages[first].mesh.ranks:
+            if taken.setdefault(rank, position) != position:
+                raise SpecError(
+                    f"rank {rank} is on the meshes of positions {taken[rank]} and {position}; a rank follows one list "
+                    "of actions: give the positions different ranks, or put their stages at one position"
+                )
+
+
+def _check_end(index: int, stage: Stage, name: str, side: str, ranks: Sequence[int]) -> None:
+    names = getattr(stage, side)
+    if name not in names:
+        raise SpecError(f"an edge carries {name!r}, and stage {index} has {side}={names}; name it there")
+    if set(ranks) != set(stage.mesh.ranks):
+        raise SpecError(
+            f"tensor {name!r} among the {side} of stage {index} is laid out on ranks {format_ranks(ranks)}, and the "
+            f"stage is on {stage.mesh}; lay it out on the ranks of the stage"
+        )

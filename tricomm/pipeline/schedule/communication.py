@@ -1,0 +1,85 @@
+"""Where sends and receives stand in a schedule: sends right after their producer, receives ahead of their consumer."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from tricomm.errors import PlanError
+from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
+from tricomm.pipeline.schedule.schedule import Schedule
+
+
+def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedule:
+    """Put in the sends and receives that the edges between positions need.
+
+    A send stands right after the action that gives its data. A receive stands ``receives_ahead`` compute actions ahead
+    of the action that needs its data, or earlier where that is needed so that each channel receives in the order in
+    which it sends: then one queue per channel never blocks.
+
+    A receive that is posted right before its use (0) hides nothing: a transfer starts when both ends are there. With 1
+    it has the compute action before to hide behind, which is enough in a steady state. Each further one costs a buffer.
+
+    Args:
+        schedule: sends and receives that it has are dropped.
+        receives_ahead: compute actions of the receiver's position; a number beyond its list posts all at the start.
+
+    Raises:
+        PlanError: a negative number.
+    """
+    if receives_ahead < 0:
+        raise PlanError(
+            f"receives_ahead={receives_ahead} would post a receive after its use; give the number of compute actions "
+            "by which receives come first, usually 1"
+        )
+    schedule = schedule.compute_only()
+    received = _receives(schedule, receives_ahead)
+    lists = []
+    for position, actions in enumerate(schedule.lists):
+        sent = [
+            (index + 1, send(channel, action.microbatch))
+            for index, action in enumerate(actions)
+            for channel in _crossing(schedule, schedule.outputs(action))
+        ]
+        lists.append(woven(actions, [*sent, *received[position]]))
+    return replace(schedule, lists=tuple(lists))
+
+
+def woven(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) -> tuple[Action, ...]:
+    """Compute actions with others among them: each stands before the compute action of its index, or at the end; those
+    of one index in the order in which they are given.
+    """
+    slots: dict[int, list[Action]] = {}
+    for index, action in placed:
+        slots.setdefault(index, []).append(action)
+    out: list[Action] = []
+    for index, action in enumerate(actions):
+        out += [*slots.get(index, ()), action]
+    return (*out, *slots.get(len(actions), ()))
+
+
+def _receives(schedule: Schedule, ahead: int) -> list[list[tuple[int, Action]]]:
+    """Per position, (index of the compute action before which it stands, receive)."""
+    sent: dict[Channel, list[int]] = {channel: [] for channel in schedule.channels}
+    wanted: dict[tuple[Channel, int], int] = {}
+    for actions in schedule.lists:
+        for index, action in enumerate(actions):
+            for channel in _crossing(schedule, schedule.outputs(action)):
+                sent[channel].append(action.microbatch)
+            for channel in _crossing(schedule, schedule.inputs(action)):
+                wanted[channel, action.microbatch] = max(0, index - ahead)
+    found: list[list[tuple[int, Action]]] = [[] for _ in schedule.lists]
+    placed: list[tuple[int, int, Channel, int]] = []
+    for channel, microbatches in sent.items():
+        slot = len(schedule.lists[schedule.position_of(channel.receiver)])
+        # From the last to the first: none may come after one that is sent later.
+        for turn in range(len(microbatches) - 1, -1, -1):
+            slot = min(slot, wanted[channel, microbatches[turn]])
+            placed.append((slot, turn, channel, microbatches[turn]))
+    for slot, _, channel, microbatch in sorted(placed):
+        found[schedule.position_of(channel.receiver)].append((slot, receive(channel, microbatch)))
+    return found
+
+
+def _crossing(schedule: Schedule, channels: tuple[Channel, ...]) -> list[Channel]:
+    """Those that leave their position, the nearest stage first: it is the next to wait."""
+    crossing = [one for one in channels if schedule.position_of(one.sender) != schedule.position_of(one.receiver)]
+    return sorted(crossing, key=lambda channel: abs(channel.sender - channel.receiver))

@@ -1,0 +1,200 @@
+"""Schedule: who computes, sends and receives what, in which order. An immutable value; nothing here runs it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+
+from tricomm.errors import PlanError
+from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
+
+
+def chain(stages: int) -> tuple[Edge, ...]:
+    """Each stage feeds the next one."""
+    return tuple(Edge(stage, stage + 1) for stage in range(stages - 1))
+
+
+_Channels = dict[tuple[int, Kind], tuple[Channel, ...]]
+"""By stage and kind of action."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The list of actions of each position of a pipeline.
+
+    A *position* is a group of ranks that runs one list, all of them the same. It usually holds one stage; with
+    interleaving it holds several. Edges between stages of one position need no communication.
+
+    Attributes:
+        lists: per position, its actions in order.
+        edges: which stages feed which; () means the chain of all stages. An edge between stages that are no
+            neighbours is a skip connection.
+        channels: the directed edges that need communication: those between two positions, forward and backward.
+
+    Raises:
+        PlanError: a stage at two positions or at none, an action that is missing, twice or both whole and split, or
+            an edge that joins no two stages.
+    """
+
+    lists: tuple[tuple[Action, ...], ...]
+    edges: tuple[Edge, ...] = ()
+    channels: tuple[Channel, ...] = field(init=False, repr=False, compare=False)
+    _position_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _microbatches: int = field(init=False, repr=False, compare=False)
+    _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
+    _inputs: _Channels = field(init=False, repr=False, compare=False)
+    _outputs: _Channels = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "lists", tuple(tuple(actions) for actions in self.lists))
+        set_field(self, "_position_of", _positions(self.lists))
+        split = (one for one in self.actions() if one.kind is Kind.INPUT_GRADIENT)
+        set_field(self, "_split", frozenset((one.stage, one.microbatch) for one in split))
+        set_field(self, "_microbatches", _checked_microbatches(self))
+        edges = tuple(dict.fromkeys(Edge(*edge) for edge in self.edges)) or chain(self.stages)
+        set_field(self, "edges", _checked_edges(edges, self.stages))
+        set_field(self, "_inputs", _channels_by_action(edges, by_receiver=True))
+        set_field(self, "_outputs", _channels_by_action(edges, by_receiver=False))
+        crossing = [edge for edge in edges if self.position_of(edge.source) != self.position_of(edge.destination)]
+        set_field(self, "channels", tuple(channel for edge in crossing for channel in (edge.forward, edge.backward)))
+
+    @classmethod
+    def parse(cls, lists: Iterable[str], edges: Iterable[tuple[int, int]] = ()) -> "Schedule":
+        """One text per position, its actions separated by spaces: ``Schedule.parse(["0F0 0B0", "1F0 1B0"])``."""
+        actions = tuple(tuple(Action.parse(word) for word in text.split()) for text in lists)
+        return cls(actions, tuple(Edge(*edge) for edge in edges))
+
+    @property
+    def positions(self) -> int:
+        """How many positions there are."""
+        return len(self.lists)
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return len(self._position_of)
+
+    @property
+    def microbatches(self) -> int:
+        """How many microbatches each stage computes."""
+        return self._microbatches
+
+    def position_of(self, stage: int) -> int:
+        """The position that holds a stage."""
+        return self._position_of[stage]
+
+    def stages_of(self, position: int) -> tuple[int, ...]:
+        """The stages that a position holds."""
+        return tuple(stage for stage, at in enumerate(self._position_of) if at == position)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some backward is split into I and W."""
+        return bool(self._split)
+
+    @property
+    def has_communication(self) -> bool:
+        """Whether sends and receives have been put in."""
+        return any(not action.is_compute for action in self.actions())
+
+    def gradient_of(self, stage: int, microbatch: int) -> Action:
+        """The B or I that gives the gradient of a stage's inputs."""
+        return Action(stage, Kind.INPUT_GRADIENT if (stage, microbatch) in self._split else Kind.BACKWARD, microbatch)
+
+    def producer(self, channel: Channel, microbatch: int) -> Action:
+        """The F, B or I that gives what a channel carries."""
+        if channel.is_forward:
+            return Action(channel.sender, Kind.FORWARD, microbatch)
+        return self.gradient_of(channel.sender, microbatch)
+
+    def actions(self) -> Iterator[Action]:
+        """All actions, position by position."""
+        for actions in self.lists:
+            yield from actions
+
+    def compute_only(self) -> "Schedule":
+        """The same schedule without sends and receives."""
+        return replace(self, lists=tuple(tuple(one for one in actions if one.is_compute) for actions in self.lists))
+
+    def inputs(self, action: Action) -> tuple[Channel, ...]:
+        """The channels (also those inside of a position) whose data an F, B or I needs."""
+        return self._inputs.get((action.stage, action.kind), ())
+
+    def outputs(self, action: Action) -> tuple[Channel, ...]:
+        """The channels (also those inside of a position) that carry what an F, B or I gives."""
+        return self._outputs.get((action.stage, action.kind), ())
+
+    def __str__(self) -> str:
+        """A grid: a row per position, its actions from left to right."""
+        rows = [[f"{position}:", *map(str, actions)] for position, actions in enumerate(self.lists)]
+        columns = [list(column) for column in zip_longest(*rows, fillvalue="")]
+        widths = [max(map(len, column)) for column in columns]
+        lines = (" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+def _positions(lists: Sequence[Sequence[Action]]) -> tuple[int, ...]:
+    """Per stage, its position."""
+    found: dict[int, int] = {}
+    for position, actions in enumerate(lists):
+        if not actions:
+            raise PlanError(f"position {position} of the schedule has no actions; leave it out or give it a stage")
+        for action in actions:
+            at = found.setdefault(action.stage, position)
+            if at != position:
+                raise PlanError(
+                    f"stage {action.stage} of {action} is at positions {at} and {position}; a stage has one position: "
+                    "move its actions into one list"
+                )
+    stages = len(found)
+    missing = next((stage for stage in range(stages) if stage not in found), None)
+    if missing is not None or not stages:
+        raise PlanError(
+            f"the schedule has no actions of stage {missing or 0}, and stages are counted from 0 without a gap; "
+            "number the stages from 0"
+        )
+    return tuple(found[stage] for stage in range(stages))
+
+
+def _channels_by_action(edges: Sequence[Edge], by_receiver: bool) -> _Channels:
+    """The channels that an F, B or I reads, or those that it fills."""
+    found: _Channels = {}
+    for edge in edges:
+        for channel, kinds in (
+            (edge.forward, (Kind.FORWARD,)),
+            (edge.backward, (Kind.BACKWARD, Kind.INPUT_GRADIENT)),
+        ):
+            for kind in kinds:
+                key = channel.receiver if by_receiver else channel.sender, kind
+                found[key] = (*found.get(key, ()), channel)
+    return found
+
+
+def _checked_edges(edges: tuple[Edge, ...], stages: int) -> tuple[Edge, ...]:
+    for edge in edges:
+        if not 0 <= edge.source < edge.destination < stages:
+            raise PlanError(
+                f"edge {edge} does not join an earlier stage to a later one of {stages}; write (source, destination) "
+                "with source below destination"
+            )
+    return edges
+
+
+def _checked_microbatches(schedule: Schedule) -> int:
+    """How many there are; every stage computes each of them once."""
+    kinds: dict[tuple[int, int], list[Kind]] = {}
+    for action in schedule.actions():
+        if action.is_compute:
+            kinds.setdefault((action.stage, action.microbatch), []).append(action.kind)
+    count = 1 + max((microbatch for _, microbatch in kinds), default=-1)
+    whole, halves = {Kind.FORWARD, Kind.BACKWARD}, {Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT}
+    for stage in range(schedule.stages):
+        for microbatch in range(count):
+            found = kinds.get((stage, microbatch), [])
+            if len(found) != len(set(found)) or set(found) not in (whole, halves):
+                names = " ".join(f"{stage}{kind}{microbatch}" for kind in found) or "nothing"
+                raise PlanError(
+                    f"stage {stage} does {names} for microbatch {microbatch}; each stage does F and B, or F, I and W, "
+                    f"once for each of {count} microbatches"
+                )
+    return count

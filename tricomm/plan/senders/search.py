@@ -1,0 +1,164 @@
+"""Sender choices that give each task one sender and try many: branch and bound, random orders, the best of all."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tricomm.errors import PlanError
+from tricomm.layout.topology import Topology
+from tricomm.plan.senders.policy import (
+    Assignment,
+    Balance,
+    Errand,
+    FanOut,
+    LeastLoaded,
+    Loads,
+    Naive,
+    choose_senders,
+    greedy,
+    largest_first,
+    settled,
+)
+from tricomm.plan.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Depth-first search for the sender choice whose most loaded NIC sends least.
+
+    Tasks are taken largest first and holders in the order of the load they would get, so the first leaf is
+    LeastLoaded's choice. A branch is left when a bound that no completion can beat is not below the best so far:
+    the larger of the load that is there and of all that is to be sent, spread over every NIC that may send. (The
+    bound in the paper's code gives the rest to the least loaded sender and may cut off the optimum.)
+
+    Args:
+        nodes: how many choices to try at the most; a number and not a time, so that all ranks find the same.
+    """
+
+    nodes: int = 20_000
+
+    def __post_init__(self) -> None:
+        _check_count("nodes", self.nodes)
+
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+        """See Balance."""
+        return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
+
+    def _choose(self, errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
+        return _Searching(errands, loads, self.nodes).run()
+
+
+class _Searching:
+    """One search. The path is kept on a stack of its own: there may be thousands of tasks."""
+
+    def __init__(self, errands: Sequence[Errand], start: Loads, nodes: int) -> None:
+        self.errands = errands
+        self.order = largest_first(errands)
+        self.start = start
+        self.nodes = nodes
+        topology = start.topology
+        nics = {topology.nic(rank) for errand in errands for rank in errand.holders} | set(start.nic_seconds)
+        if start.fan_out is FanOut.ONCE:
+            nics |= {topology.nic(rank) for errand in errands for ranks in errand.hosts for rank in ranks}
+        self.rates = {nic: topology.nic_rate(nic).send_bytes_per_second for nic in sorted(nics)}
+        # What is still to be sent from each place in the order on, in bytes, however it is chosen.
+        self.rest = [0]
+        for index in reversed(self.order):
+            errand = errands[index]
+            self.rest.append(self.rest[-1] + errand.crossings(start.fan_out) * errand.nbytes)
+        self.rest.reverse()
+
+    def bound(self, loads: Loads, depth: int) -> float:
+        """No completion is below the load that is there, nor below everything spread evenly."""
+        sent = sum(loads.nic_seconds.get(nic, 0.0) * rate for nic, rate in self.rates.items())
+        even = (sent + self.rest[depth]) / sum(self.rates.values())
+        return max(loads.bottleneck_seconds, even)
+
+    def run(self) -> tuple[Assignment, ...]:
+        """The best choice found within the budget of nodes."""
+        best: tuple[float, tuple[Assignment, ...]] | None = None
+        stack: list[tuple[int, Loads, tuple[Assignment, ...]]] = [(0, self.start, ())]
+        nodes = 0
+        while stack and (nodes < self.nodes or best is None):
+            depth, loads, chosen = stack.pop()
+            nodes += 1
+            if best is not None and self.bound(loads, depth) >= best[0] * (1 - 1e-12):
+                continue
+            if depth == len(self.order):
+                best = (loads.bottleneck_seconds, chosen)
+                continue
+            errand = self.errands[self.order[depth]]
+            for sender in reversed(_distinct(errand, loads)):
+                after = loads.copy()
+                stack.append((depth + 1, after, (*chosen, after.add(sender, errand))))
+        assert best is not None
+        at = dict(zip(self.order, best[1], strict=True))
+        return tuple(at[index] for index in sorted(at))
+
+
+def _distinct(errand: Errand, loads: Loads) -> list[int]:
+    """One holder per NIC, the one that sends least, best NIC first."""
+    per_nic: dict[int, int] = {}
+    for rank in sorted(errand.holders, key=lambda rank: loads.rank_nbytes.get(rank, 0)):
+        per_nic.setdefault(loads.topology.nic(rank), rank)
+    return sorted(per_nic.values(), key=lambda rank: loads.after(rank, errand))
+
+
+@dataclass(frozen=True, slots=True)
+class RandomizedGreedy:
+    """The best of many random orders of the tasks, each given to the least loaded holder (the paper's idea).
+
+    Args:
+        trials: how many orders.
+        seed: of the random numbers, so that all ranks find the same.
+    """
+
+    trials: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("trials", self.trials)
+
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+        """See Balance."""
+        return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
+
+    def _choose(self, errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
+        generator = random.Random(self.seed)
+        best: tuple[float, tuple[Assignment, ...]] | None = None
+        for _ in range(self.trials):
+            order = list(range(len(errands)))
+            generator.shuffle(order)
+            tried = loads.copy()
+            chosen = greedy(errands, tried, order)
+            if best is None or tried.bottleneck_seconds < best[0]:
+                best = (tried.bottleneck_seconds, chosen)
+        assert best is not None
+        return best[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Whichever of Naive, LeastLoaded, RandomizedGreedy and Search loads the busiest NIC least (the paper's)."""
+
+    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+        """See Balance."""
+        without_choice = settled(tasks)
+        if without_choice is not None:
+            return without_choice
+        members: tuple[Balance, ...] = (Naive(), LeastLoaded(), RandomizedGreedy(), Search())
+        choices = [member.assign(tasks, itemsize, topology, fan_out) for member in members]
+        return min(choices, key=lambda choice: sending_seconds(choice, itemsize, topology, fan_out))
+
+
+def sending_seconds(assignments: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
+    """How long the busiest NIC sends, forwarding in the order of each assignment's receivers."""
+    loads = Loads(topology, fan_out)
+    for assignment in assignments:
+        loads.follow(assignment, assignment.numel * itemsize)
+    return loads.bottleneck_seconds
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(f"{name}={value!r} must be at least 1, an integer; leave it out for the default")
