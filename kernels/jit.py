@@ -44,7 +44,8 @@ def _bases(row, read_base, write_base):
 def _offsets(index, row, RANK: tl.constexpr):
     """Places of the words ``index`` of a box on both sides, in words from the first.
 
-    Products may wrap; their sum does not, as the builder keeps the reach of a row below 2**29 words.
+    Products may wrap; their sum does not, nor its multiple by the lanes of a word: the builder keeps the reach of a
+    row below 2**31 lanes (``rows.reach_words``).
     """
     read = index * tl.load(row + _READ_JUMPS)
     write = index * tl.load(row + _WRITE_JUMPS)

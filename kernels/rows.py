@@ -13,7 +13,9 @@ from tricomm.kernels import layout
 from tricomm.kernels.boxes import Columns
 
 MAX_REACH_WORDS = 2**29
-"""A row reaches fewer words than this on either side, so that offsets, in units of 4 bytes, are int32."""
+"""A row reaches fewer words than this on either side, so that offsets are int32 in the kernels, which count in the
+lanes of a word: 4 of them at most where bits are moved. See reach_words for casts.
+"""
 MIN_TRANSPOSED_EXTENT = 16
 """Along both unit-stride dims; smaller boxes leave most of a square empty."""
 
@@ -103,7 +105,7 @@ def make_rows(sides: Sides, itemsize: Columns, cast: tuple[int, int] | None, wor
         _check_elements(sides, units)
         sides = sides._replace(read=sides.read // units[0], write=sides.write // units[1])
     sides, log2 = in_words(canonical(sides), units)
-    sides, log2 = within_reach(sides, log2, units)
+    sides, log2 = within_reach(sides, log2, units, reach_words(log2, cast is not None))
     turned, across = _transposable(sides, log2) if cast is None else (np.zeros(len(log2), np.bool_), log2)
     results = []
     if not turned.all():
@@ -236,18 +238,25 @@ def _check_elements(sides: Sides, units: tuple[int, int]) -> None:
             )
 
 
-def within_reach(sides: Sides, log2: Columns, units: tuple[int, int]) -> tuple[Sides, Columns]:
+def reach_words(log2: Columns, is_cast: bool) -> Columns:
+    """How many words a row of each box must not reach. The lanes of a word that is cast are its elements: of the
+    narrowest types there are 16, so that such a row may reach a quarter of what others may.
+    """
+    return MAX_REACH_WORDS >> (np.maximum(log2 - 2, 0) if is_cast else np.zeros_like(log2))
+
+
+def within_reach(sides: Sides, log2: Columns, units: tuple[int, int], below_words: Columns) -> tuple[Sides, Columns]:
     """Boxes of more dims than a row has, or that reach too far for int32 offsets, as several boxes each."""
     fits = (sides.extents[layout.MAX_RANK :] == 1).all(0)
     for strides in (sides.read, sides.write):
-        fits &= ((sides.extents - 1) * strides).sum(0) < MAX_REACH_WORDS
+        fits &= ((sides.extents - 1) * strides).sum(0) < below_words
     if fits.all():
         return _padded(sides._replace(**_cut(sides)), 2), log2
     parts = [sides.pick(fits)]
     logs = [log2[fits]]
     for box in np.flatnonzero(~fits).tolist():
         nbytes = (units[0] << int(log2[box]), units[1] << int(log2[box]))
-        pieces = list(_pieces(sides.pick(slice(box, box + 1)), nbytes))
+        pieces = list(_pieces(sides.pick(slice(box, box + 1)), nbytes, int(below_words[box])))
         parts += pieces
         logs.append(np.full(len(pieces), log2[box]))
     joined = Sides(*(np.concatenate(columns, axis=-1) for columns in zip(*parts, strict=True)))
@@ -260,13 +269,13 @@ def _cut(sides: Sides) -> dict[str, Columns]:
     return {name: getattr(sides, name)[:rank] for name in ("extents", "read", "write")}
 
 
-def _pieces(box: Sides, nbytes: tuple[int, int]) -> Iterator[Sides]:
+def _pieces(box: Sides, nbytes: tuple[int, int], below_words: int) -> Iterator[Sides]:
     """One box cut along a dim until every piece fits into a row."""
     extents = box.extents[:, 0]
     if int((extents > 1).sum()) > layout.MAX_RANK:
         dim = int(np.argmin(np.where(extents > 1, extents, np.iinfo(np.int64).max)))
         length = 1
-    elif any(int(((extents - 1) * strides[:, 0]).sum()) >= MAX_REACH_WORDS for strides in (box.read, box.write)):
+    elif any(int(((extents - 1) * strides[:, 0]).sum()) >= below_words for strides in (box.read, box.write)):
         dim = int(np.argmax((extents - 1) * np.maximum(box.read, box.write)[:, 0]))
         length = -(-int(extents[dim]) // 2)
     else:
@@ -281,7 +290,7 @@ def _pieces(box: Sides, nbytes: tuple[int, int]) -> Iterator[Sides]:
             read_place=box.read_place + start * box.read[dim] * nbytes[0],
             write_place=box.write_place + start * box.write[dim] * nbytes[1],
         )
-        yield from _pieces(_without_units(piece), nbytes)
+        yield from _pieces(_without_units(piece), nbytes, below_words)
 
 
 def _without_units(box: Sides) -> Sides:

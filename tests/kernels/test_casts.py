@@ -16,6 +16,7 @@ from tests.oracle import WORDS, require_equal
 from tricomm.kernels import layout
 from tricomm.kernels.boxes import Boxes, boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
+from tricomm.kernels.rows import Rows
 
 CAST = [name for name in CAST_DTYPES if name in layout.FORMATS]
 
@@ -90,3 +91,38 @@ def test_strided_casts(data: Any) -> None:
     launch(table, False, [back], [found])
     unpack(found, table, [other])
     require_equal(back, other, "unpacked")
+
+
+def addresses_read(rows: Rows, lanes: int, nbytes: int) -> list[int]:
+    """Where the kernels read each word of some rows, in bytes from the base, by their int32 arithmetic."""
+    found: list[int] = []
+    for row in rows.rows:
+        index = np.arange(row[layout.TOTAL], dtype=np.int32)
+        words = index * row[layout.READ_JUMPS]
+        for dim in range(1, rows.rank):
+            magic, shift = (int(row[at + dim - 1]) & 0xFFFFFFFF for at in (layout.MAGICS, layout.SHIFTS))
+            quotient = ((index.astype(np.uint64) * np.uint64(magic)) >> np.uint64(32)) >> np.uint64(shift)
+            words = words + quotient.astype(np.int32) * row[layout.READ_JUMPS + dim]
+        assert words.dtype == np.int32
+        found += (
+            int(row.view(np.int64)[layout.READ_PLACE]) + (words * np.int32(lanes)).astype(np.int64) * nbytes
+        ).tolist()
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "lanes"),
+    [("bfloat16", "float8_e4m3fn", 8), ("float8_e4m3fn", "float8_e5m2", 16), ("float32", "bfloat16", 4)],
+)
+def test_wide_casts_reach_no_further_than_int32_lanes(source: str, target: str, lanes: int) -> None:
+    """Three rows of 64 elements, a stride of 2**31 + 64 elements apart: with 8 or 16 lanes a word, words that are far
+    below the 2**29 of other rows overflow. Nothing of the tensor is touched, so it need not be there.
+    """
+    read, write = getattr(torch, source), getattr(torch, target)
+    stride = 2**31 + 64
+    tensor = torch.empty_strided((3, 64), (stride, 1), dtype=read, device="meta")
+    boxes, _ = boxes_in_order([tensor], np.zeros(1, np.int64), np.zeros((1, 2), np.int64), np.array([[3, 64]]), write)
+    (rows,) = Table(boxes, cast=(read, write)).rows(True, [0], [0])
+    assert set(rows.rows[:, layout.WORD_LOG2].tolist()) == {lanes.bit_length() - 1}
+    wanted = [(row * stride + word * lanes) * read.itemsize for row in range(3) for word in range(64 // lanes)]
+    assert addresses_read(rows, lanes, read.itemsize) == wanted
