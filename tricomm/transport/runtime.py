@@ -158,7 +158,7 @@ class PlanExecution:
         """Bind the tables to these tensors, and keep that until one of the tensors goes."""
         tables = self._tables_for(index, source, destination, depth)
         staging = arena(tables.arena_nbytes)
-        binding = bind(tables, source, destination, staging)
+        binding = bind(tables, _alias(source), _alias(destination), staging)
         memories = self._memories
 
         def forget(_: object) -> None:
@@ -231,6 +231,11 @@ class Memory:
 def _alignment(tensor: torch.Tensor | None) -> int:
     nbytes: int = alignment_nbytes() if tensor is None else alignment_nbytes(tensor)
     return nbytes
+
+
+def _alias(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Another tensor of the same memory. The one given may go while this stands (a view would keep its base alive)."""
+    return None if tensor is None else tensor.detach()
 
 
 def _address(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
