@@ -139,7 +139,7 @@ class Resharder:
             lane.side.join(lane.last_started.result()[1])
             return self._run(*call)
         # What was started on the same lane is still under way: wait in line behind it.
-        return self._start(call, None).wait()
+        return self._start(call, [lane.side.mark()]).wait()
 
     def start(
         self,
@@ -156,7 +156,8 @@ class Resharder:
         Args:
             tensor, out: as for :func:`reshard`.
             after: on a GPU, the run begins after this ``mark`` on a stream of its own; None is all that the current
-                stream has to do so far.
+                stream has to do so far. Without ``out`` the run waits for that in any case: the memory of the new
+                tensor may be that of one which the current stream has still to read.
             behind: runs of this rank, whatever they move, that end before this one begins.
         """
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
@@ -171,28 +172,31 @@ class Resharder:
             nothing: Future[tuple[torch.Tensor | None, Any]] = Future()
             nothing.set_result((None, None))
             return Handle(nothing, HostSide())
-        return self._start(call, after, behind)
+        lane, _, destination = call
+        marks = [] if after is None else [after]
+        if after is None or (out is None and destination is not None):
+            marks.append(lane.side.mark())
+        return self._start(call, marks, behind)
 
     def mark(self) -> Any:
         """What the current stream has to do so far, for ``start``; None in host memory, or before the first meeting."""
         return None if self._lane is None else self._lane.side.mark()
 
-    def _start(self, call: Call, after: Any, behind: Sequence[Handle] = ()) -> Handle:
+    def _start(self, call: Call, marks: Sequence[Any], behind: Sequence[Handle] = ()) -> Handle:
         lane = call[0]
-        after = lane.side.mark() if after is None else after
-        lane.last_started = lane.worker.submit(self._run_aside, after, behind, *call)
+        lane.last_started = lane.worker.submit(self._run_aside, marks, behind, *call)
         return Handle(lane.last_started, lane.side)
 
     def _run_aside(
         self,
-        after: Any,
+        marks: Sequence[Any],
         behind: Sequence[Handle],
         lane: Lane,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, Any]:
         """As _run, on the lane's side; (result, mark at which it is there)."""
-        with lane.side.after(after, source, destination):
+        with lane.side.after(marks, source, destination):
             for handle in behind:
                 handle.settle()
             return self._run(lane, source, destination), lane.side.reached()

@@ -1,7 +1,8 @@
 """Background runs stand beside the compute of a GPU: which marks they wait for, seen through a side that notes them."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,9 +32,10 @@ class Notebook:
         return self.marks
 
     @contextmanager
-    def after(self, mark: int, *tensors: torch.Tensor | None) -> Iterator[None]:
+    def after(self, marks: Sequence[int], *tensors: torch.Tensor | None) -> Iterator[None]:
         assert threading.current_thread().name.startswith("tricomm"), "the caller does not wait"
-        self.lines.append(f"begin after {mark}, keeping {sum(tensor is not None for tensor in tensors)}")
+        after = " and ".join(map(str, marks))
+        self.lines.append(f"begin after {after}, keeping {sum(tensor is not None for tensor in tensors)}")
         yield
 
     def reached(self) -> int:
@@ -68,7 +70,7 @@ def background_run(rank: int) -> list[str]:
         require_equal(output, full, "after a background run")
     mark = mover.mark()
     assert mark == 3
-    mover.start(tensor, after=mark).wait()
+    mover.start(tensor, out=output, after=mark).wait()
     return lines
 
 
@@ -127,3 +129,54 @@ def test_a_posted_receive_waits_for_its_buffer_only(ranks: Ranks) -> None:
     begins = [line for line in lines if line.startswith("begin")]
     # Marks: 1 start, 2 end, 3 release; 4, 5, 6 for the other buffer; then from the marks of the releases on.
     assert [line.split(",")[0] for line in begins] == [f"begin after {mark}" for mark in (1, 4, 3, 6)]
+
+
+def sends_before_a_flush(rank: int) -> list[str]:
+    """What the sender's stream waits for, when every send has been queued before the next one."""
+    if rank not in RANKS:
+        return []
+    link = Link("sends", [EdgeTensor(SOURCE, DESTINATION)], microbatches=4, timeout_seconds=10)
+    link.connect()
+    if rank == 2:
+        for m in range(4):
+            assert link.recv(m).wait()[0, 0] == m
+        return []
+    lines = opened(link.forward.movers[0]._lane)
+    for m in range(4):
+        handle = link.send(torch.full(SOURCE.local_shape(rank), float(m)), m)
+        while not handle.done():
+            time.sleep(0.001)
+    lines.append("flush")
+    link.flush()
+    return lines
+
+
+def test_a_send_holds_up_nothing_before_the_flush(ranks: Ranks) -> None:
+    """On a GPU a send is done when it is queued, so a wait for the one before would put compute behind it."""
+    for lines in ranks.run(sends_before_a_flush)[:2]:
+        joins = [line for line in lines if line.startswith(("join", "flush"))]
+        # Marks 2, 4, 6, 8 end the sends; whoever goes on after the flush goes on after the last of them.
+        assert joins == ["flush", "join 6", "join 8"], lines
+
+
+def new_memory_after_a_mark(rank: int) -> list[str]:
+    """A receive into a new tensor that is to begin after a mark which is older than the tensor."""
+    if rank not in RANKS:
+        return []
+    mover = Resharder(SOURCE, DESTINATION, timeout_seconds=10)
+    mover.meet()
+    lines = opened(mover._lane)
+    full = torch.arange(48.0).reshape(SHAPE)
+    tensor = pick(full, SOURCE, rank) if rank in SOURCE.mesh else None
+    old = mover.mark()
+    mover.start(tensor, after=old).wait()
+    out = torch.zeros(DESTINATION.resolved(SOURCE).local_shape(rank)) if rank in DESTINATION.mesh else None
+    mover.start(tensor, out=out, after=old).wait()
+    return [line.split(",")[0] for line in lines if line.startswith("begin")]
+
+
+def test_a_new_tensor_waits_for_whoever_used_its_memory(ranks: Ranks) -> None:
+    """The allocator gives memory back in the order of the current stream, not in that of the mark."""
+    found = ranks.run(new_memory_after_a_mark)
+    assert found[2] == ["begin after 1 and 2", "begin after 1"]
+    assert found[0] == found[1] == ["begin after 1", "begin after 1"], "nothing new is written there"

@@ -19,6 +19,10 @@ class Handle:
         """Whether wait() would return, or raise, at once."""
         return self._future.done()
 
+    def check(self) -> None:
+        """Raise what wait() would raise. It waits until the run has ended, but lets nothing on a GPU wait."""
+        self._future.result()
+
     def settle(self) -> None:
         """Return when it has ended, well or badly. On a GPU what is queued afterwards on the current stream runs after
         the move.

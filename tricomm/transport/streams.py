@@ -4,7 +4,7 @@ A background run waits, on the device, for what the caller's stream had to do wh
 waits, on the device, for the run when ``wait`` is called. The host blocks in neither.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,8 +18,8 @@ class Side(Protocol):
         """What the caller's stream has to do so far."""
         ...
 
-    def after(self, mark: Any, *tensors: torch.Tensor | None) -> Any:
-        """A context: what is queued in it runs after the mark, and may use the tensors until it is done."""
+    def after(self, marks: Sequence[Any], *tensors: torch.Tensor | None) -> Any:
+        """A context: what is queued in it runs after all the marks, and may use the tensors until it is done."""
         ...
 
     def reached(self) -> Any:
@@ -38,7 +38,7 @@ class HostSide:
         """See Side."""
 
     @contextmanager
-    def after(self, mark: None, *tensors: torch.Tensor | None) -> Iterator[None]:
+    def after(self, marks: Sequence[None], *tensors: torch.Tensor | None) -> Iterator[None]:
         """See Side."""
         yield
 
@@ -65,10 +65,11 @@ class CudaSide:
         return torch.cuda.current_stream(self.device).record_event()
 
     @contextmanager
-    def after(self, mark: torch.cuda.Event, *tensors: torch.Tensor | None) -> Iterator[None]:
+    def after(self, marks: Sequence[torch.cuda.Event], *tensors: torch.Tensor | None) -> Iterator[None]:
         """See Side."""
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(mark)
+            for mark in marks:
+                self.stream.wait_event(mark)
             for tensor in tensors:
                 if tensor is not None:
                     # It was allocated for another stream, where its memory must not be used again before this one ends.

@@ -64,6 +64,14 @@ class SendHandle:
         """Whether wait() would return, or raise, at once."""
         return all(handle.done() for handle in self._handles)
 
+    def check(self) -> None:
+        """Raise if a rank failed, once the send is done. On a GPU it has only been queued then, and what the current
+        stream has to do goes on beside it; the tensors' memory stays theirs until they are sent.
+        """
+        for handle in self._handles:
+            handle.check()
+        self._tensors = ()
+
     def wait(self) -> None:
         """Return when the tensors may be changed.
 
@@ -167,6 +175,7 @@ class Way:
         self._buffers: list[list[torch.Tensor]] = []
         self._counts = {"send": 0, "recv": 0}
         self._sent: deque[SendHandle] = deque()
+        self._last_ended: SendHandle | None = None
         self._own: dict[int, tuple[ReceiveHandle | None, Sequence[Handle] | None]] = {}
 
     @property
@@ -189,8 +198,7 @@ class Way:
         turn = self._next_turn("send", microbatch)
         if len(tensors) != len(self.movers):
             raise SpecError(f"{self.name} carries {len(self.movers)} tensors and got {len(tensors)}; pass each")
-        while self._sent and self._sent[0].done():
-            self._sent.popleft().wait()  # raises if it failed
+        self._drop_ended()
         # What autograd knows of the tensor stays here: its gradient comes back by the other direction.
         tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
         try:
@@ -235,6 +243,9 @@ class Way:
 
     def flush(self) -> None:
         """Wait for all sends."""
+        if self._last_ended is not None:
+            self._last_ended.wait()  # on a GPU those before it run on the same stream
+            self._last_ended = None
         while self._sent:
             self._sent.popleft().wait()
 
@@ -247,6 +258,13 @@ class Way:
         for mover in self.movers:
             mover.close()
         self._buffers.clear()
+
+    def _drop_ended(self) -> None:
+        """Forget sends that have ended; raise if one failed. Nothing waits for them: a send never holds up compute."""
+        while self._sent and self._sent[0].done():
+            ended = self._sent.popleft()
+            ended.check()
+            self._last_ended = ended
 
     def _start(self, arguments: Sequence[dict[str, Any]]) -> list[Handle]:
         """Start all movers, in turn with what else this rank moves in the same direction, if it is to take turns."""
