@@ -37,6 +37,7 @@ WITHOUT_TORCH = {"errors", "layout", "plan", "pipeline.schedule", "pipeline.cost
 # The demo compares with isend and irecv written by hand: there it is a user of torch.distributed like any other.
 WITH_DISTRIBUTED = {
     "transport.torch_dist",
+    "transport.nccl",
     "launch",
     "interop",
     "pipeline.run.executor",

@@ -19,7 +19,7 @@ from tricomm.transport.handle import Handle
 from tricomm.transport.meetings import describe_refusal
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.streams import HostSide
-from tricomm.transport.torch_dist import Hub, Lane, default_device, hub, resolve_group
+from tricomm.transport.torch_dist import Hub, Lane, device_of, hub, resolve_group
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -76,7 +76,7 @@ class Resharder:
         try:
             _check_timeout(timeout_seconds)
             self.timeout_seconds = timeout_seconds
-            self.device = default_device(group) if device is None else torch.device(device)
+            self.device = device_of(device, group)
             self.confirm = confirm
             self.channel = _checked_channel(channel)
             for side, spec in (("source", source), ("destination", destination)):

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from tricomm.errors import SpecError, TransportError
+from tricomm.transport import nccl
 from tricomm.transport.base import Operation, Work
 from tricomm.transport.board import Board
 from tricomm.transport.meetings import Meetings
@@ -150,11 +151,13 @@ class Lane:
         """NCCL: the operations of a round run as one group; the plan keeps it under 256."""
         if not operations:
             return []
-        backend = self._backends[0]
-        backend._start_coalescing()
-        for is_send, peer, buffer in operations:
-            (backend.send if is_send else backend.recv)([buffer], self.index[peer], 0)
-        work = backend._end_coalescing()
+        try:
+            work = nccl.post_group(self._backends[0], self.device, self.index, operations)
+        except RuntimeError as error:
+            peers = sorted({operation.peer for operation in operations})
+            raise self.fail(
+                f"rank {self.hub.rank} could not queue its messages to and from ranks {peers}: {error}"
+            ) from error
         return [PostedWork(self, operation.peer, work) for operation in operations]
 
     def _connect(self, timeout_seconds: float) -> list[Any]:
@@ -166,11 +169,7 @@ class Lane:
         try:
             if self.is_cuda:
                 store = dist.PrefixStore(f"{self.name}/nccl", self.hub.store)
-                options = dist.ProcessGroupNCCL.Options()
-                options._timeout = timeout
-                backends: list[Any] = [dist.ProcessGroupNCCL(store, rank, size, options)]
-                # NCCL wants all ranks in the first operation of a communicator.
-                backends[0].allreduce([torch.zeros(1, device=self.device)]).wait()
+                backends = [nccl.connect(store, rank, size, self.device, timeout)]
                 weakref.finalize(self, _shut_down, backends).atexit = False
                 return backends
             return [
@@ -182,16 +181,17 @@ class Lane:
         except RuntimeError as error:
             absent = [other for other in self.index if not self.hub.store.check([f"{self.name}/hello/{other}"])]
             who = f"rank {absent[0]} did not connect" if absent else "the ranks could not connect"
+            names = "NCCL_SOCKET_IFNAME" if self.is_cuda else "GLOO_SOCKET_IFNAME"
             raise TransportError(
-                f"{who} within the timeout; see whether it died, and on several hosts whether GLOO_SOCKET_IFNAME "
-                f"names the right network ({error})"
+                f"{who} within the timeout; see whether it died, and on several hosts whether {names} names "
+                f"the right network ({error})"
             ) from error
 
     def _meet_all(self, timeout_seconds: float) -> None:
         """Go on only when every rank has all its connections.
 
         Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
-        connection to it, which would fail there. NCCL's first operation is such a meeting.
+        connection to it, which would fail there. To connect with NCCL is such a meeting.
         """
         with self.running(timeout_seconds, "while it connected"):
             self.confirm()
@@ -398,6 +398,15 @@ def resolve_group(group: Any) -> Any:
 
 def default_device(group: Any) -> torch.device:
     """Where tensors are expected when nobody says: the current CUDA device if the group has NCCL, else host memory."""
-    if "nccl" in str(dist.get_backend(group)) and torch.cuda.is_available():
+    # The configuration, as get_backend says "undefined" of a group that was made without naming one.
+    if "cuda:nccl" in dist.get_backend_config(group).split(",") and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def device_of(device: torch.device | str | None, group: Any) -> torch.device:
+    """The device that somebody asks for, with its index ("cuda" is the current one), or the default one for None."""
+    found = default_device(group) if device is None else torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found

@@ -33,7 +33,7 @@ from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.plan.plan import digest_of
 from tricomm.reshard import DEFAULT_TIMEOUT_SECONDS
-from tricomm.transport.torch_dist import Hub, default_device, hub, resolve_group
+from tricomm.transport.torch_dist import Hub, device_of, hub, resolve_group
 
 MAX_SIGNATURES = 16
 """Combinations of sizes whose plans are kept."""
@@ -101,7 +101,7 @@ class Executor:
         self.observer: Observer | None = None
         self.measurements = 0
         """How many Measurements were made of it."""
-        self.device = default_device(group) if options.get("device") is None else torch.device(options["device"])
+        self.device = device_of(options.get("device"), group)
         self.ranks = tuple(sorted({rank for stage in stages for rank in stage.mesh.ranks}))
         self.options = {"group": group, "timeout_seconds": timeout_seconds, **options}
         self._links: dict[Edge, Link] = {}

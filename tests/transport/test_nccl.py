@@ -1,0 +1,157 @@
+"""What is asked of NCCL, by a backend that writes it down: this torch may have none, and there is no GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tricomm import TransportError
+from tricomm.transport import nccl
+from tricomm.transport.base import Operation
+from tricomm.transport.board import Board
+from tricomm.transport.torch_dist import Lane, default_device, device_of
+
+DEVICE = torch.device("cuda", 1)
+
+
+class Backend:
+    """ProcessGroupNCCL, as far as it is used. Sends to ``lost`` raise."""
+
+    class Options:
+        def __init__(self, is_high_priority_stream: bool = False) -> None:
+            self.is_high_priority_stream = is_high_priority_stream
+            self._timeout: timedelta | None = None
+
+    def __init__(self, store: Any = None, rank: int = 0, size: int = 2, options: Any = None) -> None:
+        self.options = options
+        self.lines: list[str] = []
+        self.depth = 0
+        self.lost: int | None = None
+        self.ends_badly = False
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        self.lines.append(f"connect {device}")
+
+    def _start_coalescing(self) -> None:
+        self.lines.append("start")
+        self.depth += 1
+
+    def _end_coalescing(self) -> str:
+        self.lines.append("end")
+        self.depth -= 1
+        if self.ends_badly:
+            raise RuntimeError("NCCL error: remote process exited")
+        return "work"
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        self.lines.append(f"send {tensors[0].numel()} to {peer}")
+        if peer == self.lost:
+            raise RuntimeError("NCCL error: invalid usage")
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        self.lines.append(f"recv {tensors[0].numel()} from {peer}")
+
+    def abort(self) -> None:
+        self.lines.append("abort")
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """One with a device that may be entered, which it notes."""
+    found = Backend()
+
+    @contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        found.lines.append(f"enter {device}")
+        yield
+        found.lines.append(f"leave {device}")
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    return found
+
+
+def operations() -> list[Operation]:
+    return [Operation(peer != 5, peer, torch.zeros(peer, dtype=torch.uint8)) for peer in (5, 7, 9)]
+
+
+INDEX = {5: 0, 7: 1, 9: 2}
+
+
+def test_a_communicator_stands_before_anything_is_sent_and_has_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Backend, raising=False)
+    backend = nccl.connect(dist.HashStore(), 0, 2, DEVICE, timedelta(seconds=7))
+    assert backend.lines == ["connect cuda:1"], "no collective, whose buffers would stay"
+    assert backend.options.is_high_priority_stream
+    assert backend.options._timeout == timedelta(seconds=7)
+
+
+def test_a_round_is_one_group_on_its_device(backend: Backend) -> None:
+    assert nccl.post_group(backend, DEVICE, INDEX, operations()) == "work"
+    calls = ["start", "recv 5 from 0", "send 7 to 1", "send 9 to 2", "end"]
+    assert backend.lines == ["enter cuda:1", *calls, "leave cuda:1"]
+
+
+def lane_of(backend: Backend, rank: int, store: Any) -> Lane:
+    """A lane on a device that is not there: only what a round needs."""
+    lane = object.__new__(Lane)
+    lane.hub = SimpleNamespace(rank=rank, board=Board(store, rank))
+    lane.name, lane.index, lane.device, lane.is_cuda = "lane/x/1", INDEX, DEVICE, True
+    lane.broken, lane._backends = None, [backend]
+    return lane
+
+
+@pytest.mark.parametrize("how", ["in the middle", "at the end"])
+def test_a_group_that_fails_is_closed_and_everybody_is_told(backend: Backend, how: str) -> None:
+    """An open group would keep this thread's later calls, of any communicator, from ever starting."""
+    store = dist.HashStore()
+    lane = lane_of(backend, 5, store)
+    if how == "in the middle":
+        backend.lost = 1
+    else:
+        backend.ends_badly = True
+    rule = r"rank 5 could not queue its messages to and from ranks \[5, 7, 9\]: NCCL error: "
+    with pytest.raises(TransportError, match=rule) as caught:
+        lane.post(operations())
+    assert backend.depth == 0
+    assert backend.lines[-1] == "abort", "whoever waits for it is woken"
+    assert lane.broken == str(caught.value) == Board(store, 7).verdict(lane.name)
+
+
+def test_an_error_that_closing_the_group_raises_does_not_hide_the_first(backend: Backend) -> None:
+    backend.lost, backend.ends_badly = 1, True
+    with pytest.raises(RuntimeError, match="invalid usage"):
+        nccl.post_group(backend, DEVICE, INDEX, operations())
+    assert backend.depth == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("undefined", "cpu:gloo,cuda:nccl", "cuda:1"),  # init_process_group() without a backend
+        ("nccl", "cuda:nccl", "cuda:1"),
+        ("gloo", "cpu:gloo,cuda:gloo", "cpu"),
+        ("undefined", "cpu:gloo", "cpu"),
+    ],
+)
+def test_tensors_are_expected_where_the_group_has_nccl(
+    name: str, config: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda _: name)
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert default_device(None) == torch.device(expected)
+    assert device_of(None, None) == torch.device(expected)
+
+
+def test_a_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors have one, and so have communicators."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert device_of("cuda", None) == DEVICE
+    assert device_of("cuda:0", None) == torch.device("cuda", 0)
+    assert device_of("cpu", None) == torch.device("cpu")
