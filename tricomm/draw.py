@@ -159,7 +159,7 @@ class _Drawing:
         begin, end = self.x(0), self.x(self.timeline.makespan_seconds)
         yield f'<rect x="{begin}" y="{y}" width="{end - begin:.1f}" height="{ROW}" fill="#f4f4f4"/>'
         for wait in self.timeline.waits():
-            if wait.position == position:
+            if wait.pipeline_rank == position:
                 yield _box(self.x(wait.begin), y + ROW - 5, self.x(wait.end), 5, WAIT, "")
         for span in self.timeline.compute[position]:
             shade = stages.index(span.action.stage) / max(1, len(stages))

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench.pipeline.solver import solve
 from tricomm.pipeline import Channel, Costs, Limits, StageCost, TransferCost, one_f_one_b, simulate, tune
-from tricomm.pipeline.tune.exact import solve
 
 GRID = [(4, 8), (4, 16), (8, 16)]
 HOPS = (0.0, 0.5, 1.0, 2.0)

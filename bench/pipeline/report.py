@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ExposureReport:
     """One hop time against the targets.
 
     Attributes:
@@ -84,7 +84,7 @@ class Verdict:
     simulator_error: float
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+def exposures(rows: Sequence[Row]) -> list[ExposureReport]:
     """One for each case."""
     found = []
     for key in dict.fromkeys(row.case for row in rows):
@@ -94,7 +94,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         peer = min((row for name, row in case.items() if name not in (OURS, SIGNAL, IN_TORCH)), key=lambda r: r.seconds)
         assert ours.predicted_seconds is not None
         found.append(
-            Verdict(
+            ExposureReport(
                 ours.hop_forwards,
                 bound,
                 ours.seconds / bound,
@@ -136,7 +136,7 @@ def summary(rows: Sequence[Row], seconds: Seconds) -> str:
         "simulator |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in verdicts(rows):
+    for one in exposures(rows):
         wanted = TARGET_PEER if one.hop_forwards == 0 else 1.0
         is_asked = one.hop_forwards <= hidden
         lines.append(
@@ -170,7 +170,7 @@ def draw(rows: Sequence[Row], seconds: Seconds, path: Path) -> None:
         is_ours = name in (OURS, IN_TORCH, SIGNAL)
         style = {OURS: "o-", IN_TORCH: "o--", SIGNAL: "k:"}.get(name, "s-")
         axes.plot(*zip(*points, strict=True), style, label=name, linewidth=2.2 if is_ours else 1.2, markersize=4)
-    bound = sorted((one.hop_forwards, one.bound_seconds) for one in verdicts(rows))
+    bound = sorted((one.hop_forwards, one.bound_seconds) for one in exposures(rows))
     axes.plot(*zip(*bound, strict=True), "k--", linewidth=1, label="signal + fill and drain, 2 (S - 1) hops")
     if not rows[0].has_links:
         full = (seconds.forward + seconds.backward) / 2 / seconds.forward

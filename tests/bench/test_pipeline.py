@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from bench.pipeline.ranks import Setting, prepare, sample
-from bench.pipeline.report import TORCH, Row, table, verdicts
+from bench.pipeline.report import TORCH, Row, exposures, table
 from bench.pipeline.run import methods_of, wire_bound_seconds
 from bench.pipeline.work import Seconds
 from tests.cases import RANKS
@@ -65,7 +65,7 @@ def row(method: str, hop: float, seconds: float, predicted: float | None = None)
 def test_verdicts_hold_ours_against_the_bound_and_the_fastest_peer() -> None:
     rows = [row("signal", 1, 1.0), row("tricomm", 1, 1.04, 1.0), *(row(name, 1, 2.0) for name in TORCH)]
     rows.append(row("leader + broadcast, 1F1B", 1, 1.5))
-    (found,) = verdicts(rows)
+    (found,) = exposures(rows)
     assert found.bound_seconds == pytest.approx(1.06)
     assert found.ratio == pytest.approx(1.04 / 1.06)
     assert found.wire_ratio == pytest.approx(1 / 1.06)

@@ -24,9 +24,9 @@ def main() -> None:
     print(f"{'model':14} {'stages':>6} {'schedule':14} {'queues':14} {'loss':>9} {'gradient':>9} {'seconds':>8}")
     with Ranks(RANKS, timeout_seconds=300) as ranks:
         for name in MODELS:
-            for positions in MESHES:
+            for pipeline_ranks in MESHES:
                 for kind, queues in ((kind, queues) for kind in SCHEDULES for queues in QUEUES):
-                    schedule, meshes = case_of(name, positions, kind)
+                    schedule, meshes = case_of(name, pipeline_ranks, kind)
                     if queues is Queues.PER_DIRECTION:
                         schedule = turned(schedule)
                     began = time.monotonic()

@@ -27,7 +27,7 @@ from tricomm.pipeline.schedule.schedule import Schedule
 MODELS = {"gpt": models.gpt, "u-transformer": models.u_transformer}
 MICROBATCHES, BATCH = 4, 4
 AXES = ("dp", "tp")
-# Positions of unequal meshes: tp=2 -> dp=2,tp=2 -> tp=1, and one more.
+# Pipeline ranks of unequal meshes: tp=2 -> dp=2,tp=2 -> tp=1, and one more.
 MESHES = {
     2: (Mesh([[0, 1]], AXES), Mesh([[2, 3], [4, 5]], AXES)),
     3: (Mesh([[0, 1]], AXES), Mesh([[2, 3], [4, 5]], AXES), Mesh([[6]], AXES)),
@@ -202,7 +202,7 @@ SCHEDULES = {
     "eager 2 split": lambda stages, edges: eager_one_f_one_b(stages, MICROBATCHES, depth=2, split=True, edges=edges),
     "zero bubble": lambda stages, edges: zero_bubble(stages, MICROBATCHES, edges=edges),
     "zero bubble 2": lambda stages, edges: zero_bubble(stages, MICROBATCHES, depth=1, edges=edges),
-    # It takes microbatches in groups of one per position.
+    # It takes microbatches in groups of one per pipeline rank.
     "interleaved": lambda stages, edges: interleaved_one_f_one_b(stages, 3 if stages == 3 else 4, edges=edges),
 }
 
@@ -212,9 +212,9 @@ def turned(schedule: Schedule) -> Schedule:
     return in_turn(schedule, Costs.uniform(schedule.stages, 1, 1, 1, 2), trials=30)
 
 
-def case_of(name: str, positions: int, kind: str) -> tuple[Schedule, tuple[Mesh, ...]]:
+def case_of(name: str, pipeline_ranks: int, kind: str) -> tuple[Schedule, tuple[Mesh, ...]]:
     """The schedule, with the edges that the model has when it is cut, and the mesh of each stage."""
-    meshes = MESHES[positions] * (2 if kind == "interleaved" else 1)
+    meshes = MESHES[pipeline_ranks] * (2 if kind == "interleaved" else 1)
     model = MODELS[name]()
     names = [models.names_of(model, span) for span in models.spans_of(len(model.units), len(meshes))]
     edges = [
@@ -223,29 +223,29 @@ def case_of(name: str, positions: int, kind: str) -> tuple[Schedule, tuple[Mesh,
         for destination, (inputs, _) in enumerate(names)
         if set(outputs) & set(inputs)
     ]
-    return SCHEDULES[kind](positions, edges), meshes
+    return SCHEDULES[kind](pipeline_ranks, edges), meshes
 
 
-@pytest.mark.parametrize("positions", MESHES)
+@pytest.mark.parametrize("pipeline_ranks", MESHES)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_schedule_trains_as_one_process_does(ranks: Ranks, name: str, positions: int) -> None:
+def test_every_schedule_trains_as_one_process_does(ranks: Ranks, name: str, pipeline_ranks: int) -> None:
     """20 steps, of which each is run by another schedule; ``python -m tests.pipeline.matrix`` runs 20 by each."""
-    cases = [case_of(name, positions, kind) for kind in SCHEDULES if kind != "interleaved"]
+    cases = [case_of(name, pipeline_ranks, kind) for kind in SCHEDULES if kind != "interleaved"]
     schedules = tuple(schedule for schedule, _ in cases)
     require_below(1e-10, errors_of(ranks, name, schedules, cases[0][1], 20))
 
 
-@pytest.mark.parametrize("positions", MESHES)
+@pytest.mark.parametrize("pipeline_ranks", MESHES)
 @pytest.mark.parametrize("name", MODELS)
-def test_interleaved_stages_train_as_one_process_does(ranks: Ranks, name: str, positions: int) -> None:
-    schedule, meshes = case_of(name, positions, "interleaved")
+def test_interleaved_stages_train_as_one_process_does(ranks: Ranks, name: str, pipeline_ranks: int) -> None:
+    schedule, meshes = case_of(name, pipeline_ranks, "interleaved")
     require_below(1e-10, errors_of(ranks, name, (schedule,), meshes, 6))
 
 
 @pytest.mark.parametrize("kind", ["eager 2 split", "interleaved"])
 @pytest.mark.parametrize("name", MODELS)
 def test_hops_that_take_turns_train_as_one_process_does(ranks: Ranks, name: str, kind: str) -> None:
-    """Skips, several tensors an edge, meshes of several ranks, two stages at a position: all in one order a rank."""
+    """Skips, several tensors an edge, meshes of several ranks, two stages a pipeline rank: all in one order."""
     schedule, meshes = case_of(name, 4, kind)
     errors = errors_of(ranks, name, (turned(schedule),), meshes, 6, queues=Queues.PER_DIRECTION)
     require_below(1e-10, errors)

@@ -22,12 +22,12 @@ from tricomm.pipeline import (
     Executor,
     Limits,
     Link,
+    PerDirectionFifo,
     Queues,
     Schedule,
     StageCost,
     Timeline,
     TransferCost,
-    Turns,
     check,
     eager_one_f_one_b,
     in_turn,
@@ -36,7 +36,7 @@ from tricomm.pipeline import (
     tune,
     with_communication,
 )
-from tricomm.pipeline.run.way import ReceiveHandle
+from tricomm.pipeline.run.directed_link import ReceiveHandle
 from tricomm.pipeline.tune.in_turn import ideal_timeline
 
 TURNS = Queues.PER_DIRECTION
@@ -53,11 +53,11 @@ def one_nic_each(hop: float, stages: int = 4) -> Costs:
 
 
 def require_turns(timeline: Timeline) -> None:
-    """What a position sends does not overlap, nor what it receives."""
-    place = timeline.schedule.position_of
+    """What a pipeline rank sends does not overlap, nor what it receives."""
+    place = timeline.schedule.pipeline_rank_of
     for end in (0, 1):
-        for position in range(timeline.schedule.positions):
-            row = [one for one in timeline.transfers if place(one.channel[end]) == position]
+        for pipeline_rank in range(timeline.schedule.pipeline_ranks):
+            row = [one for one in timeline.transfers if place(one.channel[end]) == pipeline_rank]
             row.sort(key=lambda one: (one.begin, one.end))
             assert all(first.end <= second.begin for first, second in pairwise(row))
 
@@ -127,7 +127,7 @@ def test_orders_that_were_not_made_for_turns_are_refused() -> None:
     )
     check(schedule)
     with pytest.raises(
-        PlanError, match=r"with queues one per position and direction: .*take a queue per directed edge"
+        PlanError, match=r"with queues one per pipeline rank and direction: .*take a queue per directed edge"
     ):
         check(schedule, TURNS)
     check(with_communication(one_f_one_b(3, 4)), TURNS)
@@ -138,7 +138,7 @@ def test_orders_that_were_not_made_for_turns_are_refused() -> None:
 SHAPE = (3, 5)
 
 
-def link_between(source: int, destination: int, turns: Turns | None) -> Link:
+def link_between(source: int, destination: int, turns: PerDirectionFifo | None) -> Link:
     specs = [ShardingSpec(Mesh([rank], ("x",)), (Replicate(),), SHAPE, "float32") for rank in (source, destination)]
     name = f"{source} to {destination}, {'in turn' if turns else 'at once'}"
     return Link(name, [EdgeTensor(*specs)], microbatches=1, turns=turns, timeout_seconds=TIMEOUT_SECONDS)
@@ -153,7 +153,7 @@ def arrives(handle: ReceiveHandle, seconds: float) -> bool:
 
 def two_senders(rank: int, takes_turns: bool) -> bool | None:
     """Rank 2 receives from 0 and then from 1, which sends first: whether 1's message has arrived before 0 sends."""
-    turns = Turns() if takes_turns else None
+    turns = PerDirectionFifo() if takes_turns else None
     store, key = dist.group.WORLD.get_group_store(), f"two senders {takes_turns}"
     links = {source: link_between(source, 2, turns) for source in (0, 1) if rank in (source, 2)}
     for link in links.values():
@@ -182,7 +182,7 @@ def test_a_receive_waits_for_its_turn(ranks: Ranks, takes_turns: bool) -> None:
 
 def two_receivers(rank: int, takes_turns: bool) -> bool | None:
     """Rank 0 sends to 1 and then to 2: whether 2 has its message before 1 takes its own."""
-    turns = Turns() if takes_turns else None
+    turns = PerDirectionFifo() if takes_turns else None
     store, key = dist.group.WORLD.get_group_store(), f"two receivers {takes_turns}"
     links = {to: link_between(0, to, turns) for to in (1, 2) if rank in (0, to)}
     for link in links.values():

@@ -26,7 +26,7 @@ from tricomm.pipeline import (
     zero_bubble,
 )
 from tricomm.pipeline.run import measure
-from tricomm.pipeline.run.way import ReceiveHandle
+from tricomm.pipeline.run.directed_link import ReceiveHandle
 
 SLOW_RANKS = (Mesh([0], ("x",)), Mesh([1, 2], ("x",)), Mesh([3], ("x",)))
 WAIT_SECONDS = 1000.0
@@ -157,7 +157,7 @@ def test_kept_bytes_are_counted_once_and_without_inputs_and_parameters() -> None
     module, x = Keeps(), torch.ones(BATCH, WIDTH, dtype=torch.float64, requires_grad=True)
     meter = measure.StageMeter(module, torch.device("cpu"))
     for _ in range(3):
-        with meter.noted(measure.Kind.FORWARD, [x]):
+        with meter.recorded(measure.Kind.FORWARD, [x]):
             y = module(x)
     assert meter.cost().activation_nbytes == BATCH * WIDTH * 8
     y.sum().backward()
@@ -166,7 +166,7 @@ def test_kept_bytes_are_counted_once_and_without_inputs_and_parameters() -> None
 
 def test_counting_leaves_no_graph_behind() -> None:
     meter = measure.StageMeter(nn.Identity(), torch.device("cpu"))
-    with meter.noted(measure.Kind.FORWARD, []):
+    with meter.recorded(measure.Kind.FORWARD, []):
         y = torch.ones(BATCH, requires_grad=True).exp()  # whose node keeps what it gives
     mark = Clock()
     y.grad_fn.metadata["mark"] = mark
@@ -234,7 +234,7 @@ def test_what_cannot_be_measured_is_refused(ranks: Ranks) -> None:
 
 def test_one_microbatch_is_too_few() -> None:
     meter = measure.StageMeter(nn.Identity(), torch.device("cpu"))
-    with meter.noted(measure.Kind.FORWARD, []):
+    with meter.recorded(measure.Kind.FORWARD, []):
         pass
     assert "run two steps" in attempt(meter.cost)[1]
 
@@ -259,6 +259,6 @@ def test_on_a_gpu_events_tell_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "torch", SimpleNamespace(cuda=SimpleNamespace(Event=Event), Tensor=torch.Tensor))
     meter = measure.StageMeter(nn.Identity(), torch.device("cuda", 0))
     for _ in range(3):
-        with meter.noted(measure.Kind.FORWARD, []):
+        with meter.recorded(measure.Kind.FORWARD, []):
             pass
     assert meter.cost() == StageCost(0.004, 0.0, 0.0)

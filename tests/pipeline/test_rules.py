@@ -1,4 +1,4 @@
-"""What pipelines may look like: gradient rules, layouts inside of a position, receive buffers, and what is refused."""
+"""What pipelines may look like: gradient rules, layouts inside of a pipeline rank, receive buffers, what is refused."""
 
 import re
 from dataclasses import replace
@@ -86,7 +86,7 @@ def test_shares_that_are_not_declared_are_found_in_the_first_step(ranks: Ranks) 
 
 
 def relaid_inside(rank: int) -> None:
-    """Two stages at one position with different layouts, and one with the same: no schedule sends, yet it is moved."""
+    """Stages at one pipeline rank with different layouts, and one with the same: no schedule sends, yet it is moved."""
     mesh, other = Mesh([0, 1], ("x",)), Mesh([1, 0], ("x",))
     stages, edges = chain(rank, linear, (mesh, mesh, other))
     for index, stage in enumerate(stages):
@@ -160,13 +160,13 @@ def test_wiring_is_checked_by_its_text() -> None:
             schedule,
             [first, replace(stages[1], mesh=CHAIN[0]), *stages[2:]],
             edges,
-            "rank 0 is on the meshes of positions 0 and 1; a rank follows one list of actions",
+            "rank 0 is on the meshes of pipeline ranks 0 and 1; a rank follows one list of actions",
         ),
         (
             Schedule.parse(["0F0 0B0 1F0 1B0"]),
             [first, replace(stages[3], inputs=("x1", "target"))],
             {(0, 1): {"x1": EdgeTensor(layout(CHAIN[0]), layout(CHAIN[3]))}},
-            "stages 0 and 1 are at position 0 of the schedule, on (x=1: rank 0) and (x=1: rank 3)",
+            "stages 0 and 1 are at pipeline rank 0 of the schedule, on (x=1: rank 0) and (x=1: rank 3)",
         ),
         (
             schedule,
@@ -216,7 +216,7 @@ def impossible(rank: int) -> None:
     Executor(schedule, stages, edges, name="possible", timeout_seconds=TIMEOUT_SECONDS)
     lists = (schedule.lists[0][2:] + schedule.lists[0][:2], schedule.lists[1])
     if rank in (0, 1):
-        with pytest.raises((PlanError, TransportError), match="0B0 at position 0 comes before 0F0"):
+        with pytest.raises((PlanError, TransportError), match="0B0 at pipeline rank 0 comes before 0F0"):
             Executor(Schedule(lists), stages, edges, name="impossible", timeout_seconds=TIMEOUT_SECONDS)
 
 

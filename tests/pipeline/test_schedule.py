@@ -49,7 +49,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         rounds = draw(st.integers(1, 3))
         groups = draw(st.integers(1, 3))
         count = microbatches if microbatches <= stages else stages * groups
-        return interleaved_one_f_one_b(stages, count, stages_per_position=rounds)
+        return interleaved_one_f_one_b(stages, count, stages_per_rank=rounds)
     if kind == "zero bubble":
         return zero_bubble(stages, microbatches, depth=draw(st.integers(0, 2)), edges=edges)
     split = draw(st.booleans())
@@ -100,8 +100,8 @@ def test_what_is_no_action_is_refused(text: str) -> None:
         (lambda: Action(0, Kind.FORWARD, 0, peer=1), "computes and has no peer, but peer=1; leave it out"),
         (lambda: Action(0, Kind.RECEIVE_FORWARD, 0), "which is not a stage before it; activations go to later"),
         (lambda: Action.parse("3SEND_F0>1"), "which is not a stage after it; activations go to later"),
-        (lambda: Schedule.parse(["0F0 0B0", "0F1 0B1"]), "at positions 0 and 1; a stage has one position"),
-        (lambda: Schedule.parse(["0F0 0B0", ""]), "position 1 of the schedule has no actions"),
+        (lambda: Schedule.parse(["0F0 0B0", "0F1 0B1"]), "at pipeline ranks 0 and 1; a stage has one pipeline rank"),
+        (lambda: Schedule.parse(["0F0 0B0", ""]), "pipeline rank 1 of the schedule has no actions"),
         (lambda: Schedule.parse(["1F0 1B0"]), "no actions of stage 0, and stages are counted from 0"),
         (lambda: Schedule.parse(["0F0 0B0 0F1"]), "stage 0 does 0F1 for microbatch 1; each stage does F and B"),
         (lambda: Schedule.parse(["0F0 0B0 0I0 0W0"]), "stage 0 does 0F0 0B0 0I0 0W0 for microbatch 0"),
@@ -112,7 +112,7 @@ def test_what_is_no_action_is_refused(text: str) -> None:
         (lambda: eager_one_f_one_b(2, 2, depth=-1), "depth=-1 must be at least 0"),
         (lambda: one_f_one_b(2, 2, weight_delay=1), "weight_delay=1 delays weight gradients of backwards; pass split"),
         (lambda: one_f_one_b(2, 2, split=True, weight_delay=(1,)), "or one for each of 2 stages"),
-        (lambda: interleaved_one_f_one_b(4, 6), "microbatches=6 is above positions=4 and no multiple of it"),
+        (lambda: interleaved_one_f_one_b(4, 6), "microbatches=6 is above pipeline_ranks=4 and no multiple of it"),
         (lambda: with_communication(gpipe(2, 2), receives_ahead=-1), "receives_ahead=-1 would post a receive after"),
         (lambda: write_csv(gpipe(3, 1, edges=[(0, 1), (1, 2), (0, 2)])), "torch's schedules know no others"),
     ],
@@ -147,22 +147,22 @@ def test_warm_up_is_what_the_paper_says(stages: int, depth: int) -> None:
             assert kinds.index(Kind.BACKWARD) == min(microbatches, expected)
 
 
-@pytest.mark.parametrize(("positions", "rounds", "microbatches"), [(4, 2, 16), (2, 3, 4), (4, 2, 2), (4, 1, 8)])
-def test_interleaving_is_torchs(positions: int, rounds: int, microbatches: int) -> None:
+@pytest.mark.parametrize(("pipeline_ranks", "rounds", "microbatches"), [(4, 2, 16), (2, 3, 4), (4, 2, 2), (4, 1, 8)])
+def test_interleaving_is_torchs(pipeline_ranks: int, rounds: int, microbatches: int) -> None:
     class Stage:
         is_first = is_last = has_backward = False
-        group_size, num_stages, submod, group = positions, positions * rounds, None, None
+        group_size, num_stages, submod, group = pipeline_ranks, pipeline_ranks * rounds, None, None
 
         def __init__(self, index: int) -> None:
             self.stage_index, self.group_rank = index, 0
             self.stage_index_to_group_rank: dict[int, int] = {}
 
-    stages: Any = [Stage(turn * positions) for turn in range(rounds)]
+    stages: Any = [Stage(turn * pipeline_ranks) for turn in range(rounds)]
     theirs = torch_schedules.ScheduleInterleaved1F1B(stages, microbatches).pipeline_order
-    ours = interleaved_one_f_one_b(positions, microbatches, stages_per_position=rounds)
-    for position in range(positions):
-        named = [str(action) for action in theirs[position] if action is not None]
-        assert list(map(str, ours.lists[position])) == named
+    ours = interleaved_one_f_one_b(pipeline_ranks, microbatches, stages_per_rank=rounds)
+    for pipeline_rank in range(pipeline_ranks):
+        named = [str(action) for action in theirs[pipeline_rank] if action is not None]
+        assert list(map(str, ours.lists[pipeline_rank])) == named
 
 
 @quick
@@ -232,10 +232,10 @@ GOOD = with_communication(one_f_one_b(3, 3, split=True, edges=[(0, 1), (1, 2), (
 def moved(schedule: Schedule, text: str, before: str) -> Schedule:
     """One action put right before another of its list."""
     action, anchor = Action.parse(text), Action.parse(before)
-    position = schedule.position_of(action.stage)
-    rest = [one for one in schedule.lists[position] if one != action]
+    pipeline_rank = schedule.pipeline_rank_of(action.stage)
+    rest = [one for one in schedule.lists[pipeline_rank] if one != action]
     rest.insert(rest.index(anchor), action)
-    return replace(schedule, lists=(*schedule.lists[:position], tuple(rest), *schedule.lists[position + 1 :]))
+    return replace(schedule, lists=(*schedule.lists[:pipeline_rank], tuple(rest), *schedule.lists[pipeline_rank + 1 :]))
 
 
 def without(schedule: Schedule, text: str) -> Schedule:
@@ -245,15 +245,18 @@ def without(schedule: Schedule, text: str) -> Schedule:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (moved(GOOD, "1I0", "1F0"), "1I0 at position 1 comes before 1F0, but a backward needs its forward; put"),
-        (moved(GOOD, "1W1", "1I1"), "1W1 at position 1 comes before 1I1, but the gradient of weights follows"),
+        (moved(GOOD, "1I0", "1F0"), "1I0 at pipeline rank 1 comes before 1F0, but a backward needs its forward; put"),
+        (moved(GOOD, "1W1", "1I1"), "1W1 at pipeline rank 1 comes before 1I1, but the gradient of weights follows"),
         (moved(GOOD, "0SEND_F1>2", "0F1"), "comes before 0F1, but what is sent must have been computed"),
         (moved(GOOD, "2I0", "2RECV_F0"), "comes before 2F0"),
-        (moved(GOOD, "2F0", "2RECV_F0<0"), "2F0 at position 2 comes before 2RECV_F0, but what is received is an input"),
+        (
+            moved(GOOD, "2F0", "2RECV_F0<0"),
+            "2F0 at pipeline rank 2 comes before 2RECV_F0, but what is received is an input",
+        ),
         (without(GOOD, "1SEND_B1"), "1SEND_B1 is missing, so what is at its other end would wait for ever"),
         (without(GOOD, "2RECV_F1<0"), "comes before 2RECV_F1<0, but what is received is an input"),
         (replace(GOOD, edges=((0, 1), (1, 2))), "uses an edge that needs no communication or does not exist"),
-        (Schedule.parse(["0F0 0B0 1F0 1B0"]), "0B0 at position 0 comes before 1B0, but its result is an input"),
+        (Schedule.parse(["0F0 0B0 1F0 1B0"]), "0B0 at pipeline rank 0 comes before 1B0, but its result is an input"),
         (Schedule.parse(["0F0 0F1 0B0 0B1", "1F1 1B1 1F0 1B0"]), None),
         (Schedule.parse(["0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0"]), "which waits for 0F1"),
         (
@@ -267,7 +270,7 @@ def without(schedule: Schedule, text: str) -> Schedule:
         ),
         (
             Schedule.parse(["0F0 0SEND_F0 0SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"]),
-            "0SEND_F0 stands twice at position 0; each action is done once: drop one",
+            "0SEND_F0 stands twice at pipeline rank 0; each action is done once: drop one",
         ),
     ],
 )
@@ -289,7 +292,7 @@ def test_queues_that_are_shared_deadlock_where_they_do_on_nccl() -> None:
         ]
     )
     check(deferred)
-    for queues in (Queues.PER_PAIR, Queues.PER_POSITION):
+    for queues in (Queues.PER_PAIR, Queues.PER_PIPELINE_RANK):
         with pytest.raises(PlanError, match=r"1SEND_B0/0RECV_B0, which waits for .*take a queue per directed edge"):
             check(deferred, queues)
 
@@ -311,11 +314,11 @@ def test_a_shared_queue_per_position_is_stricter_than_one_per_pair() -> None:
         ],
         [(0, 1), (1, 2), (0, 2)],
     )
-    check(crossed, Queues.PER_POSITION)
+    check(crossed, Queues.PER_PIPELINE_RANK)
     late = moved(crossed, "2SEND_B0>0", "2SEND_B0")
     check(late, Queues.PER_PAIR)
-    with pytest.raises(PlanError, match="queues one per position"):
-        check(late, Queues.PER_POSITION)
+    with pytest.raises(PlanError, match="queues one per pipeline rank"):
+        check(late, Queues.PER_PIPELINE_RANK)
 
 
 def test_the_ring_of_receives_is_as_small_as_it_can_be() -> None:
@@ -337,7 +340,7 @@ def test_the_ring_of_receives_is_as_small_as_it_can_be() -> None:
 def fits(schedule: Schedule, channel: Channel, size: int) -> bool:
     buffers: list[int | None] = [None] * size
     turn = 0
-    for action in schedule.lists[schedule.position_of(channel.receiver)]:
+    for action in schedule.lists[schedule.pipeline_rank_of(channel.receiver)]:
         if action.kind.is_receive and action.channel == channel:
             if size == 0 or buffers[turn % size] is not None:
                 return False

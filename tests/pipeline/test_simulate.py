@@ -124,10 +124,10 @@ def test_a_shared_queue_holds_up_what_stands_behind() -> None:
     )
     costs = Costs((StageCost(1, 1, 1),) * 3, {Channel(0, 2): TransferCost(4.0)}, TransferCost(1.0))
     begins = {}
-    for queues in (Queues.PER_CHANNEL, Queues.PER_POSITION):
+    for queues in (Queues.PER_CHANNEL, Queues.PER_PIPELINE_RANK):
         timeline = simulate(schedule, costs, queues=queues)
         begins[queues] = timeline.compute[1][0].begin
-    assert begins == {Queues.PER_CHANNEL: 2, Queues.PER_POSITION: 6}
+    assert begins == {Queues.PER_CHANNEL: 2, Queues.PER_PIPELINE_RANK: 6}
 
 
 def test_a_transfer_waits_for_both_ends_and_then_for_its_queue() -> None:
@@ -234,15 +234,15 @@ def require_valid(timeline: Timeline) -> None:
     assert path[0].begin == 0
     assert path[-1].end == timeline.makespan_seconds
     assert all(first.end == second.begin for first, second in pairwise(path))
-    for position, peak in enumerate(timeline.peaks()):
-        assert peak.activations == most_held(timeline, position)
+    for pipeline_rank, peak in enumerate(timeline.peaks()):
+        assert peak.activations == most_held(timeline, pipeline_rank)
     assert all(0 <= seconds <= timeline.makespan_seconds for seconds in timeline.exposed_seconds().values())
 
 
-def most_held(timeline: Timeline, position: int) -> int:
+def most_held(timeline: Timeline, pipeline_rank: int) -> int:
     """The most forwards that have begun and whose backward has not ended, counted in the order of the list."""
     most = held = 0
-    for span in timeline.compute[position]:
+    for span in timeline.compute[pipeline_rank]:
         held += span.action.kind is Kind.FORWARD
         most = max(most, held)
         held -= span.action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
@@ -298,14 +298,14 @@ def test_errors_name_the_value_the_rule_and_the_remedy(make: Any, message: str) 
 
 
 def test_a_schedule_that_was_not_checked_still_ends() -> None:
-    circle = Schedule.parse(
+    cycle = Schedule.parse(
         [
             "0F0 0SEND_F0 0RECV_B0 0B0 0F1 0SEND_F1 0RECV_B1 0B1",
             "1RECV_F0 1RECV_F1 1F1 1B1 1SEND_B1 1F0 1B0 1SEND_B0",
         ]
     )
-    with pytest.raises(PlanError, match="0B0 at position 0 waits for ever; call check, which says for what"):
-        run_clock(circle, Costs.uniform(2, 1, 1, 1))
+    with pytest.raises(PlanError, match="0B0 at pipeline rank 0 waits for ever; call check, which says for what"):
+        run_clock(cycle, Costs.uniform(2, 1, 1, 1))
 
 
 def test_costs_are_values() -> None:

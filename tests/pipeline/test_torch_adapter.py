@@ -145,12 +145,12 @@ SCHEDULES = (
 )
 
 
-def run_pipeline(rank: int, places: tuple[Place, ...], name: str, positions: int | None = None) -> Any:
+def run_pipeline(rank: int, places: tuple[Place, ...], name: str, pipeline_ranks: int | None = None) -> Any:
     """Two training steps and an evaluation; this rank's gradients by stage, losses, and outputs of the last stage."""
     mine = [number for number, place in enumerate(places) if rank in place.ranks]
     if not mine:
         return None
-    stages = [make_stage(rank, places, number, positions=positions) for number in mine]
+    stages = [make_stage(rank, places, number, pipeline_ranks=pipeline_ranks) for number in mine]
     schedule = make_schedule(name, stages)
     first, last = places[0], places[-1]
     inputs = [on_rank(microbatches(100), first.spec(first.input), rank)] if 0 in mine else []
@@ -317,7 +317,7 @@ def run_wrong(rank: int, what: str) -> None:
         PlannedSchedule([make_stage(rank, places, 1)], Schedule.parse(["0F0 0B0"]))
     if what == "deadlock" and rank == 2:
         crossed = Schedule.parse(["0F0 0RECV_B0 0SEND_F0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"])
-        PlannedSchedule([make_stage(rank, places, 1)], crossed, queues=Queues.PER_POSITION)
+        PlannedSchedule([make_stage(rank, places, 1)], crossed, queues=Queues.PER_PIPELINE_RANK)
     if what == "order" and rank == 2:
         turned = Schedule.parse(["0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"])
         PlannedSchedule([make_stage(rank, places, 1)], turned)
@@ -334,7 +334,7 @@ def run_wrong(rank: int, what: str) -> None:
         ("other rank", SpecError, "only the ranks of a stage's mesh make it"),
         ("both", SpecError, "give neighbouring stages ranks of their own"),
         ("other stages", PlanError, "the schedule has 1 stages and the pipeline 2"),
-        ("deadlock", PlanError, "the schedule cannot run with queues one per position: "),
+        ("deadlock", PlanError, "the schedule cannot run with queues one per pipeline rank: "),
         ("order", PlanError, "1F1 comes where microbatch 0 is due"),
         ("skip", PlanError, "edge 0-2 joins stages that are no neighbours"),
     ],

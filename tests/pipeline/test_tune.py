@@ -12,6 +12,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from bench.pipeline import solver
+from bench.pipeline.solver import _tick, solve
 from tricomm import PlanError
 from tricomm.cli import main
 from tricomm.draw import timeline_perfetto, timeline_svg
@@ -32,9 +34,7 @@ from tricomm.pipeline import (
     with_communication,
     write_csv,
 )
-from tricomm.pipeline.costs.verdicts import verdict
-from tricomm.pipeline.tune import exact as exact_module
-from tricomm.pipeline.tune.exact import _tick, solve
+from tricomm.pipeline.costs.exposure import exposure_of
 from tricomm.pipeline.tune.greedy import PREFERENCES, list_schedule
 
 # Least makespans for F = I = W = 1, proven by CP-SAT in ortools 9.15 (python -m bench.pipeline.exact): stages,
@@ -145,8 +145,8 @@ def test_a_workload_is_the_batch_whatever_it_is_split_into() -> None:
 
 def verdict_of(costs: Costs, microbatches: int = 12, limits: Limits = Limits(), **options: Any) -> dict[str, str]:  # noqa: B008
     tuned = tune(lambda _: costs, [microbatches], limits=limits, **options)
-    assert all(text in str(tuned) for text in ("chosen: ", *(one.reason for one in tuned.verdicts)))
-    return {str(one.channel): one.reason for one in tuned.verdicts}
+    assert all(text in str(tuned) for text in ("chosen: ", *(one.reason for one in tuned.exposures)))
+    return {str(one.channel): one.reason for one in tuned.exposures}
 
 
 def test_what_stays_exposed_is_named_with_its_reason() -> None:
@@ -163,7 +163,7 @@ def test_what_stays_exposed_is_named_with_its_reason() -> None:
     assert any(full in reason for reason in verdict_of(shared).values())
     crowded = Costs.uniform(2, 1, 1, 1, TransferCost(1.25).sharing("a", "a"))
     together = simulate(with_communication(eager_one_f_one_b(2, 8, depth=1)), crowded)
-    reasons = [verdict(channel, together, 1, False).reason for channel in together.schedule.channels]
+    reasons = [exposure_of(channel, together, 1, False).reason for channel in together.schedule.channels]
     assert any(
         "it shares a NIC and takes" in reason and "instead of 1.25 s; use more NICs" in reason for reason in reasons
     )
@@ -176,7 +176,7 @@ def test_what_stays_exposed_is_named_with_its_reason() -> None:
 
 
 def test_the_solver_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(solver, "find_spec", lambda name: None)
     with pytest.raises(
         PlanError, match=r"needs OR-tools, which is not installed; run pip install \"tricomm\[solver\]\""
     ):
@@ -213,17 +213,17 @@ def test_a_trace_shows_each_span_once_and_joins_both_ends() -> None:
     timeline = simulate(schedule, Costs.uniform(4, 1, 1, 1, 0.5))
     events = json.loads(timeline_perfetto(timeline))["traceEvents"]
     computed = {(one["pid"], one["name"]): one for one in events if one.get("cat") == "compute"}
-    for position, spans in enumerate(timeline.compute):
+    for pipeline_rank, spans in enumerate(timeline.compute):
         for span in spans:
-            event = computed[position, str(span.action)]
+            event = computed[pipeline_rank, str(span.action)]
             assert (event["ts"], event["dur"]) == (span.begin * 1e6, (span.end - span.begin) * 1e6)
     assert len(computed) == sum(map(len, timeline.compute))
     starts = {one["id"]: one for one in events if one["ph"] == "s"}
     ends = {one["id"]: one for one in events if one["ph"] == "f"}
     assert len(starts) == len(timeline.transfers) == len(ends)
     for number, one in enumerate(timeline.transfers):
-        assert starts[number]["pid"] == schedule.position_of(one.channel.sender)
-        assert ends[number]["pid"] == schedule.position_of(one.channel.receiver)
+        assert starts[number]["pid"] == schedule.pipeline_rank_of(one.channel.sender)
+        assert ends[number]["pid"] == schedule.pipeline_rank_of(one.channel.receiver)
     # Slices of one thread follow each other: Perfetto draws no others.
     lanes: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for event in events:

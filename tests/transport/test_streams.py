@@ -116,7 +116,7 @@ def receives_in_turn(rank: int) -> list[str]:
             link.send(torch.full(SOURCE.local_shape(rank), float(m)), m)
         link.flush()
         return []
-    lines = opened(link.forward.movers[0]._lane)
+    lines = opened(link.forward.resharders[0]._lane)
     for m in range(4):
         handle = link.recv(m)
         assert handle.wait()[0, 0] == m
@@ -141,7 +141,7 @@ def sends_before_a_flush(rank: int) -> list[str]:
         for m in range(4):
             assert link.recv(m).wait()[0, 0] == m
         return []
-    lines = opened(link.forward.movers[0]._lane)
+    lines = opened(link.forward.resharders[0]._lane)
     for m in range(4):
         handle = link.send(torch.full(SOURCE.local_shape(rank), float(m)), m)
         while not handle.done():

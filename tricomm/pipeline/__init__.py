@@ -4,12 +4,12 @@ from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.costs.simulate import simulate
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.costs.workload import Workload
+from tricomm.pipeline.run.directed_link import PerDirectionFifo
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.run.measure import Measurement
 from tricomm.pipeline.run.stage import Stage, WithLoss
 from tricomm.pipeline.run.tied import Tied
-from tricomm.pipeline.run.way import Turns
 from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
 from tricomm.pipeline.schedule.check import Queues, check, receive_ring
 from tricomm.pipeline.schedule.communication import with_communication
@@ -26,6 +26,9 @@ from tricomm.pipeline.schedule.torch_csv import read_csv, write_csv
 from tricomm.pipeline.tune.in_turn import in_turn
 from tricomm.pipeline.tune.tune import Candidate, Limits, Tuned, tune
 
+Turns = PerDirectionFifo
+"""The old name of PerDirectionFifo, kept for one version."""
+
 __all__ = [
     "Action",
     "Candidate",
@@ -38,6 +41,7 @@ __all__ = [
     "Limits",
     "Link",
     "Measurement",
+    "PerDirectionFifo",
     "Queues",
     "Schedule",
     "Stage",

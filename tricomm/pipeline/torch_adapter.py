@@ -22,9 +22,9 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from tricomm.errors import PlanError, SpecError
 from tricomm.packing.tables import torch_dtype
+from tricomm.pipeline.run.directed_link import PerDirectionFifo, ReceiveHandle
 from tricomm.pipeline.run.edge import EdgeTensor, Link
-from tricomm.pipeline.run.way import ReceiveHandle, Turns
-from tricomm.pipeline.run.wiring import turns_of
+from tricomm.pipeline.run.wiring import fifo_of
 from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.generators import eager_one_f_one_b
@@ -89,8 +89,8 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         module, stage_index, num_stages, device, dw_builder: as for torch's PipelineStage.
         arriving: what comes from the stage before, in the order of the module's arguments; empty for the first stage.
         leaving: what goes to the stage after; empty for the last.
-        positions: how many groups of ranks there are; None means one stage each. With fewer, stage s is at position
-            s % positions, as in torch's interleaved schedules.
+        pipeline_ranks: how many groups of ranks there are; None means one stage each. With fewer, stage s is at
+            pipeline rank s % pipeline_ranks, as in torch's interleaved schedules.
         receives_ahead: how many receives are posted before torch asks for them. Each costs a buffer of one microbatch.
             Schedules of this file place receives themselves, and set it to 0.
         options: of the Resharders: ``strategy``, ``balance``, ``topology``, ``group``, ``staging_bytes``,
@@ -109,7 +109,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         *,
         arriving: Sequence[EdgeTensor] = (),
         leaving: Sequence[EdgeTensor] = (),
-        positions: int | None = None,
+        pipeline_ranks: int | None = None,
         receives_ahead: int = 1,
         dw_builder: Any = None,
         **options: Any,
@@ -119,12 +119,12 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         # A group of this rank alone: torch is to find nobody to talk to.
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         super().__init__(module, stage_index, num_stages, torch.device(device), group=alone, dw_builder=dw_builder)
-        self.group_size = num_stages if positions is None else positions
+        self.group_size = num_stages if pipeline_ranks is None else pipeline_ranks
         self.group_rank = stage_index % self.group_size
         self.receives_ahead = receives_ahead
         self._arriving, self._leaving = tuple(arriving), tuple(leaving)
         self._options = {"device": torch.device(device), **options}
-        self.turns: Turns | None = None
+        self.turns: PerDirectionFifo | None = None
         self._before: Link | None = None
         self._after: Link | None = None
         # In debug mode torch would check shapes that it does not know here; the Links check them always.
@@ -333,12 +333,12 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
         if not schedule.has_communication:
             schedule = with_communication(schedule, receives_ahead=receives_ahead)
         check(schedule, queues)
-        turns = turns_of(queues)
+        turns = fifo_of(queues)
         parse = schedules._Action.from_str
         self.schedule = schedule
         self.pipeline_order = {
-            position: [parse(str(action)) for action in actions]
-            for position, actions in enumerate(schedule.compute_only().lists)
+            pipeline_rank: [parse(str(action)) for action in actions]
+            for pipeline_rank, actions in enumerate(schedule.compute_only().lists)
         }
         self._prepare_schedule_with_comms(self.pipeline_order)
         if all(isinstance(stage, ReshardStage) for stage in stages):
@@ -346,14 +346,14 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
                 stage.receives_ahead, stage.turns = 0, turns
             lowered = self.pipeline_order_with_comms
             self.pipeline_order_with_comms: dict[int, list[Any]] = {
-                position: _with_communication_of(schedule, position, actions, parse)
-                for position, actions in lowered.items()
+                pipeline_rank: _with_communication_of(schedule, pipeline_rank, actions, parse)
+                for pipeline_rank, actions in lowered.items()
             }
         elif turns is not None:
             raise PlanError(f"queues={queues} wants stages that take turns; make them all ReshardStages")
 
 
-def _with_communication_of(schedule: Schedule, position: int, lowered: Sequence[Any], parse: Any) -> list[Any]:
+def _with_communication_of(schedule: Schedule, pipeline_rank: int, lowered: Sequence[Any], parse: Any) -> list[Any]:
     """What torch made of a list, steps for FSDP and gradients in it, with sends and receives where the schedule has
     them: receives right before the next computation, sends right after the one before.
     """
@@ -361,7 +361,7 @@ def _with_communication_of(schedule: Schedule, position: int, lowered: Sequence[
     after: dict[str, list[Any]] = {}
     receives: list[Any] = []
     last = ""
-    for action in schedule.lists[position]:
+    for action in schedule.lists[pipeline_rank]:
         if action.kind.is_receive:
             receives.append(parse(str(action)))
         elif action.kind.is_send:

@@ -68,12 +68,12 @@ def check_schedule(schedule: Schedule, stages: Sequence[Any]) -> None:
     count = stages[0].num_stages
     if schedule.stages != count:
         raise PlanError(f"the schedule has {schedule.stages} stages and the pipeline {count}; make it for {count}")
-    position = stages[0].group_rank
+    pipeline_rank = stages[0].group_rank
     ours = tuple(stage.stage_index for stage in stages)
-    if schedule.stages_of(position) != ours:
+    if schedule.stages_of(pipeline_rank) != ours:
         raise PlanError(
-            f"the schedule has stages {schedule.stages_of(position)} at position {position}, and this rank has {ours}; "
-            "give it those, in order"
+            f"the schedule has stages {schedule.stages_of(pipeline_rank)} at pipeline rank {pipeline_rank}, and this "
+            f"rank has {ours}; give it those, in order"
         )
     skips = [edge for edge in schedule.edges if edge.destination != edge.source + 1]
     if skips:

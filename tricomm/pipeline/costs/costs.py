@@ -62,8 +62,8 @@ class TransferCost:
     Attributes:
         busy_seconds: for which it occupies its channel, if it shares nothing.
         latency_seconds: from its last byte on the wire to its use; others may use the wire meanwhile.
-        nbytes: of the buffer that a position needs for it: at the sender while it is sent, at the receiver from the
-            post of the receive to the end of the backward.
+        nbytes: of the buffer that a pipeline rank needs for it: at the sender while it is sent, at the receiver from
+            the post of the receive to the end of the backward.
         loads: shared resources that it uses, such as ``("NIC 0 out", 1.0)``. Transfers whose parts add up to more
             than 1 slow each other down.
 

@@ -1,10 +1,10 @@
 """The simulator: when each action of a schedule begins and ends, given what stages and hops cost.
 
-Rules. A position computes its actions in order; each begins when the one before has ended and its inputs are there. A
-send or receive is posted when the action before it in the list has ended. A transfer begins when both its ends are
-posted and the transfers before it in its queues are off the wire; it then moves at its full speed, or at a fair share
-of what it loads together with others; its data is there ``latency_seconds`` after its last byte. These are the rules of
-an NCCL stream that runs beside compute; gloo is a little more generous.
+Rules. A pipeline rank computes its actions in order; each begins when the one before has ended and its inputs are
+there. A send or receive is posted when the action before it in the list has ended. A transfer begins when both its ends
+are posted and the transfers before it in its queues are off the wire; it then moves at its full speed, or at a fair
+share of what it loads together with others; its data is there ``latency_seconds`` after its last byte. These are the
+rules of an NCCL stream that runs beside compute; gloo is a little more generous.
 """
 
 import heapq
@@ -78,8 +78,8 @@ class _Run:
     def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, in_order: bool) -> None:
         self.schedule, self.costs, self.queues, self.in_order = schedule, costs, queues, in_order
         self.now = 0.0
-        self.next_index = [0] * schedule.positions
-        self.busy_until = [0.0] * schedule.positions
+        self.next_index = [0] * schedule.pipeline_ranks
+        self.busy_until = [0.0] * schedule.pipeline_ranks
         self.blocking: list[list[tuple[Channel, int]]] = [[] for _ in schedule.lists]  # what compute waits for besides
         self.spans: list[list[Span]] = [[] for _ in schedule.lists]
         self.moving: dict[tuple[Channel, int], _Moving] = {}
@@ -90,12 +90,12 @@ class _Run:
         self.alone: list[tuple[float, int, _Moving]] = []  # ends on the wire of those that share nothing
         self.shared: list[_Moving] = []  # those that share something, with a rate that changes
         self.shared_since = 0.0
-        self.wake: list[tuple[float, int]] = []  # when a position may go on
+        self.wake: list[tuple[float, int]] = []  # when a pipeline rank may go on
         self.turn = 0
 
     def timeline(self) -> Timeline:
-        for position in range(self.schedule.positions):
-            self.advance(position)
+        for pipeline_rank in range(self.schedule.pipeline_ranks):
+            self.advance(pipeline_rank)
         while True:
             upcoming = self.next_time()
             if upcoming is None:
@@ -105,11 +105,11 @@ class _Run:
             self.finish_transfers()
             while self.wake and self.wake[0][0] <= self.now:
                 self.advance(heapq.heappop(self.wake)[1])
-        for position, index in enumerate(self.next_index):
-            if index < len(self.schedule.lists[position]):
+        for pipeline_rank, index in enumerate(self.next_index):
+            if index < len(self.schedule.lists[pipeline_rank]):
                 raise PlanError(
-                    f"{self.schedule.lists[position][index]} at position {position} waits for ever; call check, which "
-                    "says for what"
+                    f"{self.schedule.lists[pipeline_rank][index]} at pipeline rank {pipeline_rank} waits for ever; "
+                    "call check, which says for what"
                 )
         return Timeline(
             self.schedule,
@@ -124,28 +124,28 @@ class _Run:
         times += [self.shared_since + one.remaining / one.rate for one in self.shared]
         return max(self.now, min(times)) if times else None
 
-    def advance(self, position: int) -> None:
-        """Go on with a position's list as far as time and data allow."""
-        actions = self.schedule.lists[position]
-        while self.next_index[position] < len(actions):
-            action = actions[self.next_index[position]]
-            if self.busy_until[position] > self.now:
-                heapq.heappush(self.wake, (self.busy_until[position], position))
+    def advance(self, pipeline_rank: int) -> None:
+        """Go on with a pipeline rank's list as far as time and data allow."""
+        actions = self.schedule.lists[pipeline_rank]
+        while self.next_index[pipeline_rank] < len(actions):
+            action = actions[self.next_index[pipeline_rank]]
+            if self.busy_until[pipeline_rank] > self.now:
+                heapq.heappush(self.wake, (self.busy_until[pipeline_rank], pipeline_rank))
                 return
             if action.is_compute:
                 ready = self.ready(action)
                 if ready is None:
                     return  # woken when the data is on its way
                 if ready > self.now:
-                    heapq.heappush(self.wake, (ready, position))
+                    heapq.heappush(self.wake, (ready, pipeline_rank))
                     return
                 end = self.now + self.costs.seconds(action)
-                self.spans[position].append(Span(action, self.now, end))
-                self.busy_until[position] = end
-                self.blocking[position].clear()
+                self.spans[pipeline_rank].append(Span(action, self.now, end))
+                self.busy_until[pipeline_rank] = end
+                self.blocking[pipeline_rank].clear()
             else:
                 self.post(action)
-            self.next_index[position] += 1
+            self.next_index[pipeline_rank] += 1
 
     def ready(self, action: Action) -> float | None:
         """When the inputs of a compute action are there; None if that is not known yet."""
@@ -156,7 +156,7 @@ class _Run:
                 if arrival is None:
                     return None
                 latest = max(latest, arrival)
-        for key in self.blocking[self.schedule.position_of(action.stage)]:
+        for key in self.blocking[self.schedule.pipeline_rank_of(action.stage)]:
             if key not in self.arrived:
                 return None
             latest = max(latest, self.arrived[key])
@@ -172,7 +172,7 @@ class _Run:
         else:
             one.posted = self.now
         if self.queues is Queues.BLOCKING:
-            self.blocking[self.schedule.position_of(action.stage)].append(key)
+            self.blocking[self.schedule.pipeline_rank_of(action.stage)].append(key)
         queue = self.queues.key(self.schedule, channel, action.stage)
         one.ends.append(queue)
         waiting = self.waiting.setdefault(queue, deque())
@@ -224,7 +224,7 @@ class _Run:
                 Transfer(one.channel, one.microbatch, one.sent, one.posted, one.begin, self.now, arrival)
             )
             for stage in one.channel:
-                heapq.heappush(self.wake, (arrival, self.schedule.position_of(stage)))
+                heapq.heappush(self.wake, (arrival, self.schedule.pipeline_rank_of(stage)))
             for queue in one.ends:
                 self.waiting[queue].remove(one)
         # After all that ended at this moment have gone, so that whoever waits longest is first.

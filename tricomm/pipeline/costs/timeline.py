@@ -45,19 +45,19 @@ class Step(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A position waits for a transfer, from ``begin`` to ``end``."""
+    """A pipeline rank waits for a transfer, from ``begin`` to ``end``."""
 
-    position: int
+    pipeline_rank: int
     channel: Channel
     begin: float
     end: float
 
 
 class Peak(NamedTuple):
-    """The most that a position holds at once.
+    """The most that a pipeline rank holds at once.
 
     Attributes:
-        activations: microbatches between F and the end of their backward, over all stages of the position.
+        activations: microbatches between F and the end of their backward, over all stages of the pipeline rank.
         receives: receive buffers, from the post to the end of the backward.
         nbytes: activations, receive buffers and sends that are not off the wire, at the worst moment.
     """
@@ -74,7 +74,7 @@ class Timeline:
 
     Attributes:
         schedule, costs: what was simulated; sends and receives are in the schedule.
-        compute: per position, its compute actions in order.
+        compute: per pipeline rank, its compute actions in order.
         transfers: of all channels, in the order in which they began; of those that began at one moment, in the order in
             which they ended.
     """
@@ -89,29 +89,29 @@ class Timeline:
         """From the start to the end of the last compute action."""
         return max(spans[-1].end for spans in self.compute)
 
-    def busy_seconds(self, position: int) -> float:
-        """For how long a position computes."""
-        return sum(span.end - span.begin for span in self.compute[position])
+    def busy_seconds(self, pipeline_rank: int) -> float:
+        """For how long a pipeline rank computes."""
+        return sum(span.end - span.begin for span in self.compute[pipeline_rank])
 
     @property
     def bubble_fraction(self) -> float:
-        """The part of all positions' time in which they do not compute."""
-        busy = sum(self.busy_seconds(position) for position in range(self.schedule.positions))
-        return 1 - busy / (self.makespan_seconds * self.schedule.positions) if self.makespan_seconds else 0.0
+        """The part of all pipeline ranks' time in which they do not compute."""
+        busy = sum(self.busy_seconds(pipeline_rank) for pipeline_rank in range(self.schedule.pipeline_ranks))
+        return 1 - busy / (self.makespan_seconds * self.schedule.pipeline_ranks) if self.makespan_seconds else 0.0
 
     def waits(self) -> Iterator[Wait]:
-        """Where a position has nothing to do but wait for data that has been computed.
+        """Where a pipeline rank has nothing to do but wait for data that has been computed.
 
         While it idles before an action, the wait counts from the moment at which the data that comes last was
         computed; before that it waits for the computation, which is bubble and not communication.
         """
         arrivals = {(one.channel, one.microbatch): one for one in self.transfers}
-        for position, spans in enumerate(self.compute):
+        for pipeline_rank, spans in enumerate(self.compute):
             idle_since = 0.0
             for span in spans:
                 last = self._last_input(span.action, arrivals)
                 if last is not None and last.arrival > idle_since:
-                    yield Wait(position, last.channel, max(idle_since, last.sent), last.arrival)
+                    yield Wait(pipeline_rank, last.channel, max(idle_since, last.sent), last.arrival)
                 idle_since = span.end
 
     def exposed_seconds(self) -> dict[Channel, float]:
@@ -122,8 +122,8 @@ class Timeline:
         return exposed
 
     def peaks(self) -> tuple[Peak, ...]:
-        """Per position, the most that it holds at once."""
-        return tuple(self._peak(position) for position in range(self.schedule.positions))
+        """Per pipeline rank, the most that it holds at once."""
+        return tuple(self._peak(pipeline_rank) for pipeline_rank in range(self.schedule.pipeline_ranks))
 
     def critical_path(self) -> tuple[Step, ...]:
         """A chain of compute actions and transfers without a gap, from the start to the end: the end comes earlier
@@ -164,21 +164,21 @@ class Timeline:
     def _before_transfer(self, one: Transfer) -> Span | Transfer | None:
         """What a transfer waited for: the list of an end, or a transfer that stood before it in a queue."""
         if one.begin > max(one.sent, one.posted):
-            ends = {self.schedule.position_of(stage) for stage in one.channel}
+            ends = {self.schedule.pipeline_rank_of(stage) for stage in one.channel}
             # Those before it only: where some take no time, several may begin and end at one moment.
             queued = [
                 other
                 for other in takewhile(lambda other: other != one, self.transfers)
-                if other.end == one.begin and ends & {self.schedule.position_of(stage) for stage in other.channel}
+                if other.end == one.begin and ends & {self.schedule.pipeline_rank_of(stage) for stage in other.channel}
             ]
             return min(queued, key=lambda other: (other.channel != one.channel, not self._share_an_end(one, other)))
         stage = one.channel.sender if one.sent >= one.posted else one.channel.receiver
-        ended = [span for span in self.compute[self.schedule.position_of(stage)] if span.end == one.begin]
+        ended = [span for span in self.compute[self.schedule.pipeline_rank_of(stage)] if span.end == one.begin]
         return max(ended, key=lambda span: span.begin, default=None)
 
     def _share_an_end(self, one: Transfer, other: Transfer) -> bool:
-        """Whether both leave from one position, or both come to one."""
-        place = self.schedule.position_of
+        """Whether both leave from one pipeline rank, or both come to one."""
+        place = self.schedule.pipeline_rank_of
         ends, others = tuple(map(place, one.channel)), tuple(map(place, other.channel))
         return ends[0] == others[0] or ends[1] == others[1]
 
@@ -191,14 +191,14 @@ class Timeline:
         ]
         return max(found, key=lambda one: one.arrival, default=None)
 
-    def _peak(self, position: int) -> Peak:
+    def _peak(self, pipeline_rank: int) -> Peak:
         freed = {
             (span.action.stage, span.action.microbatch): span.end
-            for span in self.compute[position]
+            for span in self.compute[pipeline_rank]
             if span.action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
         }
         activations: list[tuple[float, float, int]] = []
-        for span in self.compute[position]:
+        for span in self.compute[pipeline_rank]:
             if span.action.kind is Kind.FORWARD:
                 nbytes = self.costs.stages[span.action.stage].activation_nbytes
                 activations.append((span.begin, freed[span.action.stage, span.action.microbatch], nbytes))
@@ -206,9 +206,9 @@ class Timeline:
         sends: list[tuple[float, float, int]] = []
         for one in self.transfers:
             nbytes = self.costs.transfer(one.channel).nbytes
-            if self.schedule.position_of(one.channel.receiver) == position:
+            if self.schedule.pipeline_rank_of(one.channel.receiver) == pipeline_rank:
                 receives.append((one.posted, freed[one.channel.receiver, one.microbatch], nbytes))
-            elif self.schedule.position_of(one.channel.sender) == position:
+            elif self.schedule.pipeline_rank_of(one.channel.sender) == pipeline_rank:
                 sends.append((one.sent, one.end, nbytes))
         together = [*activations, *receives, *sends]
         return Peak(_most(activations, False), _most(receives, False), _most(together, True))
@@ -234,12 +234,10 @@ def describe(timeline: Timeline) -> Iterator[str]:
     """The figures of a timeline, a line each."""
     total = timeline.makespan_seconds
     yield f"{total:.6g} s, bubble {timeline.bubble_fraction:.1%}"
-    for position, peak in enumerate(timeline.peaks()):
-        busy = timeline.busy_seconds(position)
-        text = (
-            f"  position {position}: computes {busy:.6g} s ({busy / total:.0%}), holds {peak.activations} activations"
-        )
-        text += f" and {peak.receives} receive buffers"
+    for pipeline_rank, peak in enumerate(timeline.peaks()):
+        busy = timeline.busy_seconds(pipeline_rank)
+        text = f"  pipeline rank {pipeline_rank}: computes {busy:.6g} s ({busy / total:.0%}), "
+        text += f"holds {peak.activations} activations and {peak.receives} receive buffers"
         yield text + (f", {peak.nbytes / 1e6:.6g} MB" if peak.nbytes else "")
     exposed, critical = timeline.exposed_seconds(), timeline.critical_seconds()
     for channel, seconds in timeline.hop_seconds().items():

@@ -177,14 +177,14 @@ def _cut(roots: Sequence[Slot], inputs: set[Node]) -> tuple[list[Slot], list[Dep
 def _children_first(roots: Iterable[Node]) -> list[Node]:
     """All nodes below the roots, each after those that it leads to."""
     order: dict[Node, None] = {}
-    begun: set[Node] = set()
+    saved: set[Node] = set()
     stack = [(root, False) for root in roots]
     while stack:
         node, done = stack.pop()
         if done:
             order[node] = None
-        elif node not in begun:
-            begun.add(node)
+        elif node not in saved:
+            saved.add(node)
             stack.append((node, True))
             stack += [(child, False) for child, _ in node.next_functions if child is not None]
     return list(order)

@@ -27,7 +27,7 @@ from tricomm.autograd import gradient_scale, gradient_specs
 from tricomm.errors import SpecError
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
-from tricomm.pipeline.run.way import ReceiveHandle, SendHandle, Tensors, Turns, Way
+from tricomm.pipeline.run.directed_link import DirectedLink, PerDirectionFifo, ReceiveHandle, SendHandle, Tensors
 from tricomm.plan.plan import digest_of
 
 
@@ -130,7 +130,7 @@ class Link:
         microbatches: int,
         orders: tuple[Sequence[int], Sequence[int]] | None = None,
         slots: tuple[int | None, int | None] = (None, None),
-        turns: Turns | None = None,
+        turns: PerDirectionFifo | None = None,
         **options: Any,
     ) -> None:
         self.name = name
@@ -146,14 +146,18 @@ class Link:
                     "list them all"
                 )
         pairs = [(tensor.source, tensor.destination) for tensor in self.tensors]
-        self.forward = Way(f"edge {name} forward", pairs, forward_order, slots[0], [1.0] * len(pairs), turns, options)
-        self.backward: Way | None = None
+        self.forward = DirectedLink(
+            f"edge {name} forward", pairs, forward_order, slots[0], [1.0] * len(pairs), turns, options
+        )
+        self.backward: DirectedLink | None = None
         if self.differentiable:
             chosen = [self.tensors[index] for index in self.differentiable]
             scales = [gradient_scale(tensor.source) for tensor in chosen]
             pairs = [tensor.gradient_specs() for tensor in chosen]
-            self.backward = Way(f"edge {name} backward", pairs, backward_order, slots[1], scales, turns, options)
-        self.ways = (self.forward,) if self.backward is None else (self.forward, self.backward)
+            self.backward = DirectedLink(
+                f"edge {name} backward", pairs, backward_order, slots[1], scales, turns, options
+            )
+        self.directed_links = (self.forward,) if self.backward is None else (self.forward, self.backward)
 
     def connect(self) -> None:
         """Compare with the ranks of both meshes what is going to cross, and connect to them.
@@ -163,13 +167,21 @@ class Link:
         Raises:
             TransportError: a rank says something else, refused, or did not come within the timeout.
         """
-        mover = self.forward.movers[0]
-        fields = {"edge": self.name, "tensors": repr(self.tensors), "orders": repr([way.order for way in self.ways])}
-        mover.hub.meetings.meet(
-            digest_of(fields), mover.participants, lambda: fields, mover.timeout_seconds, channel=f"edge {self.name}"
+        resharder = self.forward.resharders[0]
+        fields = {
+            "edge": self.name,
+            "tensors": repr(self.tensors),
+            "orders": repr([directed_link.order for directed_link in self.directed_links]),
+        }
+        resharder.hub.meetings.meet(
+            digest_of(fields),
+            resharder.participants,
+            lambda: fields,
+            resharder.timeout_seconds,
+            channel=f"edge {self.name}",
         )
-        for way in self.ways:
-            way.connect()
+        for directed_link in self.directed_links:
+            directed_link.connect()
 
     def send(self, x: Tensors, microbatch: int) -> SendHandle:
         """Start to send the activations of a microbatch; on ranks of the source mesh.
@@ -211,13 +223,13 @@ class Link:
         Raises:
             TransportError: a rank failed.
         """
-        for way in self.ways:
-            way.flush()
+        for directed_link in self.directed_links:
+            directed_link.flush()
 
     def close(self) -> None:
         """Give back connections, threads and buffers, as soon as what was started is done; so does a dropped Link."""
-        for way in self.ways:
-            way.close()
+        for directed_link in self.directed_links:
+            directed_link.close()
 
     def __enter__(self) -> Self:
         return self
@@ -227,8 +239,8 @@ class Link:
 
     def abort(self, reason: str) -> None:
         """Tell the ranks of both meshes that this one does not go on, and why; their waits end in a TransportError."""
-        for way in self.ways:
-            way.abort(reason)
+        for directed_link in self.directed_links:
+            directed_link.abort(reason)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -239,7 +251,7 @@ class Link:
             self.abort(f"rank {self.forward.rank} refused the call: {type(error).__name__}: {error}")
             raise
 
-    def _gradients(self) -> Way:
+    def _gradients(self) -> DirectedLink:
         if self.backward is None:
             raise SpecError(f"no tensor of edge {self.name!r} has a gradient; declare one with gradient=()")
         return self.backward

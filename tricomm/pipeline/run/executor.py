@@ -20,13 +20,13 @@ from typing import Any, Self
 import torch
 
 from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.sizes import SizeAgreement
 from tricomm.pipeline.run.stage import Stage, StageRun
 from tricomm.pipeline.run.tied import Tied, TiedGradients
-from tricomm.pipeline.run.way import ReceiveHandle, Way
-from tricomm.pipeline.run.wiring import Edges, check_wiring, data_names, make_links, turns_of
+from tricomm.pipeline.run.wiring import Edges, check_wiring, data_names, fifo_of, make_links
 from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
 from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
@@ -109,7 +109,7 @@ class Executor:
         self._action: Action | None = None
         self._replicas: ReplicaCheck | None = None
         try:
-            self.queues, self._turns = queues, turns_of(queues)
+            self.queues, self._turns = queues, fifo_of(queues)
             self.schedule = schedule if schedule.has_communication else with_communication(schedule)
             self.stages, self.edges = tuple(stages), edges
             check_wiring(self.schedule, self.stages, edges)
@@ -119,7 +119,7 @@ class Executor:
             self.runs = {i: self._run_of(i, scale) for i, stage in enumerate(stages) if self.rank in stage.mesh}
             """The stages of this rank."""
             self._data_names = {index: data_names(index, stages[index], edges) for index in self.runs}
-            self.position = self.schedule.position_of(next(iter(self.runs))) if self.runs else None
+            self.pipeline_rank = self.schedule.pipeline_rank_of(next(iter(self.runs))) if self.runs else None
             modules = {index: run.module for index, run in self.runs.items()}
             self._tied = [
                 TiedGradients(one, modules, f"{name} tied {number}", self.options) for number, one in enumerate(tied)
@@ -173,8 +173,8 @@ class Executor:
             mine = self._checked(data)
             for run in self.runs.values():
                 run.reset()
-            assert self.position is not None
-            for action in self.schedule.lists[self.position]:
+            assert self.pipeline_rank is not None
+            for action in self.schedule.lists[self.pipeline_rank]:
                 self._action = action
                 began = time.perf_counter()
                 self._do(action, mine)
@@ -198,7 +198,7 @@ class Executor:
         for one in self._tied:
             one.close()
         if self._sizes is not None:
-            self._sizes.mover.close()
+            self._sizes.resharder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -214,7 +214,7 @@ class Executor:
     @property
     def ring_nbytes(self) -> int:
         """Bytes of receive buffers that this rank holds."""
-        return sum(way.nbytes for link in self._links.values() for way in link.ways)
+        return sum(directed_link.nbytes for link in self._links.values() for directed_link in link.directed_links)
 
     # ---- one action
 
@@ -232,13 +232,13 @@ class Executor:
                 for handle in self._held.pop((action.stage, microbatch), ()):
                     handle.release()
             return
-        way = self._way(action.channel)
+        directed_link = self._directed_link(action.channel)
         if kind.is_send:
             tensors = self._outbox.pop((action.channel, microbatch))
-            if way is not None:
-                way.send(tensors, microbatch)
-        elif way is not None:
-            self._posted[action.channel, microbatch] = way.recv(microbatch)
+            if directed_link is not None:
+                directed_link.send(tensors, microbatch)
+        elif directed_link is not None:
+            self._posted[action.channel, microbatch] = directed_link.recv(microbatch)
 
     def _forward(self, action: Action, run: StageRun, data: Mapping[str, Sequence[torch.Tensor]]) -> None:
         stage, microbatch = action.stage, action.microbatch
@@ -264,24 +264,24 @@ class Executor:
             self._give(channel, action.microbatch, [found[name] for name in names])
 
     def _give(self, channel: Channel, microbatch: int, tensors: list[torch.Tensor]) -> None:
-        """Put tensors where the send action, or the other stage of this position, finds them."""
-        way = self._way(channel)
-        if channel in self.schedule.channels or way is None:
+        """Put tensors where the send action, or the other stage of this pipeline rank, finds them."""
+        directed_link = self._directed_link(channel)
+        if channel in self.schedule.channels or directed_link is None:
             self._outbox[channel, microbatch] = tensors
         else:
-            way.send(tensors, microbatch)
-            self._posted[channel, microbatch] = way.recv(microbatch)
+            directed_link.send(tensors, microbatch)
+            self._posted[channel, microbatch] = directed_link.recv(microbatch)
 
     def _take(self, channel: Channel, action: Action) -> Sequence[torch.Tensor]:
         """What came over a channel, for an action of this rank; nothing if the channel carries nothing."""
         key = (channel, action.microbatch)
-        if self._way(channel) is None:
+        if self._directed_link(channel) is None:
             return self._outbox.pop(key, ())
         handle = self._posted.pop(key)
         self._held.setdefault((action.stage, action.microbatch), []).append(handle)
         return handle.wait_all()
 
-    def _way(self, channel: Channel) -> Way | None:
+    def _directed_link(self, channel: Channel) -> DirectedLink | None:
         link = self._links.get(channel.edge)
         if link is None:
             return None
@@ -316,7 +316,7 @@ class Executor:
         for one in self._tied:
             one.connect()
         if self._sizes is not None:
-            self._sizes.mover.meet()
+            self._sizes.resharder.meet()
         else:
             self._links = self._bound[()]
             for link in self._links.values():
@@ -335,8 +335,8 @@ class Executor:
         if links is self._links and links:
             return
         for link in self._links.values():
-            for way in link.ways:
-                way.drop_buffers()
+            for directed_link in link.directed_links:
+                directed_link.drop_buffers()
         if links is None:
             links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._turns, self.options)
             self._links = links
@@ -387,7 +387,7 @@ class Executor:
         for one in self._tied:
             one.abort(reason)
         if self._sizes is not None:
-            self._sizes.mover.abort(reason)
+            self._sizes.resharder.abort(reason)
         self._posted.clear()
         self._outbox.clear()
         self._held.clear()

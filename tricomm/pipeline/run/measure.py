@@ -38,7 +38,7 @@ class StageMeter:
         self._kept_nbytes: int | None = None
 
     @contextmanager
-    def noted(self, kind: Kind, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
+    def recorded(self, kind: Kind, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
         """Around the computation of one action, without what it waits for.
 
         Args:
@@ -197,11 +197,11 @@ class Measurement:
         options = {name: executor.options[name] for name in ("strategy", "balance") if name in executor.options}
         transfers = {}
         for edge, tensors in executor.bound_edges().items():
-            ways = {
+            directed_links = {
                 edge.forward: [(tensor.source, tensor.destination) for tensor in tensors],
                 edge.backward: [tensor.gradient_specs() for tensor in tensors if tensor.gradient is not None],
             }
-            for channel, pairs in ways.items():
+            for channel, pairs in directed_links.items():
                 if channel in executor.schedule.channels:
                     plans = [make_plan(*pair, topology=topology, **options) for pair in pairs]
                     transfers[channel] = TransferCost.in_turn([TransferCost.of_plan(plan) for plan in plans])

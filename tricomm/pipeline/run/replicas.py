@@ -37,7 +37,7 @@ class ReplicaCheck:
         self.rank = rank
         self.name = name
         self.timeout_seconds = timeout_seconds
-        self._noted: dict[str, tuple[int, int]] = {}
+        self._recorded: dict[str, tuple[int, int]] = {}
 
     def note(self, label: str, spec: ShardingSpec, gradient: torch.Tensor) -> None:
         """Take down a gradient that this rank has computed.
@@ -51,7 +51,7 @@ class ReplicaCheck:
         if len(ranks) < 2:
             return
         post_note(self.store, self._key(label, self.rank), _sums(gradient))
-        self._noted[label] = (ranks[0], self.rank)
+        self._recorded[label] = (ranks[0], self.rank)
 
     def compare(self) -> None:
         """Compare what was noted with the first of the ranks that hold the same.
@@ -60,7 +60,7 @@ class ReplicaCheck:
             SpecError: they differ.
             TransportError: the other rank did not come so far within the timeout.
         """
-        for label, ranks in self._noted.items():
+        for label, ranks in self._recorded.items():
             (*theirs, norm), (*ours, _) = (self._fetched(label, rank) for rank in ranks)
             gaps = [abs(one - other) for one, other in zip(theirs, ours, strict=True)]
             if max(gaps) > TOLERANCE * norm:

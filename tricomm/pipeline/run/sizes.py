@@ -9,7 +9,7 @@ from tricomm.errors import SpecError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Replicate
 from tricomm.layout.spec import ShardingSpec
-from tricomm.pipeline.run.way import Mover
+from tricomm.pipeline.run.directed_link import StepResharder
 
 
 class SizeAgreement:
@@ -34,7 +34,7 @@ class SizeAgreement:
         shape = (len(self.names),)
         source = ShardingSpec(Mesh([teller], ("rank",)), (Replicate(),), shape, "int64")
         everyone = ShardingSpec(Mesh(sorted(ranks), ("rank",)), (Replicate(),))
-        self.mover = Mover(source, everyone, channel=f"{name} sizes", **options)
+        self.resharder = StepResharder(source, everyone, channel=f"{name} sizes", **options)
 
     def agree(self, given: Mapping[str, int] | None) -> dict[str, int]:
         """The sizes of the step.
@@ -46,14 +46,14 @@ class SizeAgreement:
             SpecError: a size is missing or has a name that no edge has.
         """
         told = None
-        if self.mover.rank == self.teller:
+        if self.resharder.rank == self.teller:
             if given is None or sorted(given) != list(self.names):
                 raise SpecError(
                     f"sizes={given} on rank {self.teller}, where the edges have sizes named {self.names}; pass a "
                     "number for each to step(sizes=...)"
                 )
-            told = torch.tensor([given[name] for name in self.names], device=self.mover.device)
-        handle = self.mover.start(told)
+            told = torch.tensor([given[name] for name in self.names], device=self.resharder.device)
+        handle = self.resharder.start(told)
         if told is not None:
             assert given is not None
             return {name: given[name] for name in self.names}

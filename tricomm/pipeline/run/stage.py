@@ -90,7 +90,7 @@ class WithLoss(nn.Module):
         return self.loss(self.module(*inputs[:-1]), inputs[-1])
 
 
-def _apart(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
+def _unaliased(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
     """The tensor, or a copy if it is a view of one of the others.
 
     A stage may pass on what it was given. That is a receive buffer, which the next microbatch may fill while it is
@@ -101,7 +101,7 @@ def _apart(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class SavedForward:
     """What a microbatch leaves behind after its forward.
 
     Attributes:
@@ -116,7 +116,7 @@ class Begun:
 class Meter(Protocol):
     """Notes what a stage costs; see :class:`tricomm.pipeline.Measurement`."""
 
-    def noted(self, kind: Kind, inputs: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
+    def recorded(self, kind: Kind, inputs: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
         """Around the computation of one action; a forward says what it reads."""
 
 
@@ -143,7 +143,7 @@ class StageRun:
         self.meter: Meter | None = None
         """Told of every computation while it is there."""
         self._loss_scale = loss_scale
-        self._begun: dict[int, Begun] = {}
+        self._saved: dict[int, SavedForward] = {}
 
     def forward(self, microbatch: int, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The outputs of a microbatch by name, detached, in memory that no input uses.
@@ -163,8 +163,8 @@ class StageRun:
         if LOSS in outputs:
             self.losses.append(outputs[LOSS].detach())
         roots = [outputs[name] for name in self._roots]
-        self._begun[microbatch] = Begun(leaves, StageBackward(list(leaves.values()), roots))
-        return {name: _apart(tensor.detach(), inputs.values()) for name, tensor in outputs.items()}
+        self._saved[microbatch] = SavedForward(leaves, StageBackward(list(leaves.values()), roots))
+        return {name: _unaliased(tensor.detach(), inputs.values()) for name, tensor in outputs.items()}
 
     def backward(
         self, kind: Kind, microbatch: int, gradients: Mapping[str, Sequence[torch.Tensor]]
@@ -176,22 +176,22 @@ class StageRun:
             microbatch: which.
             gradients: by name of the output, one from each stage that took it.
         """
-        begun = self._begun[microbatch]
+        saved = self._saved[microbatch]
         given = [self._gradient_of(name, gradients) for name in self._roots]
         with self._metered(kind):
             if kind is Kind.BACKWARD:
-                found = begun.backward.run(given)
-                del self._begun[microbatch]
+                found = saved.backward.run(given)
+                del self._saved[microbatch]
             else:
-                found = begun.backward.input_gradients(given)
-        pairs = zip(begun.inputs.items(), found, strict=True)
+                found = saved.backward.input_gradients(given)
+        pairs = zip(saved.inputs.items(), found, strict=True)
         # What nobody used still owes a gradient to the stage that waits for it.
-        return {name: torch.zeros_like(leaf) if one is None else _apart(one, given) for (name, leaf), one in pairs}
+        return {name: torch.zeros_like(leaf) if one is None else _unaliased(one, given) for (name, leaf), one in pairs}
 
     def weight_gradients(self, microbatch: int) -> None:
         """The second half of a split backward."""
         with self._metered(Kind.WEIGHT_GRADIENT):
-            self._begun.pop(microbatch).backward.weight_gradients()
+            self._saved.pop(microbatch).backward.weight_gradients()
 
     def weighted_losses(self) -> list[torch.Tensor]:
         """What each microbatch adds to the loss of the step."""
@@ -200,10 +200,10 @@ class StageRun:
     def reset(self) -> None:
         """Begin a step."""
         self.losses.clear()
-        self._begun.clear()
+        self._saved.clear()
 
     def _metered(self, kind: Kind, inputs: Iterable[torch.Tensor] = ()) -> AbstractContextManager[None]:
-        return nullcontext() if self.meter is None else self.meter.noted(kind, inputs)
+        return nullcontext() if self.meter is None else self.meter.recorded(kind, inputs)
 
     def _gradient_of(self, name: str, gradients: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
         if name == LOSS:

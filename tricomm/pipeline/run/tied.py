@@ -9,7 +9,7 @@ from torch import nn
 
 from tricomm.errors import SpecError
 from tricomm.layout.spec import ShardingSpec
-from tricomm.pipeline.run.way import Mover
+from tricomm.pipeline.run.directed_link import StepResharder
 from tricomm.transport.handle import Handle
 
 
@@ -57,8 +57,8 @@ class TiedGradients:
             stage: modules[stage].get_parameter(tied.parts[stage][0]) for stage in self.stages if stage in modules
         }
         specs = {stage: spec for stage, (_, spec) in tied.parts.items()}
-        self.movers = {
-            (giver, taker): Mover(specs[giver], specs[taker], channel=f"{name} {giver}>{taker}", **options)
+        self.resharders = {
+            (giver, taker): StepResharder(specs[giver], specs[taker], channel=f"{name} {giver}>{taker}", **options)
             for giver in self.stages
             for taker in self.stages
             if giver != taker and (giver in modules or taker in modules)
@@ -66,18 +66,18 @@ class TiedGradients:
 
     def connect(self) -> None:
         """Meet the other ranks."""
-        for mover in self.movers.values():
-            mover.meet()
+        for resharder in self.resharders.values():
+            resharder.meet()
 
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on."""
-        for mover in self.movers.values():
-            mover.abort(reason)
+        for resharder in self.resharders.values():
+            resharder.abort(reason)
 
     def close(self) -> None:
         """Give back connections."""
-        for mover in self.movers.values():
-            mover.close()
+        for resharder in self.resharders.values():
+            resharder.close()
 
     def add(self) -> None:
         """Make the ``grad`` of every copy the sum of all."""
@@ -85,9 +85,9 @@ class TiedGradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         handles: dict[tuple[int, int], Handle] = {}
-        for (giver, taker), mover in self.movers.items():
+        for (giver, taker), resharder in self.resharders.items():
             own = self.parameters.get(giver)
-            handles[giver, taker] = mover.start(None if own is None else own.grad)
+            handles[giver, taker] = resharder.start(None if own is None else own.grad)
         moved = {pair: handle.wait() for pair, handle in handles.items()}
         for taker, parameter in self.parameters.items():
             terms = [parameter.grad if giver == taker else moved[giver, taker] for giver in self.stages]

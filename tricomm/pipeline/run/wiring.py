@@ -5,9 +5,9 @@ from typing import Any
 
 from tricomm.errors import PlanError, SpecError
 from tricomm.layout.mesh import format_ranks
+from tricomm.pipeline.run.directed_link import PerDirectionFifo
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.stage import LOSS, Stage
-from tricomm.pipeline.run.way import Turns
 from tricomm.pipeline.schedule.actions import Channel, Edge, Kind
 from tricomm.pipeline.schedule.check import Queues, receive_ring
 from tricomm.pipeline.schedule.schedule import Schedule
@@ -55,7 +55,7 @@ def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: Edges) -> N
             raise SpecError(f"stage {index} sends its loss to another stage; give that output another name")
 
 
-def turns_of(queues: Queues) -> Turns | None:
+def fifo_of(queues: Queues) -> PerDirectionFifo | None:
     """What keeps the order of queues on a rank.
 
     Raises:
@@ -65,7 +65,7 @@ def turns_of(queues: Queues) -> Turns | None:
         raise PlanError(
             f"queues={queues} describes other systems; transfers of tricomm have queues PER_CHANNEL or PER_DIRECTION"
         )
-    return Turns() if queues is Queues.PER_DIRECTION else None
+    return PerDirectionFifo() if queues is Queues.PER_DIRECTION else None
 
 
 def data_names(index: int, stage: Stage, edges: Edges) -> tuple[str, ...]:
@@ -80,12 +80,12 @@ def make_links(
     sizes: Mapping[str, int],
     rank: int,
     name: str,
-    turns: Turns | None,
+    turns: PerDirectionFifo | None,
     options: Mapping[str, Any],
 ) -> dict[Edge, Link]:
     """The Links of the edges that a rank has a part in, in the order in which all ranks connect them.
 
-    An edge inside of a position has one only if its two layouts differ, and takes no turns.
+    An edge inside of a pipeline rank has one only if its two layouts differ, and takes no turns.
     """
     links: dict[Edge, Link] = {}
     for edge in schedule.edges:
@@ -110,7 +110,7 @@ def make_links(
 
 def _order(schedule: Schedule, channel: Channel) -> list[int]:
     """The order in which the microbatches leave a stage."""
-    actions = schedule.lists[schedule.position_of(channel.sender)]
+    actions = schedule.lists[schedule.pipeline_rank_of(channel.sender)]
     return [
         action.microbatch
         for action in actions
@@ -126,20 +126,21 @@ def _passes_unchanged(tensor: EdgeTensor) -> bool:
 
 def _check_meshes(schedule: Schedule, stages: Sequence[Stage]) -> None:
     taken: dict[int, int] = {}
-    for position in range(schedule.positions):
-        first, *others = schedule.stages_of(position)
+    for pipeline_rank in range(schedule.pipeline_ranks):
+        first, *others = schedule.stages_of(pipeline_rank)
         ranks = set(stages[first].mesh.ranks)
         for other in others:
             if set(stages[other].mesh.ranks) != ranks:
                 raise SpecError(
-                    f"stages {first} and {other} are at position {position} of the schedule, on {stages[first].mesh} "
-                    f"and {stages[other].mesh}; the stages of a position have the same ranks"
+                    f"stages {first} and {other} are at pipeline rank {pipeline_rank} of the schedule, on "
+                    f"{stages[first].mesh} and {stages[other].mesh}; the stages of a pipeline rank have the same ranks"
                 )
         for rank in stages[first].mesh.ranks:
-            if taken.setdefault(rank, position) != position:
+            if taken.setdefault(rank, pipeline_rank) != pipeline_rank:
                 raise SpecError(
-                    f"rank {rank} is on the meshes of positions {taken[rank]} and {position}; a rank follows one list "
-                    "of actions: give the positions different ranks, or put their stages at one position"
+                    f"rank {rank} is on the meshes of pipeline ranks {taken[rank]} and {pipeline_rank}; a rank "
+                    "follows one list "
+                    "of actions: give the pipeline ranks different ranks, or put their stages at one pipeline rank"
                 )
 
 

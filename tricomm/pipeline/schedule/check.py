@@ -2,7 +2,7 @@
 
 NCCL's rules are stricter than gloo's: a send ends only when its receive has been posted, and what one communicator
 carries goes in order. A schedule that gloo runs may hang there. The proof builds the graph of who waits for whom and
-looks for a circle, which takes time linear in the number of actions.
+looks for a cycle, which takes time linear in the number of actions.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ class Queues(Enum):
 
     PER_CHANNEL = "one per directed edge"
     """A communicator for each direction of each edge, as tricomm's executor has."""
-    PER_DIRECTION = "one per position and direction"
-    """What a position sends goes one after the other, and so does what it receives. Transfers to several neighbours,
-    which would share a NIC, take turns on it, in an order that was planned: see ``in_turn``."""
-    PER_PAIR = "one per pair of positions"
+    PER_DIRECTION = "one per pipeline rank and direction"
+    """What a pipeline rank sends goes one after the other, and so does what it receives. Transfers to several
+    neighbours, which would share a NIC, take turns on it, in an order that was planned: see ``in_turn``."""
+    PER_PAIR = "one per pair of pipeline ranks"
     """Both directions share one: torch's unbatched P2P on NCCL, which makes a communicator for each pair of ranks."""
-    PER_POSITION = "one per position"
+    PER_PIPELINE_RANK = "one per pipeline rank"
     """All share one: torch's P2P on an NCCL group that was made with ``device_id``, or batched."""
 
     BLOCKING = "none, compute waiting for all"
@@ -32,19 +32,19 @@ class Queues(Enum):
 
     def key(self, schedule: Schedule, channel: Channel, stage: int) -> tuple[int, ...]:
         """The queue, at the end of a channel that ``stage`` is, in which its transfers stand."""
-        here = schedule.position_of(stage)
-        if self is Queues.PER_POSITION:
+        here = schedule.pipeline_rank_of(stage)
+        if self is Queues.PER_PIPELINE_RANK:
             return (here,)
         if self is Queues.PER_DIRECTION:
             return (here, int(stage == channel.receiver))
         if self in (Queues.PER_CHANNEL, Queues.BLOCKING):
             return (here, *channel)
-        there = schedule.position_of(channel.receiver if stage == channel.sender else channel.sender)
+        there = schedule.pipeline_rank_of(channel.receiver if stage == channel.sender else channel.sender)
         return (here, min(here, there), max(here, there))
 
 
 SHOWN = 8
-"""Of a long circle, as many are named."""
+"""Of a long cycle, as many are named."""
 
 Node = Action | tuple[Channel, int]
 """A compute action, or the transfer of a microbatch on a channel."""
@@ -60,19 +60,19 @@ def check(schedule: Schedule, queues: Queues = Queues.PER_CHANNEL) -> None:
         queues: how transfers wait for each other.
 
     Raises:
-        PlanError: the first action that breaks a rule, or the circle of those that wait for each other.
+        PlanError: the first action that breaks a rule, or the cycle of those that wait for each other.
     """
     _check_lists(schedule)
     if schedule.has_communication:
         _check_pairs(schedule)
         _check_channel_order(schedule)
-    circle = _circle(waits(schedule, queues))
-    if circle:
-        names = [_text(node) for node in circle]
+    cycle = _cycle(waits(schedule, queues))
+    if cycle:
+        names = [_text(node) for node in cycle]
         if len(names) > SHOWN:
             names[SHOWN // 2 : -SHOWN // 2] = [f"{len(names) - SHOWN} others"]
         chain = ", which waits for ".join([*names, names[0]])
-        can_run = schedule.has_communication and _circle(waits(schedule.compute_only(), queues)) is None
+        can_run = schedule.has_communication and _cycle(waits(schedule.compute_only(), queues)) is None
         remedy = "reorder the actions"
         if can_run:
             remedy = "take a queue per directed edge (Queues.PER_CHANNEL), or put the receives elsewhere"
@@ -85,15 +85,15 @@ def receive_ring(schedule: Schedule, channel: Channel) -> int:
     A buffer is taken where the receive stands and given back after the backward of its microbatch (B or W): until
     then the stage's graph may read its input.
     """
-    position = schedule.position_of(channel.receiver)
+    pipeline_rank = schedule.pipeline_rank_of(channel.receiver)
     taken: list[int] = []
     given_back: list[int] = []
     last_use = {
         action.microbatch: index
-        for index, action in enumerate(schedule.lists[position])
+        for index, action in enumerate(schedule.lists[pipeline_rank])
         if action.stage == channel.receiver and action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
     }
-    for index, action in enumerate(schedule.lists[position]):
+    for index, action in enumerate(schedule.lists[pipeline_rank]):
         if action.kind.is_receive and action.channel == channel:
             taken.append(index)
             given_back.append(last_use[action.microbatch])
@@ -106,8 +106,8 @@ def receive_ring(schedule: Schedule, channel: Channel) -> int:
 def waits(schedule: Schedule, queues: Queues) -> dict[Node, list[Node]]:
     """Per action and transfer, those that must have ended before it begins.
 
-    Compute actions of a position run in order. A transfer begins when both positions have come to it, which is after
-    the compute action before it, and when the transfers before it in its queues have ended.
+    Compute actions of a pipeline rank run in order. A transfer begins when both pipeline ranks have come to it, which
+    is after the compute action before it, and when the transfers before it in its queues have ended.
     """
     graph: dict[Node, list[Node]] = {}
     for actions in schedule.lists:
@@ -132,7 +132,7 @@ def waits(schedule: Schedule, queues: Queues) -> dict[Node, list[Node]]:
 
 
 def _needed(schedule: Schedule, action: Action) -> Iterator[Node]:
-    """The transfers, or the actions of this position, whose data a compute action needs."""
+    """The transfers, or the actions of this pipeline rank, whose data a compute action needs."""
     for channel in schedule.inputs(action):
         if schedule.has_communication and channel in schedule.channels:
             yield channel, action.microbatch
@@ -142,17 +142,19 @@ def _needed(schedule: Schedule, action: Action) -> Iterator[Node]:
 
 def _check_lists(schedule: Schedule) -> None:
     """Within each list: F before B or I, I before W, producer before send, receive before consumer."""
-    for position, actions in enumerate(schedule.lists):
+    for pipeline_rank, actions in enumerate(schedule.lists):
         seen: set[Action] = set()
         for action in actions:
             for earlier, why in _must_precede(schedule, action):
                 if earlier not in seen:
                     raise PlanError(
-                        f"{action} at position {position} comes before {earlier}, but {why}; "
+                        f"{action} at pipeline rank {pipeline_rank} comes before {earlier}, but {why}; "
                         f"put {earlier} before {action} in the list"
                     )
             if action in seen:
-                raise PlanError(f"{action} stands twice at position {position}; each action is done once: drop one")
+                raise PlanError(
+                    f"{action} stands twice at pipeline rank {pipeline_rank}; each action is done once: drop one"
+                )
             seen.add(action)
 
 
@@ -166,7 +168,7 @@ def _must_precede(schedule: Schedule, action: Action) -> Iterator[tuple[Action, 
         yield schedule.producer(action.channel, microbatch), "what is sent must have been computed"
     for channel in schedule.inputs(action):
         if channel not in schedule.channels:
-            yield schedule.producer(channel, microbatch), "its result is an input, and both are at this position"
+            yield schedule.producer(channel, microbatch), "its result is an input, and both are at this pipeline rank"
         elif schedule.has_communication:
             yield receive(channel, microbatch), "what is received is an input"
 
@@ -180,19 +182,19 @@ def _check_pairs(schedule: Schedule) -> None:
         for microbatch in range(schedule.microbatches)
         for make in (send, receive)
     }
-    for position, actions in enumerate(schedule.lists):
+    for pipeline_rank, actions in enumerate(schedule.lists):
         for action in actions:
             if not action.is_compute and action not in expected:
                 edges = ", ".join(map(str, schedule.edges))
                 raise PlanError(
-                    f"{action} at position {position} uses an edge that needs no communication or does not exist; "
-                    f"the edges are {edges}: drop it or add its edge"
+                    f"{action} at pipeline rank {pipeline_rank} uses an edge that needs no communication or does not "
+                    f"exist; the edges are {edges}: drop it or add its edge"
                 )
     missing = sorted(map(str, expected - found))
     if missing:
         raise PlanError(
-            f"{missing[0]} is missing, so what is at its other end would wait for ever; each edge between positions "
-            "sends and receives each microbatch once in each direction: call with_communication"
+            f"{missing[0]} is missing, so what is at its other end would wait for ever; each edge between pipeline "
+            "ranks sends and receives each microbatch once in each direction: call with_communication"
         )
 
 
@@ -201,7 +203,7 @@ def _check_channel_order(schedule: Schedule) -> None:
     for channel in schedule.channels:
         ends: list[list[int]] = []
         for stage, is_send in ((channel.sender, True), (channel.receiver, False)):
-            actions = schedule.lists[schedule.position_of(stage)]
+            actions = schedule.lists[schedule.pipeline_rank_of(stage)]
             ends.append(
                 [
                     action.microbatch
@@ -217,8 +219,8 @@ def _check_channel_order(schedule: Schedule) -> None:
             )
 
 
-def _circle(graph: dict[Node, list[Node]]) -> list[Node] | None:
-    """Some circle of nodes, each of which waits for the next; None if there is none."""
+def _cycle(graph: dict[Node, list[Node]]) -> list[Node] | None:
+    """Some cycle of nodes, each of which waits for the next; None if there is none."""
     finished: set[Node] = set()
     for root, needs in graph.items():
         if root in finished:

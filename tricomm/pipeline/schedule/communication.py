@@ -9,7 +9,7 @@ from tricomm.pipeline.schedule.schedule import Schedule
 
 
 def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedule:
-    """Put in the sends and receives that the edges between positions need.
+    """Put in the sends and receives that the edges between pipeline ranks need.
 
     A send stands right after the action that gives its data. A receive stands ``receives_ahead`` compute actions ahead
     of the action that needs its data, or earlier where that is needed so that each channel receives in the order in
@@ -20,7 +20,8 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
 
     Args:
         schedule: sends and receives that it has are dropped.
-        receives_ahead: compute actions of the receiver's position; a number beyond its list posts all at the start.
+        receives_ahead: compute actions of the receiver's pipeline rank; a number beyond its list posts all at the
+            start.
 
     Raises:
         PlanError: a negative number.
@@ -33,17 +34,17 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
     schedule = schedule.compute_only()
     received = _receives(schedule, receives_ahead)
     lists = []
-    for position, actions in enumerate(schedule.lists):
+    for pipeline_rank, actions in enumerate(schedule.lists):
         sent = [
             (index + 1, send(channel, action.microbatch))
             for index, action in enumerate(actions)
             for channel in _crossing(schedule, schedule.outputs(action))
         ]
-        lists.append(woven(actions, [*sent, *received[position]]))
+        lists.append(interleave(actions, [*sent, *received[pipeline_rank]]))
     return replace(schedule, lists=tuple(lists))
 
 
-def woven(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) -> tuple[Action, ...]:
+def interleave(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) -> tuple[Action, ...]:
     """Compute actions with others among them: each stands before the compute action of its index, or at the end; those
     of one index in the order in which they are given.
     """
@@ -57,7 +58,7 @@ def woven(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) -> tu
 
 
 def _receives(schedule: Schedule, ahead: int) -> list[list[tuple[int, Action]]]:
-    """Per position, (index of the compute action before which it stands, receive)."""
+    """Per pipeline rank, (index of the compute action before which it stands, receive)."""
     sent: dict[Channel, list[int]] = {channel: [] for channel in schedule.channels}
     wanted: dict[tuple[Channel, int], int] = {}
     for actions in schedule.lists:
@@ -69,17 +70,19 @@ def _receives(schedule: Schedule, ahead: int) -> list[list[tuple[int, Action]]]:
     found: list[list[tuple[int, Action]]] = [[] for _ in schedule.lists]
     placed: list[tuple[int, int, Channel, int]] = []
     for channel, microbatches in sent.items():
-        slot = len(schedule.lists[schedule.position_of(channel.receiver)])
+        slot = len(schedule.lists[schedule.pipeline_rank_of(channel.receiver)])
         # From the last to the first: none may come after one that is sent later.
         for turn in range(len(microbatches) - 1, -1, -1):
             slot = min(slot, wanted[channel, microbatches[turn]])
             placed.append((slot, turn, channel, microbatches[turn]))
     for slot, _, channel, microbatch in sorted(placed):
-        found[schedule.position_of(channel.receiver)].append((slot, receive(channel, microbatch)))
+        found[schedule.pipeline_rank_of(channel.receiver)].append((slot, receive(channel, microbatch)))
     return found
 
 
 def _crossing(schedule: Schedule, channels: tuple[Channel, ...]) -> list[Channel]:
-    """Those that leave their position, the nearest stage first: it is the next to wait."""
-    crossing = [one for one in channels if schedule.position_of(one.sender) != schedule.position_of(one.receiver)]
+    """Those that leave their pipeline rank, the nearest stage first: it is the next to wait."""
+    crossing = [
+        one for one in channels if schedule.pipeline_rank_of(one.sender) != schedule.pipeline_rank_of(one.receiver)
+    ]
     return sorted(crossing, key=lambda channel: abs(channel.sender - channel.receiver))

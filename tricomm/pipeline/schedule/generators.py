@@ -54,7 +54,7 @@ def eager_one_f_one_b(
     for the fill and drain of the pipeline, up to c = (depth (F + B) + W) / 2, with W = 0 if the backward is not split.
 
     Args:
-        stages: S; each has a position of its own.
+        stages: S; each has a pipeline rank of its own.
         microbatches: M; may be less than S.
         depth: 0 is 1F1B.
         split: backwards are I then W, and the gradient leaves after I.
@@ -86,41 +86,42 @@ def zero_bubble(stages: int, microbatches: int, *, depth: int = 0, edges: Edges 
 
 
 def interleaved_one_f_one_b(
-    positions: int, microbatches: int, *, stages_per_position: int = 2, edges: Edges = ()
+    pipeline_ranks: int, microbatches: int, *, stages_per_rank: int = 2, edges: Edges = ()
 ) -> Schedule:
-    """1F1B in which position p holds the stages p, p + P, p + 2 P ... (Narayanan et al. 2021), in Megatron's order.
+    """1F1B in which pipeline rank p holds the stages p, p + P, p + 2 P ... (Narayanan et al. 2021), in Megatron's
+    order.
 
-    The bubble shrinks by ``stages_per_position``, and as many times the hops must cross.
+    The bubble shrinks by ``stages_per_rank``, and as many times the hops must cross.
 
     Args:
-        positions: P.
-        microbatches: a multiple of ``positions``, or less than that.
-        stages_per_position: 1 gives the order of the eager 1F1B.
+        pipeline_ranks: P.
+        microbatches: a multiple of ``pipeline_ranks``, or less than that.
+        stages_per_rank: 1 gives the order of the eager 1F1B.
         edges: which stages feed which; () is the chain.
 
     Raises:
         PlanError: counts that are not positive or do not divide.
     """
-    count, rounds = _counted("positions", positions), _counted("stages_per_position", stages_per_position)
+    count, rounds = _counted("pipeline_ranks", pipeline_ranks), _counted("stages_per_rank", stages_per_rank)
     group = min(count, _counted("microbatches", microbatches))
     if microbatches % group:
         raise PlanError(
-            f"microbatches={microbatches} is above positions={positions} and no multiple of it; interleaving "
-            "takes them in groups of one per position: choose a multiple"
+            f"microbatches={microbatches} is above pipeline_ranks={pipeline_ranks} and no multiple of it; interleaving "
+            "takes them in groups of one per pipeline rank: choose a multiple"
         )
     lists = []
-    for position in range(count):
+    for pipeline_rank in range(count):
         order = [
             (turn, first + offset)
             for first in range(0, microbatches, group)
             for turn in range(rounds)
             for offset in range(group)
         ]
-        forwards = [Action(position + turn * count, Kind.FORWARD, microbatch) for turn, microbatch in order]
+        forwards = [Action(pipeline_rank + turn * count, Kind.FORWARD, microbatch) for turn, microbatch in order]
         backwards = [
-            Action(position + (rounds - 1 - turn) * count, Kind.BACKWARD, microbatch) for turn, microbatch in order
+            Action(pipeline_rank + (rounds - 1 - turn) * count, Kind.BACKWARD, microbatch) for turn, microbatch in order
         ]
-        warm_up = (rounds - 1) * group + 2 * (count - 1 - position) + 1
+        warm_up = (rounds - 1) * group + 2 * (count - 1 - pipeline_rank) + 1
         lists.append(tuple(_alternating(forwards, backwards, warm_up)))
     return Schedule(tuple(lists), tuple(Edge(*edge) for edge in edges))
 

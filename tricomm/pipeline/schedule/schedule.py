@@ -19,26 +19,26 @@ _Channels = dict[tuple[int, Kind], tuple[Channel, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The list of actions of each position of a pipeline.
+    """The list of actions of each pipeline rank of a pipeline.
 
-    A *position* is a group of ranks that runs one list, all of them the same. It usually holds one stage; with
-    interleaving it holds several. Edges between stages of one position need no communication.
+    A *pipeline rank* is a group of ranks that runs one list, all of them the same. It usually holds one stage; with
+    interleaving it holds several. Edges between stages of one pipeline rank need no communication.
 
     Attributes:
-        lists: per position, its actions in order.
+        lists: per pipeline rank, its actions in order.
         edges: which stages feed which; () means the chain of all stages. An edge between stages that are no
             neighbours is a skip connection.
-        channels: the directed edges that need communication: those between two positions, forward and backward.
+        channels: the directed edges that need communication: those between two pipeline ranks, forward and backward.
 
     Raises:
-        PlanError: a stage at two positions or at none, an action that is missing, twice or both whole and split, or
-            an edge that joins no two stages.
+        PlanError: a stage at two pipeline ranks or at none, an action that is missing, twice or both whole and split,
+            or an edge that joins no two stages.
     """
 
     lists: tuple[tuple[Action, ...], ...]
     edges: tuple[Edge, ...] = ()
     channels: tuple[Channel, ...] = field(init=False, repr=False, compare=False)
-    _position_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _pipeline_rank_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _microbatches: int = field(init=False, repr=False, compare=False)
     _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
     _inputs: _Channels = field(init=False, repr=False, compare=False)
@@ -47,7 +47,7 @@ class Schedule:
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "lists", tuple(tuple(actions) for actions in self.lists))
-        set_field(self, "_position_of", _positions(self.lists))
+        set_field(self, "_pipeline_rank_of", _pipeline_ranks(self.lists))
         split = (one for one in self.actions() if one.kind is Kind.INPUT_GRADIENT)
         set_field(self, "_split", frozenset((one.stage, one.microbatch) for one in split))
         set_field(self, "_microbatches", _checked_microbatches(self))
@@ -55,37 +55,48 @@ class Schedule:
         set_field(self, "edges", _checked_edges(edges, self.stages))
         set_field(self, "_inputs", _channels_by_action(edges, by_receiver=True))
         set_field(self, "_outputs", _channels_by_action(edges, by_receiver=False))
-        crossing = [edge for edge in edges if self.position_of(edge.source) != self.position_of(edge.destination)]
+        crossing = [
+            edge for edge in edges if self.pipeline_rank_of(edge.source) != self.pipeline_rank_of(edge.destination)
+        ]
         set_field(self, "channels", tuple(channel for edge in crossing for channel in (edge.forward, edge.backward)))
 
     @classmethod
     def parse(cls, lists: Iterable[str], edges: Iterable[tuple[int, int]] = ()) -> "Schedule":
-        """One text per position, its actions separated by spaces: ``Schedule.parse(["0F0 0B0", "1F0 1B0"])``."""
+        """One text per pipeline rank, its actions separated by spaces: ``Schedule.parse(["0F0 0B0", "1F0 1B0"])``."""
         actions = tuple(tuple(Action.parse(word) for word in text.split()) for text in lists)
         return cls(actions, tuple(Edge(*edge) for edge in edges))
 
     @property
-    def positions(self) -> int:
-        """How many positions there are."""
+    def pipeline_ranks(self) -> int:
+        """How many pipeline ranks there are."""
         return len(self.lists)
 
     @property
     def stages(self) -> int:
         """How many stages there are."""
-        return len(self._position_of)
+        return len(self._pipeline_rank_of)
 
     @property
     def microbatches(self) -> int:
         """How many microbatches each stage computes."""
         return self._microbatches
 
-    def position_of(self, stage: int) -> int:
-        """The position that holds a stage."""
-        return self._position_of[stage]
+    def pipeline_rank_of(self, stage: int) -> int:
+        """The pipeline rank that holds a stage."""
+        return self._pipeline_rank_of[stage]
 
-    def stages_of(self, position: int) -> tuple[int, ...]:
-        """The stages that a position holds."""
-        return tuple(stage for stage, at in enumerate(self._position_of) if at == position)
+    @property
+    def positions(self) -> int:
+        """The old name of ``pipeline_ranks``, kept for one version."""
+        return self.pipeline_ranks
+
+    def position_of(self, stage: int) -> int:
+        """The old name of ``pipeline_rank_of``, kept for one version."""
+        return self.pipeline_rank_of(stage)
+
+    def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
+        """The stages that a pipeline rank holds."""
+        return tuple(stage for stage, at in enumerate(self._pipeline_rank_of) if at == pipeline_rank)
 
     @property
     def is_split(self) -> bool:
@@ -108,7 +119,7 @@ class Schedule:
         return self.gradient_of(channel.sender, microbatch)
 
     def actions(self) -> Iterator[Action]:
-        """All actions, position by position."""
+        """All actions, pipeline rank by pipeline rank."""
         for actions in self.lists:
             yield from actions
 
@@ -117,34 +128,36 @@ class Schedule:
         return replace(self, lists=tuple(tuple(one for one in actions if one.is_compute) for actions in self.lists))
 
     def inputs(self, action: Action) -> tuple[Channel, ...]:
-        """The channels (also those inside of a position) whose data an F, B or I needs."""
+        """The channels (also those inside of a pipeline rank) whose data an F, B or I needs."""
         return self._inputs.get((action.stage, action.kind), ())
 
     def outputs(self, action: Action) -> tuple[Channel, ...]:
-        """The channels (also those inside of a position) that carry what an F, B or I gives."""
+        """The channels (also those inside of a pipeline rank) that carry what an F, B or I gives."""
         return self._outputs.get((action.stage, action.kind), ())
 
     def __str__(self) -> str:
-        """A grid: a row per position, its actions from left to right."""
-        rows = [[f"{position}:", *map(str, actions)] for position, actions in enumerate(self.lists)]
+        """A grid: a row per pipeline rank, its actions from left to right."""
+        rows = [[f"{pipeline_rank}:", *map(str, actions)] for pipeline_rank, actions in enumerate(self.lists)]
         columns = [list(column) for column in zip_longest(*rows, fillvalue="")]
         widths = [max(map(len, column)) for column in columns]
         lines = (" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
         return "\n".join(lines)
 
 
-def _positions(lists: Sequence[Sequence[Action]]) -> tuple[int, ...]:
-    """Per stage, its position."""
+def _pipeline_ranks(lists: Sequence[Sequence[Action]]) -> tuple[int, ...]:
+    """Per stage, its pipeline rank."""
     found: dict[int, int] = {}
-    for position, actions in enumerate(lists):
+    for pipeline_rank, actions in enumerate(lists):
         if not actions:
-            raise PlanError(f"position {position} of the schedule has no actions; leave it out or give it a stage")
+            raise PlanError(
+                f"pipeline rank {pipeline_rank} of the schedule has no actions; leave it out or give it a stage"
+            )
         for action in actions:
-            at = found.setdefault(action.stage, position)
-            if at != position:
+            at = found.setdefault(action.stage, pipeline_rank)
+            if at != pipeline_rank:
                 raise PlanError(
-                    f"stage {action.stage} of {action} is at positions {at} and {position}; a stage has one position: "
-                    "move its actions into one list"
+                    f"stage {action.stage} of {action} is at pipeline ranks {at} and {pipeline_rank}; a stage has "
+                    "one pipeline rank: move its actions into one list"
                 )
     stages = len(found)
     missing = next((stage for stage in range(stages) if stage not in found), None)

@@ -1,8 +1,9 @@
 """List scheduling under a memory limit: each stage does what can be done, in an order of preference.
 
 Where a limit leaves no room for the warm-up that would hide the hops, strict alternation of forwards and backwards
-waits at every turn. The shortest schedules (see exact.py) then work in bursts: as many forwards as the limit allows,
-then their backwards, the hops of a burst hiding behind each other. Doing whatever can be done finds these by itself.
+waits at every turn. The shortest schedules (bench/pipeline/solver.py finds them) then work in bursts: as many forwards
+as the limit allows, then their backwards, the hops of a burst hiding behind each other. Doing whatever can be done
+finds these by itself.
 """
 
 import heapq
@@ -46,7 +47,7 @@ def list_schedule(
     split: bool = True,
     edges: Iterable[tuple[int, int]] = (),
 ) -> Schedule:
-    """A schedule of one stage per position that keeps to a limit on activations.
+    """A schedule of one stage per pipeline rank that keeps to a limit on activations.
 
     Args:
         costs: of stages and channels; shared loads are not modelled.

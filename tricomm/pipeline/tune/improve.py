@@ -29,7 +29,7 @@ def improved(schedule: Schedule, ideal: Ideal, memory: Sequence[int], trials: in
     """A schedule that is no longer; the same for the same arguments.
 
     Args:
-        schedule: without communication, one stage per position.
+        schedule: without communication, one stage per pipeline rank.
         ideal: by which schedules are compared.
         memory: per stage, the most activations that it may hold.
         trials: schedules that are simulated at most.
@@ -53,7 +53,7 @@ def _along_the_path(
             left -= 1
             try:
                 shorter = ideal(candidate)
-            except PlanError:  # the move made stages wait for each other in a circle
+            except PlanError:  # the move made stages wait for each other in a cycle
                 continue
             if shorter.makespan_seconds < timeline.makespan_seconds * (1 - 1e-9):
                 schedule, timeline = candidate, shorter

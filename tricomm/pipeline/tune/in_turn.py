@@ -17,11 +17,11 @@ from tricomm.pipeline.costs.simulate import run_clock
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
 from tricomm.pipeline.schedule.check import Queues
-from tricomm.pipeline.schedule.communication import with_communication, woven
+from tricomm.pipeline.schedule.communication import interleave, with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 
 Order = dict[tuple[int, bool], tuple[tuple[Channel, int], ...]]
-"""Per position and direction (whether it sends), the transfers in the order of their turns."""
+"""Per pipeline rank and direction (whether it sends), the transfers in the order of their turns."""
 
 
 def ideal_timeline(schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL) -> Timeline:
@@ -48,9 +48,9 @@ def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
     timeline = _improved(schedule, timeline, costs, trials)
     order = _order_of(timeline)
     lists = []
-    for position, actions in enumerate(schedule.lists):
-        received = _receives(timeline, order[position, False], position)
-        lists.append(woven(actions, [*received, *_sends(schedule, order[position, True], position)]))
+    for pipeline_rank, actions in enumerate(schedule.lists):
+        received = _receives(timeline, order[pipeline_rank, False], pipeline_rank)
+        lists.append(interleave(actions, [*received, *_sends(schedule, order[pipeline_rank, True], pipeline_rank)]))
     return replace(schedule, lists=tuple(lists))
 
 
@@ -84,14 +84,14 @@ def _improved(schedule: Schedule, timeline: Timeline, costs: Costs, trials: int)
 
 def _order_of(timeline: Timeline) -> Order:
     """In which order the transfers of a timeline took their turns."""
-    place = timeline.schedule.position_of
+    place = timeline.schedule.pipeline_rank_of
     return {
-        (position, is_send): tuple(
+        (pipeline_rank, is_send): tuple(
             (one.channel, one.microbatch)
             for one in timeline.transfers
-            if place(one.channel.sender if is_send else one.channel.receiver) == position
+            if place(one.channel.sender if is_send else one.channel.receiver) == pipeline_rank
         )
-        for position in range(timeline.schedule.positions)
+        for pipeline_rank in range(timeline.schedule.pipeline_ranks)
         for is_send in (True, False)
     }
 
@@ -112,24 +112,26 @@ def _swaps(order: Order, timeline: Timeline) -> Iterator[Order]:
 def _all_posted(schedule: Schedule, order: Order) -> Schedule:
     """The schedule with an order, all receives standing at the start."""
     lists = []
-    for position, actions in enumerate(schedule.lists):
-        received = [(0, receive(*crossing)) for crossing in order[position, False]]
-        lists.append(woven(actions, [*received, *_sends(schedule, order[position, True], position)]))
+    for pipeline_rank, actions in enumerate(schedule.lists):
+        received = [(0, receive(*crossing)) for crossing in order[pipeline_rank, False]]
+        lists.append(interleave(actions, [*received, *_sends(schedule, order[pipeline_rank, True], pipeline_rank)]))
     return replace(schedule, lists=tuple(lists))
 
 
-def _sends(schedule: Schedule, sent: Sequence[tuple[Channel, int]], position: int) -> Iterator[tuple[int, Action]]:
+def _sends(schedule: Schedule, sent: Sequence[tuple[Channel, int]], pipeline_rank: int) -> Iterator[tuple[int, Action]]:
     """(index of the compute action before which it stands, send), in order: after its producer and the send before."""
-    places = {action: index for index, action in enumerate(schedule.lists[position])}
+    places = {action: index for index, action in enumerate(schedule.lists[pipeline_rank])}
     slot = 0
     for channel, microbatch in sent:
         slot = max(slot, places[schedule.producer(channel, microbatch)] + 1)
         yield slot, send(channel, microbatch)
 
 
-def _receives(timeline: Timeline, received: Sequence[tuple[Channel, int]], position: int) -> list[tuple[int, Action]]:
+def _receives(
+    timeline: Timeline, received: Sequence[tuple[Channel, int]], pipeline_rank: int
+) -> list[tuple[int, Action]]:
     """The same for receives: each stands before what is computed, or waited for, when its transfer begins."""
-    spans = timeline.compute[position]
+    spans = timeline.compute[pipeline_rank]
     begins = {(one.channel, one.microbatch): one.begin for one in timeline.transfers}
     consumers = {
         (channel, span.action.microbatch): index

@@ -12,9 +12,9 @@ from functools import partial
 
 from tricomm.errors import PlanError
 from tricomm.pipeline.costs.costs import Costs
+from tricomm.pipeline.costs.exposure import ExposureReport, exposure_of
 from tricomm.pipeline.costs.simulate import run_clock, simulate
 from tricomm.pipeline.costs.timeline import Timeline
-from tricomm.pipeline.costs.verdicts import Verdict, verdict
 from tricomm.pipeline.schedule.actions import Edge
 from tricomm.pipeline.schedule.check import Queues
 from tricomm.pipeline.schedule.communication import with_communication
@@ -37,7 +37,7 @@ WORTH_IT = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a position may hold at once; None does not limit.
+    """What a pipeline rank may hold at once; None does not limit.
 
     Attributes:
         activations: microbatches between forward and the end of the backward.
@@ -60,7 +60,7 @@ class Candidate:
         depth: of the warm-up; None for list schedules and GPipe.
         is_split: whether backwards are I then W.
         makespan_seconds: of the whole batch.
-        activations, nbytes: the most that some position holds.
+        activations, nbytes: the most that some pipeline rank holds.
     """
 
     name: str
@@ -92,24 +92,24 @@ class Tuned:
         timeline: of it.
         compared: the best of each form and number of microbatches that fits, fastest first.
         refused: forms that would be faster and do not fit, in words.
-        verdicts: one per channel.
+        exposures: one per channel.
     """
 
     best: Candidate
     timeline: Timeline
     compared: tuple[Candidate, ...]
     refused: tuple[str, ...]
-    verdicts: tuple[Verdict, ...]
+    exposures: tuple[ExposureReport, ...]
 
     def __str__(self) -> str:
         lines = [f"chosen: {_line(self.best)}"]
         lines += [f"  next:  {_line(one)}" for one in self.compared[1:6]]
         lines += [f"  does not fit: {text}" for text in self.refused[:3]]
-        hidden = [one for one in self.verdicts if not one.reason]
+        hidden = [one for one in self.exposures if not one.reason]
         if hidden:
             names = ", ".join(str(one.channel) for one in hidden)
             lines.append(f"hidden but for fill and drain: {names}")
-        for one in self.verdicts:
+        for one in self.exposures:
             if one.reason:
                 lines.append(f"exposed by {one.exposed_seconds:.6g} s: {one.channel}: {one.reason}")
         return "\n".join(lines)
@@ -124,7 +124,7 @@ def tune(
     allow_split: bool = True,
     trials: int = 0,
 ) -> Tuned:
-    """Choose the schedule of one stage per position.
+    """Choose the schedule of one stage per pipeline rank.
 
     Compared are GPipe, 1F1B and its eager forms at depths 0 to 3, each with whole backwards or split ones with several
     delays, and list schedules that fill the memory limit; for each, receives posted 1 to 4 actions ahead. Of those
@@ -160,9 +160,9 @@ def tune(
     costs = costs_of(best.microbatches)
     timeline = simulate(best.schedule, costs, queues=best.queues)
     refused = [text for seconds, text in sorted(search.refused) if seconds < best.makespan_seconds * (1 - WORTH_IT)]
-    verdicts = tuple(verdict(channel, timeline, best.depth, bool(refused)) for channel in best.schedule.channels)
+    exposures = tuple(exposure_of(channel, timeline, best.depth, bool(refused)) for channel in best.schedule.channels)
     others = tuple(one for one in compared if one is not best)
-    return Tuned(best, timeline, (best, *others), tuple(refused), verdicts)
+    return Tuned(best, timeline, (best, *others), tuple(refused), exposures)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def solve(
     workers: int = 2,
     start: Schedule | None = None,
 ) -> Exact:
-    """Find the schedule of least makespan for stages that have a position each and channels that share nothing.
+    """Find the schedule of least makespan for stages that have a pipeline rank each and channels that share nothing.
 
     Args:
         costs: of stages and channels; shared loads are not modelled.
@@ -178,14 +178,14 @@ class _Model:
 
     def _head(self, stage: int) -> int:
         """Ticks before a stage can begin: the longest way of one microbatch to it."""
-        ways = [
+        directed_links = [
             self._head(edge.source)
             + self.ticks(self.costs.stages[edge.source].forward_seconds)
             + self.ticks(self.costs.transfer(edge.forward).seconds)
             for edge in self.edges
             if edge.destination == stage
         ]
-        return max(ways, default=0)
+        return max(directed_links, default=0)
 
     def _order(self, first: Action, second: Action) -> None:
         self.model.add(self.begin[second] >= self.end[first])

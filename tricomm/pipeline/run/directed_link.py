@@ -16,7 +16,7 @@ Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 """What crosses an edge: a tensor, or a tuple in the order of declaration if there are several."""
 
 
-class Mover(Resharder):
+class StepResharder(Resharder):
     """A Resharder that stays broken once it failed: in the middle of a step there is nobody to meet again."""
 
     def meet(self) -> None:
@@ -33,7 +33,7 @@ class Mover(Resharder):
             self._lane.fail(reason)
 
 
-class Turns:
+class PerDirectionFifo:
     """What one rank sends over several Links goes one after the other, and so does what it receives.
 
     For Links that share a NIC: each transfer has all of it, and a planned order decides which comes first, where
@@ -90,8 +90,8 @@ class ReceiveHandle:
     into their memory.
     """
 
-    def __init__(self, way: "Way", microbatch: int, slot: int | None) -> None:
-        self._way = way
+    def __init__(self, directed_link: "DirectedLink", microbatch: int, slot: int | None) -> None:
+        self._directed_link = directed_link
         self._microbatch = microbatch
         self._slot = slot
         self._scaled = False
@@ -103,16 +103,16 @@ class ReceiveHandle:
 
     def wait_all(self) -> tuple[torch.Tensor, ...]:
         """The tensors, always as a tuple. See wait."""
-        way = self._way
+        directed_link = self._directed_link
         if self.handles is None:
             raise SpecError(
-                f"{way.name}: rank {way.rank} is on both meshes and waits for microbatch {self._microbatch}, which it "
-                "has not sent; send it before you wait for it"
+                f"{directed_link.name}: rank {directed_link.rank} is on both meshes and waits for microbatch "
+                f"{self._microbatch}, which it has not sent; send it before you wait for it"
             )
         received = [handle.wait() for handle in self.handles]
         tensors = tuple(tensor for tensor in received if tensor is not None)
         if not self._scaled:
-            for tensor, scale in zip(tensors, way.scales, strict=True):
+            for tensor, scale in zip(tensors, directed_link.scales, strict=True):
                 if scale != 1.0:
                     tensor.mul_(scale)
             self._scaled = True
@@ -130,14 +130,14 @@ class ReceiveHandle:
     def release(self) -> None:
         """Give the memory back for a later receive. Nothing may read the tensors any more."""
         if self._slot is not None:
-            way = self._way
-            way.holders[self._slot] = None
+            directed_link = self._directed_link
+            directed_link.holders[self._slot] = None
             # What reads the tensors may still be queued on the current stream.
-            way.freed[self._slot] = way.movers[0].mark()
+            directed_link.freed[self._slot] = directed_link.resharders[0].mark()
             self._slot = None
 
 
-class Way:
+class DirectedLink:
     """One direction of an edge.
 
     Args:
@@ -158,15 +158,15 @@ class Way:
         order: Sequence[int],
         slots: int | None,
         scales: Sequence[float],
-        turns: Turns | None,
+        turns: PerDirectionFifo | None,
         options: dict[str, Any],
     ) -> None:
         self.name = name
         self.turns = turns
         self.order = tuple(order)
         self.scales = tuple(scales)
-        self.movers = [Mover(*pair, channel=name, **options) for pair in specs]
-        self.rank = self.movers[0].rank
+        self.resharders = [StepResharder(*pair, channel=name, **options) for pair in specs]
+        self.rank = self.resharders[0].rank
         self.gives = self.rank in specs[0][0].mesh
         self.takes = self.rank in specs[0][1].mesh
         self.slots = None if self.gives and self.takes else slots
@@ -185,8 +185,8 @@ class Way:
 
     def connect(self) -> None:
         """Meet the other ranks; see Link.connect."""
-        for mover in self.movers:
-            mover.meet()
+        for resharder in self.resharders:
+            resharder.meet()
 
     def drop_buffers(self) -> None:
         """Free the receive buffers; the next receive makes them again."""
@@ -196,8 +196,8 @@ class Way:
     def send(self, tensors: Sequence[torch.Tensor], microbatch: int) -> SendHandle:
         """See Link.send."""
         turn = self._next_turn("send", microbatch)
-        if len(tensors) != len(self.movers):
-            raise SpecError(f"{self.name} carries {len(self.movers)} tensors and got {len(tensors)}; pass each")
+        if len(tensors) != len(self.resharders):
+            raise SpecError(f"{self.name} carries {len(self.resharders)} tensors and got {len(tensors)}; pass each")
         self._drop_ended()
         # What autograd knows of the tensor stays here: its gradient comes back by the other direction.
         tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
@@ -227,7 +227,7 @@ class Way:
         slot = None if self.slots is None else turn % self.slots
         handle = ReceiveHandle(self, microbatch, slot)
         if slot is None:
-            handle.handles = self._start([{}] * len(self.movers))
+            handle.handles = self._start([{}] * len(self.resharders))
             return handle
         holder = self.holders[slot]
         if holder is not None:
@@ -251,12 +251,12 @@ class Way:
 
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError."""
-        self.movers[0].abort(reason)  # all use one lane
+        self.resharders[0].abort(reason)  # all use one lane
 
     def close(self) -> None:
         """Give back connections and buffers."""
-        for mover in self.movers:
-            mover.close()
+        for resharder in self.resharders:
+            resharder.close()
         self._buffers.clear()
 
     def _drop_ended(self) -> None:
@@ -267,10 +267,12 @@ class Way:
             self._last_ended = ended
 
     def _start(self, arguments: Sequence[dict[str, Any]]) -> list[Handle]:
-        """Start all movers, in turn with what else this rank moves in the same direction, if it is to take turns."""
+        """Start all resharders, after what else this rank moves in the same direction if there is a FIFO."""
         directions = [name for name, has_part in (("send", self.gives), ("recv", self.takes)) if has_part]
         behind = self.turns.before(directions) if self.turns is not None else ()
-        handles = [mover.start(**some, behind=behind) for mover, some in zip(self.movers, arguments, strict=True)]
+        handles = [
+            resharder.start(**some, behind=behind) for resharder, some in zip(self.resharders, arguments, strict=True)
+        ]
         if self.turns is not None:
             self.turns.take(directions, handles[-1])  # all use one lane, and end in order
         return handles
@@ -296,11 +298,11 @@ class Way:
     def _new_buffers(self) -> list[torch.Tensor]:
         return [
             torch.empty(
-                mover.plan.destination.local_shape(self.rank),
-                dtype=torch_dtype(mover.plan.destination.element_type),
-                device=mover.device,
+                resharder.plan.destination.local_shape(self.rank),
+                dtype=torch_dtype(resharder.plan.destination.element_type),
+                device=resharder.device,
             )
-            for mover in self.movers
+            for resharder in self.resharders
         ]
 
 

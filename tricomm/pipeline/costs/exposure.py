@@ -10,7 +10,7 @@ EXPOSED = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ExposureReport:
     """How a channel fares in the chosen schedule.
 
     Attributes:
@@ -25,7 +25,7 @@ class Verdict:
     reason: str
 
 
-def verdict(channel: Channel, timeline: Timeline, depth: int | None, is_limited: bool) -> Verdict:
+def exposure_of(channel: Channel, timeline: Timeline, depth: int | None, is_limited: bool) -> ExposureReport:
     """Of one channel.
 
     Args:
@@ -37,7 +37,9 @@ def verdict(channel: Channel, timeline: Timeline, depth: int | None, is_limited:
     hop = timeline.hop_seconds()[channel]
     exposed = max(0.0, timeline.critical_seconds()[channel] - hop)
     is_hidden = exposed <= EXPOSED * timeline.makespan_seconds
-    return Verdict(channel, hop, exposed, "" if is_hidden else _reason(channel, timeline, hop, depth, is_limited))
+    return ExposureReport(
+        channel, hop, exposed, "" if is_hidden else _reason(channel, timeline, hop, depth, is_limited)
+    )
 
 
 def _reason(channel: Channel, timeline: Timeline, hop: float, depth: int | None, is_limited: bool) -> str:
