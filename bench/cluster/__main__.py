@@ -2,6 +2,6 @@
 
 import sys
 
-from bench.cluster.cluster import main
+from bench.cluster.cli import main
 
 sys.exit(main())

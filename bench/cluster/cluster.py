@@ -4,28 +4,19 @@
         print(calibrate(cluster, ranks))
         ranks.run(function, argument)           # function(rank, argument) on every rank
 
-Ranks count through the devices of host 0, then those of host 1, and so on. On the command line:
-
-    python -m bench.cluster run --hosts 4 --devices 4 --nic 400mbit [--rails N] -- COMMAND...
-    python -m bench.cluster calibrate --hosts 4 --devices 4 --nic 400mbit [--rails N]
-    python -m bench.cluster clean
-
-Needs root and iproute2. Nothing outside of the namespaces that it makes is touched.
+Ranks count through the devices of host 0, then those of host 1, and so on. Needs root and iproute2. Nothing outside of
+the namespaces that it makes is touched.
 """
 
-import argparse
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from bench.cluster import network
 from bench.cluster.network import ClusterError, Host, Nic, Port
@@ -33,13 +24,8 @@ from bench.cluster.network import ClusterError, Host, Nic, Port
 if TYPE_CHECKING:
     from tricomm.launch import Ranks
 
-# What four hosts of a machine with two cores send and receive all at once at line rate, with time to spare.
-DEFAULT_BITS_PER_SECOND = 400_000_000
 # Of rank 0's own namespace, so always free.
 MASTER_PORT = 29500
-POLL_SECONDS = 0.05
-GRACE_SECONDS = 5.0
-OUTPUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,160 +195,3 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def run_command(cluster: Cluster, command: Sequence[str]) -> int:
-    """Run a command once per device inside of its host, with the variables that torchrun sets.
-
-    Returns:
-        0, or the exit code of the first that failed; the others are then ended.
-    """
-    processes: list[subprocess.Popen[bytes]] = []
-    forwarders: list[threading.Thread] = []
-    try:
-        for seat in cluster.seats:
-            # A session of its own: Ctrl-C reaches this process alone, which then ends all.
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**os.environ, **cluster.environment(seat)},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=seat.enter,  # noqa: PLW1509 - no thread has been started yet
-                )
-            )
-        for seat, process in zip(cluster.seats, processes, strict=True):
-            assert process.stdout is not None
-            forwarder = threading.Thread(target=_forward, args=(seat.rank, process.stdout), daemon=True)
-            forwarder.start()
-            forwarders.append(forwarder)
-        code = _wait_for_all(processes)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ClusterError(f"the command {command[0]!r} cannot be started: {error}") from error
-    finally:
-        _end(processes)
-    for forwarder in forwarders:
-        forwarder.join(OUTPUT_SECONDS)
-    return code
-
-
-def _forward(rank: int, lines: IO[bytes]) -> None:
-    for line in lines:
-        sys.stdout.buffer.write(b"[rank %d] %s\n" % (rank, line.rstrip(b"\r\n")))
-        sys.stdout.buffer.flush()
-
-
-def _wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    while True:
-        codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                print(f"rank {rank} ended with exit code {code}; ending the others", file=sys.stderr)
-                # What a signal ended has a negative code here, and 128 more in a shell.
-                return code if code > 0 else 128 - code
-        if None not in codes:
-            return 0
-        time.sleep(POLL_SECONDS)
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask what still runs to end, and then make it."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()) if number == signal.SIGTERM else None)
-
-
-def parse_bits_per_second(text: str) -> int:
-    """A rate as ``tc`` writes them: 400mbit, 1gbit, 1.5gbit, 64000kbit."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate; write a number and kbit, mbit or gbit, such as 400mbit")
-    return round(float(found[1]) * {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}[found[2]])
-
-
-def parse_nic(text: str) -> Nic:
-    """``RATE``, or ``SEND/RECEIVE`` where they differ."""
-    rates = [parse_bits_per_second(part) for part in text.split("/")]
-    if len(rates) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} has {len(rates)} rates; a NIC has one, or SEND/RECEIVE")
-    try:
-        return Nic(rates[0], rates[-1])
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def parse_nics(text: str) -> list[Nic]:
-    """NICs separated by commas."""
-    return [parse_nic(part) for part in text.split(",")]
-
-
-def parse_hosts(hosts: int, devices: int, nics: Sequence[Nic], rails: int) -> list[Host]:
-    """What the options of the command line describe.
-
-    Raises:
-        ValueError: they do not fit together.
-    """
-    if hosts < 1:
-        raise ValueError(f"--hosts {hosts} must be above 0")
-    if rails < 1:
-        raise ValueError(f"--rails {rails} must be above 0")
-    if len(nics) not in (1, hosts):
-        raise ValueError(f"--nic has {len(nics)} rates for {hosts} hosts; give one for all, or one for each")
-    return [Host(devices, (nic,) * rails) for nic in (nics if len(nics) == hosts else [nics[0]] * hosts)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.cluster", description="A cluster emulated on this machine.")
-    actions = parser.add_subparsers(dest="action", required=True)
-    run = actions.add_parser("run", help="run a command once per device, like torchrun")
-    calibrate = actions.add_parser("calibrate", help="measure whether the NICs do what they promise")
-    for action in (run, calibrate):
-        action.add_argument("--hosts", type=int, default=4, help="how many (%(default)s)")
-        action.add_argument("--devices", type=int, default=1, help="of each host (%(default)s)")
-        action.add_argument(
-            "--nic",
-            type=parse_nics,
-            default=f"{DEFAULT_BITS_PER_SECOND // 10**6}mbit",
-            metavar="RATE[,RATE...]",
-            help="of each NIC; one for all hosts or one per host; SEND/RECEIVE where they differ (%(default)s)",
-        )
-        action.add_argument("--rails", type=int, default=1, help="NICs of each host (%(default)s)")
-    run.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
-    actions.add_parser("clean", help="remove what a crashed run has left")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        if options.action == "clean":
-            print("\n".join(f"removed {name}" for name in network.clean()) or "nothing to remove")
-            return 0
-        try:
-            hosts = parse_hosts(options.hosts, options.devices, options.nic, options.rails)
-            cluster = Cluster(hosts)
-        except ValueError as error:
-            parser.error(str(error))
-        with cluster:
-            return run_command(cluster, options.command) if options.action == "run" else _print_calibration(cluster)
-    except ClusterError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-
-
-def _print_calibration(cluster: Cluster) -> int:
-    from bench.cluster.calibrate import calibrate
-
-    with cluster.ranks() as ranks:
-        print(calibrate(cluster, ranks))
-    return 0

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from bench.cluster.calibrate import Calibration, calibrate
-from bench.cluster.cluster import Cluster, parse_bits_per_second
+from bench.cluster.cli import parse_bits_per_second
+from bench.cluster.cluster import Cluster
 from bench.cluster.network import ClusterError
 from bench.pipeline.ranks import Method, Sample, Setting, hop, prepare, sample, slept
 from bench.pipeline.report import IN_TORCH, LEADER, OURS, SIGNAL, TORCH, Row, draw, save, summary, table

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from bench.cluster.calibrate import Calibration, calibrate
-from bench.cluster.cluster import Cluster, parse_bits_per_second
+from bench.cluster.cli import parse_bits_per_second
+from bench.cluster.cluster import Cluster
 from bench.cluster.network import ClusterError
 from bench.reshard.cases import CASES, Case, Shape
 from bench.reshard.peers import COMPLETE, P2P, PEERS
