@@ -6,13 +6,18 @@ RUN := $(VENV)/bin/python
 N ?= 20000
 SEED ?= 0
 
-.PHONY: demo test lint fuzz bench bench-cluster gpu-check clean
+.PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check clean
 
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
+# In this process, its threads, and one fixed set of processes.
 test: $(VENV)/.test
-	$(RUN) -m pytest --durations 25
+	$(RUN) -m pytest -m "not processes" --durations 25
+
+# What starts processes of its own: kills, restarts, namespaces, scripts, installs.
+test-processes: $(VENV)/.test
+	$(RUN) -m pytest -m processes --durations 25
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

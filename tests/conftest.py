@@ -1,14 +1,59 @@
-"""Processes are started once and fed many cases."""
+"""Processes are started once and fed many cases; a test that starts others carries the marker ``processes``."""
 
-from collections.abc import Iterator
+import multiprocessing.process
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import pytest
 
 from tests.cases import RANKS
 from tricomm.launch import Ranks
 
+STARTS = ((subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, "start"), (os, "fork"))
+STARTS_THE_FIXED_RANKS: ContextVar[bool] = ContextVar("STARTS_THE_FIXED_RANKS", default=False)
+
+
+class UnmarkedProcess(AssertionError):  # noqa: N818 - no error of the library
+    """A test without the marker ``processes`` started a process of its own."""
+
+
+def refusing(start: Callable[..., Any]) -> Callable[..., Any]:
+    """``start`` for the fixture ``ranks``, an error for everything else."""
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        if STARTS_THE_FIXED_RANKS.get():
+            return start(*arguments, **options)
+        raise UnmarkedProcess(
+            "this test starts a process and is not marked; add @pytest.mark.processes, which moves it to "
+            "`make test-processes`, or do it in this process or on the fixture `ranks`"
+        )
+
+    return refuse
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hold the two halves of the tests apart: fixtures of any scope, the test, and what is torn down after it."""
+    if item.get_closest_marker("processes") is not None:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in [
+            (subprocess.Popen, "__init__"),
+            (multiprocessing.process.BaseProcess, "start"),
+            (os, "fork"),
+        ]:
+            patch.setattr(owner, name, refusing(getattr(owner, name)))
+        return (yield)
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    with Ranks(RANKS, timeout_seconds=60) as running:
+    """The fixed processes, on which every test without the marker runs what needs more than one rank."""
+    token = STARTS_THE_FIXED_RANKS.set(True)
+    running = Ranks(RANKS, timeout_seconds=60)
+    STARTS_THE_FIXED_RANKS.reset(token)
+    with running:
         yield running

@@ -12,6 +12,7 @@ def leave(rank: int) -> None:
         os._exit(3)
 
 
+@pytest.mark.processes
 def test_ranks_that_do_not_start_leave_no_process_behind() -> None:
     ranks = Ranks(2, timeout_seconds=5, wrap=leave)
     with pytest.raises(RankError, match=r"did not answer|has ended"), ranks:

@@ -3,11 +3,14 @@
 import contextlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tricomm import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,12 +36,11 @@ def test_the_tuning_example_chooses_a_schedule() -> None:
     assert names["schedule"].stages == 3
 
 
-def test_the_plan_command_runs() -> None:
-    command = re.search(r"`python -m (tricomm plan [^`]*)`", README)
+def test_the_plan_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    command = re.search(r"`python -m tricomm (plan [^`]*)`", README)
     assert command is not None
-    words = [part.strip('"') for part in re.findall(r'"[^"]*"|\S+', command[1])]
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.startswith("reshard\n  from  float32[4096, 1024] S1 R on")
+    cli.main(shlex.split(command[1]))
+    assert capsys.readouterr().out.startswith("reshard\n  from  float32[4096, 1024] S1 R on")
 
 
 @pytest.mark.parametrize(
@@ -54,11 +56,24 @@ def test_the_plan_command_runs() -> None:
         (["demo", "--checkpoint", __file__], "is not a .safetensors file"),
     ],
 )
-def test_a_wrong_command_says_why(words: list[str], why: str) -> None:
-    command = [sys.executable, "-m", "tricomm", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2
-    assert why in done.stderr
+def test_a_wrong_command_says_why(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_the_module_is_the_command() -> None:
+    words = ["plan", "--shape", "8", "--source", "2", "S0", "--destination", "2", "R"]
+    shown = subprocess.check_output([sys.executable, "-m", "tricomm", *words], text=True, cwd=ROOT)
+    assert shown.startswith("reshard\n")
+    words[-1] = "X"
+    done = subprocess.run(
+        [sys.executable, "-m", "tricomm", *words], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("tricomm: ")
     assert "Traceback" not in done.stderr
 
 
@@ -75,6 +90,7 @@ def test_every_public_name_has_a_docstring() -> None:
         assert getattr(tricomm, name).__doc__, name
 
 
+@pytest.mark.processes
 def test_the_pipeline_script_trains(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     training, measuring = blocks("python")[2], blocks("python")[4]

@@ -9,6 +9,7 @@ from bench.gpu_sanitizer import ERROR_EXIT_CODE, SCENES, main, sanitizer_part
 from bench.gpu_transport import CASES, transport_part
 
 
+@pytest.mark.processes
 def test_the_transport_part_on_gloo() -> None:
     outcomes = list(transport_part(torch.device("cpu"), overlap_nbytes=1 << 20, matrix=64))
     assert [outcome.name for outcome in outcomes] == [*(f"transport: {name}" for name in CASES), "transport: overlap"]
@@ -22,6 +23,7 @@ def fake_sanitizer(directory: Path, exit_code: int) -> None:
     program.chmod(0o755)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("exit_code", "text"), [(0, f"memcheck of {SCENES} random scenes"), (9, "exit code 9, 9 being")]
 )

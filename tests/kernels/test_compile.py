@@ -10,6 +10,8 @@ from tests.kernels.binaries import TARGETS, VARIANTS, Binary, compile_for
 from tricomm.kernels import layout
 from tricomm.kernels.variants import Variant
 
+pytestmark = pytest.mark.processes
+
 Binaries = dict[tuple[Variant, str], "Future[Binary]"]
 MAX_REGISTERS = {"copy": 40, "cast": 64, "transpose": 72}
 """Of a thread. With 40 a multiprocessor of 65,536 registers holds 12 programs of 128 threads, 96 KiB in flight."""

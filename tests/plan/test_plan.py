@@ -191,6 +191,7 @@ for places in ((Replicate(), Shard(0)), (Shard(1), Replicate()), (Partial(), Sha
 """
 
 
+@pytest.mark.processes
 def test_plans_do_not_depend_on_the_interpreters_hash_seed() -> None:
     started = [
         subprocess.Popen([sys.executable, "-c", FINGERPRINT], env=environment, stdout=subprocess.PIPE, text=True)

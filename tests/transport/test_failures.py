@@ -16,6 +16,7 @@ from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, Sp
 from tricomm.launch import Ranks
 from tricomm.transport.torch_dist import Lane
 
+pytestmark = pytest.mark.processes
 SIZE = 5
 TIMEOUT_SECONDS = 4.0
 SHAPE = (512, 4096)
