@@ -2,19 +2,29 @@
 
 from collections.abc import Iterator, Sequence
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from tricomm.kernels.boxes import Boxes
 from tricomm.kernels.table import WIDEST_NBYTES, StridedBox, coalesced, widened
-
-if TYPE_CHECKING:
-    from tricomm.kernels.pack import Table
 
 Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 """(into, out of): what ``into.copy_(out_of)`` is to be called on, in order."""
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class BoxTable(Protocol):
+    """What pack and unpack read of a table."""
+
+    @property
+    def boxes(self) -> Boxes:
+        """Which parts of which tensors go where."""
+
+    @property
+    def cast(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """(dtype of the tensors, dtype of the buffers), or None to move bits."""
 
 
 def words(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,20 +83,20 @@ def paired_views(
         )
 
 
-def pack(tensors: Sequence[torch.Tensor], table: "Table", out: Sequence[torch.Tensor]) -> None:
+def pack(tensors: Sequence[torch.Tensor], table: BoxTable, out: Sequence[torch.Tensor]) -> None:
     """Copy the boxes of a table out of tensors into packed buffers, with torch's cast if it has one."""
     for of_tensor, of_packed in _pairs(tensors, table, out):
         of_packed.copy_(of_tensor)
 
 
-def unpack(buffers: Sequence[torch.Tensor], table: "Table", tensors: Sequence[torch.Tensor]) -> None:
+def unpack(buffers: Sequence[torch.Tensor], table: BoxTable, tensors: Sequence[torch.Tensor]) -> None:
     """The reverse of :func:`pack`. Boxes must not overlap in the tensors."""
     for of_tensor, of_packed in _pairs(tensors, table, buffers):
         of_tensor.copy_(of_packed)
 
 
 def _pairs(
-    tensors: Sequence[torch.Tensor], table: "Table", buffers: Sequence[torch.Tensor]
+    tensors: Sequence[torch.Tensor], table: BoxTable, buffers: Sequence[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The views of each box, one after the other."""
     boxes = table.boxes

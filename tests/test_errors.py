@@ -36,7 +36,8 @@ from tricomm.layout import mesh, notation, placement, topology
 from tricomm.layout import spec as sharding
 from tricomm.packing import tables as packing
 from tricomm.packing import tensors
-from tricomm.plan import plan, routes, tasks
+from tricomm.plan import plan, planner, tasks
+from tricomm.plan.routes import strategies
 
 MODULES: list[ModuleType] = [
     autograd,
@@ -46,7 +47,8 @@ MODULES: list[ModuleType] = [
     packing,
     placement,
     plan,
-    routes,
+    planner,
+    strategies,
     sharding,
     tasks,
     tensors,

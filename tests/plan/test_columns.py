@@ -18,7 +18,7 @@ from tricomm.layout.intervals import Region, chunk
 from tricomm.plan.choice import ROUNDING, WORTH_IT, assigned_seconds
 from tricomm.plan.cost import Loads, busiest_seconds
 from tricomm.plan.program import BoxTransfers
-from tricomm.plan.rounds import Hop, Hops
+from tricomm.plan.routes.rounds import Hop, Hops
 from tricomm.plan.tasks import Task, Tasks, unit_tasks
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -17,9 +17,9 @@ from tests.cases import Case, cases
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, Topology
 from tricomm.layout.spec import layout
 from tricomm.plan import Auto, Broadcast, LeastLoaded, Move, Naive, Plan, RankProgram, SendRecv, make_plan
-from tricomm.plan.chunks import MAX_PEERS_PER_ROUND
-from tricomm.plan.plan import _make_plan
-from tricomm.plan.rounds import Hop
+from tricomm.plan.planner import _make_plan
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND
+from tricomm.plan.routes.rounds import Hop
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from tricomm.layout.topology import Topology
-from tricomm.plan.chunks import Message, RouteContext, Unicasts
 from tricomm.plan.cost import Loads, busiest_seconds, simulated_seconds
-from tricomm.plan.rounds import Hop, schedule
-from tricomm.plan.routes import Strategy
+from tricomm.plan.routes.chunks import Message, RouteContext, Unicasts
+from tricomm.plan.routes.rounds import Hop, schedule
+from tricomm.plan.routes.strategies import Strategy
 from tricomm.plan.senders.policy import Assignment, FanOut, by_host
 
 WORTH_IT = 0.03

@@ -8,9 +8,9 @@ import numpy as np
 
 from tricomm.layout.columns import bounds, numbers, positions, starts_run
 from tricomm.layout.topology import Topology
-from tricomm.plan.chunks import Chunks, Message, Unicasts
-from tricomm.plan.network import ChainLinks, crossings, link_count, summed
-from tricomm.plan.rounds import Hop, Hops
+from tricomm.plan.network.links import ChainLinks, crossings, link_count, summed
+from tricomm.plan.routes.chunks import Chunks, Message, Unicasts
+from tricomm.plan.routes.rounds import Hop, Hops
 from tricomm.plan.senders.flow import Job, share
 from tricomm.plan.tasks import Task
 

@@ -1,14 +1,56 @@
 """A plan as a page of text."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tricomm.layout.intervals import Region
 from tricomm.layout.mesh import format_ranks
-
-if TYPE_CHECKING:
-    from tricomm.plan.plan import Move, Plan
+from tricomm.layout.spec import ShardingSpec
+from tricomm.plan.move import Move
+from tricomm.plan.reduction import Reduction
 
 MAX_ROWS = 12
+
+
+class Described(Protocol):
+    """What a page of text says of a Plan."""
+
+    @property
+    def source(self) -> ShardingSpec:
+        """Where the tensor is."""
+
+    @property
+    def destination(self) -> ShardingSpec:
+        """Where it goes."""
+
+    @property
+    def balance(self) -> object:
+        """The sender policy; its repr is shown."""
+
+    @property
+    def rank(self) -> int | None:
+        """The only rank that was planned for, or None."""
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """What happens between the two moves of a Partial source, else None."""
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """One or two."""
+
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes between ranks."""
+
+    @property
+    def minimum_nbytes(self) -> int:
+        """The least of them that any plan sends."""
+
+    def lower_bound_seconds(self) -> float:
+        """The least time that any plan takes."""
+
+    def simulated_seconds(self) -> float:
+        """The time that this one should take."""
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -28,7 +70,7 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def describe(plan: "Plan") -> str:
+def describe(plan: Described) -> str:
     """The whole plan: what it moves, how, what it costs, and its first messages."""
     lines = [
         "reshard",
@@ -56,7 +98,7 @@ def describe(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def _describe_move(move: "Move", title: str, balance: str) -> list[str]:
+def _describe_move(move: Move, title: str, balance: str) -> list[str]:
     rounds = len({hop.round for hop in move.hops})
     local = sum(len(set(task.holders) & set(task.needers)) for task in move.tasks)
     cast = ""

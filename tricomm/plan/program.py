@@ -3,19 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise, product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tricomm.layout.columns import Groups, Lazy
 from tricomm.layout.intervals import Region, joint_runs, region_numel, region_shape, runs
 from tricomm.layout.spec import Holding
-from tricomm.plan.chunks import Message, Unicasts
-from tricomm.plan.rounds import Hop, Hops
+from tricomm.plan.move import Move
+from tricomm.plan.routes.chunks import Message, Unicasts
+from tricomm.plan.routes.rounds import Hop, Hops
 from tricomm.plan.tasks import Tasks
-
-if TYPE_CHECKING:
-    from tricomm.plan.plan import Move
 
 
 class Box(NamedTuple):
@@ -117,7 +115,7 @@ class RankProgram:
     rounds: tuple[Round, ...]
 
 
-def rank_program(move: "Move", rank: int) -> RankProgram:
+def rank_program(move: Move, rank: int) -> RankProgram:
     """Lower a move to the program of one rank."""
     source, destination = move.source, move.destination
     held = source.holding(rank) if rank in source.mesh else None
@@ -140,14 +138,14 @@ def rank_program(move: "Move", rank: int) -> RankProgram:
 _SENDS, _RECEIVES = Hop._fields.index("source"), Hop._fields.index("destination")
 
 
-def _kept(move: "Move", rank: int) -> Iterator[Region]:
+def _kept(move: Move, rank: int) -> Iterator[Region]:
     """The regions that a rank holds and needs."""
     if isinstance(move.tasks, Tasks):
         return chain.from_iterable(move.tasks.kept_by(rank))
     return (region for task in move.tasks if rank in task.holders and rank in task.needers for region in task.regions)
 
 
-def _by_round(move: "Move", rank: int, side: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
+def _by_round(move: Move, rank: int, side: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
     """What a rank sends or receives in each round.
 
     Args:

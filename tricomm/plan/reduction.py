@@ -61,6 +61,15 @@ def reduction_of(source: ShardingSpec, destination: ShardingSpec) -> Reduction |
     )
 
 
+def phases(
+    source: ShardingSpec, destination: ShardingSpec, reduction: Reduction | None
+) -> list[tuple[ShardingSpec, ShardingSpec]]:
+    """List the (source, destination) of each move: one, or for a Partial source before and after reducing."""
+    if reduction is None:
+        return [(source, destination)]
+    return [(reduction.stacked_source, reduction.stacked_destination), (reduction.reduced, destination)]
+
+
 def _cut_along(source: ShardingSpec, dim: int) -> ShardingSpec:
     """The reduced tensor if all ranks that hold (contributions to) the same elements cut them along ``dim``."""
     placements: tuple[Placement, ...] = tuple(

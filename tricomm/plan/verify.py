@@ -2,21 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tricomm.errors import PlanError
 from tricomm.layout.intervals import Intervals, Region, length, runs
 from tricomm.layout.spec import Holding
-from tricomm.plan.chunks import MAX_PEERS_PER_ROUND
+from tricomm.plan.move import Move
 from tricomm.plan.program import rank_program
-
-if TYPE_CHECKING:
-    from tricomm.plan.plan import Move
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND
 
 
-def verify_move(move: "Move") -> None:
+def verify_move(move: Move) -> None:
     """Prove a move.
 
     Every destination element arrives exactly once and nothing else does; every sender holds what it sends and
@@ -36,7 +33,7 @@ def require(condition: bool, claim: str) -> None:
         raise PlanError(f"the plan is wrong: {claim}; this is a defect of the planner, please report both specs")
 
 
-def _verify_coverage(move: "Move") -> None:
+def _verify_coverage(move: Move) -> None:
     arriving: dict[int, list[Region]] = {rank: [] for rank in move.destination.mesh.ranks}
     for task in move.tasks:
         for rank in set(task.needers) & set(task.holders):
@@ -84,7 +81,7 @@ def _require_held(regions: Iterable[Region], holding: Holding, rank: int) -> Non
             require(found == length(inner), f"rank {rank} sends {region} and does not hold all of it")
 
 
-def _verify_hops(move: "Move") -> None:
+def _verify_hops(move: Move) -> None:
     received: dict[tuple[int, int, int], int] = {}
     for hop in move.hops:
         require(
@@ -127,7 +124,7 @@ def _verify_hops(move: "Move") -> None:
             )
 
 
-def _verify_rounds_match(move: "Move") -> None:
+def _verify_rounds_match(move: Move) -> None:
     sent: set[tuple[int, int, int, tuple[int, int], int]] = set()
     received: set[tuple[int, int, int, tuple[int, int], int]] = set()
     for rank in sorted({*move.source.mesh.ranks, *move.destination.mesh.ranks}):

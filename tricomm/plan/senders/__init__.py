@@ -1,4 +1,4 @@
 """Who sends each task: policies that name one holder, and those that divide a task among its holders.
 
-Imports ``layout`` and the tasks of ``plan``, never torch.
+Imports ``layout`` and, of ``plan``, ``network`` and the tasks; never torch.
 """

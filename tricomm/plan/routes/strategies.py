@@ -15,7 +15,7 @@ import numpy as np
 from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups
 from tricomm.layout.intervals import Region, region_numel
-from tricomm.plan.chunks import (
+from tricomm.plan.routes.chunks import (
     Legs,
     Message,
     Pairs,

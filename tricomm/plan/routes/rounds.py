@@ -21,8 +21,8 @@ import numpy as np
 
 from tricomm.layout.columns import Lazy, bounds, numbers
 from tricomm.layout.topology import Topology
-from tricomm.plan.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
-from tricomm.plan.network import ChainLinks
+from tricomm.plan.network.links import ChainLinks
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
 
 WAVE_STRIDE = 1 << 40
 """Round numbers of one wave; rounds are ordered, not dense."""

@@ -15,7 +15,7 @@ import numpy as np
 from tricomm.layout.columns import Groups, Lazy, numbers
 from tricomm.layout.intervals import Piece, Region, cut_shapes, region_numel, region_shape
 from tricomm.layout.topology import Topology
-from tricomm.plan.network import ChainLinks, crossings, link_count, summed
+from tricomm.plan.network.links import ChainLinks, crossings, link_count, summed
 
 MAX_PEERS_PER_ROUND = 128
 """A round groups at most this many sends and as many receives on a rank: 256 operations, above which one

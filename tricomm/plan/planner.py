@@ -1,0 +1,170 @@
+"""make_plan: from two layouts to a Plan."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from tricomm.errors import PlanError, SpecError
+from tricomm.layout.dtype import ITEMSIZE, check_cast
+from tricomm.layout.placement import Partial
+from tricomm.layout.spec import ShardingSpec
+from tricomm.layout.topology import Topology
+from tricomm.plan.choice import Routed
+from tricomm.plan.move import Move
+from tricomm.plan.plan import Plan
+from tricomm.plan.reduction import phases, reduction_of
+from tricomm.plan.routes.chunks import RouteContext
+from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
+from tricomm.plan.senders.policy import Assignment, Balance, FanOut, Naive
+from tricomm.plan.senders.split import Split
+from tricomm.plan.tasks import Tasks, peer_bound, unit_tasks
+
+DEFAULT_STAGING_BYTES = 256 << 20
+
+
+def make_plan(
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    *,
+    topology: Topology | None = None,
+    strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
+    balance: Balance = Split(),  # noqa: B008
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    rank: int | None = None,
+) -> Plan:
+    """Plan a reshard. Needs no process group and no torch; the same arguments give the same plan everywhere.
+
+    Args:
+        source: layout of the tensor, with shape and dtype.
+        destination: layout wanted; shape and dtype default to the source's.
+        topology: hosts and rates; None puts every rank on a host of its own.
+        strategy: how elements travel.
+        balance: which holder sends.
+        staging_bytes: the most that one rank may hold in packed chunks.
+        rank: build only what this rank touches, where the strategy and balance allow to know it alone.
+
+    Raises:
+        SpecError: the specs contradict each other, or the destination is Partial.
+        PlanError: an element that is needed is held by nobody.
+    """
+    _check_kinds(source, destination, strategy, balance)
+    source.element_type, source.global_shape  # noqa: B018  raises if either is missing
+    destination = destination.resolved(source)
+    if destination.shape != source.shape:
+        raise SpecError(
+            f"source shape {source.shape} and destination shape {destination.shape} differ; resharding moves elements "
+            "and reshapes nothing: leave the destination's shape out or make them equal"
+        )
+    if any(isinstance(placement, Partial) for placement in destination.placements):
+        raise SpecError(
+            f"destination {destination} is Partial, and there is no one way to split a value into contributions; "
+            "reshard to Replicate() or Shard(dim)"
+        )
+    check_cast(source.element_type, destination.element_type)
+    if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int) or staging_bytes <= 0:
+        raise PlanError(f"staging_bytes={staging_bytes!r} must be a positive number of bytes, such as 256 << 20")
+    participants = sorted({*source.mesh.ranks, *destination.mesh.ranks})
+    if topology is None:
+        topology = Topology.flat(participants[-1] + 1)
+    topology.check_covers(participants)
+    return _make_plan(source, destination, topology, strategy, balance, staging_bytes, rank)
+
+
+@lru_cache(maxsize=512)
+def _make_plan(
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    topology: Topology,
+    strategy: Strategy | Auto,
+    balance: Balance,
+    staging_nbytes: int,
+    rank: int | None,
+) -> Plan:
+    reduction = reduction_of(source, destination)
+    specs = phases(source, destination, reduction)
+    alone = all(_rank_can_plan_alone(*phase, strategy, balance) for phase in specs)
+    known_rank = rank if alone else None
+    participants = tuple(sorted({*source.mesh.ranks, *destination.mesh.ranks}))
+    moves = tuple(
+        _make_move(*phase, participants, topology, strategy, balance, staging_nbytes, known_rank) for phase in specs
+    )
+    return Plan(
+        source,
+        destination,
+        strategy,
+        balance,
+        topology,
+        staging_nbytes,
+        known_rank,
+        reduction,
+        moves,
+    )
+
+
+def _check_kinds(source: object, destination: object, strategy: object, balance: object) -> None:
+    for name, spec in (("source", source), ("destination", destination)):
+        if not isinstance(spec, ShardingSpec):
+            raise SpecError(
+                f"{name}={spec!r} is not a ShardingSpec; write ShardingSpec(mesh, placements, shape, dtype)"
+            )
+    if isinstance(strategy, type) or not (hasattr(strategy, "route") or isinstance(strategy, Auto)):
+        raise PlanError(
+            f"strategy={strategy!r} is not a strategy; pass Auto(), Broadcast(), LocalAllGather(), GlobalAllGather() "
+            "or SendRecv()"
+        )
+    if isinstance(balance, type) or not hasattr(balance, "assign"):
+        raise PlanError(
+            f"balance={balance!r} is not a sender choice; pass Split(), LeastLoaded(), Search(), RandomizedGreedy(), "
+            "Ensemble() or Naive()"
+        )
+
+
+def _rank_can_plan_alone(
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    strategy: Strategy | Auto,
+    balance: Balance,
+) -> bool:
+    """Whether no choice depends on other ranks' tasks: one holder or a fixed choice, and unicast only."""
+    return (source.exclusive or isinstance(balance, Naive)) and (
+        destination.exclusive or isinstance(strategy, SendRecv)
+    )
+
+
+def _make_move(
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    participants: Sequence[int],
+    topology: Topology,
+    strategy: Strategy | Auto,
+    balance: Balance,
+    staging_nbytes: int,
+    rank: int | None,
+) -> Move:
+    first, second = source.element_type, destination.element_type
+    wire_dtype = first if ITEMSIZE[first] < ITEMSIZE[second] else second
+    itemsize = ITEMSIZE[wire_dtype]
+    tasks = unit_tasks(source, destination, rank)
+    context = RouteContext(itemsize, topology, peer_bound(source, destination), staging_nbytes)
+    candidates: tuple[Strategy, ...]
+    if not isinstance(strategy, Auto):
+        candidates = (strategy,)
+    elif _multicasts(tasks):
+        candidates = strategy.candidates
+    else:
+        candidates = (SendRecv(),)
+    best: Routed | None = None
+    assignments: dict[FanOut, Sequence[Assignment]] = {}
+    for candidate in candidates:
+        fan_out = candidate.fan_out
+        if fan_out not in assignments:
+            assignments[fan_out] = balance.assign(tasks, itemsize, topology, fan_out)
+        routed = Routed(candidate, assignments[fan_out], context, participants, rank)
+        if best is None or routed.is_worth_it(best):
+            best = routed
+    assert best is not None
+    return Move(source, destination, wire_dtype, best.strategy, tasks, best.messages, best.hops)
+
+
+def _multicasts(tasks: Tasks) -> bool:
+    """Whether a task has several receivers."""
+    return not tasks.one_needer and any(len(task.receivers) > 1 for task in tasks)
