@@ -25,6 +25,8 @@ from tricomm.reshard import Resharder, reshard, reshard_async
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Auto",
     "Broadcast",
