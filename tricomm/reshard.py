@@ -13,7 +13,7 @@ from tricomm.errors import SpecError, TransportError, TricommError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.packing.tensors import Contract, check_casts
-from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Balance, Plan, Split, Strategy, make_plan
+from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Plan, SenderPolicy, Split, Strategy, make_plan
 from tricomm.plan.plan import digest_of
 from tricomm.transport.handle import Handle
 from tricomm.transport.meetings import describe_refusal
@@ -61,7 +61,7 @@ class Resharder:
         destination: ShardingSpec,
         *,
         strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
-        balance: Balance = Split(),  # noqa: B008
+        balance: SenderPolicy = Split(),  # noqa: B008
         topology: Topology | None = None,
         group: Any = None,
         device: torch.device | str | None = None,

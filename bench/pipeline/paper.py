@@ -42,7 +42,7 @@ from tricomm.pipeline import (
     tune,
     with_communication,
 )
-from tricomm.plan import Balance, Strategy
+from tricomm.plan import SenderPolicy, Strategy
 
 NIC_BYTES_PER_SECOND = 1.25e9
 INTRA_BYTES_PER_SECOND = 40e9
@@ -139,7 +139,7 @@ def stage_spec(setting: Setting, stage: int, tensor: Tensor) -> ShardingSpec:
 
 
 @lru_cache
-def hops(setting: Setting, strategy: Strategy | Auto, balance: Balance) -> dict[Channel, TransferCost]:
+def hops(setting: Setting, strategy: Strategy | Auto, balance: SenderPolicy) -> dict[Channel, TransferCost]:
     """Each direction of each cut: its tensors in turn, as planned and simulated on the whole cluster."""
     ranks = [host for host in setting.hosts for _ in range(setting.devices)]
     topology = Topology(
@@ -184,7 +184,7 @@ def systems(setting: Setting, stages: tuple[StageCost, ...]) -> Systems:
     waiting = with_communication(one_f_one_b(count, microbatches), receives_ahead=0)
     plain = with_communication(one_f_one_b(count, microbatches))
     eager = with_communication(eager_one_f_one_b(count, microbatches), receives_ahead=2)
-    plans: list[tuple[str, Strategy, Balance]] = [
+    plans: list[tuple[str, Strategy, SenderPolicy]] = [
         ("Send/Recv", SendRecv(), Naive()),
         ("Alpa", LocalAllGather(), Naive()),
         ("Broadcast", Broadcast(), Ensemble()),

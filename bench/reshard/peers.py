@@ -145,7 +145,7 @@ class BlockingLoop:
         self.rank = rank
         self.slices: list[tuple[int, int, torch.Tensor]] = []
         for task in unit_tasks(source, destination):
-            for receiver in task.receivers:
+            for receiver in task.remote_receivers:
                 if rank in (task.holders[0], receiver):
                     self.slices.append((task.holders[0], receiver, _room(task.numel * source.itemsize)))
 

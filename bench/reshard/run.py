@@ -47,17 +47,17 @@ from tricomm import (
     local_shard,
     make_plan,
 )
-from tricomm.plan import Balance, Strategy
+from tricomm.plan import SenderPolicy, Strategy
 
 OURS = "Auto, Split"
 PAPER = "paper: Broadcast, Ensemble"
-MEASURED: dict[str, tuple[Strategy | Auto, Balance]] = {
+MEASURED: dict[str, tuple[Strategy | Auto, SenderPolicy]] = {
     OURS: (Auto(), Split()),
     PAPER: (Broadcast(), Ensemble()),
 }
 STRATEGIES: tuple[Strategy, ...] = (SendRecv(), LocalAllGather(), GlobalAllGather(), Broadcast())
-BALANCES: tuple[Balance, ...] = (Naive(), LeastLoaded(), Search(), RandomizedGreedy(), Ensemble(), Split())
-GRID: dict[str, tuple[Strategy | Auto, Balance]] = {
+BALANCES: tuple[SenderPolicy, ...] = (Naive(), LeastLoaded(), Search(), RandomizedGreedy(), Ensemble(), Split())
+GRID: dict[str, tuple[Strategy | Auto, SenderPolicy]] = {
     f"{type(strategy).__name__}, {type(balance).__name__}": (strategy, balance)
     for strategy in STRATEGIES
     for balance in BALANCES
@@ -187,7 +187,7 @@ def measure_case(case: Case, cluster: Cluster, ranks: Any, topology: Topology, o
     """All methods of a case, in turns."""
     source, destination = scaled(case, topology, options.seconds)
     part = scaled(case, topology, options.seconds / PART)
-    chosen: dict[str, tuple[Strategy | Auto, Balance]] = {**MEASURED, **(GRID if options.grid else {})}
+    chosen: dict[str, tuple[Strategy | Auto, SenderPolicy]] = {**MEASURED, **(GRID if options.grid else {})}
     arguments: dict[str, dict[str, Any]] = {
         name: {"strategy": strategy, "balance": balance, "topology": topology}
         for name, (strategy, balance) in chosen.items()

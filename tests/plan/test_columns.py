@@ -16,7 +16,7 @@ from tricomm import Auto, Mesh, Naive, Replicate, SendRecv, Shard, ShardingSpec,
 from tricomm.layout.columns import IntervalLists, by_first, distinct, numbered, positions, spread
 from tricomm.layout.intervals import Region, chunk
 from tricomm.plan.choice import ROUNDING, WORTH_IT, assigned_seconds
-from tricomm.plan.cost import Loads, busiest_seconds
+from tricomm.plan.cost import MessageColumns, busiest_seconds
 from tricomm.plan.program import BoxTransfers
 from tricomm.plan.routes.rounds import Hop, Hops
 from tricomm.plan.tasks import Task, Tasks, unit_tasks
@@ -89,22 +89,22 @@ def spec_pairs(draw: Any) -> tuple[ShardingSpec, ShardingSpec]:
 def test_tasks_are_what_the_holdings_say(pair: tuple[ShardingSpec, ShardingSpec]) -> None:
     source, destination = pair
     holders: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    needers: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for spec, ranks_of in ((source, holders), (destination, needers)):
+    receivers: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for spec, ranks_of in ((source, holders), (destination, receivers)):
         for rank in spec.mesh.ranks:
             for element in elements((spec.holding(rank),)):
                 ranks_of[element].append(rank)
     tasks = unit_tasks(source, destination)
-    found = {element: (task.holders, task.needers) for task in tasks for element in elements(task.regions)}
-    assert found == {element: (tuple(holders[element]), tuple(ranks)) for element, ranks in needers.items()}
+    found = {element: (task.holders, task.receivers) for task in tasks for element in elements(task.regions)}
+    assert found == {element: (tuple(holders[element]), tuple(ranks)) for element, ranks in receivers.items()}
     assert sum(task.numel for task in tasks) == len(found)
-    assert len({(task.holders, task.needers) for task in tasks}) == len(tasks)
+    assert len({(task.holders, task.receivers) for task in tasks}) == len(tasks)
     for rank in {*source.mesh.ranks, *destination.mesh.ranks}:
         alone = unit_tasks(source, destination, rank)
-        assert sorted(alone, key=repr) == sorted((t for t in tasks if rank in t.holders + t.needers), key=repr)
+        assert sorted(alone, key=repr) == sorted((t for t in tasks if rank in t.holders + t.receivers), key=repr)
         kept = [region for regions in tasks.kept_by(rank) for region in regions]
         assert kept == [
-            region for task in tasks if rank in task.holders and rank in task.needers for region in task.regions
+            region for task in tasks if rank in task.holders and rank in task.receivers for region in task.regions
         ]
 
 
@@ -175,13 +175,13 @@ def test_bounds_hold_and_auto_takes_what_trying_all_would_take(case: Case) -> No
             assigned = case.balance.assign(other.tasks, itemsize, plan.topology, other.strategy.fan_out)
             bounds = (
                 assigned_seconds(assigned, itemsize, plan.topology, other.strategy.fan_out),
-                busiest_seconds(Loads.of(other.messages), itemsize, plan.topology),
+                busiest_seconds(MessageColumns.of(other.messages), itemsize, plan.topology),
             )
             if other.messages:
                 assert max(bounds) * (1 - ROUNDING) <= seconds
             if best is None or seconds < best[0] * (1 - WORTH_IT):
                 best = (seconds, other)
-        several = any(len(task.receivers) > 1 for task in move.tasks)
+        several = any(len(task.remote_receivers) > 1 for task in move.tasks)
         assert move == (best[1] if several else tried[0].moves[index])
 
 

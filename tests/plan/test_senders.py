@@ -95,17 +95,17 @@ def test_the_flow_finds_the_least_factor_and_keeps_every_limit(case: Any) -> Non
 def sending_bound(tasks: tuple[Task, ...], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
     """The optimum of sending with one NIC a host, from every set of NICs and what only they can send."""
     worst = 0.0
-    _, errands, forced = local_and_remote(tasks, itemsize, topology)
+    _, demands, forced = local_and_remote(tasks, itemsize, topology)
     every = range(max(topology.nic(rank) for rank in range(len(topology.hosts))) + 1)
     for chosen in subsets(every):
         work = sum(a.numel * itemsize for a in forced if crosses(a, topology) and topology.nic(a.sender) in chosen)
-        for errand in errands:
-            senders = {topology.nic(rank) for rank in errand.holders}
-            relays = {topology.nic(ranks[0]) for ranks in errand.hosts}
-            copies = len(errand.hosts) if fan_out is not FanOut.EVERY_RANK else sum(map(len, errand.hosts))
+        for demand in demands:
+            senders = {topology.nic(rank) for rank in demand.holders}
+            relays = {topology.nic(ranks[0]) for ranks in demand.hosts}
+            copies = len(demand.hosts) if fan_out is not FanOut.EVERY_RANK else sum(map(len, demand.hosts))
             if senders <= {*chosen}:
                 outside = len(relays - {*chosen}) if fan_out is FanOut.ONCE else 0
-                work += errand.nbytes * max(copies - outside, 1)
+                work += demand.nbytes * max(copies - outside, 1)
         worst = max(worst, work / sum(topology.nic_rate(nic).send_bytes_per_second for nic in chosen))
     return worst
 
@@ -150,8 +150,8 @@ def test_split_reaches_the_optimum_of_the_fractional_problem(case: Any, fan_out:
 def test_search_with_nodes_enough_finds_the_best_choice_of_one_sender(case: Any) -> None:
     source, destination, topology = case
     tasks = unit_tasks(source, destination)
-    _, errands, forced = local_and_remote(tasks, 4, topology)
-    options = [sorted({topology.nic(rank): rank for rank in errand.holders}.values()) for errand in errands]
+    _, demands, forced = local_and_remote(tasks, 4, topology)
+    options = [sorted({topology.nic(rank): rank for rank in demand.holders}.values()) for demand in demands]
     if len(list(zip(range(2000), product(*options), strict=False))) == 2000:
         return
     best = float("inf")
@@ -159,8 +159,8 @@ def test_search_with_nodes_enough_finds_the_best_choice_of_one_sender(case: Any)
         loads = Loads(topology, FanOut.EVERY_HOST)
         for assignment in forced:
             loads.follow(assignment, assignment.numel * 4)
-        for sender, errand in zip(choice, errands, strict=True):
-            loads.add(sender, errand)
+        for sender, demand in zip(choice, demands, strict=True):
+            loads.add(sender, demand)
         best = min(best, loads.bottleneck_seconds)
     chosen = Search(10**6).assign(tasks, 4, topology, FanOut.EVERY_HOST)
     assert sending_seconds(chosen, 4, topology, FanOut.EVERY_HOST) == pytest.approx(best)

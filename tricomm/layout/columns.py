@@ -62,7 +62,7 @@ def numbers(values: Iterable[int], count: int = -1) -> np.ndarray:
     return np.fromiter(values, np.int64, count)
 
 
-def bounds(counts: np.ndarray) -> np.ndarray:
+def offsets_of(counts: np.ndarray) -> np.ndarray:
     """Where each of some groups of so many rows begins, and where the last one ends."""
     result = np.zeros(len(counts) + 1, np.int64)
     np.add.accumulate(counts, out=result[1:])
@@ -148,7 +148,7 @@ class IntervalLists(Rows[Intervals]):
         self.simple = bool((counts_of(offsets) <= 1).all())
         self.single = self.simple and len(starts) == len(self)
         if not self.single:
-            total = bounds(self.lengths)
+            total = offsets_of(self.lengths)
             self.lengths = total[offsets[1:]] - total[offsets[:-1]]
 
     @classmethod
@@ -156,7 +156,7 @@ class IntervalLists(Rows[Intervals]):
         """From tuples."""
         counts = numbers(map(len, lists), len(lists))
         edges = numbers(chain.from_iterable(chain.from_iterable(lists)), 2 * int(counts.sum()))
-        return cls(edges[0::2], edges[1::2], bounds(counts))
+        return cls(edges[0::2], edges[1::2], offsets_of(counts))
 
     def chunks(self, parts: int) -> "IntervalLists":
         """Every list in as many parts as torch.chunk cuts: ceil(n / parts) coordinates each, the last ones less or
@@ -168,7 +168,7 @@ class IntervalLists(Rows[Intervals]):
         edges = np.minimum(start + -(-(stop - start) // parts) * np.arange(parts + 1), stop)
         starts, stops = edges[:, :-1].reshape(-1), edges[:, 1:].reshape(-1)
         some = starts < stops
-        return IntervalLists(starts[some], stops[some], bounds(some))
+        return IntervalLists(starts[some], stops[some], offsets_of(some))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -235,7 +235,7 @@ class Groups(Rows[tuple[Region, ...]]):
         """Elements of each group."""
         if self.single:
             return self.regions.numel
-        total = bounds(self.regions.numel)
+        total = offsets_of(self.regions.numel)
         numel: np.ndarray = total[self.offsets[1:]] - total[self.offsets[:-1]]
         return numel
 
@@ -244,7 +244,7 @@ class Groups(Rows[tuple[Region, ...]]):
         if self.single:
             return Groups(self.regions.take(groups), np.arange(len(groups) + 1))
         counts = self.offsets[groups + 1] - self.offsets[groups]
-        return Groups(self.regions.take(spread(self.offsets, groups)), bounds(counts))
+        return Groups(self.regions.take(spread(self.offsets, groups)), offsets_of(counts))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from tricomm.layout.topology import Topology
-from tricomm.plan.cost import Loads, busiest_seconds, simulated_seconds
+from tricomm.plan.cost import MessageColumns, busiest_seconds, simulated_seconds
 from tricomm.plan.routes.chunks import Message, RouteContext, Unicasts
 from tricomm.plan.routes.rounds import Hop, schedule
 from tricomm.plan.routes.strategies import Strategy
@@ -59,18 +59,18 @@ class Routed:
         return schedule(self.messages, self._participants, self._context.topology)
 
     @cached_property
-    def _loads(self) -> Loads:
-        return Loads.of(self.messages)
+    def _columns(self) -> MessageColumns:
+        return MessageColumns.of(self.messages)
 
     @cached_property
     def seconds(self) -> float:
         """The simulated time."""
-        return simulated_seconds(self._loads, self.hops, self._context.itemsize, self._context.topology)
+        return simulated_seconds(self._columns, self.hops, self._context.itemsize, self._context.topology)
 
     @cached_property
     def bound_of_messages(self) -> float:
         """A time that ``seconds`` is not below."""
-        return busiest_seconds(self._loads, self._context.itemsize, self._context.topology) * (1 - ROUNDING)
+        return busiest_seconds(self._columns, self._context.itemsize, self._context.topology) * (1 - ROUNDING)
 
     @cached_property
     def bound_of_assignments(self) -> float:

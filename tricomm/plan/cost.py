@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import bounds, numbers, positions, starts_run
+from tricomm.layout.columns import numbers, offsets_of, positions, starts_run
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings, link_count, summed
 from tricomm.plan.routes.chunks import Chunks, Message, Unicasts
@@ -34,7 +34,7 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
     again = 0
     for task in tasks:
         holding = {topology.host(rank) for rank in task.holders}
-        needing = {topology.host(rank) for rank in task.receivers} - holding
+        needing = {topology.host(rank) for rank in task.remote_receivers} - holding
         nbytes = task.numel * itemsize
         for host in needing:
             incoming[host] += nbytes
@@ -61,17 +61,17 @@ def _host_rates(topology: Topology, ranks: Sequence[int]) -> tuple[dict[int, flo
     return sending, receiving
 
 
-def simulated_seconds(loads: "Loads", hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
+def simulated_seconds(columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
     """The time at which the last chunk arrives.
 
-    A link is a NIC in one direction or, within a host, one rank's side of a copy. The chunks of one round share each
+    A link is a NIC in one direction or, within a host, one rank's end of a copy. The chunks of one round share each
     link fairly: each is as large a part of its message as any, so all of them end when the link has carried them
     all, and a chunk has arrived when both its links have. A link takes up a round when it is done with the one
     before and a chunk is ready; a rank needs ``overhead_seconds`` to post each send.
     """
     if not len(hops):
         return 0.0
-    rounds, before, source, out, into, out_seconds, into_seconds = _Rows.of(loads, hops, itemsize, topology)
+    rounds, before, source, out, into, out_seconds, into_seconds = HopColumns.of(columns, hops, itemsize, topology)
     overhead, latency = topology.overhead_seconds, topology.latency_seconds
     posted = [0.0] * len(topology.hosts)
     free = [0.0] * link_count(topology)
@@ -92,7 +92,7 @@ def simulated_seconds(loads: "Loads", hops: Sequence[Hop], itemsize: int, topolo
     return max(arrived)
 
 
-class _Rows(NamedTuple):
+class HopColumns(NamedTuple):
     """Hops in the order of rounds, as lists of numbers, which Python reads faster one by one than arrays.
 
     Attributes:
@@ -112,10 +112,11 @@ class _Rows(NamedTuple):
     into_seconds: list[float]
 
     @classmethod
-    def of(cls, loads: "Loads", hops: Sequence[Hop], itemsize: int, topology: Topology) -> "_Rows":
+    def of(cls, columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> "HopColumns":
+        """List hops, whose messages are in ``columns``."""
         table = hops.table if isinstance(hops, Hops) else np.array(hops, np.int64)
         rounds, source, destination, message, chunk = table[np.lexsort(table.T[::-1])].T
-        nbytes = loads.chunk_numel[bounds(loads.chunk_counts)[message] + chunk] * itemsize
+        nbytes = columns.chunk_numel[offsets_of(columns.chunk_counts)[message] + chunk] * itemsize
         links = crossings(source, destination, topology)
         # A rank receives a chunk of a message once, and gives it on once.
         ranks, chunks = len(topology.hosts), int(chunk.max()) + 1
@@ -124,20 +125,20 @@ class _Rows(NamedTuple):
         at = positions(brings[order], gives)
         before = np.where(at >= 0, order[at], -1)
         begins = np.append(np.flatnonzero(starts_run(rounds)), len(rounds))
-        columns = (begins, before, source, links.out, links.into, nbytes / links.out_rates, nbytes / links.into_rates)
-        return cls(*(column.tolist() for column in columns))
+        lists = (begins, before, source, links.out, links.into, nbytes / links.out_rates, nbytes / links.into_rates)
+        return cls(*(column.tolist() for column in lists))
 
 
-def busiest_seconds(loads: "Loads", itemsize: int, topology: Topology) -> float:
+def busiest_seconds(columns: "MessageColumns", itemsize: int, topology: Topology) -> float:
     """A time that :func:`simulated_seconds` is not below (but for rounding), whatever the rounds: the busiest link's,
     the busiest rank's, or that of the last chunk on the longest chain.
     """
-    links, counts, _ = loads
+    links, counts, _ = columns
     if not len(counts):
         return 0.0
     each = topology.overhead_seconds + topology.latency_seconds
     crossed = crossings(links.sources, links.destinations, topology)
-    nbytes = loads.numel * itemsize
+    nbytes = columns.numel * itemsize
     carried = nbytes[links.chain]
     count = link_count(topology)  # out and into have different numbers
     busy = summed(crossed.out, carried / crossed.out_rates, count)
@@ -147,7 +148,7 @@ def busiest_seconds(loads: "Loads", itemsize: int, topology: Topology) -> float:
     return float(max(busy.max() + each, posting + topology.latency_seconds, longest))
 
 
-class Loads(NamedTuple):
+class MessageColumns(NamedTuple):
     """Messages as columns.
 
     Attributes:
@@ -161,7 +162,7 @@ class Loads(NamedTuple):
     chunk_numel: np.ndarray
 
     @classmethod
-    def of(cls, messages: Sequence[Message]) -> "Loads":
+    def of(cls, messages: Sequence[Message]) -> "MessageColumns":
         """Of any messages."""
         if isinstance(messages, Unicasts):
             return cls._of_unicasts(messages)
@@ -170,11 +171,11 @@ class Loads(NamedTuple):
         return cls(links, numbers(map(len, sizes), len(sizes)), numbers(chain.from_iterable(sizes)))
 
     @classmethod
-    def _of_unicasts(cls, messages: Unicasts) -> "Loads":
+    def _of_unicasts(cls, messages: Unicasts) -> "MessageColumns":
         pairs, counts = messages.pairs, messages.chunk_counts
         rows = np.arange(len(counts))
         numel = np.repeat(pairs.numel, counts)
-        firsts = bounds(counts)
+        firsts = offsets_of(counts)
         for row, chunks in messages.cut.items():
             numel[firsts[row] : firsts[row + 1]] = chunks.numel
         return cls(ChainLinks(rows, pairs.senders, pairs.receivers, rows), counts, numel)
@@ -182,8 +183,8 @@ class Loads(NamedTuple):
     @property
     def numel(self) -> np.ndarray:
         """Elements of each message."""
-        total = bounds(self.chunk_numel)
-        ends = bounds(self.chunk_counts)
+        total = offsets_of(self.chunk_numel)
+        ends = offsets_of(self.chunk_counts)
         numel: np.ndarray = total[ends[1:]] - total[ends[:-1]]
         return numel
 

@@ -100,11 +100,11 @@ def describe(plan: Described) -> str:
 
 def _describe_move(move: Move, title: str, balance: str) -> list[str]:
     rounds = len({hop.round for hop in move.hops})
-    local = sum(len(set(task.holders) & set(task.needers)) for task in move.tasks)
+    local = sum(len(set(task.holders) & set(task.receivers)) for task in move.tasks)
     cast = ""
     if move.source.dtype != move.destination.dtype:
-        side = "receiver" if move.wire_dtype == move.source.dtype else "sender"
-        cast = f", cast to {move.destination.dtype} on the {side}"
+        where = "receiver" if move.wire_dtype == move.source.dtype else "sender"
+        cast = f", cast to {move.destination.dtype} on the {where}"
     lines = [
         f"  {title}{move.strategy!r}, {balance}: {len(move.tasks)} tasks, {len(move.messages)} messages, "
         f"{len(move.hops)} hops in {rounds} round{'' if rounds == 1 else 's'}, {local} local copies{cast}"

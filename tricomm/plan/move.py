@@ -41,4 +41,4 @@ class Move:
         """Bytes that any move of this source to this destination must put on the wire: what each rank needs
         and does not hold.
         """
-        return sum(task.numel * len(task.receivers) for task in self.tasks) * ITEMSIZE[self.wire_dtype]
+        return sum(task.numel * len(task.remote_receivers) for task in self.tasks) * ITEMSIZE[self.wire_dtype]

@@ -9,13 +9,13 @@ from tricomm.errors import PlanError
 from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
-from tricomm.plan.cost import Loads, lower_bound_seconds, simulated_seconds
+from tricomm.plan.cost import MessageColumns, lower_bound_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.move import Move
 from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction, phases, reduction_of
 from tricomm.plan.routes.strategies import Auto, Strategy
-from tricomm.plan.senders.policy import Balance
+from tricomm.plan.senders.policy import SenderPolicy
 from tricomm.plan.verify import require, verify_move
 
 PLANNER_VERSION = 3
@@ -37,7 +37,7 @@ class Plan:
     source: ShardingSpec
     destination: ShardingSpec
     strategy: Strategy | Auto
-    balance: Balance
+    balance: SenderPolicy
     topology: Topology
     staging_nbytes: int
     rank: int | None
@@ -79,7 +79,7 @@ class Plan:
         topology = topology or self.topology
         topology.check_covers(self.participants)
         return sum(
-            simulated_seconds(Loads.of(move.messages), move.hops, ITEMSIZE[move.wire_dtype], topology)
+            simulated_seconds(MessageColumns.of(move.messages), move.hops, ITEMSIZE[move.wire_dtype], topology)
             for move in self.moves
         )
 
@@ -158,19 +158,19 @@ def plan_fields(
     source: ShardingSpec,
     destination: ShardingSpec,
     strategy: Strategy | Auto,
-    balance: Balance,
+    balance: SenderPolicy,
     topology: Topology,
     staging_nbytes: int,
 ) -> dict[str, str]:
     """The inputs of a plan by name, as text."""
     fields = {"planner version": str(PLANNER_VERSION)}
-    for side, spec in (("source", source), ("destination", destination)):
-        fields[f"{side} mesh"] = repr(spec.mesh)
-        fields[f"{side} shape"] = repr(spec.shape)
-        fields[f"{side} dtype"] = repr(spec.dtype)
-        fields[f"{side} placements"] = repr(spec.placements)
-        fields[f"{side} axis_order"] = repr(spec.axis_order)
-        fields[f"{side} holdings"] = repr(spec.holdings)
+    for name, spec in (("source", source), ("destination", destination)):
+        fields[f"{name} mesh"] = repr(spec.mesh)
+        fields[f"{name} shape"] = repr(spec.shape)
+        fields[f"{name} dtype"] = repr(spec.dtype)
+        fields[f"{name} placements"] = repr(spec.placements)
+        fields[f"{name} axis_order"] = repr(spec.axis_order)
+        fields[f"{name} holdings"] = repr(spec.holdings)
     fields["strategy"] = repr(strategy)
     fields["balance"] = repr(balance)
     fields["topology"] = repr(topology)

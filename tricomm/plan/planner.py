@@ -14,7 +14,7 @@ from tricomm.plan.plan import Plan
 from tricomm.plan.reduction import phases, reduction_of
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
-from tricomm.plan.senders.policy import Assignment, Balance, FanOut, Naive
+from tricomm.plan.senders.policy import Assignment, FanOut, Naive, SenderPolicy
 from tricomm.plan.senders.split import Split
 from tricomm.plan.tasks import Tasks, peer_bound, unit_tasks
 
@@ -27,7 +27,7 @@ def make_plan(
     *,
     topology: Topology | None = None,
     strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
-    balance: Balance = Split(),  # noqa: B008
+    balance: SenderPolicy = Split(),  # noqa: B008
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     rank: int | None = None,
 ) -> Plan:
@@ -75,7 +75,7 @@ def _make_plan(
     destination: ShardingSpec,
     topology: Topology,
     strategy: Strategy | Auto,
-    balance: Balance,
+    balance: SenderPolicy,
     staging_nbytes: int,
     rank: int | None,
 ) -> Plan:
@@ -122,7 +122,7 @@ def _rank_can_plan_alone(
     source: ShardingSpec,
     destination: ShardingSpec,
     strategy: Strategy | Auto,
-    balance: Balance,
+    balance: SenderPolicy,
 ) -> bool:
     """Whether no choice depends on other ranks' tasks: one holder or a fixed choice, and unicast only."""
     return (source.exclusive or isinstance(balance, Naive)) and (
@@ -136,7 +136,7 @@ def _make_move(
     participants: Sequence[int],
     topology: Topology,
     strategy: Strategy | Auto,
-    balance: Balance,
+    balance: SenderPolicy,
     staging_nbytes: int,
     rank: int | None,
 ) -> Move:
@@ -167,4 +167,4 @@ def _make_move(
 
 def _multicasts(tasks: Tasks) -> bool:
     """Whether a task has several receivers."""
-    return not tasks.one_needer and any(len(task.receivers) > 1 for task in tasks)
+    return not tasks.one_receiver and any(len(task.remote_receivers) > 1 for task in tasks)

@@ -142,29 +142,29 @@ def _kept(move: Move, rank: int) -> Iterator[Region]:
     """The regions that a rank holds and needs."""
     if isinstance(move.tasks, Tasks):
         return chain.from_iterable(move.tasks.kept_by(rank))
-    return (region for task in move.tasks if rank in task.holders and rank in task.needers for region in task.regions)
+    return (region for task in move.tasks if rank in task.holders and rank in task.receivers for region in task.regions)
 
 
-def _by_round(move: Move, rank: int, side: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
+def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
     """What a rank sends or receives in each round.
 
     Args:
         move: all of it.
         rank: who.
-        side: the field of a hop in which the rank stands: the source if it sends.
-        holding: what it holds on this side, or None.
+        end: the field of a hop in which the rank stands: the source if it sends.
+        holding: what it holds at that end, or None.
     """
     if isinstance(move.hops, Hops):
-        hops = move.hops.table[move.hops.table[:, side] == rank]
+        hops = move.hops.table[move.hops.table[:, end] == rank]
     else:
-        hops = np.array([hop for hop in move.hops if hop[side] == rank], np.int64).reshape(-1, len(Hop._fields))
+        hops = np.array([hop for hop in move.hops if hop[end] == rank], np.int64).reshape(-1, len(Hop._fields))
     edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
     rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
-    peers = hops[:, _SENDS + _RECEIVES - side]
+    peers = hops[:, _SENDS + _RECEIVES - end]
     boxes = _boxes(move.messages, hops[:, 3], peers, holding)
     if boxes is not None:
         return {number: boxes.between(start, stop) for number, start, stop in rounds}
-    sender = rank if side == _SENDS else None
+    sender = rank if end == _SENDS else None
     transfers = _chunks(move.messages, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holding, sender)
     return {number: tuple(transfers[start:stop]) for number, start, stop in rounds}
 

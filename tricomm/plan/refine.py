@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tricomm.layout.columns import IntervalLists, bounds, by_first, counts_of, distinct, numbered, positions
+from tricomm.layout.columns import IntervalLists, by_first, counts_of, distinct, numbered, offsets_of, positions
 from tricomm.layout.spec import Layout, ShardingSpec
 
 NOBODY = -1
@@ -55,18 +55,21 @@ class Cells:
 
 @lru_cache(maxsize=64)
 def cells(source: IntervalLists, destination: IntervalLists) -> Cells:
-    """The cells of a dim that somebody needs, from the parts of either side (the same objects give the same cells)."""
+    """Refine the parts of two layouts of one dim to cells, and keep those that somebody needs.
+
+    Cached: the same objects give the same cells.
+    """
     cuts = distinct(np.concatenate([source.starts, source.stops, destination.starts, destination.stops]))
     held, needed = _covering(source, cuts), _covering(destination, cuts)
     kept = (needed.classes != NOBODY).nonzero()[0]
     starts, stops = cuts[:-1][kept], cuts[1:][kept]
-    holders, needers = held.classes[kept], needed.classes[kept]
+    holders, receivers = held.classes[kept], needed.classes[kept]
     # Cells that the same parts hold and need are one, by the first of them.
-    width = int(needers.max(initial=0)) + 1
-    first, cell = by_first(holders * width + needers)
+    width = int(receivers.max(initial=0)) + 1
+    first, cell = by_first(holders * width + receivers)
     if len(first) == len(cell):
         intervals = IntervalLists(starts, stops, np.arange(len(cell) + 1))
-        return Cells(intervals, Covering(holders, held.parts), Covering(needers, needed.parts))
+        return Cells(intervals, Covering(holders, held.parts), Covering(receivers, needed.parts))
     order = cell.argsort(kind="stable")
     starts, stops, cell = starts[order], stops[order], cell[order]
     # Neighbours within a cell join.
@@ -76,9 +79,9 @@ def cells(source: IntervalLists, destination: IntervalLists) -> Cells:
     ends = np.append(begins[1:], len(cell)) - 1 if len(cell) else begins
     counts = np.bincount(cell[begins], minlength=len(first))
     return Cells(
-        IntervalLists(starts[begins], stops[ends], bounds(counts)),
+        IntervalLists(starts[begins], stops[ends], offsets_of(counts)),
         Covering(holders[first], held.parts),
-        Covering(needers[first], needed.parts),
+        Covering(receivers[first], needed.parts),
     )
 
 
@@ -142,7 +145,7 @@ class RankSets:
         return np.isin(sets * width + ranks, known)
 
 
-class Intersections:
+class RankSetBuilder:
     """The ranks of a spec that are in all of some classes, one of each dim, found dim by dim.
 
     Where every class is one part, ranks that share all parts are one set, and sets need no rank to be found. Otherwise
@@ -197,7 +200,7 @@ class Intersections:
         ranks = np.array(self._ranks, np.int64)
         if self._disjoint:
             order = np.argsort(self._set_of, kind="stable")
-            return RankSets(ranks[order], bounds(np.bincount(self._set_of)))
+            return RankSets(ranks[order], offsets_of(np.bincount(self._set_of)))
         sets = [[at for at in range(mask.bit_length()) if mask >> at & 1] for mask in self._masks]
         order = np.array([at for members in sets for at in members], np.int64)
-        return RankSets(ranks[order], bounds(np.array([*map(len, sets)], np.int64)))
+        return RankSets(ranks[order], offsets_of(np.array([*map(len, sets)], np.int64)))

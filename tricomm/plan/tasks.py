@@ -11,25 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from tricomm.errors import PlanError
-from tricomm.layout.columns import Groups, Lazy, Regions, bounds, by_first
+from tricomm.layout.columns import Groups, Lazy, Regions, by_first, offsets_of
 from tricomm.layout.intervals import Region, region_numel
 from tricomm.layout.spec import ShardingSpec, layout
-from tricomm.plan.refine import NOBODY, Cells, Intersections, RankSets, cells
+from tricomm.plan.refine import NOBODY, Cells, RankSetBuilder, RankSets, cells
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Elements with the same holders and the same needers.
+    """Elements with the same holders and the same receivers.
 
     Attributes:
         regions: disjoint products of intervals, in row-major order of discovery.
         holders: source ranks that hold all of it, in mesh order.
-        needers: destination ranks that need all of it, in mesh order.
+        receivers: destination ranks that need all of it, in mesh order.
     """
 
     regions: tuple[Region, ...]
     holders: tuple[int, ...]
-    needers: tuple[int, ...]
+    receivers: tuple[int, ...]
 
     @property
     def numel(self) -> int:
@@ -37,10 +37,10 @@ class Task:
         return sum(region_numel(region) for region in self.regions)
 
     @property
-    def receivers(self) -> tuple[int, ...]:
-        """Needers that do not hold it already; the others copy locally."""
+    def remote_receivers(self) -> tuple[int, ...]:
+        """Receivers that do not hold it already; the others copy locally."""
         held = set(self.holders)
-        return tuple(rank for rank in self.needers if rank not in held)
+        return tuple(rank for rank in self.receivers if rank not in held)
 
 
 class Tasks(Lazy[Task]):
@@ -48,27 +48,27 @@ class Tasks(Lazy[Task]):
 
     Attributes:
         regions: of each task.
-        holders, needers: of each task, the number of a set of ranks.
-        holder_sets, needer_sets: those sets.
+        holders, receivers: of each task, the number of a set of ranks.
+        holder_sets, receiver_sets: those sets.
     """
 
-    __slots__ = ("holder_sets", "holders", "needer_sets", "needers", "regions")
+    __slots__ = ("holder_sets", "holders", "receiver_sets", "receivers", "regions")
 
     def __init__(
         self,
         regions: Groups,
         holders: np.ndarray,
-        needers: np.ndarray,
+        receivers: np.ndarray,
         holder_sets: RankSets,
-        needer_sets: RankSets,
+        receiver_sets: RankSets,
     ) -> None:
-        self.regions, self.holders, self.needers = regions, holders, needers
-        self.holder_sets, self.needer_sets = holder_sets, needer_sets
+        self.regions, self.holders, self.receivers = regions, holders, receivers
+        self.holder_sets, self.receiver_sets = holder_sets, receiver_sets
 
     @property
-    def one_needer(self) -> bool:
-        """Whether every task has one needer."""
-        return bool((self.needer_sets.sizes[self.needers] == 1).all())
+    def one_receiver(self) -> bool:
+        """Whether every task has one receiver."""
+        return bool((self.receiver_sets.sizes[self.receivers] == 1).all())
 
     @property
     def one_holder(self) -> bool:
@@ -78,17 +78,17 @@ class Tasks(Lazy[Task]):
     def kept_by(self, rank: int) -> Sequence[tuple[Region, ...]]:
         """The regions of each task that a rank holds and needs."""
         held = self.holder_sets.including(rank)[self.holders]
-        return self.regions.take(np.flatnonzero(held & self.needer_sets.including(rank)[self.needers]))
+        return self.regions.take(np.flatnonzero(held & self.receiver_sets.including(rank)[self.receivers]))
 
     def __len__(self) -> int:
         return len(self.holders)
 
     def _items(self, rows: np.ndarray) -> Iterator[Task]:
-        holders, needers = self.holders[rows].tolist(), self.needers[rows].tolist()
+        holders, receivers = self.holders[rows].tolist(), self.receivers[rows].tolist()
         held = {number: self.holder_sets.ranks(number) for number in dict.fromkeys(holders)}
-        needed = {number: self.needer_sets.ranks(number) for number in dict.fromkeys(needers)}
-        for regions, holder_set, needer_set in zip(self.regions._items(rows), holders, needers, strict=True):
-            yield Task(regions, held[holder_set], needed[needer_set])
+        needed = {number: self.receiver_sets.ranks(number) for number in dict.fromkeys(receivers)}
+        for regions, holder_set, receiver_set in zip(self.regions._items(rows), holders, receivers, strict=True):
+            yield Task(regions, held[holder_set], needed[receiver_set])
 
 
 def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None = None) -> Tasks:
@@ -103,27 +103,28 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
         PlanError: an element that somebody needs and nobody holds.
     """
     per_dim = _refinement(source, destination)
-    holders = Intersections(source, layout(source), [dim.held for dim in per_dim])
-    needers = Intersections(destination, layout(destination), [dim.needed for dim in per_dim])
-    rows, held, needed = _product(_starts(source, destination, rank, per_dim), per_dim, holders, needers)
+    holders = RankSetBuilder(source, layout(source), [dim.held for dim in per_dim])
+    receivers = RankSetBuilder(destination, layout(destination), [dim.needed for dim in per_dim])
+    rows, held, needed = _product(_starts(source, destination, rank, per_dim), per_dim, holders, receivers)
     regions = Regions(tuple(dim.intervals for dim in per_dim), rows)
-    holder_sets, needer_sets = holders.result(), needers.result()
+    holder_sets, receiver_sets = holders.result(), receivers.result()
     if (held == NOBODY).any():
         first = int(np.argmax(held == NOBODY))
+        receiver = receiver_sets.first(needed[first : first + 1])[0]
         raise PlanError(
-            f"the elements {regions[first]} that rank {needer_sets.first(needed[first : first + 1])[0]} needs are held "
-            f"by no rank of the source {source}; add them to a source holding or take them out of the destination"
+            f"the elements {regions[first]} that rank {receiver} needs are held by no rank of the source "
+            f"{source}; add them to a source holding or take them out of the destination"
         )
-    # Products with the same holders and needers are one task, by the first of them.
-    keys = held * max(len(needer_sets.sizes), 1) + needed
+    # Products with the same holders and receivers are one task, by the first of them.
+    keys = held * max(len(receiver_sets.sizes), 1) + needed
     firsts, task = by_first(keys)
     if len(firsts) < len(keys):
         regions = regions.take(task.argsort(kind="stable"))
-        offsets = bounds(np.bincount(task))
+        offsets = offsets_of(np.bincount(task))
         held, needed = held[firsts], needed[firsts]
     else:
         offsets = np.arange(len(keys) + 1)
-    return Tasks(Groups(regions, offsets), held, needed, holder_sets, needer_sets)
+    return Tasks(Groups(regions, offsets), held, needed, holder_sets, receiver_sets)
 
 
 def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:
@@ -168,9 +169,9 @@ def _starts(
 
 
 def _product(
-    starts: Iterator[Start], per_dim: Sequence[Cells], holders: Intersections, needers: Intersections
+    starts: Iterator[Start], per_dim: Sequence[Cells], holders: RankSetBuilder, receivers: RankSetBuilder
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every combination of one cell per dim that some rank needs in all dims: (cells per dim, holders, needers)."""
+    """Every combination of one cell per dim that some rank needs in all dims: (cells per dim, holders, receivers)."""
     blocks = list(starts)
     rows = np.zeros((len(blocks), 0), np.int64)
     block = np.arange(len(blocks))
@@ -179,14 +180,14 @@ def _product(
     for dim, these in enumerate(per_dim):
         counts = np.array([len(chosen[dim]) for chosen, _ in blocks], np.int64)
         chosen = np.concatenate([np.zeros(0, np.int64), *(chosen[dim] for chosen, _ in blocks)])
-        begins = bounds(counts)[:-1]
+        begins = offsets_of(counts)[:-1]
         sizes = counts[block]
         left = np.repeat(np.arange(len(rows)), sizes)
         ends = np.cumsum(sizes)
         cell = chosen[np.arange(len(left)) - np.repeat(ends - sizes - begins[block], sizes)]
-        needers_here = needers.narrow(dim, needed[left], these.needed.classes[cell])
-        some = needers_here != NOBODY
-        left, cell, needed = left[some], cell[some], needers_here[some]
+        receivers_here = receivers.narrow(dim, needed[left], these.needed.classes[cell])
+        some = receivers_here != NOBODY
+        left, cell, needed = left[some], cell[some], receivers_here[some]
         held = holders.narrow(dim, held[left], these.held.classes[cell])
         rows, block, left_out = np.column_stack([rows[left], cell]), block[left], left_out[left]
         for number, (_, without) in enumerate(blocks):

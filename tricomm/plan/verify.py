@@ -36,7 +36,7 @@ def require(condition: bool, claim: str) -> None:
 def _verify_coverage(move: Move) -> None:
     arriving: dict[int, list[Region]] = {rank: [] for rank in move.destination.mesh.ranks}
     for task in move.tasks:
-        for rank in set(task.needers) & set(task.holders):
+        for rank in set(task.receivers) & set(task.holders):
             _require_held(task.regions, move.source.holding(rank), rank)
             arriving[rank].extend(task.regions)
     for message in move.messages:
@@ -116,11 +116,11 @@ def _verify_hops(move: Move) -> None:
             count == 1,
             f"{count} chunks of message {message_index} from {source} to {destination} in round {number}",
         )
-    for side in ("source", "destination"):
-        for (number, rank), count in Counter((hop.round, getattr(hop, side)) for hop in move.hops).items():
+    for end in ("source", "destination"):
+        for (number, rank), count in Counter((hop.round, getattr(hop, end)) for hop in move.hops).items():
             require(
                 count <= MAX_PEERS_PER_ROUND,
-                f"{count} hops with {side} {rank} in round {number}",
+                f"{count} hops with {end} {rank} in round {number}",
             )
 
 

@@ -1,6 +1,6 @@
 """Links: what hops share, and the links of messages' chains as columns of integers.
 
-A link is a NIC in one direction or, within a host, one rank's side of a copy.
+A link is a NIC in one direction or, within a host, one rank's end of a copy.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import bounds, numbers
+from tricomm.layout.columns import numbers, offsets_of
 from tricomm.layout.topology import Topology
 
 
@@ -72,7 +72,7 @@ class ChainLinks(NamedTuple):
         is_destination[ends - counts] = False
         links = counts - 1
         return cls(
-            np.repeat(np.arange(len(chains)), links), ranks[is_source], ranks[is_destination], bounds(links)[:-1]
+            np.repeat(np.arange(len(chains)), links), ranks[is_source], ranks[is_destination], offsets_of(links)[:-1]
         )
 
     @property

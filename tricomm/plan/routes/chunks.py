@@ -138,7 +138,7 @@ class Message:
         return sum(self.chunk_numel(index) for index in range(len(self.chunks)))
 
 
-class Pairs(NamedTuple):
+class PairColumns(NamedTuple):
     """What goes from one rank to one other, as columns, ascending by sender and then by receiver.
 
     Attributes:
@@ -152,13 +152,13 @@ class Pairs(NamedTuple):
     regions: Groups | tuple[tuple[Region, ...], ...]
     numel: np.ndarray
 
-    def take(self, rows: np.ndarray) -> "Pairs":
+    def take(self, rows: np.ndarray) -> "PairColumns":
         """Some of them."""
         if isinstance(self.regions, Groups):
             regions: Groups | tuple[tuple[Region, ...], ...] = self.regions.take(rows)
         else:
             regions = tuple(self.regions[row] for row in rows.tolist())
-        return Pairs(self.senders[rows], self.receivers[rows], regions, self.numel[rows])
+        return PairColumns(self.senders[rows], self.receivers[rows], regions, self.numel[rows])
 
 
 class Unicasts(Lazy[Message]):
@@ -172,13 +172,13 @@ class Unicasts(Lazy[Message]):
 
     __slots__ = ("chunk_counts", "cut", "pairs")
 
-    def __init__(self, pairs: Pairs, cut: Mapping[int, Chunks]) -> None:
+    def __init__(self, pairs: PairColumns, cut: Mapping[int, Chunks]) -> None:
         self.pairs, self.cut = pairs, cut
         self.chunk_counts = np.ones(len(pairs.senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
 
     @classmethod
-    def of(cls, pairs: Pairs, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
+    def of(cls, pairs: PairColumns, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
         """Cut each message into so many parts, less those that are empty."""
         rows = np.flatnonzero(parts > 1).tolist()
         return cls(pairs, {row: cutter(pairs.regions[row], int(parts[row])) for row in rows})
@@ -225,23 +225,25 @@ class RouteContext:
         return max(self.staging_nbytes // (ROUNDS_IN_FLIGHT * max(peers, 1)) * 8 // 9, 1)
 
 
-Legs = Mapping[tuple[int, ...], Sequence[Region]]
+RegionsByChain = Mapping[tuple[int, ...], Sequence[Region]]
 """What travels along each chain."""
 
 
-def chained(legs: Legs, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
+def chained(by_chain: RegionsByChain, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
     """Messages with chunks of a size that makes the plan fast."""
     if chunk_bytes is not None:
-        return messages_of(legs, chunk_bytes, context.itemsize)
-    if not legs:
+        return messages_of(by_chain, chunk_bytes, context.itemsize)
+    if not by_chain:
         return ()
-    links = ChainLinks.of(tuple(legs))
-    turns = np.bincount(links.sources, minlength=len(context.topology.hosts))
-    np.add.at(turns, links.destinations[links.lasts], 1)
-    per_rank = int(turns.max())
+    links = ChainLinks.of(tuple(by_chain))
+    operations = np.bincount(links.sources, minlength=len(context.topology.hosts))
+    np.add.at(operations, links.destinations[links.lasts], 1)
+    per_rank = int(operations.max())
     limit = context.chunk_limit_nbytes(min(per_rank, MAX_PEERS_PER_ROUND))
-    nbytes = numbers((sum(map(region_numel, regions)) for regions in legs.values()), len(legs)) * context.itemsize
-    return messages(legs, nbytes, _chunk_count(links, nbytes, per_rank, context.topology), limit)
+    nbytes = (
+        numbers((sum(map(region_numel, regions)) for regions in by_chain.values()), len(by_chain)) * context.itemsize
+    )
+    return messages(by_chain, nbytes, _chunk_count(links, nbytes, per_rank, context.topology), limit)
 
 
 def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology: Topology) -> int:
@@ -265,7 +267,7 @@ def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology:
     return max(min(most, round(wanted)), 1)
 
 
-def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Unicasts:
+def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) -> Unicasts:
     """Messages whose chunks follow from the message alone, so that each rank of a pair finds them for itself.
 
     Counts are powers of two, so that the chunks of messages of several sizes fall into the same rounds.
@@ -287,10 +289,10 @@ def unicast(pairs: Pairs, chunk_bytes: int | None, context: RouteContext) -> Uni
     return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
 
 
-def messages(legs: Legs, nbytes: np.ndarray, count: int, limit_nbytes: int) -> tuple[Message, ...]:
+def messages(by_chain: RegionsByChain, nbytes: np.ndarray, count: int, limit_nbytes: int) -> tuple[Message, ...]:
     """Each message in ``count`` chunks; fewer if they would be tiny, more if they would exceed the limit."""
     parts = np.maximum(np.minimum(count, nbytes // MIN_CHUNK_NBYTES), np.maximum(-(-nbytes // limit_nbytes), 1))
-    counted = zip(legs.items(), parts.tolist(), strict=True)
+    counted = zip(by_chain.items(), parts.tolist(), strict=True)
     return tuple(
         _message(chain, regions, part) for (chain, regions), part in sorted(counted, key=lambda one: one[0][0])
     )
@@ -300,7 +302,7 @@ def _message(chain: tuple[int, ...], regions: Sequence[Region], parts: int) -> M
     return Message(chain, (tuple(regions),) if parts == 1 else even_chunks(regions, parts))
 
 
-def messages_of(legs: Legs, chunk_nbytes: int, itemsize: int) -> tuple[Message, ...]:
+def messages_of(by_chain: RegionsByChain, chunk_nbytes: int, itemsize: int) -> tuple[Message, ...]:
     """Chunks of the size that was asked for, or less."""
     most = max(1, chunk_nbytes // itemsize)
-    return tuple(Message(chain, stepped_chunks(regions, most)) for chain, regions in sorted(legs.items()))
+    return tuple(Message(chain, stepped_chunks(regions, most)) for chain, regions in sorted(by_chain.items()))

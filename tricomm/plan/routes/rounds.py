@@ -9,8 +9,8 @@ that, so none is made. Hops within a host take next to nothing beside those; the
 Within a round a rank sends to other hosts first, and to those after it first, each to others: if all began with the
 lowest rank, its NIC alone would be busy until queues have filled.
 
-A rank executes its rounds in order. Both sides hold a hop in the same round and, of several between the same two
-ranks, in the same order, so sends and receives match and nothing can deadlock, even if a send blocks until its
+A rank executes its rounds in order. Sender and receiver hold a hop in the same round and, of several between the same
+two ranks, in the same order, so sends and receives match and nothing can deadlock, even if a send blocks until its
 receive is posted and a group of operations completes as one (NCCL).
 """
 
@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, bounds, numbers
+from tricomm.layout.columns import Lazy, numbers, offsets_of
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks
 from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
 
-WAVE_STRIDE = 1 << 40
-"""Round numbers of one wave; rounds are ordered, not dense."""
+BATCH_STRIDE = 1 << 40
+"""Round numbers of one batch; rounds are ordered, not dense."""
 
 STEP_STRIDE = 1 << 16
 """Round numbers of one step: more than a chain has hops within hosts."""
@@ -96,10 +96,10 @@ def _distances(senders: np.ndarray, receivers: np.ndarray, participants: Sequenc
 def _chained_hops(messages: Sequence[Message], topology: Topology) -> np.ndarray:
     counts = numbers((len(message.chunks) for message in messages), len(messages))
     links = ChainLinks.of([message.chain for message in messages])
-    after = _after_first(links, topology) + numbers(_first_fit(messages), len(messages))[links.chain] * WAVE_STRIDE
+    after = _after_first(links, topology) + numbers(_first_fit(messages), len(messages))[links.chain] * BATCH_STRIDE
     of_link = counts[links.chain]
     link = np.repeat(np.arange(len(of_link)), of_link)
-    chunk = np.arange(len(link)) - bounds(of_link)[link]
+    chunk = np.arange(len(link)) - offsets_of(of_link)[link]
     step = chunk * counts.max() // of_link[link]
     return np.column_stack(
         (step * STEP_STRIDE + after[link], links.sources[link], links.destinations[link], links.chain[link], chunk)
@@ -112,7 +112,7 @@ def _after_first(links: ChainLinks, topology: Topology) -> np.ndarray:
     # A chain within one host is in a hurry too: then its hops are steps.
     stays = ~np.logical_or.reduceat(leaves, links.firsts)
     rounds = np.where(leaves | stays[links.chain], STEP_STRIDE, 1)
-    before = bounds(rounds)[:-1]
+    before = offsets_of(rounds)[:-1]
     after: np.ndarray = before - before[links.firsts][links.chain]
     return after
 
@@ -126,25 +126,25 @@ def _unicast_hops(
     """
     distances = _distances(senders, receivers, participants)
     message = np.repeat(np.arange(len(counts)), counts)
-    chunk = np.arange(len(message)) - bounds(counts)[message]
-    first = (distances // MAX_PEERS_PER_ROUND * WAVE_STRIDE)[message]
+    chunk = np.arange(len(message)) - offsets_of(counts)[message]
+    first = (distances // MAX_PEERS_PER_ROUND * BATCH_STRIDE)[message]
     rounds = first + chunk * UNICAST_STEPS // counts[message] * STEP_STRIDE
     return np.column_stack((rounds, senders[message], receivers[message], message, chunk))
 
 
 def _first_fit(messages: Sequence[Message]) -> list[int]:
-    """The first wave in which every rank of the chain still has fewer than 128 sends and receives."""
+    """The first batch in which every rank of the chain still has fewer than 128 sends and receives."""
     sends: dict[tuple[int, int], int] = {}
     receives: dict[tuple[int, int], int] = {}
-    waves: list[int] = []
+    batches: list[int] = []
     for message in messages:
-        wave = 0
-        while any(sends.get((wave, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[:-1]) or any(
-            receives.get((wave, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[1:]
+        batch = 0
+        while any(sends.get((batch, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[:-1]) or any(
+            receives.get((batch, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[1:]
         ):
-            wave += 1
+            batch += 1
         for counts, ranks in ((sends, message.chain[:-1]), (receives, message.chain[1:])):
             for rank in ranks:
-                counts[wave, rank] = counts.get((wave, rank), 0) + 1
-        waves.append(wave)
-    return waves
+                counts[batch, rank] = counts.get((batch, rank), 0) + 1
+        batches.append(batch)
+    return batches

@@ -16,15 +16,15 @@ from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups
 from tricomm.layout.intervals import Region, region_numel
 from tricomm.plan.routes.chunks import (
-    Legs,
     Message,
-    Pairs,
+    PairColumns,
+    RegionsByChain,
     RouteContext,
     chained,
     even_parts,
     unicast,
 )
-from tricomm.plan.senders.policy import Assignment, FanOut, Settled, by_host, grouped
+from tricomm.plan.senders.policy import Assignment, DirectAssignments, FanOut, by_host, grouped
 
 
 class Strategy(Protocol):
@@ -72,9 +72,9 @@ class SendRecv(_Chunked):
         return unicast(_pairs(assignments), self.chunk_bytes, context)
 
 
-def _pairs(assignments: Sequence[Assignment]) -> Pairs:
+def _pairs(assignments: Sequence[Assignment]) -> PairColumns:
     """What goes from each rank to each other."""
-    if isinstance(assignments, Settled):
+    if isinstance(assignments, DirectAssignments):
         order = np.lexsort((assignments.receivers, assignments.senders))
         senders, receivers = assignments.senders[order], assignments.receivers[order]
         regions = assignments.regions.take(order)
@@ -82,7 +82,7 @@ def _pairs(assignments: Sequence[Assignment]) -> Pairs:
         is_new[1:] = (senders[1:] != senders[:-1]) | (receivers[1:] != receivers[:-1])
         begins = np.flatnonzero(is_new)
         groups = Groups(regions.regions, np.append(regions.offsets[begins], len(regions.regions)))
-        return Pairs(senders[begins], receivers[begins], groups, groups.numel)
+        return PairColumns(senders[begins], receivers[begins], groups, groups.numel)
     by_pair: dict[tuple[int, int], list[Region]] = {}
     for assignment in assignments:
         for receiver in assignment.receivers:
@@ -90,7 +90,7 @@ def _pairs(assignments: Sequence[Assignment]) -> Pairs:
     ends = np.array(sorted(by_pair), np.int64).reshape(-1, 2)
     lists = tuple(tuple(by_pair[pair]) for pair in sorted(by_pair))
     numel = np.array([sum(map(region_numel, regions)) for regions in lists], np.int64)
-    return Pairs(ends[:, 0], ends[:, 1], lists, numel)
+    return PairColumns(ends[:, 0], ends[:, 1], lists, numel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,15 @@ class _Chained(_Chunked, ABC):
 
     def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
         """See Strategy."""
-        if isinstance(assignments, Settled) or all(len(assignment.receivers) == 1 for assignment in assignments):
+        if isinstance(assignments, DirectAssignments) or all(
+            len(assignment.receivers) == 1 for assignment in assignments
+        ):
             # Nothing to forward. A rank that plans alone sees its own part only, which must then be cut the same.
             return unicast(_pairs(assignments), self.chunk_bytes, context)
-        return chained(self._legs(assignments, context), self.chunk_bytes, context)
+        return chained(self._regions_by_chain(assignments, context), self.chunk_bytes, context)
 
     @abstractmethod
-    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
+    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
         """What travels along which chain."""
 
 
@@ -122,12 +124,12 @@ class LocalAllGather(_Chained):
         """See Strategy."""
         return FanOut.EVERY_HOST
 
-    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
-        legs: dict[tuple[int, ...], list[Region]] = {}
+    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
+        by_chain: dict[tuple[int, ...], list[Region]] = {}
         for assignment in assignments:
             for ranks in by_host(assignment.receivers, context.topology):
-                _hand_around(legs, assignment, ranks)
-        return legs
+                _hand_around(by_chain, assignment, ranks)
+        return by_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +143,11 @@ class GlobalAllGather(_Chained):
         """See Strategy."""
         return FanOut.ONCE
 
-    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
-        legs: dict[tuple[int, ...], list[Region]] = {}
+    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
+        by_chain: dict[tuple[int, ...], list[Region]] = {}
         for assignment in assignments:
-            _hand_around(legs, assignment, assignment.receivers)
-        return legs
+            _hand_around(by_chain, assignment, assignment.receivers)
+        return by_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,28 +164,28 @@ class Broadcast(_Chained):
         """See Strategy."""
         return FanOut.ONCE
 
-    def _legs(self, assignments: Sequence[Assignment], context: RouteContext) -> Legs:
+    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
         topology = context.topology
         alike: dict[tuple[int, ...], list[Assignment]] = {}
         for assignment in assignments:
             alike.setdefault(assignment.receivers, []).append(assignment)
-        legs: dict[tuple[int, ...], list[Region]] = {}
+        by_chain: dict[tuple[int, ...], list[Region]] = {}
         for receivers, members in alike.items():
             hosts = [grouped(ranks, topology.nic) for ranks in by_host(receivers, topology)]
             rails = max(map(len, hosts))
             sizes = [assignment.numel for assignment in members]
-            # Equal assignments take the rails in turn; otherwise each is spread over all of them.
+            # Equal assignments rotate over the rails; otherwise each is spread over all of them.
             pieces = rails // gcd(rails, len(members)) if max(sizes) - min(sizes) <= max(sizes) // 64 else rails
-            turn = 0
+            rail = 0
             for assignment in members:
                 for part in even_parts(assignment.regions, pieces):
                     chain = [assignment.sender]
                     for nics in hosts:
-                        first = turn % len(nics)
+                        first = rail % len(nics)
                         chain += [rank for ranks in (*nics[first:], *nics[:first]) for rank in ranks]
-                    legs.setdefault(tuple(chain), []).extend(part)
-                    turn += 1
-        return {chain: regions for chain, regions in legs.items() if regions}
+                    by_chain.setdefault(tuple(chain), []).extend(part)
+                    rail += 1
+        return {chain: regions for chain, regions in by_chain.items() if regions}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +198,8 @@ class Auto:
         return SendRecv(), Broadcast(), LocalAllGather(), GlobalAllGather()
 
 
-def _hand_around(legs: dict[tuple[int, ...], list[Region]], assignment: Assignment, ranks: Sequence[int]) -> None:
+def _hand_around(by_chain: dict[tuple[int, ...], list[Region]], assignment: Assignment, ranks: Sequence[int]) -> None:
     """A part of the assignment for each rank, which goes on to the others in a ring."""
     for index, part in enumerate(even_parts(assignment.regions, len(ranks))):
         if part:
-            legs.setdefault((assignment.sender, *ranks[index:], *ranks[:index]), []).extend(part)
+            by_chain.setdefault((assignment.sender, *ranks[index:], *ranks[:index]), []).extend(part)

@@ -1,6 +1,6 @@
 """Sender choice: which holder of a task sends it, and in which order its receivers forward it.
 
-A balance turns tasks into assignments. An assignment names one sender, so a balance that divides a task among
+A policy turns tasks into assignments. An assignment names one sender, so a policy that divides a task among
 several holders returns several assignments for it.
 """
 
@@ -45,7 +45,7 @@ class Assignment:
         return sum(region_numel(region) for region in self.regions)
 
 
-class Settled(Lazy[Assignment]):
+class DirectAssignments(Lazy[Assignment]):
     """Assignments as columns, each of a whole task to one receiver.
 
     Attributes:
@@ -67,19 +67,19 @@ class Settled(Lazy[Assignment]):
             yield Assignment(sender, (receiver,), regions)
 
 
-def settled(tasks: Sequence[Task], first_holder: bool = False) -> Settled | None:
-    """The assignments where each task has one needer and one holder (or the first is to send): nothing is to be
+def direct_assignments(tasks: Sequence[Task], first_holder: bool = False) -> DirectAssignments | None:
+    """The assignments where each task has one receiver and one holder (or the first is to send): nothing is to be
     chosen. None where there is a choice.
     """
-    if not isinstance(tasks, Tasks) or not tasks.one_needer or not (first_holder or tasks.one_holder):
+    if not isinstance(tasks, Tasks) or not tasks.one_receiver or not (first_holder or tasks.one_holder):
         return None
-    receivers, senders = tasks.needer_sets.first(tasks.needers), tasks.holder_sets.first(tasks.holders)
+    receivers, senders = tasks.receiver_sets.first(tasks.receivers), tasks.holder_sets.first(tasks.holders)
     holds = senders == receivers if tasks.one_holder else tasks.holder_sets.includes(tasks.holders, receivers)
     travels = (~holds).nonzero()[0]
-    return Settled(senders[travels], receivers[travels], tasks.regions.take(travels))
+    return DirectAssignments(senders[travels], receivers[travels], tasks.regions.take(travels))
 
 
-class Balance(Protocol):
+class SenderPolicy(Protocol):
     """A rule that chooses senders. Deterministic: equal arguments, equal choice, on every rank."""
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
@@ -89,7 +89,7 @@ class Balance(Protocol):
     def __hash__(self) -> int: ...
 
 
-class Errand(NamedTuple):
+class TransferDemand(NamedTuple):
     """What has to leave a host: some holders, and receivers on hosts where nobody holds it (or all receivers).
 
     Attributes:
@@ -122,30 +122,30 @@ class Loads:
         self.nic_seconds: dict[int, float] = {}
         self.rank_nbytes: dict[int, int] = {}
 
-    def after(self, sender: int, errand: Errand) -> float:
-        """What the sender's NIC would have to send with this errand, in seconds."""
+    def after(self, sender: int, demand: TransferDemand) -> float:
+        """What the sender's NIC would have to send with this demand, in seconds."""
         nic = self.topology.nic(sender)
-        copies = self._copies(sender, errand)
-        return self.nic_seconds.get(nic, 0.0) + copies * errand.nbytes / self.topology.nic_rate(nic)[0]
+        copies = self._copies(sender, demand)
+        return self.nic_seconds.get(nic, 0.0) + copies * demand.nbytes / self.topology.nic_rate(nic)[0]
 
-    def add(self, sender: int, errand: Errand) -> Assignment:
+    def add(self, sender: int, demand: TransferDemand) -> Assignment:
         """Choose this sender. The host whose NICs send most so far comes last, so that it forwards nothing."""
-        hosts = errand.hosts
+        hosts = demand.hosts
         if self.fan_out is FanOut.ONCE and len(hosts) > 1:
             here = self.topology.host(sender)
             remote = [ranks for ranks in hosts if self.topology.host(ranks[0]) != here]
             last = max(reversed(remote), key=self._busy_seconds, default=None)  # the last one of equals
             hosts = tuple(sorted(hosts, key=lambda ranks: (ranks is last, self.topology.host(ranks[0]) != here)))
-        assignment = Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), errand.regions)
-        self.follow(assignment, errand.nbytes)
+        assignment = Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), demand.regions)
+        self.follow(assignment, demand.nbytes)
         return assignment
 
     def follow(self, assignment: Assignment, nbytes: int) -> None:
-        """Add an assignment whose order is settled."""
+        """Add an assignment whose order is fixed."""
         sender = assignment.sender
         hosts = by_host(assignment.receivers, self.topology)
         self.nic_seconds[self.topology.nic(sender)] = self.after(
-            sender, Errand((sender,), hosts, assignment.regions, nbytes)
+            sender, TransferDemand((sender,), hosts, assignment.regions, nbytes)
         )
         self.rank_nbytes[sender] = self.rank_nbytes.get(sender, 0) + nbytes
         if self.fan_out is FanOut.ONCE:
@@ -160,18 +160,18 @@ class Loads:
         other.rank_nbytes = dict(self.rank_nbytes)
         return other
 
-    def best(self, errand: Errand) -> int:
+    def best(self, demand: TransferDemand) -> int:
         """The holder whose NIC then sends least; ties go to the rank that sends least, then to mesh order."""
-        return min(errand.holders, key=lambda rank: (self.after(rank, errand), self.rank_nbytes.get(rank, 0)))
+        return min(demand.holders, key=lambda rank: (self.after(rank, demand), self.rank_nbytes.get(rank, 0)))
 
     @property
     def bottleneck_seconds(self) -> float:
         """The NIC that sends longest."""
         return max(self.nic_seconds.values(), default=0.0)
 
-    def _copies(self, sender: int, errand: Errand) -> int:
+    def _copies(self, sender: int, demand: TransferDemand) -> int:
         here = self.topology.host(sender)
-        remote = [len(ranks) for ranks in errand.hosts if self.topology.host(ranks[0]) != here]
+        remote = [len(ranks) for ranks in demand.hosts if self.topology.host(ranks[0]) != here]
         if self.fan_out is FanOut.EVERY_RANK:
             return sum(remote)
         return len(remote) if self.fan_out is FanOut.EVERY_HOST else min(len(remote), 1)
@@ -202,20 +202,20 @@ def by_host(ranks: Iterable[int], topology: Topology) -> tuple[tuple[int, ...], 
 
 def local_and_remote(
     tasks: Sequence[Task], itemsize: int, topology: Topology
-) -> tuple[list[Assignment], list[Errand], list[Assignment]]:
+) -> tuple[list[Assignment], list[TransferDemand], list[Assignment]]:
     """Divide the tasks by what there is to choose.
 
     A receiver on a host where some rank holds the task gets it from there: its NIC then carries nothing.
 
     Returns:
-        assignments within hosts; errands with a choice, of sender or of order; assignments without any.
+        assignments within hosts; demands with a choice, of sender or of order; assignments without any.
     """
     local: list[Assignment] = []
-    errands: list[Errand] = []
+    demands: list[TransferDemand] = []
     forced: list[Assignment] = []
     sent: dict[int, int] = {}
     for task in tasks:
-        receivers = task.receivers
+        receivers = task.remote_receivers
         if not receivers:
             continue
         if len(receivers) == len(task.holders) == 1:
@@ -233,28 +233,28 @@ def local_and_remote(
                 sent[sender] = sent.get(sender, 0) + nbytes
                 local.append(Assignment(sender, ranks, task.regions))
         if remote:
-            errands.append(Errand(task.holders, tuple(remote), task.regions, nbytes))
-    return local, errands, forced
+            demands.append(TransferDemand(task.holders, tuple(remote), task.regions, nbytes))
+    return local, demands, forced
 
 
-Choice = Callable[[Sequence[Errand], Loads], tuple[Assignment, ...]]
-"""(errands, the loads of what is sent anyway, to be changed) -> one or more assignments for every errand."""
+Choice = Callable[[Sequence[TransferDemand], Loads], tuple[Assignment, ...]]
+"""(demands, the loads of what is sent anyway, to be changed) -> one or more assignments for every demand."""
 
 
 def choose_senders(
     tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut, choice: Choice
 ) -> Sequence[Assignment]:
     """Assignments for all tasks, of which ``choice`` makes those where there is a choice."""
-    without_choice = settled(tasks)
+    without_choice = direct_assignments(tasks)
     if without_choice is not None:
         return without_choice
-    local, errands, forced = local_and_remote(tasks, itemsize, topology)
-    if not errands:
+    local, demands, forced = local_and_remote(tasks, itemsize, topology)
+    if not demands:
         return (*local, *forced)
     loads = Loads(topology, fan_out)
     for assignment in forced:
         loads.follow(assignment, assignment.numel * itemsize)
-    return (*local, *forced, *choice(errands, loads))
+    return (*local, *forced, *choice(demands, loads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,16 +262,18 @@ class Naive:
     """The first holder in mesh order sends: the paper's baseline."""
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See Balance."""
-        without_choice = settled(tasks, first_holder=True)
+        """See SenderPolicy."""
+        without_choice = direct_assignments(tasks, first_holder=True)
         if without_choice is not None:
             return without_choice
         result: list[Assignment] = []
         for task in tasks:
-            if task.receivers:
+            if task.remote_receivers:
                 sender = task.holders[0]
                 here = topology.host(sender)
-                hosts = sorted(by_host(task.receivers, topology), key=lambda ranks: topology.host(ranks[0]) != here)
+                hosts = sorted(
+                    by_host(task.remote_receivers, topology), key=lambda ranks: topology.host(ranks[0]) != here
+                )
                 result.append(Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), task.regions))
         return tuple(result)
 
@@ -285,18 +287,20 @@ class LeastLoaded:
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See Balance."""
+        """See SenderPolicy."""
         return choose_senders(tasks, itemsize, topology, fan_out, greedy)
 
 
-def largest_first(errands: Sequence[Errand]) -> list[int]:
-    """The indices of errands, by falling size; equal ones in the given order."""
-    return sorted(range(len(errands)), key=lambda index: -errands[index].nbytes)
+def largest_first(demands: Sequence[TransferDemand]) -> list[int]:
+    """The indices of demands, by falling size; equal ones in the given order."""
+    return sorted(range(len(demands)), key=lambda index: -demands[index].nbytes)
 
 
-def greedy(errands: Sequence[Errand], loads: Loads, order: Sequence[int] | None = None) -> tuple[Assignment, ...]:
-    """Give each errand to its best holder, in the given order (largest first); assignments in that of ``errands``."""
+def greedy(
+    demands: Sequence[TransferDemand], loads: Loads, order: Sequence[int] | None = None
+) -> tuple[Assignment, ...]:
+    """Give each demand to its best holder, in the given order (largest first); assignments in that of ``demands``."""
     chosen: dict[int, Assignment] = {}
-    for index in largest_first(errands) if order is None else order:
-        chosen[index] = loads.add(loads.best(errands[index]), errands[index])
+    for index in largest_first(demands) if order is None else order:
+        chosen[index] = loads.add(loads.best(demands[index]), demands[index])
     return tuple(chosen[index] for index in sorted(chosen))

@@ -8,16 +8,16 @@ from tricomm.errors import PlanError
 from tricomm.layout.topology import Topology
 from tricomm.plan.senders.policy import (
     Assignment,
-    Balance,
-    Errand,
     FanOut,
     LeastLoaded,
     Loads,
     Naive,
+    SenderPolicy,
+    TransferDemand,
     choose_senders,
+    direct_assignments,
     greedy,
     largest_first,
-    settled,
 )
 from tricomm.plan.tasks import Task
 
@@ -41,31 +41,31 @@ class Search:
         _check_count("nodes", self.nodes)
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See Balance."""
+        """See SenderPolicy."""
         return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
 
-    def _choose(self, errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
-        return _Searching(errands, loads, self.nodes).run()
+    def _choose(self, demands: Sequence[TransferDemand], loads: Loads) -> tuple[Assignment, ...]:
+        return _Searching(demands, loads, self.nodes).run()
 
 
 class _Searching:
     """One search. The path is kept on a stack of its own: there may be thousands of tasks."""
 
-    def __init__(self, errands: Sequence[Errand], start: Loads, nodes: int) -> None:
-        self.errands = errands
-        self.order = largest_first(errands)
+    def __init__(self, demands: Sequence[TransferDemand], start: Loads, nodes: int) -> None:
+        self.demands = demands
+        self.order = largest_first(demands)
         self.start = start
         self.nodes = nodes
         topology = start.topology
-        nics = {topology.nic(rank) for errand in errands for rank in errand.holders} | set(start.nic_seconds)
+        nics = {topology.nic(rank) for demand in demands for rank in demand.holders} | set(start.nic_seconds)
         if start.fan_out is FanOut.ONCE:
-            nics |= {topology.nic(rank) for errand in errands for ranks in errand.hosts for rank in ranks}
+            nics |= {topology.nic(rank) for demand in demands for ranks in demand.hosts for rank in ranks}
         self.rates = {nic: topology.nic_rate(nic).send_bytes_per_second for nic in sorted(nics)}
         # What is still to be sent from each place in the order on, in bytes, however it is chosen.
         self.rest = [0]
         for index in reversed(self.order):
-            errand = errands[index]
-            self.rest.append(self.rest[-1] + errand.crossings(start.fan_out) * errand.nbytes)
+            demand = demands[index]
+            self.rest.append(self.rest[-1] + demand.crossings(start.fan_out) * demand.nbytes)
         self.rest.reverse()
 
     def bound(self, loads: Loads, depth: int) -> float:
@@ -87,21 +87,21 @@ class _Searching:
             if depth == len(self.order):
                 best = (loads.bottleneck_seconds, chosen)
                 continue
-            errand = self.errands[self.order[depth]]
-            for sender in reversed(_distinct(errand, loads)):
+            demand = self.demands[self.order[depth]]
+            for sender in reversed(_distinct(demand, loads)):
                 after = loads.copy()
-                stack.append((depth + 1, after, (*chosen, after.add(sender, errand))))
+                stack.append((depth + 1, after, (*chosen, after.add(sender, demand))))
         assert best is not None
         at = dict(zip(self.order, best[1], strict=True))
         return tuple(at[index] for index in sorted(at))
 
 
-def _distinct(errand: Errand, loads: Loads) -> list[int]:
+def _distinct(demand: TransferDemand, loads: Loads) -> list[int]:
     """One holder per NIC, the one that sends least, best NIC first."""
     per_nic: dict[int, int] = {}
-    for rank in sorted(errand.holders, key=lambda rank: loads.rank_nbytes.get(rank, 0)):
+    for rank in sorted(demand.holders, key=lambda rank: loads.rank_nbytes.get(rank, 0)):
         per_nic.setdefault(loads.topology.nic(rank), rank)
-    return sorted(per_nic.values(), key=lambda rank: loads.after(rank, errand))
+    return sorted(per_nic.values(), key=lambda rank: loads.after(rank, demand))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +120,17 @@ class RandomizedGreedy:
         _check_count("trials", self.trials)
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See Balance."""
+        """See SenderPolicy."""
         return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
 
-    def _choose(self, errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
+    def _choose(self, demands: Sequence[TransferDemand], loads: Loads) -> tuple[Assignment, ...]:
         generator = random.Random(self.seed)
         best: tuple[float, tuple[Assignment, ...]] | None = None
         for _ in range(self.trials):
-            order = list(range(len(errands)))
+            order = list(range(len(demands)))
             generator.shuffle(order)
             tried = loads.copy()
-            chosen = greedy(errands, tried, order)
+            chosen = greedy(demands, tried, order)
             if best is None or tried.bottleneck_seconds < best[0]:
                 best = (tried.bottleneck_seconds, chosen)
         assert best is not None
@@ -142,11 +142,11 @@ class Ensemble:
     """Whichever of Naive, LeastLoaded, RandomizedGreedy and Search loads the busiest NIC least (the paper's)."""
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See Balance."""
-        without_choice = settled(tasks)
+        """See SenderPolicy."""
+        without_choice = direct_assignments(tasks)
         if without_choice is not None:
             return without_choice
-        members: tuple[Balance, ...] = (Naive(), LeastLoaded(), RandomizedGreedy(), Search())
+        members: tuple[SenderPolicy, ...] = (Naive(), LeastLoaded(), RandomizedGreedy(), Search())
         choices = [member.assign(tasks, itemsize, topology, fan_out) for member in members]
         return min(choices, key=lambda choice: sending_seconds(choice, itemsize, topology, fan_out))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tricomm.layout.intervals import cut_regions, region_numel
 from tricomm.layout.topology import Topology
 from tricomm.plan.senders.flow import Job, share
-from tricomm.plan.senders.policy import Assignment, Errand, FanOut, Loads, choose_senders, greedy
+from tricomm.plan.senders.policy import Assignment, FanOut, Loads, TransferDemand, choose_senders, greedy
 from tricomm.plan.tasks import Task
 
 SLACK = 256
@@ -28,15 +28,15 @@ class Split:
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See Balance."""
+        """See SenderPolicy."""
 
-        def choose(errands: Sequence[Errand], loads: Loads) -> tuple[Assignment, ...]:
+        def choose(demands: Sequence[TransferDemand], loads: Loads) -> tuple[Assignment, ...]:
             goal = receiving_seconds(tasks, itemsize, topology)
             before = dict(loads.nic_seconds)
-            whole = greedy(errands, loads)
+            whole = greedy(demands, loads)
             if loads.bottleneck_seconds <= goal * (1 + 1e-9):
                 return whole
-            return _divided(errands, topology, fan_out, before, goal)
+            return _divided(demands, topology, fan_out, before, goal)
 
         return choose_senders(tasks, itemsize, topology, fan_out, choose)
 
@@ -47,7 +47,7 @@ def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) 
     for task in tasks:
         holding = {topology.host(rank) for rank in task.holders}
         hosts: dict[int, dict[int, None]] = {}
-        for rank in task.receivers:
+        for rank in task.remote_receivers:
             hosts.setdefault(topology.host(rank), {})[topology.nic(rank)] = None
         nbytes = task.numel * itemsize
         for host, nics in hosts.items():
@@ -58,19 +58,19 @@ def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) 
     return max(seconds.values(), default=0.0)
 
 
-class Kind(NamedTuple):
-    """What errands have in common that are alike for the network, by NICs."""
+class DemandClass(NamedTuple):
+    """What demands have in common that are alike for the network, by NICs."""
 
     senders: tuple[int, ...]
     hosts: tuple[tuple[int, ...], ...]
     copies: int
 
 
-def _kind(errand: Errand, topology: Topology, fan_out: FanOut) -> Kind:
-    return Kind(
-        _nics(errand.holders, topology),
-        tuple(sorted(_nics(ranks, topology) for ranks in errand.hosts)),
-        errand.crossings(fan_out),
+def _class_of(demand: TransferDemand, topology: Topology, fan_out: FanOut) -> DemandClass:
+    return DemandClass(
+        _nics(demand.holders, topology),
+        tuple(sorted(_nics(ranks, topology) for ranks in demand.hosts)),
+        demand.crossings(fan_out),
     )
 
 
@@ -79,43 +79,46 @@ def _nics(ranks: Sequence[int], topology: Topology) -> tuple[int, ...]:
 
 
 def _divided(
-    errands: Sequence[Errand], topology: Topology, fan_out: FanOut, before: Mapping[int, float], goal: float
+    demands: Sequence[TransferDemand], topology: Topology, fan_out: FanOut, before: Mapping[int, float], goal: float
 ) -> tuple[Assignment, ...]:
     """Assignments that follow the min-max flow."""
-    kinds: dict[Kind, list[Errand]] = {}
-    for errand in errands:
-        kinds.setdefault(_kind(errand, topology, fan_out), []).append(errand)
-    jobs = {kind: _jobs(kind, sum(errand.nbytes for errand in members), fan_out) for kind, members in kinds.items()}
-    every = [job for of_kind in jobs.values() for job in of_kind]
+    classes: dict[DemandClass, list[TransferDemand]] = {}
+    for demand in demands:
+        classes.setdefault(_class_of(demand, topology, fan_out), []).append(demand)
+    jobs = {
+        demand_class: _jobs(demand_class, sum(demand.nbytes for demand in members), fan_out)
+        for demand_class, members in classes.items()
+    }
+    every = [job for of_class in jobs.values() for job in of_class]
     machines = {machine for job in every for machine in job.limits} | set(before)
     speeds = {machine: topology.nic_rate(machine).send_bytes_per_second for machine in sorted(machines)}
     amounts = iter(share(every, speeds, before, goal).amounts)
     sent: dict[int, int] = {}
     result: list[Assignment] = []
-    for kind, members in kinds.items():
+    for demand_class, members in classes.items():
         done: dict[int, Fraction] = {}
-        for of_job in islice(amounts, len(jobs[kind])):
+        for of_job in islice(amounts, len(jobs[demand_class])):
             for machine, amount in of_job.items():
                 done[machine] = done.get(machine, Fraction(0)) + amount
-        for piece, errand in _pieces(kind, members, done, fan_out):
-            result += _assignments(piece, errand, topology, sent)
+        for span, demand in _pieces(demand_class, members, done, fan_out):
+            result += _assignments(span, demand, topology, sent)
     return tuple(result)
 
 
-def _jobs(kind: Kind, nbytes: int, fan_out: FanOut) -> list[Job]:
+def _jobs(demand_class: DemandClass, nbytes: int, fan_out: FanOut) -> list[Job]:
     """What holders must send, and what receivers may do as well: forward it, each host at most once."""
-    senders: dict[int, int | None] = dict.fromkeys(kind.senders)
+    senders: dict[int, int | None] = dict.fromkeys(demand_class.senders)
     if fan_out is not FanOut.ONCE:
-        return [Job(kind.copies * nbytes, senders)]
-    if len(kind.hosts) == 1:
+        return [Job(demand_class.copies * nbytes, senders)]
+    if len(demand_class.hosts) == 1:
         return [Job(nbytes, senders)]
-    relays = {nic: nbytes // len(nics) for nics in kind.hosts for nic in nics}
-    return [Job(nbytes, senders), Job((len(kind.hosts) - 1) * nbytes, {**relays, **senders})]
+    relays = {nic: nbytes // len(nics) for nics in demand_class.hosts for nic in nics}
+    return [Job(nbytes, senders), Job((len(demand_class.hosts) - 1) * nbytes, {**relays, **senders})]
 
 
-class Piece(NamedTuple):
-    """Bytes [start, stop) of all errands of one kind: by which NICs they are sent and, for chains, at which of the
-    kind's hosts each chain ends.
+class ByteRange(NamedTuple):
+    """Bytes [start, stop) of all demands of one class: by which NICs they are sent and, for chains, at which of the
+    its hosts each chain ends.
     """
 
     start: Fraction
@@ -125,47 +128,49 @@ class Piece(NamedTuple):
 
 
 def _pieces(
-    kind: Kind, members: Sequence[Errand], done: Mapping[int, Fraction], fan_out: FanOut
-) -> Iterator[tuple[Piece, Errand]]:
-    """The pieces of every errand, which is cut where the flow passes from one NIC to the next.
+    demand_class: DemandClass, members: Sequence[TransferDemand], done: Mapping[int, Fraction], fan_out: FanOut
+) -> Iterator[tuple[ByteRange, TransferDemand]]:
+    """The pieces of every demand, which is cut where the flow passes from one NIC to the next.
 
     Senders are laid along a line, each as long as what it sends, and hosts along another, each as long as what it
-    need not forward. Both lines are equally long and are wound around the errands; so every byte has as many
+    need not forward. Both lines are equally long and are wrapped around the demands; so every byte has as many
     senders as chains that end, and no byte ends twice at one host.
     """
-    nbytes = sum(errand.nbytes for errand in members)
-    copies = 1 if fan_out is FanOut.ONCE else kind.copies
-    senders = _wound([(nic, done.get(nic, Fraction(0)) / copies) for nic in kind.senders], nbytes)
+    nbytes = sum(demand.nbytes for demand in members)
+    copies = 1 if fan_out is FanOut.ONCE else demand_class.copies
+    senders = _wrapped([(nic, done.get(nic, Fraction(0)) / copies) for nic in demand_class.senders], nbytes)
     ends: list[tuple[Fraction, Fraction, int]] = []
     if fan_out is FanOut.ONCE:
-        unsent = [nbytes - sum((done.get(nic, Fraction(0)) for nic in nics), Fraction(0)) for nics in kind.hosts]
-        ends = _wound(list(enumerate(unsent)), nbytes)
+        unsent = [
+            nbytes - sum((done.get(nic, Fraction(0)) for nic in nics), Fraction(0)) for nics in demand_class.hosts
+        ]
+        ends = _wrapped(list(enumerate(unsent)), nbytes)
     begin = Fraction(0)
-    for errand in members:
-        end = begin + errand.nbytes
+    for demand in members:
+        end = begin + demand.nbytes
         points = sorted({min(max(edge, begin), end) for start, stop, _ in senders + ends for edge in (start, stop)})
-        numel = sum(map(region_numel, errand.regions))
-        scale = Fraction(numel, errand.nbytes)
+        numel = sum(map(region_numel, demand.regions))
+        scale = Fraction(numel, demand.nbytes)
         inner = [round((point - begin) * scale) for point in points[1:-1]]
         gaps = [after - before for before, after in pairwise([0, *inner, numel])]
-        parts = cut_regions(errand.regions, inner, min(gaps) // SLACK)
+        parts = cut_regions(demand.regions, inner, min(gaps) // SLACK)
         for part, (start, stop) in zip(parts, pairwise(points), strict=True):
             if part:
-                piece = Piece(start, stop, _at(senders, start), _at(ends, start))
-                yield piece, errand._replace(regions=part)
+                span = ByteRange(start, stop, _at(senders, start), _at(ends, start))
+                yield span, demand._replace(regions=part)
         begin = end
 
 
-def _wound(lengths: Sequence[tuple[int, Fraction]], around: int) -> list[tuple[Fraction, Fraction, int]]:
-    """(start, stop, item) of items laid end to end along a line that is wound around [0, around)."""
+def _wrapped(lengths: Sequence[tuple[int, Fraction]], around: int) -> list[tuple[Fraction, Fraction, int]]:
+    """(start, stop, item) of items laid end to end along a line that is wrapped around [0, around)."""
     result: list[tuple[Fraction, Fraction, int]] = []
     position = Fraction(0)
     for item, length in lengths:
         end = position + length
         while position < end:
-            turn = Fraction(position // around * around)
-            stop = min(end, turn + around)
-            result.append((position - turn, stop - turn, item))
+            lap = Fraction(position // around * around)
+            stop = min(end, lap + around)
+            result.append((position - lap, stop - lap, item))
             position = stop
     return result
 
@@ -174,15 +179,17 @@ def _at(line: Sequence[tuple[Fraction, Fraction, int]], point: Fraction) -> tupl
     return tuple(item for start, stop, item in line if start <= point < stop)
 
 
-def _assignments(piece: Piece, errand: Errand, topology: Topology, sent: dict[int, int]) -> Iterator[Assignment]:
+def _assignments(
+    span: ByteRange, demand: TransferDemand, topology: Topology, sent: dict[int, int]
+) -> Iterator[Assignment]:
     """One assignment per chain; without chains, one for all receivers."""
-    hosts = sorted(errand.hosts, key=lambda ranks: _nics(ranks, topology))
-    chains = len(piece.last) or 1
-    between = [ranks for index, ranks in enumerate(hosts) if index not in piece.last]
+    hosts = sorted(demand.hosts, key=lambda ranks: _nics(ranks, topology))
+    chains = len(span.last) or 1
+    between = [ranks for index, ranks in enumerate(hosts) if index not in span.last]
     for chain in range(chains):
-        nic = piece.senders[chain]
-        holders = [rank for rank in errand.holders if topology.nic(rank) == nic]
+        nic = span.senders[chain]
+        holders = [rank for rank in demand.holders if topology.nic(rank) == nic]
         sender = min(holders, key=lambda rank: sent.get(rank, 0))
-        sent[sender] = sent.get(sender, 0) + int(piece.stop - piece.start)
-        path = between[chain::chains] + [hosts[index] for index in piece.last[chain : chain + 1]]
-        yield Assignment(sender, tuple(rank for ranks in path for rank in ranks), errand.regions)
+        sent[sender] = sent.get(sender, 0) + int(span.stop - span.start)
+        path = between[chain::chains] + [hosts[index] for index in span.last[chain : chain + 1]]
+        yield Assignment(sender, tuple(rank for ranks in path for rank in ranks), demand.regions)
