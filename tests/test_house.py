@@ -29,6 +29,7 @@ LAYERS = [
     ["demo", "draw"],
     ["cli"],
     ["", "__main__"],
+    ["examples"],
 ]
 # The same inside of a package.
 LAYERS_WITHIN = {
@@ -46,7 +47,7 @@ LAYERS_WITHIN = {
     ],
 }
 WITHOUT_TORCH = {"errors", "layout", "plan", "pipeline.schedule", "pipeline.costs", "pipeline.tune", "draw"}
-# The demo compares with isend and irecv written by hand: there it is a user of torch.distributed like any other.
+# The demo compares with isend and irecv written by hand, and examples are what users write.
 WITH_DISTRIBUTED = {
     "transport.torch_dist",
     "transport.nccl",
@@ -55,6 +56,7 @@ WITH_DISTRIBUTED = {
     "pipeline.run.executor",
     "pipeline.torch_adapter",
     "demo",
+    "examples",
 }
 DETECTION = ("layout.topology", "detect")
 

@@ -14,6 +14,7 @@ from tricomm import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "bench" / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -90,14 +91,22 @@ def test_every_public_name_has_a_docstring() -> None:
         assert getattr(tricomm, name).__doc__, name
 
 
+EXAMPLE = "tricomm.examples.train_pipeline"
+
+
+def test_the_pipeline_excerpt_is_from_the_example() -> None:
+    example = "".join((ROOT / f"{EXAMPLE.replace('.', '/')}.py").read_text().split())
+    excerpt = blocks("python")[2]
+    for line in ("Executor(schedule, stages, {(0, 1)", "EdgeTensor(whole, parts)", "eager_one_f_one_b(2, MICROBATCHES"):
+        assert line in excerpt
+        assert "".join(line.split()) in example
+
+
 @pytest.mark.processes
-def test_the_pipeline_script_trains(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    training, measuring = blocks("python")[2], blocks("python")[4]
-    last_line = "dist.destroy_process_group()\n"
-    script.write_text(training.replace(last_line, measuring + last_line))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_the_pipeline_example_trains() -> None:
+    assert f"-m {EXAMPLE}" in README
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", EXAMPLE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     losses = {
         (int(step), int(rank)): float(loss)
@@ -106,3 +115,34 @@ def test_the_pipeline_script_trains(tmp_path: Path) -> None:
     assert {rank for _, rank in losses} == {1, 2}
     assert all(losses[19, rank] < losses[0, rank] for rank in (1, 2))
     assert re.search(r"^\(StageCost\(forward_seconds=.*\nchosen: ", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tqdm"])
+def test_the_demo_names_its_extra(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "tricomm.demo", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"tricomm: the demo needs the package {package}, which comes with tricomm's extra 'demo'")
+    assert "pip install -e '.[demo]'" in told
+    assert "`demo`" in README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 180
+
+
+def test_the_files_that_it_names_exist() -> None:
+    for text, folder in ((README, ROOT), (BENCHMARKS, ROOT / "bench")):
+        for target in re.findall(r"\]\(([^):]+)\)", text) + re.findall(r"`(results/[a-z_]+\.\w+)`", text):
+            assert (folder / target).exists(), target
+
+
+def test_the_benchmarks_that_it_names_exist() -> None:
+    for name in set(re.findall(r"python -m (bench[\w.]*)", README + BENCHMARKS)):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name

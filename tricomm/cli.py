@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if options.command == "demo":
-            from tricomm.demo import run_demo
-
-            run_demo(options.checkpoint)
+            _demo(options.checkpoint)
         elif options.command == "simulate":
             print(_simulate(options))
         else:
@@ -63,6 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TricommError as error:
         print(f"tricomm: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _demo(checkpoint: str | None) -> None:
+    try:
+        from tricomm.demo import run_demo
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"the demo needs the package {error.name}, which comes with tricomm's extra 'demo'; in the checkout, run "
+            "pip install -e '.[demo]'"
+        ) from None
+    run_demo(checkpoint)
 
 
 def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

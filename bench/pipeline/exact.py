@@ -1,4 +1,6 @@
-"""How far tuned schedules are from the shortest that exist: ``python -m bench.pipeline.exact [--json PATH]``.
+"""How far tuned schedules are from the shortest that exist.
+
+    python -m bench.pipeline.exact [--json PATH]
 
 The optimum is proven by OR-tools CP-SAT (``pip install "tricomm[solver]"``) over all orders of each stage's actions
 under a limit on the activations that a stage holds. The first table is the grid of the project's facts (F = I = W = 1);

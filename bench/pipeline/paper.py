@@ -1,4 +1,6 @@
-"""The paper's end-to-end setting by simulation at full size: ``python -m bench.pipeline.paper [--json PATH]``.
+"""The paper's end-to-end setting by simulation at full size.
+
+    python -m bench.pipeline.paper [--json PATH]
 
 Hops are planned by tricomm's planner and timed by its simulator on hosts with NICs of 10 Gb/s; stages take the time of
 their operations at a stated rate of the device. Nothing runs, and nothing is fitted: every assumption is printed.

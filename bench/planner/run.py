@@ -1,4 +1,6 @@
-"""What planning costs: ``python -m bench.planner [--json PATH]``.
+"""What planning costs.
+
+    python -m bench.planner [--json PATH]
 
 For one rank: its plan and program, every transfer of the program as an object, the tables and views that packing makes
 of it before data can move, the digest that ranks compare, and the peak of what all but the tables allocate; against
