@@ -1,0 +1,117 @@
+"""Every public name has a docstring with an example, and every example of the library does what it says."""
+
+import doctest
+import importlib
+
+import pytest
+
+import tricomm
+import tricomm.pipeline
+from tests.test_house import MODULES
+
+PUBLIC = [(module, name) for module in (tricomm, tricomm.pipeline) for name in module.__all__]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+# Names that still have to get one. Take yours out; none is added.
+WITHOUT_EXAMPLE = {
+    "Action",
+    "Auto",
+    "Broadcast",
+    "Candidate",
+    "Channel",
+    "Costs",
+    "Edge",
+    "EdgeTensor",
+    "Ensemble",
+    "Executor",
+    "GlobalAllGather",
+    "Handle",
+    "Kind",
+    "LeastLoaded",
+    "Limits",
+    "Link",
+    "LocalAllGather",
+    "LocalTransport",
+    "Measurement",
+    "Mesh",
+    "Naive",
+    "Partial",
+    "PerDirectionFifo",
+    "Plan",
+    "PlanError",
+    "Queues",
+    "RandomizedGreedy",
+    "Replicate",
+    "Resharder",
+    "Schedule",
+    "Search",
+    "SendRecv",
+    "Shard",
+    "ShardingSpec",
+    "SpecError",
+    "Split",
+    "Stage",
+    "StageCost",
+    "Tied",
+    "Timeline",
+    "Topology",
+    "TransferCost",
+    "TransportError",
+    "TricommError",
+    "Tuned",
+    "Turns",
+    "WithLoss",
+    "Workload",
+    "chain",
+    "check",
+    "eager_one_f_one_b",
+    "gpipe",
+    "in_turn",
+    "interleaved_one_f_one_b",
+    "local_shard",
+    "make_plan",
+    "one_f_one_b",
+    "read_csv",
+    "receive_ring",
+    "reshard",
+    "reshard_async",
+    "simulate",
+    "tune",
+    "warmed_up",
+    "with_communication",
+    "write_csv",
+    "zero_bubble",
+}
+
+
+def has_example(text: str | None) -> bool:
+    return text is not None and bool(doctest.DocTestParser().get_examples(text))
+
+
+def examples() -> list[doctest.DocTest]:
+    found: list[doctest.DocTest] = []
+    for name in sorted(MODULES.keys() - {"__main__"}):
+        module = importlib.import_module(f"tricomm.{name}".rstrip("."))
+        found += doctest.DocTestFinder(exclude_empty=True).find(module)
+    return [test for test in found if test.examples]
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=[f"{module.__name__}.{name}" for module, name in PUBLIC])
+def test_a_public_name_has_an_example(module: object, name: str) -> None:
+    text = getattr(module, name).__doc__
+    assert text, f"{name} has no docstring"
+    assert has_example(text) or name in WITHOUT_EXAMPLE, f"the docstring of {name} has no example that starts with >>>"
+
+
+@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+def test_an_example_does_what_it_says(test: doctest.DocTest) -> None:
+    skipped = [example for example in test.examples if example.options.get(doctest.SKIP)]
+    assert not skipped, "an example that is skipped shows nothing"
+    told: list[str] = []
+    doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=told.append)
+    assert not told, "".join(told)
+
+
+def test_a_wrong_example_is_told() -> None:
+    test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None)
+    with pytest.raises(AssertionError, match=r"Expected:\s+3\s+Got:\s+2"):
+        test_an_example_does_what_it_says(test)
