@@ -1,6 +1,7 @@
 """Sender choices against exhaustive search on small cases, and what they promise on large ones."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -17,6 +18,7 @@ from tricomm import (
     LocalAllGather,
     Mesh,
     Naive,
+    Partial,
     RandomizedGreedy,
     Replicate,
     Search,
@@ -28,8 +30,9 @@ from tricomm import (
     make_plan,
 )
 from tricomm.plan import Plan
+from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.senders.flow import Job, share
-from tricomm.plan.senders.policy import FanOut, Loads, local_and_remote
+from tricomm.plan.senders.policy import SendLoads, local_and_remote
 from tricomm.plan.senders.search import sending_seconds
 from tricomm.plan.senders.split import receiving_seconds
 from tricomm.plan.tasks import Task, unit_tasks
@@ -156,12 +159,12 @@ def test_search_with_nodes_enough_finds_the_best_choice_of_one_sender(case: Any)
         return
     best = float("inf")
     for choice in product(*options):
-        loads = Loads(topology, FanOut.EVERY_HOST)
+        loads = SendLoads(topology, FanOut.EVERY_HOST)
         for assignment in forced:
-            loads.follow(assignment, assignment.numel * 4)
+            loads.add(assignment, assignment.numel * 4)
         for sender, demand in zip(choice, demands, strict=True):
-            loads.add(sender, demand)
-        best = min(best, loads.bottleneck_seconds)
+            loads.assign(sender, demand)
+        best = min(best, loads.nics.busiest)
     chosen = Search(10**6).assign(tasks, 4, topology, FanOut.EVERY_HOST)
     assert sending_seconds(chosen, 4, topology, FanOut.EVERY_HOST) == pytest.approx(best)
 
@@ -244,6 +247,19 @@ def test_a_broadcast_uses_all_nics_of_a_host(devices: int) -> None:
         assert max(loads.values()) == pytest.approx(NBYTES / devices, rel=0.05)
     assert plan.lower_bound_seconds() == pytest.approx(NBYTES / devices / RATE)
     assert plan.simulated_seconds() < 1.1 * plan.lower_bound_seconds()
+
+
+@quick
+@given(case=exchanges(), partial=st.booleans())
+def test_nics_are_busy_for_what_the_hops_carry(case: Any, partial: bool) -> None:
+    source, destination, topology = case
+    if partial:
+        source = replace(source, placements=(Partial(), source.placements[1]))
+    plan = make_plan(source, destination, topology=topology)
+    for seconds, nbytes, direction in zip(plan.nic_seconds(), nic_nbytes(plan), (0, 1), strict=True):
+        rates = [topology.nic_rate(nic)[direction] for nic in range(len(seconds))]
+        assert seconds.tolist() == pytest.approx([nbytes[nic] / rate for nic, rate in enumerate(rates)])
+        assert plan.simulated_seconds() >= max(seconds) * (1 - 1e-9)
 
 
 @quick

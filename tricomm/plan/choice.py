@@ -4,15 +4,19 @@ Auto takes the strategy with the least simulated time. To route and to simulate 
 replicas would mostly cost, so each is first bounded: by its assignments alone, then by its messages.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from tricomm.layout.topology import Topology
 from tricomm.plan.cost import MessageColumns, busiest_seconds, simulated_seconds
+from tricomm.plan.network.fan_out import FanOut
+from tricomm.plan.network.hosts import Hosts, by_host, other_hosts
+from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.routes.chunks import Message, RouteContext, Unicasts
 from tricomm.plan.routes.rounds import Hop, schedule
 from tricomm.plan.routes.strategies import Strategy
-from tricomm.plan.senders.policy import Assignment, FanOut, by_host
+from tricomm.plan.senders.policy import Assignment
 
 WORTH_IT = 0.03
 """By how much a strategy with more messages must be faster for Auto to take it: the model does not know all costs."""
@@ -79,46 +83,42 @@ class Routed:
         return assigned_seconds(self._assignments, self._context.itemsize, topology, fan_out) * (1 - ROUNDING)
 
     def is_worth_it(self, best: "Routed") -> bool:
-        """Whether this is so much faster than the best so far that it should be taken."""
-        if "seconds" not in vars(best):
-            limit = best.bound_of_assignments * (1 - WORTH_IT)
-            if self.bound_of_assignments < limit and self.seconds < limit:
-                return True
-        limit = best.seconds * (1 - WORTH_IT)
+        """True if this is so much faster than the best so far that it should be taken."""
+        # To be below a bound of the best is enough, and then nobody need simulate the best.
+        return self._is_below(best.bound_of_assignments) or self._is_below(best.seconds)
+
+    def _is_below(self, seconds: float) -> bool:
+        limit = seconds * (1 - WORTH_IT)
         return self.bound_of_assignments < limit and self.bound_of_messages < limit and self.seconds < limit
 
 
 def assigned_seconds(assignments: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
-    """What none of Auto's strategies with this fan-out can beat: the NIC whose ranks send longest, without what they
-    forward; the last byte's way along a chain, which leads through all receivers, or all of one host; or, where the
-    ranks of a host hand parts around, the rank that posts most sends.
+    """Bound the time of every strategy with this fan-out from below, without routing.
+
+    The largest of three times: that of the NIC whose ranks send longest, without what they forward; the last byte's
+    way along the longest chain; and, where the ranks of a host hand parts around, that of the rank that posts most.
     """
-    each = topology.overhead_seconds + topology.latency_seconds
-    nic_seconds: dict[int, float] = {}
+    sending = NicSeconds(topology)
+    hosts_of: dict[tuple[int, ...], Hosts] = {}
     handed: set[tuple[int, tuple[int, ...]]] = set()
     longest = 0
-    hosts_of: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
     for assignment in assignments:
-        receivers = assignment.receivers
+        receivers, sender = assignment.receivers, assignment.sender
         hosts = hosts_of.get(receivers) or hosts_of.setdefault(receivers, by_host(receivers, topology))
-        here = topology.host(assignment.sender)
-        remote = [len(ranks) for ranks in hosts if topology.host(ranks[0]) != here]
-        copies, links = sum(remote), 1
+        sends = fan_out.least_sends(hosts, other_hosts(hosts, sender, topology))
+        sending.add(topology.nic(sender), sends * assignment.numel * itemsize)
+        longest = max(longest, fan_out.chain_links(hosts))
         if fan_out is FanOut.EVERY_HOST:
-            copies, links = len(remote), max(map(len, hosts))
             # With so many elements no part is empty. Equal senders and receivers share messages.
-            handed.update((assignment.sender, ranks) for ranks in hosts if assignment.numel >= 2 * len(ranks))
-        elif fan_out is FanOut.ONCE:
-            # A chain enters the sender's own host only if it has receivers there: then others may forward it.
-            copies, links = int(len(remote) == len(hosts)), len(receivers)
-        nic = topology.nic(assignment.sender)
-        seconds = copies * assignment.numel * itemsize / topology.nic_rate(nic).send_bytes_per_second
-        nic_seconds[nic] = nic_seconds.get(nic, 0.0) + seconds
-        longest = max(longest, links)
-    posts: dict[int, int] = {}
+            handed.update((sender, ranks) for ranks in hosts if assignment.numel >= 2 * len(ranks))
+    along = longest * (topology.overhead_seconds + topology.latency_seconds)
+    return max(sending.busiest, along, _most_posts(handed) * topology.overhead_seconds)
+
+
+def _most_posts(handed: Iterable[tuple[int, tuple[int, ...]]]) -> int:
+    """Count what the busiest rank posts where each sender gives the ranks beside it a part each to hand around."""
+    posts: Counter[int] = Counter()
     for sender, ranks in handed:
-        posts[sender] = posts.get(sender, 0) + len(ranks)
-        for rank in ranks:
-            posts[rank] = posts.get(rank, 0) + len(ranks) - 1
-    posting = max(posts.values(), default=0) * topology.overhead_seconds
-    return max(max(nic_seconds.values(), default=0.0), longest * each, posting)
+        posts[sender] += len(ranks)
+        posts.update(dict.fromkeys(ranks, len(ranks) - 1))
+    return max(posts.values(), default=0)

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.layout.columns import numbers, offsets_of, positions, starts_run
+from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.topology import Topology
-from tricomm.plan.network.links import ChainLinks, crossings, link_count, summed
+from tricomm.plan.move import Move
+from tricomm.plan.network.links import ChainLinks, crossings, link_count
+from tricomm.plan.network.nic_seconds import host_rates, link_seconds
 from tricomm.plan.routes.chunks import Chunks, Message, Unicasts
-from tricomm.plan.routes.rounds import Hop, Hops
+from tricomm.plan.routes.rounds import Hop, hop_table
 from tricomm.plan.senders.flow import Job, share
 from tricomm.plan.tasks import Task
 
@@ -28,7 +31,7 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
         topology: hosts and rates.
         ranks: all that take part.
     """
-    send_rates, receive_rates = _host_rates(topology, ranks)
+    send_rates, receive_rates = host_rates(topology, ranks)
     incoming = dict.fromkeys(send_rates, 0)
     first: dict[tuple[int, ...], int] = {}
     again = 0
@@ -47,18 +50,6 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
     if again:
         jobs.append(Job(again, dict.fromkeys(send_rates)))
     return float(share(jobs, send_rates, {}, receiving).factor)
-
-
-def _host_rates(topology: Topology, ranks: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
-    """Per host, bytes per second that the NICs of its ranks send and receive together."""
-    sending: dict[int, float] = {}
-    receiving: dict[int, float] = {}
-    host_of = {topology.nic(rank): topology.host(rank) for rank in ranks}
-    for nic in sorted(host_of):
-        host, rate = host_of[nic], topology.nic_rate(nic)
-        sending[host] = sending.get(host, 0.0) + rate.send_bytes_per_second
-        receiving[host] = receiving.get(host, 0.0) + rate.receive_bytes_per_second
-    return sending, receiving
 
 
 def simulated_seconds(columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
@@ -114,9 +105,9 @@ class HopColumns(NamedTuple):
     @classmethod
     def of(cls, columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> "HopColumns":
         """List hops, whose messages are in ``columns``."""
-        table = hops.table if isinstance(hops, Hops) else np.array(hops, np.int64)
+        table = hop_table(hops)
         rounds, source, destination, message, chunk = table[np.lexsort(table.T[::-1])].T
-        nbytes = columns.chunk_numel[offsets_of(columns.chunk_counts)[message] + chunk] * itemsize
+        nbytes = columns.numel_of(message, chunk) * itemsize
         links = crossings(source, destination, topology)
         # A rank receives a chunk of a message once, and gives it on once.
         ranks, chunks = len(topology.hosts), int(chunk.max()) + 1
@@ -125,7 +116,7 @@ class HopColumns(NamedTuple):
         at = positions(brings[order], gives)
         before = np.where(at >= 0, order[at], -1)
         begins = np.append(np.flatnonzero(starts_run(rounds)), len(rounds))
-        lists = (begins, before, source, links.out, links.into, nbytes / links.out_rates, nbytes / links.into_rates)
+        lists = (begins, before, source, links.out, links.into, *links.seconds(nbytes))
         return cls(*(column.tolist() for column in lists))
 
 
@@ -139,13 +130,23 @@ def busiest_seconds(columns: "MessageColumns", itemsize: int, topology: Topology
     each = topology.overhead_seconds + topology.latency_seconds
     crossed = crossings(links.sources, links.destinations, topology)
     nbytes = columns.numel * itemsize
-    carried = nbytes[links.chain]
-    count = link_count(topology)  # out and into have different numbers
-    busy = summed(crossed.out, carried / crossed.out_rates, count)
-    busy += summed(crossed.into, carried / crossed.into_rates, count)
-    posting = summed(links.sources, counts[links.chain] * topology.overhead_seconds, len(topology.hosts)).max()
+    busiest = max(seconds.max() for seconds in link_seconds(crossed, nbytes[links.chain], topology))
+    posting = np.bincount(links.sources, counts[links.chain] * topology.overhead_seconds).max()
     longest = (nbytes / crossed.out_rates[links.firsts] + links.lengths * each).max()
-    return float(max(busy.max() + each, posting + topology.latency_seconds, longest))
+    return float(max(busiest + each, posting + topology.latency_seconds, longest))
+
+
+def nic_seconds(moves: Sequence[Move], topology: Topology) -> tuple[np.ndarray, np.ndarray]:
+    """For how long each NIC sends and receives in all moves, (NICs,) each, by the topology's numbers."""
+    tables = [hop_table(move.hops) for move in moves]
+    nbytes = [
+        MessageColumns.of(move.messages).numel_of(table[:, 3], table[:, 4]) * ITEMSIZE[move.wire_dtype]
+        for move, table in zip(moves, tables, strict=True)
+    ]
+    _, sources, destinations, _, _ = np.concatenate(tables).T
+    sending, receiving = link_seconds(crossings(sources, destinations, topology), np.concatenate(nbytes), topology)
+    nics = len(topology.nic_send_rates)
+    return sending[:nics], receiving[:nics]
 
 
 class MessageColumns(NamedTuple):
@@ -179,6 +180,11 @@ class MessageColumns(NamedTuple):
         for row, chunks in messages.cut.items():
             numel[firsts[row] : firsts[row + 1]] = chunks.numel
         return cls(ChainLinks(rows, pairs.senders, pairs.receivers, rows), counts, numel)
+
+    def numel_of(self, messages: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        """Elements of some chunks, each given by its message and its number in it."""
+        numel: np.ndarray = self.chunk_numel[offsets_of(self.chunk_counts)[messages] + chunks]
+        return numel
 
     @property
     def numel(self) -> np.ndarray:

@@ -5,11 +5,13 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from tricomm.errors import PlanError
 from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
-from tricomm.plan.cost import MessageColumns, lower_bound_seconds, simulated_seconds
+from tricomm.plan.cost import MessageColumns, lower_bound_seconds, nic_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.move import Move
 from tricomm.plan.program import RankProgram, rank_program
@@ -82,6 +84,17 @@ class Plan:
             simulated_seconds(MessageColumns.of(move.messages), move.hops, ITEMSIZE[move.wire_dtype], topology)
             for move in self.moves
         )
+
+    def nic_seconds(self, topology: Topology | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """For how long each NIC sends and receives on a topology (the plan's own if None).
+
+        Returns:
+            (NICs,) seconds of sending and (NICs,) seconds of receiving, by the topology's numbers of NICs.
+        """
+        self._require_global("nic_seconds")
+        topology = topology or self.topology
+        topology.check_covers(self.participants)
+        return nic_seconds(self.moves, topology)
 
     def for_rank(self, rank: int) -> tuple[RankProgram, ...]:
         """What one rank does, one program per move."""

@@ -10,11 +10,12 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.choice import Routed
 from tricomm.plan.move import Move
+from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import Plan
 from tricomm.plan.reduction import phases, reduction_of
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
-from tricomm.plan.senders.policy import Assignment, FanOut, Naive, SenderPolicy
+from tricomm.plan.senders.policy import Assignment, Naive, SenderPolicy
 from tricomm.plan.senders.split import Split
 from tricomm.plan.tasks import Tasks, peer_bound, unit_tasks
 

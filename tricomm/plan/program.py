@@ -12,7 +12,7 @@ from tricomm.layout.intervals import Region, joint_runs, region_numel, region_sh
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
 from tricomm.plan.routes.chunks import Message, Unicasts
-from tricomm.plan.routes.rounds import Hop, Hops
+from tricomm.plan.routes.rounds import Hop, hop_table
 from tricomm.plan.tasks import Tasks
 
 
@@ -154,10 +154,8 @@ def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[
         end: the field of a hop in which the rank stands: the source if it sends.
         holding: what it holds at that end, or None.
     """
-    if isinstance(move.hops, Hops):
-        hops = move.hops.table[move.hops.table[:, end] == rank]
-    else:
-        hops = np.array([hop for hop in move.hops if hop[end] == rank], np.int64).reshape(-1, len(Hop._fields))
+    table = hop_table(move.hops)
+    hops = table[table[:, end] == rank]
     edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
     rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
     peers = hops[:, _SENDS + _RECEIVES - end]

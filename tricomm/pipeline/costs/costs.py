@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 
 from tricomm.errors import PlanError
-from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.topology import Topology
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind
 from tricomm.plan import Plan
@@ -197,17 +196,14 @@ class Costs:
 
 
 def _nic_seconds(plan: Plan, topology: Topology) -> dict[str, float]:
-    """For how long each NIC is busy in each direction."""
-    busy: dict[str, float] = {}
-    for move in plan.moves:
-        for hop in move.hops:
-            here, there = topology.nic(hop.source), topology.nic(hop.destination)
-            if topology.host(hop.source) != topology.host(hop.destination):
-                nbytes = move.messages[hop.message].chunk_numel(hop.chunk) * ITEMSIZE[move.wire_dtype]
-                out, into = f"NIC {here} out", f"NIC {there} in"
-                busy[out] = busy.get(out, 0.0) + nbytes / topology.nic_rate(here).send_bytes_per_second
-                busy[into] = busy.get(into, 0.0) + nbytes / topology.nic_rate(there).receive_bytes_per_second
-    return busy
+    """For how long each NIC that the plan uses is busy, by direction."""
+    directions = zip(("out", "in"), plan.nic_seconds(topology), strict=True)
+    return {
+        f"NIC {nic} {direction}": seconds
+        for direction, busy in directions
+        for nic, seconds in enumerate(busy.tolist())
+        if seconds
+    }
 
 
 def _check_numbers(cost: StageCost | TransferCost) -> None:

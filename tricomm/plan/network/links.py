@@ -26,6 +26,10 @@ class Crossings(NamedTuple):
     out_rates: np.ndarray
     into_rates: np.ndarray
 
+    def seconds(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For how long each hop keeps the link by which it leaves busy, and the one by which it enters."""
+        return nbytes / self.out_rates, nbytes / self.into_rates
+
 
 def crossings(sources: np.ndarray, destinations: np.ndarray, topology: Topology) -> Crossings:
     """The links between pairs of ranks. Numbers are below ``link_count(topology)``."""
@@ -84,9 +88,3 @@ class ChainLinks(NamedTuple):
     def lengths(self) -> np.ndarray:
         """Links of each chain."""
         return np.bincount(self.chain, minlength=len(self.firsts))
-
-
-def summed(numbers_of: np.ndarray, seconds: np.ndarray, count: int) -> np.ndarray:
-    """The sum of what falls on each number, added in the order of rows, so that all machines round alike."""
-    total: np.ndarray = np.bincount(numbers_of, seconds, count)
-    return total

@@ -15,7 +15,8 @@ import numpy as np
 from tricomm.layout.columns import Groups, Lazy, numbers
 from tricomm.layout.intervals import Piece, Region, cut_shapes, region_numel, region_shape
 from tricomm.layout.topology import Topology
-from tricomm.plan.network.links import ChainLinks, crossings, link_count, summed
+from tricomm.plan.network.links import ChainLinks, crossings
+from tricomm.plan.network.nic_seconds import link_seconds
 
 MAX_PEERS_PER_ROUND = 128
 """A round groups at most this many sends and as many receives on a rank: 256 operations, above which one
@@ -255,10 +256,10 @@ def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology:
     sqrt(fill / cost), which is best where nothing hides. Latency overlaps as long as a chunk lasts longer than it.
     """
     crossed = crossings(links.sources, links.destinations, topology)
-    link_seconds = summed(crossed.out, nbytes[links.chain] / crossed.out_rates, link_count(topology))
-    on_path = link_seconds[crossed.out]
-    fill = float((summed(links.chain, on_path, len(nbytes)) - np.maximum.reduceat(on_path, links.firsts)).max())
-    busiest = float(link_seconds.max())
+    sending, _ = link_seconds(crossed, nbytes[links.chain], topology)
+    on_path = sending[crossed.out]
+    fill = float((np.bincount(links.chain, on_path) - np.maximum.reduceat(on_path, links.firsts)).max())
+    busiest = float(sending.max())
     most = min(MAX_CHUNKS, int(busiest / topology.latency_seconds)) if topology.latency_seconds else MAX_CHUNKS
     cost = per_rank * topology.overhead_seconds
     wanted = fill / (FILL_SHARE * busiest)

@@ -59,6 +59,11 @@ class Hops(Lazy[Hop]):
         return map(Hop._make, self.table[rows].tolist())
 
 
+def hop_table(hops: Sequence[Hop]) -> np.ndarray:
+    """Hops as an int array (hops, fields of a Hop)."""
+    return hops.table if isinstance(hops, Hops) else np.array(hops, np.int64).reshape(-1, len(Hop._fields))
+
+
 def schedule(messages: Sequence[Message], participants: Sequence[int], topology: Topology) -> Sequence[Hop]:
     """All hops of the messages, each with its round, in order.
 

@@ -15,6 +15,8 @@ import numpy as np
 from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups
 from tricomm.layout.intervals import Region, region_numel
+from tricomm.plan.network.fan_out import FanOut
+from tricomm.plan.network.hosts import by_host, grouped
 from tricomm.plan.routes.chunks import (
     Message,
     PairColumns,
@@ -24,7 +26,7 @@ from tricomm.plan.routes.chunks import (
     even_parts,
     unicast,
 )
-from tricomm.plan.senders.policy import Assignment, DirectAssignments, FanOut, by_host, grouped
+from tricomm.plan.senders.policy import Assignment, DirectAssignments
 
 
 class Strategy(Protocol):

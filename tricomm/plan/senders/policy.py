@@ -4,9 +4,8 @@ A policy turns tasks into assignments. An assignment names one sender, so a poli
 several holders returns several assignments for it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,15 +13,10 @@ import numpy as np
 from tricomm.layout.columns import Groups, Lazy
 from tricomm.layout.intervals import Region, region_numel
 from tricomm.layout.topology import Topology
+from tricomm.plan.network.fan_out import FanOut
+from tricomm.plan.network.hosts import by_host, other_hosts
+from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.tasks import Task, Tasks
-
-
-class FanOut(Enum):
-    """How often a strategy puts a task on its sender's NIC; the rest is forwarded by receivers."""
-
-    EVERY_RANK = "once for every receiver on another host"
-    EVERY_HOST = "once for every other host"
-    ONCE = "once; each host but the last forwards it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +97,9 @@ class TransferDemand(NamedTuple):
     regions: tuple[Region, ...]
     nbytes: int
 
-    def crossings(self, fan_out: FanOut) -> int:
-        """How often it enters a NIC in all, whoever sends."""
-        return sum(map(len, self.hosts)) if fan_out is FanOut.EVERY_RANK else len(self.hosts)
 
-
-class Loads:
-    """Seconds for which each NIC sends so far, as senders are chosen one by one.
+class SendLoads:
+    """What each NIC and rank sends so far, as senders are chosen one by one.
 
     Args:
         topology: NICs and their rates.
@@ -119,85 +109,48 @@ class Loads:
     def __init__(self, topology: Topology, fan_out: FanOut) -> None:
         self.topology = topology
         self.fan_out = fan_out
-        self.nic_seconds: dict[int, float] = {}
+        self.nics = NicSeconds(topology)
         self.rank_nbytes: dict[int, int] = {}
 
-    def after(self, sender: int, demand: TransferDemand) -> float:
-        """What the sender's NIC would have to send with this demand, in seconds."""
-        nic = self.topology.nic(sender)
-        copies = self._copies(sender, demand)
-        return self.nic_seconds.get(nic, 0.0) + copies * demand.nbytes / self.topology.nic_rate(nic)[0]
+    def seconds_with(self, sender: int, demand: TransferDemand) -> float:
+        """For how long the sender's NIC would send with this demand."""
+        sends = self.fan_out.sends(other_hosts(demand.hosts, sender, self.topology))
+        return self.nics.after(self.topology.nic(sender), sends * demand.nbytes)
 
-    def add(self, sender: int, demand: TransferDemand) -> Assignment:
+    def assign(self, sender: int, demand: TransferDemand) -> Assignment:
         """Choose this sender. The host whose NICs send most so far comes last, so that it forwards nothing."""
         hosts = demand.hosts
-        if self.fan_out is FanOut.ONCE and len(hosts) > 1:
+        if self.fan_out.hosts_forward and len(hosts) > 1:
             here = self.topology.host(sender)
-            remote = [ranks for ranks in hosts if self.topology.host(ranks[0]) != here]
-            last = max(reversed(remote), key=self._busy_seconds, default=None)  # the last one of equals
+            others = other_hosts(hosts, sender, self.topology)
+            last = max(reversed(others), key=self._busy_seconds, default=None)  # the last one of equals
             hosts = tuple(sorted(hosts, key=lambda ranks: (ranks is last, self.topology.host(ranks[0]) != here)))
         assignment = Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), demand.regions)
-        self.follow(assignment, demand.nbytes)
+        self.add(assignment, demand.nbytes)
         return assignment
 
-    def follow(self, assignment: Assignment, nbytes: int) -> None:
+    def add(self, assignment: Assignment, nbytes: int) -> None:
         """Add an assignment whose order is fixed."""
         sender = assignment.sender
-        hosts = by_host(assignment.receivers, self.topology)
-        self.nic_seconds[self.topology.nic(sender)] = self.after(
-            sender, TransferDemand((sender,), hosts, assignment.regions, nbytes)
-        )
+        others = other_hosts(by_host(assignment.receivers, self.topology), sender, self.topology)
+        self.nics.add(self.topology.nic(sender), self.fan_out.sends(others) * nbytes)
         self.rank_nbytes[sender] = self.rank_nbytes.get(sender, 0) + nbytes
-        if self.fan_out is FanOut.ONCE:
-            here = self.topology.host(sender)
-            for ranks in [ranks for ranks in hosts if self.topology.host(ranks[0]) != here][:-1]:
-                self._forward(ranks, nbytes)
+        for ranks in self.fan_out.forwarding(others):
+            self.nics.add_evenly(ranks, nbytes)
 
-    def copy(self) -> "Loads":
+    def copy(self) -> "SendLoads":
         """The same loads, to go on from."""
-        other = Loads(self.topology, self.fan_out)
-        other.nic_seconds = dict(self.nic_seconds)
+        other = SendLoads(self.topology, self.fan_out)
+        other.nics = self.nics.copy()
         other.rank_nbytes = dict(self.rank_nbytes)
         return other
 
     def best(self, demand: TransferDemand) -> int:
         """The holder whose NIC then sends least; ties go to the rank that sends least, then to mesh order."""
-        return min(demand.holders, key=lambda rank: (self.after(rank, demand), self.rank_nbytes.get(rank, 0)))
-
-    @property
-    def bottleneck_seconds(self) -> float:
-        """The NIC that sends longest."""
-        return max(self.nic_seconds.values(), default=0.0)
-
-    def _copies(self, sender: int, demand: TransferDemand) -> int:
-        here = self.topology.host(sender)
-        remote = [len(ranks) for ranks in demand.hosts if self.topology.host(ranks[0]) != here]
-        if self.fan_out is FanOut.EVERY_RANK:
-            return sum(remote)
-        return len(remote) if self.fan_out is FanOut.EVERY_HOST else min(len(remote), 1)
+        return min(demand.holders, key=lambda rank: (self.seconds_with(rank, demand), self.rank_nbytes.get(rank, 0)))
 
     def _busy_seconds(self, ranks: Sequence[int]) -> float:
-        return max(self.nic_seconds.get(self.topology.nic(rank), 0.0) for rank in ranks)
-
-    def _forward(self, ranks: Sequence[int], nbytes: int) -> None:
-        """A host forwards over the NICs of all its receivers evenly."""
-        nics = dict.fromkeys(self.topology.nic(rank) for rank in ranks)
-        for nic in nics:
-            seconds = nbytes / len(nics) / self.topology.nic_rate(nic)[0]
-            self.nic_seconds[nic] = self.nic_seconds.get(nic, 0.0) + seconds
-
-
-def grouped(ranks: Iterable[int], number_of: Callable[[int], int]) -> tuple[tuple[int, ...], ...]:
-    """The ranks that have the same number together, in the order of the first of each group."""
-    groups: dict[int, list[int]] = {}
-    for rank in ranks:
-        groups.setdefault(number_of(rank), []).append(rank)
-    return tuple(map(tuple, groups.values()))
-
-
-def by_host(ranks: Iterable[int], topology: Topology) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each host, hosts in the order of their first rank."""
-    return grouped(ranks, topology.host)
+        return max(self.nics.of(self.topology.nic(rank)) for rank in ranks)
 
 
 def local_and_remote(
@@ -237,7 +190,7 @@ def local_and_remote(
     return local, demands, forced
 
 
-Choice = Callable[[Sequence[TransferDemand], Loads], tuple[Assignment, ...]]
+Choice = Callable[[Sequence[TransferDemand], SendLoads], tuple[Assignment, ...]]
 """(demands, the loads of what is sent anyway, to be changed) -> one or more assignments for every demand."""
 
 
@@ -251,9 +204,9 @@ def choose_senders(
     local, demands, forced = local_and_remote(tasks, itemsize, topology)
     if not demands:
         return (*local, *forced)
-    loads = Loads(topology, fan_out)
+    loads = SendLoads(topology, fan_out)
     for assignment in forced:
-        loads.follow(assignment, assignment.numel * itemsize)
+        loads.add(assignment, assignment.numel * itemsize)
     return (*local, *forced, *choice(demands, loads))
 
 
@@ -297,10 +250,10 @@ def largest_first(demands: Sequence[TransferDemand]) -> list[int]:
 
 
 def greedy(
-    demands: Sequence[TransferDemand], loads: Loads, order: Sequence[int] | None = None
+    demands: Sequence[TransferDemand], loads: SendLoads, order: Sequence[int] | None = None
 ) -> tuple[Assignment, ...]:
     """Give each demand to its best holder, in the given order (largest first); assignments in that of ``demands``."""
     chosen: dict[int, Assignment] = {}
     for index in largest_first(demands) if order is None else order:
-        chosen[index] = loads.add(loads.best(demands[index]), demands[index])
+        chosen[index] = loads.assign(loads.best(demands[index]), demands[index])
     return tuple(chosen[index] for index in sorted(chosen))

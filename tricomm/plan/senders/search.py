@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from tricomm.errors import PlanError
 from tricomm.layout.topology import Topology
+from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.senders.policy import (
     Assignment,
-    FanOut,
     LeastLoaded,
-    Loads,
     Naive,
     SenderPolicy,
+    SendLoads,
     TransferDemand,
     choose_senders,
     direct_assignments,
@@ -44,40 +44,40 @@ class Search:
         """See SenderPolicy."""
         return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
 
-    def _choose(self, demands: Sequence[TransferDemand], loads: Loads) -> tuple[Assignment, ...]:
+    def _choose(self, demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
         return _Searching(demands, loads, self.nodes).run()
 
 
 class _Searching:
     """One search. The path is kept on a stack of its own: there may be thousands of tasks."""
 
-    def __init__(self, demands: Sequence[TransferDemand], start: Loads, nodes: int) -> None:
+    def __init__(self, demands: Sequence[TransferDemand], start: SendLoads, nodes: int) -> None:
         self.demands = demands
         self.order = largest_first(demands)
         self.start = start
         self.nodes = nodes
         topology = start.topology
-        nics = {topology.nic(rank) for demand in demands for rank in demand.holders} | set(start.nic_seconds)
-        if start.fan_out is FanOut.ONCE:
+        nics = {topology.nic(rank) for demand in demands for rank in demand.holders} | set(start.nics.seconds)
+        if start.fan_out.hosts_forward:
             nics |= {topology.nic(rank) for demand in demands for ranks in demand.hosts for rank in ranks}
         self.rates = {nic: topology.nic_rate(nic).send_bytes_per_second for nic in sorted(nics)}
         # What is still to be sent from each place in the order on, in bytes, however it is chosen.
         self.rest = [0]
         for index in reversed(self.order):
             demand = demands[index]
-            self.rest.append(self.rest[-1] + demand.crossings(start.fan_out) * demand.nbytes)
+            self.rest.append(self.rest[-1] + start.fan_out.crossings(demand.hosts) * demand.nbytes)
         self.rest.reverse()
 
-    def bound(self, loads: Loads, depth: int) -> float:
+    def bound(self, loads: SendLoads, depth: int) -> float:
         """No completion is below the load that is there, nor below everything spread evenly."""
-        sent = sum(loads.nic_seconds.get(nic, 0.0) * rate for nic, rate in self.rates.items())
+        sent = sum(loads.nics.of(nic) * rate for nic, rate in self.rates.items())
         even = (sent + self.rest[depth]) / sum(self.rates.values())
-        return max(loads.bottleneck_seconds, even)
+        return max(loads.nics.busiest, even)
 
     def run(self) -> tuple[Assignment, ...]:
         """The best choice found within the budget of nodes."""
         best: tuple[float, tuple[Assignment, ...]] | None = None
-        stack: list[tuple[int, Loads, tuple[Assignment, ...]]] = [(0, self.start, ())]
+        stack: list[tuple[int, SendLoads, tuple[Assignment, ...]]] = [(0, self.start, ())]
         nodes = 0
         while stack and (nodes < self.nodes or best is None):
             depth, loads, chosen = stack.pop()
@@ -85,23 +85,23 @@ class _Searching:
             if best is not None and self.bound(loads, depth) >= best[0] * (1 - 1e-12):
                 continue
             if depth == len(self.order):
-                best = (loads.bottleneck_seconds, chosen)
+                best = (loads.nics.busiest, chosen)
                 continue
             demand = self.demands[self.order[depth]]
             for sender in reversed(_distinct(demand, loads)):
                 after = loads.copy()
-                stack.append((depth + 1, after, (*chosen, after.add(sender, demand))))
+                stack.append((depth + 1, after, (*chosen, after.assign(sender, demand))))
         assert best is not None
         at = dict(zip(self.order, best[1], strict=True))
         return tuple(at[index] for index in sorted(at))
 
 
-def _distinct(demand: TransferDemand, loads: Loads) -> list[int]:
+def _distinct(demand: TransferDemand, loads: SendLoads) -> list[int]:
     """One holder per NIC, the one that sends least, best NIC first."""
     per_nic: dict[int, int] = {}
     for rank in sorted(demand.holders, key=lambda rank: loads.rank_nbytes.get(rank, 0)):
         per_nic.setdefault(loads.topology.nic(rank), rank)
-    return sorted(per_nic.values(), key=lambda rank: loads.after(rank, demand))
+    return sorted(per_nic.values(), key=lambda rank: loads.seconds_with(rank, demand))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class RandomizedGreedy:
         """See SenderPolicy."""
         return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
 
-    def _choose(self, demands: Sequence[TransferDemand], loads: Loads) -> tuple[Assignment, ...]:
+    def _choose(self, demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
         generator = random.Random(self.seed)
         best: tuple[float, tuple[Assignment, ...]] | None = None
         for _ in range(self.trials):
@@ -131,8 +131,8 @@ class RandomizedGreedy:
             generator.shuffle(order)
             tried = loads.copy()
             chosen = greedy(demands, tried, order)
-            if best is None or tried.bottleneck_seconds < best[0]:
-                best = (tried.bottleneck_seconds, chosen)
+            if best is None or tried.nics.busiest < best[0]:
+                best = (tried.nics.busiest, chosen)
         assert best is not None
         return best[1]
 
@@ -153,10 +153,10 @@ class Ensemble:
 
 def sending_seconds(assignments: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
     """How long the busiest NIC sends, forwarding in the order of each assignment's receivers."""
-    loads = Loads(topology, fan_out)
+    loads = SendLoads(topology, fan_out)
     for assignment in assignments:
-        loads.follow(assignment, assignment.numel * itemsize)
-    return loads.bottleneck_seconds
+        loads.add(assignment, assignment.numel * itemsize)
+    return loads.nics.busiest
 
 
 def _check_count(name: str, value: object) -> None:

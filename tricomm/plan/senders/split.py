@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 from tricomm.layout.intervals import cut_regions, region_numel
 from tricomm.layout.topology import Topology
+from tricomm.plan.network.fan_out import FanOut
+from tricomm.plan.network.hosts import by_host
+from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.senders.flow import Job, share
-from tricomm.plan.senders.policy import Assignment, FanOut, Loads, TransferDemand, choose_senders, greedy
+from tricomm.plan.senders.policy import Assignment, SendLoads, TransferDemand, choose_senders, greedy
 from tricomm.plan.tasks import Task
 
 SLACK = 256
@@ -30,11 +33,11 @@ class Split:
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
 
-        def choose(demands: Sequence[TransferDemand], loads: Loads) -> tuple[Assignment, ...]:
+        def choose(demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
             goal = receiving_seconds(tasks, itemsize, topology)
-            before = dict(loads.nic_seconds)
+            before = dict(loads.nics.seconds)
             whole = greedy(demands, loads)
-            if loads.bottleneck_seconds <= goal * (1 + 1e-9):
+            if loads.nics.busiest <= goal * (1 + 1e-9):
                 return whole
             return _divided(demands, topology, fan_out, before, goal)
 
@@ -43,19 +46,13 @@ class Split:
 
 def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) -> float:
     """What the most loaded NIC must receive, if the receivers of a host share what all of them need."""
-    seconds: dict[int, float] = {}
+    receiving = NicSeconds(topology, receiving=True)
     for task in tasks:
         holding = {topology.host(rank) for rank in task.holders}
-        hosts: dict[int, dict[int, None]] = {}
-        for rank in task.remote_receivers:
-            hosts.setdefault(topology.host(rank), {})[topology.nic(rank)] = None
-        nbytes = task.numel * itemsize
-        for host, nics in hosts.items():
-            if host not in holding:
-                for nic in nics:
-                    part = nbytes / len(nics) / topology.nic_rate(nic).receive_bytes_per_second
-                    seconds[nic] = seconds.get(nic, 0.0) + part
-    return max(seconds.values(), default=0.0)
+        for ranks in by_host(task.remote_receivers, topology):
+            if topology.host(ranks[0]) not in holding:
+                receiving.add_evenly(ranks, task.numel * itemsize)
+    return receiving.busiest
 
 
 class DemandClass(NamedTuple):
@@ -70,7 +67,7 @@ def _class_of(demand: TransferDemand, topology: Topology, fan_out: FanOut) -> De
     return DemandClass(
         _nics(demand.holders, topology),
         tuple(sorted(_nics(ranks, topology) for ranks in demand.hosts)),
-        demand.crossings(fan_out),
+        fan_out.crossings(demand.hosts),
     )
 
 
@@ -108,7 +105,7 @@ def _divided(
 def _jobs(demand_class: DemandClass, nbytes: int, fan_out: FanOut) -> list[Job]:
     """What holders must send, and what receivers may do as well: forward it, each host at most once."""
     senders: dict[int, int | None] = dict.fromkeys(demand_class.senders)
-    if fan_out is not FanOut.ONCE:
+    if not fan_out.hosts_forward:
         return [Job(demand_class.copies * nbytes, senders)]
     if len(demand_class.hosts) == 1:
         return [Job(nbytes, senders)]
@@ -137,10 +134,10 @@ def _pieces(
     senders as chains that end, and no byte ends twice at one host.
     """
     nbytes = sum(demand.nbytes for demand in members)
-    copies = 1 if fan_out is FanOut.ONCE else demand_class.copies
+    copies = 1 if fan_out.hosts_forward else demand_class.copies
     senders = _wrapped([(nic, done.get(nic, Fraction(0)) / copies) for nic in demand_class.senders], nbytes)
     ends: list[tuple[Fraction, Fraction, int]] = []
-    if fan_out is FanOut.ONCE:
+    if fan_out.hosts_forward:
         unsent = [
             nbytes - sum((done.get(nic, Fraction(0)) for nic in nics), Fraction(0)) for nics in demand_class.hosts
         ]
