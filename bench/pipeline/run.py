@@ -89,42 +89,55 @@ def measure(ranks: Any, setting: Setting, calibration: Calibration, options: Any
     rows: list[Row] = []
     lasting = ranks.run(slept, setting.seconds)[0]
     print(f"sleeps last F {lasting.forward:.4f} s, I {lasting.input_gradient:.4f} s, W {lasting.weight_gradient:.4f} s")
-    smallest = setting.devices * setting.devices
     for forwards in options.hops:
-        wire_seconds = forwards * setting.seconds.forward
-        numel = max(1, round(wire_seconds * calibration.hop_bytes_per_second / 4 / smallest)) * smallest
-        spans = ranks.run(hop, setting, numel)
-        arrivals = spans[: 2 * setting.devices]
-        hop_seconds = statistics.median(
-            max(end for _, end in turn) - min(begin for begin, _ in turn) for turn in zip(*arrivals, strict=True)
-        )
-        costs = costs_of(setting, lasting, numel, hop_seconds)
-        limits = Limits(activations=options.activations)
-        best = tune(lambda _, costs=costs: costs, [setting.microbatches], limits=limits).best  # type: ignore[misc]
-        methods = methods_of(setting, numel, smallest, best.schedule, best.queues)
-        ranks.run(prepare, setting, methods)
-        samples: dict[str, list[list[Sample]]] = {method.name: [] for method in methods}
-        for turn in range(options.repeats + 1):
-            for method in methods:
-                taken = ranks.run(sample, method.name)
-                if turn:  # the first connects and touches memory
-                    samples[method.name].append(taken)
-        without = simulate(best.schedule, costs.without_transfers(), queues=best.queues).makespan_seconds
-        of_ours = {OURS: best.makespan_seconds, IN_TORCH: best.makespan_seconds, SIGNAL: without}
-        for method in methods:
-            rows.append(
-                row_of(
-                    method.name,
-                    samples[method.name],
-                    setting,
-                    (forwards, hop_seconds),
-                    of_ours.get(method.name),
-                    wire_bound_seconds(costs, setting.microbatches),
-                    str(best) if method.schedule else None,
-                )
-            )
-        print("\n".join(table(rows[-len(methods) :]).splitlines()[2:]), flush=True)
+        found = measure_hop(ranks, setting, calibration, options, lasting, forwards)
+        print("\n".join(table(found).splitlines()[2:]), flush=True)
+        rows += found
     return rows
+
+
+def measure_hop(
+    ranks: Any, setting: Setting, calibration: Calibration, options: Any, lasting: Seconds, forwards: float
+) -> list[Row]:
+    """All methods, with hops that take so many forwards; schedules are tuned for what the hop really takes."""
+    smallest = setting.devices * setting.devices
+    wire_seconds = forwards * setting.seconds.forward
+    numel = max(1, round(wire_seconds * calibration.hop_bytes_per_second / 4 / smallest)) * smallest
+    arrivals = ranks.run(hop, setting, numel)[: 2 * setting.devices]
+    hop_seconds = statistics.median(
+        max(end for _, end in once) - min(begin for begin, _ in once) for once in zip(*arrivals, strict=True)
+    )
+    costs = costs_of(setting, lasting, numel, hop_seconds)
+    limits = Limits(activations=options.activations)
+    best = tune(lambda _: costs, [setting.microbatches], limits=limits).best
+    methods = methods_of(setting, numel, smallest, best.schedule, best.queues)
+    ranks.run(prepare, setting, methods)
+    samples = samples_in_turn(ranks, methods, options.repeats)
+    without = simulate(best.schedule, costs.without_transfers(), queues=best.queues).makespan_seconds
+    of_ours = {OURS: best.makespan_seconds, IN_TORCH: best.makespan_seconds, SIGNAL: without}
+    return [
+        row_of(
+            method.name,
+            samples[method.name],
+            setting,
+            (forwards, hop_seconds),
+            of_ours.get(method.name),
+            wire_bound_seconds(costs, setting.microbatches),
+            str(best) if method.schedule else None,
+        )
+        for method in methods
+    ]
+
+
+def samples_in_turn(ranks: Any, methods: Sequence[Method], repeats: int) -> dict[str, list[list[Sample]]]:
+    """What the ranks saw of each method, without its first step, which connects and touches memory."""
+    samples: dict[str, list[list[Sample]]] = {method.name: [] for method in methods}
+    for repeat in range(repeats + 1):
+        for method in methods:
+            taken = ranks.run(sample, method.name)
+            if repeat:
+                samples[method.name].append(taken)
+    return samples
 
 
 def methods_of(
@@ -190,8 +203,20 @@ def run(options: Any) -> tuple[list[Row], Setting, str]:
         return measure(ranks, setting, calibration, options), setting, str(calibration)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def set_up_of(setting: Setting, calibration: str, options: Any) -> dict[str, Any]:
+    """What rows of one file have in common."""
+    return {
+        "machine": platform.platform(),
+        "torch": torch.__version__,
+        "compute": "a sleep, of these seconds",
+        "seconds": asdict(setting.seconds),
+        "nic_bits_per_second": options.nic,
+        "calibration": calibration,
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hops", type=float, nargs="+", default=[0, 0.5, 1, 1.5, 2], help="in forwards (%(default)s)")
     parser.add_argument(
@@ -208,7 +233,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="steps of each method, after one (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="add all samples to those there of the same set-up")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a picture there (needs the extra 'bench')")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = make_parser().parse_args(arguments)
     print(
         f"compute is a sleep: F, I, W = {options.sleep} ms; {options.stages} stages of {options.devices}, "
         f"{options.microbatches} microbatches"
@@ -219,15 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.pipeline: {error}", file=sys.stderr)
         return 1
     if options.json is not None:
-        about = {
-            "machine": platform.platform(),
-            "torch": torch.__version__,
-            "compute": "a sleep, of these seconds",
-            "seconds": asdict(setting.seconds),
-            "nic_bits_per_second": options.nic,
-            "calibration": calibration,
-        }
-        rows = save(rows, about, options.json)
+        rows = save(rows, set_up_of(setting, calibration, options), options.json)
     shown = (options.devices, options.microbatches, options.links)
     rows = [row for row in rows if row.case[:3] == shown]
     print(f"\n{table(rows)}\n\n{summary(rows, setting.seconds)}")

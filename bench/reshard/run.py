@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -187,46 +187,51 @@ def measure_case(case: Case, cluster: Cluster, ranks: Any, topology: Topology, o
     """All methods of a case, in turns."""
     source, destination = scaled(case, topology, options.seconds)
     part = scaled(case, topology, options.seconds / PART)
-    chosen: dict[str, tuple[Strategy | Auto, SenderPolicy]] = {**MEASURED, **(GRID if options.grid else {})}
     arguments: dict[str, dict[str, Any]] = {
         name: {"strategy": strategy, "balance": balance, "topology": topology}
-        for name, (strategy, balance) in chosen.items()
+        for name, (strategy, balance) in {**MEASURED, **(GRID if options.grid else {})}.items()
     }
-    plans = {
-        name: make_plan(source, destination, strategy=strategy, balance=balance, topology=topology)
-        for name, (strategy, balance) in chosen.items()
-    }
+    plans = {name: make_plan(source, destination, **one) for name, one in arguments.items()}
     bounds = {name: bound_seconds(part if name in SLOW_PEERS else (source, destination), topology) for name in PEERS}
     bounds |= dict.fromkeys(plans, plans[OURS].lower_bound_seconds())
     ranks.run(prepare, (source, destination), part, arguments)
-    peers = PEERS if options.peer_repeats else {}
-    samples: dict[str, list[float]] = {name: [] for name in (*arguments, *peers)}
-    for turn in range(options.repeats + 1):
+    methods = [*arguments, *(PEERS if options.peer_repeats else {})]
+    samples = samples_in_turn(ranks, methods, bounds, options)
+    return [row_of(case, name, samples[name], bounds[name], plans.get(name)) for name in methods]
+
+
+def samples_in_turn(
+    ranks: Any, methods: Sequence[str], bounds: Mapping[str, float], options: Any
+) -> dict[str, list[float]]:
+    """Seconds of the slowest rank. The first of a method connects and touches memory, and counts for slow peers only,
+    where that is nothing beside their time.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(options.repeats + 1):
         for name, times in samples.items():
-            if name in PEERS and times and (turn > options.peer_repeats or times[0] > NEAR * bounds[name]):
+            is_slow = name in PEERS and times and times[0] > NEAR * bounds[name]
+            if is_slow or (name in PEERS and times and repeat > options.peer_repeats):
                 continue
             spans = ranks.run(sample, name)
             seconds = max(end for _, end in spans) - max(begin for begin, _ in spans)
-            # The first connects and touches memory, which is nothing beside the time of a slow one.
-            if turn or (name in PEERS and seconds > NEAR * bounds[name]):
+            if repeat or (name in PEERS and seconds > NEAR * bounds[name]):
                 times.append(seconds)
-    rows = []
-    for name, times in samples.items():
-        plan = plans.get(name)
-        rows.append(
-            Row(
-                case.name,
-                case.suite,
-                name,
-                statistics.median(times),
-                tuple(times),
-                bounds[name],
-                None if plan is None else plan.simulated_seconds(),
-                None if plan is None else nic_imbalance(plan),
-                None if plan is None else type(plan.moves[0].strategy).__name__,
-            )
-        )
-    return rows
+    return samples
+
+
+def row_of(case: Case, method: str, times: Sequence[float], bound: float, plan: Plan | None) -> Row:
+    """The figures of a method; those of its plan where it has one."""
+    return Row(
+        case.name,
+        case.suite,
+        method,
+        statistics.median(times),
+        tuple(times),
+        bound,
+        None if plan is None else plan.simulated_seconds(),
+        None if plan is None else nic_imbalance(plan),
+        None if plan is None else type(plan.moves[0].strategy).__name__,
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
