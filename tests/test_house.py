@@ -19,10 +19,10 @@ MAX_FOLDER_FILES = 15
 
 # A module may import what stands in an earlier row, and its own package; never its own row or a later one.
 LAYERS = [
-    ["errors", "kernels", "launch"],
+    ["errors", "kernels", "launch", "stats"],
     ["layout"],
     ["plan"],
-    ["autograd", "packing"],
+    ["autograd", "options", "packing"],
     ["transport"],
     ["reshard"],
     ["pipeline"],
@@ -41,13 +41,13 @@ LAYERS_WITHIN = {
         ["routes"],
         ["move"],
         ["cost"],
-        ["choice", "describe", "program"],
+        ["arguments", "choice", "describe", "program"],
         ["verify"],
         ["plan"],
         ["planner"],
     ],
 }
-WITHOUT_TORCH = {"errors", "layout", "plan", "pipeline.schedule", "pipeline.costs", "pipeline.tune", "draw"}
+WITHOUT_TORCH = {"errors", "stats", "layout", "plan", "pipeline.schedule", "pipeline.costs", "pipeline.tune", "draw"}
 # The demo compares with isend and irecv written by hand, and examples are what users write.
 WITH_DISTRIBUTED = {
     "transport.torch_dist",

@@ -1,10 +1,11 @@
 """tricomm moves a sharded tensor from one device mesh to another with a different layout."""
 
-from tricomm.errors import PlanError, SpecError, TransportError, TricommError
+from tricomm.errors import ArgumentError, PlanError, SpecError, TransportError, TricommError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial, Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
+from tricomm.options import Options
 from tricomm.packing.tables import local_shard
 from tricomm.plan import (
     Auto,
@@ -22,12 +23,14 @@ from tricomm.plan import (
     make_plan,
 )
 from tricomm.reshard import Resharder, reshard, reshard_async
+from tricomm.stats import Stats
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "Auto",
     "Broadcast",
     "Ensemble",
@@ -38,6 +41,7 @@ __all__ = [
     "LocalTransport",
     "Mesh",
     "Naive",
+    "Options",
     "Partial",
     "Plan",
     "PlanError",
@@ -50,6 +54,7 @@ __all__ = [
     "ShardingSpec",
     "SpecError",
     "Split",
+    "Stats",
     "Topology",
     "TransportError",
     "TricommError",

@@ -1,7 +1,8 @@
 """The errors that tricomm raises.
 
     TricommError
-      SpecError       (ValueError)    a mesh, a layout or a tensor does not say what the rules allow
+      SpecError       (ValueError)    a mesh, a layout, a tensor or an option does not say what the rules allow
+        ArgumentError (TypeError)     it is not even of the right kind: a word for a number, a misspelt option
       PlanError       (ValueError)    two valid layouts cannot be planned as asked, or a pipeline cannot run
       TransportError  (RuntimeError)  ranks disagree, or one died, stopped or never came
 
@@ -15,6 +16,10 @@ class TricommError(Exception):
 
 class SpecError(TricommError, ValueError):
     """A mesh, a sharding spec or a local tensor breaks a rule; nothing has been sent."""
+
+
+class ArgumentError(SpecError, TypeError):
+    """An argument is of the wrong kind, or there is no option of that name; nothing has been sent."""
 
 
 class PlanError(TricommError, ValueError):

@@ -3,25 +3,25 @@
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 
 from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
 from tricomm.errors import SpecError, TransportError, TricommError
 from tricomm.layout.spec import ShardingSpec
-from tricomm.layout.topology import Topology
+from tricomm.options import Options, ReshardOptions
 from tricomm.packing.tensors import Contract, check_casts
-from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, Plan, SenderPolicy, Split, Strategy, make_plan
+from tricomm.plan import Plan, make_plan
+from tricomm.plan.arguments import check_spec
 from tricomm.plan.plan import digest_of
 from tricomm.transport.handle import Handle
 from tricomm.transport.meetings import describe_refusal
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.streams import HostSide
 from tricomm.transport.torch_dist import Hub, Lane, device_of, hub, resolve_group
-
-DEFAULT_TIMEOUT_SECONDS = 300.0
 
 Call = tuple[Lane, torch.Tensor | None, torch.Tensor | None]
 """A checked call: where it runs, what it reads, what it writes."""
@@ -40,18 +40,11 @@ class Resharder:
 
     Args:
         source, destination: layouts; the destination's shape and dtype default to the source's.
-        strategy, balance, topology, staging_bytes: see :func:`tricomm.make_plan`.
-        group: the process group whose ranks the meshes name; None is the default one.
-        device: where tensors live; None is host memory, or the current CUDA device if the group has NCCL.
-        timeout_seconds: how long a call may wait for another rank.
-        confirm: whether a call returns only when all ranks have what they need, so that a failure anywhere
-            raises everywhere. It costs a barrier (a few empty messages). Without it a rank returns when its own
-            part is done.
-        channel: Resharders between the same ranks that name different channels have communicators and a
-            background thread of their own: their runs neither wait for each other nor need one order on all ranks.
+        options: those of :class:`tricomm.Options`. Without ``confirm`` a rank returns when its own part is done.
 
     Raises:
-        SpecError: layouts that contradict each other, or a mesh rank outside the group.
+        SpecError: layouts that contradict each other, or a mesh rank outside the group; an ArgumentError where there
+            is no such option, or an argument is of the wrong kind.
         PlanError: an element that is needed is held by nobody.
     """
 
@@ -59,35 +52,30 @@ class Resharder:
         self,
         source: ShardingSpec,
         destination: ShardingSpec,
-        *,
-        strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
-        balance: SenderPolicy = Split(),  # noqa: B008
-        topology: Topology | None = None,
-        group: Any = None,
-        device: torch.device | str | None = None,
-        staging_bytes: int = DEFAULT_STAGING_BYTES,
-        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-        confirm: bool = False,
-        channel: str = "",
+        **options: Unpack[ReshardOptions],
     ) -> None:
-        group = resolve_group(group)
+        group = resolve_group(options.get("group"))
         self.hub: Hub = hub(group)
         self.rank = self.hub.rank
         try:
-            _check_timeout(timeout_seconds)
-            self.timeout_seconds = timeout_seconds
-            self.device = device_of(device, group)
-            self.confirm = confirm
-            self.channel = _checked_channel(channel)
+            chosen = Options.of(options, "Resharder")
+            device = device_of(chosen.device, group)
+            self.options = replace(chosen, group=group, device=device, confirm=bool(chosen.confirm))
+            self.timeout_seconds = chosen.seconds
+            self.device = device
+            self.confirm = bool(chosen.confirm)
+            self.channel = chosen.channel
+            self.name = chosen.name
             for side, spec in (("source", source), ("destination", destination)):
+                check_spec(side, spec)
                 _check_ranks(side, spec, self.hub.size)
             self.plan: Plan = make_plan(
                 source,
                 destination,
-                strategy=strategy,
-                balance=balance,
-                topology=topology,
-                staging_bytes=staging_bytes,
+                strategy=chosen.strategy,
+                balance=chosen.balance,
+                topology=chosen.topology,
+                staging_bytes=chosen.staging_bytes,
                 rank=self.rank,
             )
             check_casts(self.plan)
@@ -102,8 +90,9 @@ class Resharder:
         self._fields = {
             **self.plan.fields(),
             "device": self.device.type,
-            "confirm": str(confirm),
-            "channel": channel,
+            "confirm": str(self.confirm),
+            "channel": self.channel,
+            "name": self.name,
         }
         self._digest = digest_of(self._fields)
         self._lane: Lane | None = None
@@ -111,17 +100,6 @@ class Resharder:
         self._closed_lane: weakref.ref[Lane] | None = None
         self._is_closed = False
         self._gradient: Resharder | None = None
-        self._options: dict[str, Any] = {
-            "strategy": strategy,
-            "balance": balance,
-            "group": group,
-            "topology": topology,
-            "device": self.device,
-            "staging_bytes": staging_bytes,
-            "timeout_seconds": timeout_seconds,
-            "confirm": confirm,
-            "channel": channel,
-        }
 
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Reshard. Arguments and result as for :func:`reshard`."""
@@ -209,7 +187,7 @@ class Resharder:
         backward pass, with the gradient on the destination's ranks and None on the others.
         """
         if self._gradient is None:
-            self._gradient = Resharder(*gradient_specs(self.plan.source, self.plan.destination), **self._options)
+            self._gradient = Resharder(*gradient_specs(self.plan.source, self.plan.destination), **self.options.given())
             self._gradient._meets_always = self._meets_always
         return self._gradient
 
@@ -306,11 +284,24 @@ class Resharder:
             lane.fail(describe_refusal(self.rank, text))
 
 
+def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOptions, caller: str) -> Resharder:
+    """The Resharder of calls with these arguments, made in the first of them; the ranks meet in each."""
+    group = resolve_group(given.get("group"))
+    try:
+        check_spec("source", source)
+        check_spec("destination", destination)
+        options = Options.of(given, caller)
+    except TricommError as error:
+        whole = hub(group)
+        whole.meetings.refuse(range(whole.size), f"{type(error).__name__}: {error}")
+        raise
+    return _cached_resharder(source, destination, replace(options, group=group))
+
+
 @lru_cache(maxsize=256)
-def _cached_resharder(
-    source: ShardingSpec, destination: ShardingSpec, group: Any, options: tuple[tuple[str, Any], ...]
-) -> Resharder:
-    mover = Resharder(source, destination, group=group, confirm=True, **dict(options))
+def _cached_resharder(source: ShardingSpec, destination: ShardingSpec, options: Options) -> Resharder:
+    confirm = True if options.confirm is None else options.confirm
+    mover = Resharder(source, destination, **replace(options, confirm=confirm).given())
     mover._meets_always = True
     return mover
 
@@ -321,8 +312,7 @@ def reshard(
     destination: ShardingSpec,
     *,
     out: torch.Tensor | None = None,
-    group: Any = None,
-    **options: Any,
+    **options: Unpack[ReshardOptions],
 ) -> torch.Tensor | None:
     """Move a sharded tensor to another layout, on the same, other, or partly other ranks.
 
@@ -334,21 +324,19 @@ def reshard(
             It is not changed.
         source, destination: layouts; the destination's shape and dtype default to the source's.
         out: where the result goes, shape ``destination.local_shape(rank)``; None makes a new tensor.
-        group: the process group whose ranks the meshes name; None is the default one.
-        options: ``strategy``, ``balance``, ``topology``, ``device``, ``staging_bytes`` and ``timeout_seconds`` of
-            :class:`Resharder`.
+        options: those of :class:`tricomm.Options`.
 
     Returns:
         This rank's shard of the destination; None off the destination mesh.
 
     Raises:
         SpecError: the layouts contradict each other, or the tensor is not the shard that its spec describes;
-            nothing has been sent.
+            nothing has been sent. An ArgumentError where there is no such option, or one of the wrong kind.
         PlanError: an element that is needed is held by nobody; nothing has been sent.
         TransportError: ranks call with different arguments, or one of them died, stopped or never called; the
             message names it. ``tensor`` is untouched, and ``out``, if given, holds garbage.
     """
-    mover = _cached_resharder(source, destination, resolve_group(group), tuple(sorted(options.items())))
+    mover = _one_shot(source, destination, options, "reshard")
     return mover(tensor, out=out)
 
 
@@ -358,27 +346,15 @@ def reshard_async(
     destination: ShardingSpec,
     *,
     out: torch.Tensor | None = None,
-    group: Any = None,
-    **options: Any,
+    **options: Unpack[ReshardOptions],
 ) -> Handle:
     """As :func:`reshard`, in the background: ``handle.wait()`` gives the result.
 
     The ranks compare what they are about to do before this returns; data moves afterwards, and the tensor must
     not change until then.
     """
-    mover = _cached_resharder(source, destination, resolve_group(group), tuple(sorted(options.items())))
+    mover = _one_shot(source, destination, options, "reshard_async")
     return mover.start(tensor, out=out)
-
-
-def _check_timeout(timeout_seconds: float) -> None:
-    if not isinstance(timeout_seconds, (int, float)) or not timeout_seconds > 0:
-        raise SpecError(f"timeout_seconds={timeout_seconds!r} must be a number of seconds above 0")
-
-
-def _checked_channel(channel: object) -> str:
-    if not isinstance(channel, str):
-        raise SpecError(f'channel={channel!r} must be a name, such as "stage 0 to 1"; leave it out for the shared one')
-    return channel
 
 
 def _check_ranks(side: str, spec: ShardingSpec, size: int) -> None:

@@ -14,13 +14,14 @@ say so.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from tricomm.errors import PlanError, SpecError
+from tricomm.options import LinkOptions, Options, StageOptions
 from tricomm.packing.tables import torch_dtype
 from tricomm.pipeline.run.directed_link import PerDirectionFifo, ReceiveHandle
 from tricomm.pipeline.run.edge import EdgeTensor, Link
@@ -93,8 +94,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
             pipeline rank s % pipeline_ranks, as in torch's interleaved schedules.
         receives_ahead: how many receives are posted before torch asks for them. Each costs a buffer of one microbatch.
             Schedules of this file place receives themselves, and set it to 0.
-        options: of the Resharders: ``strategy``, ``balance``, ``topology``, ``group``, ``staging_bytes``,
-            ``timeout_seconds``.
+        options: those of :class:`tricomm.Options` but ``channel`` and ``name``, which the stage chooses.
 
     Raises:
         SpecError: boundaries that do not fit the stage's place, or a torch that this file does not know.
@@ -112,9 +112,10 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         pipeline_ranks: int | None = None,
         receives_ahead: int = 1,
         dw_builder: Any = None,
-        **options: Any,
+        **options: Unpack[StageOptions],
     ) -> None:
         check_torch()
+        Options.of(options, "ReshardStage", StageOptions)
         check_place(dist.get_rank(), stage_index, num_stages, arriving, leaving)
         # A group of this rank alone: torch is to find nobody to talk to.
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
@@ -123,7 +124,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         self.group_rank = stage_index % self.group_size
         self.receives_ahead = receives_ahead
         self._arriving, self._leaving = tuple(arriving), tuple(leaving)
-        self._options = {"device": torch.device(device), **options}
+        self._options: LinkOptions = {"device": torch.device(device), **options}
         self.turns: PerDirectionFifo | None = None
         self._before: Link | None = None
         self._after: Link | None = None

@@ -3,11 +3,19 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
-from tricomm.errors import PlanError, SpecError
+from tricomm.errors import SpecError
 from tricomm.layout.dtype import ITEMSIZE, check_cast
 from tricomm.layout.placement import Partial
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
+from tricomm.plan.arguments import (
+    check_balance,
+    check_rank,
+    check_spec,
+    check_staging_bytes,
+    check_strategy,
+    check_topology,
+)
 from tricomm.plan.choice import Routed
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
@@ -44,10 +52,17 @@ def make_plan(
         rank: build only what this rank touches, where the strategy and balance allow to know it alone.
 
     Raises:
-        SpecError: the specs contradict each other, or the destination is Partial.
+        SpecError: the specs contradict each other, or the destination is Partial; an ArgumentError where an argument
+            is of the wrong kind.
         PlanError: an element that is needed is held by nobody.
     """
-    _check_kinds(source, destination, strategy, balance)
+    check_spec("source", source)
+    check_spec("destination", destination)
+    check_strategy(strategy)
+    check_balance(balance)
+    check_topology(topology)
+    check_staging_bytes(staging_bytes)
+    check_rank(rank)
     source.element_type, source.global_shape  # noqa: B018  raises if either is missing
     destination = destination.resolved(source)
     if destination.shape != source.shape:
@@ -61,8 +76,6 @@ def make_plan(
             "reshard to Replicate() or Shard(dim)"
         )
     check_cast(source.element_type, destination.element_type)
-    if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int) or staging_bytes <= 0:
-        raise PlanError(f"staging_bytes={staging_bytes!r} must be a positive number of bytes, such as 256 << 20")
     participants = sorted({*source.mesh.ranks, *destination.mesh.ranks})
     if topology is None:
         topology = Topology.flat(participants[-1] + 1)
@@ -99,24 +112,6 @@ def _make_plan(
         reduction,
         moves,
     )
-
-
-def _check_kinds(source: object, destination: object, strategy: object, balance: object) -> None:
-    for name, spec in (("source", source), ("destination", destination)):
-        if not isinstance(spec, ShardingSpec):
-            raise SpecError(
-                f"{name}={spec!r} is not a ShardingSpec; write ShardingSpec(mesh, placements, shape, dtype)"
-            )
-    if isinstance(strategy, type) or not (hasattr(strategy, "route") or isinstance(strategy, Auto)):
-        raise PlanError(
-            f"strategy={strategy!r} is not a strategy; pass Auto(), Broadcast(), LocalAllGather(), GlobalAllGather() "
-            "or SendRecv()"
-        )
-    if isinstance(balance, type) or not hasattr(balance, "assign"):
-        raise PlanError(
-            f"balance={balance!r} is not a sender choice; pass Split(), LeastLoaded(), Search(), RandomizedGreedy(), "
-            "Ensemble() or Naive()"
-        )
 
 
 def _rank_can_plan_alone(

@@ -8,6 +8,7 @@ import torch
 
 from tricomm.errors import SpecError, TransportError
 from tricomm.layout.spec import ShardingSpec
+from tricomm.options import LinkOptions
 from tricomm.packing.tables import torch_dtype
 from tricomm.reshard import Resharder
 from tricomm.transport.handle import Handle
@@ -159,7 +160,7 @@ class DirectedLink:
         slots: int | None,
         scales: Sequence[float],
         turns: PerDirectionFifo | None,
-        options: dict[str, Any],
+        options: LinkOptions,
     ) -> None:
         self.name = name
         self.turns = turns

@@ -19,7 +19,7 @@ before, and waited for after, anything that goes the other way or over another e
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self, Unpack
 
 import torch
 
@@ -27,6 +27,7 @@ from tricomm.autograd import gradient_scale, gradient_specs
 from tricomm.errors import SpecError
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
+from tricomm.options import LinkOptions, Options
 from tricomm.pipeline.run.directed_link import DirectedLink, PerDirectionFifo, ReceiveHandle, SendHandle, Tensors
 from tricomm.plan.plan import digest_of
 
@@ -114,9 +115,8 @@ class Link:
         slots: receive buffers of each direction (forward, backward), used in turn and given back with
             ``handle.release()``. None makes a new tensor for every receive.
         turns: shared by the Links of a rank that take turns with each other; on all ranks or on none.
-        options: ``group``, ``device``, ``timeout_seconds``, ``strategy``, ``balance`` and ``topology`` of
-            :class:`tricomm.Resharder`. The timeout bounds how long a posted receive may wait, the other stage's
-            compute included.
+        options: those of :class:`tricomm.Options` but ``channel`` and ``name``, which the Link chooses. The timeout
+            bounds how long a posted receive may wait, the other stage's compute included.
 
     Raises:
         SpecError: tensors on different meshes, or arguments that break a rule.
@@ -131,8 +131,9 @@ class Link:
         orders: tuple[Sequence[int], Sequence[int]] | None = None,
         slots: tuple[int | None, int | None] = (None, None),
         turns: PerDirectionFifo | None = None,
-        **options: Any,
+        **options: Unpack[LinkOptions],
     ) -> None:
+        Options.of(options, "Link", LinkOptions)
         self.name = name
         self.tensors = tuple(tensors)
         self.differentiable = tuple(i for i, tensor in enumerate(self.tensors) if tensor.gradient is not None)

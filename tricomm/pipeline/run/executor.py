@@ -15,11 +15,12 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Self, Unpack
 
 import torch
 
 from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.options import LinkOptions, Options
 from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.replicas import ReplicaCheck
@@ -32,7 +33,6 @@ from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.plan.plan import digest_of
-from tricomm.reshard import DEFAULT_TIMEOUT_SECONDS
 from tricomm.transport.torch_dist import Hub, device_of, hub, resolve_group
 
 MAX_SIGNATURES = 16
@@ -64,9 +64,8 @@ class Executor:
         tied: parameters of which several stages hold copies.
         loss_scale: the weight of each microbatch's loss; None is one over their number.
         name: tells executors of the same ranks apart.
-        group: the process group whose ranks the meshes name; None is the default one.
-        timeout_seconds: how long a rank waits for another, the other's compute included.
-        options: ``device``, ``strategy``, ``balance`` and ``topology`` of :class:`tricomm.Resharder`.
+        options: those of :class:`tricomm.Options` but ``channel`` and ``name``, which the Executor chooses. The
+            timeout bounds how long a rank waits for another, the other's compute included.
 
     Attributes:
         observer: None, or a function that is told after each action of this rank the action and when it began and
@@ -88,27 +87,26 @@ class Executor:
         tied: Sequence[Tied] = (),
         loss_scale: float | None = None,
         name: str = "pipeline",
-        group: Any = None,
-        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-        **options: Any,
+        **options: Unpack[LinkOptions],
     ) -> None:
-        self.hub: Hub = hub(resolve_group(group))
+        self.hub: Hub = hub(resolve_group(options.get("group")))
         self.rank = self.hub.rank
         self.name = name
-        self.timeout_seconds = timeout_seconds
         self.failure: str | None = None
         self._is_closed = False
         self.observer: Observer | None = None
         self.measurements = 0
         """How many Measurements were made of it."""
-        self.device = device_of(options.get("device"), group)
         self.ranks = tuple(sorted({rank for stage in stages for rank in stage.mesh.ranks}))
-        self.options = {"group": group, "timeout_seconds": timeout_seconds, **options}
+        self._options = options
         self._links: dict[Edge, Link] = {}
         self._bound: OrderedDict[tuple[tuple[str, int], ...], dict[Edge, Link]] = OrderedDict()
         self._action: Action | None = None
         self._replicas: ReplicaCheck | None = None
         try:
+            self.options = Options.of(options, "Executor", LinkOptions)
+            self.timeout_seconds = self.options.seconds
+            self.device = device_of(self.options.device, self.options.group)
             self.queues, self._turns = queues, fifo_of(queues)
             self.schedule = schedule if schedule.has_communication else with_communication(schedule)
             self.stages, self.edges = tuple(stages), edges
@@ -122,14 +120,14 @@ class Executor:
             self.pipeline_rank = self.schedule.pipeline_rank_of(next(iter(self.runs))) if self.runs else None
             modules = {index: run.module for index, run in self.runs.items()}
             self._tied = [
-                TiedGradients(one, modules, f"{name} tied {number}", self.options) for number, one in enumerate(tied)
+                TiedGradients(one, modules, f"{name} tied {number}", options) for number, one in enumerate(tied)
             ]
             names = {size for tensors in edges.values() for tensor in tensors.values() for size in tensor.names}
             self._sizes: SizeAgreement | None = None
             if names:
-                self._sizes = SizeAgreement(tuple(names), stages[0].mesh.ranks[0], self.ranks, name, self.options)
+                self._sizes = SizeAgreement(tuple(names), stages[0].mesh.ranks[0], self.ranks, name, options)
             elif self.runs:
-                self._bound[()] = make_links(self.schedule, edges, {}, self.rank, name, self._turns, self.options)
+                self._bound[()] = make_links(self.schedule, edges, {}, self.rank, name, self._turns, options)
         except TricommError as error:
             self.hub.meetings.refuse(self.ranks, f"{type(error).__name__}: {error}", f"executor {name}")
             raise
@@ -338,7 +336,7 @@ class Executor:
             for directed_link in link.directed_links:
                 directed_link.drop_buffers()
         if links is None:
-            links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._turns, self.options)
+            links = make_links(self.schedule, self.edges, agreed, self.rank, self.name, self._turns, self._options)
             self._links = links
             for link in links.values():
                 link.connect()

@@ -161,7 +161,7 @@ class Measurement:
             SpecError: no topology, no steps or one microbatch only, or a rank without a stage.
             TransportError: another rank has no costs, or did not come within the timeout.
         """
-        topology = topology or self.executor.options.get("topology")
+        topology = topology or self.executor.options.topology
         if topology is None:
             raise SpecError(
                 "no topology, and hops take as long as NICs say; pass costs(Topology.detect(nic_bytes_per_second=...))"
@@ -194,7 +194,7 @@ class Measurement:
 
     def _transfers(self, topology: Topology) -> dict[Channel, TransferCost]:
         executor = self.executor
-        options = {name: executor.options[name] for name in ("strategy", "balance") if name in executor.options}
+        options = executor.options
         transfers = {}
         for edge, tensors in executor.bound_edges().items():
             directed_links = {
@@ -203,6 +203,9 @@ class Measurement:
             }
             for channel, pairs in directed_links.items():
                 if channel in executor.schedule.channels:
-                    plans = [make_plan(*pair, topology=topology, **options) for pair in pairs]
+                    plans = [
+                        make_plan(*pair, topology=topology, strategy=options.strategy, balance=options.balance)
+                        for pair in pairs
+                    ]
                     transfers[channel] = TransferCost.in_turn([TransferCost.of_plan(plan) for plan in plans])
         return transfers

@@ -1,7 +1,6 @@
 """Sizes that change from step to step: one rank knows them, all learn them before the step."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -9,6 +8,7 @@ from tricomm.errors import SpecError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Replicate
 from tricomm.layout.spec import ShardingSpec
+from tricomm.options import LinkOptions
 from tricomm.pipeline.run.directed_link import StepResharder
 
 
@@ -27,7 +27,7 @@ class SizeAgreement:
     """
 
     def __init__(
-        self, names: Sequence[str], teller: int, ranks: Sequence[int], name: str, options: Mapping[str, Any]
+        self, names: Sequence[str], teller: int, ranks: Sequence[int], name: str, options: LinkOptions
     ) -> None:
         self.names = tuple(sorted(names))
         self.teller = teller

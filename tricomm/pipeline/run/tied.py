@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from tricomm.errors import SpecError
 from tricomm.layout.spec import ShardingSpec
+from tricomm.options import LinkOptions
 from tricomm.pipeline.run.directed_link import StepResharder
 from tricomm.transport.handle import Handle
 
@@ -51,7 +51,7 @@ class TiedGradients:
         options: of :class:`tricomm.Resharder`.
     """
 
-    def __init__(self, tied: Tied, modules: Mapping[int, nn.Module], name: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, tied: Tied, modules: Mapping[int, nn.Module], name: str, options: LinkOptions) -> None:
         self.stages = sorted(tied.parts)
         self.parameters = {
             stage: modules[stage].get_parameter(tied.parts[stage][0]) for stage in self.stages if stage in modules

@@ -1,10 +1,10 @@
 """How the stages of a pipeline hang together: checked once, then made into the Links of one rank."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tricomm.errors import PlanError, SpecError
 from tricomm.layout.mesh import format_ranks
+from tricomm.options import LinkOptions
 from tricomm.pipeline.run.directed_link import PerDirectionFifo
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.stage import LOSS, Stage
@@ -81,7 +81,7 @@ def make_links(
     rank: int,
     name: str,
     turns: PerDirectionFifo | None,
-    options: Mapping[str, Any],
+    options: LinkOptions,
 ) -> dict[Edge, Link]:
     """The Links of the edges that a rank has a part in, in the order in which all ranks connect them.
 

@@ -1,0 +1,91 @@
+"""The options and statistics that all callers share: what is taken, and that what is passed on is the same."""
+
+import doctest
+import inspect
+import pickle
+from dataclasses import fields, replace
+from datetime import timedelta
+from typing import Any, Unpack, get_type_hints
+
+import pytest
+
+import tricomm
+from tricomm import Naive, Options, Resharder, SendRecv, Stats, Topology, options, reshard, reshard_async, stats
+from tricomm.options import LinkOptions, PlanOptions, ReshardOptions, StageOptions
+from tricomm.pipeline import Executor, Link
+from tricomm.stats import Traffic
+
+CHOSEN: dict[str, Any] = {
+    "strategy": SendRecv(64),
+    "balance": Naive(),
+    "topology": Topology(("a", "b")),
+    "staging_bytes": 1024,
+    "device": "cpu",
+    "timeout_seconds": 3,
+    "confirm": True,
+    "channel": "one",
+    "name": "layer 3",
+}
+
+
+def test_every_option_has_a_type_and_a_field() -> None:
+    assert set(get_type_hints(ReshardOptions)) == {field.name for field in fields(Options)} | {"timeout"}
+    assert set(get_type_hints(ReshardOptions)) - set(get_type_hints(LinkOptions)) == {"channel", "name"}
+    assert set(get_type_hints(LinkOptions)) - set(get_type_hints(StageOptions)) == {"device"}
+
+
+@pytest.mark.parametrize(
+    ("function", "known"),
+    [
+        (reshard, ReshardOptions),
+        (reshard_async, ReshardOptions),
+        (Resharder.__init__, ReshardOptions),
+        (Link.__init__, LinkOptions),
+        (Executor.__init__, LinkOptions),
+    ],
+)
+def test_callers_take_typed_options(function: Any, known: type) -> None:
+    assert get_type_hints(function)["options"] == Unpack[known]
+
+
+def test_plan_options_are_those_of_make_plan() -> None:
+    keywords = {name for name, p in inspect.signature(tricomm.make_plan).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    assert keywords - {"rank"} == set(get_type_hints(PlanOptions))
+
+
+def test_what_is_passed_on_is_the_same() -> None:
+    chosen = Options.of(CHOSEN, "test")
+    assert Options.of(chosen.given(), "test") == chosen
+    assert hash(Options.of(chosen.given(), "test")) == hash(chosen)
+    for name, value in CHOSEN.items():
+        assert replace(chosen, **{name: getattr(Options(), name)}) != chosen, f"{name}={value!r} is not carried"
+
+
+def test_a_timeout_is_seconds_or_a_timedelta() -> None:
+    for given in ({"timeout_seconds": 90}, {"timeout_seconds": timedelta(minutes=1.5)}, {"timeout": timedelta(0, 90)}):
+        assert Options.of(given, "test").seconds == 90.0
+    assert Options.of({}, "test").seconds == 300.0
+
+
+@pytest.mark.parametrize("typo", ["timeout_second", "Strategy", "chanel", "staging_byte", "toplogy", "names"])
+def test_the_nearest_option_is_named(typo: str) -> None:
+    with pytest.raises(tricomm.ArgumentError, match=r"write [a-z_]+=\.\.\.") as caught:
+        Options.of({typo: 1}, "test")
+    nearest = str(caught.value).split("write ")[1].removesuffix("=...")
+    assert nearest in CHOSEN
+
+
+def test_stats_add_up() -> None:
+    one = Stats(calls=1, messages=3, nbytes=10, minimum_nbytes=8, wait_seconds=0.5)
+    gloo = replace(one, transports=(Traffic(transport="gloo", messages=2, nbytes=6), Traffic(transport="memory")))
+    total = sum([one, gloo, gloo], Stats())
+    assert (total.calls, total.messages, total.nbytes, total.minimum_nbytes, total.wait_seconds) == (3, 9, 30, 24, 1.5)
+    assert total.transports == (Traffic(transport="gloo", messages=4, nbytes=12), Traffic(transport="memory"))
+    assert pickle.loads(pickle.dumps(total)) == total
+
+
+@pytest.mark.parametrize("module", [options, stats])
+def test_examples_are_true(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,183 @@
+"""The options that reshard, reshard_async, Resharder, and the Links and Executors of pipelines share.
+
+Each of them takes its options by keyword, typed, so that mypy and editors refuse a misspelt one; whoever does not run
+mypy is told the nearest right name. What was given becomes one value, :class:`Options`, checked once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import Any, TypedDict, cast, get_type_hints
+
+import torch
+
+from tricomm.errors import ArgumentError, SpecError
+from tricomm.layout.topology import Topology
+from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, SenderPolicy, Split, Strategy
+from tricomm.plan.arguments import check_balance, check_staging_bytes, check_strategy, check_topology
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+MAX_TIMEOUT_SECONDS = 1e9
+"""The longest timeout, some 31 years; deadlines in nanoseconds would not hold ten times as much."""
+
+
+class PlanOptions(TypedDict, total=False):
+    """Options that decide the plan; see :class:`Options`."""
+
+    strategy: Strategy | Auto
+    balance: SenderPolicy
+    topology: Topology | None
+    staging_bytes: int
+
+
+class StageOptions(PlanOptions, total=False):
+    """Options of a ReshardStage, which takes its device by itself; see :class:`Options`."""
+
+    group: Any
+    timeout_seconds: float | timedelta
+    timeout: timedelta
+    confirm: bool | None
+
+
+class LinkOptions(StageOptions, total=False):
+    """Options of a Link or Executor, which choose ``channel`` and ``name`` themselves; see :class:`Options`."""
+
+    device: torch.device | str | None
+
+
+class ReshardOptions(LinkOptions, total=False):
+    """Options of reshard, reshard_async and Resharder; see :class:`Options`."""
+
+    channel: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a tensor is resharded, beside what and where to.
+
+    Args:
+        strategy: how elements travel.
+        balance: which holder sends.
+        topology: hosts and rates; None puts every rank on a host of its own.
+        staging_bytes: the most that one rank may hold in packed chunks.
+        group: the process group whose ranks the meshes name; None is the default one.
+        device: where tensors live; None is host memory, or the current CUDA device if the group has NCCL.
+        timeout_seconds: how long a call may wait for another rank: a number of seconds, or a timedelta. (The keyword
+            ``timeout`` takes a timedelta too, as in torch.)
+        confirm: whether a call returns only when all ranks have what they need, so that a failure anywhere raises
+            everywhere. It costs a barrier. None is True for reshard and reshard_async, and False for a Resharder.
+        channel: Resharders between the same ranks that name different channels have communicators and a background
+            thread of their own: their runs neither wait for each other nor need one order on all ranks.
+        name: what the calls are about, such as "layer 3"; stands in errors, and tells apart what is otherwise alike.
+
+    Raises:
+        SpecError: a value that breaks a rule; an ArgumentError if it is of the wrong kind.
+
+    Example:
+        >>> Options(timeout_seconds=timedelta(minutes=2)).timeout_seconds
+        120.0
+    """
+
+    strategy: Strategy | Auto = Auto()  # noqa: RUF009  an immutable value
+    balance: SenderPolicy = Split()  # noqa: RUF009
+    topology: Topology | None = None
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    group: Any = None
+    device: torch.device | str | None = None
+    timeout_seconds: float | timedelta = DEFAULT_TIMEOUT_SECONDS
+    confirm: bool | None = None
+    channel: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        check_strategy(self.strategy)
+        check_balance(self.balance)
+        check_topology(self.topology)
+        check_staging_bytes(self.staging_bytes)
+        if self.confirm is not None and not isinstance(self.confirm, bool):
+            raise ArgumentError(f"confirm={self.confirm!r} is no truth value; pass True, False or None")
+        for option in ("channel", "name"):
+            text = getattr(self, option)
+            if not isinstance(text, str):
+                raise ArgumentError(f'{option}={text!r} must be a string such as "layer 3"; leave it out for none')
+        object.__setattr__(self, "device", _checked_device(self.device))
+        object.__setattr__(self, "timeout_seconds", _checked_seconds(self.timeout_seconds))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], caller: str, known: type = ReshardOptions) -> "Options":
+        """The value of keyword arguments.
+
+        Args:
+            given: by name.
+            caller: who takes them, for errors.
+            known: the TypedDict of what it takes.
+
+        Raises:
+            ArgumentError: no such option, or one of the wrong kind.
+            SpecError: a value that breaks a rule.
+        """
+        values = dict(given)
+        names = get_type_hints(known)
+        for name in values:
+            if name not in names:
+                raise ArgumentError(_describe_unknown(name, caller, list(names)))
+        if "timeout" in values:
+            timeout = values.pop("timeout")
+            if not isinstance(timeout, timedelta):
+                raise ArgumentError(
+                    f"timeout={timeout!r} has no unit; write timeout_seconds={timeout!r}, or timeout=timedelta(...)"
+                )
+            if "timeout_seconds" in values:
+                raise ArgumentError(
+                    f"timeout={timeout!r} and timeout_seconds={values['timeout_seconds']!r} say the same thing twice; "
+                    "leave one out"
+                )
+            values["timeout_seconds"] = timeout
+        return cls(**values)
+
+    def given(self) -> ReshardOptions:
+        """Give the options as keyword arguments, to pass them on."""
+        return cast(ReshardOptions, {field.name: getattr(self, field.name) for field in fields(self)})
+
+    @property
+    def seconds(self) -> float:
+        """The timeout as a number."""
+        assert isinstance(self.timeout_seconds, float)
+        return self.timeout_seconds
+
+
+def _describe_unknown(name: str, caller: str, names: list[str]) -> str:
+    """That there is no such option, and which is meant."""
+    nearest = get_close_matches(name, names, 1)
+    remedy = f"write {nearest[0]}=..." if nearest else f"its options are {', '.join(names)}"
+    return f"{caller} has no option {name!r}; {remedy}"
+
+
+def _checked_seconds(timeout: object) -> float:
+    if isinstance(timeout, timedelta):
+        timeout = timeout.total_seconds()
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
+        raise ArgumentError(
+            f"timeout_seconds={timeout!r} must be a number of seconds above 0, or a timedelta; leave it out for "
+            f"{DEFAULT_TIMEOUT_SECONDS:.0f}"
+        )
+    if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
+        raise SpecError(
+            f"timeout_seconds={timeout!r} must be a number of seconds above 0 and at most {MAX_TIMEOUT_SECONDS:.0e}, "
+            "which is some 31 years; give a time after which a rank that stays away is known to be lost"
+        )
+    return float(timeout)
+
+
+def _checked_device(device: object) -> torch.device | None:
+    if device is None:
+        return None
+    if not isinstance(device, torch.device | str):
+        raise ArgumentError(f'device={device!r} is not a device; write "cpu", "cuda:0" or torch.device(...)')
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise SpecError(f'device={device!r} is not a device of torch ({error}); write "cpu" or "cuda:0"') from None
