@@ -50,7 +50,7 @@ LAYERS_WITHIN = {
 WITHOUT_TORCH = {"errors", "stats", "layout", "plan", "pipeline.schedule", "pipeline.costs", "pipeline.tune", "draw"}
 # The demo compares with isend and irecv written by hand, and examples are what users write.
 WITH_DISTRIBUTED = {
-    "transport.torch_dist",
+    "transport.communicator",
     "transport.nccl",
     "launch",
     "interop",

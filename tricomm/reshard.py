@@ -17,13 +17,13 @@ from tricomm.packing.tensors import Contract, check_casts
 from tricomm.plan import Plan, make_plan
 from tricomm.plan.arguments import check_spec
 from tricomm.plan.plan import digest_of
+from tricomm.transport.communicator import Communicator, GroupContext, context_of, device_of, resolve_group
 from tricomm.transport.handle import Handle
-from tricomm.transport.meetings import describe_refusal
+from tricomm.transport.rendezvous import describe_refusal
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.streams import HostSide
-from tricomm.transport.torch_dist import Hub, Lane, device_of, hub, resolve_group
+from tricomm.transport.streams import HostStreamContext
 
-Call = tuple[Lane, torch.Tensor | None, torch.Tensor | None]
+Call = tuple[Communicator, torch.Tensor | None, torch.Tensor | None]
 """A checked call: where it runs, what it reads, what it writes."""
 
 
@@ -55,8 +55,8 @@ class Resharder:
         **options: Unpack[ReshardOptions],
     ) -> None:
         group = resolve_group(options.get("group"))
-        self.hub: Hub = hub(group)
-        self.rank = self.hub.rank
+        self.context: GroupContext = context_of(group)
+        self.rank = self.context.rank
         try:
             chosen = Options.of(options, "Resharder")
             device = device_of(chosen.device, group)
@@ -68,7 +68,7 @@ class Resharder:
             self.name = chosen.name
             for side, spec in (("source", source), ("destination", destination)):
                 check_spec(side, spec)
-                _check_ranks(side, spec, self.hub.size)
+                _check_ranks(side, spec, self.context.size)
             self.plan: Plan = make_plan(
                 source,
                 destination,
@@ -85,7 +85,7 @@ class Resharder:
             if self.rank in self.participants:
                 self._execution = PlanExecution(self.plan, self.rank, self.device)
         except TricommError as error:
-            self.hub.meetings.refuse(range(self.hub.size), f"{type(error).__name__}: {error}")
+            self.context.rendezvous.abort(range(self.context.size), f"{type(error).__name__}: {error}")
             raise
         self._fields = {
             **self.plan.fields(),
@@ -95,9 +95,9 @@ class Resharder:
             "name": self.name,
         }
         self._digest = digest_of(self._fields)
-        self._lane: Lane | None = None
+        self._communicator: Communicator | None = None
         self._meets_always = False
-        self._closed_lane: weakref.ref[Lane] | None = None
+        self._closed_communicator: weakref.ref[Communicator] | None = None
         self._is_closed = False
         self._gradient: Resharder | None = None
 
@@ -110,14 +110,14 @@ class Resharder:
         call = self._prepare(tensor, out)
         if call is None:
             return None
-        lane = call[0]
-        if lane.last_started is None:
+        communicator = call[0]
+        if communicator.last_started is None:
             return self._run(*call)
-        if lane.last_started.done() and lane.last_started.exception() is None:
-            lane.side.join(lane.last_started.result()[1])
+        if communicator.last_started.done() and communicator.last_started.exception() is None:
+            communicator.stream_context.wait_event(communicator.last_started.result()[1])
             return self._run(*call)
-        # What was started on the same lane is still under way: wait in line behind it.
-        return self._start(call, [lane.side.mark()]).wait()
+        # What was started on the same communicator is still under way: wait in line depends_on it.
+        return self._start(call, [communicator.stream_context.record_event()]).wait()
 
     def start(
         self,
@@ -125,7 +125,7 @@ class Resharder:
         *,
         out: torch.Tensor | None = None,
         after: Any = None,
-        behind: Sequence[Handle] = (),
+        depends_on: Sequence[Handle] = (),
     ) -> Handle:
         """Reshard in the background. The tensor must not change before ``wait`` returns.
 
@@ -133,51 +133,54 @@ class Resharder:
 
         Args:
             tensor, out: as for :func:`reshard`.
-            after: on a GPU, the run begins after this ``mark`` on a stream of its own; None is all that the current
-                stream has to do so far. Without ``out`` the run waits for that in any case: the memory of the new
-                tensor may be that of one which the current stream has still to read.
-            behind: runs of this rank, whatever they move, that end before this one begins.
+            after: on a GPU, the run begins after this event (see ``record_event``) on a stream of its own; None is all
+                that the current stream has to do so far. Without ``out`` the run waits for that in any case: the memory
+                of the new tensor may be that of one which the current stream has still to read.
+            depends_on: runs of this rank, whatever they move, that end before this one begins.
         """
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             error = SpecError(
                 "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call the "
                 "Resharder directly"
             )
-            self._refuse(self.participants, error)
+            self._abort(self.participants, error)
             raise error
         call = self._prepare(tensor, out)
         if call is None:
             nothing: Future[tuple[torch.Tensor | None, Any]] = Future()
             nothing.set_result((None, None))
-            return Handle(nothing, HostSide())
-        lane, _, destination = call
-        marks = [] if after is None else [after]
+            return Handle(nothing, HostStreamContext())
+        communicator, _, destination = call
+        events = [] if after is None else [after]
         if after is None or (out is None and destination is not None):
-            marks.append(lane.side.mark())
-        return self._start(call, marks, behind)
+            events.append(communicator.stream_context.record_event())
+        return self._start(call, events, depends_on)
 
-    def mark(self) -> Any:
-        """What the current stream has to do so far, for ``start``; None in host memory, or before the first meeting."""
-        return None if self._lane is None else self._lane.side.mark()
+    def record_event(self) -> Any:
+        """Record an event after all that the current stream has to do so far, for ``start``.
 
-    def _start(self, call: Call, marks: Sequence[Any], behind: Sequence[Handle] = ()) -> Handle:
-        lane = call[0]
-        lane.last_started = lane.worker.submit(self._run_aside, marks, behind, *call)
-        return Handle(lane.last_started, lane.side)
+        None in host memory and before the first call.
+        """
+        return None if self._communicator is None else self._communicator.stream_context.record_event()
 
-    def _run_aside(
+    def _start(self, call: Call, events: Sequence[Any], depends_on: Sequence[Handle] = ()) -> Handle:
+        communicator = call[0]
+        communicator.last_started = communicator.worker.submit(self._run_in_background, events, depends_on, *call)
+        return Handle(communicator.last_started, communicator.stream_context)
+
+    def _run_in_background(
         self,
-        marks: Sequence[Any],
-        behind: Sequence[Handle],
-        lane: Lane,
+        events: Sequence[Any],
+        depends_on: Sequence[Handle],
+        communicator: Communicator,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, Any]:
-        """As _run, on the lane's side; (result, mark at which it is there)."""
-        with lane.side.after(marks, source, destination):
-            for handle in behind:
-                handle.settle()
-            return self._run(lane, source, destination), lane.side.reached()
+        """As _run, on the communicator's stream; (result, event at which it is there)."""
+        with communicator.stream_context.after(events, source, destination):
+            for handle in depends_on:
+                handle.wait_done()
+            return self._run(communicator, source, destination), communicator.stream_context.record_end()
 
     def gradient(self) -> "Resharder":
         """The Resharder that brings the gradient of the result back to the layout of the source.
@@ -201,8 +204,8 @@ class Resharder:
 
         Every rank closes it, or none that another still calls.
         """
-        if self._lane is not None:
-            self._closed_lane, self._lane = weakref.ref(self._lane), None
+        if self._communicator is not None:
+            self._closed_communicator, self._communicator = weakref.ref(self._communicator), None
         self._is_closed = True
         if self._gradient is not None:
             self._gradient.close()
@@ -226,16 +229,16 @@ class Resharder:
             )
         if problem is not None:
             error = SpecError(problem)
-            self._refuse(self.participants, error)
+            self._abort(self.participants, error)
             raise error
 
-    def meet(self) -> None:
+    def connect(self) -> None:
         """Compare with the other ranks what this call is going to do, and connect to them.
 
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
-        self._lane = self.hub.meet(
+        self._communicator = self.context.connect(
             self._digest, self.participants, lambda: self._fields, self.device, self.channel, self.timeout_seconds
         )
 
@@ -247,41 +250,43 @@ class Resharder:
             source = self._contract.check_source(tensor)
             destination = self._contract.check_out(out, source)
         except SpecError as error:
-            self._refuse(self.participants, error)
+            self._abort(self.participants, error)
             raise
         if self._execution is None:
             return None
-        if self._meets_always or self._lane is None or self._lane.broken is not None:
-            self.meet()
-        assert self._lane is not None
-        return self._lane, source, destination
+        if self._meets_always or self._communicator is None or self._communicator.abort_reason is not None:
+            self.connect()
+        assert self._communicator is not None
+        return self._communicator, source, destination
 
-    def _run(self, lane: Lane, source: torch.Tensor | None, destination: torch.Tensor | None) -> torch.Tensor | None:
+    def _run(
+        self, communicator: Communicator, source: torch.Tensor | None, destination: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Carry one call out on this thread."""
         assert self._execution is not None
-        if lane.broken is not None:
-            raise TransportError(lane.broken)
-        with lane.running(self.timeout_seconds, "in the middle of a reshard"):
-            for work in self._execution.steps(source, destination, lane.arena, lane):
+        if communicator.abort_reason is not None:
+            raise TransportError(communicator.abort_reason)
+        with communicator.running(self.timeout_seconds, "in the middle of a reshard"):
+            for work in self._execution.steps(source, destination, communicator.arena, communicator):
                 work.wait()
             if self.confirm:
-                lane.confirm()
+                communicator.confirm()
         return destination
 
-    def _refuse(self, participants: Sequence[int], error: TricommError) -> None:
+    def _abort(self, participants: Sequence[int], error: TricommError) -> None:
         """An error of this rank alone must not leave the others waiting for it: tell them."""
         text = f"{type(error).__name__}: {error}"
-        lane = self._lane
-        if self._closed_lane is not None:
-            lane = self._closed_lane()
-            if lane is None:
-                # Its connections have closed, which tells those that use them; others may be meeting for new ones.
-                self.hub.meetings.release(participants, text, self.channel)
+        communicator = self._communicator
+        if self._closed_communicator is not None:
+            communicator = self._closed_communicator()
+            if communicator is None:
+                # Its connections have closed, which tells those that use them; others may wait at a rendezvous.
+                self.context.rendezvous.abort_awaited(participants, text, self.channel)
                 return
-        if lane is None or lane.broken is not None or self._meets_always:
-            self.hub.meetings.refuse(participants, text, self.channel)
+        if communicator is None or communicator.abort_reason is not None or self._meets_always:
+            self.context.rendezvous.abort(participants, text, self.channel)
         else:
-            lane.fail(describe_refusal(self.rank, text))
+            communicator.abort(describe_refusal(self.rank, text))
 
 
 def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOptions, caller: str) -> Resharder:
@@ -292,8 +297,8 @@ def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOpt
         check_spec("destination", destination)
         options = Options.of(given, caller)
     except TricommError as error:
-        whole = hub(group)
-        whole.meetings.refuse(range(whole.size), f"{type(error).__name__}: {error}")
+        whole = context_of(group)
+        whole.rendezvous.abort(range(whole.size), f"{type(error).__name__}: {error}")
         raise
     return _cached_resharder(source, destination, replace(options, group=group))
 

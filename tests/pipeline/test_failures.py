@@ -24,7 +24,7 @@ from tricomm.launch import Ranks
 from tricomm.pipeline import eager_one_f_one_b, gpipe, one_f_one_b
 from tricomm.pipeline.run.edge import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
-from tricomm.transport.meetings import find_dissent
+from tricomm.transport.rendezvous import find_mismatch
 
 
 class Faulty(nn.Module):
@@ -205,14 +205,14 @@ def test_sizes_that_no_edge_names_are_refused(ranks: Ranks) -> None:
 
 def test_long_texts_that_differ_are_shown_where_they_do() -> None:
     def notes(text: str) -> dict[str, Any]:
-        return {"fields": {"the schedule": text}, "turn": ("lane", 1)}
+        return {"fields": {"the schedule": text}, "epoch": ("ranks", 1)}
 
     same, after = "0F0 0F1 " * 100, " 0B0" * 100
-    found = find_dissent({0: notes(f"{same}0B0{after}"), 1: notes(f"{same}0F2{after}"), 2: notes(same)}, [0, 1, 2])
+    found = find_mismatch({0: notes(f"{same}0B0{after}"), 1: notes(f"{same}0F2{after}"), 2: notes(same)}, [0, 1, 2])
     assert found is not None
     assert re.search(r"rank 0 says \.\.\. [^,]*0F1 0B0[^,]* \.\.\., rank 1 says \.\.\. [^,]*0F1 0F2", found[0])
     assert len(found[0]) < 600
-    shorter = find_dissent({0: notes(f"{same}0B0"), 2: notes(same)}, [0, 2])
+    shorter = find_mismatch({0: notes(f"{same}0B0"), 2: notes(same)}, [0, 2])
     assert shorter is not None
     assert re.search(r"rank 0 says \.\.\. [^,]*0F1 0B0, rank 2 says \.\.\. [^,]*0F1 ;", shorter[0])
 

@@ -14,7 +14,7 @@ import tricomm
 from tests.oracle import pick, require_equal
 from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
-from tricomm.transport.torch_dist import Lane
+from tricomm.transport.communicator import Communicator
 
 pytestmark = pytest.mark.processes
 SIZE = 5
@@ -62,10 +62,10 @@ def attempt(rank: int, call: Callable[[], Any]) -> tuple[str, str, float]:
 
 def in_the_middle(deed: Callable[[], None], after: int) -> None:
     """Do the deed after some operations have been posted."""
-    post = Lane.post
+    post = Communicator.post
     count = 0
 
-    def counting(lane: Lane, operations: Any) -> Any:
+    def counting(communicator: Communicator, operations: Any) -> Any:
         def watched() -> Iterator[Any]:
             nonlocal count
             for operation in operations:
@@ -74,9 +74,9 @@ def in_the_middle(deed: Callable[[], None], after: int) -> None:
                     deed()
                 yield operation
 
-        return post(lane, watched())
+        return post(communicator, watched())
 
-    Lane.post = counting  # type: ignore[method-assign]
+    Communicator.post = counting  # type: ignore[method-assign]
 
 
 def signal_me(number: int) -> Callable[[], None]:
@@ -294,20 +294,20 @@ def interrupted(rank: int, times: int) -> list[tuple[str, str, float]]:
     """Rank 3 runs out of memory, so to say, at its first operation, when others may not have begun; many times."""
     mover = Resharder(SOURCE, COLUMNS, strategy=STRATEGIES["unicast"], timeout_seconds=TIMEOUT_SECONDS, confirm=True)
     outcomes = []
-    post = Lane.post
+    post = Communicator.post
 
-    def failing(lane: Lane, operations: Any) -> Any:
+    def failing(communicator: Communicator, operations: Any) -> Any:
         raise MemoryError("no more")
 
     for _ in range(times):
         if rank == 3:
-            Lane.post = failing  # type: ignore[method-assign]
+            Communicator.post = failing  # type: ignore[method-assign]
         try:
             outcomes.append(attempt(rank, lambda: mover(shard_of(rank))))
         except MemoryError as error:
             outcomes.append(("MemoryError", str(error), 0.0))
         finally:
-            Lane.post = post  # type: ignore[method-assign]
+            Communicator.post = post  # type: ignore[method-assign]
     output = mover(shard_of(rank))
     if rank in COLUMNS.mesh:
         require_equal(output, pick(full_tensor(), COLUMNS, rank), f"rank {rank} after the failures")

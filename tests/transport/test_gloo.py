@@ -14,7 +14,7 @@ from tests.oracle import pick, require_equal, source_and_result
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError, make_plan
 from tricomm.launch import Ranks
-from tricomm.transport.torch_dist import Lane
+from tricomm.transport.communicator import Communicator
 
 EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_GLOO", "300"))
 
@@ -22,28 +22,28 @@ EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_GLOO", "300"))
 def run_case(rank: int, case: Case, api: str) -> int:
     """Reshard on this rank and compare; the bytes that this rank has sent."""
     sent = 0
-    post = Lane.post
+    post = Communicator.post
 
-    def counting(lane, operations):
+    def counting(communicator, operations):
         nonlocal sent
         operations = list(operations)
-        token = lane._token.untyped_storage().data_ptr()
+        token = communicator._token.untyped_storage().data_ptr()
         sent += sum(
             op.buffer.numel()
             for op in operations
             if op.is_send and op.buffer.untyped_storage().data_ptr() != token  # not the barrier at the end
         )
-        return post(lane, operations)
+        return post(communicator, operations)
 
     shards, result = source_and_result(case.source, case.destination)
     shard = shards.get(rank)
     tensor = None if shard is None else restrided(shard, case.strides)
     options = {**case.plan_arguments(), "timeout_seconds": 20.0}
-    Lane.post = counting
+    Communicator.post = counting
     try:
         output = call(rank, case, api, tensor, options)
     finally:
-        Lane.post = post
+        Communicator.post = post
     if rank in case.destination.mesh:
         require_equal(output, pick(result, case.destination, rank), f"rank {rank}")
     else:
@@ -138,7 +138,7 @@ def opposite_orders(rank: int, there: tuple[ShardingSpec, ShardingSpec]) -> None
         return
     full = torch.arange(96 * 40, dtype=torch.float32).reshape(96, 40)
     for mover in movers.values():
-        mover.meet()
+        mover.connect()
     for step in range(3):
         handles = {}
         first = rank in there[0].mesh
@@ -180,17 +180,17 @@ def warm_call(rank: int, source: ShardingSpec, destination: ShardingSpec) -> tup
     tensor = torch.zeros(source.local_shape(rank)) if rank in source.mesh else None
     out = torch.zeros(destination.local_shape(rank)) if rank in destination.mesh else None
     mover(tensor, out=out)
-    lane = mover._lane
+    communicator = mover._communicator
     before = {key: id(table) for key, table in mover._execution._tables.items()}
     bound = {key: id(memory) for key, memory in mover._execution._memories.items()}
-    arena = lane.arena(0).data_ptr()
+    arena = communicator.arena(0).data_ptr()
     with Allocations() as allocations:
         mover(tensor, out=out)
     assert {key: id(table) for key, table in mover._execution._tables.items()} == before
     last = len(mover.plan.moves) - 1
     assert id(mover._execution._memories[last]) == bound[last] or mover.plan.reduction is not None
-    assert mover._lane is lane
-    assert lane.arena(0).data_ptr() == arena
+    assert mover._communicator is communicator
+    assert communicator.arena(0).data_ptr() == arena
     staged = sum(table.staged_chunks for table in mover._execution._tables.values())
     return allocations.names, staged
 

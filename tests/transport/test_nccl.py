@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tricomm import TransportError
 from tricomm.transport import nccl
 from tricomm.transport.base import Operation
-from tricomm.transport.board import Board
-from tricomm.transport.torch_dist import Lane, default_device, device_of
+from tricomm.transport.communicator import Communicator, default_device, device_of
+from tricomm.transport.status import StatusStore
 
 DEVICE = torch.device("cuda", 1)
 
@@ -96,30 +96,35 @@ def test_a_round_is_one_group_on_its_device(backend: Backend) -> None:
     assert backend.lines == ["enter cuda:1", *calls, "leave cuda:1"]
 
 
-def lane_of(backend: Backend, rank: int, store: Any) -> Lane:
-    """A lane on a device that is not there: only what a round needs."""
-    lane = object.__new__(Lane)
-    lane.hub = SimpleNamespace(rank=rank, board=Board(store, rank))
-    lane.name, lane.index, lane.device, lane.is_cuda = "lane/x/1", INDEX, DEVICE, True
-    lane.broken, lane._backends = None, [backend]
-    return lane
+def lane_of(backend: Backend, rank: int, store: Any) -> Communicator:
+    """A communicator on a device that is not there: only what a round needs."""
+    communicator = object.__new__(Communicator)
+    communicator.context = SimpleNamespace(rank=rank, status=StatusStore(store, rank))
+    communicator.name, communicator.index, communicator.device, communicator.is_cuda = (
+        "communicator/x/1",
+        INDEX,
+        DEVICE,
+        True,
+    )
+    communicator.abort_reason, communicator._backends = None, [backend]
+    return communicator
 
 
 @pytest.mark.parametrize("how", ["in the middle", "at the end"])
 def test_a_group_that_fails_is_closed_and_everybody_is_told(backend: Backend, how: str) -> None:
     """An open group would keep this thread's later calls, of any communicator, from ever starting."""
     store = dist.HashStore()
-    lane = lane_of(backend, 5, store)
+    communicator = lane_of(backend, 5, store)
     if how == "in the middle":
         backend.lost = 1
     else:
         backend.ends_badly = True
     rule = r"rank 5 could not queue its messages to and from ranks \[5, 7, 9\]: NCCL error: "
     with pytest.raises(TransportError, match=rule) as caught:
-        lane.post(operations())
+        communicator.post(operations())
     assert backend.depth == 0
     assert backend.lines[-1] == "abort", "whoever waits for it is woken"
-    assert lane.broken == str(caught.value) == Board(store, 7).verdict(lane.name)
+    assert communicator.abort_reason == str(caught.value) == StatusStore(store, 7).abort_reason(communicator.name)
 
 
 def test_an_error_that_closing_the_group_raises_does_not_hide_the_first(backend: Backend) -> None:

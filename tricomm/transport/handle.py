@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from tricomm.transport.streams import Side
+from tricomm.transport.streams import StreamContext
 
 
 class Handle:
     """A reshard that was started."""
 
-    def __init__(self, future: "Future[tuple[torch.Tensor | None, Any]]", side: Side) -> None:
+    def __init__(self, future: "Future[tuple[torch.Tensor | None, Any]]", stream_context: StreamContext) -> None:
         self._future = future
-        self._side = side
+        self._stream_context = stream_context
 
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once."""
@@ -23,12 +23,12 @@ class Handle:
         """Raise what wait() would raise. It waits until the run has ended, but lets nothing on a GPU wait."""
         self._future.result()
 
-    def settle(self) -> None:
+    def wait_done(self) -> None:
         """Return when it has ended, well or badly. On a GPU what is queued afterwards on the current stream runs after
         the move.
         """
         if self._future.exception() is None:
-            self._side.join(self._future.result()[1])
+            self._stream_context.wait_event(self._future.result()[1])
 
     def wait(self) -> torch.Tensor | None:
         """The rank's new shard; None off the destination mesh.
@@ -38,6 +38,6 @@ class Handle:
         Raises:
             TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage.
         """
-        result, mark = self._future.result()
-        self._side.join(mark)
+        result, event = self._future.result()
+        self._stream_context.wait_event(event)
         return result

@@ -1,7 +1,7 @@
 """The monitor: a thread that speaks for a rank whose main thread is blocked in a wait.
 
-While a reshard runs longer than a beat, the monitor posts that this rank is alive and whom it waits for, and
-looks whether somebody has noted a failure. So when a wait times out, the rank that waited can follow the chain
+While a reshard runs longer than a heartbeat, the monitor posts that this rank is alive and whom it waits for, and
+looks whether somebody has posted an abort reason. So when a wait times out, the rank that waited can follow the chain
 of who waits for whom to the one that shows no sign of life.
 """
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from tricomm.errors import TransportError
-from tricomm.transport.board import Beat, Board
+from tricomm.transport.status import Heartbeat, StatusStore
 
 MAX_RANKS = 64
-"""So many are asked for their beats at most; each answer takes two calls of the store."""
+"""Query at most this many ranks for heartbeats; each answer takes two calls of the store."""
 
 
 class Watched(Protocol):
-    """What the monitor sees of a lane."""
+    """What the monitor sees of a communicator."""
 
     name: str
     call: int
@@ -29,30 +29,30 @@ class Watched(Protocol):
         ...
 
 
-def beat_seconds(timeout_seconds: float) -> float:
-    """The time between two beats: a tenth of the timeout, at most a second."""
+def heartbeat_seconds(timeout_seconds: float) -> float:
+    """The time between two heartbeats: a tenth of the timeout, at most a second."""
     return min(1.0, timeout_seconds / 10)
 
 
 class Monitor:
-    """Watches the lanes of one process on one thread, which runs only from the first slow wait on.
+    """Watches the communicators of one process on one thread, which runs only from the first slow wait on.
 
     Args:
-        board: where beats are posted and verdicts are read.
+        status: where heartbeats are posted and abort reasons are read.
     """
 
-    def __init__(self, board: Board) -> None:
-        self.board = board
-        self._lanes: dict[str, Watched] = {}
+    def __init__(self, status: StatusStore) -> None:
+        self.status = status
+        self._communicators: dict[str, Watched] = {}
         self._seen: dict[str, int] = {}
-        self._beats = 0
+        self._heartbeats = 0
         self._seconds = 1.0
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, lane: Watched, seconds: float) -> None:
-        """A run on the lane has begun."""
-        self._lanes[lane.name] = lane
+    def watch(self, communicator: Watched, seconds: float) -> None:
+        """A run on the communicator has begun."""
+        self._communicators[communicator.name] = communicator
         self._seconds = min(self._seconds, seconds)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="tricomm-monitor", daemon=True)
@@ -60,9 +60,9 @@ class Monitor:
         if not self._wake.is_set():
             self._wake.set()
 
-    def release(self, lane: Watched) -> None:
-        """The run on the lane is over."""
-        self._lanes.pop(lane.name, None)
+    def release(self, communicator: Watched) -> None:
+        """The run on the communicator is over."""
+        self._communicators.pop(communicator.name, None)
 
     def _run(self) -> None:
         idle = threading.Event()
@@ -73,85 +73,87 @@ class Monitor:
                 self._wake.clear()
                 self._seen.clear()
                 # A run may have begun between the two lines above.
-                if self._lanes:
+                if self._communicators:
                     self._wake.set()
 
     def _look(self) -> bool:
-        """Beat for the lanes that are slow; whether any is in a run. Keeps no lane alive between two looks."""
-        lanes = list(self._lanes.values())
-        slow = [lane for lane in lanes if self._seen.get(lane.name) == lane.call]
+        """Post a heartbeat for the slow communicators; whether any is in a run. Keeps none alive between two looks."""
+        communicators = list(self._communicators.values())
+        slow = [one for one in communicators if self._seen.get(one.name) == one.call]
         if slow:
-            self._beat(slow)
-        self._seen.update((lane.name, lane.call) for lane in lanes)
-        return bool(lanes)
+            self._post_heartbeat(slow)
+        self._seen.update((one.name, one.call) for one in communicators)
+        return bool(communicators)
 
-    def _beat(self, slow: list[Watched]) -> None:
-        """These lanes are in the same run as a beat ago."""
+    def _post_heartbeat(self, slow: list[Watched]) -> None:
+        """These communicators are in the same run as a heartbeat ago."""
         waits = {}
-        for lane in slow:
-            lane.is_slow = True
-            waiting_for = lane.waiting_for
-            waits[lane.name] = self.board.rank if waiting_for is None else waiting_for
-        self._beats += 1
+        for communicator in slow:
+            communicator.is_slow = True
+            waiting_for = communicator.waiting_for
+            waits[communicator.name] = self.status.rank if waiting_for is None else waiting_for
+        self._heartbeats += 1
         try:
-            self.board.post_beat(Beat(self._beats, waits))
-            failed = [lane for lane in slow if self.board.verdict(lane.name) is not None]
+            self.status.post_heartbeat(Heartbeat(self._heartbeats, waits))
+            failed = [one for one in slow if self.status.abort_reason(one.name) is not None]
         except TransportError:
             return  # the store is lost: the wait itself will end in an error that says so
-        for lane in failed:
-            lane.close_connections()
+        for communicator in failed:
+            communicator.close_connections()
 
 
-def stalled_rank(board: Board, lane: str, peer: int, seconds: float) -> str:
-    """Who is to blame for a wait that timed out: from ``peer`` on, follow the ranks that are alive and wait.
+def stalled_rank(status: StatusStore, communicator: str, peer: int, seconds: float) -> str:
+    """Diagnose a wait that timed out: from ``peer`` on, follow the ranks that are alive and wait.
 
     Args:
-        board: the notes.
-        lane: the lane's name.
+        status: the notes.
+        communicator: the communicator's name.
         peer: whom this rank waited for.
-        seconds: the time between two beats.
+        seconds: the time between two heartbeats.
     """
-    before = {rank: beat.number for rank, beat in _reached(board, peer)}
+    before = {rank: heartbeat.number for rank, heartbeat in _waited_for(status, peer)}
     threading.Event().wait(1.5 * seconds)
-    verdict = board.verdict(lane)
-    if verdict is not None:
-        return verdict
+    abort_reason = status.abort_reason(communicator)
+    if abort_reason is not None:
+        return abort_reason
     rank = peer
     followed: list[int] = []
     while rank not in followed:
-        beat = board.beat_of(rank)
-        is_here = lane in beat.waits and beat.number != before.get(rank, 0)
-        silent = None if is_here else _silent_rank(board, rank, before)
+        heartbeat = status.heartbeat_of(rank)
+        is_here = communicator in heartbeat.waits and heartbeat.number != before.get(rank, 0)
+        silent = None if is_here else _silent_rank(status, rank, before)
         if silent is not None:
             return (
                 f"rank {silent} gave no sign of life within the timeout: it hangs, is stopped, or never made this "
-                f"call; see that rank's log (rank {board.rank} waited for rank {peer})"
+                f"call; see that rank's log (rank {status.rank} waited for rank {peer})"
             )
         followed.append(rank)
-        if not is_here or beat.waits[lane] == rank:
+        if not is_here or heartbeat.waits[communicator] == rank:
             return (
                 f"rank {rank} is alive but did not send or receive within the timeout; it is busy elsewhere or the "
-                f"timeout is too short (rank {board.rank} waited for rank {peer})"
+                f"timeout is too short (rank {status.rank} waited for rank {peer})"
             )
-        rank = beat.waits[lane]
+        rank = heartbeat.waits[communicator]
     return (
         f"ranks {followed} wait for each other until the timeout; raise the timeout if the network is slow, "
         "and report both specs if it is not"
     )
 
 
-def _reached(board: Board, first: int) -> Iterator[tuple[int, Beat]]:
-    """The beats of a rank, then of those for whom it waits in any lane, and so on, but not of this rank."""
-    seen, ahead = {board.rank}, [first]
+def _waited_for(status: StatusStore, first: int) -> Iterator[tuple[int, Heartbeat]]:
+    """The heartbeats of a rank, then of those for whom it waits anywhere, and so on, but not of this rank."""
+    seen, ahead = {status.rank}, [first]
     while ahead and len(seen) <= MAX_RANKS:
         rank = ahead.pop(0)
         if rank not in seen:
             seen.add(rank)
-            beat = board.beat_of(rank)
-            yield rank, beat
-            ahead.extend(sorted(beat.waits.values()))
+            heartbeat = status.heartbeat_of(rank)
+            yield rank, heartbeat
+            ahead.extend(sorted(heartbeat.waits.values()))
 
 
-def _silent_rank(board: Board, first: int, before: Mapping[int, int]) -> int | None:
-    """The nearest rank, from one that is not in this lane on, that has not beaten since; None if all are alive."""
-    return next((rank for rank, beat in _reached(board, first) if beat.number == before.get(rank, 0)), None)
+def _silent_rank(status: StatusStore, first: int, before: Mapping[int, int]) -> int | None:
+    """The nearest rank, from ``first`` on, without a heartbeat since; None if all are alive."""
+    return next(
+        (rank for rank, heartbeat in _waited_for(status, first) if heartbeat.number == before.get(rank, 0)), None
+    )

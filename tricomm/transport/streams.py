@@ -1,4 +1,4 @@
-"""Side streams: what a GPU packs and sends runs beside its compute, ordered by events and never by the host.
+"""Streams: what a GPU packs and sends runs beside its compute, ordered by events and never by the host.
 
 A background run waits, on the device, for what the caller's stream had to do when it was started; the caller's stream
 waits, on the device, for the run when ``wait`` is called. The host blocks in neither.
@@ -11,45 +11,45 @@ from typing import Any, Protocol
 import torch
 
 
-class Side(Protocol):
-    """Where the background runs of a lane happen. A *mark* is a point in the order of a stream."""
+class StreamContext(Protocol):
+    """Where the background runs of a communicator happen, ordered by events against the caller's stream."""
 
-    def mark(self) -> Any:
-        """What the caller's stream has to do so far."""
+    def record_event(self) -> Any:
+        """An event after all that the caller's stream has to do so far."""
         ...
 
-    def after(self, marks: Sequence[Any], *tensors: torch.Tensor | None) -> Any:
-        """A context: what is queued in it runs after all the marks, and may use the tensors until it is done."""
+    def after(self, events: Sequence[Any], *tensors: torch.Tensor | None) -> Any:
+        """A context: what is queued in it runs after all the events, and may use the tensors until it is done."""
         ...
 
-    def reached(self) -> Any:
-        """What the side has to do so far; called in the context."""
+    def record_end(self) -> Any:
+        """An event after all that was queued so far; called in the context."""
         ...
 
-    def join(self, mark: Any) -> None:
-        """The caller's stream goes on after the mark."""
+    def wait_event(self, event: Any) -> None:
+        """Let the caller's stream go on after the event only."""
         ...
 
 
-class HostSide:
+class HostStreamContext:
     """Memory of the host: the thread that runs is order enough."""
 
-    def mark(self) -> None:
-        """See Side."""
+    def record_event(self) -> None:
+        """See StreamContext."""
 
     @contextmanager
-    def after(self, marks: Sequence[None], *tensors: torch.Tensor | None) -> Iterator[None]:
-        """See Side."""
+    def after(self, events: Sequence[None], *tensors: torch.Tensor | None) -> Iterator[None]:
+        """See StreamContext."""
         yield
 
-    def reached(self) -> None:
-        """See Side."""
+    def record_end(self) -> None:
+        """See StreamContext."""
 
-    def join(self, mark: None) -> None:
-        """See Side."""
+    def wait_event(self, event: None) -> None:
+        """See StreamContext."""
 
 
-class CudaSide:
+class CudaStreamContext:
     """A stream of high priority, so that its small kernels are not held up behind those of the compute stream.
 
     Args:
@@ -60,31 +60,31 @@ class CudaSide:
         self.device = device
         self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
-    def mark(self) -> Any:
-        """See Side."""
+    def record_event(self) -> Any:
+        """See StreamContext."""
         return torch.cuda.current_stream(self.device).record_event()
 
     @contextmanager
-    def after(self, marks: Sequence[torch.cuda.Event], *tensors: torch.Tensor | None) -> Iterator[None]:
-        """See Side."""
+    def after(self, events: Sequence[torch.cuda.Event], *tensors: torch.Tensor | None) -> Iterator[None]:
+        """See StreamContext."""
         with torch.cuda.stream(self.stream):
-            for mark in marks:
-                self.stream.wait_event(mark)
+            for event in events:
+                self.stream.wait_event(event)
             for tensor in tensors:
                 if tensor is not None:
                     # It was allocated for another stream, where its memory must not be used again before this one ends.
                     tensor.record_stream(self.stream)
             yield
 
-    def reached(self) -> Any:
-        """See Side."""
+    def record_end(self) -> Any:
+        """See StreamContext."""
         return self.stream.record_event()
 
-    def join(self, mark: torch.cuda.Event) -> None:
-        """See Side."""
-        torch.cuda.current_stream(self.device).wait_event(mark)
+    def wait_event(self, event: torch.cuda.Event) -> None:
+        """See StreamContext."""
+        torch.cuda.current_stream(self.device).wait_event(event)
 
 
-def side_of(device: torch.device) -> Side:
-    """The side of a new lane."""
-    return CudaSide(device) if device.type == "cuda" else HostSide()
+def stream_context_of(device: torch.device) -> StreamContext:
+    """The stream context of a new communicator."""
+    return CudaStreamContext(device) if device.type == "cuda" else HostStreamContext()

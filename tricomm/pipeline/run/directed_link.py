@@ -20,18 +20,18 @@ Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 class StepResharder(Resharder):
     """A Resharder that stays broken once it failed: in the middle of a step there is nobody to meet again."""
 
-    def meet(self) -> None:
-        """See Resharder.meet."""
-        if self._lane is not None and self._lane.broken is not None:
-            raise TransportError(self._lane.broken)
-        super().meet()
+    def connect(self) -> None:
+        """See Resharder.connect."""
+        if self._communicator is not None and self._communicator.abort_reason is not None:
+            raise TransportError(self._communicator.abort_reason)
+        super().connect()
 
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on."""
-        if self._lane is None:
-            self.hub.meetings.refuse(self.participants, reason, self.channel)
-        elif self._lane.broken is None:
-            self._lane.fail(reason)
+        if self._communicator is None:
+            self.context.rendezvous.abort(self.participants, reason, self.channel)
+        elif self._communicator.abort_reason is None:
+            self._communicator.abort(reason)
 
 
 class PerDirectionFifo:
@@ -134,7 +134,7 @@ class ReceiveHandle:
             directed_link = self._directed_link
             directed_link.holders[self._slot] = None
             # What reads the tensors may still be queued on the current stream.
-            directed_link.freed[self._slot] = directed_link.resharders[0].mark()
+            directed_link.freed[self._slot] = directed_link.resharders[0].record_event()
             self._slot = None
 
 
@@ -187,7 +187,7 @@ class DirectedLink:
     def connect(self) -> None:
         """Meet the other ranks; see Link.connect."""
         for resharder in self.resharders:
-            resharder.meet()
+            resharder.connect()
 
     def drop_buffers(self) -> None:
         """Free the receive buffers; the next receive makes them again."""
@@ -252,7 +252,7 @@ class DirectedLink:
 
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError."""
-        self.resharders[0].abort(reason)  # all use one lane
+        self.resharders[0].abort(reason)  # all use one communicator
 
     def close(self) -> None:
         """Give back connections and buffers."""
@@ -270,12 +270,13 @@ class DirectedLink:
     def _start(self, arguments: Sequence[dict[str, Any]]) -> list[Handle]:
         """Start all resharders, after what else this rank moves in the same direction if there is a FIFO."""
         directions = [name for name, has_part in (("send", self.gives), ("recv", self.takes)) if has_part]
-        behind = self.turns.before(directions) if self.turns is not None else ()
+        depends_on = self.turns.before(directions) if self.turns is not None else ()
         handles = [
-            resharder.start(**some, behind=behind) for resharder, some in zip(self.resharders, arguments, strict=True)
+            resharder.start(**some, depends_on=depends_on)
+            for resharder, some in zip(self.resharders, arguments, strict=True)
         ]
         if self.turns is not None:
-            self.turns.take(directions, handles[-1])  # all use one lane, and end in order
+            self.turns.take(directions, handles[-1])  # all use one communicator, and end in order
         return handles
 
     def _next_turn(self, call: str, microbatch: int) -> int:

@@ -174,7 +174,7 @@ class Link:
             "tensors": repr(self.tensors),
             "orders": repr([directed_link.order for directed_link in self.directed_links]),
         }
-        resharder.hub.meetings.meet(
+        resharder.context.rendezvous.join(
             digest_of(fields),
             resharder.participants,
             lambda: fields,

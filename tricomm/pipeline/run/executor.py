@@ -33,7 +33,7 @@ from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.plan.plan import digest_of
-from tricomm.transport.torch_dist import Hub, device_of, hub, resolve_group
+from tricomm.transport.communicator import GroupContext, context_of, device_of, resolve_group
 
 MAX_SIGNATURES = 16
 """Combinations of sizes whose plans are kept."""
@@ -89,8 +89,8 @@ class Executor:
         name: str = "pipeline",
         **options: Unpack[LinkOptions],
     ) -> None:
-        self.hub: Hub = hub(resolve_group(options.get("group")))
-        self.rank = self.hub.rank
+        self.context: GroupContext = context_of(resolve_group(options.get("group")))
+        self.rank = self.context.rank
         self.name = name
         self.failure: str | None = None
         self._is_closed = False
@@ -129,7 +129,7 @@ class Executor:
             elif self.runs:
                 self._bound[()] = make_links(self.schedule, edges, {}, self.rank, name, self._turns, options)
         except TricommError as error:
-            self.hub.meetings.refuse(self.ranks, f"{type(error).__name__}: {error}", f"executor {name}")
+            self.context.rendezvous.abort(self.ranks, f"{type(error).__name__}: {error}", f"executor {name}")
             raise
         self.unique = self._connect(tied) if self.runs else ""
         """A name that no other executor has, on all ranks of the meshes."""
@@ -302,19 +302,19 @@ class Executor:
             "edges": repr([(tuple(edge), dict(tensors)) for edge, tensors in self.edges.items()]),
             "tied": repr(list(tied)),
         }
-        unique: str = self.hub.meetings.meet(
+        unique: str = self.context.rendezvous.join(
             digest_of(fields),
             self.ranks,
             lambda: fields,
             self.timeout_seconds,
-            settle=lambda _: uuid.uuid4().hex,
+            decide=lambda _: uuid.uuid4().hex,
             channel=f"executor {self.name}",
         )
-        self._replicas = ReplicaCheck(self.hub.store, self.rank, unique, self.timeout_seconds)
+        self._replicas = ReplicaCheck(self.context.store, self.rank, unique, self.timeout_seconds)
         for one in self._tied:
             one.connect()
         if self._sizes is not None:
-            self._sizes.resharder.meet()
+            self._sizes.resharder.connect()
         else:
             self._links = self._bound[()]
             for link in self._links.values():

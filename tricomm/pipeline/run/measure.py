@@ -174,7 +174,7 @@ class Measurement:
 
     def _slowest(self) -> tuple[StageCost, ...]:
         """The costs of all stages, told by all ranks over the store."""
-        executor, store = self.executor, self.executor.hub.store
+        executor, store = self.executor, self.executor.context.store
         keys = {rank: f"measured/{executor.unique}/{self._number}/{rank}" for rank in executor.ranks}
         try:
             mine: dict[str, Any] = {str(index): asdict(meter.cost()) for index, meter in self._meters.items()}

@@ -67,7 +67,7 @@ class TiedGradients:
     def connect(self) -> None:
         """Meet the other ranks."""
         for resharder in self.resharders.values():
-            resharder.meet()
+            resharder.connect()
 
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on."""

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import pytest
 
 from tricomm.transport import monitor
-from tricomm.transport.board import Beat, Board
 from tricomm.transport.monitor import stalled_rank
+from tricomm.transport.status import Heartbeat, StatusStore
 
 
 class Dict:
-    """As much of a store as a board uses."""
+    """As much of a store as a status uses."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -25,18 +25,21 @@ class Dict:
         return self.values[key]
 
 
-def blame(
-    monkeypatch: pytest.MonkeyPatch, beats: Mapping[int, int], waits: Mapping[int, tuple[int, ...]], quiet: set[int]
+def diagnose(
+    monkeypatch: pytest.MonkeyPatch,
+    heartbeats: Mapping[int, int],
+    waits: Mapping[int, tuple[int, ...]],
+    quiet: set[int],
 ) -> str:
-    """What rank 0 finds, who waited for rank 1, if ranks beat (rank: for whom, in the lane) but for the quiet ones."""
+    """What rank 0 finds, who waited for rank 1, if all but quiet ranks post heartbeats (rank: whom it awaits)."""
     store = Dict()
 
     def everybody_beats(number: int) -> None:
-        for rank in {*beats, *waits}:
+        for rank in {*heartbeats, *waits}:
             if number == 1 or rank not in quiet:
-                here = {"lane": beats[rank]} if rank in beats else {}
-                elsewhere = {f"lane to {peer}": peer for peer in waits.get(rank, ())}
-                Board(store, rank).post_beat(Beat(number, {**elsewhere, **here}))
+                here = {"communicator": heartbeats[rank]} if rank in heartbeats else {}
+                elsewhere = {f"communicator to {peer}": peer for peer in waits.get(rank, ())}
+                StatusStore(store, rank).post_heartbeat(Heartbeat(number, {**elsewhere, **here}))
 
     class Event:
         def wait(self, seconds: float) -> None:
@@ -45,16 +48,16 @@ def blame(
 
     everybody_beats(1)
     monkeypatch.setattr(monitor.threading, "Event", Event)
-    return stalled_rank(Board(store, 0), "lane", 1, 1.0)
+    return stalled_rank(StatusStore(store, 0), "communicator", 1, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("beats", "waits", "quiet", "found"),
+    ("heartbeats", "waits", "quiet", "found"),
     [
         ({}, {}, set(), "rank 1 gave no sign of life"),
         ({1: 2}, {1: (2,)}, set(), "rank 2 gave no sign of life"),
         ({1: 2, 2: 3}, {1: (2,), 2: (3,), 3: (1,)}, {3}, "rank 3 gave no sign of life"),
-        ({}, {1: (0, 2), 2: (1, 3)}, set(), "rank 3 gave no sign of life"),  # each in lanes of its own
+        ({}, {1: (0, 2), 2: (1, 3)}, set(), "rank 3 gave no sign of life"),  # each in communicators of its own
         ({1: 2}, {1: (2,), 2: (0, 3), 3: (2, 4), 4: (5,)}, {4}, "rank 4 gave no sign of life"),
         ({}, {1: (0, 2), 2: (1, 0)}, set(), "rank 1 is alive but did not send"),
         ({1: 1}, {1: ()}, set(), "rank 1 is alive but did not send"),
@@ -63,9 +66,9 @@ def blame(
 )
 def test_the_rank_that_says_nothing_is_found_through_all_lanes(
     monkeypatch: pytest.MonkeyPatch,
-    beats: dict[int, int],
+    heartbeats: dict[int, int],
     waits: dict[int, tuple[int, ...]],
     quiet: set[int],
     found: str,
 ) -> None:
-    assert blame(monkeypatch, beats, waits, quiet).startswith(found)
+    assert diagnose(monkeypatch, heartbeats, waits, quiet).startswith(found)

@@ -172,7 +172,7 @@ def test_ranks_that_lost_their_connections_get_new_ones(ranks: Ranks) -> None:
 def links_come_and_go(rank: int) -> tuple[tuple[int, int], ...]:
     before = usage()
     for number in range(3):
-        with Link(f"lanes {number}", [EdgeTensor(SOURCE, DESTINATION)], microbatches=1, timeout_seconds=20) as link:
+        with Link(f"links {number}", [EdgeTensor(SOURCE, DESTINATION)], microbatches=1, timeout_seconds=20) as link:
             if rank in TRAIN or rank in SERVE:
                 link.connect()
             if rank in TRAIN:
@@ -193,12 +193,12 @@ def executors_come_and_go(rank: int) -> tuple[tuple[int, int], ...]:
     schedule = one_f_one_b(len(CHAIN), MICROBATCHES)
     before = usage()
     options = {"timeout_seconds": TIMEOUT_SECONDS}
-    with Executor(schedule, stages, edges, name="lanes", **options) as closed:
+    with Executor(schedule, stages, edges, name="communicators", **options) as closed:
         closed.step(data())
     with pytest.raises(SpecError, match="a step of an executor that was closed"):
         closed.step(data())
     for number in range(2):
-        Executor(schedule, stages, edges, name=f"lanes {number}", **options).step(data())
+        Executor(schedule, stages, edges, name=f"links {number}", **options).step(data())
     return before, settled(before)
 
 
@@ -237,14 +237,14 @@ def connect_slowly(rank: int, lagging: int) -> None:
     if rank not in PARTICIPANTS:
         return
     mover = Resharder(SOURCE, DESTINATION, channel=f"slow {lagging}", timeout_seconds=TIMEOUT_SECONDS)
-    hub = mover.hub
-    store = hub.store
+    context = mover.context
+    store = context.store
     if rank == lagging:
-        hub.store = SlowStore(store)
+        context.store = SlowStore(store)
     try:
-        mover.meet()
+        mover.connect()
     finally:
-        hub.store = store
+        context.store = store
     mover.close()
 
 

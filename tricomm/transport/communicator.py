@@ -1,16 +1,15 @@
 """torch.distributed underneath: gloo for tensors in host memory, NCCL for CUDA tensors.
 
-Ranks that reshard with each other on one channel share a *lane*: communicators of their own, so that nothing here
-meets the user's messages, and a failure leaves the user's process group usable. Lanes are made from the backends
-directly.
+Ranks that reshard with each other on one channel share a *communicator* of their own, so that nothing here meets the
+user's messages, and a failure leaves the user's process group usable. It is made from the backends directly.
 ``dist.new_group`` would not do: with ``use_local_synchronization`` its name depends on how many groups a rank
-happens to have, and ranks with different histories would never meet.
+happens to have, and ranks with different histories would never find each other.
 
-A lane lives as long as a Resharder holds it; then its connections and threads go.
+A communicator lives as long as a Resharder holds it; then its connections and threads go.
 
-gloo runs a pair of ranks half duplex, so a lane has two communicators there, one per direction. Each direction has a
-gloo device, with the thread that does the sending and receiving, and all lanes of a process share the two: such a
-thread looks for work 100 times a second even when there is none.
+gloo runs a pair of ranks half duplex, so a communicator has two backends there, one per direction. Each direction has
+a gloo device, with the thread that does the sending and receiving, and all communicators of a process share the two:
+such a thread looks for work 100 times a second even when there is none.
 """
 
 import hashlib
@@ -30,10 +29,10 @@ import torch.distributed as dist
 from tricomm.errors import SpecError, TransportError
 from tricomm.transport import nccl
 from tricomm.transport.base import Operation, Work
-from tricomm.transport.board import Board
-from tricomm.transport.meetings import Meetings
-from tricomm.transport.monitor import Monitor, beat_seconds, stalled_rank
-from tricomm.transport.streams import side_of
+from tricomm.transport.monitor import Monitor, heartbeat_seconds, stalled_rank
+from tricomm.transport.rendezvous import Rendezvous
+from tricomm.transport.status import StatusStore
+from tricomm.transport.streams import stream_context_of
 
 GLOO_DEPTH = (4, 2)
 NCCL_DEPTH = (0, 2)
@@ -44,10 +43,10 @@ CLOSING_TAG = 1
 class PostedWork:
     """One posted operation. Several NCCL operations of one group share the work underneath."""
 
-    __slots__ = ("_lane", "_work", "peer")
+    __slots__ = ("_communicator", "_work", "peer")
 
-    def __init__(self, lane: "Lane", peer: int, work: Any) -> None:
-        self._lane = lane
+    def __init__(self, communicator: "Communicator", peer: int, work: Any) -> None:
+        self._communicator = communicator
         self._work = work
         self.peer = peer
 
@@ -60,48 +59,48 @@ class PostedWork:
         work, self._work = self._work, None
         if work is None:
             return
-        lane = self._lane
-        if lane.is_cuda:
+        communicator = self._communicator
+        if communicator.is_cuda:
             work.wait()  # orders the stream; the host goes on
             return
-        lane.waiting_for = self.peer
+        communicator.waiting_for = self.peer
         try:
-            work.wait(lane.limit())
+            work.wait(communicator.limit())
         except RuntimeError as error:
-            raise lane.blame(self.peer, error) from error
+            raise communicator.diagnose(self.peer, error) from error
         finally:
-            lane.waiting_for = None
+            communicator.waiting_for = None
 
 
-class Lane:
-    """Communicators between some ranks of a process group, and who is to blame when they fail.
+class Communicator:
+    """Connections between some ranks of a process group, and the diagnosis of their failures.
 
     Args:
-        hub: of the process group.
+        context: of the process group.
         participants: the ranks, sorted.
         device: where tensors live; decides the backend.
-        channel: lanes of equal ranks on different channels know nothing of each other.
-        generation: how many lanes these ranks had before on this channel.
+        channel: communicators of equal ranks on different channels know nothing of each other.
+        generation: how many communicators these ranks had before on this channel.
         timeout_seconds: for connecting.
     """
 
     def __init__(
         self,
-        hub: "Hub",
+        context: "GroupContext",
         participants: tuple[int, ...],
         device: torch.device,
         channel: str,
         generation: int,
         timeout_seconds: float,
     ) -> None:
-        self.hub = hub
+        self.context = context
         self.generation = generation
-        self.name = f"{lane_name(participants, device, channel)}/{generation}"
+        self.name = f"{communicator_name(participants, device, channel)}/{generation}"
         self.index = {rank: index for index, rank in enumerate(participants)}
         self.device = device
-        self.broken: str | None = None
+        self.abort_reason: str | None = None
         self.last_started: Future[tuple[torch.Tensor | None, Any]] | None = None
-        self.side = side_of(device)
+        self.stream_context = stream_context_of(device)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tricomm")
         self.call = 0
         self.waiting_for: int | None = None
@@ -109,13 +108,13 @@ class Lane:
         self.is_cuda = device.type == "cuda"
         self._timeout_seconds = 0.0
         self._deadline = 0.0
-        self._beat_seconds = 1.0
+        self._heartbeat_seconds = 1.0
         self._limit = timedelta(0)
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
         self._backends = self._connect(timeout_seconds)
         if not self.is_cuda:
-            self._meet_all(timeout_seconds)
+            self._await_all(timeout_seconds)
 
     # ---- Transport
 
@@ -128,21 +127,21 @@ class Lane:
         """See Transport."""
         if self.is_cuda:
             return self._post_group(list(operations))
-        here = self.hub.rank
+        here = self.context.rank
         works: list[Work] = []
-        # Packing happens as the iterable is read, outside of what is blamed on the peer.
+        # Packing happens as the iterable is read, outside of what counts as the peer's failure.
         for is_send, peer, buffer in operations:
-            # One communicator for messages up in rank and one for those down.
+            # One backend for messages up in rank and one for those down.
             backend = self._backends[is_send == (peer > here)]
             try:
                 work = (backend.send if is_send else backend.recv)([buffer], self.index[peer], 0)
             except RuntimeError as error:
-                raise self.blame(peer, error) from error
+                raise self.diagnose(peer, error) from error
             works.append(PostedWork(self, peer, work))
         return works
 
     def arena(self, nbytes: int) -> torch.Tensor:
-        """Staging of the lane, grown where it is too small; one run at a time uses it."""
+        """Staging of the communicator, grown where it is too small; one run at a time uses it."""
         if self._arena.numel() < nbytes:
             self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self._arena
@@ -155,31 +154,34 @@ class Lane:
             work = nccl.post_group(self._backends[0], self.device, self.index, operations)
         except RuntimeError as error:
             peers = sorted({operation.peer for operation in operations})
-            raise self.fail(
-                f"rank {self.hub.rank} could not queue its messages to and from ranks {peers}: {error}"
+            raise self.abort(
+                f"rank {self.context.rank} could not queue its messages to and from ranks {peers}: {error}"
             ) from error
         return [PostedWork(self, operation.peer, work) for operation in operations]
 
     def _connect(self, timeout_seconds: float) -> list[Any]:
-        rank, size = self.index[self.hub.rank], len(self.index)
+        rank, size = self.index[self.context.rank], len(self.index)
         if size == 1:
             return []
         timeout = timedelta(seconds=timeout_seconds)
-        self.hub.store.set(f"{self.name}/hello/{self.hub.rank}", "1")
+        self.context.store.set(f"{self.name}/hello/{self.context.rank}", "1")
         try:
             if self.is_cuda:
-                store = dist.PrefixStore(f"{self.name}/nccl", self.hub.store)
+                store = dist.PrefixStore(f"{self.name}/nccl", self.context.store)
                 backends = [nccl.connect(store, rank, size, self.device, timeout)]
                 weakref.finalize(self, _shut_down, backends).atexit = False
                 return backends
             return [
                 dist.ProcessGroupGloo(
-                    dist.PrefixStore(f"{self.name}/{way}", self.hub.store), rank, size, _gloo_options(devices, timeout)
+                    dist.PrefixStore(f"{self.name}/{way}", self.context.store),
+                    rank,
+                    size,
+                    _gloo_options(devices, timeout),
                 )
-                for way, devices in zip(("down", "up"), self.hub.gloo_devices, strict=True)
+                for way, devices in zip(("down", "up"), self.context.gloo_devices, strict=True)
             ]
         except RuntimeError as error:
-            absent = [other for other in self.index if not self.hub.store.check([f"{self.name}/hello/{other}"])]
+            absent = [other for other in self.index if not self.context.store.check([f"{self.name}/hello/{other}"])]
             who = f"rank {absent[0]} did not connect" if absent else "the ranks could not connect"
             names = "NCCL_SOCKET_IFNAME" if self.is_cuda else "GLOO_SOCKET_IFNAME"
             raise TransportError(
@@ -187,23 +189,23 @@ class Lane:
                 f"the right network ({error})"
             ) from error
 
-    def _meet_all(self, timeout_seconds: float) -> None:
+    def _await_all(self, timeout_seconds: float) -> None:
         """Go on only when every rank has all its connections.
 
         Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
-        connection to it, which would fail there. To connect with NCCL is such a meeting.
+        connection to it, which would fail there. To connect with NCCL is such a rendezvous.
         """
         with self.running(timeout_seconds, "while it connected"):
             self.confirm()
 
     def confirm(self) -> None:
-        """Return when every rank of the lane has come here: a dissemination barrier of one-byte messages.
+        """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
 
         In step k a rank tells the one 2^k places on and hears the one 2^k places back, so after log2(n) steps it
         has heard of all. A rank that failed has closed its connections, which ends everybody's wait.
         """
         ranks = list(self.index)
-        here = self.index[self.hub.rank]
+        here = self.index[self.context.rank]
         reach = 1
         while reach < len(ranks):
             token = self._token
@@ -212,7 +214,7 @@ class Lane:
                 work.wait()
             reach *= 2
 
-    # ---- waiting and blame
+    # ---- waiting and diagnosis
 
     @contextmanager
     def running(self, timeout_seconds: float, moment: str) -> Iterator[None]:
@@ -224,53 +226,53 @@ class Lane:
         self._deadline = time.monotonic() + timeout_seconds
         if timeout_seconds != self._timeout_seconds:
             self._timeout_seconds = timeout_seconds
-            self._beat_seconds = beat_seconds(timeout_seconds)
+            self._heartbeat_seconds = heartbeat_seconds(timeout_seconds)
             self._limit = self._time_to_wait()
-        self.hub.monitor.watch(self, self._beat_seconds)
+        self.context.monitor.watch(self, self._heartbeat_seconds)
         try:
             yield
         except TransportError:
             raise
         except BaseException as error:
-            self.fail(f"rank {self.hub.rank} failed {moment}: {error!r}")
+            self.abort(f"rank {self.context.rank} failed {moment}: {error!r}")
             raise
         finally:
-            self.hub.monitor.release(self)  # it need not look any more
+            self.context.monitor.release(self)  # it need not look any more
 
     def limit(self) -> timedelta:
         """How long a wait may take that begins now."""
         return self._time_to_wait() if self.is_slow else self._limit
 
     def _time_to_wait(self) -> timedelta:
-        """What is left of the timeout, less what it takes to find out who is to blame: two and a half beats, and
-        one more because a wait that begins within the first beat is given the whole time.
+        """What is left of the timeout, less what a diagnosis takes: two and a half heartbeats, and
+        one more because a wait that begins within the first heartbeat is given the whole time.
         """
-        remaining = self._deadline - time.monotonic() - 3.5 * self._beat_seconds
+        remaining = self._deadline - time.monotonic() - 3.5 * self._heartbeat_seconds
         return timedelta(milliseconds=max(1, int(remaining * 1000)))
 
-    def blame(self, peer: int, error: RuntimeError) -> TransportError:
-        """Find out which rank is at fault, tell everybody, and break the lane."""
+    def diagnose(self, peer: int, error: RuntimeError) -> TransportError:
+        """Find out which rank is at fault, tell everybody, and abort the communicator."""
         timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         try:
-            text = self.hub.board.verdict(self.name)
+            text = self.context.status.abort_reason(self.name)
             if text is None and timed_out:
-                text = stalled_rank(self.hub.board, self.name, peer, self._beat_seconds)
+                text = stalled_rank(self.context.status, self.name, peer, self._heartbeat_seconds)
             if text is None:
                 text = (
                     f"rank {peer} died, left in the middle of a reshard or closed its Resharder: its connection to "
-                    f"rank {self.hub.rank} closed; see that rank's log ({error})"
+                    f"rank {self.context.rank} closed; see that rank's log ({error})"
                 )
         except TransportError as lost:
             text = f"rank {peer} failed ({error}), and {lost}"
-        return self.fail(text)
+        return self.abort(text)
 
-    def fail(self, text: str) -> TransportError:
-        """Note a verdict, unless one stands, and break the lane; the error to raise."""
+    def abort(self, text: str) -> TransportError:
+        """Post a reason, unless one stands, and close the connections; returns the error to raise."""
         try:
-            text = self.hub.board.post_verdict(self.name, text)
+            text = self.context.status.post_abort_reason(self.name, text)
         except TransportError as lost:
             text = f"{text}; {lost}"
-        self.broken = text
+        self.abort_reason = text
         self.close_connections()
         return TransportError(text)
 
@@ -286,7 +288,7 @@ class Lane:
         nothing = torch.empty(1, dtype=torch.uint8)
         for backend in self._backends:
             for rank, index in self.index.items():
-                if rank == self.hub.rank:
+                if rank == self.context.rank:
                     continue
                 try:
                     backend.recv([nothing], index, CLOSING_TAG).wait(timedelta(milliseconds=1))
@@ -294,27 +296,29 @@ class Lane:
                     continue  # closed, which is what was wanted
 
 
-class Hub:
-    """What one process knows about one process group: its meetings, its board, its monitor, its lanes.
+class GroupContext:
+    """What one process keeps for one process group: its rendezvous, its status, its monitor, its communicators.
 
-    The number of lanes is the number of different sets of ranks that reshard with each other, times their channels.
+    There is a communicator for each set of ranks that reshard with each other, times their channels.
     """
 
     def __init__(self, group: Any) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.store = dist.PrefixStore("tricomm", group.get_group_store())
-        self.board = Board(self.store, self.rank)
-        self.meetings = Meetings(self.store, self.rank)
-        self.monitor = Monitor(self.board)
-        self._lanes: weakref.WeakValueDictionary[tuple[tuple[int, ...], str, str], Lane] = weakref.WeakValueDictionary()
+        self.status = StatusStore(self.store, self.rank)
+        self.rendezvous = Rendezvous(self.store, self.rank)
+        self.monitor = Monitor(self.status)
+        self._communicators: weakref.WeakValueDictionary[tuple[tuple[int, ...], str, str], Communicator] = (
+            weakref.WeakValueDictionary()
+        )
 
     @cached_property
     def gloo_devices(self) -> tuple[list[Any], list[Any]]:
-        """The gloo devices of messages down and up in rank, for all lanes."""
+        """The gloo devices of messages down and up in rank, for all communicators."""
         return _new_gloo_devices(), _new_gloo_devices()
 
-    def meet(
+    def connect(
         self,
         digest: str,
         participants: tuple[int, ...],
@@ -322,32 +326,36 @@ class Hub:
         device: torch.device,
         channel: str,
         timeout_seconds: float,
-    ) -> Lane:
-        """Compare with the other ranks what is going to be done, and connect to them; see Meetings.meet.
+    ) -> Communicator:
+        """Compare with the other ranks what is going to be done, and connect to them; see Rendezvous.join.
 
-        Any rank may have lost its lane, by a failure or because nothing there used it any more. So all take a new
-        one if any rank asks for it; otherwise all have the same.
+        Any rank may have lost its communicator, by a failure or because nothing there used it any more. So all take a
+        new one if any rank asks for it; otherwise all have the same.
         """
         key = (participants, device.type, channel)
-        lane = self._lanes.get(key)
-        name = lane_name(participants, device, channel)
+        communicator = self._communicators.get(key)
+        name = communicator_name(participants, device, channel)
 
-        def settle(is_asked_for: bool) -> str:
-            return str(self.store.add(f"{name}/generations", 1) if is_asked_for or lane is None else lane.generation)
+        def decide(is_asked_for: bool) -> str:
+            return str(
+                self.store.add(f"{name}/generations", 1)
+                if is_asked_for or communicator is None
+                else communicator.generation
+            )
 
-        asks = lane is None or lane.broken is not None
-        generation = int(self.meetings.meet(digest, participants, fields, timeout_seconds, asks, settle, channel))
-        if lane is None or lane.generation != generation:
-            # Forget the old one first: should connecting fail, the next meeting must know that this rank has none.
-            self._lanes.pop(key, None)
-            lane = Lane(self, participants, device, channel, generation, timeout_seconds)
-            self._lanes[key] = lane
-        return lane
+        asks = communicator is None or communicator.abort_reason is not None
+        generation = int(self.rendezvous.join(digest, participants, fields, timeout_seconds, asks, decide, channel))
+        if communicator is None or communicator.generation != generation:
+            # Forget the old one first: should connecting fail, the next rendezvous must know that this rank has none.
+            self._communicators.pop(key, None)
+            communicator = Communicator(self, participants, device, channel, generation, timeout_seconds)
+            self._communicators[key] = communicator
+        return communicator
 
 
-def lane_name(participants: tuple[int, ...], device: torch.device, channel: str) -> str:
-    """What the lanes of some ranks are called on the store, the same on all of them."""
-    return f"lane/{hashlib.sha256(repr((participants, device.type, channel)).encode()).hexdigest()[:16]}"
+def communicator_name(participants: tuple[int, ...], device: torch.device, channel: str) -> str:
+    """What the communicators of some ranks are called on the store, the same on all of them."""
+    return f"communicator/{hashlib.sha256(repr((participants, device.type, channel)).encode()).hexdigest()[:16]}"
 
 
 def _new_gloo_devices() -> list[Any]:
@@ -373,9 +381,9 @@ def _shut_down(backends: list[Any]) -> None:
 
 
 @lru_cache(maxsize=16)
-def hub(group: Any) -> Hub:
-    """The hub of a process group."""
-    return Hub(group)
+def context_of(group: Any) -> GroupContext:
+    """The context of a process group."""
+    return GroupContext(group)
 
 
 def resolve_group(group: Any) -> Any:
