@@ -15,8 +15,7 @@ from tricomm import options as option_types
 from tricomm.layout import dtype as dtypes
 from tricomm.layout import mesh, notation, placement, topology
 from tricomm.layout import spec as sharding
-from tricomm.packing import tables as packing
-from tricomm.packing import tensors
+from tricomm.packing import copy_program, tensor_checker
 from tricomm.plan import arguments, plan, planner, tasks
 from tricomm.plan.routes import strategies
 
@@ -27,14 +26,14 @@ MODULES: list[ModuleType] = [
     mesh,
     notation,
     option_types,
-    packing,
+    copy_program,
     placement,
     plan,
     planner,
     strategies,
     sharding,
     tasks,
-    tensors,
+    tensor_checker,
     topology,
 ]
 

@@ -27,7 +27,7 @@ from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Placement, Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
-from tricomm.packing.tables import local_shard, torch_dtype
+from tricomm.packing.copy_program import local_shard, torch_dtype
 from tricomm.plan import make_plan
 from tricomm.plan.describe import format_nbytes
 from tricomm.reshard import Resharder

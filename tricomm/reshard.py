@@ -13,7 +13,7 @@ from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
 from tricomm.errors import SpecError, TransportError, TricommError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
-from tricomm.packing.tensors import Contract, check_casts
+from tricomm.packing.tensor_checker import TensorChecker, check_casts
 from tricomm.plan import Plan, make_plan
 from tricomm.plan.arguments import check_spec
 from tricomm.plan.plan import digest_of
@@ -80,7 +80,7 @@ class Resharder:
             )
             check_casts(self.plan)
             self.participants = self.plan.participants
-            self._contract = Contract(self.plan, self.rank, self.device)
+            self._checker = TensorChecker(self.plan, self.rank, self.device)
             self._execution: PlanExecution | None = None
             if self.rank in self.participants:
                 self._execution = PlanExecution(self.plan, self.rank, self.device)
@@ -247,8 +247,8 @@ class Resharder:
         try:
             if self._is_closed:
                 raise SpecError("a call of a Resharder that was closed; make another, or close it later")
-            source = self._contract.check_source(tensor)
-            destination = self._contract.check_out(out, source)
+            source = self._checker.check_source(tensor)
+            destination = self._checker.check_out(out, source)
         except SpecError as error:
             self._abort(self.participants, error)
             raise
@@ -267,7 +267,7 @@ class Resharder:
         if communicator.abort_reason is not None:
             raise TransportError(communicator.abort_reason)
         with communicator.running(self.timeout_seconds, "in the middle of a reshard"):
-            for work in self._execution.steps(source, destination, communicator.arena, communicator):
+            for work in self._execution.steps(source, destination, communicator.staging, communicator):
                 work.wait()
             if self.confirm:
                 communicator.confirm()

@@ -2,8 +2,8 @@
 
     python -m bench.planner [--json PATH]
 
-For one rank: its plan and program, every transfer of the program as an object, the tables and views that packing makes
-of it before data can move, the digest that ranks compare, and the peak of what all but the tables allocate; against
+For one rank: its plan and program, every transfer of the program as an object, the copy programs and views that packing
+makes of it before data can move, the digest that ranks compare, and the peak of what all but these allocate; against
 ranks, for several layouts, and for the tensors of whole models. For all ranks: planning, proof and print. Every
 figure is of a plan that was not made before, with all caches empty.
 """
@@ -28,7 +28,7 @@ from bench.planner import cases
 from tricomm import Topology, make_plan
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing.binding import bind
-from tricomm.packing.tables import make_tables, torch_dtype
+from tricomm.packing.copy_program import make_copy_program, torch_dtype
 from tricomm.plan import Plan, RankProgram
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "planner.json"
@@ -88,7 +88,7 @@ def transfers_of(programs: Sequence[RankProgram]) -> int:
 
 
 def bound(plan: Plan, programs: Sequence[RankProgram]) -> None:
-    """What PlanExecution does before the first call: tables, and views of tensors in host memory."""
+    """What PlanExecution does before the first call: a copy program, and views of tensors in host memory."""
     for move, program in zip(plan.moves, programs, strict=True):
         shapes = program.source_shape, program.destination_shape
         dtypes = move.source.element_type, move.wire_dtype, move.destination.element_type
@@ -98,8 +98,8 @@ def bound(plan: Plan, programs: Sequence[RankProgram]) -> None:
         ]
         strides = [() if tensor is None else tensor.stride() for tensor in tensors]
         alignments = (alignment_nbytes(), alignment_nbytes())
-        tables = make_tables(program, dtypes, (strides[0], strides[1]), alignments, (4, 4), plan.staging_nbytes)
-        bind(tables, tensors[0], tensors[1], torch.empty(tables.arena_nbytes, dtype=torch.uint8))
+        copies = make_copy_program(program, dtypes, (strides[0], strides[1]), alignments, (4, 4), plan.staging_nbytes)
+        bind(copies, tensors[0], tensors[1], torch.empty(copies.staging_nbytes, dtype=torch.uint8))
 
 
 def one_rank(pairs: Sequence[cases.Pair], topology: Topology | None, with_tables: bool) -> tuple[Steps, int]:

@@ -23,12 +23,11 @@ from tricomm import (
     make_plan,
 )
 from tricomm.options import LinkOptions
-from tricomm.packing import tables as packing
-from tricomm.packing import tensors
+from tricomm.packing import copy_program, tensor_checker
 
 
 def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None = None) -> torch.Tensor | None:
-    return tensors.Contract(move(), rank, torch.device("cpu")).check_out(out, source)
+    return tensor_checker.TensorChecker(move(), rank, torch.device("cpu")).check_out(out, source)
 
 
 def receive_into_the_source() -> torch.Tensor | None:
@@ -39,7 +38,7 @@ def receive_into_the_source() -> torch.Tensor | None:
 def impossible_cast() -> None:
     """Torch has every cast that tricomm allows, so the plan is one that make_plan would refuse."""
     cast = move(destination=replace(COLUMNS, dtype="float64"))
-    tensors.check_casts(replace(cast, source=replace(cast.source, dtype="bits8")))
+    tensor_checker.check_casts(replace(cast, source=replace(cast.source, dtype="bits8")))
 
 
 def nobody_holds() -> Plan:
@@ -137,7 +136,7 @@ REFUSALS: dict[str, Refusal] = {
         lambda: autograd.gradient_specs(replace(ROWS, placements=(Partial("max"),)), COLUMNS), SpecError,
         "Partial('max')", "has no gradient that its layout determines", "reduce it yourself"),
     # packing.py
-    "dtype of another torch": (lambda: packing.torch_dtype("float31"), PlanError,
+    "dtype of another torch": (lambda: copy_program.torch_dtype("float31"), PlanError,
         "float31", f"this torch {torch.__version__} has no", "use a newer torch"),
     "staging too small": (lambda: run({}, staging_bytes=127, strategy=SendRecv(16)), PlanError,
         "rank 0 stages 128 bytes", "staging_bytes is 127", "raise staging_bytes or give the strategy a smaller"),

@@ -181,17 +181,17 @@ def warm_call(rank: int, source: ShardingSpec, destination: ShardingSpec) -> tup
     out = torch.zeros(destination.local_shape(rank)) if rank in destination.mesh else None
     mover(tensor, out=out)
     communicator = mover._communicator
-    before = {key: id(table) for key, table in mover._execution._tables.items()}
-    bound = {key: id(memory) for key, memory in mover._execution._memories.items()}
-    arena = communicator.arena(0).data_ptr()
+    before = {key: id(table) for key, table in mover._execution._copy_programs.items()}
+    bound = {key: id(cached) for key, cached in mover._execution._bindings.items()}
+    staging = communicator.staging(0).data_ptr()
     with Allocations() as allocations:
         mover(tensor, out=out)
-    assert {key: id(table) for key, table in mover._execution._tables.items()} == before
+    assert {key: id(table) for key, table in mover._execution._copy_programs.items()} == before
     last = len(mover.plan.moves) - 1
-    assert id(mover._execution._memories[last]) == bound[last] or mover.plan.reduction is not None
+    assert id(mover._execution._bindings[last]) == bound[last] or mover.plan.reduction is not None
     assert mover._communicator is communicator
-    assert communicator.arena(0).data_ptr() == arena
-    staged = sum(table.staged_chunks for table in mover._execution._tables.values())
+    assert communicator.staging(0).data_ptr() == staging
+    staged = sum(table.staged_chunks for table in mover._execution._copy_programs.values())
     return allocations.names, staged
 
 
@@ -313,9 +313,9 @@ def forgotten(rank: int, source: ShardingSpec, destination: ShardingSpec) -> Non
         output = mover(tensor)
         if output is not None:
             require_equal(output, pick(full, destination, rank), f"rank {rank}, data {salt}")
-    assert list(mover._execution._memories) == [0]
+    assert list(mover._execution._bindings) == [0]
     del tensor, output
-    assert not mover._execution._memories
+    assert not mover._execution._bindings
 
 
 def test_a_resharder_keeps_no_tensor_and_sees_new_memory(ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Tables bound to tensors: what is kept for the next call, and what must not be."""
+"""CopyProgram bound to tensors: what is kept for the next call, and what must not be."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ def test_a_binding_goes_with_the_tensors(
     full = (torch.arange(8 * 24) % 61).reshape(SHAPE)
     tensors = {rank: full[4 * rank : 4 * rank + 4].to(getattr(torch, source)) for rank in (0, 1)}
     outs = {rank: torch.zeros(8, 12, dtype=getattr(torch, destination)) for rank in (1, 2)}
-    arenas = {rank: torch.zeros(1 << 12, dtype=torch.uint8) for rank in (0, 1, 2)}
+    stagings = {rank: torch.zeros(1 << 12, dtype=torch.uint8) for rank in (0, 1, 2)}
     executions = {rank: PlanExecution(plan, rank, torch.device("cpu")) for rank in (0, 1, 2)}
     network = LocalNetwork(True, (0, 2))
     _run_all(
         {
             rank: execution.steps(
-                tensors.get(rank), outs.get(rank), lambda _, rank=rank: arenas[rank], LocalEndpoint(network, rank)
+                tensors.get(rank), outs.get(rank), lambda _, rank=rank: stagings[rank], LocalEndpoint(network, rank)
             )
             for rank, execution in executions.items()
         },
@@ -42,10 +42,10 @@ def test_a_binding_goes_with_the_tensors(
     for rank, out in outs.items():
         require_equal(out, full[:, 12 * (rank - 1) : 12 * rank].to(out.dtype), f"rank {rank}")
     del out
-    assert all(execution._memories for execution in executions.values()), "kept for the next call of these tensors"
+    assert all(execution._bindings for execution in executions.values()), "kept for the next call of these tensors"
     tensors.clear()
     outs.clear()
-    assert not any(execution._memories for execution in executions.values()), "something holds a tensor"
+    assert not any(execution._bindings for execution in executions.values()), "something holds a tensor"
 
 
 def test_a_binding_of_a_view_goes_with_it() -> None:
@@ -53,9 +53,9 @@ def test_a_binding_of_a_view_goes_with_it() -> None:
     spec = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), SHAPE, "int32")
     execution = PlanExecution(make_plan(spec, spec), 0, torch.device("cpu"))
     source, out = (torch.zeros(9, 24, dtype=torch.int32)[1:] for _ in range(2))
-    arena = torch.zeros(1 << 12, dtype=torch.uint8)
+    staging = torch.zeros(1 << 12, dtype=torch.uint8)
     network = LocalNetwork(True, (0, 2))
-    _run_all({0: execution.steps(source, out, lambda _: arena, LocalEndpoint(network, 0))}, network)
-    assert execution._memories
+    _run_all({0: execution.steps(source, out, lambda _: staging, LocalEndpoint(network, 0))}, network)
+    assert execution._bindings
     del source, out
-    assert not execution._memories
+    assert not execution._bindings

@@ -22,7 +22,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from tricomm.errors import PlanError, SpecError
 from tricomm.options import LinkOptions, Options, StageOptions
-from tricomm.packing.tables import torch_dtype
+from tricomm.packing.copy_program import torch_dtype
 from tricomm.pipeline.run.directed_link import PerDirectionFifo, ReceiveHandle
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.wiring import fifo_of

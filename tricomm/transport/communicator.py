@@ -110,7 +110,7 @@ class Communicator:
         self._deadline = 0.0
         self._heartbeat_seconds = 1.0
         self._limit = timedelta(0)
-        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
         self._backends = self._connect(timeout_seconds)
         if not self.is_cuda:
@@ -140,11 +140,11 @@ class Communicator:
             works.append(PostedWork(self, peer, work))
         return works
 
-    def arena(self, nbytes: int) -> torch.Tensor:
+    def staging(self, nbytes: int) -> torch.Tensor:
         """Staging of the communicator, grown where it is too small; one run at a time uses it."""
-        if self._arena.numel() < nbytes:
-            self._arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        return self._arena
+        if self._staging.numel() < nbytes:
+            self._staging = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._staging
 
     def _post_group(self, operations: list[Operation]) -> list[Work]:
         """NCCL: the operations of a round run as one group; the plan keeps it under 256."""

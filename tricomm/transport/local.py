@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from tricomm.errors import SpecError, TransportError
-from tricomm.packing.tensors import Contract
+from tricomm.packing.tensor_checker import TensorChecker
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Work
-from tricomm.transport.runtime import Arena, PlanExecution
+from tricomm.transport.runtime import PlanExecution, StagingProvider
 
 
 class LocalWork:
@@ -146,13 +146,13 @@ class LocalTransport:
         outputs: dict[int, torch.Tensor] = {}
         running: dict[int, Iterator[Work]] = {}
         for rank in plan.participants:
-            contract = Contract(plan, rank, device)
-            shard = contract.check_source(tensors.get(rank))
-            output = contract.check_out(None, shard)
+            checker = TensorChecker(plan, rank, device)
+            shard = checker.check_source(tensors.get(rank))
+            output = checker.check_out(None, shard)
             if output is not None:
                 outputs[rank] = output
             running[rank] = PlanExecution(plan, rank, device).steps(
-                shard, output, _fresh_arena(device), LocalEndpoint(network, rank)
+                shard, output, _fresh_staging(device), LocalEndpoint(network, rank)
             )
         _run_all(running, network)
         return outputs, network.bytes_sent
@@ -176,10 +176,10 @@ def _run_all(running: dict[int, Iterator[Work]], network: LocalNetwork) -> None:
             raise TransportError(f"deadlock: {blocked}; the plan's rounds do not match")
 
 
-def _fresh_arena(device: torch.device) -> Arena:
+def _fresh_staging(device: torch.device) -> StagingProvider:
     """Staging full of 0xFF, so that a byte nobody wrote shows."""
 
-    def arena(nbytes: int) -> torch.Tensor:
+    def staging(nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=device)
 
-    return arena
+    return staging

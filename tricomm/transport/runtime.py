@@ -14,73 +14,73 @@ import torch
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing.arithmetic import Reducer
 from tricomm.packing.binding import Binding, bind
-from tricomm.packing.tables import Tables, make_tables, torch_dtype
+from tricomm.packing.copy_program import CopyProgram, make_copy_program, torch_dtype
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
 
-MAX_TABLES = 16
-"""Combinations of strides and alignments that one Resharder keeps tables for."""
+MAX_COPY_PROGRAMS = 16
+"""Combinations of strides and alignments that one Resharder keeps copy programs for."""
 
-Arena = Callable[[int], torch.Tensor]
-"""Gives a uint8 tensor of at least so many bytes, valid until the next call."""
+StagingProvider = Callable[[int], torch.Tensor]
+"""Gives the staging buffer: a uint8 tensor of at least so many bytes, valid until the next call."""
 
 
 def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
     """Run one move of one rank; each yielded work must be done before the generator is resumed.
 
     Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for and
-    unpacked, whereupon its places in the arena are free. Receives are posted with the rounds before theirs, as far
-    ahead as the transport likes.
+    unpacked, whereupon its places in the staging buffer are free. Receives are posted with the rounds before theirs, as
+    far ahead as the transport likes.
 
     Args:
-        binding: the rank's tables, bound to its tensors and an arena; read and written until the run ends.
+        binding: the rank's copy program, bound to tensors and a staging buffer; read and written until the run ends.
         transport: the rank's end of the network.
     """
-    tables, count = binding.tables, len(binding.sends)
+    program, count = binding.program, len(binding.sends)
     received: list[list[Work]] = []
     sent: list[list[Work]] = []
     arrivals: dict[tuple[int, int], Work] = {}
-    for index in range(max(count + tables.rounds_open, 1)):
+    for index in range(max(count + program.rounds_open, 1)):
         if index < count:
-            if tables.relays:
-                for transfer in tables.sends[index]:
+            if program.relays:
+                for transfer in program.sends[index]:
                     if transfer.relay:
                         yield arrivals[transfer.key]
-            early = range(len(received), min(index + tables.receives_ahead + 1, count))
+            early = range(len(received), min(index + program.receives_ahead + 1, count))
             works = transport.post(_operations(binding, index, early))
             first = 0
             for step in early:
-                end = first + len(tables.receives[step])
+                end = first + len(program.receives[step])
                 received.append(works[first:end])
-                if tables.relays:
+                if program.relays:
                     arrivals.update(
                         (transfer.key, work)
-                        for transfer, work in zip(tables.receives[step], received[step], strict=True)
+                        for transfer, work in zip(program.receives[step], received[step], strict=True)
                     )
                 first = end
             sent.append(works[first:])
         if index == 0:
             binding.local.run()
-        done = index - tables.rounds_open
+        done = index - program.rounds_open
         if 0 <= done < count:
-            for work, slot in zip(received[done], binding.receives[done], strict=True):
+            for work, bound in zip(received[done], binding.receives[done], strict=True):
                 yield work
-                slot.copies.run()
+                bound.copies.run()
             yield from sent[done]
 
 
 def _operations(binding: Binding, index: int, early: range) -> Iterator[Operation]:
     """The receives of the rounds ``early``, then the sends of round ``index``, packed as they are asked for."""
     for step in early:
-        for slot in binding.receives[step]:
-            yield Operation(False, slot.peer, slot.buffer)
-    for slot in binding.sends[index]:
-        slot.copies.run()
-        yield Operation(True, slot.peer, slot.buffer)
+        for transfer in binding.receives[step]:
+            yield Operation(False, transfer.peer, transfer.buffer)
+    for transfer in binding.sends[index]:
+        transfer.copies.run()
+        yield Operation(True, transfer.peer, transfer.buffer)
 
 
 class PlanExecution:
-    """One rank's side of a plan: its tables, made once per combination of strides, and its runs.
+    """One rank's side of a plan: its copy programs, made once per combination of strides, and its runs.
 
     Args:
         plan: global, or built for this rank.
@@ -91,8 +91,8 @@ class PlanExecution:
     def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
         self.plan = plan
         self.programs = plan.for_rank(rank)
-        self._tables: dict[object, Tables] = {}
-        self._memories: dict[int, Memory] = {}
+        self._copy_programs: dict[object, CopyProgram] = {}
+        self._bindings: dict[int, CachedBinding] = {}
         self._reducer: Reducer | None = None
         if plan.reduction is not None:
             self._reducer = Reducer(
@@ -106,7 +106,7 @@ class PlanExecution:
         self,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
-        arena: Arena,
+        staging: StagingProvider,
         transport: Transport,
     ) -> Iterator[Work]:
         """Run the whole plan; each yielded work must be done before the generator is resumed.
@@ -114,94 +114,94 @@ class PlanExecution:
         Args:
             source: the rank's shard, or None off the source mesh; not written.
             destination: its new shard to fill, or None off the destination mesh.
-            arena: gives the staging.
+            staging: gives the staging buffer.
             transport: the rank's end of the network.
         """
         if self._reducer is None:
-            return self._move(0, source, destination, arena, transport)
-        return self._reduce_and_move(self._reducer, source, destination, arena, transport)
+            return self._move(0, source, destination, staging, transport)
+        return self._reduce_and_move(self._reducer, source, destination, staging, transport)
 
     def _reduce_and_move(
         self,
         reducer: Reducer,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
-        arena: Arena,
+        staging: StagingProvider,
         transport: Transport,
     ) -> Iterator[Work]:
         stacked = None if source is None else source.unsqueeze(0)
-        yield from self._move(0, stacked, reducer.contributions, arena, transport)
-        yield from self._move(1, reducer.reduce(), destination, arena, transport)
+        yield from self._move(0, stacked, reducer.contributions, staging, transport)
+        yield from self._move(1, reducer.reduce(), destination, staging, transport)
 
     def _move(
         self,
         index: int,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
-        arena: Arena,
+        staging: StagingProvider,
         transport: Transport,
     ) -> Iterator[Work]:
         """The steps of move ``index``."""
-        memory = self._memories.get(index)
-        if memory is None or not memory.is_of(source, destination, arena, transport.depth):
-            memory = self._bind(index, source, destination, arena, transport.depth)
-        return run_move(memory.binding, transport)
+        cached = self._bindings.get(index)
+        if cached is None or not cached.is_of(source, destination, staging, transport.depth):
+            cached = self._bind(index, source, destination, staging, transport.depth)
+        return run_move(cached.binding, transport)
 
     def _bind(
         self,
         index: int,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
-        arena: Arena,
+        staging: StagingProvider,
         depth: tuple[int, int],
-    ) -> "Memory":
-        """Bind the tables to these tensors, and keep that until one of the tensors goes."""
-        tables = self._tables_for(index, source, destination, depth)
-        staging = arena(tables.arena_nbytes)
-        binding = bind(tables, _alias(source), _alias(destination), staging)
-        memories = self._memories
+    ) -> "CachedBinding":
+        """Bind the copy program to these tensors, and keep that until one of the tensors goes."""
+        program = self._copy_program_for(index, source, destination, depth)
+        buffer = staging(program.staging_nbytes)
+        binding = bind(program, _alias(source), _alias(destination), buffer)
+        bindings = self._bindings
 
         def forget(_: object) -> None:
-            memories.pop(index, None)
+            bindings.pop(index, None)
 
-        memory = Memory(
+        cached = CachedBinding(
             None if source is None else weakref.ref(source, forget),
             None if destination is None else weakref.ref(destination, forget),
             (_address(source), _address(destination)),
-            staging,
+            buffer,
             depth,
             binding,
         )
-        memories[index] = memory
-        return memory
+        bindings[index] = cached
+        return cached
 
-    def _tables_for(
+    def _copy_program_for(
         self,
         index: int,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
         depth: tuple[int, int],
-    ) -> Tables:
-        """The tables for tensors with these strides and alignments, from the cache if there were such before."""
+    ) -> CopyProgram:
+        """The copy program for tensors with these strides and alignments, from the cache if there were such before."""
         strides = (
             () if source is None else source.stride(),
             () if destination is None else destination.stride(),
         )
         alignments = (_alignment(source), _alignment(destination))
         key = (index, strides, alignments, depth)
-        if key not in self._tables:
+        if key not in self._copy_programs:
             move = self.plan.moves[index]
             dtypes = (move.source.element_type, move.wire_dtype, move.destination.element_type)
-            if len(self._tables) >= MAX_TABLES:
-                self._tables.clear()
-            self._tables[key] = make_tables(
+            if len(self._copy_programs) >= MAX_COPY_PROGRAMS:
+                self._copy_programs.clear()
+            self._copy_programs[key] = make_copy_program(
                 self.programs[index], dtypes, strides, alignments, depth, self.plan.staging_nbytes
             )
-        return self._tables[key]
+        return self._copy_programs[key]
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class CachedBinding:
     """The binding of the last call, good for the same tensors in the same place. It does not keep them alive."""
 
     source: "weakref.ref[torch.Tensor] | None"
@@ -215,7 +215,7 @@ class Memory:
         self,
         source: torch.Tensor | None,
         destination: torch.Tensor | None,
-        arena: Arena,
+        staging: StagingProvider,
         depth: tuple[int, int],
     ) -> bool:
         """Whether a call with these may use the binding."""
@@ -224,7 +224,7 @@ class Memory:
             and (None if self.destination is None else self.destination()) is destination
             and self.addresses == (_address(source), _address(destination))
             and self.depth == depth
-            and arena(self.binding.tables.arena_nbytes) is self.staging
+            and staging(self.binding.program.staging_nbytes) is self.staging
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from tricomm.errors import SpecError, TransportError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
-from tricomm.packing.tables import torch_dtype
+from tricomm.packing.copy_program import torch_dtype
 from tricomm.reshard import Resharder
 from tricomm.transport.handle import Handle
 

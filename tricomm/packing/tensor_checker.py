@@ -3,11 +3,11 @@
 import torch
 
 from tricomm.errors import SpecError
-from tricomm.packing.tables import torch_dtype
+from tricomm.packing.copy_program import torch_dtype
 from tricomm.plan import Plan
 
 
-class Contract:
+class TensorChecker:
     """What one rank passes in and gets out of a plan, computed once, checked on every call.
 
     Args:

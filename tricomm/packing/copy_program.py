@@ -1,7 +1,7 @@
-"""From a rank's program and the strides of its tensors to tables: what is packed, what travels in place.
+"""From a rank's program and the strides of its tensors to a copy program: what is packed, what travels in place.
 
 A chunk that is one run of memory and needs no cast travels straight from or into the tensor. Every other chunk
-passes through the staging arena, where it gets a place for exactly the rounds in which it is alive.
+passes through the staging buffer, where it gets a place for exactly the rounds in which it is alive.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class StagedTransfer(NamedTuple):
         peer, key: as in Transfer.
         numel: elements.
         direct_offset: element of the local tensor where the chunk begins, or None if it is staged.
-        arena_offset: byte of the arena where the chunk begins, or None if it is not staged.
+        staging_offset: byte of the staging buffer where the chunk begins, or None if it is not staged.
         boxes: how to pack or unpack a staged chunk.
         relay: whether this is a send of what was received under the same key.
     """
@@ -37,20 +37,20 @@ class StagedTransfer(NamedTuple):
     key: tuple[int, int]
     numel: int
     direct_offset: int | None
-    arena_offset: int | None
+    staging_offset: int | None
     boxes: tuple[StridedBox, ...]
     relay: bool
 
 
 @dataclass(frozen=True)
-class Tables:
+class CopyProgram:
     """A program bound to strides, dtypes and a depth of pipelining. Holds no tensor.
 
     Attributes:
         dtypes: of the source, the wire and the destination.
         sends, receives: per round.
         copies: boxes of the source and, in place of a buffer, of the destination.
-        arena_nbytes: staging that the rank needs.
+        staging_nbytes: size of the staging buffer that the rank needs.
         receives_ahead: how many rounds early receives are posted.
         rounds_open: how many rounds may be in flight before the oldest is waited for.
     """
@@ -59,7 +59,7 @@ class Tables:
     sends: tuple[tuple[StagedTransfer, ...], ...]
     receives: tuple[tuple[StagedTransfer, ...], ...]
     copies: tuple[StridedBox, ...]
-    arena_nbytes: int
+    staging_nbytes: int
     receives_ahead: int
     rounds_open: int
 
@@ -72,7 +72,7 @@ class Tables:
     def staged_chunks(self) -> int:
         """How many chunks pass through staging."""
         every = (*self.sends, *self.receives)
-        return sum(t.arena_offset is not None and not t.relay for step in every for t in step)
+        return sum(t.staging_offset is not None and not t.relay for step in every for t in step)
 
     @cached_property
     def kernel_tables(self) -> tuple[tuple[kernels.Table, ...], tuple[kernels.Table, ...], kernels.Table]:
@@ -80,7 +80,7 @@ class Tables:
         source, wire, destination = self.dtypes
 
         def of_rounds(steps: tuple[tuple[StagedTransfer, ...], ...], dtype: torch.dtype) -> tuple[kernels.Table, ...]:
-            placed = ([(box, t.arena_offset or 0) for t in step for box in t.boxes] for step in steps)
+            placed = ([(box, t.staging_offset or 0) for t in step for box in t.boxes] for step in steps)
             return tuple(_kernel_table(boxes, dtype, wire) for boxes in placed)
 
         sends, receives = of_rounds(self.sends, source), of_rounds(self.receives, destination)
@@ -95,14 +95,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def make_tables(
+def make_copy_program(
     program: RankProgram,
     dtypes: tuple[str, str, str],
     strides: tuple[Sequence[int], Sequence[int]],
     alignments: tuple[int, int],
     depth: tuple[int, int],
-    staging_nbytes: int,
-) -> Tables:
+    budget_nbytes: int,
+) -> CopyProgram:
     """Bind a program.
 
     Args:
@@ -112,7 +112,7 @@ def make_tables(
         alignments: bytes at a multiple of which each of them begins.
         depth: (receives ahead, rounds open) that the transport would like; less is used if the staging budget
             asks for it.
-        staging_nbytes: the budget.
+        budget_nbytes: the most that the staging buffer may have.
 
     Raises:
         PlanError: not even one round fits into the staging budget.
@@ -124,16 +124,16 @@ def make_tables(
     receives = [[_place(t, strides[1], moved[1], alignments[1]) for t in step.receives] for step in program.rounds]
     ahead, window = depth
     while True:
-        arena_nbytes = _lay_out(sends, receives, itemsize, ahead, window)
-        if arena_nbytes <= staging_nbytes or (ahead, window) == (0, 0):
+        staging_nbytes = _lay_out(sends, receives, itemsize, ahead, window)
+        if staging_nbytes <= budget_nbytes or (ahead, window) == (0, 0):
             break
         ahead, window = ahead // 2, window // 2
-    if arena_nbytes > staging_nbytes:
+    if staging_nbytes > budget_nbytes:
         raise PlanError(
-            f"one round of rank {program.rank} stages {arena_nbytes} bytes, and staging_bytes is {staging_nbytes}; "
+            f"one round of rank {program.rank} stages {staging_nbytes} bytes, and staging_bytes is {budget_nbytes}; "
             f"raise staging_bytes or give the strategy a smaller chunk_bytes"
         )
-    return Tables(
+    return CopyProgram(
         (torch_dtype(source_dtype), torch_dtype(wire_dtype), torch_dtype(destination_dtype)),
         tuple(map(tuple, sends)),
         tuple(map(tuple, receives)),
@@ -141,20 +141,20 @@ def make_tables(
             _copy(copy, strides, itemsize if source_dtype == destination_dtype else 0, min(alignments))
             for copy in program.copies
         ),
-        arena_nbytes,
+        staging_nbytes,
         ahead,
         window,
     )
 
 
 def _place(transfer: Transfer, strides: Sequence[int], itemsize: int, alignment_nbytes: int) -> StagedTransfer:
-    """Where a chunk lies, without a place in the arena yet (-1 says that it needs one).
+    """Where a chunk lies, without a place in the staging buffer yet (-1 says that it needs one).
 
     Args:
         transfer: the chunk.
         strides: of the tensor, in elements.
         itemsize: bytes of an element, 0 if elements are cast.
-        alignment_nbytes: at a multiple of which the tensor begins; the arena begins at one of more.
+        alignment_nbytes: at a multiple of which the tensor begins; the staging buffer begins at one of more.
     """
     if not transfer.regions:
         return StagedTransfer(transfer.peer, transfer.key, transfer.numel, None, None, (), True)
@@ -182,7 +182,7 @@ def _lay_out(
     ahead: int,
     window: int,
 ) -> int:
-    """Give every staged chunk a place in the arena for the rounds in which it is alive; return the arena's size.
+    """Give every staged chunk a place in the staging buffer for the rounds in which it is alive; return its size.
 
     A receive is alive from the round in which it is posted until its round, and that of the last send that
     relays it, has been retired, ``window`` rounds later.
@@ -195,11 +195,11 @@ def _lay_out(
     alive: list[tuple[int, int, int, list[StagedTransfer], int]] = []
     for index in range(len(sends)):
         for at, transfer in enumerate(receives[index]):
-            if transfer.arena_offset is not None:
+            if transfer.staging_offset is not None:
                 last = max(index, last_relay.get(transfer.key, 0)) + window
                 alive.append((max(0, index - ahead), last, transfer.numel, receives[index], at))
         for at, transfer in enumerate(sends[index]):
-            if transfer.arena_offset is not None:
+            if transfer.staging_offset is not None:
                 alive.append((index, index + window, transfer.numel, sends[index], at))
     alive.sort(key=lambda item: item[:2])
     taken: list[tuple[int, int, int]] = []
@@ -216,7 +216,7 @@ def _lay_out(
             place, offset = _first_gap(taken, nbytes)
             refused = nbytes if place == len(taken) else refused
         taken.insert(place, (offset, offset + nbytes, last))
-        step[at] = step[at]._replace(arena_offset=offset)
+        step[at] = step[at]._replace(staging_offset=offset)
         size = max(size, offset + nbytes)
     return size
 
