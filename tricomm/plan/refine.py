@@ -5,10 +5,10 @@ same parts of the destination need it. Where the parts of a layout do not overla
 explicit ones, a sorted search finds the part; otherwise a sweep finds the set of parts.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
@@ -95,18 +95,24 @@ def _covering(lists: IntervalLists, cuts: np.ndarray) -> Covering:
     if (starts[1:] >= stops[:-1]).all():
         at = starts.searchsorted(cuts[:-1], side="right") - 1
         return Covering(np.where((at >= 0) & (cuts[:-1] < stops[at]), part[order][at], NOBODY), None)
-    toggles: dict[int, int] = {}
-    for number, start, stop in zip(part.tolist(), lists.starts.tolist(), lists.stops.tolist(), strict=True):
-        toggles[start] = toggles.get(start, 0) ^ (1 << number)
-        toggles[stop] = toggles.get(stop, 0) ^ (1 << number)
-    numbers: dict[int, int] = {0: NOBODY}
+    return _sweep(zip(part.tolist(), lists.starts.tolist(), lists.stops.tolist(), strict=True), cuts)
+
+
+def _sweep(intervals: Iterable[tuple[int, int, int]], cuts: np.ndarray) -> Covering:
+    """Follow which parts begin and end at each cut, where they may overlap: (part, start, stop) of every interval."""
+    begins: dict[int, list[int]] = defaultdict(list)
+    ends: dict[int, list[int]] = defaultdict(list)
+    for part, start, stop in intervals:
+        begins[start].append(part)
+        ends[stop].append(part)
+    numbers: dict[frozenset[int], int] = {}
     classes = np.empty(len(cuts) - 1, np.int64)
-    covering = 0
-    for index, (cut, _) in enumerate(pairwise(cuts.tolist())):
-        covering ^= toggles.get(cut, 0)
-        classes[index] = numbers.setdefault(covering, len(numbers) - 1)
-    masks = list(numbers)[1:]
-    return Covering(classes, tuple(tuple(part for part in range(len(lists)) if mask >> part & 1) for mask in masks))
+    covering: set[int] = set()
+    for index, cut in enumerate(cuts[:-1].tolist()):
+        covering.difference_update(ends[cut])  # first, for the next interval of a part may begin where the last ends
+        covering.update(begins[cut])
+        classes[index] = numbers.setdefault(frozenset(covering), len(numbers)) if covering else NOBODY
+    return Covering(classes, tuple(tuple(sorted(parts)) for parts in numbers))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
