@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peer-repeats", type=int, default=3, help="samples of each peer; 0 leaves peers out (%(default)s)"
     )
-    parser.add_argument("--grid", action="store_true", help="every strategy with every sender choice")
+    parser.add_argument("--grid", action="store_true", help="every strategy with every sender policy")
     parser.add_argument("--json", type=Path, metavar="PATH", help="add all samples to those there of other cases")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a picture there (needs the extra 'bench')")
     options = parser.parse_args(arguments)

@@ -89,7 +89,7 @@ REFUSALS: dict[str, Refusal] = {
     "strategy a class": (lambda: move(strategy=SendRecv), ArgumentError,
         "SendRecv", "not a strategy", "pass Auto()"),
     "balance a word": (lambda: move(balance="naive"), ArgumentError,
-        "balance='naive'", "not a sender choice", "pass Split()"),
+        "balance='naive'", "not a sender policy", "pass Split()"),
     "staging a truth": (lambda: move(staging_bytes=True), ArgumentError,
         "staging_bytes=True", "must be a number of bytes", "such as 256 << 20"),
     "staging zero": (lambda: move(staging_bytes=0), PlanError,

@@ -40,7 +40,7 @@ def check_balance(balance: object) -> None:
     """
     if isinstance(balance, type) or not hasattr(balance, "assign") or not _is_hashable(balance):
         raise ArgumentError(
-            f"balance={balance!r} is not a sender choice; pass Split(), LeastLoaded(), Search(), RandomizedGreedy(), "
+            f"balance={balance!r} is not a sender policy; pass Split(), LeastLoaded(), Search(), RandomizedGreedy(), "
             "Ensemble() or Naive()"
         )
 

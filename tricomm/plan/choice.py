@@ -1,7 +1,8 @@
-"""Which strategy is fastest, without working out those that cannot be.
+"""Choose the fastest strategy without working out those that cannot be.
 
 Auto takes the strategy with the least simulated time. To route and to simulate all of them is what a plan of many
-replicas would mostly cost, so each is first bounded: by its assignments alone, then by its messages.
+replicas would mostly cost, so the time of each is first bounded from below: by its assignments alone, then by its
+messages.
 """
 
 from collections import Counter
@@ -22,11 +23,11 @@ WORTH_IT = 0.03
 """By how much a strategy with more messages must be faster for Auto to take it: the model does not know all costs."""
 
 ROUNDING = 1e-9
-"""By how much a bound may be above a simulated time because sums are rounded."""
+"""By how much a lower bound may exceed a simulated time because sums are rounded."""
 
 
-class Routed:
-    """What a strategy would send, made as far as somebody looks.
+class Candidate:
+    """A candidate of Auto: what it would send, worked out as far as somebody looks.
 
     Args:
         strategy: one of Auto's, or the only one.
@@ -49,7 +50,7 @@ class Routed:
 
     @cached_property
     def messages(self) -> Sequence[Message]:
-        """Of the strategy."""
+        """What the strategy sends, without what ``rank`` is no part of."""
         messages = self.strategy.route(self._assignments, self._context)
         if self._rank is None:
             return messages
@@ -59,7 +60,7 @@ class Routed:
 
     @cached_property
     def hops(self) -> Sequence[Hop]:
-        """Of the messages."""
+        """When each chunk of the messages passes from a rank to the next."""
         return schedule(self.messages, self._participants, self._context.topology)
 
     @cached_property
@@ -73,16 +74,16 @@ class Routed:
 
     @cached_property
     def bound_of_messages(self) -> float:
-        """A time that ``seconds`` is not below."""
+        """A lower bound of ``seconds``, from the messages."""
         return busiest_seconds(self._columns, self._context.itemsize, self._context.topology) * (1 - ROUNDING)
 
     @cached_property
     def bound_of_assignments(self) -> float:
-        """A time that ``seconds`` is not below, without routing."""
+        """A lower bound of ``seconds``, from the assignments, without routing."""
         fan_out, topology = self.strategy.fan_out, self._context.topology
         return assigned_seconds(self._assignments, self._context.itemsize, topology, fan_out) * (1 - ROUNDING)
 
-    def is_worth_it(self, best: "Routed") -> bool:
+    def is_worth_it(self, best: "Candidate") -> bool:
         """True if this is so much faster than the best so far that it should be taken."""
         # To be below a bound of the best is enough, and then nobody need simulate the best.
         return self._is_below(best.bound_of_assignments) or self._is_below(best.seconds)

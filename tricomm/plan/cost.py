@@ -1,4 +1,4 @@
-"""What a plan costs on a topology: the bound that no plan can beat, and the time that this one should take."""
+"""Cost a plan on a topology: the time that no plan can beat, and the time that this one should take."""
 
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -19,7 +19,7 @@ from tricomm.plan.tasks import Task
 
 
 def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology, ranks: Sequence[int]) -> float:
-    """The NIC-bound optimum: the larger of two times that no plan can beat.
+    """Compute the NIC-bound optimum: the larger of two times that no plan can beat.
 
     Receiving: a host receives once what its ranks need and none of them holds. Sending: every such byte is sent
     once per host that receives it, the first time by a host that holds it, and after that by whoever has time (a
@@ -30,6 +30,12 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
         itemsize: bytes of an element on the wire.
         topology: hosts and rates.
         ranks: all that take part.
+
+    Rank 0 sends 4 MB to two hosts; once it must leave host a, and each must receive it:
+
+    >>> task = Task(((((0, 1 << 20),),),), holders=(0,), receivers=(1, 2))
+    >>> lower_bound_seconds([task], 4, Topology(("a", "b", "c"), nic_bytes_per_second=1e9), range(3))
+    0.004194304
     """
     send_rates, receive_rates = host_rates(topology, ranks)
     incoming = dict.fromkeys(send_rates, 0)
@@ -53,7 +59,7 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
 
 
 def simulated_seconds(columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
-    """The time at which the last chunk arrives.
+    """Simulate hops, and find when the last chunk arrives.
 
     A link is a NIC in one direction or, within a host, one rank's end of a copy. The chunks of one round share each
     link fairly: each is as large a part of its message as any, so all of them end when the link has carried them
@@ -104,7 +110,7 @@ class HopColumns(NamedTuple):
 
     @classmethod
     def of(cls, columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> "HopColumns":
-        """List hops, whose messages are in ``columns``."""
+        """List hops in the order of rounds; ``columns`` has their messages."""
         table = hop_table(hops)
         rounds, source, destination, message, chunk = table[np.lexsort(table.T[::-1])].T
         nbytes = columns.numel_of(message, chunk) * itemsize
@@ -121,8 +127,8 @@ class HopColumns(NamedTuple):
 
 
 def busiest_seconds(columns: "MessageColumns", itemsize: int, topology: Topology) -> float:
-    """A time that :func:`simulated_seconds` is not below (but for rounding), whatever the rounds: the busiest link's,
-    the busiest rank's, or that of the last chunk on the longest chain.
+    """Bound :func:`simulated_seconds` from below (but for rounding), whatever the rounds: by the time of the busiest
+    link, of the busiest rank, or of the last chunk on the longest chain.
     """
     links, counts, _ = columns
     if not len(counts):
@@ -137,7 +143,7 @@ def busiest_seconds(columns: "MessageColumns", itemsize: int, topology: Topology
 
 
 def nic_seconds(moves: Sequence[Move], topology: Topology) -> tuple[np.ndarray, np.ndarray]:
-    """For how long each NIC sends and receives in all moves, (NICs,) each, by the topology's numbers."""
+    """Sum for how long each NIC sends and receives in all moves, (NICs,) each, by the topology's numbers."""
     tables = [hop_table(move.hops) for move in moves]
     nbytes = [
         MessageColumns.of(move.messages).numel_of(table[:, 3], table[:, 4]) * ITEMSIZE[move.wire_dtype]
@@ -154,8 +160,8 @@ class MessageColumns(NamedTuple):
 
     Attributes:
         links: of their chains.
-        chunk_counts: of each message.
-        chunk_numel: elements of every chunk, message after message.
+        chunk_counts: (messages,).
+        chunk_numel: (chunks,), elements of every chunk, message after message.
     """
 
     links: ChainLinks
@@ -164,7 +170,7 @@ class MessageColumns(NamedTuple):
 
     @classmethod
     def of(cls, messages: Sequence[Message]) -> "MessageColumns":
-        """Of any messages."""
+        """Tabulate any messages."""
         if isinstance(messages, Unicasts):
             return cls._of_unicasts(messages)
         sizes = [_numel_of(message) for message in messages]
@@ -182,13 +188,13 @@ class MessageColumns(NamedTuple):
         return cls(ChainLinks(rows, pairs.senders, pairs.receivers, rows), counts, numel)
 
     def numel_of(self, messages: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-        """Elements of some chunks, each given by its message and its number in it."""
+        """Look up the elements of chunks, each given by its message and its number in it."""
         numel: np.ndarray = self.chunk_numel[offsets_of(self.chunk_counts)[messages] + chunks]
         return numel
 
     @property
     def numel(self) -> np.ndarray:
-        """Elements of each message."""
+        """Sum the elements of each message, (messages,)."""
         total = offsets_of(self.chunk_numel)
         ends = offsets_of(self.chunk_counts)
         numel: np.ndarray = total[ends[1:]] - total[ends[:-1]]

@@ -1,4 +1,4 @@
-"""A plan as a page of text."""
+"""Describe a plan as a page of text."""
 
 from typing import Protocol
 
@@ -54,7 +54,11 @@ class Described(Protocol):
 
 
 def format_nbytes(nbytes: float) -> str:
-    """Bytes as a person reads them: 8.4 MB."""
+    """Write bytes as a person reads them.
+
+    >>> format_nbytes(8_388_608)
+    '8.4 MB'
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000 or unit == "GB":
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -63,7 +67,11 @@ def format_nbytes(nbytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as a person reads them: 1.2 ms."""
+    """Write seconds as a person reads them.
+
+    >>> format_seconds(0.0012)
+    '1.2 ms'
+    """
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
@@ -71,7 +79,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def describe(plan: Described) -> str:
-    """The whole plan: what it moves, how, what it costs, and its first messages."""
+    """Describe the whole plan: what it moves, how, what it costs, and its first messages."""
     lines = [
         "reshard",
         f"  from  {plan.source}",
@@ -124,5 +132,9 @@ def _describe_move(move: Move, title: str, balance: str) -> list[str]:
 
 
 def format_region(region: Region) -> str:
-    """A region as slices: ``[0:4|8:12, 0:16]``; ``[]`` for the element of a 0-d tensor."""
+    """Write a region as slices; ``[]`` is the element of a 0-d tensor.
+
+    >>> format_region((((0, 4), (8, 12)), ((0, 16),)))
+    '[0:4|8:12, 0:16]'
+    """
     return "[" + ", ".join("|".join(f"{start}:{stop}" for start, stop in intervals) for intervals in region) + "]"

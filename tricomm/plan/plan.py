@@ -26,14 +26,26 @@ PLANNER_VERSION = 3
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a tensor gets from one layout to another: a value that can be printed, hashed, verified and simulated.
+    """How a tensor gets from one spec to another: a value that can be printed, hashed, verified and simulated.
 
     Attributes:
         source, destination: resolved specs.
-        strategy, balance, topology, staging_nbytes: as asked.
+        strategy, balance, topology, staging_nbytes: as make_plan was told.
         rank: None for the plan of all ranks; otherwise only what this rank touches was built.
         reduction: what happens between the two moves of a Partial source, else None.
         moves: one, or two where the source is Partial.
+
+    >>> from tricomm import Mesh, ShardingSpec, make_plan
+    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+    >>> plan = make_plan(rows, columns)
+    >>> plan.participants, plan.wire_nbytes, plan.minimum_nbytes
+    ((0, 1, 2, 3), 128, 128)
+    >>> plan.verify()  # raises PlanError if an element were lost, sent twice, or sent before it is there
+    >>> plan.simulated_seconds() >= plan.lower_bound_seconds()
+    True
+    >>> [(receive.peer, receive.numel) for receive in plan.for_rank(2)[0].rounds[0].receives]
+    [(0, 8), (1, 8)]
     """
 
     source: ShardingSpec
@@ -48,24 +60,28 @@ class Plan:
 
     @property
     def participants(self) -> tuple[int, ...]:
-        """Every rank of either mesh, sorted: those that must call."""
+        """Every rank of either mesh, sorted: these must all take part."""
         return tuple(sorted({*self.source.mesh.ranks, *self.destination.mesh.ranks}))
 
     @property
     def wire_nbytes(self) -> int:
-        """Bytes between ranks, over all moves and hops."""
+        """Count the bytes of all hops of all moves."""
         self._require_global("wire_nbytes")
         return sum(move.wire_nbytes for move in self.moves)
 
     @property
     def minimum_nbytes(self) -> int:
-        """Bytes that the moves must put on the wire: what each rank needs and does not hold."""
+        """Count the bytes that any plan must send: what each rank needs and does not hold, move by move."""
         self._require_global("minimum_nbytes")
         return sum(move.minimum_nbytes for move in self.moves)
 
     def lower_bound_seconds(self, topology: Topology | None = None) -> float:
-        """The NIC-bound optimum on a topology (the plan's own if None); for a Partial source that of its moves
-        one after the other.
+        """Compute the time that no plan can beat, for its NICs are busy so long.
+
+        For a Partial source that is the sum over its two moves.
+
+        Args:
+            topology: hosts and rates; None is the plan's own.
         """
         self._require_global("lower_bound_seconds")
         topology = topology or self.topology
@@ -76,7 +92,11 @@ class Plan:
         )
 
     def simulated_seconds(self, topology: Topology | None = None) -> float:
-        """The time that this plan should take on a topology (the plan's own if None)."""
+        """Simulate the time that this plan should take.
+
+        Args:
+            topology: hosts and rates; None is the plan's own.
+        """
         self._require_global("simulated_seconds")
         topology = topology or self.topology
         topology.check_covers(self.participants)
@@ -86,7 +106,10 @@ class Plan:
         )
 
     def nic_seconds(self, topology: Topology | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """For how long each NIC sends and receives on a topology (the plan's own if None).
+        """Sum for how long each NIC sends and receives.
+
+        Args:
+            topology: hosts and rates; None is the plan's own.
 
         Returns:
             (NICs,) seconds of sending and (NICs,) seconds of receiving, by the topology's numbers of NICs.
@@ -97,12 +120,16 @@ class Plan:
         return nic_seconds(self.moves, topology)
 
     def for_rank(self, rank: int) -> tuple[RankProgram, ...]:
-        """What one rank does, one program per move."""
+        """List what one rank does, one program per move.
+
+        Raises:
+            PlanError: the plan was built for another rank only.
+        """
         if self.rank not in (None, rank):
             raise PlanError(
                 f"this plan was built for rank {self.rank} only, not for rank {rank}; call make_plan without rank"
             )
-        return _programs(_Same(self), rank)
+        return _programs(_ByIdentity(self), rank)
 
     def verify(self) -> None:
         """Prove that every destination element arrives exactly once, that every hop has its data by then and
@@ -122,7 +149,7 @@ class Plan:
             verify_move(move)
 
     def fields(self) -> dict[str, str]:
-        """The inputs that determine the plan, by name: what ranks compare."""
+        """Name the inputs that determine the plan: what ranks compare."""
         return plan_fields(
             self.source,
             self.destination,
@@ -133,7 +160,7 @@ class Plan:
         )
 
     def digest(self) -> str:
-        """A hash of the inputs and the planner's version; equal digests mean equal plans."""
+        """Hash the inputs and the planner's version; equal digests mean equal plans."""
         return digest_of(self.fields())
 
     def __str__(self) -> str:
@@ -147,8 +174,8 @@ class Plan:
             )
 
 
-class _Same:
-    """A plan as a key by identity: tensors that are alike share one plan, and to compare plans takes long."""
+class _ByIdentity:
+    """A plan as a key by identity: equal tensors share one plan, and comparing plans by value takes long."""
 
     __slots__ = ("plan",)
 
@@ -156,15 +183,15 @@ class _Same:
         self.plan = plan
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.plan is other.plan
+        return isinstance(other, _ByIdentity) and self.plan is other.plan
 
     def __hash__(self) -> int:
         return id(self.plan)
 
 
 @lru_cache(maxsize=512)
-def _programs(same: _Same, rank: int) -> tuple[RankProgram, ...]:
-    return tuple(rank_program(move, rank) for move in same.plan.moves)
+def _programs(key: _ByIdentity, rank: int) -> tuple[RankProgram, ...]:
+    return tuple(rank_program(move, rank) for move in key.plan.moves)
 
 
 def plan_fields(
@@ -175,7 +202,7 @@ def plan_fields(
     topology: Topology,
     staging_nbytes: int,
 ) -> dict[str, str]:
-    """The inputs of a plan by name, as text."""
+    """Name the inputs of a plan, as text."""
     fields = {"planner version": str(PLANNER_VERSION)}
     for name, spec in (("source", source), ("destination", destination)):
         fields[f"{name} mesh"] = repr(spec.mesh)
@@ -192,5 +219,5 @@ def plan_fields(
 
 
 def digest_of(fields: dict[str, str]) -> str:
-    """SHA-256 of named texts."""
+    """Hash named texts by SHA-256."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

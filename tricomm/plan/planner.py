@@ -1,4 +1,4 @@
-"""make_plan: from two layouts to a Plan."""
+"""make_plan: make the Plan that leads from one spec to another."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,7 +16,7 @@ from tricomm.plan.arguments import (
     check_strategy,
     check_topology,
 )
-from tricomm.plan.choice import Routed
+from tricomm.plan.choice import Candidate
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import Plan
@@ -43,18 +43,34 @@ def make_plan(
     """Plan a reshard. Needs no process group and no torch; the same arguments give the same plan everywhere.
 
     Args:
-        source: layout of the tensor, with shape and dtype.
-        destination: layout wanted; shape and dtype default to the source's.
+        source: where the tensor is, with shape and dtype.
+        destination: where it shall be; shape and dtype default to the source's.
         topology: hosts and rates; None puts every rank on a host of its own.
         strategy: how elements travel.
-        balance: which holder sends.
-        staging_bytes: the most that one rank may hold in packed chunks.
-        rank: build only what this rank touches, where the strategy and balance allow to know it alone.
+        balance: the policy that chooses senders.
+        staging_bytes: the most bytes that one rank may hold in packed chunks.
+        rank: build only what this rank touches, where strategy and policy let it know that without the others.
 
     Raises:
         SpecError: the specs contradict each other, or the destination is Partial; an ArgumentError where an argument
             is of the wrong kind.
         PlanError: an element that is needed is held by nobody.
+
+    Rows on two ranks become columns on two others:
+
+    >>> from tricomm import Mesh, ShardingSpec, make_plan
+    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+    >>> print(make_plan(rows, columns))
+    reshard
+      from  float32[8, 4] S0 R on (dp=2: ranks 0-1)
+      to    float32[8, 4] R S0 on (tp=2: ranks 2-3)
+      wire  128 B (minimum 128 B), NIC bound 0.00512 us, expected 60 us
+      SendRecv(chunk_bytes=None), Split(): 4 tasks, 4 messages, 4 hops in 1 round, 0 local copies
+        0 -> 2   8 elements in 1 chunk: [0:4, 0:2]
+        0 -> 3   8 elements in 1 chunk: [0:4, 2:4]
+        1 -> 2   8 elements in 1 chunk: [4:8, 0:2]
+        1 -> 3   8 elements in 1 chunk: [4:8, 2:4]
     """
     check_spec("source", source)
     check_spec("destination", destination)
@@ -120,7 +136,7 @@ def _rank_can_plan_alone(
     strategy: Strategy | Auto,
     balance: SenderPolicy,
 ) -> bool:
-    """Whether no choice depends on other ranks' tasks: one holder or a fixed choice, and unicast only."""
+    """True if no choice depends on other ranks' tasks: one holder or a fixed choice, and unicast only."""
     return (source.exclusive or isinstance(balance, Naive)) and (
         destination.exclusive or isinstance(strategy, SendRecv)
     )
@@ -141,26 +157,25 @@ def _make_move(
     itemsize = ITEMSIZE[wire_dtype]
     tasks = unit_tasks(source, destination, rank)
     context = RouteContext(itemsize, topology, peer_bound(source, destination), staging_nbytes)
-    candidates: tuple[Strategy, ...]
+    strategies: tuple[Strategy, ...]
     if not isinstance(strategy, Auto):
-        candidates = (strategy,)
+        strategies = (strategy,)
     elif _multicasts(tasks):
-        candidates = strategy.candidates
+        strategies = strategy.candidates
     else:
-        candidates = (SendRecv(),)
-    best: Routed | None = None
+        strategies = (SendRecv(),)
+    best: Candidate | None = None
     assignments: dict[FanOut, Sequence[Assignment]] = {}
-    for candidate in candidates:
-        fan_out = candidate.fan_out
-        if fan_out not in assignments:
-            assignments[fan_out] = balance.assign(tasks, itemsize, topology, fan_out)
-        routed = Routed(candidate, assignments[fan_out], context, participants, rank)
-        if best is None or routed.is_worth_it(best):
-            best = routed
+    for one in strategies:
+        if one.fan_out not in assignments:
+            assignments[one.fan_out] = balance.assign(tasks, itemsize, topology, one.fan_out)
+        candidate = Candidate(one, assignments[one.fan_out], context, participants, rank)
+        if best is None or candidate.is_worth_it(best):
+            best = candidate
     assert best is not None
     return Move(source, destination, wire_dtype, best.strategy, tasks, best.messages, best.hops)
 
 
 def _multicasts(tasks: Tasks) -> bool:
-    """Whether a task has several receivers."""
+    """True if a task has several remote receivers."""
     return not tasks.one_receiver and any(len(task.remote_receivers) > 1 for task in tasks)

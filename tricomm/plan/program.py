@@ -1,4 +1,4 @@
-"""RankProgram: what one rank does in a move, in local coordinates and elements. No tensors, no addresses."""
+"""RankProgram: what one rank does in a move, in coordinates of its own shards. No tensors, no addresses."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,8 +60,8 @@ class BoxTransfers(Lazy[Transfer]):
     """Transfers as columns, each of a whole message that is one box of the local tensor.
 
     Attributes:
-        peers, messages, numel: of each.
-        starts, shapes: of each box, int arrays (transfers, dims).
+        peers, messages, numel: (transfers,), of each.
+        starts, shapes: (transfers, dims), of each box.
     """
 
     __slots__ = ("messages", "numel", "peers", "shapes", "starts")
@@ -72,7 +72,7 @@ class BoxTransfers(Lazy[Transfer]):
         self.peers, self.messages, self.numel, self.starts, self.shapes = peers, messages, numel, starts, shapes
 
     def between(self, start: int, stop: int) -> "BoxTransfers":
-        """Some that follow each other."""
+        """Take those from ``start`` to ``stop``."""
         at = slice(start, stop)
         return BoxTransfers(self.peers[at], self.messages[at], self.numel[at], self.starts[at], self.shapes[at])
 
@@ -98,7 +98,7 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RankProgram:
-    """Everything one rank does in one move.
+    """Everything that one rank does in one move.
 
     Attributes:
         rank: who.
@@ -106,6 +106,16 @@ class RankProgram:
         destination_shape: shape of the shard that it holds after, or None.
         copies: what it copies to itself.
         rounds: its rounds, in order; rounds without it are left out.
+
+    >>> from tricomm import Mesh, ShardingSpec, make_plan
+    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+    >>> (program,) = make_plan(rows, columns).for_rank(0)
+    >>> program.source_shape, program.destination_shape
+    ((4, 4), None)
+    >>> (only,) = program.rounds
+    >>> [(send.peer, send.regions[0].boxes[0].local_start, send.regions[0].shape) for send in only.sends]
+    [(2, (0, 0), (4, 2)), (3, (0, 2), (4, 2))]
     """
 
     rank: int
@@ -116,7 +126,7 @@ class RankProgram:
 
 
 def rank_program(move: Move, rank: int) -> RankProgram:
-    """Lower a move to the program of one rank."""
+    """Find what one rank does in a move."""
     source, destination = move.source, move.destination
     held = source.holding(rank) if rank in source.mesh else None
     needed = destination.holding(rank) if rank in destination.mesh else None
@@ -139,14 +149,14 @@ _SENDS, _RECEIVES = Hop._fields.index("source"), Hop._fields.index("destination"
 
 
 def _kept(move: Move, rank: int) -> Iterator[Region]:
-    """The regions that a rank holds and needs."""
+    """List the regions that a rank holds and needs."""
     if isinstance(move.tasks, Tasks):
         return chain.from_iterable(move.tasks.kept_by(rank))
     return (region for task in move.tasks if rank in task.holders and rank in task.receivers for region in task.regions)
 
 
 def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
-    """What a rank sends or receives in each round.
+    """Find what a rank sends or receives in each round.
 
     Args:
         move: all of it.
@@ -170,7 +180,7 @@ def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[
 def _boxes(
     messages: Sequence[Message], indices: np.ndarray, peers: np.ndarray, holding: Holding | None
 ) -> BoxTransfers | None:
-    """Messages that are one chunk, which is one box, all at once; None if one of them is more."""
+    """Find the transfers of messages that are one chunk and one box each, all at once; None if one of them is more."""
     if holding is None or not isinstance(messages, Unicasts) or any(len(intervals) != 1 for intervals in holding):
         return None
     groups = messages.pairs.regions
@@ -194,7 +204,7 @@ def _chunks(
     holding: Holding | None,
     sender: int | None,
 ) -> list[Transfer]:
-    """Chunks one by one. What a sender only forwards lies in no tensor of its own."""
+    """Find the transfers of chunks one by one. What a rank only forwards lies in no tensor of its own."""
     used = {index: messages[index] for index in dict.fromkeys(index for index, _ in keys)}
     transfers: list[Transfer] = []
     for key, peer in zip(keys, peers, strict=True):
@@ -208,7 +218,7 @@ def _chunks(
 
 
 def _packed(chunk: Sequence[Region], holding: Holding) -> tuple[PackedRegion, ...]:
-    """How the regions of a chunk lie in the shard of a rank that holds them all."""
+    """Locate the regions of a chunk in the shard of a rank that holds them all."""
     result: list[PackedRegion] = []
     offset = 0
     for region in chunk:

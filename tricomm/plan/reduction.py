@@ -1,4 +1,4 @@
-"""Partial sources: a reduction is a reshard of the stacked contributions, then arithmetic, then a reshard.
+"""Reduce Partial sources: reshard the stacked contributions, reduce them, then reshard the result.
 
 A tensor that is Partial over n ranks is the same thing as a tensor with one more dim of size n in front, the
 contributions, cut over those ranks. Bringing all n contributions of a part of the tensor to one rank is then an
@@ -23,7 +23,7 @@ class Reduction:
         op: sum, avg, max or min.
         stacked_source: the contributions, shape (n, *shape), as the source ranks hold them.
         stacked_destination: all n contributions of every part, where they are reduced.
-        reduced: the plain layout after reducing; the same ranks.
+        reduced: the spec after reducing, without Partial; the same ranks.
     """
 
     op: str
@@ -33,7 +33,7 @@ class Reduction:
 
 
 def reduction_of(source: ShardingSpec, destination: ShardingSpec) -> Reduction | None:
-    """The reduction that a source needs before it can be moved, or None if it is not Partial.
+    """Find the reduction that a source needs before it can be moved, or None if it is not Partial.
 
     Among the dims that the reduced tensor may be cut along, the one wins with which the ranks reduce most of
     what they need themselves: Partial to Shard on the same ranks is then exactly a reduce-scatter.
@@ -71,7 +71,7 @@ def phases(
 
 
 def _cut_along(source: ShardingSpec, dim: int) -> ShardingSpec:
-    """The reduced tensor if all ranks that hold (contributions to) the same elements cut them along ``dim``."""
+    """Cut the reduced tensor along ``dim`` among all ranks that hold contributions to the same elements."""
     placements: tuple[Placement, ...] = tuple(
         placement if isinstance(placement, Shard) else Shard(dim) for placement in source.placements
     )
@@ -82,12 +82,12 @@ def _cut_along(source: ShardingSpec, dim: int) -> ShardingSpec:
 
 
 def _on_one_rank(source: ShardingSpec) -> ShardingSpec:
-    """A 0-d tensor cannot be cut: the first rank reduces it."""
+    """Let the first rank reduce a 0-d tensor, which cannot be cut."""
     return ShardingSpec(Mesh([source.mesh.ranks[0]], ("rank",)), (Replicate(),), source.shape, source.dtype)
 
 
 def _stacked(spec: ShardingSpec, contributions: int, axes: tuple[int, ...]) -> ShardingSpec:
-    """The layout with the contributions as a new dim 0, cut over ``axes`` (whole where there are none)."""
+    """Add the contributions as a new dim 0, cut over ``axes`` (whole where there are none)."""
     placements: list[Placement] = []
     for axis, placement in enumerate(spec.placements):
         if isinstance(placement, Shard):
@@ -104,7 +104,7 @@ def _stacked(spec: ShardingSpec, contributions: int, axes: tuple[int, ...]) -> S
 
 
 def _kept_numel(reduced: ShardingSpec, destination: ShardingSpec) -> int:
-    """Elements that ranks would reduce and need themselves."""
+    """Count the elements that ranks would reduce and need themselves."""
     kept = 0
     for rank in reduced.mesh.ranks:
         if rank in destination.mesh:

@@ -1,7 +1,7 @@
-"""The common refinement of two layouts along one dim, and which ranks lie in an intersection of dims.
+"""Refine the cuts of two specs along one dim, and find which ranks hold an intersection of dims.
 
-Between two neighbouring cuts of either layout nothing changes: the same parts of the source hold what is there, the
-same parts of the destination need it. Where the parts of a layout do not overlap, which is so in every spec but
+Between two neighbouring cuts of either spec nothing changes: the same parts of the source hold what is there, the
+same parts of the destination need it. Where the parts of a spec do not overlap, which is so in every spec but
 explicit ones, a sorted search finds the part; otherwise a sweep finds the set of parts.
 """
 
@@ -16,12 +16,12 @@ from tricomm.layout.columns import IntervalLists, by_first, counts_of, distinct,
 from tricomm.layout.spec import Layout, ShardingSpec
 
 NOBODY = -1
-"""The class or set that has no parts or ranks in it."""
+"""The number of the class without parts and of the set without ranks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Covering:
-    """Which parts of a layout cover each cell of a dim.
+    """Which parts of a spec cover each cell of a dim.
 
     Attributes:
         classes: per cell the number of a class of parts, or NOBODY.
@@ -32,7 +32,7 @@ class Covering:
     parts: tuple[tuple[int, ...], ...] | None
 
     def including(self, part: int) -> np.ndarray:
-        """Which cells a part covers."""
+        """Mark the cells that a part covers, (cells,) bool."""
         if self.parts is None:
             covered: np.ndarray = self.classes == part
             return covered
@@ -41,7 +41,7 @@ class Covering:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:
-    """Coordinates of one dim that the same parts hold and the same parts need, in the order of the first of each.
+    """Cells of one dim: coordinates that the same parts hold and the same parts need, in the order of their first.
 
     Attributes:
         intervals: per cell.
@@ -55,7 +55,7 @@ class Cells:
 
 @lru_cache(maxsize=64)
 def cells(source: IntervalLists, destination: IntervalLists) -> Cells:
-    """Refine the parts of two layouts of one dim to cells, and keep those that somebody needs.
+    """Refine the parts of two specs along one dim to cells, and keep those that somebody needs.
 
     Cached: the same objects give the same cells.
     """
@@ -86,7 +86,7 @@ def cells(source: IntervalLists, destination: IntervalLists) -> Cells:
 
 
 def _covering(lists: IntervalLists, cuts: np.ndarray) -> Covering:
-    """Which parts cover what lies between neighbouring cuts."""
+    """Find the parts that cover what lies between neighbouring cuts."""
     part = np.arange(len(lists)) if lists.single else np.arange(len(lists)).repeat(counts_of(lists.offsets))
     order = lists.starts.argsort(kind="stable")
     starts, stops = lists.starts[order], lists.stops[order]
@@ -99,7 +99,16 @@ def _covering(lists: IntervalLists, cuts: np.ndarray) -> Covering:
 
 
 def _sweep(intervals: Iterable[tuple[int, int, int]], cuts: np.ndarray) -> Covering:
-    """Follow which parts begin and end at each cut, where they may overlap: (part, start, stop) of every interval."""
+    """Sweep over the cuts, parts beginning and ending on the way; parts may overlap.
+
+    Args:
+        intervals: (part, start, stop) of every interval; those of one part do not overlap.
+        cuts: every start and stop, ascending.
+
+    >>> covering = _sweep([(0, 0, 4), (1, 2, 6)], np.array([0, 2, 4, 6, 8]))
+    >>> covering.classes.tolist(), covering.parts
+    ([0, 1, 2, -1], ((0,), (0, 1), (1,)))
+    """
     begins: dict[int, list[int]] = defaultdict(list)
     ends: dict[int, list[int]] = defaultdict(list)
     for part, start, stop in intervals:
@@ -124,35 +133,40 @@ class RankSets:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Ranks of each set."""
+        """Count the ranks of each set."""
         return counts_of(self.offsets)
 
     def first(self, sets: np.ndarray) -> np.ndarray:
-        """The first rank of some sets, none of which is empty."""
+        """Find the first rank of some sets, none of which is empty."""
         ranks: np.ndarray = self.members[self.offsets[sets]]
         return ranks
 
     def ranks(self, number: int) -> tuple[int, ...]:
-        """A set; NOBODY is empty."""
+        """List the ranks of a set; NOBODY has none."""
         if number == NOBODY:
             return ()
         return tuple(self.members[self.offsets[number] : self.offsets[number + 1]].tolist())
 
     def including(self, rank: int) -> np.ndarray:
-        """Which sets have a rank in them."""
+        """Mark the sets that a rank is in, (sets,) bool."""
         found = np.zeros(len(self.sizes), bool)
         found[np.repeat(np.arange(len(found)), self.sizes)[self.members == rank]] = True
         return found
 
     def includes(self, sets: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """For each set, whether the rank beside it is one of it."""
+        """Mark the sets that the rank beside each is in.
+
+        Args:
+            sets: (n,) numbers.
+            ranks: (n,).
+        """
         width = int(max(self.members.max(initial=0), ranks.max(initial=0))) + 1
         known = np.repeat(np.arange(len(self.sizes)), self.sizes) * width + self.members
         return np.isin(sets * width + ranks, known)
 
 
 class RankSetBuilder:
-    """The ranks of a spec that are in all of some classes, one of each dim, found dim by dim.
+    """Finds the ranks of a spec that are in all of some classes, one of each dim, dim by dim.
 
     Where every class is one part, ranks that share all parts are one set, and sets need no rank to be found. Otherwise
     a set is a bit mask of mesh positions.
@@ -168,7 +182,7 @@ class RankSetBuilder:
         self._masks: dict[int, int] = {(1 << spec.mesh.size) - 1: 0}
 
     def narrow(self, dim: int, sets: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """The sets (numbers as this gave them for the dim before, 0 before dim 0) within classes of this dim.
+        """Narrow sets (as numbered for the dim before, 0 before dim 0) to classes of this dim.
 
         To be called for one dim after the other, once each.
         """
@@ -202,7 +216,7 @@ class RankSetBuilder:
         return masks if parts is None else [sum(masks[part] for part in members) for members in parts]
 
     def result(self) -> RankSets:
-        """All sets, by the numbers of the last dim."""
+        """List all sets, by the numbers of the last dim."""
         ranks = np.array(self._ranks, np.int64)
         if self._disjoint:
             order = np.argsort(self._set_of, kind="stable")

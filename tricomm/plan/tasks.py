@@ -1,4 +1,4 @@
-"""Unit tasks: the common refinement of two layouts, made dim by dim and never from all pairs of ranks.
+"""Unit tasks: refine two specs to what has to move, dim by dim and never from all pairs of ranks.
 
 The paper's unit communication task is one data slice, the ranks that hold it and the ranks that need it.
 Here each dim falls into cells that the same parts hold and need; the product of the dims' cells, with the ranks
@@ -25,6 +25,12 @@ class Task:
         regions: disjoint products of intervals, in row-major order of discovery.
         holders: source ranks that hold all of it, in mesh order.
         receivers: destination ranks that need all of it, in mesh order.
+
+    Rank 1 holds what it needs; rank 2 does not:
+
+    >>> task = Task(((((0, 4),), ((0, 8),)),), holders=(0, 1), receivers=(1, 2))
+    >>> task.numel, task.remote_receivers
+    (32, (2,))
     """
 
     regions: tuple[Region, ...]
@@ -38,7 +44,7 @@ class Task:
 
     @property
     def remote_receivers(self) -> tuple[int, ...]:
-        """Receivers that do not hold it already; the others copy locally."""
+        """Receivers that do not hold it, so that another rank must send it; the others copy locally."""
         held = set(self.holders)
         return tuple(rank for rank in self.receivers if rank not in held)
 
@@ -48,7 +54,7 @@ class Tasks(Lazy[Task]):
 
     Attributes:
         regions: of each task.
-        holders, receivers: of each task, the number of a set of ranks.
+        holders, receivers: (tasks,), the number of each task's set of ranks.
         holder_sets, receiver_sets: those sets.
     """
 
@@ -67,16 +73,16 @@ class Tasks(Lazy[Task]):
 
     @property
     def one_receiver(self) -> bool:
-        """Whether every task has one receiver."""
+        """True if every task has one receiver."""
         return bool((self.receiver_sets.sizes[self.receivers] == 1).all())
 
     @property
     def one_holder(self) -> bool:
-        """Whether every task has one holder."""
+        """True if every task has one holder."""
         return bool((self.holder_sets.sizes[self.holders] == 1).all())
 
     def kept_by(self, rank: int) -> Sequence[tuple[Region, ...]]:
-        """The regions of each task that a rank holds and needs."""
+        """List the regions that a rank holds and needs, task by task."""
         held = self.holder_sets.including(rank)[self.holders]
         return self.regions.take(np.flatnonzero(held & self.receiver_sets.including(rank)[self.receivers]))
 
@@ -92,15 +98,23 @@ class Tasks(Lazy[Task]):
 
 
 def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None = None) -> Tasks:
-    """The tasks that bring every rank of ``destination`` what it holds there.
+    """Find the tasks that bring every rank of ``destination`` what it holds there.
 
     Args:
         source: where the elements are; no Partial axes (they are reduced before).
         destination: where they go; same shape.
-        rank: build only the tasks that this rank holds or needs.
+        rank: find only the tasks that this rank holds or needs.
 
     Raises:
         PlanError: an element that somebody needs and nobody holds.
+
+    >>> from tricomm import Mesh, ShardingSpec
+    >>> halves = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["S0"], (6,), "float32")
+    >>> whole = ShardingSpec.from_dims(Mesh([1, 2], ("y",)), ["R"], (6,), "float32")
+    >>> for task in unit_tasks(halves, whole):
+    ...     print(task.regions, task.holders, task.receivers)
+    ((((0, 3),),),) (0,) (1, 2)
+    ((((3, 6),),),) (1,) (1, 2)
     """
     per_dim = _refinement(source, destination)
     holders = RankSetBuilder(source, layout(source), [dim.held for dim in per_dim])
@@ -128,9 +142,9 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
 
 
 def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:
-    """How many messages one rank may send or receive at the most if each task is a message per receiver.
+    """Bound how many messages one rank sends or receives if each task is a message per receiver.
 
-    Computed from the dims alone, so that every rank knows it without building the others' tasks.
+    Found from the dims alone, so that every rank knows it without building the others' tasks.
     """
     sends, receives = 1, 1
     for dim in _refinement(source, destination):
@@ -148,13 +162,13 @@ def _refinement(source: ShardingSpec, destination: ShardingSpec) -> list[Cells]:
 
 
 Start = tuple[list[np.ndarray], list[np.ndarray] | None]
-"""Per dim the cells to combine, and which of them to leave out where all dims say so."""
+"""Per dim the cells to combine, and of them those to leave out where all dims say so."""
 
 
 def _starts(
     source: ShardingSpec, destination: ShardingSpec, rank: int | None, per_dim: Sequence[Cells]
 ) -> Iterator[Start]:
-    """Every cell; or those that ``rank`` needs and then those that it holds and does not need."""
+    """List every cell; or those that ``rank`` needs and then those that it holds and does not need."""
     if rank is None:
         yield [np.arange(len(dim.intervals)) for dim in per_dim], None
         return
@@ -171,7 +185,7 @@ def _starts(
 def _product(
     starts: Iterator[Start], per_dim: Sequence[Cells], holders: RankSetBuilder, receivers: RankSetBuilder
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every combination of one cell per dim that some rank needs in all dims: (cells per dim, holders, receivers)."""
+    """Combine one cell per dim in every way that some rank needs in all dims: (cells per dim, holders, receivers)."""
     blocks = list(starts)
     rows = np.zeros((len(blocks), 0), np.int64)
     block = np.arange(len(blocks))

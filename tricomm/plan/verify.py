@@ -1,4 +1,4 @@
-"""Proof that a move does what its specs say, from the value alone and by other means than those that built it."""
+"""Prove that a move does what its specs say, from the value alone and by other means than those that built it."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -54,7 +54,7 @@ def _verify_coverage(move: Move) -> None:
 
 
 def _coverage(holding: Holding, regions: Iterable[Region]) -> tuple[np.ndarray, np.ndarray]:
-    """How often each cell between neighbouring cuts should arrive, and how often it does."""
+    """Count how often each cell between neighbouring cuts should arrive, and how often it does."""
     regions = list(regions)
     cuts = [
         np.unique([edge for r in (holding, *regions) for interval in r[dim] for edge in interval])
@@ -69,7 +69,7 @@ def _coverage(holding: Holding, regions: Iterable[Region]) -> tuple[np.ndarray, 
 
 
 def _cells_of(edges: np.ndarray, intervals: Intervals) -> np.ndarray:
-    """The indices of the cells that the intervals cover."""
+    """List the indices of the cells that the intervals cover."""
     cells = [index for start, stop in np.searchsorted(edges, intervals).reshape(-1, 2) for index in range(start, stop)]
     return np.array(cells, dtype=np.int64)
 

@@ -1,4 +1,4 @@
-"""Links: what hops share, and the links of messages' chains as columns of integers.
+"""Links: find what hops share, and list the links of messages' chains, as columns of integers.
 
 A link is a NIC in one direction or, within a host, one rank's end of a copy.
 """
@@ -14,10 +14,10 @@ from tricomm.layout.topology import Topology
 
 
 class Crossings(NamedTuple):
-    """What some hops occupy, a row for each.
+    """The links that some hops occupy, each field (hops,).
 
     Attributes:
-        out, into: numbers of the links by which it leaves and enters.
+        out, into: numbers of the links by which each leaves and enters.
         out_rates, into_rates: their bytes per second.
     """
 
@@ -27,12 +27,19 @@ class Crossings(NamedTuple):
     into_rates: np.ndarray
 
     def seconds(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For how long each hop keeps the link by which it leaves busy, and the one by which it enters."""
+        """For how long each hop keeps the link by which it leaves busy, and that by which it enters, (hops,) each."""
         return nbytes / self.out_rates, nbytes / self.into_rates
 
 
 def crossings(sources: np.ndarray, destinations: np.ndarray, topology: Topology) -> Crossings:
-    """The links between pairs of ranks. Numbers are below ``link_count(topology)``."""
+    """Find the links between pairs of ranks. Numbers are below ``link_count(topology)``.
+
+    One hop within a host, one to another:
+
+    >>> found = crossings(np.array([0, 0]), np.array([1, 2]), Topology(("a", "a", "b"), 1e9))
+    >>> found.out.tolist(), found.into.tolist(), found.out_rates.tolist()
+    ([2, 0], [8, 6], [200000000000.0, 1000000000.0])
+    """
     nics = topology.nic_numbers
     count, ranks = len(topology.nic_send_rates), len(nics)
     shared = topology.share_host(sources, destinations)
@@ -47,7 +54,7 @@ def crossings(sources: np.ndarray, destinations: np.ndarray, topology: Topology)
 
 
 def link_count(topology: Topology) -> int:
-    """How many numbers links have."""
+    """Count the links of a topology: NICs and ranks, in two directions."""
     return 2 * (len(topology.nic_send_rates) + len(topology.nic_numbers))
 
 
@@ -55,9 +62,13 @@ class ChainLinks(NamedTuple):
     """Every link of some chains of ranks, chain after chain, each from its sender on.
 
     Attributes:
-        chain: which chain it is of, ascending.
-        sources, destinations: the ranks at its ends.
+        chain: (links,), which chain each is of, ascending.
+        sources, destinations: (links,), the ranks at its ends.
         firsts: (chains,), the row of each chain's first link.
+
+    >>> links = ChainLinks.of([(0, 2, 3), (1, 3)])
+    >>> links.chain.tolist(), links.sources.tolist(), links.destinations.tolist(), links.firsts.tolist()
+    ([0, 0, 1], [0, 2, 1], [2, 3, 3], [0, 2])
     """
 
     chain: np.ndarray
@@ -67,7 +78,7 @@ class ChainLinks(NamedTuple):
 
     @classmethod
     def of(cls, chains: Sequence[Sequence[int]]) -> "ChainLinks":
-        """Of chains of two ranks or more."""
+        """List the links of chains of two ranks or more."""
         counts = numbers(map(len, chains), len(chains))
         ranks = numbers(chain.from_iterable(chains), int(counts.sum()))
         is_source, is_destination = np.ones((2, len(ranks)), bool)
@@ -81,10 +92,10 @@ class ChainLinks(NamedTuple):
 
     @property
     def lasts(self) -> np.ndarray:
-        """(chains,), the row of each chain's last link."""
+        """The row of each chain's last link, (chains,)."""
         return np.append(self.firsts[1:], len(self.chain)) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """Links of each chain."""
+        """Count the links of each chain, (chains,)."""
         return np.bincount(self.chain, minlength=len(self.firsts))

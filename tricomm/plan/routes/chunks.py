@@ -1,4 +1,4 @@
-"""Messages: what travels along one chain of ranks, and in how many chunks.
+"""Messages: cut what travels along one chain of ranks into chunks.
 
 A message is a chain of ranks, the sender first, and chunks of elements. Chunk c moves along the chain hop by
 hop; a relay forwards a chunk once it has it. A message to one receiver is a chain of two.
@@ -30,16 +30,16 @@ UNICAST_CHUNKS = 4
 that no pair runs ahead and leaves a NIC idle at the end. More of them were measured to gain nothing."""
 
 FILL_SHARE = 1 / 200
-"""Filling a chain need not take less than this share of the time in which its busiest link carries everything."""
+"""Share of the busiest link's time below which the time to fill a chain is not worth reducing."""
 
 BUSY_SHARE = 1 / 5
-"""For which chunks may keep a rank busy while that link works: what they cost is then hidden behind it."""
+"""Maximum share of the busiest link's time that a rank spends on the cost of chunks, so that the link hides it."""
 
 ROUND_COSTS = 20
-"""A unicast round lasts at least so many times what it costs."""
+"""Least ratio of what a unicast round lasts to what it costs."""
 
 ROUNDS_IN_FLIGHT = 10
-"""Chunks of one peer that may be staged at once, both directions together; divides the staging budget."""
+"""Most chunks of one peer that are staged at once, both directions together; divides the staging budget."""
 
 Chunk = tuple[Region, ...]
 """Regions that travel together, packed one after the other, each row-major."""
@@ -47,7 +47,7 @@ Chunk = tuple[Region, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pattern:
-    """How regions of some shapes are cut into chunks, wherever they are.
+    """How regions of some shapes are cut into chunks, wherever the regions are.
 
     Attributes:
         every: the pieces of each part.
@@ -81,7 +81,7 @@ def _pattern(shapes: Shapes, points: Sequence[int], slack_numel: int) -> Pattern
 
 
 class Chunks(Lazy[Chunk]):
-    """The chunks of a message, which are cut when they are looked at; how many elements each has is known."""
+    """The chunks of a message: their sizes are known, their regions are cut when somebody looks at them."""
 
     __slots__ = ("numel", "parts", "regions")
 
@@ -96,7 +96,11 @@ class Chunks(Lazy[Chunk]):
 
 
 def even_parts(regions: Sequence[Region], count: int) -> list[Chunk]:
-    """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most."""
+    """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most.
+
+    >>> even_parts([(((0, 4),), ((0, 8),))], 2)
+    [((((0, 2),), ((0, 8),)),), ((((2, 4),), ((0, 8),)),)]
+    """
     if count == 1:
         return [tuple(regions)]
     every = _even_pattern(tuple(map(region_shape, regions)), count).every
@@ -104,12 +108,12 @@ def even_parts(regions: Sequence[Region], count: int) -> list[Chunk]:
 
 
 def even_chunks(regions: Sequence[Region], count: int) -> Chunks:
-    """The parts of :func:`even_parts` that are not empty."""
+    """Cut regions as :func:`even_parts` does, and leave out empty parts."""
     return Chunks(regions, _even_pattern(tuple(map(region_shape, regions)), count))
 
 
 def stepped_chunks(regions: Sequence[Region], most: int) -> Chunks:
-    """Cut regions into parts of so many elements, of which the last may have less."""
+    """Cut regions into parts of ``most`` elements; the last may have less."""
     return Chunks(regions, _stepped_pattern(tuple(map(region_shape, regions)), most))
 
 
@@ -120,20 +124,24 @@ class Message:
     Attributes:
         chain: the sender, then the receivers in the order in which they receive and forward.
         chunks: in the order of sending.
+
+    >>> message = Message((0, 2, 3), (((((0, 4),),),), ((((4, 6),),),)))  # rank 2 forwards to rank 3
+    >>> message.numel, message.chunk_numel(1)
+    (6, 2)
     """
 
     chain: tuple[int, ...]
     chunks: Sequence[Chunk]
 
     def chunk_numel(self, index: int) -> int:
-        """Elements of one chunk."""
+        """Count the elements of one chunk."""
         if isinstance(self.chunks, Chunks):
             return self.chunks.numel[index]
         return sum(region_numel(region) for region in self.chunks[index])
 
     @property
     def numel(self) -> int:
-        """Elements of the message, counted once."""
+        """Count the elements of the message, each once, however many ranks receive it."""
         if isinstance(self.chunks, Chunks):
             return sum(self.chunks.numel)
         return sum(self.chunk_numel(index) for index in range(len(self.chunks)))
@@ -143,9 +151,9 @@ class PairColumns(NamedTuple):
     """What goes from one rank to one other, as columns, ascending by sender and then by receiver.
 
     Attributes:
-        senders, receivers: one of each.
-        regions: of each.
-        numel: elements of each.
+        senders, receivers: (pairs,), ranks.
+        regions: of each pair.
+        numel: (pairs,), elements of each.
     """
 
     senders: np.ndarray
@@ -154,7 +162,7 @@ class PairColumns(NamedTuple):
     numel: np.ndarray
 
     def take(self, rows: np.ndarray) -> "PairColumns":
-        """Some of them."""
+        """Take some rows."""
         if isinstance(self.regions, Groups):
             regions: Groups | tuple[tuple[Region, ...], ...] = self.regions.take(rows)
         else:
@@ -180,12 +188,12 @@ class Unicasts(Lazy[Message]):
 
     @classmethod
     def of(cls, pairs: PairColumns, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
-        """Cut each message into so many parts, less those that are empty."""
+        """Cut each message into as many parts as ``parts`` says, and leave out empty ones."""
         rows = np.flatnonzero(parts > 1).tolist()
         return cls(pairs, {row: cutter(pairs.regions[row], int(parts[row])) for row in rows})
 
     def touching(self, rank: int) -> "Unicasts":
-        """Those that a rank sends or receives."""
+        """Take the messages that a rank sends or receives."""
         rows = np.flatnonzero((self.pairs.senders == rank) | (self.pairs.receivers == rank))
         if len(rows) == len(self):
             return self
@@ -220,18 +228,18 @@ class RouteContext:
     staging_nbytes: int
 
     def chunk_limit_nbytes(self, peers: int) -> int:
-        """The largest chunk with which ``peers`` transfers at once fit into the staging budget, even if a cut that
-        falls between rows makes it an eighth larger.
+        """Find the largest chunk with which ``peers`` transfers at once fit into the staging budget, even if a cut
+        that falls between rows makes it an eighth larger.
         """
         return max(self.staging_nbytes // (ROUNDS_IN_FLIGHT * max(peers, 1)) * 8 // 9, 1)
 
 
 RegionsByChain = Mapping[tuple[int, ...], Sequence[Region]]
-"""What travels along each chain."""
+"""What travels along each chain of ranks."""
 
 
 def chained(by_chain: RegionsByChain, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
-    """Messages with chunks of a size that makes the plan fast."""
+    """Make messages with chunks of a size that makes the plan fast, or of ``chunk_bytes`` if that is given."""
     if chunk_bytes is not None:
         return messages_of(by_chain, chunk_bytes, context.itemsize)
     if not by_chain:
@@ -248,7 +256,7 @@ def chained(by_chain: RegionsByChain, chunk_bytes: int | None, context: RouteCon
 
 
 def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology: Topology) -> int:
-    """In how many chunks to cut each message.
+    """Choose in how many chunks to cut each message.
 
     n chunks take (busiest link) + fill / n, where fill is the time of a whole message on every link of its chain but
     the busiest, shared as links are. A chunk more keeps a rank busy for ``cost``, which does not slow the link down
@@ -269,7 +277,7 @@ def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology:
 
 
 def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) -> Unicasts:
-    """Messages whose chunks follow from the message alone, so that each rank of a pair finds them for itself.
+    """Make messages whose chunks follow from the message alone, so that each rank of a pair finds them for itself.
 
     Counts are powers of two, so that the chunks of messages of several sizes fall into the same rounds.
     """
@@ -291,7 +299,7 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
 
 
 def messages(by_chain: RegionsByChain, nbytes: np.ndarray, count: int, limit_nbytes: int) -> tuple[Message, ...]:
-    """Each message in ``count`` chunks; fewer if they would be tiny, more if they would exceed the limit."""
+    """Cut each message into ``count`` chunks; fewer if they would be tiny, more if they would exceed the limit."""
     parts = np.maximum(np.minimum(count, nbytes // MIN_CHUNK_NBYTES), np.maximum(-(-nbytes // limit_nbytes), 1))
     counted = zip(by_chain.items(), parts.tolist(), strict=True)
     return tuple(
@@ -304,6 +312,6 @@ def _message(chain: tuple[int, ...], regions: Sequence[Region], parts: int) -> M
 
 
 def messages_of(by_chain: RegionsByChain, chunk_nbytes: int, itemsize: int) -> tuple[Message, ...]:
-    """Chunks of the size that was asked for, or less."""
+    """Make messages with chunks of the size that was asked for; the last of each may be smaller."""
     most = max(1, chunk_nbytes // itemsize)
     return tuple(Message(chain, stepped_chunks(regions, most)) for chain, regions in sorted(by_chain.items()))

@@ -1,4 +1,4 @@
-"""Rounds: when each hop happens.
+"""Rounds: decide when each hop happens.
 
 Every message moves the same fraction of itself at a time, along all hops of its chain at once: with messages cut into n
 chunks, chunk c crosses the h-th of its chain's links between hosts in step c + h. So in each step a NIC carries one
@@ -25,10 +25,10 @@ from tricomm.plan.network.links import ChainLinks
 from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
 
 BATCH_STRIDE = 1 << 40
-"""Round numbers of one batch; rounds are ordered, not dense."""
+"""Round numbers of one batch of messages; rounds are ordered, not dense."""
 
 STEP_STRIDE = 1 << 16
-"""Round numbers of one step: more than a chain has hops within hosts."""
+"""Round numbers of one step; more than a chain has hops within hosts."""
 
 UNICAST_STEPS = 1 << 20
 """Steps over which the chunks of a unicast message are spread."""
@@ -45,7 +45,11 @@ class Hop(NamedTuple):
 
 
 class Hops(Lazy[Hop]):
-    """Hops as columns: ``table`` is an int array (hops, fields of a Hop)."""
+    """Hops as columns.
+
+    Attributes:
+        table: (hops, fields of a Hop).
+    """
 
     __slots__ = ("table",)
 
@@ -60,17 +64,28 @@ class Hops(Lazy[Hop]):
 
 
 def hop_table(hops: Sequence[Hop]) -> np.ndarray:
-    """Hops as an int array (hops, fields of a Hop)."""
+    """Make hops an int array (hops, fields of a Hop).
+
+    >>> hop_table([Hop(0, 2, 3, 1, 0)]).tolist()
+    [[0, 2, 3, 1, 0]]
+    """
     return hops.table if isinstance(hops, Hops) else np.array(hops, np.int64).reshape(-1, len(Hop._fields))
 
 
 def schedule(messages: Sequence[Message], participants: Sequence[int], topology: Topology) -> Sequence[Hop]:
-    """All hops of the messages, each with its round, in order.
+    """List all hops of the messages, each with its round, in order.
 
     Args:
         messages: at most one per pair of ranks if all are unicast; then a rank can compute its own hops alone.
         participants: all ranks of either mesh, sorted.
         topology: which hops are within a host.
+
+    Two chunks along a chain of three hosts; the second leaves rank 0 while rank 1 forwards the first:
+
+    >>> message = Message((0, 1, 2), (((((0, 4),),),), ((((4, 8),),),)))
+    >>> hops = schedule([message], range(3), Topology.flat(3))
+    >>> [(hop.round // STEP_STRIDE, hop.source, hop.destination, hop.chunk) for hop in hops]
+    [(0, 0, 1, 0), (1, 0, 1, 1), (1, 1, 2, 0), (2, 1, 2, 1)]
     """
     if isinstance(messages, Unicasts):
         pairs, counts = messages.pairs, messages.chunk_counts
@@ -85,14 +100,14 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
 
 
 def _order(table: np.ndarray, participants: Sequence[int], topology: Topology) -> np.ndarray:
-    """Round by round, rank by rank: other hosts before its own, those after it before those before it."""
+    """Sort hops by round and rank: to other hosts before its own, to ranks after it before those before it."""
     rounds, senders, receivers, message, chunk = table.T
     distances = _distances(senders, receivers, participants)
     return np.lexsort((chunk, message, distances, topology.share_host(senders, receivers), senders, rounds))
 
 
 def _distances(senders: np.ndarray, receivers: np.ndarray, participants: Sequence[int]) -> np.ndarray:
-    """How many places after each sender, in the circle of all participants, its receiver stands."""
+    """Count how many places after each sender, in the circle of all participants, its receiver stands."""
     ranks = np.array(participants, np.int64)
     distances: np.ndarray = (np.searchsorted(ranks, receivers) - np.searchsorted(ranks, senders)) % len(ranks)
     return distances
@@ -112,7 +127,7 @@ def _chained_hops(messages: Sequence[Message], topology: Topology) -> np.ndarray
 
 
 def _after_first(links: ChainLinks, topology: Topology) -> np.ndarray:
-    """How many rounds after its chunk's first a hop over each link comes."""
+    """Count how many rounds after its chunk's first a hop over each link comes."""
     leaves = ~topology.share_host(links.sources, links.destinations)
     # A chain within one host is in a hurry too: then its hops are steps.
     stays = ~np.logical_or.reduceat(leaves, links.firsts)
@@ -125,9 +140,9 @@ def _after_first(links: ChainLinks, topology: Topology) -> np.ndarray:
 def _unicast_hops(
     senders: np.ndarray, receivers: np.ndarray, counts: np.ndarray, participants: Sequence[int]
 ) -> np.ndarray:
-    """Unicast: the round of a chunk from its own message alone, so that each rank knows its own without the others'.
+    """Find the round of each chunk from its own message alone, so that a rank needs no others to know its own.
 
-    Everybody sends at once to the ranks at the same distances, at most 128 a round.
+    All ranks send at once to the ranks at the same distances, at most 128 a round.
     """
     distances = _distances(senders, receivers, participants)
     message = np.repeat(np.arange(len(counts)), counts)
@@ -138,7 +153,7 @@ def _unicast_hops(
 
 
 def _first_fit(messages: Sequence[Message]) -> list[int]:
-    """The first batch in which every rank of the chain still has fewer than 128 sends and receives."""
+    """Find the first batch in which every rank of the chain still has fewer than 128 sends and receives."""
     sends: dict[tuple[int, int], int] = {}
     receives: dict[tuple[int, int], int] = {}
     batches: list[int] = []

@@ -1,4 +1,4 @@
-"""The smallest load that a set of machines can share: an exact min-max flow.
+"""Share jobs among machines so that the most loaded one has as little as possible: an exact min-max flow.
 
 Jobs have to be done by machines. A job says on which machines it may be done, and how much of it at most on
 each. The answer is the least factor at which machines of ``factor * speed`` capacity can do all jobs, by
@@ -42,6 +42,12 @@ def share(
         speeds: per machine.
         before: load / speed that machines have already.
         at_least: a factor below which nothing is gained; the answer then has fewer pieces.
+
+    Machine 1 is three times as fast, and only machine 0 may do the second job:
+
+    >>> found = share([Job(80, {0: None, 1: None}), Job(10, {0: None})], {0: 1.0, 1: 3.0}, before={})
+    >>> float(found.factor), [{machine: float(part) for machine, part in job.items()} for job in found.amounts]
+    (22.5, [{0: 12.5, 1: 67.5}, {0: 10.0}])
     """
     exact = {machine: Fraction(speed) for machine, speed in speeds.items()}
     factor = max([Fraction(at_least), *(Fraction(before.get(machine, 0.0)) for machine in speeds)])
@@ -75,7 +81,7 @@ class _Network:
         self.moved_from: dict[int, int | None] = {}
 
     def fill(self) -> int:
-        """Push as much as fits; how much that is."""
+        """Push as much as fits, and say how much that is."""
         start = sum(self.todo)
         for job, limits in enumerate(self.limits):
             for machine, limit in limits.items():
@@ -85,13 +91,13 @@ class _Network:
         return start - sum(self.todo)
 
     def amounts(self) -> tuple[dict[int, Fraction], ...]:
-        """Per job, who does how much."""
+        """Say per job who does how much."""
         return tuple(
             {machine: Fraction(value, SCALE) for machine, value in flow.items() if value} for flow in self.flow
         )
 
     def full_machines(self) -> list[int]:
-        """The machines in the minimal cut, after :meth:`fill`."""
+        """List the machines in the minimal cut, after :meth:`fill`."""
         return list(self.reached)
 
     def _push(self, job: int, machine: int, amount: int) -> None:

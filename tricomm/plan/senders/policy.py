@@ -1,4 +1,4 @@
-"""Sender choice: which holder of a task sends it, and in which order its receivers forward it.
+"""Sender policies: choose which holder of a task sends it, and in which order its receivers forward it.
 
 A policy turns tasks into assignments. An assignment names one sender, so a policy that divides a task among
 several holders returns several assignments for it.
@@ -27,6 +27,9 @@ class Assignment:
         sender: one of the task's holders.
         receivers: host by host; a strategy that forwards does so in this order of the hosts.
         regions: of one task.
+
+    >>> Assignment(0, (2, 3), ((((0, 4),), ((0, 8),)),)).numel
+    32
     """
 
     sender: int
@@ -40,10 +43,10 @@ class Assignment:
 
 
 class DirectAssignments(Lazy[Assignment]):
-    """Assignments as columns, each of a whole task to one receiver.
+    """Assignments as columns, each of a whole task to its only receiver: nothing had to be chosen.
 
     Attributes:
-        senders, receivers: one of each.
+        senders, receivers: (assignments,), one rank of each.
         regions: of each.
     """
 
@@ -62,9 +65,7 @@ class DirectAssignments(Lazy[Assignment]):
 
 
 def direct_assignments(tasks: Sequence[Task], first_holder: bool = False) -> DirectAssignments | None:
-    """The assignments where each task has one receiver and one holder (or the first is to send): nothing is to be
-    chosen. None where there is a choice.
-    """
+    """Assign each task's one holder (or the first, if so said) to its one receiver; None where there is a choice."""
     if not isinstance(tasks, Tasks) or not tasks.one_receiver or not (first_holder or tasks.one_holder):
         return None
     receivers, senders = tasks.receiver_sets.first(tasks.receivers), tasks.holder_sets.first(tasks.holders)
@@ -74,21 +75,35 @@ def direct_assignments(tasks: Sequence[Task], first_holder: bool = False) -> Dir
 
 
 class SenderPolicy(Protocol):
-    """A rule that chooses senders. Deterministic: equal arguments, equal choice, on every rank."""
+    """Chooses senders. Deterministic: equal arguments give equal assignments on every rank.
+
+    Split, Naive, LeastLoaded, Search, RandomizedGreedy and Ensemble are policies; others need this member only:
+
+    >>> task = Task(((((0, 4),),),), holders=(0, 1), receivers=(2,))
+    >>> Naive().assign((task,), 4, Topology.flat(3), FanOut.ONCE)
+    (Assignment(sender=0, receivers=(2,), regions=((((0, 4),),),)),)
+    """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """One or more assignments for every task that has receivers."""
+        """Make one or more assignments for every task that has remote receivers.
+
+        Args:
+            tasks: all of a move.
+            itemsize: bytes of an element on the wire.
+            topology: hosts and rates.
+            fan_out: of the strategy that will route.
+        """
         ...
 
     def __hash__(self) -> int: ...
 
 
 class TransferDemand(NamedTuple):
-    """What has to leave a host: some holders, and receivers on hosts where nobody holds it (or all receivers).
+    """Regions that have to leave a host, and the ranks that may send them.
 
     Attributes:
         holders: who may send.
-        hosts: the receivers of each host.
+        hosts: the receivers, by host, of hosts where nobody holds the regions.
         regions, nbytes: what.
     """
 
@@ -99,7 +114,7 @@ class TransferDemand(NamedTuple):
 
 
 class SendLoads:
-    """What each NIC and rank sends so far, as senders are chosen one by one.
+    """Track what each NIC and rank sends, as senders are chosen one by one.
 
     Args:
         topology: NICs and their rates.
@@ -113,12 +128,12 @@ class SendLoads:
         self.rank_nbytes: dict[int, int] = {}
 
     def seconds_with(self, sender: int, demand: TransferDemand) -> float:
-        """For how long the sender's NIC would send with this demand."""
+        """For how long the sender's NIC would send if it sent this too."""
         sends = self.fan_out.sends(other_hosts(demand.hosts, sender, self.topology))
         return self.nics.after(self.topology.nic(sender), sends * demand.nbytes)
 
     def assign(self, sender: int, demand: TransferDemand) -> Assignment:
-        """Choose this sender. The host whose NICs send most so far comes last, so that it forwards nothing."""
+        """Choose this sender. The host whose NICs send most so far goes last, so that it forwards nothing."""
         hosts = demand.hosts
         if self.fan_out.hosts_forward and len(hosts) > 1:
             here = self.topology.host(sender)
@@ -130,7 +145,7 @@ class SendLoads:
         return assignment
 
     def add(self, assignment: Assignment, nbytes: int) -> None:
-        """Add an assignment whose order is fixed."""
+        """Add an assignment whose sender and order of receivers are chosen."""
         sender = assignment.sender
         others = other_hosts(by_host(assignment.receivers, self.topology), sender, self.topology)
         self.nics.add(self.topology.nic(sender), self.fan_out.sends(others) * nbytes)
@@ -146,7 +161,7 @@ class SendLoads:
         return other
 
     def best(self, demand: TransferDemand) -> int:
-        """The holder whose NIC then sends least; ties go to the rank that sends least, then to mesh order."""
+        """Find the holder whose NIC would send least; ties go to the rank that sends least, then to mesh order."""
         return min(demand.holders, key=lambda rank: (self.seconds_with(rank, demand), self.rank_nbytes.get(rank, 0)))
 
     def _busy_seconds(self, ranks: Sequence[int]) -> float:
@@ -161,7 +176,7 @@ def local_and_remote(
     A receiver on a host where some rank holds the task gets it from there: its NIC then carries nothing.
 
     Returns:
-        assignments within hosts; demands with a choice, of sender or of order; assignments without any.
+        assignments within hosts; demands with a choice, of sender or of order; assignments without a choice.
     """
     local: list[Assignment] = []
     demands: list[TransferDemand] = []
@@ -190,14 +205,14 @@ def local_and_remote(
     return local, demands, forced
 
 
-Choice = Callable[[Sequence[TransferDemand], SendLoads], tuple[Assignment, ...]]
-"""(demands, the loads of what is sent anyway, to be changed) -> one or more assignments for every demand."""
+SenderChoice = Callable[[Sequence[TransferDemand], SendLoads], tuple[Assignment, ...]]
+"""(demands, the loads of what is sent anyway, which it may change) -> one or more assignments for every demand."""
 
 
 def choose_senders(
-    tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut, choice: Choice
+    tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut, choice: SenderChoice
 ) -> Sequence[Assignment]:
-    """Assignments for all tasks, of which ``choice`` makes those where there is a choice."""
+    """Assign all tasks; ``choice`` makes the assignments where there is a choice."""
     without_choice = direct_assignments(tasks)
     if without_choice is not None:
         return without_choice
@@ -212,7 +227,15 @@ def choose_senders(
 
 @dataclass(frozen=True, slots=True)
 class Naive:
-    """The first holder in mesh order sends: the paper's baseline."""
+    """Let the first holder in mesh order send: the paper's baseline.
+
+    >>> from tricomm import Mesh, Naive, ShardingSpec, make_plan
+    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+    >>> move = make_plan(two, three, balance=Naive()).moves[0]
+    >>> [(message.chain, message.numel) for message in move.messages]
+    [((0, 2), 2048), ((0, 3), 2048), ((0, 4), 2048)]
+    """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
@@ -233,10 +256,17 @@ class Naive:
 
 @dataclass(frozen=True, slots=True)
 class LeastLoaded:
-    """Largest task first, to the holder whose NIC has the least to send so far.
+    """Give the largest task first, each to the holder whose NIC has the least to send so far.
 
     Longest-processing-time-first (Graham 1969) over NICs. The paper's "load balance only" keeps the given order,
     and its code weighs whole tiles where only slices travel.
+
+    >>> from tricomm import LeastLoaded, Mesh, ShardingSpec, make_plan
+    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+    >>> move = make_plan(two, three, balance=LeastLoaded()).moves[0]
+    >>> [(message.chain, message.numel) for message in move.messages]
+    [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
@@ -245,14 +275,18 @@ class LeastLoaded:
 
 
 def largest_first(demands: Sequence[TransferDemand]) -> list[int]:
-    """The indices of demands, by falling size; equal ones in the given order."""
+    """Sort the indices of demands by falling size; equal ones stay in the given order."""
     return sorted(range(len(demands)), key=lambda index: -demands[index].nbytes)
 
 
 def greedy(
     demands: Sequence[TransferDemand], loads: SendLoads, order: Sequence[int] | None = None
 ) -> tuple[Assignment, ...]:
-    """Give each demand to its best holder, in the given order (largest first); assignments in that of ``demands``."""
+    """Give each demand to its best holder, in ``order`` (default: largest first).
+
+    Returns:
+        one assignment per demand, in the order of ``demands``.
+    """
     chosen: dict[int, Assignment] = {}
     for index in largest_first(demands) if order is None else order:
         chosen[index] = loads.assign(loads.best(demands[index]), demands[index])

@@ -1,4 +1,4 @@
-"""Sender choices that give each task one sender and try many: branch and bound, random orders, the best of all."""
+"""Sender policies that give each task one sender and try many: branch and bound, random orders, the best of all."""
 
 import random
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from tricomm.plan.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Depth-first search for the sender choice whose most loaded NIC sends least.
+    """Search depth-first for the senders with which the busiest NIC sends least.
 
     Tasks are taken largest first and holders in the order of the load they would get, so the first leaf is
     LeastLoaded's choice. A branch is left when a bound that no completion can beat is not below the best so far:
@@ -33,6 +33,16 @@ class Search:
 
     Args:
         nodes: how many choices to try at the most; a number and not a time, so that all ranks find the same.
+
+    Raises:
+        PlanError: ``nodes`` is not a positive integer.
+
+    >>> from tricomm import Mesh, Search, ShardingSpec, make_plan
+    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+    >>> move = make_plan(two, three, balance=Search(nodes=100)).moves[0]
+    >>> [(message.chain, message.numel) for message in move.messages]
+    [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
     """
 
     nodes: int = 20_000
@@ -69,13 +79,13 @@ class _Searching:
         self.rest.reverse()
 
     def bound(self, loads: SendLoads, depth: int) -> float:
-        """No completion is below the load that is there, nor below everything spread evenly."""
+        """Bound every completion from below: by the load that is there, and by everything spread evenly."""
         sent = sum(loads.nics.of(nic) * rate for nic, rate in self.rates.items())
         even = (sent + self.rest[depth]) / sum(self.rates.values())
         return max(loads.nics.busiest, even)
 
     def run(self) -> tuple[Assignment, ...]:
-        """The best choice found within the budget of nodes."""
+        """Find the best choice within the budget of nodes."""
         best: tuple[float, tuple[Assignment, ...]] | None = None
         stack: list[tuple[int, SendLoads, tuple[Assignment, ...]]] = [(0, self.start, ())]
         nodes = 0
@@ -97,7 +107,7 @@ class _Searching:
 
 
 def _distinct(demand: TransferDemand, loads: SendLoads) -> list[int]:
-    """One holder per NIC, the one that sends least, best NIC first."""
+    """List one holder per NIC, the one that sends least, best NIC first."""
     per_nic: dict[int, int] = {}
     for rank in sorted(demand.holders, key=lambda rank: loads.rank_nbytes.get(rank, 0)):
         per_nic.setdefault(loads.topology.nic(rank), rank)
@@ -106,11 +116,21 @@ def _distinct(demand: TransferDemand, loads: SendLoads) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class RandomizedGreedy:
-    """The best of many random orders of the tasks, each given to the least loaded holder (the paper's idea).
+    """Try many random orders of the tasks, each task to the least loaded holder, and take the best (the paper's idea).
 
     Args:
         trials: how many orders.
         seed: of the random numbers, so that all ranks find the same.
+
+    Raises:
+        PlanError: ``trials`` is not a positive integer.
+
+    >>> from tricomm import Mesh, RandomizedGreedy, ShardingSpec, make_plan
+    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+    >>> move = make_plan(two, three, balance=RandomizedGreedy(trials=10)).moves[0]
+    >>> [(message.chain, message.numel) for message in move.messages]
+    [((0, 2), 2048), ((0, 3), 2048), ((1, 4), 2048)]
     """
 
     trials: int = 100
@@ -139,7 +159,15 @@ class RandomizedGreedy:
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """Whichever of Naive, LeastLoaded, RandomizedGreedy and Search loads the busiest NIC least (the paper's)."""
+    """Take whichever of Naive, LeastLoaded, RandomizedGreedy and Search loads the busiest NIC least (the paper's).
+
+    >>> from tricomm import Ensemble, Mesh, ShardingSpec, make_plan
+    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+    >>> move = make_plan(two, three, balance=Ensemble()).moves[0]
+    >>> [(message.chain, message.numel) for message in move.messages]
+    [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
+    """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
@@ -152,7 +180,7 @@ class Ensemble:
 
 
 def sending_seconds(assignments: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
-    """How long the busiest NIC sends, forwarding in the order of each assignment's receivers."""
+    """For how long the busiest NIC sends, if hosts forward in the order of each assignment's receivers."""
     loads = SendLoads(topology, fan_out)
     for assignment in assignments:
         loads.add(assignment, assignment.numel * itemsize)

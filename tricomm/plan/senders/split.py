@@ -1,4 +1,4 @@
-"""Split: several holders share a task so that the most loaded NIC sends as little as possible."""
+"""Split: divide tasks among their holders so that the busiest NIC sends as little as possible."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,20 @@ SLACK = 256
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The optimum of the fractional problem: holders may share a task, receivers forward, no NIC does too much.
+    """Divide tasks among their holders: the optimum of the fractional problem. The default.
 
     Every NIC sends at most the larger of two times: the least that sending can take (a min-max flow over all
     NICs, those of forwarding receivers too), and what the most loaded receiving NIC takes anyway. Where whole
     tasks do as well, nothing is divided. Cuts fall between rows where that costs less than 1/256 of a part.
 
     Beyond the paper, which gives each task one sender.
+
+    >>> from tricomm import Mesh, ShardingSpec, Split, make_plan
+    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+    >>> move = make_plan(two, three, balance=Split()).moves[0]
+    >>> [(message.chain, message.numel) for message in move.messages]
+    [((0, 2), 2048), ((0, 3), 1024), ((1, 3), 1024), ((1, 4), 2048)]
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
@@ -45,7 +52,7 @@ class Split:
 
 
 def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) -> float:
-    """What the most loaded NIC must receive, if the receivers of a host share what all of them need."""
+    """For how long the busiest NIC must receive, if the receivers of a host share what all of them need."""
     receiving = NicSeconds(topology, receiving=True)
     for task in tasks:
         holding = {topology.host(rank) for rank in task.holders}
@@ -56,7 +63,13 @@ def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) 
 
 
 class DemandClass(NamedTuple):
-    """What demands have in common that are alike for the network, by NICs."""
+    """Demands that are alike for the network.
+
+    Attributes:
+        senders: NICs that may send them.
+        hosts: NICs of the receivers, by host.
+        copies: how often each enters a NIC.
+    """
 
     senders: tuple[int, ...]
     hosts: tuple[tuple[int, ...], ...]
@@ -78,7 +91,7 @@ def _nics(ranks: Sequence[int], topology: Topology) -> tuple[int, ...]:
 def _divided(
     demands: Sequence[TransferDemand], topology: Topology, fan_out: FanOut, before: Mapping[int, float], goal: float
 ) -> tuple[Assignment, ...]:
-    """Assignments that follow the min-max flow."""
+    """Make the assignments that follow the min-max flow."""
     classes: dict[DemandClass, list[TransferDemand]] = {}
     for demand in demands:
         classes.setdefault(_class_of(demand, topology, fan_out), []).append(demand)
@@ -103,7 +116,7 @@ def _divided(
 
 
 def _jobs(demand_class: DemandClass, nbytes: int, fan_out: FanOut) -> list[Job]:
-    """What holders must send, and what receivers may do as well: forward it, each host at most once."""
+    """State what holders must send, and what receivers may do as well: forward it, each host at most once."""
     senders: dict[int, int | None] = dict.fromkeys(demand_class.senders)
     if not fan_out.hosts_forward:
         return [Job(demand_class.copies * nbytes, senders)]
@@ -127,7 +140,7 @@ class ByteRange(NamedTuple):
 def _pieces(
     demand_class: DemandClass, members: Sequence[TransferDemand], done: Mapping[int, Fraction], fan_out: FanOut
 ) -> Iterator[tuple[ByteRange, TransferDemand]]:
-    """The pieces of every demand, which is cut where the flow passes from one NIC to the next.
+    """Cut every demand where the flow passes from one NIC to the next.
 
     Senders are laid along a line, each as long as what it sends, and hosts along another, each as long as what it
     need not forward. Both lines are equally long and are wrapped around the demands; so every byte has as many
@@ -159,7 +172,11 @@ def _pieces(
 
 
 def _wrapped(lengths: Sequence[tuple[int, Fraction]], around: int) -> list[tuple[Fraction, Fraction, int]]:
-    """(start, stop, item) of items laid end to end along a line that is wrapped around [0, around)."""
+    """Lay items end to end along a line that is wrapped around [0, around): (start, stop, item) of each stretch.
+
+    >>> _wrapped([(7, Fraction(6)), (8, Fraction(4))], around=8)
+    [(Fraction(0, 1), Fraction(6, 1), 7), (Fraction(6, 1), Fraction(8, 1), 8), (Fraction(0, 1), Fraction(2, 1), 8)]
+    """
     result: list[tuple[Fraction, Fraction, int]] = []
     position = Fraction(0)
     for item, length in lengths:
@@ -179,7 +196,7 @@ def _at(line: Sequence[tuple[Fraction, Fraction, int]], point: Fraction) -> tupl
 def _assignments(
     span: ByteRange, demand: TransferDemand, topology: Topology, sent: dict[int, int]
 ) -> Iterator[Assignment]:
-    """One assignment per chain; without chains, one for all receivers."""
+    """Make one assignment per chain; without chains, one for all receivers."""
     hosts = sorted(demand.hosts, key=lambda ranks: _nics(ranks, topology))
     chains = len(span.last) or 1
     between = [ranks for index, ranks in enumerate(hosts) if index not in span.last]
