@@ -91,6 +91,18 @@ def test_every_public_name_has_a_docstring() -> None:
         assert getattr(tricomm, name).__doc__, name
 
 
+@pytest.mark.processes
+def test_a_reader_that_has_had_enough_ends_the_command_quietly() -> None:
+    words = ["plan", "--shape", "4096", "--source", "64", "S0", "--destination", "63", "S0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tricomm", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (1, "")
+
+
 EXAMPLE = "tricomm.examples.train_pipeline"
 
 

@@ -1,6 +1,7 @@
 """The command line: ``python -m tricomm demo | plan | simulate``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -58,9 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(_simulate(options))
         else:
             print(_plan_text(options))
+        sys.stdout.flush()
     except TricommError as error:
         print(f"tricomm: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        # The reader has had enough, as head does; what is still buffered must not be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _demo(checkpoint: str | None) -> None:
