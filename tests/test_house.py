@@ -21,6 +21,7 @@ MAX_FOLDER_FILES = 15
 LAYERS = [
     ["errors", "kernels", "launch", "stats"],
     ["layout"],
+    ["rules"],
     ["plan"],
     ["autograd", "options", "packing"],
     ["transport"],
@@ -47,7 +48,8 @@ LAYERS_WITHIN = {
         ["planner"],
     ],
 }
-WITHOUT_TORCH = {"errors", "stats", "layout", "plan", "pipeline.schedule", "pipeline.costs", "pipeline.tune", "draw"}
+WITHOUT_TORCH = {"errors", "stats", "layout", "rules", "plan", "draw"}
+WITHOUT_TORCH |= {"pipeline.schedule", "pipeline.costs", "pipeline.tune"}
 # The demo compares with isend and irecv written by hand, and examples are what users write.
 WITH_DISTRIBUTED = {
     "transport.communicator",

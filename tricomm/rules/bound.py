@@ -1,0 +1,177 @@
+"""A map bound to shapes: what each destination tensor consists of, and the map back."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tricomm.errors import SpecError
+from tricomm.layout.dtype import check_cast
+from tricomm.rules.boxes import REPEATED, Digit, Piece, renumbered
+from tricomm.rules.checks import Shape
+from tricomm.rules.coalesce import coalesced
+from tricomm.rules.cover import cover, defines_exactly_once, without
+from tricomm.rules.evaluate import checked, evaluated
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSource:
+    """A source tensor: name, shape and dtype (None if it was not given)."""
+
+    name: str
+    shape: Shape
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BoundTensor:
+    """A destination tensor.
+
+    Attributes:
+        name, shape, dtype: the tensor's; dtype is None if the sources' were not given.
+        sources: names of the tensors that it is made of, in the order in which the pieces count them.
+        pieces: disjoint boxes that together are the whole tensor.
+        rule: the rule that it comes from; two tensors are equal whatever rules made them.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str | None
+    sources: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    rule: str = field(compare=False)
+
+    def __str__(self) -> str:
+        dtype = "" if self.dtype is None else f" {self.dtype}"
+        count = "1 piece" if len(self.pieces) == 1 else f"{len(self.pieces)} pieces"
+        return f"{self.name} {self.shape}{dtype}: {count} of {', '.join(self.sources) or 'fills'}"
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRules:
+    """A map of whole tensors, checked and proven: each destination element is defined exactly once.
+
+    Attributes:
+        tensors: the destinations, in the order of the rules.
+        sources: the source tensors, those that are dropped too.
+    """
+
+    tensors: tuple[BoundTensor, ...]
+    sources: tuple[BoundSource, ...]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape by destination name."""
+        return {tensor.name: tensor.shape for tensor in self.tensors}
+
+    @property
+    def dtypes(self) -> dict[str, str | None]:
+        """Dtype by destination name."""
+        return {tensor.name: tensor.dtype for tensor in self.tensors}
+
+    @property
+    def source_shapes(self) -> dict[str, Shape]:
+        """Shape by source name."""
+        return {source.name: source.shape for source in self.sources}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.tensors))
+
+    def evaluate(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The destination tensors, made in this process.
+
+        Args:
+            arrays: a numpy array or a torch tensor by source name, of any strides.
+        """
+        like = next(iter(arrays.values()), np.empty(0))
+        known = {source.name: source for source in self.sources}
+        result = {}
+        for tensor in self.tensors:
+            sources = [known[name] for name in tensor.sources]
+            held = [checked(arrays, source.name, source.shape, source.dtype) for source in sources]
+            result[tensor.name] = evaluated(tensor.name, tensor.shape, tensor.dtype, tensor.pieces, held, like)
+        return result
+
+    def reverse(self, *, drop: Sequence[str] = (), fill: float | None = None) -> "BoundRules":
+        """The map back: this map and then that one give every source element back, bit for bit unless it was cast.
+
+        Fills are left out, and of several copies of one element the first in the order of the rules is read. That
+        each element is defined exactly once is proven again. Sources that this map drops whole are not made.
+
+        Args:
+            drop: patterns of names of sources that are not wanted back.
+            fill: the value of source elements that this map drops; without it they are an error.
+
+        Raises:
+            SpecError: elements of a source are lost, or a cast cannot be undone.
+
+        >>> from tricomm.rules import Rules, cat, fill, source
+        >>> padded = Rules({"embed": cat([source("e", (10, 4)), fill(0, (6, 4))])}).bind()
+        >>> print(padded.reverse())
+        e (10, 4): 1 piece of embed
+        """
+        unwanted = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in drop) or "(?!)")
+        feeds: dict[str, list[tuple[BoundTensor, Piece]]] = {source.name: [] for source in self.sources}
+        for tensor in self.tensors:
+            for piece in tensor.pieces:
+                if piece.tensor is not None:
+                    feeds[tensor.sources[piece.tensor]].append((tensor, piece))
+        known: dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]] = {}
+        made = [
+            _turned(source, feeds[source.name], fill, known)
+            for source in self.sources
+            if feeds[source.name] and not unwanted.fullmatch(source.name)
+        ]
+        return BoundRules(tuple(made), tuple(BoundSource(one.name, one.shape, one.dtype) for one in self.tensors))
+
+
+def _turned(
+    source: BoundSource,
+    feeds: Sequence[tuple[BoundTensor, Piece]],
+    fill: float | None,
+    known: dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]],
+) -> BoundTensor:
+    """A source as a destination of the map back."""
+    place: dict[str, int] = {}
+    turned = tuple([piece.turned(place.setdefault(tensor.name, len(place))) for tensor, piece in feeds])
+    for tensor, _ in feeds:
+        if source.dtype is not None and tensor.dtype is not None:
+            check_cast(tensor.dtype, source.dtype)
+    key = (source.shape, turned)
+    if key not in known:
+        known[key] = _once(source, turned, fill, feeds[0][0].rule)
+    pieces, order = known[key]
+    names = tuple(place)
+    return BoundTensor(
+        source.name, source.shape, source.dtype, tuple([names[index] for index in order]), pieces, feeds[0][0].rule
+    )
+
+
+def _once(
+    source: BoundSource, turned: tuple[Piece, ...], fill: float | None, rule: str
+) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
+    """The pieces without those elements that earlier ones define already."""
+    shape = source.shape
+    found = cover(shape, turned)
+    kept = list(turned)
+    if found.repeated is not None:
+        kept = []
+        for piece in turned:
+            kept += without([piece], kept)
+    if found.missing is not None:
+        if fill is None:
+            raise SpecError(
+                f"rule {rule!r} cannot be reversed: {found.missing_numel} elements of {source.name!r} {shape} are "
+                f"carried nowhere, the first at {list(found.missing)}; write reverse(fill=0), or "
+                f"reverse(drop=[{source.name!r}])"
+            )
+        still = tuple([Digit(size, dim, 1, REPEATED, 0) for dim, size in enumerate(shape) if size > 1])
+        kept += without([Piece(still, (0,) * len(shape), (), None, fill)], kept)
+    pieces, order = renumbered(coalesced(kept))
+    if not defines_exactly_once(shape, pieces):
+        raise SpecError(
+            f"the reverse of rule {rule!r} defines {source.name!r} twice; this is a fault of tricomm, report it"
+        )
+    return pieces, order

@@ -1,0 +1,141 @@
+"""Proofs about pieces: which elements of a tensor they define, how often, and what is left when some are taken away.
+
+All exact, by arithmetic on the coordinates of single dims: a piece is a product over dims, so coordinates that belong
+to the same pieces behave alike, and counting is done on one cell for each combination of such classes.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from tricomm.rules.boxes import Piece
+from tricomm.rules.checks import Shape
+from tricomm.rules.coalesce import coalesced
+
+
+class Cover(NamedTuple):
+    """How pieces cover a tensor.
+
+    Attributes:
+        missing_numel: elements in no piece.
+        missing: the first of them, or None.
+        repeated: the first element that lies in several pieces, or None.
+    """
+
+    missing_numel: int
+    missing: Shape | None
+    repeated: Shape | None
+
+
+def coordinates(piece: Piece, dim: int) -> np.ndarray:
+    """Destination coordinates along a dim: an array with one axis for each digit of that dim."""
+    result = np.array(piece.start[dim])
+    for digit in piece.digits:
+        if digit.dim == dim:
+            result = result[..., None] + np.arange(digit.size) * digit.step
+    return result
+
+
+@lru_cache(4096)
+def cover(shape: Shape, pieces: tuple[Piece, ...]) -> Cover:
+    """Count how often each element of a tensor of that shape is defined."""
+    if 0 in shape:
+        return Cover(0, None, None)
+    classes = [
+        _classes(size, [coordinates(piece, dim).reshape(-1) for piece in pieces]) for dim, size in enumerate(shape)
+    ]
+    counts = np.zeros([labels.max() + 1 for labels, _ in classes], np.int64)
+    for index in range(len(pieces)):
+        counts[np.ix_(*[held[index] for _, held in classes])] += 1
+    weights = np.ones((), np.int64)
+    for labels, _ in classes:
+        weights = weights[..., None] * np.bincount(labels)
+
+    def first(cells: np.ndarray) -> Shape | None:
+        found = np.argwhere(cells)
+        if not len(found):
+            return None
+        # The first cell whose first element stands first, dims in order.
+        places = (
+            np.stack([_firsts(labels)[found[:, dim]] for dim, (labels, _) in enumerate(classes)], 1) if shape else found
+        )
+        return tuple(min(places.tolist()))
+
+    return Cover(int(weights[counts == 0].sum()), first(counts == 0), first(counts > 1))
+
+
+def defines_exactly_once(shape: Shape, pieces: tuple[Piece, ...]) -> bool:
+    """Whether every element lies in exactly one piece."""
+    return cover(shape, pieces).missing is None and sum(piece.numel for piece in pieces) == prod(shape)
+
+
+def without(pieces: Sequence[Piece], taken: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The elements of some pieces that lie in none of the others, as pieces."""
+    rest = list(pieces)
+    for other in taken:
+        rest = [part for piece in rest for part in _minus(piece, other)]
+    return coalesced(rest)
+
+
+def _classes(size: int, sets: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A label for each coordinate, equal where the same sets hold it; and the labels that each set consists of."""
+    labels = np.zeros(size, np.int64)
+    known: dict[bytes, np.ndarray] = {}
+    for held in sets:
+        if len(held) < size and held.tobytes() not in known:
+            known[held.tobytes()] = held
+            labels[held] = labels.max() + 1 + np.unique(labels[held], return_inverse=True)[1]
+    labels = np.unique(labels, return_inverse=True)[1]
+    every = np.arange(labels.max() + 1)
+    within = {key: np.unique(labels[held]) for key, held in known.items()}
+    return labels, [every if len(held) == size else within[held.tobytes()] for held in sets]
+
+
+def _firsts(labels: np.ndarray) -> np.ndarray:
+    """The first coordinate of each label."""
+    firsts: np.ndarray = np.unique(labels, return_index=True)[1]
+    return firsts
+
+
+def _minus(piece: Piece, other: Piece) -> list[Piece]:
+    """A piece without the elements of another."""
+    members = [np.isin(coordinates(piece, dim), coordinates(other, dim)) for dim in range(len(piece.start))]
+    if not all(held.any() for held in members):
+        return [piece]
+    outside: list[Piece] = []
+    inside = [piece]
+    for dim in range(len(piece.start)):
+        parts = inside
+        inside = []
+        for part in parts:
+            held = np.isin(coordinates(part, dim), coordinates(other, dim))
+            outside += _masked(part, dim, ~held)
+            inside += _masked(part, dim, held)
+    return outside
+
+
+def _masked(piece: Piece, dim: int, mask: np.ndarray) -> list[Piece]:
+    """The places of a piece where a mask over the digits of one dim is set."""
+    indices = [index for index, digit in enumerate(piece.digits) if digit.dim == dim]
+    result = []
+    for box in _boxes(mask):
+        part = piece
+        for index, (begin, end) in reversed(list(zip(indices, box, strict=True))):
+            part = part.narrowed(index, begin, end)
+        result.append(part)
+    return result
+
+
+def _boxes(mask: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
+    """Disjoint boxes that hold exactly the places where the mask is set."""
+    if mask.all() or not mask.any():
+        return [tuple((0, size) for size in mask.shape)] if mask.any() else []
+    result = []
+    for _, run in groupby(range(len(mask)), key=lambda place: mask[place].tobytes()):
+        first, *more = run
+        result += [((first, first + 1 + len(more)), *box) for box in _boxes(mask[first])]
+    return result
