@@ -5,8 +5,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 N ?= 20000
 SEED ?= 0
+GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
-.PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check clean
+.PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check gpu-check-full clean
 
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
@@ -34,11 +35,17 @@ bench: $(VENV)/.bench
 bench-cluster: $(VENV)/.bench
 	$(RUN) -m bench.reshard --suite all
 
-gpu-check: $(VENV)-gpu/.made
-	$(VENV)-gpu/bin/python -m bench.gpu_check
+# What only a GPU can show, with the machine's own torch and triton: nothing is installed or fetched. Results appear, part
+# by part, in the folder $$OUT or in bench/results. PART=name runs one; DEVICE=cpu rehearses without a GPU.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check $(GPU_CHECK)
+
+# What takes longer: every geometry, overlap, the sanitizer.
+gpu-check-full:
+	$(PYTHON) -m bench.gpu_check --long $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) $(VENV)-gpu build *.egg-info
+	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,12 +59,6 @@ $(VENV)/.test: $(VENV)/.base
 
 $(VENV)/.bench: $(VENV)/.test
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[bench]
-	@touch $@
-
-# The machine's own torch and triton, which have CUDA; nothing is fetched.
-$(VENV)-gpu/.made: pyproject.toml
-	$(PYTHON) -m venv --system-site-packages $(VENV)-gpu
-	$(VENV)-gpu/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base

@@ -57,9 +57,10 @@ def _made(
     def make(device: torch.device, scale: int) -> list[torch.Tensor]:
         found = []
         for first, *rest in shapes:
-            tensor = torch.zeros((max(first // scale, 1), *rest), dtype=torch.float32).to(dtype)
+            # Drawn where they are wanted: a processor takes a minute for all geometries.
+            tensor = torch.empty((max(first // scale, 1), *rest), dtype=dtype, device=device)
             tensor.view(torch.uint8).random_(0, 64)
-            found.append(tensor.to(device).T if turned else tensor.to(device))
+            found.append(tensor.T if turned else tensor)
         return found
 
     return make

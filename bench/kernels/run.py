@@ -23,6 +23,8 @@ from tricomm.kernels.pack import Table, pack, unpack
 
 FLUSH_NBYTES = 256 << 20
 HOST_SCALE = 64
+MAX_TORCH_BOXES = 1000
+"""With more, torch's ways are not measured: they take a call, and a view made in Python, for each."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,22 @@ def methods(
     """What to time, by name."""
     cast = None if case.packed is None else (tensors[0].dtype, case.packed)
     table = Table(boxes, cast=cast, multiprocessors=multiprocessors)
+    # Random bytes too: a copy of zeros may be faster.
+    plain = torch.empty(2, moved_nbytes(boxes) // 2, dtype=torch.uint8, device=buffer.device).random_(0, 64)
+    found: dict[str, Callable[[], object]] = {
+        "pack": lambda: pack(tensors, table, buffer),
+        "unpack": lambda: unpack(buffer, table, tensors),
+        "copy": lambda: plain[0].copy_(plain[1]),
+    }
+    if len(boxes) <= MAX_TORCH_BOXES:
+        found |= torch_methods(case, tensors, boxes, buffer)
+    return found, table
+
+
+def torch_methods(
+    case: Case, tensors: list[torch.Tensor], boxes: Boxes, buffer: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """The ways that torch has to pack, by name."""
     dtype = case.packed or tensors[0].dtype
     sources = views(tensors, boxes)
     flat = buffer.view(dtype)
@@ -100,28 +118,26 @@ def methods(
     targets = [
         flat[place : place + source.numel()].view(source.shape) for place, source in zip(places, sources, strict=True)
     ]
-    moved = sum(
-        source.numel() * source.element_size() + target.nbytes for source, target in zip(sources, targets, strict=True)
-    )
-    plain = torch.empty(2, moved // 2, dtype=torch.uint8, device=buffer.device)
 
     def copies() -> None:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
     found: dict[str, Callable[[], object]] = {
-        "pack": lambda: pack(tensors, table, buffer),
-        "unpack": lambda: unpack(buffer, table, tensors),
         "copy_": copies,
         "foreach": lambda: torch._foreach_copy_(targets, sources),
         "cat": lambda: torch.cat([source.reshape(-1) for source in sources]),
-        "copy": lambda: plain[0].copy_(plain[1]),
     }
     if len(tensors) == 1 and case.packed is None and is_split(boxes, tensors[0]):
         sizes = [int(n) for n in boxes.shape[:, -1]]
         outs = [torch.empty(source.shape, dtype=source.dtype, device=source.device) for source in sources]
         found["split"] = lambda: torch.split_with_sizes_copy(tensors[0], sizes, dim=tensors[0].ndim - 1, out=outs)
-    return found, table
+    return found
+
+
+def moved_nbytes(boxes: Boxes) -> int:
+    """Bytes that a pack reads and writes."""
+    return int((boxes.shape.prod(1) * (boxes.tensor_itemsize + boxes.packed_itemsize)).sum())
 
 
 def is_split(boxes: Boxes, tensor: torch.Tensor) -> bool:
@@ -144,9 +160,8 @@ def measure(case: Case, device: torch.device, scale: int, repeats: int, multipro
     if device.type == "cuda":
         torch.cuda.synchronize()
     first_seconds = time.perf_counter() - begin
-    moved = int((boxes.shape.prod(1) * (boxes.tensor_itemsize + boxes.packed_itemsize)).sum())
     timings = {name: timed(call, device, repeats) for name, call in calls.items()}
-    return Row(case.name, len(boxes), moved, build_seconds, first_seconds, timings)
+    return Row(case.name, len(boxes), moved_nbytes(boxes), build_seconds, first_seconds, timings)
 
 
 def format_rows(rows: Sequence[Row]) -> str:

@@ -1,22 +1,48 @@
-"""The kernels on a GPU: bit for bit what the torch reference does there, then the throughput table. For gpu_check."""
+"""The kernels on a GPU: bit for bit what the torch reference does there."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 
-from bench.kernels.cases import CASES
-from bench.kernels.run import as_json, format_rows, measure
-from bench.parts import Outcome
+from bench.gpu_check.parts import Outcome, Setting, guarded
 from tricomm.kernels import layout, reference
 from tricomm.kernels.boxes import Boxes, boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
 
 RANDOM_SCENES = 400
+REHEARSED_SCENES = 25
 GUARD_NBYTES = 64
 FLOAT32_PATTERNS = 1 << 26
+REHEARSED_FLOAT32_PATTERNS = 1 << 12
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2, torch.complex128, torch.bool)
+
+
+def boxes(setting: Setting) -> Iterator[Outcome]:
+    """The part "boxes"."""
+    device, scenes = torch.device(setting.device), setting.scaled(RANDOM_SCENES, REHEARSED_SCENES)
+    yield guarded("random boxes", lambda: check_random_boxes(device, scenes))
+
+
+def casts(setting: Setting) -> Iterator[Outcome]:
+    """The part "casts": each by itself, as each is compiled by itself."""
+    device, count = torch.device(setting.device), setting.scaled(FLOAT32_PATTERNS, REHEARSED_FLOAT32_PATTERNS)
+    for source in layout.FORMATS:
+        for target in layout.FORMATS:
+            if source != target:
+                yield guarded(f"{source} to {target}", partial(check_cast, source, target, device, count))
+
+
+def graphs(setting: Setting) -> Iterator[Outcome]:
+    """The part "graphs"."""
+    device = torch.device(setting.device)
+    yield guarded("moved tensors", lambda: check_moved_tensors(device))
+    if setting.is_rehearsal:
+        yield Outcome("graphs", None, "there are no CUDA graphs on a CPU")
+        return
+    yield guarded("graphs", lambda: check_graph(device))
 
 
 def random_tensor(dice: random.Random, device: torch.device) -> torch.Tensor:
@@ -67,8 +93,8 @@ def check_random_boxes(device: torch.device, scenes: int = RANDOM_SCENES) -> str
     for seed in range(scenes):
         dice = random.Random(seed)
         tensors = [random_tensor(dice, device) for _ in range(dice.randint(1, 4))]
-        boxes, nbytes = random_boxes(dice, tensors)
-        table = Table(boxes, multiprocessors=dice.choice((None, None, 3)))
+        some, nbytes = random_boxes(dice, tensors)
+        table = Table(some, multiprocessors=dice.choice((None, None, 3)))
         size = nbytes + 2 * GUARD_NBYTES
         found, wanted = (torch.full((size,), 0xA5, dtype=torch.uint8, device=device) for _ in range(2))
         inner = [memory[GUARD_NBYTES : GUARD_NBYTES + nbytes] for memory in (found, wanted)]
@@ -85,42 +111,59 @@ def check_random_boxes(device: torch.device, scenes: int = RANDOM_SCENES) -> str
     return f"{scenes} random scenes, both directions"
 
 
-def patterns(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def patterns(dtype: torch.dtype, device: torch.device, float32_count: int = FLOAT32_PATTERNS) -> torch.Tensor:
     """Every bit pattern of a type; of float32 a regular sample."""
     if dtype.itemsize == 4:
-        step = (1 << 32) // FLOAT32_PATTERNS
+        step = (1 << 32) // float32_count
         return (torch.arange(-(1 << 31), 1 << 31, step, device=device) + step // 3).to(torch.int32).view(dtype)
     count = 1 << 8 * dtype.itemsize
     word = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
     return torch.arange(count, device=device).to(word).view(dtype)
 
 
-def check_casts(device: torch.device) -> str:
-    """Every cast of the kernels against torch's on the same GPU: all bits, but any NaN for a NaN (counted)."""
-    payloads = 0
-    for source, target in ((a, b) for a in layout.FORMATS for b in layout.FORMATS if a != b):
-        read, write = getattr(torch, source), getattr(torch, target)
-        values = patterns(read, device)
-        start, shape = np.zeros((1, 1), np.int64), np.array([[values.numel()]])
-        boxes, _ = boxes_in_order([values], np.zeros(1, np.int64), start, shape, write)
-        expected, found = values.to(write), torch.zeros_like(values, dtype=write)
-        pack([values], Table(boxes, cast=(read, write)), found)
-        word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[write.itemsize]
-        differs = found.view(word) != expected.view(word)
-        both_nan = found.float().isnan() & expected.float().isnan()
-        if bool((differs & ~both_nan).any()):
-            at = int((differs & ~both_nan).nonzero()[0])
-            raise ValueError(f"{source} to {target}: {values[at]} became {found[at]}, torch says {expected[at]}")
-        payloads += int((differs & both_nan).sum())
-    return f"20 casts; {payloads} NaNs with another payload than torch's"
+def check_cast(source: str, target: str, device: torch.device, float32_count: int) -> str:
+    """A cast of the kernels against torch's on the same device: all bits, but any NaN for a NaN (counted)."""
+    read, write = getattr(torch, source), getattr(torch, target)
+    values = patterns(read, device, float32_count)
+    start, shape = np.zeros((1, 1), np.int64), np.array([[values.numel()]])
+    one_box, _ = boxes_in_order([values], np.zeros(1, np.int64), start, shape, write)
+    expected, found = values.to(write), torch.zeros_like(values, dtype=write)
+    pack([values], Table(one_box, cast=(read, write)), found)
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[write.itemsize]
+    differs = found.view(word) != expected.view(word)
+    both_nan = found.float().isnan() & expected.float().isnan()
+    wrong = (differs & ~both_nan).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"{len(wrong)} of {values.numel()} values; {values[at]} became {found[at]}, torch says {expected[at]}"
+        )
+    return f"{values.numel()} values; {int((differs & both_nan).sum())} NaNs with another payload than torch's"
 
 
-def check_graph_and_moves(device: torch.device) -> str:
-    """No synchronisation when warm, capture in a graph, and tensors that move between calls."""
+def _scene(device: torch.device) -> tuple[list[torch.Tensor], Table, torch.Tensor, torch.Tensor]:
+    """Tensors, boxes of them, and two buffers."""
     tensors = [torch.randn(256, 512, device=device) for _ in range(3)]
-    boxes, nbytes = random_boxes(random.Random(1), tensors)
-    table = Table(boxes)
+    some, nbytes = random_boxes(random.Random(1), tensors)
     out, wanted = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return tensors, Table(some), out, wanted
+
+
+def check_moved_tensors(device: torch.device) -> str:
+    """A table follows tensors that move between calls."""
+    tensors, table, out, wanted = _scene(device)
+    pack(tensors, table, out)
+    moved = [tensor.clone().add_(1) for tensor in tensors]
+    pack(moved, table, out)
+    reference.pack(moved, table, [wanted])
+    if not torch.equal(out, wanted):
+        raise ValueError("after tensors moved, the old ones were packed")
+    return "the new ones are packed"
+
+
+def check_graph(device: torch.device) -> str:
+    """No synchronisation when warm, and capture in a graph."""
+    tensors, table, out, wanted = _scene(device)
     pack(tensors, table, out)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -138,30 +181,4 @@ def check_graph_and_moves(device: torch.device) -> str:
     reference.pack(tensors, table, [wanted])
     if not torch.equal(out, wanted):
         raise ValueError("a replayed graph packs something else")
-    moved = [tensor.clone().add_(1) for tensor in tensors]
-    pack(moved, table, out)
-    reference.pack(moved, table, [wanted])
-    if not torch.equal(out, wanted):
-        raise ValueError("after tensors moved, the old ones were packed")
-    return "no synchronisation, graph replay, moved tensors"
-
-
-CHECKS: dict[str, Callable[[torch.device], str]] = {
-    "random boxes": check_random_boxes,
-    "casts": check_casts,
-    "graphs and moves": check_graph_and_moves,
-}
-
-
-def kernels_part(device: torch.device) -> Iterator[Outcome]:
-    """The kernels' part of gpu_check."""
-    for name, check in CHECKS.items():
-        try:
-            yield Outcome(f"kernels: {name}", True, check(device))
-        except (ValueError, RuntimeError) as error:
-            yield Outcome(f"kernels: {name}", False, str(error))
-    rows = [measure(case, device, 1, 10) for case in CASES]
-    print(format_rows(rows), flush=True)
-    worst = min(rows, key=lambda row: row.share("pack"))
-    text = f"{len(rows)} geometries; slowest pack is {worst.share('pack'):.0%} of the copy ({worst.name})"
-    yield Outcome("kernels: throughput", True, text, as_json(rows, device))
+    return "no synchronisation when warm, and a replayed graph packs what is there then"
