@@ -36,7 +36,7 @@ bench-cluster: $(VENV)/.bench
 	$(RUN) -m bench.reshard --suite all
 
 # What only a GPU can show, with the machine's own torch and triton: nothing is installed or fetched. Results appear, part
-# by part, in the folder $$OUT or in bench/results. PART=name runs one; DEVICE=cpu rehearses without a GPU.
+# by part, in the folder that OUT names or in bench/results. PART=name runs one; DEVICE=cpu rehearses without a GPU.
 gpu-check:
 	$(PYTHON) -m bench.gpu_check $(GPU_CHECK)
 

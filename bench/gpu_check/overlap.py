@@ -22,7 +22,7 @@ from tricomm import Mesh, Replicate, Resharder, ShardingSpec
 from tricomm.kernels.boxes import boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
 from tricomm.launch import Ranks
-from tricomm.transport.streams import side_of
+from tricomm.transport.streams import stream_context_of
 
 REPEATS = 5
 ROUNDS = 4
@@ -77,21 +77,21 @@ def in_one_process(setting: Setting) -> tuple[str, dict[str, Any]]:
     table = Table(boxes)
     staging = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     wire = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=not setting.is_rehearsal)
-    side, products = side_of(device), Products(setting)
+    context, products = stream_context_of(device), Products(setting)
 
     def move() -> Any:
-        with side.after([side.mark()], tensor):
+        with context.after([context.record_event()], tensor):
             for _ in range(ROUNDS):
                 pack([tensor], table, staging)
                 wire.copy_(staging, non_blocking=True)
                 staging.copy_(wire, non_blocking=True)
                 unpack(staging, table, [tensor])
-            return side.reached()
+            return context.record_end()
 
     def both(count: int) -> None:
-        mark = move()
+        event = move()
         products.run(count)
-        side.join(mark)
+        context.wait_event(event)
 
     moving = median_seconds(setting, move)
     one = median_seconds(setting, lambda: products.run(1))
