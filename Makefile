@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 N ?= 20000
-SEED ?= 0
 GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
 .PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check gpu-check-full clean
@@ -45,7 +44,7 @@ gpu-check-full:
 	$(PYTHON) -m bench.gpu_check --long $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build .src/*.egg-info
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
