@@ -9,7 +9,7 @@ import torch
 
 from bench.gpu_check.parts import Outcome, Setting, guarded
 from bench.kernels.cases import CASES, Case
-from bench.kernels.run import Row, format_rows, measure
+from bench.kernels.run import OURS, Row, format_rows, measure
 
 REPEATS = 5
 REHEARSED_SCALE = 4096
@@ -24,7 +24,6 @@ SOME = (
     "transposed bfloat16",
 )
 """Of all geometries: the ceiling, what has a target, what is awkward."""
-TORCH = ("copy_", "foreach", "cat", "split")
 
 
 def some(setting: Setting) -> Iterator[Outcome]:
@@ -51,7 +50,9 @@ def _told(case: Case, setting: Setting, rows: list[Row]) -> tuple[str, dict[str,
     copy_seconds = row.timings["copy"].device_seconds
     text = f"pack {row.share('pack'):.0%}, unpack {row.share('unpack'):.0%} of the copy"
     text += f" ({row.moved_nbytes / copy_seconds / 1e12:.2f} TB/s read and written)"
-    best = max((row.share(name), name) for name in TORCH if name in row.timings) if "copy_" in row.timings else None
-    if best is not None:
-        text += f"; {row.share('pack') / best[0]:.1f} x torch's best, {best[1]}"
+    shares = [(row.share(name), name) for name in row.timings if name not in OURS]
+    if shares:
+        best, name = max(shares)
+        text += f"; {row.share('pack') / best:.1f} x torch's best, {name}"
+    text += f"; torch refuses {', '.join(row.refused)}" if row.refused else ""
     return text, asdict(row)

@@ -23,6 +23,8 @@ from tricomm.kernels.pack import Table, pack, unpack
 
 FLUSH_NBYTES = 256 << 20
 HOST_SCALE = 64
+OURS = ("pack", "unpack", "copy")
+"""What must work; torch may not have its ways for every type."""
 MAX_TORCH_BOXES = 1000
 """With more, torch's ways are not measured: they take a call, and a view made in Python, for each."""
 
@@ -37,7 +39,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One geometry: its payload in bytes read and written, and the timings by method."""
+    """One geometry: its payload in bytes read and written, the timings by method, and which of torch's raised what."""
 
     name: str
     boxes: int
@@ -45,6 +47,7 @@ class Row:
     build_seconds: float
     first_seconds: float
     timings: dict[str, Timing]
+    refused: dict[str, str]
 
     def share(self, method: str) -> float:
         """Of the speed of the plain copy."""
@@ -160,8 +163,16 @@ def measure(case: Case, device: torch.device, scale: int, repeats: int, multipro
     if device.type == "cuda":
         torch.cuda.synchronize()
     first_seconds = time.perf_counter() - begin
-    timings = {name: timed(call, device, repeats) for name, call in calls.items()}
-    return Row(case.name, len(boxes), moved_nbytes(boxes), build_seconds, first_seconds, timings)
+    timings: dict[str, Timing] = {}
+    refused: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
+            timings[name] = timed(call, device, repeats)
+        except RuntimeError as error:  # of which NotImplementedError is one: not every way has every dtype
+            if name in OURS:
+                raise
+            refused[name] = str(error)
+    return Row(case.name, len(boxes), moved_nbytes(boxes), build_seconds, first_seconds, timings, refused)
 
 
 def format_rows(rows: Sequence[Row]) -> str:

@@ -70,6 +70,17 @@ def test_the_eight_cases_of_throughput_are_there() -> None:
     assert len(throughput.SOME) == 8
 
 
+def test_a_way_that_torch_does_not_have_hides_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise NotImplementedError("not implemented for 'Float8_e4m3fn'")
+
+    monkeypatch.setattr(torch, "cat", refuses)
+    outcome = next(throughput.some(HERE))
+    assert outcome.passed
+    assert outcome.text.endswith("; torch refuses cat")
+    assert "not implemented" in outcome.figures["refused"]["cat"]
+
+
 def on_some(rank: int, function: Callable[..., Any], size: int, *arguments: Any) -> Any:
     return function(rank, *arguments) if rank < size else None
 
