@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,12 @@ def test_a_marked_test_may() -> None:
     assert (
         subprocess.run([sys.executable, "-c", "print(1)"], capture_output=True, text=True, check=True).stdout == "1\n"
     )
+
+
+def test_ci_runs_lint_and_both_halves() -> None:
+    root = Path(__file__).resolve().parents[1]
+    makefile = (root / "Makefile").read_text()
+    assert re.search(r'^test:.*\n\t.* -m "not processes" ', makefile, re.M)
+    assert re.search(r"^test-processes:.*\n\t.* -m processes ", makefile, re.M)
+    commands = [line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+    assert commands == ["make lint", "make test", "make test-processes"]
