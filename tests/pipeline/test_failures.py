@@ -48,7 +48,7 @@ class Faulty(nn.Module):
         return y
 
 
-def stage_that_raises(rank: int, victim: int, in_backward: bool, split: bool) -> tuple[str, str, float, str]:
+def stage_that_raises(rank: int, victim: int, in_backward: bool, split: bool) -> tuple[str, str, float]:
     def make(index: int) -> nn.Module:
         return Faulty(in_backward) if index == victim else linear(index)
 
@@ -58,9 +58,8 @@ def stage_that_raises(rank: int, victim: int, in_backward: bool, split: bool) ->
     began = time.monotonic()
     kind, text = attempt(lambda: executor.step(data()))
     seconds = time.monotonic() - began
-    again = attempt(lambda: executor.step(data()))[1]
     require_trained(rank)
-    return kind, text, seconds, again
+    return kind, text, seconds
 
 
 @pytest.mark.parametrize(
@@ -75,20 +74,18 @@ def stage_that_raises(rank: int, victim: int, in_backward: bool, split: bool) ->
     ],
 )
 def test_a_stage_that_raises_is_named_by_all_others(ranks: Ranks, victim, in_backward, split, action) -> None:
-    """At once by those that wait for it; in their next step by those that were done."""
+    """At once by those that wait for it. Those that were done hear of it in their next call: see test_trust."""
     outcomes = ranks.run(stage_that_raises, victim, in_backward, split)
     blame = f"rank {victim} failed in {action}: RuntimeError: out of paper"
-    for rank, (kind, text, seconds, again) in enumerate(outcomes[:4]):
+    for rank, (kind, text, seconds) in enumerate(outcomes[:4]):
         if rank == victim:
             assert (kind, text) == ("RuntimeError", "out of paper")
         elif kind == "returned":
             assert in_backward
             assert rank > victim
-            assert blame in again
         else:
             assert kind == "TransportError"
             assert text == blame
-            assert again == f"the executor failed in an earlier step; make a new one ({blame})"
         assert seconds < TIMEOUT_SECONDS / 2
     assert [kind for kind, *_ in outcomes[4:]] == ["returned"] * 4
 
@@ -106,7 +103,7 @@ def bad_data(rank: int) -> tuple[str, str]:
 
 def test_missing_data_are_an_error_everywhere_before_anything_is_sent(ranks: Ranks) -> None:
     outcomes = ranks.run(bad_data)
-    text = "input 'target' of stage 3 has 3 tensors in the step's data on rank 3, and the schedule has 4 microbatches"
+    text = "input 'target' of stage 3 has 3 elements (Tensor) in the step's data on rank 3, and the schedule has 4 "
     assert outcomes[3][0] == "SpecError"
     for kind, found in outcomes[:3]:
         assert kind == "TransportError"

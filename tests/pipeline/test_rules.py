@@ -243,13 +243,13 @@ class Returns(nn.Module):
 def test_what_a_module_returns_is_checked(outputs, value, text) -> None:
     stage = Stage(CHAIN[0], ("x",), outputs, Returns(value), (Replicate(),) if "loss" in outputs else None)
     with pytest.raises(SpecError, match=re.escape(text)):
-        StageRun(3, stage, (), (), 1.0).forward(0, {"x": torch.zeros(1)})
+        StageRun(3, stage, (), ()).forward(0, {"x": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("kind", [Kind.BACKWARD, Kind.INPUT_GRADIENT])
 def test_what_a_stage_passes_on_is_not_its_receive_buffer(kind: Kind) -> None:
     """Else the next microbatch might fill the buffer while it is still being sent on."""
-    run = StageRun(1, Stage(CHAIN[1], ("x",), ("y",), nn.Flatten(0)), ("x",), ("y",), 1.0)
+    run = StageRun(1, Stage(CHAIN[1], ("x",), ("y",), nn.Flatten(0)), ("x",), ("y",))
     buffer = torch.arange(6.0).reshape(2, 3)
     gradient = torch.arange(6.0)
     sent = run.forward(0, {"x": buffer})["y"]
@@ -268,7 +268,7 @@ def compared(first: torch.Tensor, second: torch.Tensor) -> str:
     store, spec = HashStore(), ShardingSpec(Mesh([0, 1], ("tp",)), (Replicate(),), tuple(first.shape), "float32")
     checks = [ReplicaCheck(store, rank, "test", 1.0) for rank in (0, 1)]
     for check, gradient in zip(checks, (first, second), strict=True):
-        check.note("x", spec, gradient)
+        check.record_gradient("x", spec, gradient)
     return attempt(checks[1].compare)[1]
 
 

@@ -35,15 +35,24 @@ def simulate(schedule: Schedule, costs: Costs, *, queues: Queues = Queues.PER_CH
     Raises:
         PlanError: costs of another number of stages, or a schedule that cannot run.
     """
+    check_stages(schedule, costs)
+    if not schedule.has_communication and schedule.channels:
+        schedule = with_communication(schedule, receives_ahead=max(map(len, schedule.lists)))
+    check(schedule, queues)
+    return run_clock(schedule, costs, queues)
+
+
+def check_stages(schedule: Schedule, costs: Costs) -> None:
+    """Refuse costs of another number of stages.
+
+    Raises:
+        PlanError: if they are.
+    """
     if len(costs.stages) != schedule.stages:
         raise PlanError(
             f"costs are of {len(costs.stages)} stages and the schedule has {schedule.stages}; give one StageCost for "
             "each"
         )
-    if not schedule.has_communication and schedule.channels:
-        schedule = with_communication(schedule, receives_ahead=max(map(len, schedule.lists)))
-    check(schedule, queues)
-    return run_clock(schedule, costs, queues)
 
 
 def run_clock(

@@ -195,7 +195,7 @@ class Timeline:
         freed = {
             (span.action.stage, span.action.microbatch): span.end
             for span in self.compute[pipeline_rank]
-            if span.action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+            if self.schedule.ends_microbatch(span.action)
         }
         activations: list[tuple[float, float, int]] = []
         for span in self.compute[pipeline_rank]:

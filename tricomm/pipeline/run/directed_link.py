@@ -1,6 +1,6 @@
-"""Way: one direction of an edge, with its order of microbatches, its ring of receive buffers and its handles."""
+"""DirectedLink: one direction of an edge, with its order of microbatches, its receive buffers and its handles."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +16,15 @@ from tricomm.transport.handle import Handle
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 """What crosses an edge: a tensor, or a tuple in the order of declaration if there are several."""
 
+Sizes = tuple[tuple[str, int], ...]
+"""The sizes that have a name, sorted by it; () if none has."""
+
+MAX_SIZES = 16
+"""Combinations of sizes whose plans are kept, if no step needs more."""
+
 
 class StepResharder(Resharder):
-    """A Resharder that stays broken once it failed: in the middle of a step there is nobody to meet again."""
+    """A Resharder that stays broken once it failed: in the middle of a step there is nobody to connect with again."""
 
     def connect(self) -> None:
         """See Resharder.connect."""
@@ -35,27 +41,31 @@ class StepResharder(Resharder):
 
 
 class PerDirectionFifo:
-    """What one rank sends over several Links goes one after the other, and so does what it receives.
+    """Make the Links of a rank take turns: what it sends goes one after the other, and so does what it receives.
 
     For Links that share a NIC: each transfer has all of it, and a planned order decides which comes first, where
-    otherwise all of them would be slowed down together. All ranks of these Links take turns, in orders that fit
+    otherwise all of them would be slowed down together. All ranks of these Links have one, with orders that fit
     together: ``check`` proves it of a schedule for ``Queues.PER_DIRECTION``.
+
+    >>> fifo = PerDirectionFifo()  # give it to all Links of this rank: Link(..., fifo=fifo)
+    >>> fifo.before(["send"])  # nothing has been started yet
+    []
     """
 
     def __init__(self) -> None:
         self._last: dict[str, Handle] = {}
 
     def before(self, directions: Sequence[str]) -> list[Handle]:
-        """What must have ended before the next transfer of these directions begins."""
+        """Return what must have ended before the next transfer of these directions begins."""
         return [self._last[direction] for direction in directions if direction in self._last]
 
-    def take(self, directions: Sequence[str], handle: Handle) -> None:
-        """Note a transfer that was started."""
+    def append(self, directions: Sequence[str], handle: Handle) -> None:
+        """Record a transfer that was started."""
         self._last.update(dict.fromkeys(directions, handle))
 
 
 class SendHandle:
-    """A send that was started; it keeps what it sends alive."""
+    """A send that was started: one transfer for each tensor of the edge. It keeps what it sends alive."""
 
     def __init__(self, handles: Sequence[Handle], tensors: Sequence[torch.Tensor]) -> None:
         self._handles = handles
@@ -85,7 +95,7 @@ class SendHandle:
 
 
 class ReceiveHandle:
-    """A receive that was posted.
+    """A receive that was posted: one transfer for each tensor of the edge.
 
     Its tensors belong to the receiver until ``release``, after which a later receive of the same direction writes
     into their memory.
@@ -103,7 +113,7 @@ class ReceiveHandle:
         return self.handles is not None and all(handle.done() for handle in self.handles)
 
     def wait_all(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, always as a tuple. See wait."""
+        """Return the tensors, always as a tuple. See wait."""
         directed_link = self._directed_link
         if self.handles is None:
             raise SpecError(
@@ -120,7 +130,7 @@ class ReceiveHandle:
         return tensors
 
     def wait(self) -> Tensors:
-        """This rank's shard of the tensor, or a tuple of shards if the edge has several tensors.
+        """Return this rank's shard of the tensor, or a tuple of shards if the edge has several tensors.
 
         Raises:
             TransportError: a rank failed, or none sent it within the timeout.
@@ -131,49 +141,50 @@ class ReceiveHandle:
     def release(self) -> None:
         """Give the memory back for a later receive. Nothing may read the tensors any more."""
         if self._slot is not None:
-            directed_link = self._directed_link
-            directed_link.holders[self._slot] = None
-            # What reads the tensors may still be queued on the current stream.
-            directed_link.freed[self._slot] = directed_link.resharders[0].record_event()
+            self._directed_link.free(self._slot)
             self._slot = None
 
 
 class DirectedLink:
-    """One direction of an edge.
+    """Carry the tensors of one direction of an edge.
 
     Args:
         name: of the direction; also of its channel.
-        specs: (source, destination) of each tensor; all sources on the same ranks, and all destinations.
+        ranks: those that send and those that receive.
         order: the microbatches of a step in the order in which they are sent; every step repeats it.
         slots: receive buffers, used in turn; None makes new tensors for every receive. Ranks on both meshes always
             get new tensors.
-        scales: what a received tensor is multiplied by.
-        turns: of this rank, if its transfers take turns.
+        scales: one for each tensor, which is multiplied by it when it was received.
+        fifo: of this rank, if its transfers take turns.
         options: of :class:`tricomm.Resharder`.
     """
 
     def __init__(
         self,
         name: str,
-        specs: Sequence[tuple[ShardingSpec, ShardingSpec]],
+        ranks: tuple[Sequence[int], Sequence[int]],
         order: Sequence[int],
         slots: int | None,
         scales: Sequence[float],
-        turns: PerDirectionFifo | None,
+        fifo: PerDirectionFifo | None,
         options: LinkOptions,
     ) -> None:
         self.name = name
-        self.turns = turns
+        self.ranks = ranks
+        self.fifo = fifo
         self.order = tuple(order)
         self.scales = tuple(scales)
-        self.resharders = [StepResharder(*pair, channel=name, **options) for pair in specs]
-        self.rank = self.resharders[0].rank
-        self.gives = self.rank in specs[0][0].mesh
-        self.takes = self.rank in specs[0][1].mesh
-        self.slots = None if self.gives and self.takes else slots
-        self.holders: list[int | None] = [None] * (self.slots or 0)
-        self.freed: list[Any] = [None] * (self.slots or 0)
-        self._buffers: list[list[torch.Tensor]] = []
+        self.rank = -1
+        """Of this process, known from the first ``bind`` on."""
+        self.is_sender = self.is_receiver = False
+        self.slots = slots
+        self._options = options
+        self._bindings: OrderedDict[Sizes, list[StepResharder]] = OrderedDict()
+        self._connected: set[Sizes] = set()
+        self._sizes_of: Sequence[Sizes] = ()
+        self._holders: list[int | None] = [None] * (slots or 0)
+        self._freed: list[Any] = [None] * (slots or 0)
+        self._memory: dict[tuple[int, int], torch.Tensor] = {}
         self._counts = {"send": 0, "recv": 0}
         self._sent: deque[SendHandle] = deque()
         self._last_ended: SendHandle | None = None
@@ -182,65 +193,108 @@ class DirectedLink:
     @property
     def nbytes(self) -> int:
         """Bytes of receive buffers that this rank holds."""
-        return sum(tensor.nbytes for slot in self._buffers for tensor in slot)
+        return sum(memory.nbytes for memory in self._memory.values())
+
+    @property
+    def resharders(self) -> list[StepResharder]:
+        """Those of the sizes that were bound last."""
+        return next(reversed(self._bindings.values()))
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it was connected for some sizes."""
+        return bool(self._connected)
 
     def connect(self) -> None:
-        """Meet the other ranks; see Link.connect."""
-        for resharder in self.resharders:
-            resharder.connect()
+        """Meet the other ranks for sizes that were bound since."""
+        for sizes, resharders in self._bindings.items():
+            if sizes not in self._connected:
+                for resharder in resharders:
+                    resharder.connect()
+                self._connected.add(sizes)
 
-    def drop_buffers(self) -> None:
-        """Free the receive buffers; the next receive makes them again."""
-        self._buffers.clear()
-        self.freed = [None] * len(self.freed)
+    def bind(self, sizes: Sizes, specs: Sequence[tuple[ShardingSpec, ShardingSpec]]) -> None:
+        """Make what moves tensors of some sizes; ``connect`` is still to come.
+
+        Args:
+            sizes: for which.
+            specs: (source, destination) of each tensor.
+        """
+        resharders = [StepResharder(*pair, channel=self.name, **self._options) for pair in specs]
+        self.rank = resharders[0].rank
+        self.is_sender, self.is_receiver = (self.rank in ranks for ranks in self.ranks)
+        if self.is_sender and self.is_receiver:
+            self.slots = None
+        self._bindings[sizes] = resharders
+
+    def has(self, sizes: Sizes) -> bool:
+        """Whether these sizes are bound."""
+        return sizes in self._bindings
+
+    def use(self, sizes: Sequence[Sizes]) -> None:
+        """Set the sizes of each microbatch from now on, all of them bound, and forget those used longest ago."""
+        self._sizes_of = tuple(sizes)
+        for one in dict.fromkeys(sizes):
+            self._bindings.move_to_end(one)
+        while len(self._bindings) > max(MAX_SIZES, len(set(sizes))):
+            forgotten, resharders = self._bindings.popitem(last=False)
+            self._connected.discard(forgotten)
+            for resharder in resharders:
+                resharder.close()
 
     def send(self, tensors: Sequence[torch.Tensor], microbatch: int) -> SendHandle:
         """See Link.send."""
-        turn = self._next_turn("send", microbatch)
-        if len(tensors) != len(self.resharders):
-            raise SpecError(f"{self.name} carries {len(self.resharders)} tensors and got {len(tensors)}; pass each")
+        number = self._next_call("send", microbatch)
+        resharders = self._bindings[self._sizes_of[microbatch]]
+        if len(tensors) != len(resharders):
+            raise SpecError(f"{self.name} carries {len(resharders)} tensors and got {len(tensors)}; pass each")
         self._drop_ended()
         # What autograd knows of the tensor stays here: its gradient comes back by the other direction.
         tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
         try:
-            handles = self._start([{"tensor": tensor} for tensor in tensors])
+            handles = self._start(resharders, [{"tensor": tensor} for tensor in tensors])
         except SpecError as error:
             raise SpecError(f"{self.name}, microbatch {microbatch}: {error}") from error
         handle = SendHandle(handles, tensors)
         self._sent.append(handle)
-        if self.takes:
-            posted, _ = self._own.pop(turn, (None, None))
+        if self.is_receiver:
+            posted, _ = self._own.pop(number, (None, None))
             if posted is None:
-                self._own[turn] = (None, handles)
+                self._own[number] = (None, handles)
             else:
                 posted.handles = handles
         return handle
 
     def recv(self, microbatch: int) -> ReceiveHandle:
         """See Link.recv."""
-        turn = self._next_turn("recv", microbatch)
-        if self.gives:
+        number = self._next_call("recv", microbatch)
+        if self.is_sender:
             handle = ReceiveHandle(self, microbatch, None)
-            _, handle.handles = self._own.pop(turn, (None, None))
+            _, handle.handles = self._own.pop(number, (None, None))
             if handle.handles is None:
-                self._own[turn] = (handle, None)
+                self._own[number] = (handle, None)
             return handle
-        slot = None if self.slots is None else turn % self.slots
+        resharders = self._bindings[self._sizes_of[microbatch]]
+        slot = None if self.slots is None else number % self.slots
         handle = ReceiveHandle(self, microbatch, slot)
         if slot is None:
-            handle.handles = self._start([{}] * len(self.resharders))
+            handle.handles = self._start(resharders, [{}] * len(resharders))
             return handle
-        holder = self.holders[slot]
+        holder = self._holders[slot]
         if holder is not None:
             raise SpecError(
                 f"{self.name} has {self.slots} receive buffers, and microbatch {microbatch} needs the one that "
                 f"microbatch {holder} still holds; release it first, or ask for more buffers"
             )
-        self.holders[slot] = microbatch
-        if not self._buffers:
-            self._buffers = [self._new_buffers() for _ in self.holders]
-        handle.handles = self._start([{"out": out, "after": self.freed[slot]} for out in self._buffers[slot]])
+        self._holders[slot] = microbatch
+        buffers = [self._buffer(slot, index, resharder) for index, resharder in enumerate(resharders)]
+        handle.handles = self._start(resharders, [{"out": out, "after": self._freed[slot]} for out in buffers])
         return handle
+
+    def free(self, slot: int) -> None:
+        """Let a later receive use a slot, after all that is queued on the current stream so far."""
+        self._holders[slot] = None
+        self._freed[slot] = self.resharders[0].record_event()
 
     def flush(self) -> None:
         """Wait for all sends."""
@@ -252,13 +306,15 @@ class DirectedLink:
 
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError."""
-        self.resharders[0].abort(reason)  # all use one communicator
+        if self._bindings:
+            self.resharders[0].abort(reason)  # all use one communicator
 
     def close(self) -> None:
         """Give back connections and buffers."""
-        for resharder in self.resharders:
-            resharder.close()
-        self._buffers.clear()
+        for resharders in self._bindings.values():
+            for resharder in resharders:
+                resharder.close()
+        self._memory.clear()
 
     def _drop_ended(self) -> None:
         """Forget sends that have ended; raise if one failed. Nothing waits for them: a send never holds up compute."""
@@ -267,45 +323,47 @@ class DirectedLink:
             ended.check()
             self._last_ended = ended
 
-    def _start(self, arguments: Sequence[dict[str, Any]]) -> list[Handle]:
+    def _start(self, resharders: Sequence[StepResharder], arguments: Sequence[dict[str, Any]]) -> list[Handle]:
         """Start all resharders, after what else this rank moves in the same direction if there is a FIFO."""
-        directions = [name for name, has_part in (("send", self.gives), ("recv", self.takes)) if has_part]
-        depends_on = self.turns.before(directions) if self.turns is not None else ()
+        directions = [name for name, has_part in (("send", self.is_sender), ("recv", self.is_receiver)) if has_part]
+        depends_on = self.fifo.before(directions) if self.fifo is not None else ()
         handles = [
             resharder.start(**some, depends_on=depends_on)
-            for resharder, some in zip(self.resharders, arguments, strict=True)
+            for resharder, some in zip(resharders, arguments, strict=True)
         ]
-        if self.turns is not None:
-            self.turns.take(directions, handles[-1])  # all use one communicator, and end in order
+        if self.fifo is not None:
+            self.fifo.append(directions, handles[-1])  # all use one communicator, and end in order
         return handles
 
-    def _next_turn(self, call: str, microbatch: int) -> int:
-        """Count a call; it must be that of the microbatch whose turn it is."""
-        if not (self.gives if call == "send" else self.takes):
+    def _next_call(self, call: str, microbatch: int) -> int:
+        """Count a call, which must be of the microbatch that the order has next; the number of the call."""
+        if not (self.is_sender if call == "send" else self.is_receiver):
             side = "source" if call == "send" else "destination"
             raise SpecError(
                 f"rank {self.rank} is not on the {side} mesh of {self.name} and cannot {call}; only its ranks may"
             )
-        turn = self._counts[call]
-        expected = self.order[turn % len(self.order)]
+        number = self._counts[call]
+        expected = self.order[number % len(self.order)]
         if microbatch != expected:
             raise SpecError(
                 f"{call} of microbatch {microbatch} on {self.name}, where it is the turn of microbatch {expected}; "
                 f"microbatches cross in the order {_short(self.order)} at both ends: call in this order, or make the "
                 "Link with another"
             )
-        self._counts[call] = turn + 1
-        return turn
+        self._counts[call] = number + 1
+        return number
 
-    def _new_buffers(self) -> list[torch.Tensor]:
-        return [
-            torch.empty(
-                resharder.plan.destination.local_shape(self.rank),
-                dtype=torch_dtype(resharder.plan.destination.element_type),
-                device=resharder.device,
-            )
-            for resharder in self.resharders
-        ]
+    def _buffer(self, slot: int, index: int, resharder: StepResharder) -> torch.Tensor:
+        """Return memory of a slot for a tensor, grown where it is too small."""
+        destination = resharder.plan.destination
+        shape = destination.local_shape(self.rank)
+        numel = torch.Size(shape).numel()
+        memory = self._memory.get((slot, index))
+        if memory is None or memory.numel() < numel:
+            dtype = torch_dtype(destination.element_type)
+            memory = self._memory[slot, index] = torch.empty(numel, dtype=dtype, device=resharder.device)
+            self._freed[slot] = None  # nobody has read this memory yet; its last user has queued what it does
+        return memory[:numel].view(shape)
 
 
 def _short(order: tuple[int, ...], limit: int = 12) -> str:

@@ -28,18 +28,38 @@ from tricomm.errors import SpecError
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions, Options
-from tricomm.pipeline.run.directed_link import DirectedLink, PerDirectionFifo, ReceiveHandle, SendHandle, Tensors
+from tricomm.pipeline.run.directed_link import (
+    DirectedLink,
+    PerDirectionFifo,
+    ReceiveHandle,
+    SendHandle,
+    Sizes,
+    Tensors,
+)
 from tricomm.plan.plan import digest_of
+
+WITHOUT_GRADIENT = ("int", "uint", "bool")
+"""Element types that begin so are numbers that cannot have a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeTensor:
-    """One tensor that crosses an edge.
+    """Describe one tensor that crosses an edge.
+
+    >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec
+    >>> source = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (8, 512), "float32")
+    >>> hidden = EdgeTensor(source, ShardingSpec(Mesh([2], ("dp",)), (Replicate(),)))
+    >>> hidden.destination.shape  # as the source's
+    (8, 512)
+    >>> changing = ShardingSpec(Mesh([0], ("dp",)), (Replicate(),), dtype="int64")
+    >>> tokens = EdgeTensor(changing, ShardingSpec(Mesh([2], ("dp",)), (Replicate(),)), None, (8, "length"))
+    >>> tokens.bound({"length": 100}).source.shape
+    (8, 100)
 
     Attributes:
-        source: its layout on the mesh of the stage that gives it.
-        destination: its layout on the mesh of the stage that takes it; shape and dtype default to the source's.
-        gradient: the layout of the gradient that the taking stage computes, one placement per axis of its mesh.
+        source: its layout on the mesh of the source stage.
+        destination: its layout on the mesh of the destination stage; shape and dtype default to the source's.
+        gradient: the layout of the gradient that the destination stage computes, one placement per axis of its mesh.
             () is that of ``destination``: ranks that hold the same elements compute the same gradient, of which one
             copy travels. That is so if the stage sums gradients itself (as Megatron's column-parallel layers do).
             If each rank of an axis computes a share of the gradient, say ``Partial()`` for that axis: the shares
@@ -48,8 +68,8 @@ class EdgeTensor:
             replaces, such as ``(8, "sequence", 512)``. The specs then have no shape. () means that they have it.
 
     Raises:
-        SpecError: gradient placements that do not fit the mesh or cut other dims than the destination does, or a
-            shape given in both places or in none.
+        SpecError: gradient placements that do not fit the mesh or cut other dims than the destination does, a gradient
+            of integers, or a shape given in both places or in none.
     """
 
     source: ShardingSpec
@@ -64,6 +84,12 @@ class EdgeTensor:
                 f"an EdgeTensor with shape={self.shape} and source {self.source} must have its sizes in one place; "
                 "give the source a shape, or leave it out there and write shape=(8, 'sequence', 512)"
             )
+        for side in (self.source, self.destination):
+            if self.gradient is not None and side.element_type.startswith(WITHOUT_GRADIENT):
+                raise SpecError(
+                    f"an EdgeTensor of {side.element_type} cannot have a gradient, which is of real numbers; write "
+                    "EdgeTensor(source, destination, gradient=None)"
+                )
         if self.gradient:
             object.__setattr__(self, "gradient", tuple(self.gradient))
             checked = replace(self.destination, placements=self.gradient)
@@ -76,11 +102,11 @@ class EdgeTensor:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of sizes that change."""
+        """Names of the sizes that change."""
         return tuple(size for size in self.shape if isinstance(size, str))
 
     def bound(self, sizes: Mapping[str, int]) -> "EdgeTensor":
-        """The same with numbers for the names.
+        """Return the same with numbers for the names.
 
         Raises:
             SpecError: a name without a number.
@@ -94,17 +120,32 @@ class EdgeTensor:
         source = replace(self.source, shape=shape)
         return EdgeTensor(source, replace(self.destination, shape=shape), self.gradient)
 
+    def local_shape(self, rank: int, at_source: bool) -> tuple[int, ...]:
+        """Return the shape of a rank's shard at one end of the edge; with numbers for all sizes."""
+        return (self.source if at_source else self.destination).local_shape(rank)
+
     def gradient_specs(self) -> tuple[ShardingSpec, ShardingSpec]:
-        """(layout of the gradient on the taking stage, on the giving one)."""
+        """Return (layout of the gradient on the destination stage, on the source stage)."""
         computed, wanted = gradient_specs(self.source, self.destination)
         return (replace(computed, placements=self.gradient) if self.gradient else computed), wanted
 
 
 class Link:
-    """Carries the tensors of one edge between the meshes of its two stages.
+    """Carry the tensors of one edge between the meshes of its two stages.
 
     Every rank of either mesh makes it with the same arguments, then all call ``connect``. Calls come from one thread,
     and each direction takes the microbatches in one order at both ends; the two directions need no common order.
+
+    On one rank that is on both meshes, where nothing has to be sent:
+
+    >>> import torch
+    >>> from tricomm import Mesh, Replicate, ShardingSpec
+    >>> spec = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (2, 3), "float32")
+    >>> with Link("0-1", [EdgeTensor(spec, spec)], microbatches=1) as link:
+    ...     link.connect()
+    ...     sent = link.send(torch.ones(2, 3), 0)
+    ...     link.recv(0).wait().sum()
+    tensor(6.)
 
     Args:
         name: distinct among the Links of these ranks.
@@ -114,7 +155,8 @@ class Link:
             0, 1, 2 ... in both.
         slots: receive buffers of each direction (forward, backward), used in turn and given back with
             ``handle.release()``. None makes a new tensor for every receive.
-        turns: shared by the Links of a rank that take turns with each other; on all ranks or on none.
+        fifo: shared by the Links of a rank that take turns with each other; on all ranks or on none.
+        turns: the old name of ``fifo``, kept for one version.
         options: those of :class:`tricomm.Options` but ``channel`` and ``name``, which the Link chooses. The timeout
             bounds how long a posted receive may wait, the other stage's compute included.
 
@@ -130,12 +172,14 @@ class Link:
         microbatches: int,
         orders: tuple[Sequence[int], Sequence[int]] | None = None,
         slots: tuple[int | None, int | None] = (None, None),
+        fifo: PerDirectionFifo | None = None,
         turns: PerDirectionFifo | None = None,
         **options: Unpack[LinkOptions],
     ) -> None:
         Options.of(options, "Link", LinkOptions)
         self.name = name
         self.tensors = tuple(tensors)
+        self.microbatches = microbatches
         self.differentiable = tuple(i for i, tensor in enumerate(self.tensors) if tensor.gradient is not None)
         """Indices of the tensors that have a gradient, in the order in which the gradients cross."""
         _check(name, self.tensors, microbatches, slots)
@@ -146,19 +190,21 @@ class Link:
                     f"order {tuple(order)} of edge {name!r} must name each of {microbatches} microbatches once; "
                     "list them all"
                 )
-        pairs = [(tensor.source, tensor.destination) for tensor in self.tensors]
-        self.forward = DirectedLink(
-            f"edge {name} forward", pairs, forward_order, slots[0], [1.0] * len(pairs), turns, options
-        )
+        fifo = fifo or turns
+        meshes = (self.tensors[0].source.mesh.ranks, self.tensors[0].destination.mesh.ranks)
+        scales = [1.0] * len(self.tensors)
+        self.forward = DirectedLink(f"edge {name} forward", meshes, forward_order, slots[0], scales, fifo, options)
         self.backward: DirectedLink | None = None
         if self.differentiable:
-            chosen = [self.tensors[index] for index in self.differentiable]
-            scales = [gradient_scale(tensor.source) for tensor in chosen]
-            pairs = [tensor.gradient_specs() for tensor in chosen]
+            scales = [gradient_scale(self.tensors[index].source) for index in self.differentiable]
             self.backward = DirectedLink(
-                f"edge {name} backward", pairs, backward_order, slots[1], scales, turns, options
+                f"edge {name} backward", meshes[::-1], backward_order, slots[1], scales, fifo, options
             )
         self.directed_links = (self.forward,) if self.backward is None else (self.forward, self.backward)
+        if not any(tensor.names for tensor in self.tensors):
+            self._make(())
+            for directed_link in self.directed_links:
+                directed_link.use([()] * microbatches)
 
     def connect(self) -> None:
         """Compare with the ranks of both meshes what is going to cross, and connect to them.
@@ -166,13 +212,40 @@ class Link:
         Where ranks have several Links, all connect them in the same order.
 
         Raises:
+            SpecError: sizes of its tensors have names; call ``bind`` instead.
             TransportError: a rank says something else, refused, or did not come within the timeout.
         """
+        self.bind([()])
+
+    def bind(self, sizes: Sequence[Sizes]) -> None:
+        """Connect as ``connect`` does, for tensors whose sizes have names; later calls set other sizes.
+
+        Args:
+            sizes: of each microbatch of the coming steps, or one for all of them; the same on all ranks.
+        """
+        missing = [one for one in dict.fromkeys(sizes) if not self.forward.has(one)]
+        for one in missing:
+            self._make(one)
+        if not self.forward.is_connected:
+            self._compare()
+        for directed_link in self.directed_links:
+            directed_link.connect()
+            directed_link.use(sizes if len(sizes) > 1 else list(sizes) * self.microbatches)
+
+    def _make(self, sizes: Sizes) -> None:
+        """Plan for tensors of some sizes, in both directions."""
+        tensors = [tensor.bound(dict(sizes)) for tensor in self.tensors]
+        self.forward.bind(sizes, [(tensor.source, tensor.destination) for tensor in tensors])
+        if self.backward is not None:
+            self.backward.bind(sizes, [tensors[index].gradient_specs() for index in self.differentiable])
+
+    def _compare(self) -> None:
         resharder = self.forward.resharders[0]
         fields = {
             "edge": self.name,
             "tensors": repr(self.tensors),
             "orders": repr([directed_link.order for directed_link in self.directed_links]),
+            "whether its transfers take turns (fifo)": str(self.forward.fifo is not None),
         }
         resharder.context.rendezvous.join(
             digest_of(fields),
@@ -181,8 +254,10 @@ class Link:
             resharder.timeout_seconds,
             channel=f"edge {self.name}",
         )
-        for directed_link in self.directed_links:
-            directed_link.connect()
+
+    def gradient_layouts(self) -> list[ShardingSpec]:
+        """Return the layout of each gradient that goes back, on the destination stage."""
+        return [] if self.backward is None else [one.plan.source for one in self.backward.resharders]
 
     def send(self, x: Tensors, microbatch: int) -> SendHandle:
         """Start to send the activations of a microbatch; on ranks of the source mesh.
@@ -196,7 +271,7 @@ class Link:
             SpecError: not this microbatch's turn, or tensors that are not what was declared. The ranks at the other
                 end get a TransportError that says so.
         """
-        with self._telling():
+        with self._reporting():
             return self.forward.send(_as_tuple(x), microbatch)
 
     def recv(self, microbatch: int) -> ReceiveHandle:
@@ -205,17 +280,17 @@ class Link:
         Raises:
             SpecError: not this microbatch's turn, or no free buffer.
         """
-        with self._telling():
+        with self._reporting():
             return self.forward.recv(microbatch)
 
     def send_gradient(self, gradient: Tensors, microbatch: int) -> SendHandle:
         """As send, for gradients of the tensors that have one; on ranks of the destination mesh."""
-        with self._telling():
+        with self._reporting():
             return self._gradients().send(_as_tuple(gradient), microbatch)
 
     def recv_gradient(self, microbatch: int) -> ReceiveHandle:
         """As recv, for gradients; on ranks of the source mesh."""
-        with self._telling():
+        with self._reporting():
             return self._gradients().recv(microbatch)
 
     def flush(self) -> None:
@@ -244,8 +319,8 @@ class Link:
             directed_link.abort(reason)
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """An error of this rank alone must not leave the others waiting, in either direction."""
+    def _reporting(self) -> Iterator[None]:
+        """Tell the other ranks of an error of this one, in both directions: they would wait for it."""
         try:
             yield
         except SpecError as error:

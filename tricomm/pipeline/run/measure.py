@@ -1,4 +1,4 @@
-"""Measurement: what the stages of a pipeline cost, noted while it trains."""
+"""Measurement: what the stages of a pipeline cost, recorded while it trains."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ from tricomm.transport.store import awaited_note, post_note
 
 
 class StageMeter:
-    """Notes how long the actions of one stage compute on this rank, and what its forward keeps.
+    """Records how long the actions of one stage compute on this rank, and what its forward keeps.
 
     On a GPU, events on the current stream tell the times, so that nothing waits for the device before the costs are
     asked for.
@@ -93,20 +93,20 @@ class StageMeter:
         ignored = {tensor.untyped_storage().data_ptr() for tensor in known}
         kept: dict[int, int] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def record(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in ignored:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # the tensor itself, kept by the node that made it, would keep that node for ever
 
-        with saved_tensors_hooks(note, lambda tensor: tensor):
+        with saved_tensors_hooks(record, lambda tensor: tensor):
             yield
         self._kept_nbytes = sum(kept.values())
 
 
 @dataclass
 class Measurement:
-    """Notes what the stages cost in the steps that run inside of its ``with``, on every rank of the pipeline.
+    """Record what the stages cost in the steps that run inside of its ``with``, on every rank of the pipeline.
 
     ::
 

@@ -1,7 +1,7 @@
-"""Whether ranks that are said to compute equal gradients do: looked at once, in the first step.
+"""Compare what ranks are said to compute equally, gradients and losses, once: in the first step.
 
 A stage whose ranks each compute a share of their input's gradient, and which does not say so, trains with a share taken
-for the whole, and nothing else would show it.
+for the whole, and nothing else would show it. So does one whose ranks each have the loss of a part of the batch.
 """
 
 from typing import Any
@@ -17,13 +17,27 @@ TOLERANCE = 0.05
 """Relative to the norm: far above what the order of additions changes, in bfloat16 too, and far below the difference of
 two shares, which is about the norm itself."""
 
+LOSS_TOLERANCE = 0.02
+"""The same for losses, which ranks compute from the same numbers; for types with many digits it is the root of their
+resolution."""
+
+GRADIENT_REMEDY = (
+    "if each computes a share, as a column-parallel layer that does not reduce its input's gradient, declare "
+    "EdgeTensor(..., gradient=(Partial(),)) for that axis; if not, the ranks saw different data or have different "
+    "weights"
+)
+LOSS_REMEDY = (
+    'if each has the loss of its part of the batch, declare Stage(..., loss=(Partial("avg"),)) for that axis; if not, '
+    "the ranks saw different data or have different weights"
+)
+
 PROJECTIONS = 8
 """Sums with random signs, one for each bit of a byte. Two gradients that differ agree in one of them in some percent
 of all cases, and in all of them never."""
 
 
 class ReplicaCheck:
-    """Compares gradients of one step between the ranks that hold the same elements.
+    """Compare gradients and losses of one step between the ranks that hold the same elements.
 
     Args:
         store: that the ranks share.
@@ -38,23 +52,39 @@ class ReplicaCheck:
         self.name = name
         self.timeout_seconds = timeout_seconds
         self._recorded: dict[str, tuple[int, int]] = {}
+        self._rules: dict[str, tuple[float, str]] = {}
 
-    def note(self, label: str, spec: ShardingSpec, gradient: torch.Tensor) -> None:
-        """Take down a gradient that this rank has computed.
+    def record_gradient(self, label: str, spec: ShardingSpec, gradient: torch.Tensor) -> None:
+        """Record a gradient that this rank has computed.
 
         Args:
             label: says which, on all ranks alike.
             spec: its layout, as declared.
             gradient: this rank's shard.
         """
+        self._record(f"the gradient of {label}", spec, gradient, TOLERANCE, GRADIENT_REMEDY)
+
+    def record_losses(self, label: str, spec: ShardingSpec, losses: torch.Tensor) -> None:
+        """Record the losses of all microbatches.
+
+        Args:
+            label: says of which stage, on all ranks alike.
+            spec: the layout of the loss, as declared.
+            losses: one a microbatch.
+        """
+        exact = torch.finfo(losses.dtype).eps ** 0.5 if losses.is_floating_point() else 0.0
+        self._record(f"the loss of {label}", spec, losses, min(LOSS_TOLERANCE, max(1e-6, exact)), LOSS_REMEDY)
+
+    def _record(self, label: str, spec: ShardingSpec, value: torch.Tensor, tolerance: float, remedy: str) -> None:
         ranks = same_elements(spec, self.rank)
         if len(ranks) < 2:
             return
-        post_note(self.store, self._key(label, self.rank), _sums(gradient))
+        post_note(self.store, self._key(label, self.rank), _sums(value))
         self._recorded[label] = (ranks[0], self.rank)
+        self._rules[label] = (tolerance, remedy)
 
     def compare(self) -> None:
-        """Compare what was noted with the first of the ranks that hold the same.
+        """Compare what was recorded with the first of the ranks that hold the same.
 
         Raises:
             SpecError: they differ.
@@ -63,27 +93,26 @@ class ReplicaCheck:
         for label, ranks in self._recorded.items():
             (*theirs, norm), (*ours, _) = (self._fetched(label, rank) for rank in ranks)
             gaps = [abs(one - other) for one, other in zip(theirs, ours, strict=True)]
-            if max(gaps) > TOLERANCE * norm:
+            tolerance, remedy = self._rules[label]
+            # A norm that is not finite compares as equal: the loss itself shows that.
+            if max(gaps) > tolerance * norm:
                 worst = gaps.index(max(gaps))
                 raise SpecError(
-                    f"ranks {ranks[0]} and {ranks[1]} hold the same elements of the gradient of {label}, and computed "
-                    f"different ones (sums with random signs {theirs[worst]:.6g} and {ours[worst]:.6g}); if each "
-                    "computes a share, as a column-parallel layer that does not reduce its input's gradient, declare "
-                    "EdgeTensor(..., gradient=(Partial(),)) for that axis; if not, the ranks saw different data or "
-                    "have different weights"
+                    f"ranks {ranks[0]} and {ranks[1]} hold the same elements of {label}, and computed different ones "
+                    f"(sums with random signs {theirs[worst]:.6g} and {ours[worst]:.6g}); {remedy}"
                 )
 
     def _key(self, label: str, rank: int) -> str:
         return f"replicas/{self.name}/{label}/{rank}"
 
     def _fetched(self, label: str, rank: int) -> list[float]:
-        absent = f"rank {rank} did not compute its gradient of {label} within the timeout"
+        absent = f"rank {rank} did not compute {label} within the timeout"
         sums: list[float] = awaited_note(self.store, self._key(label, rank), self.timeout_seconds, absent)
         return sums
 
 
 def _sums(gradient: torch.Tensor) -> list[float]:
-    """Sums of the elements with random signs, the same on all ranks, and last the norm.
+    """Sum the elements with random signs, the same on all ranks, and last the norm.
 
     Plain sums of two shares often agree: those of elements that scatter around zero are near zero.
     """
@@ -96,7 +125,7 @@ def _sums(gradient: torch.Tensor) -> list[float]:
 
 
 def same_elements(spec: ShardingSpec, rank: int) -> list[int]:
-    """The ranks that hold the same elements (and not each a share of their sum), this one among them."""
+    """Return the ranks that hold the same elements (and not each a share of their sum), this one among them."""
 
     def place(other: int) -> object:
         if spec.holdings is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +22,14 @@ LOSS = "loss"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """A part of a model.
+    """Describe a part of a model: where it runs, what it reads, what it returns.
+
+    >>> from torch import nn
+    >>> from tricomm import Mesh, Replicate
+    >>> first = Stage(Mesh([0], ("x",)), ("tokens",), ("hidden",), nn.Linear(4, 8))
+    >>> last = Stage(Mesh([1], ("x",)), ("hidden", "target"), ("loss",), loss=(Replicate(),))
+    >>> last.module is None  # rank 0 does not run it
+    True
 
     Attributes:
         mesh: the ranks that compute it together, in whatever way its module does.
@@ -64,16 +71,28 @@ class Stage:
             )
         if self.loss is not None:
             object.__setattr__(self, "loss", tuple(self.loss))
-            ShardingSpec(self.mesh, self.loss, (), "float32")
+            _ = self.loss_spec
+
+    @property
+    def loss_spec(self) -> ShardingSpec:
+        """The layout of the loss, a scalar."""
+        assert self.loss is not None
+        return ShardingSpec(self.mesh, self.loss, (), "float32")
 
     @property
     def loss_weight(self) -> float:
         """What a rank's value counts in the loss: 1/n for the mean of n."""
-        return 1.0 if self.loss is None else gradient_scale(ShardingSpec(self.mesh, self.loss, (), "float32"))
+        return 1.0 if self.loss is None else gradient_scale(self.loss_spec)
 
 
 class WithLoss(nn.Module):
-    """A module and the loss of its output, as a last stage needs it.
+    """Join a module and the loss of its output, as a last stage needs it.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> module = WithLoss(nn.Identity(), nn.functional.mse_loss)
+    >>> module(torch.zeros(2, 3), torch.ones(2, 3))  # the input of the module, then the target
+    tensor(1.)
 
     Args:
         module: takes all inputs but the last, and returns one tensor.
@@ -86,12 +105,27 @@ class WithLoss(nn.Module):
         self.loss = loss
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The loss."""
+        """Return the loss."""
         return self.loss(self.module(*inputs[:-1]), inputs[-1])
 
 
+class _Entry(torch.autograd.Function):
+    """Hand a leaf to a module as a tensor that the module may change in place, which no leaf may be.
+
+    Both share memory and version counter, so autograd still refuses a change that would spoil a backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
 def _unaliased(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The tensor, or a copy if it is a view of one of the others.
+    """Return the tensor, or a copy if it is a view of one of the others.
 
     A stage may pass on what it was given. That is a receive buffer, which the next microbatch may fill while it is
     still being sent on.
@@ -114,62 +148,84 @@ class SavedForward:
 
 
 class Meter(Protocol):
-    """Notes what a stage costs; see :class:`tricomm.pipeline.Measurement`."""
+    """Records what a stage costs; see :class:`tricomm.pipeline.Measurement`."""
 
     def recorded(self, kind: Kind, inputs: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
-        """Around the computation of one action; a forward says what it reads."""
+        """Surround the computation of one action; a forward says what it reads."""
 
 
 class StageRun:
-    """One stage on one of its ranks.
+    """Compute the microbatches of one stage on one of its ranks.
 
     Args:
         index: of the stage, for messages.
         stage: with its module.
-        takes: names of the inputs whose gradient goes back over an edge.
-        gives: names of the outputs whose gradient comes back over an edge.
-        loss_scale: the weight of the loss of a microbatch in that of the step.
+        gradient_inputs: names of the inputs whose gradient goes back over an edge.
+        gradient_outputs: names of the outputs whose gradient comes back over an edge.
     """
 
-    def __init__(self, index: int, stage: Stage, takes: Sequence[str], gives: Sequence[str], loss_scale: float) -> None:
+    def __init__(
+        self, index: int, stage: Stage, gradient_inputs: Sequence[str], gradient_outputs: Sequence[str]
+    ) -> None:
         if stage.module is None:
             raise SpecError(f"stage {index} has no module on a rank of its mesh {stage.mesh}; pass module=...")
         self.index = index
         self.stage = stage
         self.module: nn.Module = stage.module
-        self.losses: list[torch.Tensor] = []
-        self._takes = frozenset(takes)
-        self._roots = tuple(name for name in stage.outputs if name in gives or name == LOSS)
+        self.losses: dict[int, torch.Tensor] = {}
+        """Per microbatch, as the module gave it."""
         self.meter: Meter | None = None
         """Told of every computation while it is there."""
-        self._loss_scale = loss_scale
+        self._gradient_inputs = frozenset(gradient_inputs)
+        self._roots = tuple(name for name in stage.outputs if name in gradient_outputs or name == LOSS)
         self._saved: dict[int, SavedForward] = {}
+        self._loss_weights: Sequence[float] = ()
 
-    def forward(self, microbatch: int, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The outputs of a microbatch by name, detached, in memory that no input uses.
+    def begin(self, loss_weights: Sequence[float]) -> None:
+        """Begin a step in which the losses of the microbatches have these weights."""
+        self.losses.clear()
+        self._saved.clear()
+        self._loss_weights = loss_weights
+
+    def forward(
+        self, microbatch: int, inputs: Mapping[str, torch.Tensor], *, check_trains: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Compute the outputs of a microbatch, by name, detached, in memory that no input uses.
 
         Args:
             microbatch: which.
             inputs: by name. They are not changed unless the module does.
+            check_trains: whether to refuse outputs through which nothing of this stage would be trained.
 
         Raises:
-            SpecError: the module returns something else than its stage says.
+            SpecError: the module returns something else than its stage says, or what trains nothing.
         """
         given = {name: tensor.detach() for name, tensor in inputs.items()}
-        leaves = {name: tensor.requires_grad_() for name, tensor in given.items() if name in self._takes}
+        leaves = {name: tensor.requires_grad_() for name, tensor in given.items() if name in self._gradient_inputs}
         with torch.enable_grad(), self._metered(Kind.FORWARD, given.values()):
-            returned = self.module(*(given[name] for name in self.stage.inputs))
-        outputs = dict(zip(self.stage.outputs, self._checked(returned), strict=True))
-        if LOSS in outputs:
-            self.losses.append(outputs[LOSS].detach())
+            entries = {name: _Entry.apply(leaf) for name, leaf in leaves.items()}  # type: ignore[no-untyped-call]
+            returned = self.module(*({**given, **entries}[name] for name in self.stage.inputs))
+        outputs = self._named(returned)
         roots = [outputs[name] for name in self._roots]
+        if check_trains:
+            self._check_trains(roots, bool(leaves))
+        if LOSS in outputs:
+            self.losses[microbatch] = outputs[LOSS].detach()
         self._saved[microbatch] = SavedForward(leaves, StageBackward(list(leaves.values()), roots))
         return {name: _unaliased(tensor.detach(), inputs.values()) for name, tensor in outputs.items()}
+
+    def evaluate(self, microbatch: int, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As forward, without a graph: nothing is kept for a backward."""
+        with torch.no_grad():
+            outputs = self._named(self.module(*(inputs[name].detach() for name in self.stage.inputs)))
+        if LOSS in outputs:
+            self.losses[microbatch] = outputs[LOSS]
+        return {name: _unaliased(tensor, inputs.values()) for name, tensor in outputs.items()}
 
     def backward(
         self, kind: Kind, microbatch: int, gradients: Mapping[str, Sequence[torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """The gradients of the inputs that have one, by name, in memory that no given gradient uses.
+        """Compute the gradients of the inputs that have one, by name, in memory that no given gradient uses.
 
         Args:
             kind: BACKWARD, or INPUT_GRADIENT, after which ``weight_gradients`` is still to come.
@@ -177,7 +233,7 @@ class StageRun:
             gradients: by name of the output, one from each stage that took it.
         """
         saved = self._saved[microbatch]
-        given = [self._gradient_of(name, gradients) for name in self._roots]
+        given = [self._gradient_of(name, microbatch, gradients) for name in self._roots]
         with self._metered(kind):
             if kind is Kind.BACKWARD:
                 found = saved.backward.run(given)
@@ -189,31 +245,38 @@ class StageRun:
         return {name: torch.zeros_like(leaf) if one is None else _unaliased(one, given) for (name, leaf), one in pairs}
 
     def weight_gradients(self, microbatch: int) -> None:
-        """The second half of a split backward."""
+        """Run the second half of a split backward."""
         with self._metered(Kind.WEIGHT_GRADIENT):
             self._saved.pop(microbatch).backward.weight_gradients()
 
     def weighted_losses(self) -> list[torch.Tensor]:
-        """What each microbatch adds to the loss of the step."""
-        return [loss * self._loss_scale for loss in self.losses]
-
-    def reset(self) -> None:
-        """Begin a step."""
-        self.losses.clear()
-        self._saved.clear()
+        """Return what each microbatch adds to the loss of the step."""
+        return [loss * self._loss_weights[microbatch] for microbatch, loss in self.losses.items()]
 
     def _metered(self, kind: Kind, inputs: Iterable[torch.Tensor] = ()) -> AbstractContextManager[None]:
         return nullcontext() if self.meter is None else self.meter.recorded(kind, inputs)
 
-    def _gradient_of(self, name: str, gradients: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+    def _gradient_of(self, name: str, microbatch: int, gradients: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
         if name == LOSS:
-            return torch.full_like(self.losses[-1], self._loss_scale * self.stage.loss_weight)
+            weight = self._loss_weights[microbatch] * self.stage.loss_weight
+            return torch.full_like(self.losses[microbatch], weight)
         first, *others = gradients[name]
         for other in others:
             first = first + other
         return first
 
-    def _checked(self, returned: object) -> Sequence[torch.Tensor]:
+    def _check_trains(self, roots: Sequence[torch.Tensor], has_inputs: bool) -> None:
+        has_parameters = any(parameter.requires_grad for parameter in self.module.parameters())
+        if roots and (has_parameters or has_inputs) and not any(root.requires_grad for root in roots):
+            what = "its parameters" if has_parameters else "the stages before it"
+            raise SpecError(
+                f"what stage {self.index} returns as {self._roots} does not require grad, so {what} would not be "
+                "trained; do not detach it or compute it under torch.no_grad, or, if that is meant, freeze the "
+                "parameters with requires_grad_(False) and declare what crosses with gradient=None"
+            )
+
+    def _named(self, returned: object) -> dict[str, torch.Tensor]:
+        """Check what the module returned; by name."""
         names = self.stage.outputs
         tensors = returned if isinstance(returned, tuple) else (returned,)
         if len(tensors) != len(names) or not all(isinstance(one, torch.Tensor) for one in tensors):
@@ -225,4 +288,4 @@ class StageRun:
         if LOSS in names and tensors[names.index(LOSS)].numel() != 1:
             shape = tuple(tensors[names.index(LOSS)].shape)
             raise SpecError(f"the loss of stage {self.index} has shape {shape}; it must be a scalar: take its mean")
-        return tensors
+        return dict(zip(names, tensors, strict=True))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tricomm.errors import SpecError
+from tricomm.layout.placement import Replicate
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
 from tricomm.pipeline.run.directed_link import StepResharder
@@ -15,10 +16,16 @@ from tricomm.transport.handle import Handle
 
 @dataclass(frozen=True, slots=True)
 class Tied:
-    """One parameter of which each of several stages holds a copy, in a layout of its own.
+    """Declare one parameter of which each of several stages holds a copy, in a layout of its own.
 
     At the end of a step, after ``after_backward``, each stage gets the gradients of the others and adds all of them in
-    the order of the stages. Copies that begin equal and get the same updates therefore stay equal to the last bit.
+    the order of the stages. Copies that begin equal and get the same updates therefore stay equal to the last bit. A
+    frozen copy neither gives nor gets a gradient; where no copy has one in a step, none gets one.
+
+    >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec
+    >>> whole = ShardingSpec(Mesh([0], ("tp",)), (Replicate(),), (32000, 512), "float32")
+    >>> rows = ShardingSpec(Mesh([1, 2], ("tp",)), (Shard(0),), (32000, 512), "float32")
+    >>> embedding = Tied({0: ("embedding.weight", whole), 3: ("head.weight", rows)})
 
     Attributes:
         parts: per stage, the name of the parameter in its module and the layout of the parameter on the stage's mesh.
@@ -42,32 +49,49 @@ class Tied:
 
 
 class TiedGradients:
-    """Adds the gradients of a tied parameter over its stages.
+    """Add the gradients of a tied parameter over its stages.
 
     Args:
         tied: the declaration.
         modules: of the stages that this rank computes.
         name: for the channels.
-        options: of :class:`tricomm.Resharder`.
+        options: of the Resharders.
+
+    Raises:
+        SpecError: a stage of this rank has no parameter of that name.
     """
 
     def __init__(self, tied: Tied, modules: Mapping[int, nn.Module], name: str, options: LinkOptions) -> None:
         self.stages = sorted(tied.parts)
         self.parameters = {
-            stage: modules[stage].get_parameter(tied.parts[stage][0]) for stage in self.stages if stage in modules
+            stage: _parameter(modules[stage], stage, tied.parts[stage][0]) for stage in self.stages if stage in modules
         }
         specs = {stage: spec for stage, (_, spec) in tied.parts.items()}
-        self.resharders = {
-            (giver, taker): StepResharder(specs[giver], specs[taker], channel=f"{name} {giver}>{taker}", **options)
-            for giver in self.stages
-            for taker in self.stages
-            if giver != taker and (giver in modules or taker in modules)
+        flags = {
+            stage: ShardingSpec(spec.mesh, (Replicate(),) * spec.mesh.ndim, (1,), "uint8")
+            for stage, spec in specs.items()
         }
+        pairs = [
+            (sender, receiver)
+            for sender in self.stages
+            for receiver in self.stages
+            if sender != receiver and (sender in modules or receiver in modules)
+        ]
+        self.resharders = {
+            pair: StepResharder(specs[pair[0]], specs[pair[1]], channel=f"{name} {pair[0]}>{pair[1]}", **options)
+            for pair in pairs
+        }
+        self.flags = {
+            pair: StepResharder(flags[pair[0]], flags[pair[1]], channel=f"{name} {pair[0]}>{pair[1]}", **options)
+            for pair in pairs
+        }
+        """They tell whether the sender has a gradient at all."""
 
     def connect(self) -> None:
         """Meet the other ranks."""
-        for resharder in self.resharders.values():
+        for pair, resharder in self.resharders.items():
             resharder.connect()
+            self.flags[pair].connect()
 
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on."""
@@ -76,22 +100,43 @@ class TiedGradients:
 
     def close(self) -> None:
         """Give back connections."""
-        for resharder in self.resharders.values():
+        for resharder in (*self.resharders.values(), *self.flags.values()):
             resharder.close()
 
     def add(self) -> None:
-        """Make the ``grad`` of every copy the sum of all."""
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        """Make the ``grad`` of every copy that is not frozen the sum of all that there are."""
+        has = {stage: one.requires_grad and one.grad is not None for stage, one in self.parameters.items()}
+        flags: dict[tuple[int, int], Handle] = {}
         handles: dict[tuple[int, int], Handle] = {}
-        for (giver, taker), resharder in self.resharders.items():
-            own = self.parameters.get(giver)
-            handles[giver, taker] = resharder.start(None if own is None else own.grad)
-        moved = {pair: handle.wait() for pair, handle in handles.items()}
-        for taker, parameter in self.parameters.items():
-            terms = [parameter.grad if giver == taker else moved[giver, taker] for giver in self.stages]
-            parameter.grad = _sum([term for term in terms if term is not None])
+        for (sender, receiver), resharder in self.resharders.items():
+            own = self.parameters.get(sender)
+            flag = gradient = None
+            if own is not None:
+                flag = torch.full((1,), has[sender], dtype=torch.uint8, device=resharder.device)
+                gradient = own.grad if has[sender] else torch.zeros_like(own)
+                gradient = None if gradient is None else gradient.detach()
+            flags[sender, receiver] = self.flags[sender, receiver].start(flag)
+            handles[sender, receiver] = resharder.start(gradient)
+        moved = {pair: (flags[pair].wait(), handle.wait()) for pair, handle in handles.items()}
+        for receiver, parameter in self.parameters.items():
+            terms: list[torch.Tensor] = []
+            for sender in self.stages:
+                if sender == receiver:
+                    terms += [parameter.grad] if has[receiver] and parameter.grad is not None else []
+                    continue
+                there, gradient = moved[sender, receiver]
+                if there is not None and gradient is not None and bool(there):
+                    terms.append(gradient)
+            if terms and parameter.requires_grad:
+                parameter.grad = _sum(terms)
+
+
+def _parameter(module: nn.Module, stage: int, name: str) -> nn.Parameter:
+    found = dict(module.named_parameters(remove_duplicate=False))
+    if name not in found:
+        known = ", ".join(found) or "none"
+        raise SpecError(f"stage {stage} has no parameter {name!r} to tie; its parameters are: {known}")
+    return found[name]
 
 
 def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:

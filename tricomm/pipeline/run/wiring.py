@@ -1,6 +1,10 @@
 """How the stages of a pipeline hang together: checked once, then made into the Links of one rank."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
 
 from tricomm.errors import PlanError, SpecError
 from tricomm.layout.mesh import format_ranks
@@ -12,11 +16,16 @@ from tricomm.pipeline.schedule.actions import Channel, Edge, Kind
 from tricomm.pipeline.schedule.check import Queues, receive_ring
 from tricomm.pipeline.schedule.schedule import Schedule
 
-Edges = Mapping[tuple[int, int], Mapping[str, EdgeTensor]]
+EdgeTensors = Mapping[tuple[int, int], Mapping[str, EdgeTensor]]
 """Per (source stage, destination stage), the tensors that cross, by the name that both stages know them by."""
 
 
-def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: Edges) -> None:
+def gradient_names(schedule: Schedule, tensors: Mapping[str, EdgeTensor]) -> tuple[str, ...]:
+    """Name the tensors of an edge that have a gradient, in the order in which gradients cross."""
+    return tuple(name for name, one in tensors.items() if schedule.has_backward and one.gradient is not None)
+
+
+def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: EdgeTensors) -> None:
     """Refuse stages and edges that do not fit the schedule or each other.
 
     Raises:
@@ -56,40 +65,41 @@ def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: Edges) -> N
 
 
 def fifo_of(queues: Queues) -> PerDirectionFifo | None:
-    """What keeps the order of queues on a rank.
+    """Make what keeps the order of queues on a rank.
 
     Raises:
-        PlanError: queues that ranks do not keep.
+        PlanError: queues of which only the simulator knows.
     """
-    if queues not in (Queues.PER_CHANNEL, Queues.PER_DIRECTION):
+    if queues.is_of_peers:
         raise PlanError(
             f"queues={queues} describes other systems; transfers of tricomm have queues PER_CHANNEL or PER_DIRECTION"
         )
     return PerDirectionFifo() if queues is Queues.PER_DIRECTION else None
 
 
-def data_names(index: int, stage: Stage, edges: Edges) -> tuple[str, ...]:
-    """The inputs of a stage that no edge brings."""
+def data_names(index: int, stage: Stage, edges: EdgeTensors) -> tuple[str, ...]:
+    """Name the inputs of a stage that no edge brings."""
     brought = {name for (_, destination), tensors in edges.items() if destination == index for name in tensors}
     return tuple(name for name in stage.inputs if name not in brought)
 
 
 def make_links(
     schedule: Schedule,
-    edges: Edges,
-    sizes: Mapping[str, int],
+    edges: EdgeTensors,
     rank: int,
     name: str,
-    turns: PerDirectionFifo | None,
+    fifo: PerDirectionFifo | None,
     options: LinkOptions,
 ) -> dict[Edge, Link]:
-    """The Links of the edges that a rank has a part in, in the order in which all ranks connect them.
+    """Make the Links of the edges that a rank has a part in, in the order in which all ranks connect them.
 
     An edge inside of a pipeline rank has one only if its two layouts differ, and takes no turns.
     """
     links: dict[Edge, Link] = {}
     for edge in schedule.edges:
-        tensors = [tensor.bound(sizes) for tensor in edges[edge].values()]
+        tensors = list(edges[edge].values())
+        if not schedule.has_backward:
+            tensors = [replace(tensor, gradient=None) for tensor in tensors]
         is_inside = edge.forward not in schedule.channels
         involved = any(rank in spec.mesh for spec in (tensors[0].source, tensors[0].destination))
         if not involved or (is_inside and all(_passes_unchanged(tensor) for tensor in tensors)):
@@ -98,14 +108,20 @@ def make_links(
             f"{name} {edge}",
             tensors,
             microbatches=schedule.microbatches,
-            orders=(_order(schedule, edge.forward), _order(schedule, edge.backward)),
-            slots=(None, None)
-            if is_inside
-            else (receive_ring(schedule, edge.forward), receive_ring(schedule, edge.backward)),
-            turns=None if is_inside else turns,
+            orders=(
+                _order(schedule, edge.forward),
+                _order(schedule, edge.backward if schedule.has_backward else edge.forward),
+            ),
+            slots=(None, None) if is_inside else (_slots(schedule, edge.forward), _slots(schedule, edge.backward)),
+            fifo=None if is_inside else fifo,
             **options,
         )
     return links
+
+
+def _slots(schedule: Schedule, channel: Channel) -> int | None:
+    """How many receive buffers a channel needs; None for one that carries nothing."""
+    return receive_ring(schedule, channel) or None
 
 
 def _order(schedule: Schedule, channel: Channel) -> list[int]:
@@ -153,3 +169,27 @@ def _check_end(index: int, stage: Stage, name: str, side: str, ranks: Sequence[i
             f"tensor {name!r} among the {side} of stage {index} is laid out on ranks {format_ranks(ranks)}, and the "
             f"stage is on {stage.mesh}; lay it out on the ranks of the stage"
         )
+
+
+def check_data(index: int, rank: int, names: Sequence[str], data: Mapping[str, Any], microbatches: int) -> None:
+    """Refuse data of a step that lack something which a stage of this rank takes.
+
+    Raises:
+        SpecError: a name is missing, or has not one tensor for each microbatch.
+    """
+    for name in names:
+        if name not in data:
+            given = ", ".join(map(repr, data)) or "nothing"
+            raise SpecError(
+                f"input {name!r} of stage {index} is not in the step's data on rank {rank}, which names {given}; pass "
+                f"{{{name!r}: tensor.chunk({microbatches})}}"
+            )
+        values = data[name]
+        found = len(values) if isinstance(values, Sequence | torch.Tensor) else 0
+        if found != microbatches or not all(isinstance(one, torch.Tensor) for one in values):
+            kinds = ", ".join(sorted({type(one).__name__ for one in values})) if found else type(values).__name__
+            raise SpecError(
+                f"input {name!r} of stage {index} has {found} elements ({kinds}) in the step's data on rank {rank}, "
+                f"and the schedule has {microbatches} microbatches; pass one tensor for each, such as "
+                f"{{{name!r}: tensor.chunk({microbatches})}}"
+            )

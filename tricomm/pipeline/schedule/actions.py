@@ -30,6 +30,7 @@ class Kind(StrEnum):
         is_send: whether it starts a send.
         is_receive: whether it posts a receive.
         gives_gradient: whether it gives the gradient that the stage before waits for.
+        ends_microbatch: whether its stage needs nothing more of its microbatch afterwards: B or W.
     """
 
     FORWARD = "F"
@@ -46,6 +47,7 @@ class Kind(StrEnum):
         self.is_send = text.startswith("SEND")
         self.is_receive = text.startswith("RECV")
         self.gives_gradient = text in ("B", "I")
+        self.ends_microbatch = text in ("B", "W")
 
 
 class Channel(NamedTuple):

@@ -14,7 +14,11 @@ from tricomm.pipeline.schedule.schedule import Schedule
 
 
 class Queues(Enum):
-    """Which transfers run in the order in which they were posted, one after the other."""
+    """Which transfers run in the order in which they were posted, one after the other.
+
+    >>> [queues.name for queues in Queues if not queues.is_of_peers]  # those that the executor takes
+    ['PER_CHANNEL', 'PER_DIRECTION']
+    """
 
     PER_CHANNEL = "one per directed edge"
     """A communicator for each direction of each edge, as tricomm's executor has."""
@@ -22,13 +26,21 @@ class Queues(Enum):
     """What a pipeline rank sends goes one after the other, and so does what it receives. Transfers to several
     neighbours, which would share a NIC, take turns on it, in an order that was planned: see ``in_turn``."""
     PER_PAIR = "one per pair of pipeline ranks"
-    """Both directions share one: torch's unbatched P2P on NCCL, which makes a communicator for each pair of ranks."""
+    """Model of peers: both directions share one, as in torch's unbatched P2P on NCCL, which makes a communicator for
+    each pair of ranks."""
     PER_PIPELINE_RANK = "one per pipeline rank"
-    """All share one: torch's P2P on an NCCL group that was made with ``device_id``, or batched."""
+    """Model of peers: all share one, as torch's P2P on an NCCL group that was made with ``device_id``, or batched."""
+    PER_POSITION = PER_PIPELINE_RANK
+    """The old name, kept for one version."""
 
     BLOCKING = "none, compute waiting for all"
-    """What stands together in a list runs together, and the next computation waits until all of it has ended:
-    Megatron's fused P2P, torch's Schedule1F1B, and frameworks that overlap nothing."""
+    """Model of peers: what stands together in a list runs together, and the next computation waits until all of it has
+    ended, as in Megatron's fused P2P, torch's Schedule1F1B, and frameworks that overlap nothing."""
+
+    @property
+    def is_of_peers(self) -> bool:
+        """Whether only other systems have such queues: the simulator models them, the executor refuses them."""
+        return self not in (Queues.PER_CHANNEL, Queues.PER_DIRECTION)
 
     def key(self, schedule: Schedule, channel: Channel, stage: int) -> tuple[int, ...]:
         """The queue, at the end of a channel that ``stage`` is, in which its transfers stand."""
@@ -83,7 +95,7 @@ def receive_ring(schedule: Schedule, channel: Channel) -> int:
     """How many receive buffers a channel needs if they are used in turn.
 
     A buffer is taken where the receive stands and given back after the backward of its microbatch (B or W): until
-    then the stage's graph may read its input.
+    then the stage's graph may read its input. Without backwards it is given back after the forward.
     """
     pipeline_rank = schedule.pipeline_rank_of(channel.receiver)
     taken: list[int] = []
@@ -91,7 +103,7 @@ def receive_ring(schedule: Schedule, channel: Channel) -> int:
     last_use = {
         action.microbatch: index
         for index, action in enumerate(schedule.lists[pipeline_rank])
-        if action.stage == channel.receiver and action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+        if action.stage == channel.receiver and schedule.ends_microbatch(action)
     }
     for index, action in enumerate(schedule.lists[pipeline_rank]):
         if action.kind.is_receive and action.channel == channel:

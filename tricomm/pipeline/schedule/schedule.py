@@ -28,7 +28,9 @@ class Schedule:
         lists: per pipeline rank, its actions in order.
         edges: which stages feed which; () means the chain of all stages. An edge between stages that are no
             neighbours is a skip connection.
-        channels: the directed edges that need communication: those between two pipeline ranks, forward and backward.
+        channels: the directed edges that need communication: those between two pipeline ranks, forward and, if there
+            are backwards, backward.
+        has_backward: whether it trains; a schedule of forwards only evaluates.
 
     Raises:
         PlanError: a stage at two pipeline ranks or at none, an action that is missing, twice or both whole and split,
@@ -38,6 +40,7 @@ class Schedule:
     lists: tuple[tuple[Action, ...], ...]
     edges: tuple[Edge, ...] = ()
     channels: tuple[Channel, ...] = field(init=False, repr=False, compare=False)
+    has_backward: bool = field(init=False, repr=False, compare=False)
     _pipeline_rank_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _microbatches: int = field(init=False, repr=False, compare=False)
     _split: frozenset[tuple[int, int]] = field(init=False, repr=False, compare=False)
@@ -51,6 +54,7 @@ class Schedule:
         split = (one for one in self.actions() if one.kind is Kind.INPUT_GRADIENT)
         set_field(self, "_split", frozenset((one.stage, one.microbatch) for one in split))
         set_field(self, "_microbatches", _checked_microbatches(self))
+        set_field(self, "has_backward", any(one.kind.gives_gradient for one in self.actions()))
         edges = tuple(dict.fromkeys(Edge(*edge) for edge in self.edges)) or chain(self.stages)
         set_field(self, "edges", _checked_edges(edges, self.stages))
         set_field(self, "_inputs", _channels_by_action(edges, by_receiver=True))
@@ -58,7 +62,8 @@ class Schedule:
         crossing = [
             edge for edge in edges if self.pipeline_rank_of(edge.source) != self.pipeline_rank_of(edge.destination)
         ]
-        set_field(self, "channels", tuple(channel for edge in crossing for channel in (edge.forward, edge.backward)))
+        both = ((edge.forward, edge.backward) if self.has_backward else (edge.forward,) for edge in crossing)
+        set_field(self, "channels", tuple(channel for pair in both for channel in pair))
 
     @classmethod
     def parse(cls, lists: Iterable[str], edges: Iterable[tuple[int, int]] = ()) -> "Schedule":
@@ -126,6 +131,20 @@ class Schedule:
     def compute_only(self) -> "Schedule":
         """The same schedule without sends and receives."""
         return replace(self, lists=tuple(tuple(one for one in actions if one.is_compute) for actions in self.lists))
+
+    def ends_microbatch(self, action: Action) -> bool:
+        """Whether its stage needs nothing more of its microbatch afterwards."""
+        return action.kind.ends_microbatch if self.has_backward else action.kind is Kind.FORWARD
+
+    def forward_only(self) -> "Schedule":
+        """Return the same schedule without backwards and what they send: it runs wherever this one does.
+
+        >>> print(Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"]).forward_only())
+        0: 0F0 0F1
+        1: 1F0 1F1
+        """
+        kinds = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
+        return replace(self, lists=tuple(tuple(one for one in actions if one.kind in kinds) for actions in self.lists))
 
     def inputs(self, action: Action) -> tuple[Channel, ...]:
         """The channels (also those inside of a pipeline rank) whose data an F, B or I needs."""
@@ -201,13 +220,15 @@ def _checked_microbatches(schedule: Schedule) -> int:
             kinds.setdefault((action.stage, action.microbatch), []).append(action.kind)
     count = 1 + max((microbatch for _, microbatch in kinds), default=-1)
     whole, halves = {Kind.FORWARD, Kind.BACKWARD}, {Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT}
+    has_backward = any(kind is not Kind.FORWARD for found in kinds.values() for kind in found)
+    allowed = (whole, halves) if has_backward else ({Kind.FORWARD},)
     for stage in range(schedule.stages):
         for microbatch in range(count):
             found = kinds.get((stage, microbatch), [])
-            if len(found) != len(set(found)) or set(found) not in (whole, halves):
+            if len(found) != len(set(found)) or set(found) not in allowed:
                 names = " ".join(f"{stage}{kind}{microbatch}" for kind in found) or "nothing"
                 raise PlanError(
                     f"stage {stage} does {names} for microbatch {microbatch}; each stage does F and B, or F, I and W, "
-                    f"once for each of {count} microbatches"
+                    f"once for each of {count} microbatches, or all do F only"
                 )
     return count

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from tricomm.errors import PlanError
 from tricomm.pipeline.costs.costs import Costs
-from tricomm.pipeline.costs.simulate import run_clock
+from tricomm.pipeline.costs.simulate import check_stages, run_clock
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
 from tricomm.pipeline.schedule.check import Queues
@@ -43,6 +43,7 @@ def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
     Raises:
         PlanError: costs of another number of stages, or a schedule that cannot run.
     """
+    check_stages(schedule, costs)
     timeline = ideal_timeline(schedule, costs, Queues.PER_DIRECTION)
     schedule = schedule.compute_only()
     timeline = _improved(schedule, timeline, costs, trials)

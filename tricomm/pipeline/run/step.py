@@ -1,0 +1,171 @@
+"""Step: one step of a pipeline on one rank, from its first action to its last."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.replicas import ReplicaCheck
+from tricomm.pipeline.run.stage import LOSS, StageRun
+from tricomm.pipeline.run.wiring import EdgeTensors, data_names, gradient_names
+from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
+from tricomm.pipeline.schedule.schedule import Schedule
+
+Data = Mapping[str, Sequence[torch.Tensor]]
+"""Inputs that no edge brings, by name: one tensor for each microbatch."""
+
+Observer = Callable[[Action, float, float], None]
+"""Told after each action of this rank when it began and ended, by time.perf_counter()."""
+
+
+class Program:
+    """What a rank does in every step, worked out once.
+
+    Args:
+        schedule: with sends and receives; of forwards only for an evaluation.
+        edges: what crosses them.
+        runs: the stages of this rank.
+    """
+
+    def __init__(self, schedule: Schedule, edges: EdgeTensors, runs: Mapping[int, StageRun]) -> None:
+        self.schedule, self.edges, self.runs = schedule, edges, runs
+        self.gradient_names = {edge: gradient_names(schedule, tensors) for edge, tensors in edges.items()}
+        self.data_names = {index: data_names(index, run.stage, edges) for index, run in runs.items()}
+        self.actions: Sequence[Action] = ()
+        if runs:
+            self.actions = schedule.lists[schedule.pipeline_rank_of(next(iter(runs)))]
+
+    def kept_outputs(self, stage: int) -> tuple[str, ...]:
+        """The outputs of a stage that no edge carries, but for the loss."""
+        carried = {name for (source, _), tensors in self.edges.items() if source == stage for name in tensors}
+        return tuple(name for name in self.runs[stage].stage.outputs if name not in carried and name != LOSS)
+
+
+@dataclass(slots=True)
+class Step:
+    """Carry out the actions of one step in order.
+
+    Attributes:
+        program: what is done.
+        links: of this rank's edges.
+        data: of the step, checked.
+        check: where gradients of the first step are recorded; None in all others.
+        observer: told of each action.
+        action: that is being carried out; None before and after.
+        outputs: of an evaluation, by name, then by microbatch.
+    """
+
+    program: Program
+    links: Mapping[Edge, Link]
+    data: Data
+    check: ReplicaCheck | None = None
+    observer: Observer | None = None
+    action: Action | None = None
+    outputs: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    _posted: dict[tuple[Channel, int], ReceiveHandle] = field(default_factory=dict)
+    _produced: dict[tuple[Channel, int], list[torch.Tensor]] = field(default_factory=dict)
+    _held: dict[tuple[int, int], list[ReceiveHandle]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Carry out all actions of this rank, and wait until what it sent has left."""
+        for action in self.program.actions:
+            self.action = action
+            began = time.perf_counter()
+            if action.kind.is_compute:
+                self._compute(action)
+            elif action.kind.is_send:
+                self._send(action)
+            else:
+                self._receive(action)
+            if self.observer is not None:
+                self.observer(action, began, time.perf_counter())
+        self.action = None
+        for link in self.links.values():
+            link.flush()
+
+    def _compute(self, action: Action) -> None:
+        run = self.program.runs[action.stage]
+        if action.kind is Kind.FORWARD:
+            self._forward(action, run)
+        elif action.kind is Kind.WEIGHT_GRADIENT:
+            run.weight_gradients(action.microbatch)
+        else:
+            self._backward(action, run)
+        if self.program.schedule.ends_microbatch(action):
+            for handle in self._held.pop((action.stage, action.microbatch), ()):
+                handle.release()
+
+    def _send(self, action: Action) -> None:
+        tensors = self._produced.pop((action.channel, action.microbatch))
+        directed_link = self._directed_link(action.channel)
+        if directed_link is not None:
+            directed_link.send(tensors, action.microbatch)
+
+    def _receive(self, action: Action) -> None:
+        directed_link = self._directed_link(action.channel)
+        if directed_link is not None:
+            self._posted[action.channel, action.microbatch] = directed_link.recv(action.microbatch)
+
+    def _forward(self, action: Action, run: StageRun) -> None:
+        schedule, stage, microbatch = self.program.schedule, action.stage, action.microbatch
+        inputs = {name: self.data[name][microbatch] for name in self.program.data_names[stage]}
+        for channel in schedule.inputs(action):
+            inputs.update(zip(self.program.edges[channel.edge], self._arrived(channel, action), strict=True))
+        if schedule.has_backward:
+            outputs = run.forward(microbatch, inputs, check_trains=self.check is not None)
+        else:
+            outputs = run.evaluate(microbatch, inputs)
+            for name in self.program.kept_outputs(stage):
+                self.outputs.setdefault(name, {})[microbatch] = outputs[name]
+        channels = schedule.outputs(action)
+        takers = Counter(name for channel in channels for name in self.program.edges[channel.edge])
+        for channel in channels:
+            # A stage of this rank may change what it gets in place; others must not see that.
+            is_own = self._directed_link(channel) is None
+            names = self.program.edges[channel.edge]
+            tensors = [outputs[name].clone() if is_own and takers[name] > 1 else outputs[name] for name in names]
+            self._hand_over(channel, microbatch, tensors)
+
+    def _backward(self, action: Action, run: StageRun) -> None:
+        schedule, names_of = self.program.schedule, self.program.gradient_names
+        gradients: dict[str, list[torch.Tensor]] = {}
+        for channel in schedule.inputs(action):
+            for name, gradient in zip(names_of[channel.edge], self._arrived(channel, action), strict=True):
+                gradients.setdefault(name, []).append(gradient)
+        found = run.backward(action.kind, action.microbatch, gradients)
+        for channel in schedule.outputs(action):
+            names = names_of[channel.edge]
+            link = self.links.get(channel.edge)
+            if self.check is not None and link is not None and action.microbatch == 0:
+                for name, spec in zip(names, link.gradient_layouts(), strict=True):
+                    self.check.record_gradient(f"input {name!r} of stage {action.stage}", spec, found[name])
+            self._hand_over(channel, action.microbatch, [found[name] for name in names])
+
+    def _hand_over(self, channel: Channel, microbatch: int, tensors: list[torch.Tensor]) -> None:
+        """Put tensors where the send action, or the other stage of this pipeline rank, finds them."""
+        directed_link = self._directed_link(channel)
+        if channel in self.program.schedule.channels or directed_link is None:
+            self._produced[channel, microbatch] = tensors
+        else:
+            directed_link.send(tensors, microbatch)
+            self._posted[channel, microbatch] = directed_link.recv(microbatch)
+
+    def _arrived(self, channel: Channel, action: Action) -> Sequence[torch.Tensor]:
+        """Wait for what comes over a channel, for an action of this rank; nothing if the channel carries nothing."""
+        key = (channel, action.microbatch)
+        if self._directed_link(channel) is None:
+            return self._produced.pop(key, ())
+        handle = self._posted.pop(key)
+        self._held.setdefault((action.stage, action.microbatch), []).append(handle)
+        return handle.wait_all()
+
+    def _directed_link(self, channel: Channel) -> DirectedLink | None:
+        """The direction that a channel names; None if nothing crosses it, or only from stage to stage of this rank."""
+        link = self.links.get(channel.edge)
+        if link is None:
+            return None
+        return link.forward if channel.is_forward else link.backward
