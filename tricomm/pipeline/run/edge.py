@@ -139,6 +139,8 @@ class Link:
     On one rank that is on both meshes, where nothing has to be sent:
 
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> from tricomm import Mesh, Replicate, ShardingSpec
     >>> spec = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (2, 3), "float32")
     >>> with Link("0-1", [EdgeTensor(spec, spec)], microbatches=1) as link:
@@ -146,6 +148,7 @@ class Link:
     ...     sent = link.send(torch.ones(2, 3), 0)
     ...     link.recv(0).wait().sum()
     tensor(6.)
+    >>> dist.destroy_process_group()
 
     Args:
         name: distinct among the Links of these ranks.

@@ -80,6 +80,8 @@ class Executor:
     Two stages that share one rank, which need no communication:
 
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> from torch import nn
     >>> from tricomm import Mesh, Replicate, ShardingSpec
     >>> from tricomm.pipeline import EdgeTensor, Schedule, Stage, WithLoss
@@ -95,6 +97,7 @@ class Executor:
     ...     same = executor.evaluate({"x": torch.ones(2, 2, 3), "y": torch.ones(2, 2, 3)}).loss
     >>> bool(loss == same), stages[0].module.weight.grad.shape
     (True, torch.Size([3, 3]))
+    >>> dist.destroy_process_group()
 
     Args:
         schedule: of as many stages, with the same edges. Without sends and receives it gets them, with receives one

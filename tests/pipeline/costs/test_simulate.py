@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.pipeline.test_schedule import schedules
+from tests.pipeline.schedule.test_schedule import schedules
 from tricomm import Mesh, PlanError, Replicate, Shard, ShardingSpec, Topology, make_plan
 from tricomm.pipeline import (
     Action,

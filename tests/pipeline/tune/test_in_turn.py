@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pipeline.chain import CHAIN, MICROBATCHES, TIMEOUT_SECONDS, attempt, chain, data, require_trained
-from tests.pipeline.test_schedule import quick, schedules
-from tests.pipeline.test_simulate import require_valid
+from tests.pipeline.costs.test_simulate import require_valid
+from tests.pipeline.schedule.test_schedule import quick, schedules
 from tricomm import Mesh, PlanError, Replicate, ShardingSpec
 from tricomm.launch import Ranks
 from tricomm.pipeline import (
