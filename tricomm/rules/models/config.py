@@ -1,0 +1,137 @@
+"""Sizes of a model: all that its maps depend on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tricomm.errors import SpecError
+from tricomm.rules.expressions import Expression
+from tricomm.rules.resolve import words
+from tricomm.rules.rules import Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Sizes of multi-head latent attention (DeepSeek): ranks of the two compressions, and parts of a head."""
+
+    q_rank: int
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A decoder of a family that the maps know.
+
+    Attributes:
+        layers, hidden, heads, vocab: as everywhere.
+        intermediate: of a dense MLP; 0 where there is none.
+        kv_heads, head_dim: of grouped-query attention.
+        latent: instead of them, multi-head latent attention.
+        experts, expert_intermediate, shared_experts: of a mixture of experts; 0 where there is none.
+        dense_layers: how many of the first layers are dense although there are experts.
+        qk_norm: norms of q and k heads (Qwen3).
+        biases: of q, k, v, o, the router and the experts, and attention sinks (gpt-oss).
+        fused_experts: on disk, gate and up of all experts are the even and odd columns of one tensor (gpt-oss).
+        expert_bias: a bias per expert that balances load (DeepSeek-V3's e_score_correction_bias).
+        rope_pairs: torchtitan rotates neighbouring rows of a head, not its halves (Llama).
+        tied: the output uses the embedding.
+        mtp_layers: layers for multi-token prediction after the last one.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+    intermediate: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    latent: Latent | None = None
+    experts: int = 0
+    expert_intermediate: int = 0
+    shared_experts: int = 0
+    dense_layers: int = 0
+    qk_norm: bool = False
+    biases: bool = False
+    fused_experts: bool = False
+    expert_bias: bool = False
+    rope_pairs: bool = False
+    tied: bool = False
+    mtp_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.latent is None and (not self.head_dim or not self.kv_heads or self.heads % self.kv_heads):
+            raise SpecError(
+                f"{self.heads} heads do not share {self.kv_heads} kv heads of {self.head_dim} evenly; give "
+                "head_dim, and kv_heads that divide them, or latent=Latent(...)"
+            )
+        if not self.experts and not self.intermediate:
+            raise SpecError("a model without experts needs its MLP's intermediate size; give intermediate=...")
+
+    @property
+    def kinds(self) -> tuple[tuple[range, bool], ...]:
+        """The layers of each kind: which ones, and whether they have experts."""
+        dense = self.dense_layers if self.experts else self.layers
+        kinds = ((range(dense), False), (range(dense, self.layers), True))
+        return tuple((layers, moe) for layers, moe in kinds if layers)
+
+    @property
+    def mtp(self) -> range:
+        """The layers for multi-token prediction, as counted on disk."""
+        return range(self.layers, self.layers + self.mtp_layers)
+
+
+LLAMA_3_8B = Model(
+    layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336, vocab=128256, rope_pairs=True
+)
+LLAMA_3_70B = Model(
+    layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, intermediate=28672, vocab=128256, rope_pairs=True
+)
+QWEN3_30B_A3B = Model(
+    layers=48,
+    hidden=2048,
+    heads=32,
+    kv_heads=4,
+    head_dim=128,
+    vocab=151936,
+    experts=128,
+    expert_intermediate=768,
+    qk_norm=True,
+)
+DEEPSEEK_V3 = Model(
+    layers=61,
+    hidden=7168,
+    heads=128,
+    latent=Latent(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128),
+    intermediate=18432,
+    vocab=129280,
+    experts=256,
+    expert_intermediate=2048,
+    shared_experts=1,
+    dense_layers=3,
+    expert_bias=True,
+)
+GPT_OSS_20B = Model(
+    layers=24,
+    hidden=2880,
+    heads=64,
+    kv_heads=8,
+    head_dim=64,
+    vocab=201088,
+    experts=32,
+    expert_intermediate=2880,
+    biases=True,
+    fused_experts=True,
+)
+
+
+def assembled(parts: Mapping[str, Expression], drop: tuple[str, ...] = (), **indices: object) -> Rules:
+    """Rules of these parts, with those of the index variables and tables that they use."""
+    named = set().union(*(words(what) for part in parts.items() for what in part), *map(words, drop))
+    return Rules(parts, drop=drop, **{name: values for name, values in indices.items() if name in named})
+
+
+def padded(size: int, multiple: int) -> int:
+    """The size, rounded up to a multiple."""
+    return -(-size // multiple) * multiple
