@@ -1,10 +1,10 @@
-"""Pictures of a pipeline's timeline: an SVG to look at, and JSON for Perfetto (https://ui.perfetto.dev)."""
+"""Draw a pipeline's timeline: an SVG to look at, and JSON for Perfetto (https://ui.perfetto.dev)."""
 
 import json
 from collections.abc import Iterator
 from html import escape
-from math import floor, log10
 
+from tricomm.draw.svg import PANEL, axis, box, legend, sheet
 from tricomm.pipeline.costs.timeline import Span, Timeline
 from tricomm.pipeline.schedule.actions import Channel, Kind
 
@@ -20,14 +20,14 @@ NAMES = {
     Kind.INPUT_GRADIENT: "I gradient of inputs",
     Kind.WEIGHT_GRADIENT: "W gradient of weights",
 }
-ACTIVATION, GRADIENT, WAIT, INK = "#4a7fb5", "#4f9a4a", "#d9534f", "#333333"
+ACTIVATION, GRADIENT, WAIT = "#4a7fb5", "#4f9a4a", "#d9534f"
 
 LEFT, RIGHT, TOP = 92, 24, 58
 ROW, LANE, GAP = 26, 8, 5
 
 
 def timeline_perfetto(timeline: Timeline) -> str:
-    """The timeline as trace events: a process per position, a thread for compute and one per channel at each end.
+    """The timeline as trace events: a process per pipeline rank, a thread for compute and one per channel at each end.
 
     An arrow leads from each send to its receive. Times are in microseconds, as the format has them.
     """
@@ -36,22 +36,27 @@ def timeline_perfetto(timeline: Timeline) -> str:
 
 def _events(timeline: Timeline) -> Iterator[dict[str, object]]:
     schedule = timeline.schedule
-    for position, spans in enumerate(timeline.compute):
-        stages = ", ".join(map(str, schedule.stages_of(position)))
-        yield {"ph": "M", "name": "process_name", "pid": position, "args": {"name": f"position {position}: {stages}"}}
-        yield {"ph": "M", "name": "thread_name", "pid": position, "tid": 0, "args": {"name": "compute"}}
+    for pipeline_rank, spans in enumerate(timeline.compute):
+        stages = ", ".join(map(str, schedule.stages_of(pipeline_rank)))
+        yield {
+            "ph": "M",
+            "name": "process_name",
+            "pid": pipeline_rank,
+            "args": {"name": f"pipeline rank {pipeline_rank}: {stages}"},
+        }
+        yield {"ph": "M", "name": "thread_name", "pid": pipeline_rank, "tid": 0, "args": {"name": "compute"}}
         for span in spans:
-            yield {**_slice(str(span.action), span.begin, span.end), "pid": position, "tid": 0, "cat": "compute"}
-        yield from _held(position, spans)
+            yield {**_slice(str(span.action), span.begin, span.end), "pid": pipeline_rank, "tid": 0, "cat": "compute"}
+        yield from _held(pipeline_rank, spans)
     for lane, channel in enumerate(schedule.channels, start=1):
         for stage, what in ((channel.sender, "send"), (channel.receiver, "receive")):
-            place = {"pid": schedule.position_of(stage), "tid": lane}
+            place = {"pid": schedule.pipeline_rank_of(stage), "tid": lane}
             yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"{what} {channel}"}}
     lanes = {channel: lane for lane, channel in enumerate(schedule.channels, start=1)}
     for number, one in enumerate(timeline.transfers):
         name = f"{one.channel} microbatch {one.microbatch}"
-        sender = {"pid": schedule.position_of(one.channel.sender), "tid": lanes[one.channel]}
-        receiver = {"pid": schedule.position_of(one.channel.receiver), "tid": lanes[one.channel]}
+        sender = {"pid": schedule.pipeline_rank_of(one.channel.sender), "tid": lanes[one.channel]}
+        receiver = {"pid": schedule.pipeline_rank_of(one.channel.receiver), "tid": lanes[one.channel]}
         yield {**_slice(name, one.begin, one.end), **sender, "cat": "send"}
         yield {**_slice(name, one.begin, one.arrival), **receiver, "cat": "receive"}
         arrow = {"name": "transfer", "cat": "transfer", "id": number}
@@ -63,7 +68,7 @@ def _slice(name: str, begin: float, end: float) -> dict[str, object]:
     return {"ph": "X", "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6}
 
 
-def _held(position: int, spans: tuple[Span, ...]) -> Iterator[dict[str, object]]:
+def _held(pipeline_rank: int, spans: tuple[Span, ...]) -> Iterator[dict[str, object]]:
     """A counter of the activations that are held."""
     held = 0
     for span in spans:
@@ -73,13 +78,13 @@ def _held(position: int, spans: tuple[Span, ...]) -> Iterator[dict[str, object]]
             held, time = held - 1, span.end
         else:
             continue
-        yield {"ph": "C", "name": "activations", "pid": position, "ts": time * 1e6, "args": {"held": held}}
+        yield {"ph": "C", "name": "activations", "pid": pipeline_rank, "ts": time * 1e6, "args": {"held": held}}
 
 
 def timeline_svg(timeline: Timeline, *, title: str = "", width: int = 1400, until_seconds: float | None = None) -> str:
-    """The timeline as an SVG: a row of compute per position and, below it, a lane for each direction of its edges.
+    """The timeline as an SVG: a row of compute per pipeline rank and, below it, a lane for each direction of its edges.
 
-    Red is where a position has nothing to do but wait for data that has been computed.
+    Red is where a pipeline rank has nothing to do but wait for data that has been computed.
 
     Args:
         timeline: of a simulation.
@@ -101,11 +106,11 @@ class _Drawing:
         self.lane_of: dict[Channel, int] = {}
         schedule = timeline.schedule
         y = TOP
-        for position in range(schedule.positions):
-            self.row_of[position] = y
+        for pipeline_rank in range(schedule.pipeline_ranks):
+            self.row_of[pipeline_rank] = y
             y += ROW + GAP
             for channel in schedule.channels:
-                if schedule.position_of(channel.edge.source) == position:
+                if schedule.pipeline_rank_of(channel.edge.source) == pipeline_rank:
                     self.lane_of[channel] = y
                     y += LANE + 3
             y += GAP
@@ -113,19 +118,15 @@ class _Drawing:
         self.height = y + 34
 
     def lines(self) -> Iterator[str]:
-        yield (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width}" height="{self.height}" '
-            f'viewBox="0 0 {self.width} {self.height}" font-family="sans-serif" font-size="12" fill="{INK}">'
-        )
-        yield f'<rect width="{self.width}" height="{self.height}" fill="white"/>'
-        yield f'<text x="{LEFT}" y="22" font-size="15" font-weight="bold">{escape(self.title)}</text>'
+        return sheet(self.width, self.height, self.title, LEFT, self.elements())
+
+    def elements(self) -> Iterator[str]:
         yield from self.legend()
-        yield from self.axis()
-        for position in range(self.timeline.schedule.positions):
-            yield from self.position(position)
+        yield from axis(LEFT, self.width - RIGHT, self.until, TOP - 6, self.bottom, "seconds")
+        for pipeline_rank in range(self.timeline.schedule.pipeline_ranks):
+            yield from self.pipeline_rank(pipeline_rank)
         for channel, y in self.lane_of.items():
             yield from self.lane(channel, y)
-        yield "</svg>"
 
     def x(self, seconds: float) -> float:
         return LEFT + seconds * self.scale
@@ -136,38 +137,26 @@ class _Drawing:
         if self.lane_of:
             entries += [(ACTIVATION, "activation on the wire"), (GRADIENT, "gradient on the wire")]
             entries += [(WAIT, "waits for a transfer")]
-        x = LEFT
-        for colour, name in entries:
-            yield f'<rect x="{x}" y="32" width="12" height="12" fill="{colour}"/>'
-            yield f'<text x="{x + 17}" y="42">{name}</text>'
-            x += 36 + round(6.4 * len(name))
+        return legend(LEFT, 32, entries)
 
-    def axis(self) -> Iterator[str]:
-        step = _round_step(self.until / 12)
-        for tick in range(floor(self.until / step) + 1):
-            x = self.x(tick * step)
-            yield f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{self.bottom}" stroke="#e4e4e4"/>'
-            yield f'<text x="{x:.1f}" y="{self.bottom + 16}" text-anchor="middle">{tick * step:.6g}</text>'
-        yield f'<text x="{LEFT - 10}" y="{self.bottom + 16}" text-anchor="end">seconds</text>'
-
-    def position(self, position: int) -> Iterator[str]:
+    def pipeline_rank(self, pipeline_rank: int) -> Iterator[str]:
         schedule = self.timeline.schedule
-        stages = schedule.stages_of(position)
-        y = self.row_of[position]
+        stages = schedule.stages_of(pipeline_rank)
+        y = self.row_of[pipeline_rank]
         name = ("stage " if len(stages) == 1 else "stages ") + ", ".join(map(str, stages))
         yield f'<text x="{LEFT - 10}" y="{y + ROW - 9}" text-anchor="end">{name}</text>'
         begin, end = self.x(0), self.x(self.timeline.makespan_seconds)
-        yield f'<rect x="{begin}" y="{y}" width="{end - begin:.1f}" height="{ROW}" fill="#f4f4f4"/>'
+        yield f'<rect x="{begin}" y="{y}" width="{end - begin:.1f}" height="{ROW}" fill="{PANEL}"/>'
         for wait in self.timeline.waits():
-            if wait.pipeline_rank == position:
-                yield _box(self.x(wait.begin), y + ROW - 5, self.x(wait.end), 5, WAIT, "")
-        for span in self.timeline.compute[position]:
+            if wait.pipeline_rank == pipeline_rank:
+                yield box(self.x(wait.begin), y + ROW - 5, self.x(wait.end), 5, WAIT, "")
+        for span in self.timeline.compute[pipeline_rank]:
             shade = stages.index(span.action.stage) / max(1, len(stages))
             yield from self.compute(span, y, shade)
 
     def compute(self, span: Span, y: int, shade: float) -> Iterator[str]:
         left, right = self.x(span.begin), self.x(span.end)
-        yield _box(left, y, right, ROW, COLOURS[span.action.kind], str(span.action), 1 - shade / 2)
+        yield box(left, y, right, ROW, COLOURS[span.action.kind], str(span.action), 1 - shade / 2)
         label = str(span.action.microbatch)
         if right - left > 7 * len(label) + 3:
             yield f'<text x="{(left + right) / 2:.1f}" y="{y + ROW - 9}" text-anchor="middle">{label}</text>'
@@ -177,16 +166,4 @@ class _Drawing:
         yield f'<text x="{LEFT - 10}" y="{y + LANE}" text-anchor="end" font-size="9">{escape(str(channel))}</text>'
         for one in self.timeline.transfers:
             if one.channel == channel and one.arrival > one.begin:
-                yield _box(self.x(one.begin), y, self.x(one.arrival), LANE, colour, f"{channel} {one.microbatch}")
-
-
-def _box(left: float, y: float, right: float, height: float, colour: str, tip: str, opacity: float = 1.0) -> str:
-    shape = f'x="{left:.2f}" y="{y}" width="{max(0.0, right - left):.2f}" height="{height}" fill="{colour}"'
-    edge = ' stroke="white" stroke-width="0.7"' + (f' fill-opacity="{opacity:.2f}"' if opacity < 1 else "")
-    return f"<rect {shape}{edge}><title>{escape(tip)}</title></rect>" if tip else f"<rect {shape}/>"
-
-
-def _round_step(least: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is not below."""
-    power = 10.0 ** floor(log10(least))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))
+                yield box(self.x(one.begin), y, self.x(one.arrival), LANE, colour, f"{channel} {one.microbatch}")
