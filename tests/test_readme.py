@@ -44,11 +44,17 @@ def test_the_plan_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("reshard\n  from  float32[4096, 1024] S1 R on")
 
 
+PLAN = ["plan", "--shape", "8", "--source", "2", "S0", "--destination", "2", "R"]
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (["plan", "--shape", "8", "--source", "2", "X", "--destination", "2", "R"], "entry 'X'"),
         (["plan", "--shape", "8,a", "--source", "2", "R", "--destination", "2", "R"], "--shape '8,a' is not a list"),
+        ([*PLAN, "--svg", "/nowhere/out.svg"], "--svg /nowhere/out.svg cannot be written (No such file or directory)"),
+        ([*PLAN, "--svg", "out.png"], "write it to out.svg and convert that"),
+        ([*PLAN, "--ranks-per-host", "0"], "--ranks-per-host 0 must be at least 1"),
         (["simulate", "--schedule", "eager", "--activations", "2"], "--activations limits tuned schedules"),
         (["simulate", "--schedule", "gpipe", "--depth", "2"], "--depth is of eager and zero-bubble, and this is gpipe"),
         (["simulate", "--svg", "/nowhere/out.svg"], "cannot be written (No such file or directory)"),

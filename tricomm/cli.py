@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tricomm.draw import timeline_perfetto, timeline_svg
+from tricomm.draw import plan_svg, timeline_perfetto, timeline_svg
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.spec import ShardingSpec
+from tricomm.layout.topology import Topology
 from tricomm.pipeline import (
     Costs,
     Edge,
@@ -34,22 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="move a real model from a trainer to a server and back, on 8 processes")
     demo.add_argument("--checkpoint", help="a .safetensors file; the default is a small pretrained sentence encoder")
-    plan = commands.add_parser(
-        "plan",
-        help="print how a tensor would travel",
-        description='Example: tricomm plan --shape 4096,1024 --source 2,2 "S1 R" --destination 4 "R S0"',
-    )
-    plan.add_argument("--shape", required=True, help="global shape, as 4096,1024")
-    plan.add_argument("--dtype", default="float32", help="element type")
-    for side in ("source", "destination"):
-        plan.add_argument(
-            f"--{side}",
-            nargs=2,
-            required=True,
-            metavar=("MESH", "LAYOUT"),
-            help='mesh shape, as 2,2, and one entry per tensor dim, as "S01 R"',
-        )
-    plan.add_argument("--same-ranks", action="store_true", help="both meshes start at rank 0")
+    _add_plan(commands)
     _add_simulate(commands)
     options = parser.parse_args(arguments)
     try:
@@ -78,6 +64,27 @@ def _demo(checkpoint: str | None) -> None:
             "pip install -e '.[demo]'"
         ) from None
     run_demo(checkpoint)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="print how a tensor would travel",
+        description='Example: tricomm plan --shape 4096,1024 --source 2,2 "S1 R" --destination 4 "R S0" --svg plan.svg',
+    )
+    parser.add_argument("--shape", required=True, help="global shape, as 4096,1024")
+    parser.add_argument("--dtype", default="float32", help="element type")
+    for name in ("source", "destination"):
+        parser.add_argument(
+            f"--{name}",
+            nargs=2,
+            required=True,
+            metavar=("MESH", "LAYOUT"),
+            help='mesh shape, as 2,2, and one entry per tensor dim, as "S01 R"',
+        )
+    parser.add_argument("--same-ranks", action="store_true", help="both meshes start at rank 0")
+    parser.add_argument("--ranks-per-host", type=int, default=1, help="consecutive ranks share a host (%(default)s)")
+    parser.add_argument("--svg", type=Path, metavar="PATH", help="write a picture")
 
 
 def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -192,7 +199,20 @@ def _plan_text(options: argparse.Namespace) -> str:
     shape = _integers("--shape", options.shape)
     source = _spec(options.source, 0, shape, options.dtype)
     first = 0 if options.same_ranks else source.mesh.size
-    return str(make_plan(source, _spec(options.destination, first, shape, None)))
+    destination = _spec(options.destination, first, shape, None)
+    plan = make_plan(source, destination, topology=_topology(options.ranks_per_host, first + destination.mesh.size))
+    if options.svg is not None:
+        _write("--svg", options.svg, plan_svg(plan))
+    return str(plan)
+
+
+def _topology(ranks_per_host: int, ranks: int) -> Topology | None:
+    """Hosts of so many consecutive ranks; None, the default of make_plan, where each rank has its own."""
+    if ranks_per_host < 1:
+        raise SpecError(f"--ranks-per-host {ranks_per_host} must be at least 1; leave it out for a host per rank")
+    if ranks_per_host == 1:
+        return None
+    return Topology(tuple(f"host{rank // ranks_per_host}" for rank in range(ranks)))
 
 
 def _spec(words: Sequence[str], first: int, shape: tuple[int, ...], dtype: str | None) -> ShardingSpec:
