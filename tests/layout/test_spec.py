@@ -27,7 +27,7 @@ from tricomm.layout.intervals import (
     runs,
     take,
 )
-from tricomm.layout.spec import layout
+from tricomm.layout.spec import part_table
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -66,7 +66,7 @@ def require_defined(mesh: Mesh, places: Any, shape: tuple[int, ...], order: Any 
         assert [expand(intervals) for intervals in holding] == expected
         assert holding == tuple(merged(intervals) for intervals in holding)
         assert spec.local_shape(rank) == tuple(len(coordinates) for coordinates in expected)
-        table = layout(spec)
+        table = part_table(spec)
         parts = zip(table.parts, table.part_of[mesh.position(rank)], strict=True)
         assert tuple(options[part] for options, part in parts) == holding
 

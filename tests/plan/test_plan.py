@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.cases import Case, cases
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, Topology
-from tricomm.layout.spec import layout
+from tricomm.layout.spec import part_table
 from tricomm.plan import Auto, Broadcast, LeastLoaded, Move, Naive, Plan, RankProgram, SendRecv, make_plan
 from tricomm.plan.planner import _make_plan
 from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND
@@ -161,7 +161,7 @@ def test_verify_catches_any_hop_that_is_missing_or_doubled(case: Case, data: st.
 
 def planned_afresh(case: Case) -> Plan:
     _make_plan.cache_clear()
-    layout.cache_clear()
+    part_table.cache_clear()
     return make_plan(case.source, case.destination, **case.plan_arguments())
 
 

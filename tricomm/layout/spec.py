@@ -257,7 +257,7 @@ class ShardingSpec:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class PartTable:
     """A spec as tables: the distinct interval lists of each dim, and which of them each rank holds.
 
     Attributes:
@@ -270,7 +270,7 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def layout(spec: ShardingSpec) -> Layout:
+def part_table(spec: ShardingSpec) -> PartTable:
     """The tables of a spec, whose size grows with ranks plus parts, never with their product."""
     shape, mesh = spec.global_shape, spec.mesh
     part_of = np.zeros((mesh.size, len(shape)), dtype=np.int64)
@@ -288,7 +288,7 @@ def layout(spec: ShardingSpec) -> Layout:
             part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
         cuts = tuple((mesh.shape[axis], spec._segments(axis)) for axis in axes)
         parts.append(_parts(shape[dim], cuts))
-    return Layout(tuple(parts), part_of)
+    return PartTable(tuple(parts), part_of)
 
 
 @lru_cache(maxsize=1024)

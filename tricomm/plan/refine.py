@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from tricomm.layout.columns import IntervalLists, by_first, counts_of, distinct, numbered, offsets_of, positions
-from tricomm.layout.spec import Layout, ShardingSpec
+from tricomm.layout.spec import PartTable, ShardingSpec
 
 NOBODY = -1
 """The number of the class without parts and of the set without ranks."""
@@ -172,7 +172,7 @@ class RankSetBuilder:
     a set is a bit mask of mesh positions.
     """
 
-    def __init__(self, spec: ShardingSpec, table: Layout, coverings: Sequence[Covering]) -> None:
+    def __init__(self, spec: ShardingSpec, table: PartTable, coverings: Sequence[Covering]) -> None:
         self._ranks = spec.mesh.ranks
         self._part_of = table.part_of
         self._counts = [len(parts) for parts in table.parts]

@@ -13,7 +13,7 @@ import numpy as np
 from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups, Lazy, Regions, by_first, offsets_of
 from tricomm.layout.intervals import Region, region_numel
-from tricomm.layout.spec import ShardingSpec, layout
+from tricomm.layout.spec import ShardingSpec, part_table
 from tricomm.plan.refine import NOBODY, Cells, RankSetBuilder, RankSets, cells
 
 
@@ -117,8 +117,8 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
     ((((3, 6),),),) (1,) (1, 2)
     """
     per_dim = _refinement(source, destination)
-    holders = RankSetBuilder(source, layout(source), [dim.held for dim in per_dim])
-    receivers = RankSetBuilder(destination, layout(destination), [dim.needed for dim in per_dim])
+    holders = RankSetBuilder(source, part_table(source), [dim.held for dim in per_dim])
+    receivers = RankSetBuilder(destination, part_table(destination), [dim.needed for dim in per_dim])
     rows, held, needed = _product(_starts(source, destination, rank, per_dim), per_dim, holders, receivers)
     regions = Regions(tuple(dim.intervals for dim in per_dim), rows)
     holder_sets, receiver_sets = holders.result(), receivers.result()
@@ -158,7 +158,7 @@ def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:
 
 
 def _refinement(source: ShardingSpec, destination: ShardingSpec) -> list[Cells]:
-    return [cells(*parts) for parts in zip(layout(source).parts, layout(destination).parts, strict=True)]
+    return [cells(*parts) for parts in zip(part_table(source).parts, part_table(destination).parts, strict=True)]
 
 
 Start = tuple[list[np.ndarray], list[np.ndarray] | None]
@@ -174,11 +174,11 @@ def _starts(
         return
     needs: list[np.ndarray] | None = None
     if rank in destination.mesh:
-        parts = layout(destination).part_of[destination.mesh.position(rank)].tolist()
+        parts = part_table(destination).part_of[destination.mesh.position(rank)].tolist()
         needs = [dim.needed.including(part) for dim, part in zip(per_dim, parts, strict=True)]
         yield [np.flatnonzero(needed) for needed in needs], None
     if rank in source.mesh:
-        parts = layout(source).part_of[source.mesh.position(rank)].tolist()
+        parts = part_table(source).part_of[source.mesh.position(rank)].tolist()
         yield [np.flatnonzero(dim.held.including(part)) for dim, part in zip(per_dim, parts, strict=True)], needs
 
 
