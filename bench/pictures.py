@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tricomm.draw import timeline_svg
+from tricomm import Broadcast, Mesh, ShardingSpec, Topology, make_plan
+from tricomm.draw import plan_svg, timeline_svg
 from tricomm.pipeline import Costs, Limits, TransferCost, tune
 
 FOLDER = Path(__file__).parent / "results"
@@ -16,7 +17,15 @@ def timeline_picture() -> str:
     return timeline_svg(tuned.timeline)
 
 
-PICTURES = {"timeline.svg": timeline_picture}
+def plan_picture() -> str:
+    """64 MiB from one rank to four hosts of two, along one chain in eight chunks."""
+    source = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 24,), "float32")
+    destination = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4], [5, 6], [7, 8]], ("host", "device")), ["R"])
+    hosts = Topology(("trainer", *(name for name in "abcd" for _ in range(2))))
+    return plan_svg(make_plan(source, destination, topology=hosts, strategy=Broadcast(chunk_bytes=8 << 20)))
+
+
+PICTURES = {"plan.svg": plan_picture, "timeline.svg": timeline_picture}
 
 
 def main() -> None:

@@ -1,4 +1,9 @@
-"""The planner: two layouts in, one immutable Plan out. No torch, no process group."""
+"""The planner: two specs in, one immutable Plan out.
+
+Imports ``errors`` and ``layout``, never torch and nothing that communicates. Read ``planner`` first, then down:
+``tasks`` (what has to move), ``senders`` (who sends it), ``routes`` (along which chains, and when), ``program`` (what
+one rank does); ``network`` and ``cost`` say how long it takes, ``verify`` proves it, ``describe`` prints it.
+"""
 
 from tricomm.plan.move import Move
 from tricomm.plan.plan import Plan
