@@ -177,3 +177,42 @@ def test_a_planted_fault_is_found() -> None:
     assert not defines_exactly_once(tensor.shape, (first, second, second))
     assert not defines_exactly_once(tensor.shape, (first,))
     assert not defines_exactly_once(tensor.shape, (first, first))
+
+
+@quick
+@given(pairs(), pairs())
+def test_one_map_after_another_is_both(first: tuple[Pair, dict[str, np.ndarray]], second: Any) -> None:
+    """The second map reads what the first makes: by one map of both, and by both in turn."""
+    (made, array), arrays = first
+    (other, _), others = second
+    target = next((name for name, value in others.items() if value.size == array.size), None)
+    middle = {name: source(f"x.{name}", value.shape) for name, value in others.items()}
+    if target is not None:  # this source of the second map is what the first makes, in its own shape
+        line = made.flatten() if array.ndim else made[None]
+        middle[target] = line.unflatten(0, others[target].shape) if others[target].ndim else line[0]
+    values = arrays | {f"x.{name}": value + 500_000 for name, value in others.items() if name != target}
+    shapes = {name: np.shape(value) for name, value in values.items()}
+    there = Rules(middle, drop=["*"]).bind(shapes)
+    back = Rules({"out": other}, drop=["*"]).bind(there.shapes)
+    both = there.then(back)
+    require_sound(both.tensors[0].pieces, both.tensors[0].shape)
+    if all(tensor.sources for tensor in (*there.tensors, *both.tensors)):
+        np.testing.assert_array_equal(both.evaluate(values)["out"], back.evaluate(there.evaluate(values))["out"])
+
+
+def test_maps_that_do_not_meet_are_refused() -> None:
+    first = Rules({"b": source("a", (4,)).to("bfloat16")}).bind(dtypes={"a": "float32"})
+    for shape, dtype, text in [
+        ((5,), "bfloat16", r"rule 'c' reads 'b' as \(5,\) bfloat16, but the map before it makes \(4,\) bfloat16; bind"),
+        ((4,), "float32", r"rule 'c' reads 'b' as \(4,\) float32, but the map before it makes \(4,\) bfloat16; bind"),
+    ]:
+        with pytest.raises(SpecError, match=text):
+            first.then(Rules({"c": source("b")}).bind({"b": shape}, {"b": dtype}))
+    with pytest.raises(SpecError, match="rule 'c' reads 'd', which the map before it does not make; add a rule for it"):
+        first.then(Rules({"c": source("d")}).bind({"d": (4,)}))
+    again = Rules({"c": source("b").to("float32")}).bind({"b": (4,)}, {"b": "bfloat16"})
+    with pytest.raises(
+        SpecError, match="rounds 'a' from float32 to bfloat16 on the way to float32; cast in one of the"
+    ):
+        first.then(again)
+    assert first.then(Rules({"c": source("b")}).bind({"b": (4,)}, {"b": "bfloat16"})).dtypes == {"c": "bfloat16"}

@@ -108,16 +108,22 @@ def test_every_model_goes_to_every_system_and_back(name: str, maker: str) -> Non
 
 @pytest.mark.parametrize("name", SMALL)
 def test_from_trainer_to_server_is_the_way_by_the_checkpoint(name: str) -> None:
-    """Megatron's map back, then vLLM's map: the same as vLLM's own map of the checkpoint, in torch's types too."""
+    """A trainer's map back, then vLLM's map, as one: the same as vLLM's own map of the checkpoint, in torch's types."""
     model = replace(SMALL[name], mtp_layers=0)
     checkpoint = {path: torch.from_numpy(array) for path, array in arrays(model).items()}
-    shapes = {path: tuple(tensor.shape) for path, tensor in checkpoint.items()}
-    direct = vllm(model, tp=4).bind(shapes).evaluate(checkpoint)
-    trainers = [megatron(model, tp=2), megatron(model, glu_interleave=4), torchtitan(model, fused_qkv=True)]
-    for trainer in trainers:
-        there = trainer.bind(shapes)
-        again = vllm(model, tp=4).bind(shapes).evaluate(there.reverse().evaluate(there.evaluate(checkpoint)))
-        assert all(torch.equal(again[path], direct[path]) for path in direct)
+    server = vllm(model, tp=4).bind()
+    direct = server.evaluate(checkpoint)
+    for trainer in (megatron(model, tp=2), megatron(model, glu_interleave=4), torchtitan(model, fused_qkv=True)):
+        there = trainer.bind()
+        pushed = there.reverse().then(server)
+        held = there.evaluate(checkpoint)
+        made = pushed.evaluate(held)
+        assert all(torch.equal(made[path], direct[path]) for path in direct)
+        assert pushed.source_shapes == there.shapes
+        assert sum(len(tensor.pieces) for tensor in pushed.tensors) <= 1.5 * len(held) + 8
+        pulled = pushed.reverse(fill=0).evaluate(made)
+        assert held.keys() - pulled.keys() <= {"lm_head.weight"}, "the copy of a tied embedding"
+        assert all(torch.equal(tensor, held[path]) for path, tensor in pulled.items())
 
 
 def test_checkpoints_have_the_published_sizes() -> None:

@@ -12,8 +12,12 @@ from tricomm.layout.dtype import check_cast
 from tricomm.rules.boxes import REPEATED, Digit, Piece, renumbered
 from tricomm.rules.checks import Shape
 from tricomm.rules.coalesce import coalesced
+from tricomm.rules.compose import through
 from tricomm.rules.cover import cover, defines_exactly_once, without
 from tricomm.rules.evaluate import checked, evaluated
+
+Known = dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]]
+"""Work that tensors share: pieces, and which of the tensors' sources they read, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ class BoundRules:
             for piece in tensor.pieces:
                 if piece.tensor is not None:
                     feeds[tensor.sources[piece.tensor]].append((tensor, piece))
-        known: dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]] = {}
+        known: Known = {}
         made = [
             _turned(source, feeds[source.name], fill, known)
             for source in self.sources
@@ -126,12 +130,86 @@ class BoundRules:
         ]
         return BoundRules(tuple(made), tuple(BoundSource(one.name, one.shape, one.dtype) for one in self.tensors))
 
+    def then(self, other: "BoundRules") -> "BoundRules":
+        """This map and then the other as one: nothing is made in between.
+
+        So a trainer's tensors go to a server's by two maps that each know one system:
+        ``megatron(model).bind().reverse().then(vllm(model).bind())``.
+
+        Args:
+            other: a map of which every source that it reads is a destination of this one, of the same shape and dtype.
+
+        Raises:
+            SpecError: the two do not meet, or elements would be rounded to a dtype in between.
+
+        >>> from tricomm.rules import Rules, cat, source
+        >>> first = Rules({"qk": cat([source("q", (8, 4)), source("k", (2, 4))])}).bind()
+        >>> second = Rules({"k": source("qk", (10, 4))[8:], "q": source("qk", (10, 4))[:8]}).bind()
+        >>> print(first.then(second))
+        k (2, 4): 1 piece of k
+        q (8, 4): 1 piece of q
+        """
+        between = {tensor.name: tensor for tensor in self.tensors}
+        dtypes = {source.name: source.dtype for source in self.sources}
+        wanted = {source.name: source for source in other.sources}
+        known: Known = {}
+        made = []
+        for tensor in other.tensors:
+            for name in tensor.sources:
+                _require_meeting(tensor, wanted[name], between.get(name), dtypes)
+            made.append(_composed(tensor, [between[name] for name in tensor.sources], known))
+        return BoundRules(tuple(made), self.sources)
+
+
+def _require_meeting(
+    tensor: BoundTensor, wanted: BoundSource, found: BoundTensor | None, dtypes: Mapping[str, str | None]
+) -> None:
+    where = f"rule {tensor.rule!r} reads {wanted.name!r}"
+    if found is None:
+        raise SpecError(f"{where}, which the map before it does not make; add a rule for it there")
+    if found.shape != wanted.shape or (None not in (found.dtype, wanted.dtype) and found.dtype != wanted.dtype):
+        raise SpecError(
+            f"{where} as {wanted.shape} {wanted.dtype}, but the map before it makes {found.shape} {found.dtype}; bind "
+            "the second map to the shapes and dtypes of the first"
+        )
+    for name in found.sources:
+        if found.dtype not in (dtypes[name], tensor.dtype):
+            raise SpecError(
+                f"{where}, which rounds {name!r} from {dtypes[name]} to {found.dtype} on the way to {tensor.dtype}; "
+                "cast in one of the two maps only"
+            )
+
+
+def _composed(tensor: BoundTensor, between: Sequence[BoundTensor], known: Known) -> BoundTensor:
+    place: dict[str, int] = {}
+    numbers = [tuple([place.setdefault(name, len(place)) for name in one.sources]) for one in between]
+    key = (tensor.pieces, tuple([(one.pieces, order) for one, order in zip(between, numbers, strict=True)]))
+    if key not in known:
+        parts: list[Piece] = []
+        for piece in tensor.pieces:
+            if piece.tensor is None:
+                parts.append(piece)
+                continue
+            for part in through(piece, between[piece.tensor].pieces):
+                number = None if part.tensor is None else numbers[piece.tensor][part.tensor]
+                parts.append(Piece(part.digits, part.start, part.source_start, number, part.value))
+        pieces, order = renumbered(coalesced(parts))
+        if not defines_exactly_once(tensor.shape, pieces):
+            raise SpecError(
+                f"rule {tensor.rule!r} after another map is not whole; this is a fault of tricomm, report it"
+            )
+        known[key] = pieces, order
+    pieces, order = known[key]
+    names = tuple(place)
+    sources = tuple([names[index] for index in order])
+    return BoundTensor(tensor.name, tensor.shape, tensor.dtype, sources, pieces, tensor.rule)
+
 
 def _turned(
     source: BoundSource,
     feeds: Sequence[tuple[BoundTensor, Piece]],
     fill: float | None,
-    known: dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]],
+    known: Known,
 ) -> BoundTensor:
     """A source as a destination of the map back."""
     place: dict[str, int] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tricomm.errors import SpecError
+from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import dtype_name
 from tricomm.rules.boxes import Piece
 from tricomm.rules.checks import Shape
@@ -41,11 +41,20 @@ def evaluated(
     return result
 
 
+def described(arrays: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[str, str]]:
+    """Shape and dtype of every array."""
+    for name, array in arrays.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise ArgumentError(f"source {name!r} is {array!r}; give a numpy array or a torch tensor")
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    return shapes, {name: dtype_name(array.dtype) for name, array in arrays.items()}
+
+
 def checked(arrays: Mapping[str, Any], name: str, shape: Shape, dtype: str | None) -> Any:
     """One of some arrays, of the shape and dtype that a map was bound to."""
     if name not in arrays:
         raise SpecError(f"source {name!r} is missing among the {len(arrays)} arrays; pass it by that name")
-    array = arrays[name]
+    array = np.asarray(arrays[name]) if isinstance(arrays[name], np.generic) else arrays[name]
     if tuple(array.shape) != shape or (dtype is not None and dtype_name(array.dtype) != dtype):
         raise SpecError(
             f"source {name!r} is {tuple(array.shape)} {dtype_name(array.dtype)}, but the map was bound to "
@@ -55,7 +64,7 @@ def checked(arrays: Mapping[str, Any], name: str, shape: Shape, dtype: str | Non
 
 
 def _empty(where: str, shape: Shape, dtype: str, like: Any) -> Any:
-    if isinstance(like, np.ndarray):
+    if isinstance(like, np.ndarray | np.generic):
         try:
             return np.empty(shape, np.dtype(dtype))
         except TypeError:

@@ -8,6 +8,7 @@ from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import dtype_name
 from tricomm.rules.bind import Definition, bound
 from tricomm.rules.bound import BoundRules
+from tricomm.rules.evaluate import described
 from tricomm.rules.expressions import Expression
 from tricomm.rules.names import Scope, frozen
 from tricomm.rules.resolve import leaves, resolved, variables, words
@@ -154,8 +155,7 @@ class Rules:
         >>> Rules({"b": source("a")[::2]}, drop=["a"]).evaluate({"a": np.arange(5)})
         {'b': array([0, 2, 4])}
         """
-        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        return self.bind(shapes, {name: array.dtype for name, array in arrays.items()}).evaluate(arrays)
+        return self.bind(*described(arrays)).evaluate(arrays)
 
 
 def _destinations(rules: Rules) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,12 @@ model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight
 >>> trainer.reverse().shapes["model.embed_tokens.weight"]
 (128256, 4096)
 
-The trainer's ``reverse()`` and then the server's map is the map from one to the other.
+The trainer's map back and then the server's is the map from the one to the other:
+
+>>> print(trainer.reverse().then(server).tensors[3])
+model.layers.0.self_attn.qkv_proj.weight (6144, 4096): 2 pieces of decoder.layers.0.self_attention.linear_qkv.weight
+
+Two, because k and v of all groups stand alike on both sides.
 """
 
 from tricomm.rules.models.config import (

@@ -1,0 +1,74 @@
+"""One map after another: a piece that reads a tensor, as pieces that read what that tensor itself is made of."""
+
+from collections.abc import Iterable
+
+from tricomm.rules.boxes import REPEATED, Digit, Piece, cut, divide
+
+
+def through(piece: Piece, between: Iterable[Piece]) -> list[Piece]:
+    """The piece by the sources of the tensor that it reads.
+
+    Args:
+        piece: not of a fill.
+        between: the pieces of the tensor that it reads.
+
+    >>> from tricomm.rules import Rules, source
+    >>> first = Rules({"b": source("a", (4, 6)).permute(1, 0)}).bind()
+    >>> second = Rules({"c": source("b", (6, 4)).permute(1, 0)}).bind()
+    >>> through(second.tensors[0].pieces[0], first.tensors[0].pieces)[0].source_start
+    (0, 0)
+    """
+    return [part for other in between for nested in _nested(other) for part in _met(piece, nested)]
+
+
+def _nested(piece: Piece) -> list[Piece]:
+    """Parts in which every digit steps further than all shorter ones of its dim reach together."""
+    for index, digit in enumerate(piece.digits):
+        shorter = [other for other in piece.digits[index + 1 :] if other.dim == digit.dim]
+        if sum((other.size - 1) * other.step for other in shorter) >= digit.step:
+            singles = [piece.narrowed(index, place, place + 1) for place in range(digit.size)]
+            return [part for single in singles for part in _nested(single)]
+    return [piece]
+
+
+def _met(piece: Piece, other: Piece) -> list[Piece]:
+    """What both hold of the tensor between them: its dims are taken apart into the digits of ``other``."""
+    parts = [piece]
+    walks: list[tuple[int, int]] = []
+    for dim, start in enumerate(other.start):
+        at = len(walks)
+        far = [part for one in parts for part in cut(one, at, start - one.source_start[at])[1]]
+        parts = [_moved(part, at, -start) for part in far]
+        for digit in [digit for digit in other.digits if digit.dim == dim]:
+            near = [part for one in parts for part in _below(one, len(walks), digit.size * digit.step)]
+            parts = [part for one in near for part in divide(one, len(walks), digit.step)]
+            walks.append((digit.source_dim, digit.source_step))
+        parts = [part for one in parts for part in _below(one, len(walks), 1)]
+        walks.append((REPEATED, 0))
+    return [_read(part, other, walks) for part in parts]
+
+
+def _below(piece: Piece, dim: int, limit: int) -> list[Piece]:
+    """The parts of which the coordinate along a source dim is less than the limit."""
+    return cut(piece, dim, limit - piece.source_start[dim])[0]
+
+
+def _moved(piece: Piece, dim: int, by: int) -> Piece:
+    start = list(piece.source_start)
+    start[dim] += by
+    return piece.replaced(piece.digits, tuple(start))
+
+
+def _read(piece: Piece, other: Piece, walks: list[tuple[int, int]]) -> Piece:
+    """A piece in places of the digits of ``other``, as a piece of the source of ``other``."""
+    start = list(other.source_start)
+    for place, (dim, step) in zip(piece.source_start, walks, strict=True):
+        if dim != REPEATED:
+            start[dim] += place * step
+    digits: list[Digit] = []
+    for digit in piece.digits:
+        if digit.source_dim != REPEATED:
+            dim, step = walks[digit.source_dim]
+            digit = digit._replace(source_dim=dim, source_step=digit.source_step * step)
+        digits.append(digit)
+    return Piece(tuple(digits), piece.start, tuple(start), other.tensor, other.value)
