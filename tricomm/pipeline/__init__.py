@@ -4,9 +4,10 @@ from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.costs.simulate import simulate
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.costs.workload import Workload
+from tricomm.pipeline.run.clip import clip_gradients
 from tricomm.pipeline.run.directed_link import PerDirectionFifo
 from tricomm.pipeline.run.edge import EdgeTensor, Link
-from tricomm.pipeline.run.executor import Executor
+from tricomm.pipeline.run.executor import Evaluation, Executor
 from tricomm.pipeline.run.measure import Measurement
 from tricomm.pipeline.run.stage import Stage, WithLoss
 from tricomm.pipeline.run.tied import Tied
@@ -36,6 +37,7 @@ __all__ = [
     "Costs",
     "Edge",
     "EdgeTensor",
+    "Evaluation",
     "Executor",
     "Kind",
     "Limits",
@@ -55,6 +57,7 @@ __all__ = [
     "Workload",
     "chain",
     "check",
+    "clip_gradients",
     "eager_one_f_one_b",
     "gpipe",
     "in_turn",

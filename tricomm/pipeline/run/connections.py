@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tricomm.errors import SpecError
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.placement import Replicate, Shard
+from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
-from tricomm.pipeline.run.directed_link import Sizes
+from tricomm.pipeline.run.directed_link import Sizes, StepResharder
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.sizes import GivenSizes, SizeAgreement
 from tricomm.pipeline.run.stage import Stage, StageRun
@@ -44,6 +47,9 @@ class Connections:
         options: LinkOptions,
     ) -> None:
         self.schedule, self.edges = schedule, edges
+        self._everybody = Mesh(sorted({rank for stage in stages for rank in stage.mesh.ranks}), ("rank",))
+        self._name, self._options = name, options
+        self._gathering: dict[int, StepResharder] = {}
         modules = {index: run.module for index, run in runs.items()}
         self.tied = [TiedGradients(one, modules, f"{name} tied {number}", options) for number, one in enumerate(tied)]
         fifo = fifo_of(queues)
@@ -52,9 +58,9 @@ class Connections:
         names = {size for tensors in edges.values() for tensor in tensors.values() for size in tensor.names}
         self._agreement: SizeAgreement | None = None
         if names and runs:
-            ranks = sorted({rank for stage in stages for rank in stage.mesh.ranks})
+            first = stages[0].mesh.ranks[0]
             self._agreement = SizeAgreement(
-                tuple(names), schedule.microbatches, stages[0].mesh.ranks[0], ranks, name, options
+                tuple(names), schedule.microbatches, first, self._everybody.ranks, name, options
             )
 
     def connect(self) -> None:
@@ -121,6 +127,19 @@ class Connections:
         """Bytes of receive buffers that this rank holds."""
         return sum(one.nbytes for link in self.links.values() for one in link.directed_links)
 
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all ranks, in their order."""
+        width = row.numel()
+        if width not in self._gathering:
+            shape = (self._everybody.size, width)
+            source = ShardingSpec(self._everybody, (Shard(0),), shape, "float64")
+            everywhere = ShardingSpec(self._everybody, (Replicate(),))
+            channel = f"{self._name} numbers"
+            self._gathering[width] = StepResharder(source, everywhere, channel=channel, **self._options)
+        table = self._gathering[width](row[None])
+        assert table is not None
+        return table
+
     def abort(self, reason: str) -> None:
         """Tell all ranks that this one waits for, or that wait for it, that it does not go on."""
         for link in self.links.values():
@@ -129,6 +148,8 @@ class Connections:
             one.abort(reason)
         if self._agreement is not None:
             self._agreement.resharder.abort(reason)
+        for resharder in self._gathering.values():
+            resharder.abort(reason)
 
     def close(self) -> None:
         """Give back connections, threads and buffers."""
@@ -138,3 +159,5 @@ class Connections:
             one.close()
         if self._agreement is not None:
             self._agreement.resharder.close()
+        for resharder in self._gathering.values():
+            resharder.close()

@@ -50,6 +50,10 @@ class State(Enum):
 class Evaluation:
     """What an evaluation gives, on this rank.
 
+    >>> evaluation = Evaluation(torch.tensor(0.5), (torch.tensor(0.25), torch.tensor(0.75)))
+    >>> evaluation.loss, len(evaluation.losses)  # the mean, and one a microbatch
+    (tensor(0.5000), 2)
+
     Attributes:
         loss: of all microbatches together, weighted as in a step; None on ranks without a loss.
         losses: of each microbatch, as the module gave it.
@@ -208,6 +212,21 @@ class Executor:
             SpecError, TransportError: as for ``step``.
         """
         return self._run(self._evaluating, data, sizes, loss_weights)
+
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """Give every rank the numbers of all: one row for each of ``ranks``.
+
+        Args:
+            row: shape (n,), float64, n the same on all ranks.
+
+        Raises:
+            TransportError: another rank failed.
+        """
+        try:
+            return self._connections.gather(row)
+        except BaseException as error:
+            self._fail(error, None)
+            raise
 
     def close(self) -> None:
         """Give back connections, threads and buffers; a later step raises a SpecError. So does a dropped executor."""

@@ -1,0 +1,214 @@
+"""Evaluation, microbatches of unequal sizes and clipping, each against the model in one process."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from tests.pipeline import models
+from tests.pipeline.chain import BATCH, CHAIN, MICROBATCHES, TIMEOUT_SECONDS, WIDTH, attempt, chain, data, linear
+from tests.pipeline.test_executor import MESHES, batch_of, case_of, reference, tied_of, typed
+from tricomm import Replicate, Shard, ShardingSpec
+from tricomm.launch import Ranks
+from tricomm.pipeline import (
+    EdgeTensor,
+    Executor,
+    Queues,
+    Schedule,
+    clip_gradients,
+    eager_one_f_one_b,
+    gpipe,
+    in_turn,
+    interleaved_one_f_one_b,
+    zero_bubble,
+)
+from tricomm.pipeline.costs.costs import Costs
+from tricomm.pipeline.run.stage import Stage
+
+# ---- forward only
+
+
+class LossAndOutput(nn.Module):
+    """A last stage of two outputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, target):
+        y = self.layer(x)
+        return nn.functional.mse_loss(y, target), y
+
+
+def evaluated(rank: int, schedule: Schedule, queues: Queues) -> None:
+    """Evaluations before, between and after steps; the net in one process says what they give."""
+    count = schedule.stages
+    meshes = CHAIN if count == 4 else CHAIN[:2] * 2 if count != 2 else CHAIN[:2]
+    if schedule.pipeline_ranks == 2:
+        meshes = CHAIN[:2] * (count // 2)
+    stages, edges = chain(rank, linear, meshes)
+    last = stages[-1]
+    module = None if last.module is None else LossAndOutput(last.module.module)
+    stages[-1] = Stage(last.mesh, last.inputs, ("loss", "y"), module, last.loss)
+    net = nn.Sequential(*(linear(index) for index in range(count)))
+    wanted = [net(x) for x in data()["data"]]
+    losses = [nn.functional.mse_loss(*pair) for pair in zip(wanted, data()["target"], strict=True)]
+    with Executor(schedule, stages, edges, queues=queues, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        for _ in range(2):
+            found = executor.evaluate(data())
+            parameters = [one for stage in stages if stage.module for one in stage.module.parameters()]
+            assert all(one.grad is None for one in parameters)
+            if rank in stages[-1].mesh:
+                torch.testing.assert_close(found.loss, sum(losses).detach() / MICROBATCHES)
+                torch.testing.assert_close(list(found.losses), [one.detach() for one in losses])
+                torch.testing.assert_close(list(found.outputs["y"]), [one.detach() for one in wanted])
+                assert not found.loss.requires_grad
+            else:
+                assert (found.loss, found.losses, found.outputs) == (None, (), {})
+            loss = executor.step(data())
+            if loss is not None:
+                torch.testing.assert_close(loss, found.loss)
+            for one in parameters:
+                one.grad = None
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        gpipe(4, MICROBATCHES),
+        eager_one_f_one_b(4, MICROBATCHES, depth=1, split=True),
+        zero_bubble(4, MICROBATCHES),
+        interleaved_one_f_one_b(2, MICROBATCHES),
+    ],
+    ids=["gpipe", "eager", "zero bubble", "interleaved"],
+)
+def test_an_evaluation_gives_losses_and_outputs_and_no_gradient(ranks: Ranks, schedule: Schedule) -> None:
+    ranks.run(evaluated, schedule, Queues.PER_CHANNEL)
+
+
+def test_an_evaluation_keeps_to_turns(ranks: Ranks) -> None:
+    schedule = in_turn(eager_one_f_one_b(4, MICROBATCHES), Costs.uniform(4, 1, 1, 1, 2), trials=20)
+    ranks.run(evaluated, schedule, Queues.PER_DIRECTION)
+
+
+def test_forwards_only_run_wherever_the_whole_does() -> None:
+    schedule = Schedule.parse(["0F0 0F1 0I0 0W0 0I1 0W1", "1F0 1I0 1F1 1W0 1I1 1W1"])
+    forwards = schedule.forward_only()
+    assert str(forwards) == "0: 0F0 0F1\n1: 1F0 1F1"
+    assert not forwards.has_backward
+    assert [str(channel) for channel in forwards.channels] == ["0>1"]
+
+
+# ---- microbatches of unequal sizes
+
+ROWS = ((3, 3, 3, 1), (2, 2, 2, 2), (1, 4, 2, 3), (3, 3, 3, 1))
+
+
+def unequal(rank: int, schedule: Schedule) -> None:
+    stages, edges = chain(rank)
+    for (source, destination), tensors in edges.items():
+        ends = [ShardingSpec(CHAIN[stage], (Replicate(),), None, "float64") for stage in (source, destination)]
+        tensors[f"x{destination}"] = EdgeTensor(*ends, shape=("rows", WIDTH))
+    with Executor(schedule, stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        for rows in ROWS:
+            total = sum(rows)
+            given = {name: torch.cat(values)[:total].split(rows) for name, values in data().items()}
+            weights = [one / total for one in rows]
+            sizes = {"rows": rows} if rank == 0 else None
+            for stage in stages:
+                if stage.module is not None:
+                    stage.module.zero_grad()
+            loss = executor.step(given, sizes=sizes, loss_weights=weights)
+            again = executor.evaluate(given, sizes=sizes, loss_weights=weights).loss
+            net = nn.Sequential(*(linear(index) for index in range(4)))
+            whole = nn.functional.mse_loss(net(torch.cat(given["data"])), torch.cat(given["target"]))
+            whole.backward()
+            if loss is not None:
+                torch.testing.assert_close(loss, whole.detach())
+                torch.testing.assert_close(again, loss)
+            for stage, layer in zip(stages, net, strict=True):
+                if stage.module is not None:
+                    for found, wanted in zip(stage.module.parameters(), layer.parameters(), strict=True):
+                        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_rows_may_differ_from_microbatch_to_microbatch(ranks: Ranks, depth: int) -> None:
+    """10 rows as 3, 3, 3 and 1: the gradient of the mean over all rows, also where a ring of buffers is reused."""
+    ranks.run(unequal, eager_one_f_one_b(4, MICROBATCHES, depth=depth, split=True))
+
+
+def wrong_sizes(rank: int) -> tuple[str, str]:
+    stages, edges = chain(rank, meshes=CHAIN[:2])
+    ends = [ShardingSpec(mesh, (Replicate(),), None, "float64") for mesh in CHAIN[:2]]
+    edges[0, 1]["x1"] = EdgeTensor(*ends, shape=("rows", WIDTH))
+    with Executor(gpipe(2, MICROBATCHES), stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        return attempt(lambda: executor.step(data(), sizes={"rows": (BATCH, BATCH)}))
+
+
+def test_sizes_are_one_for_all_microbatches_or_one_for_each(ranks: Ranks) -> None:
+    for kind, text in ranks.run(wrong_sizes)[:2]:
+        assert kind in ("SpecError", "TransportError")
+        assert "gives 'rows' the sizes [6, 6], and a step has 4 microbatches; give one whole number for all" in text
+
+
+# ---- clipping
+
+
+def cut_of(module: models.Part, name: str) -> tuple:
+    """The placements over ("dp", "tp") of a parameter of the models of the tests."""
+    _, unit, parameter = name.split(".")
+    cut = module.parts[unit].cuts[parameter]
+    return (Replicate(), Shard(cut.keywords["dim"]) if isinstance(cut, partial) else Replicate())
+
+
+def clipped(rank: int, schedule: Schedule, name: str, says: bool):
+    """(norm, largest error of a gradient) of a step whose gradients are clipped to a tenth of their norm."""
+    meshes = MESHES[4]
+    model = models.gpt() if name == "gpt" else models.u_transformer()
+    stages, edges, spans = models.cut_into_stages(model, meshes, torch.float64)
+    tied = tied_of(model, spans, meshes, torch.float64)
+    mine = [stage for stage in stages if stage.module is not None]
+    line = models.lines(mine[0].mesh, "dp") if mine else models.ALONE
+    given = typed(batch_of(name, 0, MICROBATCHES, models.CONTEXT), torch.float64)
+    given = {key: [line.cut(x, 0) for x in value] for key, value in given.items()}
+    (_, gradients), *_ = reference(name, 1, MICROBATCHES, torch.float64, (models.CONTEXT,))
+    tied_name = f"parts.{model.tied[1][0]}.{model.tied[1][1]}" if model.tied else None
+    squares = sum(one.square().sum() for key, one in gradients.items() if key != tied_name)
+    with Executor(schedule, stages, edges, tied=tied, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        executor.step(given)
+
+        def layout_of(index: int, key: str) -> tuple:
+            return cut_of(stages[index].module, key)
+
+        kind, text = attempt(lambda: clip_gradients(executor, 1.0)) if not says else ("", "")
+        if not says:
+            return kind, text
+        norm = clip_gradients(executor, float(squares.sqrt()) / 10, layout_of=layout_of)
+        again = clip_gradients(executor, 1e9, layout_of=layout_of)
+    worst = 0.0
+    for stage in mine:
+        wanted = stage.module.expected(gradients)
+        for key, parameter in stage.module.named_parameters():
+            worst = max(worst, float((parameter.grad - wanted[key] / 10).abs().max() / squares.sqrt()))
+    return float(norm / squares.sqrt()), float(again / squares.sqrt()), worst
+
+
+@pytest.mark.parametrize("name", ["gpt", "u-transformer"])
+def test_clipping_goes_by_the_norm_of_one_process(ranks: Ranks, name: str) -> None:
+    """Stages with tensor and data parallelism, and a tied embedding, which counts once."""
+    schedule, _ = case_of(name, 4, "eager 1")
+    for norm, again, worst in [one for one in ranks.run(clipped, schedule, name, True) if one[0]]:
+        assert norm == pytest.approx(1.0, rel=1e-9)
+        assert again == pytest.approx(0.1, rel=1e-6)
+        assert worst < 1e-6
+
+
+def test_clipping_finds_what_is_cut_and_not_said_to_be(ranks: Ranks) -> None:
+    schedule, _ = case_of("gpt", 4, "eager 1")
+    outcomes = [one for one in ranks.run(clipped, schedule, "gpt", False) if one[0] != "returned"]
+    assert outcomes
+    for kind, text in outcomes:
+        assert kind == "SpecError"
+        assert "are said to hold the same gradients, and the norms of theirs are" in text
