@@ -25,7 +25,7 @@ from tricomm.options import LinkOptions, Options, StageOptions
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.pipeline.run.directed_link import PerDirectionFifo, ReceiveHandle
 from tricomm.pipeline.run.edge import EdgeTensor, Link
-from tricomm.pipeline.run.wiring import fifo_of
+from tricomm.pipeline.run.wiring import check_queues, fifo_of
 from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.generators import eager_one_f_one_b
@@ -333,6 +333,7 @@ class PlannedSchedule(_Runtime):  # type: ignore[misc]
         super().__init__(stages=stages, n_microbatches=schedule.microbatches, loss_fn=loss_fn, **options)
         if not schedule.has_communication:
             schedule = with_communication(schedule, receives_ahead=receives_ahead)
+        check_queues(queues)
         check(schedule, queues)
         turns = fifo_of(queues)
         parse = schedules._Action.from_str

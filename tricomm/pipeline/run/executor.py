@@ -29,7 +29,7 @@ from tricomm.pipeline.run.sizes import GivenSizes
 from tricomm.pipeline.run.stage import LOSS, Stage, StageRun
 from tricomm.pipeline.run.step import Data, Observer, Program, Step
 from tricomm.pipeline.run.tied import Tied
-from tricomm.pipeline.run.wiring import EdgeTensors, check_data, check_wiring, gradient_names
+from tricomm.pipeline.run.wiring import EdgeTensors, check_data, check_queues, check_wiring, gradient_names
 from tricomm.pipeline.schedule.actions import Action, Edge
 from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
@@ -154,6 +154,7 @@ class Executor:
             self.options = Options.of(options, "Executor", LinkOptions)
             self.timeout_seconds = self.options.seconds
             self.device = device_of(self.options.device, self.options.group)
+            check_queues(queues)
             self.schedule = schedule if schedule.has_communication else with_communication(schedule)
             check_wiring(self.schedule, self.stages, edges)
             check(self.schedule, queues)

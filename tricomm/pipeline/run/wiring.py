@@ -64,16 +64,20 @@ def check_wiring(schedule: Schedule, stages: Sequence[Stage], edges: EdgeTensors
             raise SpecError(f"stage {index} sends its loss to another stage; give that output another name")
 
 
-def fifo_of(queues: Queues) -> PerDirectionFifo | None:
-    """Make what keeps the order of queues on a rank.
+def check_queues(queues: Queues) -> None:
+    """Refuse queues of which only the simulator knows.
 
     Raises:
-        PlanError: queues of which only the simulator knows.
+        PlanError: if they are.
     """
     if queues.is_of_peers:
         raise PlanError(
             f"queues={queues} describes other systems; transfers of tricomm have queues PER_CHANNEL or PER_DIRECTION"
         )
+
+
+def fifo_of(queues: Queues) -> PerDirectionFifo | None:
+    """Make what keeps the order of queues on a rank, if they have one beside that of each channel."""
     return PerDirectionFifo() if queues is Queues.PER_DIRECTION else None
 
 
