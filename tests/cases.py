@@ -107,7 +107,7 @@ def placements(draw: Any, mesh: Mesh, shape: tuple[int, ...], op: str | None) ->
     for _ in range(mesh.ndim):
         kind = draw(st.sampled_from(["shard", "shard", "replicate", "partial"]))
         if kind == "partial" and op is not None:
-            result.append(Partial(op))
+            result.append(Partial(draw(st.sampled_from(["sum", "avg"])) if op == "avg" else op))
         elif kind == "shard" and shape:
             dim = draw(st.integers(-len(shape), len(shape) - 1))
             segments = None
@@ -134,7 +134,7 @@ def specs(draw: Any, shape: tuple[int, ...], dtype: str, op: str | None = None, 
 
 @st.composite
 def explicit(draw: Any, spec: ShardingSpec, whole: bool) -> ShardingSpec:
-    """The same holdings, with intervals cut and shuffled; a destination may also drop ranks."""
+    """The same holdings, with intervals cut, shuffled and some repeated; a destination may also drop ranks."""
     holdings = {}
     for rank in spec.mesh.ranks:
         if not whole and holdings and draw(st.integers(0, 4)) == 0:
@@ -145,6 +145,8 @@ def explicit(draw: Any, spec: ShardingSpec, whole: bool) -> ShardingSpec:
             for start, stop in intervals:
                 cut = draw(st.integers(start, stop))
                 pieces += [(start, cut), (cut, stop)]
+            if pieces and draw(st.integers(0, 3)) == 0:
+                pieces.append(draw(st.sampled_from(pieces)))  # in two slots of the rank
             holding.append(tuple(draw(st.permutations(pieces))))
         holdings[rank] = tuple(holding)
     return ShardingSpec.explicit(holdings, spec.global_shape, spec.dtype)

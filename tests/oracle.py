@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from tricomm import Partial, ShardingSpec
+from tricomm import ShardingSpec
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SMALL = 97
@@ -102,13 +102,15 @@ def source_and_result(source: ShardingSpec, destination: ShardingSpec) -> tuple[
         make = coded if torch_dtype(dtype) == target else valued
         full = make(shape, dtype)
         return {rank: pick(full, source, rank) for rank in source.mesh.ranks}, full.to(target)
-    op = next(p.op for p in source.placements if isinstance(p, Partial))
+    ops = [(source.placements[axis].op, source.mesh.shape[axis]) for axis in source.partial_axes]
+    divisor = math.prod(extent for op, extent in ops if op == "avg")
+    op = "avg" if divisor > 1 else ops[0][0]
     parts = [small_integers(shape, dtype, salt) for salt in range(contribution_count(source))]
     shards = {rank: pick(parts[contribution_index(source, rank)], source, rank) for rank in source.mesh.ranks}
-    return shards, reduced(parts, op).to(target)
+    return shards, reduced(parts, op, divisor).to(target)
 
 
-def reduced(parts: list[torch.Tensor], op: str) -> torch.Tensor:
+def reduced(parts: list[torch.Tensor], op: str, divisor: int | None = None) -> torch.Tensor:
     """The reduction of small integers, exactly, rounded to the dtype once."""
     dtype = parts[0].dtype
     exact = torch.stack([part.to(torch.complex128) for part in parts])
@@ -118,7 +120,7 @@ def reduced(parts: list[torch.Tensor], op: str) -> torch.Tensor:
             wide = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
             wide = torch.complex64 if dtype == torch.complex32 else wide
             narrow = total.to(wide) if dtype.is_complex else total.real.to(wide)
-            return narrow.div(len(parts)).to(dtype)
+            return narrow.div(len(parts) if divisor is None else divisor).to(dtype)
     else:
         real = exact.real
         total = (real.amax(0) if op == "max" else real.amin(0)).to(torch.complex128)

@@ -41,7 +41,26 @@ def test_the_plan_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
     command = re.search(r"`python -m tricomm (plan [^`]*)`", README)
     assert command is not None
     cli.main(shlex.split(command[1]))
-    assert capsys.readouterr().out.startswith("reshard\n  from  float32[4096, 1024] S1 R on")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  from  float32[4096/tp, 1024] replicated over dp on (dp=2 tp=2: ranks 0-3)"
+    assert lines[3].startswith("  over  8 ranks on 4 hosts, a NIC of 50 GB/s on each, 200 GB/s within a host; latency")
+    assert "assumed; say otherwise with --hosts" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ([], "8 ranks on 8 hosts, a NIC of 12.5 GB/s on each; latency 20 us (assumed"),
+        (["--hosts", "3"], "8 ranks on 3 hosts"),
+        (["--devices", "8", "--nic", "1e9"], "8 ranks on 1 host, a NIC of 1 GB/s"),
+        (["--hosts", "2", "--devices", "4", "--nic", "25e9"], "8 ranks on 2 hosts, a NIC of 25 GB/s on each, 200 GB/s"),
+    ],
+)
+def test_the_plan_command_says_which_network_it_plans_for(network, said, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["plan", "--shape", "64,64", "--source", "2x2", "S1 R", "--destination", "4", "R S0", *network])
+    over = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  over  "))
+    assert said in over
+    assert ("assumed" in over) == (len(network) < 6)
 
 
 PLAN = ["plan", "--shape", "8", "--source", "2", "S0", "--destination", "2", "R"]
@@ -54,7 +73,11 @@ PLAN = ["plan", "--shape", "8", "--source", "2", "S0", "--destination", "2", "R"
         (["plan", "--shape", "8,a", "--source", "2", "R", "--destination", "2", "R"], "--shape '8,a' is not a list"),
         ([*PLAN, "--svg", "/nowhere/out.svg"], "--svg /nowhere/out.svg cannot be written (No such file or directory)"),
         ([*PLAN, "--svg", "out.png"], "write it to out.svg and convert that"),
-        ([*PLAN, "--ranks-per-host", "0"], "--ranks-per-host 0 must be at least 1"),
+        (["plan", "--shape", "8", "--source", "2x", "R", "--destination", "0", "R"], "mesh '0' has no size"),
+        (["plan", "--shape", "8", "--source", "tp=", "R", "--destination", "2", "R"], "mesh 'tp=' has no size"),
+        ([*PLAN, "--hosts", "2", "--devices", "1"], "are places for 2 ranks, and the meshes have 4"),
+        ([*PLAN, "--devices", "0"], "--devices 0 must be at least 1"),
+        ([*PLAN, "--nic", "50"], "is in bytes per second, and no NIC is that slow; write 50e9"),
         (["simulate", "--schedule", "eager", "--activations", "2"], "--activations limits tuned schedules"),
         (["simulate", "--schedule", "gpipe", "--depth", "2"], "--depth is of eager and zero-bubble, and this is gpipe"),
         (["simulate", "--svg", "/nowhere/out.svg"], "cannot be written (No such file or directory)"),

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from tricomm.errors import SpecError
+from tricomm.layout.intervals import without_repeats
 from tricomm.layout.placement import Partial, Placement, Replicate
 from tricomm.layout.spec import ShardingSpec
 
@@ -34,8 +35,16 @@ def gradient_specs(source: ShardingSpec, destination: ShardingSpec) -> tuple[Sha
     DTensor. The gradient of each contribution to a sum is the whole gradient, so Partial axes become replicated.
 
     Raises:
-        SpecError: a maximum or minimum, whose gradient needs to know who won.
+        SpecError: a maximum or minimum, whose gradient needs to know who won; a result that holds an element in two
+            slots of a rank, whose gradients would have to be added.
     """
+    for rank in destination.mesh.ranks if destination.holdings is not None else ():
+        holding = destination.holding(rank)
+        if holding != tuple(map(without_repeats, holding)):
+            raise SpecError(
+                f"rank {rank} of the destination holds {holding}, an element in two slots, and their gradients are not "
+                "added up on the way back; move a detached tensor, or let each slot be a tensor of its own"
+            )
     placements: list[Placement] = []
     for placement in source.placements:
         if isinstance(placement, Partial) and placement.op not in ("sum", "avg"):

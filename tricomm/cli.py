@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tricomm.draw import plan_svg, timeline_perfetto, timeline_svg
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.spec import ShardingSpec
-from tricomm.layout.topology import Topology
+from tricomm.layout.topology import DEFAULT_NIC_BYTES_PER_SECOND, Topology
 from tricomm.pipeline import (
     Costs,
     Edge,
@@ -27,6 +28,9 @@ from tricomm.pipeline import (
     zero_bubble,
 )
 from tricomm.plan import make_plan
+
+SLOWEST_NIC = 1e6
+"""Bytes per second below which a rate must be meant in another unit."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +74,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = commands.add_parser(
         "plan",
         help="print how a tensor would travel",
-        description='Example: tricomm plan --shape 4096,1024 --source 2,2 "S1 R" --destination 4 "R S0" --svg plan.svg',
+        description='Example: tricomm plan --shape 4096,1024 --source 2x2 "S1 R" --destination 4 "R S0" --svg plan.svg',
     )
     parser.add_argument("--shape", required=True, help="global shape, as 4096,1024")
     parser.add_argument("--dtype", default="float32", help="element type")
@@ -80,10 +84,13 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
             nargs=2,
             required=True,
             metavar=("MESH", "LAYOUT"),
-            help='mesh shape, as 2,2, and one entry per tensor dim, as "S01 R"',
+            help='mesh shape, as 2x2 or dp=2,tp=2, and one entry per tensor dim, as "S01 R": R is whole, S01 is cut by '
+            "mesh axis 0 and then by axis 1",
         )
     parser.add_argument("--same-ranks", action="store_true", help="both meshes start at rank 0")
-    parser.add_argument("--ranks-per-host", type=int, default=1, help="consecutive ranks share a host (%(default)s)")
+    parser.add_argument("--hosts", type=int, help="how many hosts there are (a host per rank, or what --devices gives)")
+    parser.add_argument("--devices", type=int, help="consecutive ranks of a host, which share its NIC (1)")
+    parser.add_argument("--nic", type=float, help="bytes per second of a NIC, as 50e9 (12.5e9)")
     parser.add_argument("--svg", type=Path, metavar="PATH", help="write a picture")
 
 
@@ -200,32 +207,55 @@ def _plan_text(options: argparse.Namespace) -> str:
     source = _spec(options.source, 0, shape, options.dtype)
     first = 0 if options.same_ranks else source.mesh.size
     destination = _spec(options.destination, first, shape, None)
-    plan = make_plan(source, destination, topology=_topology(options.ranks_per_host, first + destination.mesh.size))
+    topology = _topology(options, max(*source.mesh.ranks, *destination.mesh.ranks) + 1)
+    plan = make_plan(source, destination, topology=topology)
     if options.svg is not None:
         _write("--svg", options.svg, plan_svg(plan))
-    return str(plan)
+    lines = str(plan).splitlines()
+    assumed = [option for option in ("hosts", "devices", "nic") if getattr(options, option) is None]
+    if assumed:
+        index = next(i for i, line in enumerate(lines) if line.startswith("  over  "))
+        lines[index] += f" (assumed; say otherwise with {', '.join(f'--{option}' for option in assumed)})"
+    return "\n".join(lines)
 
 
-def _topology(ranks_per_host: int, ranks: int) -> Topology | None:
-    """Hosts of so many consecutive ranks; None, the default of make_plan, where each rank has its own."""
-    if ranks_per_host < 1:
-        raise SpecError(f"--ranks-per-host {ranks_per_host} must be at least 1; leave it out for a host per rank")
-    if ranks_per_host == 1:
-        return None
-    return Topology(tuple(f"host{rank // ranks_per_host}" for rank in range(ranks)))
+def _topology(options: argparse.Namespace, ranks: int) -> Topology:
+    """The network of so many ranks, host after host."""
+    for option in ("hosts", "devices"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            raise SpecError(f"--{option} {value} must be at least 1; leave it out for one rank on each host")
+    if options.nic is not None and options.nic < SLOWEST_NIC:
+        raise SpecError(f"--nic {options.nic:g} is in bytes per second, and no NIC is that slow; write 50e9")
+    devices = options.devices or (1 if options.hosts is None else -(-ranks // options.hosts))
+    hosts = options.hosts or -(-ranks // devices)
+    if hosts * devices < ranks:
+        raise SpecError(
+            f"--hosts {hosts} of --devices {devices} are places for {hosts * devices} ranks, and the meshes have "
+            f"{ranks}; give more of either"
+        )
+    names = tuple(f"host{rank // devices}" for rank in range(ranks))
+    return Topology(names, DEFAULT_NIC_BYTES_PER_SECOND if options.nic is None else options.nic)
 
 
 def _spec(words: Sequence[str], first: int, shape: tuple[int, ...], dtype: str | None) -> ShardingSpec:
     """The spec of a mesh shape and a layout in words, on consecutive ranks."""
     mesh, layout = words
-    extents = _integers("mesh", mesh)
+    if "=" in mesh:
+        axes = [word.partition("=") for word in mesh.split(",") if word]
+        names = tuple(name for name, _, _ in axes)
+        extents = _integers("mesh", ",".join(extent for _, _, extent in axes))
+    else:
+        extents = _integers("mesh", mesh.replace("x", ","))
+        names = tuple(f"axis{axis}" for axis in range(len(extents)))
+    if not extents or min(extents) < 1 or len(names) != len(extents):
+        raise SpecError(f"mesh {mesh!r} has no size for each axis; write 2x2 or dp=2,tp=2, each at least 1")
     count = 1
     for extent in extents:
         count *= extent
-    nested: list[object] = list(range(first, first + count))
+    nested: list[Any] = list(range(first, first + count))
     for extent in reversed(extents[1:]):
         nested = [nested[i : i + extent] for i in range(0, len(nested), extent)]
-    names = tuple(f"axis{axis}" for axis in range(len(extents)))
     return ShardingSpec.from_dims(Mesh(nested, names), layout.split(), shape, dtype)
 
 

@@ -9,22 +9,71 @@
 Every message names the value, the rule that it breaks and the remedy.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class TricommError(Exception):
-    """The base of everything that tricomm raises on purpose."""
+    """Base of everything that tricomm raises on purpose.
+
+    Example:
+        >>> from tricomm import Shard
+        >>> try:
+        ...     Shard("rows")
+        ... except TricommError as error:
+        ...     print(error)
+        Shard(dim='rows'): dim must be an integer; name one tensor dim
+    """
 
 
 class SpecError(TricommError, ValueError):
-    """A mesh, a sharding spec or a local tensor breaks a rule; nothing has been sent."""
+    """A mesh, a sharding spec, a local tensor or an option breaks a rule; nothing has been sent.
+
+    Example:
+        >>> from tricomm import Mesh
+        >>> Mesh([0, 0], ("tp",))
+        Traceback (most recent call last):
+        tricomm.errors.SpecError: rank 0 stands twice in the mesh; a rank may hold one place only, so name it once
+    """
 
 
 class ArgumentError(SpecError, TypeError):
-    """An argument is of the wrong kind, or there is no option of that name; nothing has been sent."""
+    """An argument is of the wrong kind, or there is no option of that name; nothing has been sent.
+
+    Example:
+        >>> from tricomm import Topology
+        >>> Topology.flat("two")
+        Traceback (most recent call last):
+        tricomm.errors.ArgumentError: ranks='two' is not a number of ranks; write an integer above 0
+    """
 
 
 class PlanError(TricommError, ValueError):
-    """Two valid specs cannot be planned as asked, or a pipeline's schedule cannot run; nothing has been sent."""
+    """Two valid specs cannot be planned as asked, or a pipeline's schedule cannot run; nothing has been sent.
+
+    Example:
+        >>> from tricomm import SendRecv
+        >>> SendRecv(chunk_bytes=0)
+        Traceback (most recent call last):
+        tricomm.errors.PlanError: chunk_bytes=0 must be a positive number of bytes, or None to choose
+    """
 
 
 class TransportError(TricommError, RuntimeError):
-    """The ranks disagree about a call, or one of them died, stopped or never called."""
+    """The ranks disagree about a call, or one of them died, stopped or never called.
+
+    Example:
+        >>> try:
+        ...     raise TransportError("rank 3 did not call within the timeout")
+        ... except TricommError as error:
+        ...     print(type(error).__name__, "-", error)
+        TransportError - rank 3 did not call within the timeout
+    """
+
+
+def describe_unknown(name: str, caller: str, names: Iterable[str]) -> str:
+    """Say that a caller has no keyword of that name, and which one is meant."""
+    known = list(names)
+    nearest = get_close_matches(name, known, 1)
+    remedy = f"write {nearest[0]}=..." if nearest else f"its options are {', '.join(known)}"
+    return f"{caller} has no option {name!r}; {remedy}"

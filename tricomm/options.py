@@ -7,12 +7,11 @@ mypy is told the nearest right name. What was given becomes one value, :class:`O
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from difflib import get_close_matches
 from typing import Any, TypedDict, cast, get_type_hints
 
 import torch
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, describe_unknown
 from tricomm.layout.topology import Topology
 from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, SenderPolicy, Split, Strategy
 from tricomm.plan.arguments import check_balance, check_staging_bytes, check_strategy, check_topology
@@ -123,7 +122,7 @@ class Options:
         names = get_type_hints(known)
         for name in values:
             if name not in names:
-                raise ArgumentError(_describe_unknown(name, caller, list(names)))
+                raise ArgumentError(describe_unknown(name, caller, names))
         if "timeout" in values:
             timeout = values.pop("timeout")
             if not isinstance(timeout, timedelta):
@@ -147,13 +146,6 @@ class Options:
         """The timeout as a number."""
         assert isinstance(self.timeout_seconds, float)
         return self.timeout_seconds
-
-
-def _describe_unknown(name: str, caller: str, names: list[str]) -> str:
-    """That there is no such option, and which is meant."""
-    nearest = get_close_matches(name, names, 1)
-    remedy = f"write {nearest[0]}=..." if nearest else f"its options are {', '.join(names)}"
-    return f"{caller} has no option {name!r}; {remedy}"
 
 
 def _checked_seconds(timeout: object) -> float:

@@ -143,7 +143,7 @@ def test_what_does_not_travel_and_what_one_rank_knows() -> None:
 
 def test_the_command_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.svg"
-    words = ["plan", "--shape", "8,4", "--source", "2", "S0 R", "--destination", "2", "R S0", "--ranks-per-host", "2"]
+    words = ["plan", "--shape", "8,4", "--source", "2", "S0 R", "--destination", "2", "R S0", "--devices", "2"]
     cli.main([*words, "--svg", str(path)])
     assert capsys.readouterr().out.startswith("reshard\n")
     assert {"host0", "host1"} <= set(words_of(ET.fromstring(path.read_text())))

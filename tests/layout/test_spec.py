@@ -27,7 +27,7 @@ from tricomm.layout.intervals import (
     runs,
     take,
 )
-from tricomm.layout.spec import part_table
+from tricomm.layout.part_table import part_table
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -276,23 +276,24 @@ def test_an_explicit_spec_is_kept_in_order_of_ranks_and_without_needless_cuts() 
     [
         (
             ShardingSpec(GRID, (Replicate(), Shard(0)), (4096, 1024), "float32"),
-            "float32[4096, 1024] S1 R on (a=2 b=3: ranks 0-5)",
+            "float32[4096/b, 1024] replicated over a on (a=2 b=3: ranks 0-5)",
         ),
         (
             ShardingSpec(GRID, (Shard(1), Shard(1)), (8, 9), None, (1, 0)),
-            "any[8, 9] R S10 on (a=2 b=3: ranks 0-5)",
+            "any[8, 9/b/a] on (a=2 b=3: ranks 0-5)",
         ),
         (
             ShardingSpec(CUBE, (Partial("avg"), Shard(0, (4, 2)), Replicate()), (6,), "int8"),
-            "int8[6] S1{4,2} +avg(0) on (a=2 b=2 c=2: ranks 7,6,5,4,3,2,1,0)",
+            "int8[6/b{4,2}] avg over a replicated over c on (a=2 b=2 c=2: ranks 7,6,5,4,3,2,1,0)",
         ),
-        (ShardingSpec(Mesh([9], ("x",)), (Replicate(),), ()), "any[] scalar on (x=1: rank 9)"),
+        (ShardingSpec(Mesh([9], ("x",)), (Replicate(),), ()), "any[] replicated over x on (x=1: rank 9)"),
         (ShardingSpec.explicit({3: (((0, 2),),)}, (2,), "bool"), "bool[2] explicit on (rank=1: rank 3)"),
-        (ShardingSpec(LINE, (Shard(2),)), "any[?] R R S0 on (x=3: ranks 0-2)"),
+        (ShardingSpec(LINE, (Shard(-1),)), "any[...] x: Shard(-1) on (x=3: ranks 0-2)"),
+        (ShardingSpec(LINE, (Shard(2),)), "any[?, ?, ?/x, ...] on (x=3: ranks 0-2)"),
     ],
     ids=str,
 )
-def test_str_is_the_notation_with_dtype_shape_and_mesh(spec: ShardingSpec, text: str) -> None:
+def test_str_names_the_axes_that_cut_each_dim(spec: ShardingSpec, text: str) -> None:
     assert str(spec) == text
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.cases import Case, cases
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, Topology
-from tricomm.layout.spec import part_table
+from tricomm.layout.part_table import part_table
 from tricomm.plan import Auto, Broadcast, LeastLoaded, Move, Naive, Plan, RankProgram, SendRecv, make_plan
 from tricomm.plan.planner import _make_plan
 from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND

@@ -75,7 +75,8 @@ REFUSALS: dict[str, Refusal] = {
     "another shape": (lambda: move(destination=replace(COLUMNS, shape=(4, 8))), SpecError,
         "(8, 4) and destination shape (4, 8)", "reshapes nothing", "leave the destination's shape out"),
     "destination Partial": (lambda: move(destination=replace(COLUMNS, placements=(Partial(),))), SpecError,
-        "R R +sum(0) on (x=2: ranks 2-3)", "no one way to split a value", "reshard to Replicate() or Shard(dim)"),
+        "float32[8, 4] sum over x on (x=2: ranks 2-3)", "no one way to split a value",
+        "reshard to Replicate() or Shard(dim)"),
     "source not a spec": (lambda: make_plan(None, ROWS), ArgumentError,
         "source=None", "not a ShardingSpec", "write ShardingSpec(mesh"),
     "strategy a word": (lambda: move(strategy="auto"), ArgumentError,
@@ -135,13 +136,18 @@ REFUSALS: dict[str, Refusal] = {
     "gradient of a maximum": (
         lambda: autograd.gradient_specs(replace(ROWS, placements=(Partial("max"),)), COLUMNS), SpecError,
         "Partial('max')", "has no gradient that its layout determines", "reduce it yourself"),
-    # packing.py
+    "gradient of two slots": (
+        lambda: autograd.gradient_specs(ROWS, ShardingSpec.explicit({3: (((0, 2), (1, 4)),)}, (8,))), SpecError,
+        "rank 3 of the destination holds (((0, 2), (1, 4)),)", "an element in two slots", "move a detached tensor"),
+    # copy_program.py
     "dtype of another torch": (lambda: copy_program.torch_dtype("float31"), PlanError,
         "float31", f"this torch {torch.__version__} has no", "use a newer torch"),
     "staging too small": (lambda: run({}, staging_bytes=127, strategy=SendRecv(16)), PlanError,
         "rank 0 stages 128 bytes", "staging_bytes is 127", "raise staging_bytes or give the strategy a smaller"),
+    "shard of a list": (lambda: local_shard([1.0], ROWS, 0), ArgumentError,
+        "tensor=[1.0]", "not a torch.Tensor", "pass the full tensor of"),
     "shard of a part": (lambda: local_shard(torch.zeros(8, 3), ROWS, 0), SpecError,
-        "shape (8, 3)", "not the full tensor of float32[8, 4]", "pass all of it"),
+        "shape (8, 3)", "not the full tensor of float32[8/x, 4]", "pass all of it"),
     # tensors.py
     "tensor of numpy": (lambda: run({0: torch.zeros(4, 4), 1: torch.zeros(4, 4).numpy()}), SpecError,
         "the tensor of rank 1 is a ndarray", "a plain dense torch.Tensor is expected", "pass its local data"),

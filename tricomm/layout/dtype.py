@@ -3,7 +3,9 @@
 A dtype is its torch name without the prefix ("bfloat16"). Every dtype that torch can copy is here.
 """
 
-from tricomm.errors import SpecError
+from difflib import get_close_matches
+
+from tricomm.errors import ArgumentError, SpecError
 
 _FLOATS = {
     "float64": 8,
@@ -40,18 +42,54 @@ _OPAQUE = {
 ITEMSIZE: dict[str, int] = {"bool": 1, **_FLOATS, **_INTEGERS, **_COMPLEX, **_OPAQUE}
 """Bytes of one element, by dtype name."""
 
+SHORT_NAMES = {
+    "double": "float64",
+    "float": "float32",
+    "half": "float16",
+    "long": "int64",
+    "int": "int32",
+    "short": "int16",
+    "byte": "uint8",
+    "char": "int8",
+    "fp64": "float64",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u8": "uint8",
+    "boolean": "bool",
+    "cfloat": "complex64",
+    "chalf": "complex32",
+    "cdouble": "complex128",
+}
+"""What people write for a dtype, and what it is called; only to say so, never to guess."""
+
 
 def dtype_name(dtype: object) -> str:
     """The name of a dtype given as "float32" or as torch.float32.
 
     Raises:
-        SpecError: no such element type.
+        SpecError: no such element type; an ArgumentError where it is not even a name.
+
+    Example:
+        >>> dtype_name("torch.bfloat16")
+        'bfloat16'
     """
     name = str(dtype).removeprefix("torch.")
     if name not in ITEMSIZE:
-        raise SpecError(
-            f"dtype {dtype!r} is not an element type that tricomm moves; use one of {', '.join(sorted(ITEMSIZE))}"
-        )
+        # A torch.dtype is known by its type's name, so that planning needs no torch.
+        if not isinstance(dtype, str) and type(dtype).__name__ != "dtype":
+            raise ArgumentError(f'dtype={dtype!r} is not a dtype; write "bfloat16" or torch.bfloat16')
+        meant = SHORT_NAMES.get(name.lower()) or next(iter(get_close_matches(name.lower(), ITEMSIZE, 1)), None)
+        remedy = f'say "{meant}"?' if meant else f"use one of {', '.join(sorted(ITEMSIZE))}"
+        raise SpecError(f"dtype {dtype!r} is not an element type that tricomm moves; {remedy}")
     return name
 
 

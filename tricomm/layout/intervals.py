@@ -6,7 +6,7 @@ A product of them, one per dim, is a :data:`Region`.
 """
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import accumulate, pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -61,6 +61,24 @@ def take(intervals: Intervals, begin: int, end: int) -> Intervals:
     return tuple(result)
 
 
+def without_repeats(intervals: Intervals) -> Intervals:
+    """Drop coordinates that stand there before; the others stay in their order.
+
+    Example:
+        >>> without_repeats(((4, 6), (0, 2), (5, 8)))
+        ((4, 6), (0, 2), (6, 8))
+    """
+    if all(one[1] <= other[0] for one, other in pairwise(sorted(intervals))):
+        return intervals
+    result: list[Interval] = []
+    for start, stop in intervals:
+        fresh = [(start, stop)]
+        for low, high in result:
+            fresh = [(a, b) for x, y in fresh for a, b in ((x, min(y, low)), (max(x, high), y)) if a < b]
+        result += fresh
+    return tuple(result)
+
+
 def chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
     """Part ``index`` of ``parts`` as torch.chunk cuts them: ceil(n / parts) each, the last ones less or none."""
     size = length(intervals)
@@ -68,10 +86,27 @@ def chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
     return take(intervals, min(index * step, size), min((index + 1) * step, size))
 
 
-def runs(inner: Intervals, outer: Intervals) -> tuple[Run, ...]:
-    """Where the coordinates of ``inner``, all of which ``outer`` holds, stand in both concatenations.
+def part_of_segments(segments: Sequence[Intervals], ranks: int, index: int) -> Intervals:
+    """Take the part of rank ``index`` of so many, of segments that are cut each on its own."""
+    return merged([interval for piece in segments for interval in chunk(piece, ranks, index)])
 
-    Example: ``runs(((4, 6), (0, 2)), ((0, 2), (4, 8)))`` is ``(Run(0, 2, 2), Run(2, 0, 2))``.
+
+def segments_of(held: Intervals, segments: Sequence[int] | None) -> list[Intervals]:
+    """Split what is held by segment; all of it is one if there are none."""
+    if not segments:
+        return [held]
+    edges = [0, *accumulate(segments)]
+    return [clip(held, start, stop) for start, stop in pairwise(edges)]
+
+
+def runs(inner: Intervals, outer: Intervals) -> tuple[Run, ...]:
+    """Find where the coordinates of ``inner``, all of which ``outer`` holds, stand in both concatenations.
+
+    A coordinate that ``outer`` holds several times has several runs.
+
+    Example:
+        >>> runs(((4, 6), (0, 2)), ((0, 2), (4, 8)))
+        (Run(inner_start=0, outer_start=2, length=2), Run(inner_start=2, outer_start=0, length=2))
     """
     if len(inner) == len(outer) == 1:
         (start, stop), (outer_start, outer_stop) = inner[0], outer[0]
@@ -102,6 +137,26 @@ def runs(inner: Intervals, outer: Intervals) -> tuple[Run, ...]:
     return tuple(result)
 
 
+def first_runs(inner: Intervals, outer: Intervals) -> tuple[Run, ...]:
+    """As :func:`runs`, with the first run only of a coordinate that ``outer`` holds several times.
+
+    Example:
+        >>> first_runs(((3, 5),), ((4, 5), (3, 5)))
+        (Run(inner_start=1, outer_start=0, length=1), Run(inner_start=0, outer_start=1, length=1))
+    """
+    found = runs(inner, outer)
+    if sum(run.length for run in found) == length(inner):
+        return found
+    seen: list[Interval] = []
+    result: list[Run] = []
+    for run in sorted(found, key=lambda run: run.outer_start):
+        span = (run.inner_start, run.inner_start + run.length)
+        for start, stop in without_repeats((*seen, span))[len(seen) :]:
+            result.append(Run(start, run.outer_start + start - run.inner_start, stop - start))
+        seen = list(without_repeats((*seen, span)))
+    return tuple(result)
+
+
 def region_shape(region: Region) -> tuple[int, ...]:
     """Extents of the region, one per dim."""
     return tuple(length(intervals) for intervals in region)
@@ -113,9 +168,12 @@ def region_numel(region: Region) -> int:
 
 
 def joint_runs(inner: Intervals, first: Intervals, second: Intervals) -> tuple[tuple[int, int, int], ...]:
-    """(position in ``first``, position in ``second``, length) of the coordinates of ``inner``."""
+    """(position in ``first``, position in ``second``, length) of the coordinates of ``inner``.
+
+    Of a coordinate that ``first`` holds several times the first is taken; in ``second`` it stands as often as there.
+    """
     result: list[tuple[int, int, int]] = []
-    for a, b in product(runs(inner, first), runs(inner, second)):
+    for a, b in product(first_runs(inner, first), runs(inner, second)):
         low = max(a.inner_start, b.inner_start)
         high = min(a.inner_start + a.length, b.inner_start + b.length)
         if low < high:

@@ -1,24 +1,32 @@
 """Mesh: ranks of a process group arranged on named axes. A value; it owns no communicator."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, TypeAlias
 
-from tricomm.errors import SpecError
+from tricomm.errors import ArgumentError, SpecError
+
+NestedRanks: TypeAlias = "SupportsIndex | Iterable[NestedRanks]"
+"""A rank, or a nest of them: lists, tuples, ranges, arrays, tensors."""
 
 
-def _flatten(ranks: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _flatten(ranks: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(shape, ranks in row-major order) of a nested sequence of ints."""
+    if not isinstance(ranks, bool) and hasattr(ranks, "__index__"):
+        try:
+            return (), (operator.index(ranks),)
+        except (TypeError, ValueError, RuntimeError):
+            pass  # an array or a tensor of several ranks, whose rows come next
     try:
-        return (), (operator.index(ranks),)
-    except TypeError:
-        pass
-    if isinstance(ranks, str) or not hasattr(ranks, "__iter__"):
-        raise SpecError(
+        rows = None if isinstance(ranks, str | bytes | Mapping) else list(ranks)  # type: ignore[call-overload]
+    except (TypeError, ValueError, RuntimeError):
+        rows = None
+    if rows is None:
+        raise ArgumentError(
             f"a mesh is a nested sequence of integer ranks, and {ranks!r} is not one; write [[0, 1], [2, 3]]"
         )
-    children = [_flatten(child) for child in ranks]
+    children = [_flatten(child) for child in rows]
     if not children:
         raise SpecError("a mesh axis holds no ranks; every axis needs at least one")
     shape = children[0][0]
@@ -33,7 +41,7 @@ def _flatten(ranks: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class Mesh:
-    """Distinct ranks on named axes, e.g. ``Mesh([[0, 1], [2, 3]], ("dp", "tp"))``.
+    """Arrange distinct ranks on named axes.
 
     Args:
         ranks: nested sequence of ranks of the process group, in any order, each at most once. Two meshes
@@ -46,7 +54,15 @@ class Mesh:
         ranks: all ranks, row-major.
 
     Raises:
-        SpecError: a ragged nest, a rank twice or negative, or names that do not match the axes.
+        SpecError: a ragged nest, a rank twice or negative, or names that do not match the axes; an ArgumentError where
+            an argument is of the wrong kind.
+
+    Example:
+        >>> mesh = Mesh([[0, 1, 2], [3, 4, 5]], ("dp", "tp"))
+        >>> mesh.shape, mesh.size, mesh.coordinate(4)
+        ((2, 3), 6, (1, 1))
+        >>> print(mesh)
+        (dp=2 tp=3: ranks 0-5)
     """
 
     shape: tuple[int, ...]
@@ -54,10 +70,10 @@ class Mesh:
     ranks: tuple[int, ...]
     _index: dict[int, int] = field(compare=False)
 
-    def __init__(self, ranks: Any, axis_names: Sequence[str]) -> None:
+    def __init__(self, ranks: NestedRanks, axis_names: Sequence[str]) -> None:
         shape, flat = _flatten(ranks)
         if isinstance(axis_names, str) or not isinstance(axis_names, Sequence):
-            raise SpecError(
+            raise ArgumentError(
                 f'axis_names={axis_names!r} is not a tuple of names; write one name per axis, such as ("dp", "tp")'
             )
         names = tuple(axis_names)
@@ -66,7 +82,7 @@ class Mesh:
                 f"axis_names={names} gives {len(names)} names for a mesh with {len(shape)} axes of shape {shape}; "
                 "give one name per axis"
             )
-        if len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
+        if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
             raise SpecError(f"axis_names={names} must be distinct, non-empty strings; rename an axis")
         index: dict[int, int] = {}
         for position, rank in enumerate(flat):
@@ -93,12 +109,15 @@ class Mesh:
         return len(self.ranks)
 
     def __contains__(self, rank: object) -> bool:
-        return rank in self._index
+        try:
+            return rank in self._index
+        except TypeError:  # not even hashable
+            return False
 
     def position(self, rank: int) -> int:
         """Row-major position of a rank in the mesh."""
-        if rank not in self._index:
-            raise SpecError(f"rank {rank} is not in {self}; ask for one of its ranks {format_ranks(self.ranks)}")
+        if rank not in self:
+            raise SpecError(f"rank {rank!r} is not in {self}; ask for one of its ranks {format_ranks(self.ranks)}")
         return self._index[rank]
 
     def coordinate(self, rank: int) -> tuple[int, ...]:

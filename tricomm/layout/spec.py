@@ -6,27 +6,26 @@ each tensor dim an ordered tuple of half-open intervals of global coordinates. T
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from tricomm.errors import SpecError
-from tricomm.layout.columns import IntervalLists
+from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import ITEMSIZE, dtype_name
-from tricomm.layout.intervals import Intervals, Region, chunk, clip, merged, region_shape
+from tricomm.layout.intervals import Intervals, Region, merged, part_of_segments, region_shape, segments_of
 from tricomm.layout.mesh import Mesh
-from tricomm.layout.notation import from_notation, to_notation
+from tricomm.layout.notation import describe_layout, from_notation, to_notation
 from tricomm.layout.placement import Partial, Placement, Replicate, Shard
+
+if TYPE_CHECKING:
+    import torch
 
 Holding = Region
 """What one rank holds: per tensor dim, ``((start, stop), ...)`` in local order."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class ShardingSpec:
-    """A tensor's layout on a mesh.
+    """Describe a tensor's layout on a mesh.
 
     Args:
         mesh: the ranks.
@@ -36,28 +35,51 @@ class ShardingSpec:
             from the source's, elements are cast on the way with torch's rounding.
         axis_order: the mesh axes (names or indices) in the order in which they cut, first cut first.
             It matters where several axes cut one dim; by default the outer axis cuts first.
+        holdings: what ``explicit`` gives; the placements are then ().
 
     Raises:
-        SpecError: the placements do not fit the mesh or the shape.
+        SpecError: the placements do not fit the mesh or the shape; an ArgumentError where an argument is of the wrong
+            kind.
+
+    Example:
+        >>> mesh = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
+        >>> spec = ShardingSpec(mesh, [Replicate(), Shard(0)], shape=(8, 6), dtype="float32")
+        >>> print(spec)
+        float32[8/tp, 6] replicated over dp on (dp=2 tp=2: ranks 0-3)
+        >>> spec.holding(3), spec.local_shape(3)
+        ((((4, 8),), ((0, 6),)), (4, 6))
     """
 
     mesh: Mesh
     placements: tuple[Placement, ...]
-    shape: tuple[int, ...] | None = None
-    dtype: str | None = None
-    axis_order: tuple[int | str, ...] | None = None
-    holdings: tuple[Holding, ...] | None = field(default=None, kw_only=True)
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    axis_order: tuple[int, ...] | None
+    holdings: tuple[Holding, ...] | None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.mesh, Mesh):
-            raise SpecError(f'mesh={self.mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
-        if self.shape is not None:
-            object.__setattr__(self, "shape", _checked_shape(self.shape))
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        if self.holdings is None:
-            object.__setattr__(self, "placements", self._checked_placements())
-            object.__setattr__(self, "axis_order", self._canonical_axis_order())
+    def __init__(
+        self,
+        mesh: Mesh,
+        placements: Sequence[Placement],
+        shape: Sequence[int] | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        axis_order: Sequence[int | str] | None = None,
+        *,
+        holdings: tuple[Holding, ...] | None = None,
+    ) -> None:
+        if not isinstance(mesh, Mesh):
+            raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
+        set_field = object.__setattr__
+        set_field(self, "mesh", mesh)
+        set_field(self, "shape", None if shape is None else _checked_shape(shape))
+        set_field(self, "dtype", None if dtype is None else dtype_name(dtype))
+        set_field(self, "holdings", None if holdings is None else _checked_holdings(mesh, holdings, self.global_shape))
+        if holdings is not None:
+            set_field(self, "placements", ())
+            set_field(self, "axis_order", None)
+            return
+        set_field(self, "placements", _checked_placements(mesh, placements, self.shape))
+        set_field(self, "axis_order", self._canonical_axis_order(axis_order))
 
     # ---- other ways to write a spec
 
@@ -67,14 +89,24 @@ class ShardingSpec:
         mesh: Mesh,
         dims: Sequence[str],
         shape: Sequence[int] | None = None,
-        dtype: str | None = None,
+        dtype: "str | torch.dtype | None" = None,
     ) -> "ShardingSpec":
-        """The paper's notation: one entry per tensor dim, "R" or "S" with mesh axes, major first.
+        """Write a layout in the paper's notation: one entry per tensor dim, "R" or "S" with mesh axes, first cut first.
 
-        Example: ``("S01", "R")`` cuts dim 0 over axis 0 and then axis 1. Axes that no dim names replicate.
+        Axes that no dim names replicate. (torch prints ``S(0)`` for tensor dim 0; here the digits are mesh axes.)
+
+        Raises:
+            SpecError: an entry that means nothing, or not one entry per dim.
+
+        Example:
+            >>> mesh = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
+            >>> print(ShardingSpec.from_dims(mesh, ["S01", "R"], (8, 6), "float32"))
+            float32[8/dp/tp, 6] on (dp=2 tp=2: ranks 0-3)
         """
+        if not isinstance(mesh, Mesh):
+            raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
         placements, axis_order = from_notation(mesh, dims)
-        shape = None if shape is None else tuple(shape)
+        shape = None if shape is None else _checked_shape(shape)
         if shape is not None and len(shape) != len(dims):
             raise SpecError(
                 f"{tuple(dims)} describes {len(dims)} dims but shape={shape} has {len(shape)}; give one entry per dim"
@@ -83,22 +115,45 @@ class ShardingSpec:
 
     @classmethod
     def explicit(
-        cls, holdings: Mapping[int, Holding], shape: Sequence[int], dtype: str | None = None
+        cls,
+        holdings: Mapping[int, Sequence[Sequence[Sequence[int]]]],
+        shape: Sequence[int],
+        dtype: "str | torch.dtype | None" = None,
     ) -> "ShardingSpec":
-        """The general form: ``{rank: holding}``, a holding being one tuple of (start, stop) per dim.
+        """Write a layout in its general form: ``{rank: holding}``, a holding being one tuple of (start, stop) per dim.
 
-        Example: ``{0: (((0, 4), (8, 12)), ((0, 16),))}``: rank 0 holds rows 0-3 and 8-11, all 16 columns.
-        Ranks may hold the same elements. Elements that nobody holds are an error only if they are needed.
+        Ranks may hold the same elements, and one rank may hold an element several times (an expert in two slots): as
+        a destination it gets all of them, as a source the first is read. Elements that nobody holds are an error only
+        if they are needed.
+
+        Raises:
+            SpecError: intervals outside of the shape; an ArgumentError where a holding is no nest of intervals.
+
+        Example:
+            >>> spec = ShardingSpec.explicit({0: [[(0, 4), (8, 12)], [(0, 16)]], 1: [[(4, 8)], [(0, 16)]]}, (12, 16))
+            >>> spec.local_shape(0)  # rows 0-3 and 8-11, all 16 columns
+            (8, 16)
         """
         global_shape = _checked_shape(shape)
+        if not isinstance(holdings, Mapping):
+            raise ArgumentError(
+                f"holdings={holdings!r} is not a mapping; write {{rank: holding}}, such as {{0: (((0, 4),),)}}"
+            )
         if not holdings:
             raise SpecError("explicit holdings are empty; name at least one rank")
-        ranks = sorted(holdings)
-        checked = tuple(_checked_holding(rank, holdings[rank], global_shape) for rank in ranks)
-        return cls(Mesh(ranks, ("rank",)), (), global_shape, dtype, holdings=checked)
+        mesh = Mesh(list(holdings), ("rank",))
+        ranks = sorted(mesh.ranks)
+        given: Any = tuple(holdings[rank] for rank in ranks)
+        return cls(Mesh(ranks, ("rank",)), (), global_shape, dtype, holdings=given)
 
     def resolved(self, source: "ShardingSpec") -> "ShardingSpec":
-        """This spec with shape and dtype taken from ``source`` where it leaves them out."""
+        """Take shape and dtype from ``source`` where this spec leaves them out.
+
+        Example:
+            >>> rows = ShardingSpec(Mesh([0, 1], ("x",)), [Shard(0)], (8, 4), "float32")
+            >>> print(ShardingSpec(Mesh([2, 3], ("x",)), [Shard(1)]).resolved(rows))
+            float32[8, 4/x] on (x=2: ranks 2-3)
+        """
         shape = source.shape if self.shape is None else self.shape
         dtype = source.dtype if self.dtype is None else self.dtype
         if (shape, dtype) == (self.shape, self.dtype):
@@ -111,15 +166,21 @@ class ShardingSpec:
     def global_shape(self) -> tuple[int, ...]:
         """The shape, which must be known by now."""
         if self.shape is None:
-            raise SpecError(f"{self} has no shape; write ShardingSpec(mesh, placements, shape=...)")
+            raise self._incomplete()
         return self.shape
 
     @property
     def element_type(self) -> str:
         """The dtype name, which must be known by now."""
         if self.dtype is None:
-            raise SpecError(f"{self} has no dtype; write ShardingSpec(mesh, placements, dtype=...)")
+            raise self._incomplete()
         return self.dtype
+
+    def _incomplete(self) -> SpecError:
+        """All that is missing, at once."""
+        missing = [name for name in ("shape", "dtype") if getattr(self, name) is None]
+        remedy = ", ".join(f"{name}=..." for name in missing)
+        return SpecError(f"{self} has no {' and no '.join(missing)}; write ShardingSpec(mesh, placements, {remedy})")
 
     @property
     def itemsize(self) -> int:
@@ -141,7 +202,6 @@ class ShardingSpec:
             return ()
         axes: list[int] = []
         for axis in self.axis_order or ():
-            assert isinstance(axis, int)
             placement = self.placements[axis]
             if isinstance(placement, Shard) and placement.dim == dim:
                 axes.append(axis)
@@ -152,11 +212,11 @@ class ShardingSpec:
         extent = self.global_shape[dim]
         held: Intervals = merged(((0, extent),))
         for axis in self.cutting_axes(dim):
-            pieces = _segments_of(held, self._segments(axis))
-            held = _part(pieces, self.mesh.shape[axis], coordinate[axis])
+            pieces = segments_of(held, self.segments(axis))
+            held = part_of_segments(pieces, self.mesh.shape[axis], coordinate[axis])
         return held
 
-    def _segments(self, axis: int) -> tuple[int, ...] | None:
+    def segments(self, axis: int) -> tuple[int, ...] | None:
         """The segments that a mesh axis cuts each on its own."""
         placement = self.placements[axis]
         return placement.segments if isinstance(placement, Shard) else None
@@ -174,7 +234,7 @@ class ShardingSpec:
 
     @property
     def exclusive(self) -> bool:
-        """Whether surely no two ranks hold the same element (an explicit spec never promises it)."""
+        """True if ranks provably hold disjoint elements (an explicit spec of several ranks never promises it)."""
         if self.holdings is not None:
             return self.mesh.size == 1
         return all(
@@ -184,7 +244,7 @@ class ShardingSpec:
 
     @property
     def notation(self) -> str:
-        """The layout in the paper's letters, as ``from_dims`` reads them."""
+        """The layout in the paper's letters, as ``from_dims`` reads them: digits are mesh axes, not tensor dims."""
         return to_notation(self.mesh, self.placements, self.cutting_axes, self.shape, self.holdings)
 
     def __repr__(self) -> str:
@@ -195,52 +255,22 @@ class ShardingSpec:
         return f"ShardingSpec({self.mesh!r}, {self.placements}, {self.shape}, {self.dtype!r}{order})"
 
     def __str__(self) -> str:
-        shape = "[?]" if self.shape is None else str(list(self.shape))
-        return f"{self.dtype or 'any'}{shape} {self.notation} on {self.mesh}"
+        layout = describe_layout(self.mesh, self.placements, self.cutting_axes, self.shape, self.holdings is not None)
+        return f"{self.dtype or 'any'}{layout} on {self.mesh}"
 
     # ---- checks, once, at construction
 
-    def _checked_placements(self) -> tuple[Placement, ...]:
-        if not isinstance(self.placements, Sequence):
-            raise SpecError(
-                f"placements={self.placements!r} is not a tuple of placements; write one per mesh axis: (Shard(0),)"
-            )
-        placements = tuple(self.placements)
-        if len(placements) != self.mesh.ndim:
-            raise SpecError(
-                f"{len(placements)} placements {placements} for {self.mesh} with {self.mesh.ndim} axes; "
-                "give one placement per mesh axis"
-            )
-        checked: list[Placement] = []
-        for axis, placement in enumerate(placements):
-            if not isinstance(placement, (Shard, Replicate, Partial)):
-                raise SpecError(
-                    f"placement {placement!r} of mesh axis {self.mesh.axis_names[axis]!r} is not one of tricomm's "
-                    "Shard, Replicate, Partial; import them from tricomm"
-                )
-            if isinstance(placement, Shard) and self.shape is not None:
-                placement = _checked_shard(placement, self.shape)
-            checked.append(placement)
-        ops = {placement.op for placement in checked if isinstance(placement, Partial)}
-        if len(ops) > 1:
-            raise SpecError(
-                f"placements {placements} mix the reductions {sorted(ops)}, whose order would change the result; "
-                "use one op"
-            )
-        return tuple(checked)
-
-    def _canonical_axis_order(self) -> tuple[int, ...]:
-        """The order of cuts with only what matters: which axis comes first among those that cut one dim."""
+    def _canonical_axis_order(self, axis_order: Sequence[int | str] | None) -> tuple[int, ...]:
+        """Keep of the order of cuts only what matters: which axis comes first among those that cut one dim."""
         ndim = self.mesh.ndim
-        if self.axis_order is not None and not isinstance(self.axis_order, Sequence):
-            raise SpecError(
-                f"axis_order={self.axis_order!r} is not a tuple of axes; list all of {self.mesh.axis_names}, "
-                "first cut first"
+        if axis_order is not None and (isinstance(axis_order, str) or not isinstance(axis_order, Sequence)):
+            raise ArgumentError(
+                f"axis_order={axis_order!r} is not a tuple of axes; list all of {self.mesh.axis_names}, first cut first"
             )
-        given = range(ndim) if self.axis_order is None else [self.mesh.axis(key) for key in self.axis_order]
+        given = range(ndim) if axis_order is None else [self.mesh.axis(key) for key in axis_order]
         if sorted(given) != list(range(ndim)):
             raise SpecError(
-                f"axis_order={self.axis_order} must name each of the {ndim} axes {self.mesh.axis_names} once; "
+                f"axis_order={axis_order} must name each of the {ndim} axes {self.mesh.axis_names} once; "
                 "list them all, first cut first"
             )
         if self.shape is None:
@@ -256,68 +286,44 @@ class ShardingSpec:
         return tuple(order)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PartTable:
-    """A spec as tables: the distinct interval lists of each dim, and which of them each rank holds.
-
-    Attributes:
-        parts: per dim, the distinct interval lists.
-        part_of: int array (ranks, dims): the index into ``parts[dim]`` of each rank in mesh order.
-    """
-
-    parts: tuple[IntervalLists, ...]
-    part_of: np.ndarray
-
-
-@lru_cache(maxsize=256)
-def part_table(spec: ShardingSpec) -> PartTable:
-    """The tables of a spec, whose size grows with ranks plus parts, never with their product."""
-    shape, mesh = spec.global_shape, spec.mesh
-    part_of = np.zeros((mesh.size, len(shape)), dtype=np.int64)
-    parts: list[IntervalLists] = []
-    coordinates = np.indices(mesh.shape).reshape(mesh.ndim, mesh.size)
-    for dim in range(len(shape)):
-        if spec.holdings is not None:
-            index: dict[Intervals, int] = {}
-            for position, holding in enumerate(spec.holdings):
-                part_of[position, dim] = index.setdefault(holding[dim], len(index))
-            parts.append(IntervalLists.of(tuple(index)))
-            continue
-        axes = spec.cutting_axes(dim)
-        for axis in axes:
-            part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
-        cuts = tuple((mesh.shape[axis], spec._segments(axis)) for axis in axes)
-        parts.append(_parts(shape[dim], cuts))
-    return PartTable(tuple(parts), part_of)
-
-
-@lru_cache(maxsize=1024)
-def _parts(extent: int, cuts: tuple[tuple[int, tuple[int, ...] | None], ...]) -> IntervalLists:
-    """What a dim is cut into by axes one after the other, each (how many ranks, segments that it cuts each on its own).
-
-    Tensors of a model share extents and axes: equal arguments give the same object.
-    """
-    parts = IntervalLists.of([merged(((0, extent),))])
-    for ranks, segments in cuts:
-        if parts.simple and not segments:
-            parts = parts.chunks(ranks)
-            continue
-        cut: list[Intervals] = []
-        for held in parts:
-            pieces = _segments_of(held, segments)
-            cut += [_part(pieces, ranks, index) for index in range(ranks)]
-        parts = IntervalLists.of(cut)
-    return parts
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def _checked_shape(shape: object) -> tuple[int, ...]:
     try:
-        checked = tuple(operator.index(extent) for extent in shape)
-    except TypeError:
-        raise SpecError(f"shape={shape!r} is not a sequence of integers; write (4096, 1024)") from None
+        checked = tuple(operator.index(extent) for extent in shape)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"shape={shape!r} is not a sequence of integers; write (4096, 1024)") from None
     if any(extent < 0 for extent in checked):
         raise SpecError(f"shape={checked} has a negative extent; every extent must be at least 0, so give the sizes")
     return checked
+
+
+def _checked_placements(mesh: Mesh, given: object, shape: tuple[int, ...] | None) -> tuple[Placement, ...]:
+    if not isinstance(given, Sequence):
+        raise ArgumentError(f"placements={given!r} is not a tuple of placements; write one per mesh axis: (Shard(0),)")
+    placements = tuple(given)
+    if len(placements) != mesh.ndim:
+        raise SpecError(
+            f"{len(placements)} placements {placements} for {mesh} with {mesh.ndim} axes; "
+            "give one placement per mesh axis"
+        )
+    checked: list[Placement] = []
+    for axis, placement in enumerate(placements):
+        if not isinstance(placement, (Shard, Replicate, Partial)):
+            raise ArgumentError(
+                f"placement {placement!r} of mesh axis {mesh.axis_names[axis]!r} is not one of tricomm's "
+                "Shard, Replicate, Partial; import them from tricomm"
+            )
+        if isinstance(placement, Shard) and shape is not None:
+            placement = _checked_shard(placement, shape)
+        checked.append(placement)
+    # An axis of one rank reduces nothing.
+    ops = {p.op: mesh.axis_names[i] for i, p in enumerate(checked) if isinstance(p, Partial) and mesh.shape[i] > 1}
+    if len(ops) > 1 and not ops.keys() <= {"sum", "avg"}:
+        (one, axis_of_one), (other, axis_of_other) = list(ops.items())[:2]
+        raise SpecError(
+            f"placements {placements} mix {one} over {axis_of_one} and {other} over {axis_of_other}, and the result "
+            "would depend on which comes first; use one op, or sums and averages, or reduce one of them before"
+        )
+    return tuple(checked)
 
 
 def _checked_shard(placement: Shard, shape: tuple[int, ...]) -> Shard:
@@ -338,24 +344,20 @@ def _checked_shard(placement: Shard, shape: tuple[int, ...]) -> Shard:
     return placement if dim == placement.dim else Shard(dim, placement.segments)
 
 
-def _part(pieces: Sequence[Intervals], ranks: int, index: int) -> Intervals:
-    """What rank ``index`` of so many gets of pieces that are cut each on its own."""
-    return merged([interval for piece in pieces for interval in chunk(piece, ranks, index)])
+def _checked_holdings(mesh: Mesh, holdings: object, shape: tuple[int, ...]) -> tuple[Holding, ...]:
+    if not isinstance(holdings, tuple) or len(holdings) != mesh.size:
+        raise ArgumentError(f"holdings={holdings!r} are not one per rank of {mesh}; write ShardingSpec.explicit(...)")
+    return tuple(_checked_holding(rank, one, shape) for rank, one in zip(mesh.ranks, holdings, strict=True))
 
 
-def _segments_of(held: Intervals, segments: Sequence[int] | None) -> list[Intervals]:
-    """What is held of each segment; all of it if there are none."""
-    if not segments:
-        return [held]
-    edges = [0, *accumulate(segments)]
-    return [clip(held, start, stop) for start, stop in pairwise(edges)]
-
-
-def _checked_holding(rank: int, holding: Holding, shape: tuple[int, ...]) -> Holding:
+def _checked_holding(rank: int, holding: object, shape: tuple[int, ...]) -> Holding:
     try:
-        pairs = [[(operator.index(start), operator.index(stop)) for start, stop in intervals] for intervals in holding]
-    except (TypeError, ValueError):
-        raise SpecError(
+        pairs = [
+            [(operator.index(start), operator.index(stop)) for start, stop in intervals]
+            for intervals in holding  # type: ignore[attr-defined]
+        ]
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(
             f"the holding {holding!r} of rank {rank} is not one tuple of integer (start, stop) pairs per dim; write "
             "(((0, 4), (8, 12)), ((0, 16),))"
         ) from None
@@ -370,11 +372,5 @@ def _checked_holding(rank: int, holding: Holding, shape: tuple[int, ...]) -> Hol
                 raise SpecError(
                     f"interval ({start}, {stop}) of rank {rank} in dim {dim} does not lie in (0, {extent}); "
                     "intervals are half-open and within the global shape"
-                )
-        for (_, stop), (start, _) in pairwise(sorted((a, b) for a, b in intervals if a < b)):
-            if start < stop:
-                raise SpecError(
-                    f"the intervals {tuple(intervals)} of rank {rank} in dim {dim} overlap at {start}; "
-                    "a rank holds an element once, so cut one of them"
                 )
     return tuple(merged(intervals) for intervals in pairs)

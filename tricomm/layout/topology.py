@@ -1,14 +1,14 @@
 """Topology: which host and NIC a rank uses, and how fast bytes leave and enter it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack, get_type_hints
 
 import numpy as np
 
-from tricomm.errors import SpecError
+from tricomm.errors import ArgumentError, SpecError, describe_unknown
 
 DEFAULT_NIC_BYTES_PER_SECOND = 12.5e9
 DEFAULT_INTRA_BYTES_PER_SECOND = 200e9
@@ -27,9 +27,19 @@ Rate = float | tuple[float, float]
 """A rate in both directions, or (sending, receiving)."""
 
 
-@dataclass(frozen=True, slots=True)
+class Rates(TypedDict, total=False):
+    """What ``Topology.detect`` does not measure."""
+
+    nic_bytes_per_second: float | Mapping[str, Rate]
+    nics_per_host: int
+    intra_bytes_per_second: float
+    latency_seconds: float
+    overhead_seconds: float
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class Topology:
-    """Hosts, their NICs, and the links between them.
+    """Say which ranks share a host and a NIC, and how fast bytes leave and enter it.
 
     Args:
         hosts: one host name per rank of the process group.
@@ -42,15 +52,23 @@ class Topology:
         overhead_seconds: for which a message keeps the rank that sends it busy (LogP's o).
 
     Raises:
-        SpecError: no hosts, a rate that is not positive, or a host without a rate.
+        SpecError: no hosts, a rate that is not positive, or a host without a rate; an ArgumentError where an argument
+            is of the wrong kind.
+
+    Example:
+        >>> topology = Topology(["a", "a", "b", "b"], nic_bytes_per_second={"a": 25e9, "b": (50e9, 12.5e9)})
+        >>> topology.host(2), topology.nic(3), topology.nic_rate(1).receive_bytes_per_second
+        (1, 1, 12500000000.0)
+        >>> print(Topology.flat(8))
+        8 ranks on 8 hosts, a NIC of 12.5 GB/s on each; latency 20 us
     """
 
     hosts: tuple[str, ...]
-    nic_bytes_per_second: float | Mapping[str, Rate] | tuple[tuple[str, NicRate], ...] = DEFAULT_NIC_BYTES_PER_SECOND
-    nics_per_host: int = 1
-    intra_bytes_per_second: float = DEFAULT_INTRA_BYTES_PER_SECOND
-    latency_seconds: float = DEFAULT_LATENCY_SECONDS
-    overhead_seconds: float = DEFAULT_OVERHEAD_SECONDS
+    nic_bytes_per_second: float | tuple[tuple[str, NicRate], ...]
+    nics_per_host: int
+    intra_bytes_per_second: float
+    latency_seconds: float
+    overhead_seconds: float
     _host_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_rates: tuple[NicRate, ...] = field(init=False, repr=False, compare=False)
@@ -61,18 +79,30 @@ class Topology:
     nic_receive_rates: np.ndarray = field(init=False, repr=False, compare=False)
     """Of each NIC, as ``nic_rate`` says."""
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        nic_bytes_per_second: float | Mapping[str, Rate] | tuple[tuple[str, Rate], ...] = DEFAULT_NIC_BYTES_PER_SECOND,
+        nics_per_host: int = 1,
+        intra_bytes_per_second: float = DEFAULT_INTRA_BYTES_PER_SECOND,
+        latency_seconds: float = DEFAULT_LATENCY_SECONDS,
+        overhead_seconds: float = DEFAULT_OVERHEAD_SECONDS,
+    ) -> None:
         set_field = object.__setattr__
-        set_field(self, "hosts", _checked_hosts(self.hosts))
-        for name in ("intra_bytes_per_second", "latency_seconds", "overhead_seconds"):
-            # 10 and 10.0 are the same rate, and must have the same digest on all ranks.
-            set_field(self, name, _checked_number(name, getattr(self, name)))
-        nics = self.nics_per_host
-        if isinstance(nics, bool) or not isinstance(nics, int) or nics < 1:
-            raise SpecError(f"nics_per_host={nics!r} must be above 0, an integer; give the NICs of one host")
+        set_field(self, "hosts", _checked_hosts(hosts))
+        # 10 and 10.0 are the same rate, and must have the same digest on all ranks.
+        set_field(self, "intra_bytes_per_second", _checked_number("intra_bytes_per_second", intra_bytes_per_second))
+        set_field(self, "latency_seconds", _checked_number("latency_seconds", latency_seconds))
+        set_field(self, "overhead_seconds", _checked_number("overhead_seconds", overhead_seconds))
+        set_field(self, "nics_per_host", _checked_nics(nics_per_host))
         names = tuple(dict.fromkeys(self.hosts))
-        rates = _checked_rates(self.nic_bytes_per_second, names)
+        rates = _checked_rates(nic_bytes_per_second, names)
         set_field(self, "nic_bytes_per_second", rates if isinstance(rates, float) else tuple(rates.items()))
+        self._number_hosts_and_nics(names, rates)
+
+    def _number_hosts_and_nics(self, names: Sequence[str], rates: float | dict[str, NicRate]) -> None:
+        set_field = object.__setattr__
+        nics = self.nics_per_host
         index = {name: number for number, name in enumerate(names)}
         host_of = tuple(index[name] for name in self.hosts)
         seen = [0] * len(names)
@@ -92,36 +122,79 @@ class Topology:
 
     @classmethod
     def flat(cls, ranks: int) -> "Topology":
-        """Every rank on a host of its own, at nominal rates: what is assumed when no topology is given."""
+        """Put every rank on a host of its own, at nominal rates: what is assumed when no topology is given.
+
+        Raises:
+            SpecError: no ranks; an ArgumentError where that is no integer.
+
+        Example:
+            >>> Topology.flat(2).hosts
+            ('rank0', 'rank1')
+        """
+        if not isinstance(ranks, int) or isinstance(ranks, bool):
+            raise ArgumentError(f"ranks={ranks!r} is not a number of ranks; write an integer above 0")
         return _flat(ranks)
 
     @classmethod
-    def detect(cls, group: Any = None, **rates: Any) -> "Topology":
+    def detect(cls, group: Any = None, **rates: Unpack[Rates]) -> "Topology":
         """Ask every rank of a process group for its host name. Every rank of the group must call.
 
         Args:
             group: a torch.distributed process group; None is the default one.
             rates: the other fields, which are not measured, e.g. ``nic_bytes_per_second=50e9``.
+
+        Raises:
+            SpecError: a rate that breaks a rule; an ArgumentError where there is no such field.
         """
+        for name in rates:
+            if name not in get_type_hints(Rates):
+                raise ArgumentError(describe_unknown(name, "Topology.detect", get_type_hints(Rates)))
         import socket
 
         import torch.distributed as dist
 
         hosts: list[str | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(hosts, socket.gethostname(), group=group)
-        return replace(cls(tuple(str(host) for host in hosts)), **rates)
+        return cls(tuple(str(host) for host in hosts), **rates)
+
+    def __str__(self) -> str:
+        hosts = len(set(self._host_of))
+        nics = "a NIC" if self.nics_per_host == 1 else f"{self.nics_per_host} NICs"
+        rates = {rate for pair in self._nic_rates for rate in pair}
+        slow, fast = (f"{rate / 1e9:.4g}" for rate in (min(rates), max(rates)))
+        within = f", {self.intra_bytes_per_second / 1e9:.4g} GB/s within a host" if hosts < len(self.hosts) else ""
+        return (
+            f"{len(self.hosts)} ranks on {hosts} host{'s' if hosts > 1 else ''}, {nics} of "
+            f"{slow if slow == fast else f'{slow} to {fast}'} GB/s on each{within}; "
+            f"latency {self.latency_seconds * 1e6:.4g} us"
+        )
 
     def host(self, rank: int) -> int:
-        """The number of a rank's host: hosts are counted in the order in which ``hosts`` first names them."""
-        return self._host_of[rank]
+        """Return the number of a rank's host: hosts are counted in the order in which ``hosts`` first names them."""
+        try:
+            if rank >= 0:
+                return self._host_of[rank]
+        except (IndexError, TypeError):
+            pass
+        raise _unknown("rank", rank, len(self.hosts))
 
     def nic(self, rank: int) -> int:
-        """The number of the NIC that a rank uses; NICs are counted host by host."""
-        return self._nic_of[rank]
+        """Return the number of the NIC that a rank uses; NICs are counted host by host."""
+        try:
+            if rank >= 0:
+                return self._nic_of[rank]
+        except (IndexError, TypeError):
+            pass
+        raise _unknown("rank", rank, len(self.hosts))
 
     def nic_rate(self, nic: int) -> NicRate:
-        """The rates of a NIC."""
-        return self._nic_rates[nic]
+        """Return the rates of a NIC."""
+        try:
+            if nic >= 0:
+                return self._nic_rates[nic]
+        except (IndexError, TypeError):
+            pass
+        raise _unknown("nic", nic, len(self._nic_rates))
 
     def share_host(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
         """Whether each sender is on the same host as the receiver beside it."""
@@ -151,12 +224,26 @@ def _flat(ranks: int) -> Topology:
     return Topology(tuple(f"rank{rank}" for rank in range(ranks)))
 
 
+def _unknown(name: str, value: object, count: int) -> SpecError:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        return ArgumentError(f"{name}={value!r} is not an integer; write one from 0 to {count - 1}")
+    return SpecError(f"{name}={value!r} is none of this topology, which has {count}; use 0 to {count - 1}")
+
+
 def _checked_hosts(hosts: object) -> tuple[str, ...]:
     if isinstance(hosts, str) or not isinstance(hosts, Sequence) or not all(isinstance(host, str) for host in hosts):
-        raise SpecError(f'hosts={hosts!r} must be one host name per rank; write ("a", "a", "b", "b")')
+        raise ArgumentError(f'hosts={hosts!r} must be one host name per rank; write ("a", "a", "b", "b")')
     if not hosts:
         raise SpecError("hosts is empty; give one host name per rank")
     return tuple(hosts)
+
+
+def _checked_nics(nics: object) -> int:
+    is_number = isinstance(nics, int) and not isinstance(nics, bool)
+    if not is_number or nics < 1:  # type: ignore[operator]
+        error = SpecError if is_number else ArgumentError
+        raise error(f"nics_per_host={nics!r} must be above 0, an integer; give the NICs of one host")
+    return int(nics)  # type: ignore[call-overload, no-any-return]
 
 
 def _checked_number(name: str, value: object) -> float:
@@ -164,14 +251,15 @@ def _checked_number(name: str, value: object) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value < inf or (value == 0 and not is_time):  # type: ignore[operator]
         rule, example = ("at least 0", "a time such as 20e-6") if is_time else ("above 0", "a rate such as 12.5e9")
-        raise SpecError(f"{name}={value!r} must be {rule}, a finite number; give {example}")
+        error = SpecError if is_number else ArgumentError
+        raise error(f"{name}={value!r} must be {rule}, a finite number; give {example}")
     return float(value)  # type: ignore[arg-type]
 
 
 def _checked_rates(given: object, names: Sequence[str]) -> float | dict[str, NicRate]:
     """One rate for every NIC, or one pair of rates per host."""
-    if isinstance(given, tuple):  # as __post_init__ leaves it, for dataclasses.replace
-        given = dict(given)
+    if isinstance(given, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in given):
+        given = dict(given)  # as __init__ leaves it, for dataclasses.replace
     if not isinstance(given, Mapping):
         return _checked_number("nic_bytes_per_second", given)
     missing = [name for name in names if name not in given]

@@ -13,10 +13,11 @@ class Reducer:
     """Reduces n contributions to one tensor, ((c0 + c1) + c2) ..., into buffers made once.
 
     Floats of 16 bits and less are accumulated in float32 (complex32 in complex64) and rounded once; an average
-    is the sum divided by n before that rounding.
+    is the sum divided before that rounding.
 
     Args:
         op: sum, avg, max or min.
+        divisor: what a sum or average is divided by at the end.
         dtype: of the contributions and of the result.
         shape: (n, ...) of the contributions on this rank, or None if it reduces nothing.
         device: where.
@@ -25,11 +26,13 @@ class Reducer:
     def __init__(
         self,
         op: str,
+        divisor: int,
         dtype: torch.dtype,
         shape: tuple[int, ...] | None,
         device: torch.device,
     ) -> None:
         self.op = op
+        self.divisor = divisor
         self.contributions: torch.Tensor | None = None
         if shape is None:
             return
@@ -56,8 +59,8 @@ class Reducer:
             self._combine(self.total, addend)
         if self.flips_sign:
             self._load(self.total, self.total)
-        if self.op == "avg":
-            self.total.div_(count)
+        if self.divisor != 1:
+            self.total.div_(self.divisor)
         if not self.sum_in_place:
             self.result.copy_(self.total)
         return self.result

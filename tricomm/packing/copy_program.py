@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from tricomm.errors import PlanError, SpecError
+from tricomm.errors import ArgumentError, PlanError, SpecError
 from tricomm.kernels import pack as kernels
 from tricomm.kernels.boxes import boxes_of
 from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box, widened
 from tricomm.layout.spec import ShardingSpec
+from tricomm.plan.arguments import check_spec
 from tricomm.plan.program import Copy, RankProgram, Transfer
 
 ALIGNMENT_NBYTES = 64
@@ -253,14 +254,27 @@ def _kernel_table(placed: Sequence[tuple[StridedBox, int]], tensor: torch.dtype,
 
 
 def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Tensor:
-    """The shard that ``rank`` holds of a full tensor (for a Partial spec: its region, not a contribution).
+    """Cut out the shard that ``rank`` holds of a full tensor (for a Partial spec: its region, not a contribution).
 
     Args:
         tensor: the full tensor, ``spec.shape``.
+        spec: the layout.
+        rank: of its mesh.
 
     Raises:
-        SpecError: the tensor does not have the spec's shape.
+        SpecError: the tensor does not have the spec's shape, or the rank is not on its mesh; an ArgumentError where an
+            argument is of the wrong kind.
+
+    Example:
+        >>> from tricomm import Mesh, Shard
+        >>> columns = ShardingSpec(Mesh([0, 1], ("tp",)), [Shard(1)], (2, 6), "int64")
+        >>> local_shard(torch.arange(12).reshape(2, 6), columns, rank=1)
+        tensor([[ 3,  4,  5],
+                [ 9, 10, 11]])
     """
+    check_spec("spec", spec)
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(f"tensor={tensor!r} is not a torch.Tensor; pass the full tensor of {spec}")
     if tuple(tensor.shape) != spec.global_shape:
         raise SpecError(f"tensor of shape {tuple(tensor.shape)} is not the full tensor of {spec}; pass all of it")
     shard = tensor

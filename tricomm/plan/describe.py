@@ -5,6 +5,7 @@ from typing import Protocol
 from tricomm.layout.intervals import Region
 from tricomm.layout.mesh import format_ranks
 from tricomm.layout.spec import ShardingSpec
+from tricomm.layout.topology import Topology
 from tricomm.plan.move import Move
 from tricomm.plan.reduction import Reduction
 
@@ -21,6 +22,10 @@ class Described(Protocol):
     @property
     def destination(self) -> ShardingSpec:
         """Where it goes."""
+
+    @property
+    def topology(self) -> Topology:
+        """The network that it was planned for."""
 
     @property
     def balance(self) -> object:
@@ -88,6 +93,7 @@ def describe(plan: Described) -> str:
     if plan.rank is not None:
         lines.append(f"  (only what rank {plan.rank} touches)")
     elif plan.moves:
+        lines.append(f"  over  {plan.topology}")
         lines.append(
             f"  wire  {format_nbytes(plan.wire_nbytes)} (minimum {format_nbytes(plan.minimum_nbytes)}), "
             f"NIC bound {format_seconds(plan.lower_bound_seconds())}, "
@@ -98,12 +104,19 @@ def describe(plan: Described) -> str:
         if plan.reduction is not None:
             n = plan.reduction.stacked_source.global_shape[0]
             title = (
-                f"bring {n} contributions together and take their {plan.reduction.op}: "
+                f"bring {n} contributions together and take their {_operation(plan.reduction)}: "
                 if index == 0
                 else "then move the reduced tensor: "
             )
         lines.extend(_describe_move(move, title, repr(plan.balance)))
     return "\n".join(lines)
+
+
+def _operation(reduction: Reduction) -> str:
+    """What is taken of the contributions."""
+    if reduction.op == "sum" and reduction.divisor > 1:
+        return f"sum, divided by {reduction.divisor}"
+    return reduction.op
 
 
 def _describe_move(move: Move, title: str, balance: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.layout.columns import Groups, Lazy
-from tricomm.layout.intervals import Region, joint_runs, region_numel, region_shape, runs
+from tricomm.layout.intervals import Region, first_runs, joint_runs, region_numel, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
 from tricomm.plan.routes.chunks import Message, Unicasts
@@ -212,17 +212,21 @@ def _chunks(
         packed: tuple[PackedRegion, ...] = ()
         if sender in (None, message.chain[0]):
             assert holding is not None
-            packed = _packed(message.chunks[key[1]], holding)
+            packed = _packed(message.chunks[key[1]], holding, sender is not None)
         transfers.append(Transfer(peer, key, message.chunk_numel(key[1]), packed))
     return transfers
 
 
-def _packed(chunk: Sequence[Region], holding: Holding) -> tuple[PackedRegion, ...]:
-    """Locate the regions of a chunk in the shard of a rank that holds them all."""
+def _packed(chunk: Sequence[Region], holding: Holding, is_sent: bool) -> tuple[PackedRegion, ...]:
+    """Locate the regions of a chunk in the shard of a rank that holds them all.
+
+    An element that the rank holds several times is sent from the first place and received into all.
+    """
+    places = first_runs if is_sent else runs
     result: list[PackedRegion] = []
     offset = 0
     for region in chunk:
-        per_dim = [runs(inner, outer) for inner, outer in zip(region, holding, strict=True)]
+        per_dim = [places(inner, outer) for inner, outer in zip(region, holding, strict=True)]
         boxes = tuple(
             Box(
                 tuple(run.outer_start for run in combination),

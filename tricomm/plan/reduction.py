@@ -20,13 +20,15 @@ class Reduction:
     """How a Partial source becomes a plain one.
 
     Attributes:
-        op: sum, avg, max or min.
+        op: sum, avg, max or min; sum where some axes are sums and others averages.
+        divisor: what the sum is divided by: over how many ranks it is an average.
         stacked_source: the contributions, shape (n, *shape), as the source ranks hold them.
         stacked_destination: all n contributions of every part, where they are reduced.
         reduced: the spec after reducing, without Partial; the same ranks.
     """
 
     op: str
+    divisor: int
     stacked_source: ShardingSpec
     stacked_destination: ShardingSpec
     reduced: ShardingSpec
@@ -41,12 +43,15 @@ def reduction_of(source: ShardingSpec, destination: ShardingSpec) -> Reduction |
     axes = source.partial_axes
     if not axes:
         return None
-    placement = source.placements[axes[0]]
-    assert isinstance(placement, Partial)
-    check_reduction(placement.op, source.element_type)
-    contributions = 1
+    ops: set[str] = set()
+    contributions = divisor = 1
     for axis in axes:
-        contributions *= source.mesh.shape[axis]
+        placement, extent = source.placements[axis], source.mesh.shape[axis]
+        assert isinstance(placement, Partial)
+        check_reduction(placement.op, source.element_type)
+        ops.add(placement.op)
+        contributions *= extent
+        divisor *= extent if placement.op == "avg" else 1
     candidates = [_cut_along(source, dim) for dim in range(len(source.global_shape))]
     reduced = max(
         candidates,
@@ -54,7 +59,8 @@ def reduction_of(source: ShardingSpec, destination: ShardingSpec) -> Reduction |
         default=_on_one_rank(source),
     )
     return Reduction(
-        placement.op,
+        "sum" if len(ops) > 1 else ops.pop(),
+        divisor,
         _stacked(source, contributions, axes),
         _stacked(reduced, contributions, ()),
         reduced,

@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from tricomm.layout.columns import IntervalLists, by_first, counts_of, distinct, numbered, offsets_of, positions
-from tricomm.layout.spec import PartTable, ShardingSpec
+from tricomm.layout.part_table import PartTable
+from tricomm.layout.spec import ShardingSpec
 
 NOBODY = -1
 """The number of the class without parts and of the set without ranks."""

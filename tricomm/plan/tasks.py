@@ -13,7 +13,8 @@ import numpy as np
 from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups, Lazy, Regions, by_first, offsets_of
 from tricomm.layout.intervals import Region, region_numel
-from tricomm.layout.spec import ShardingSpec, part_table
+from tricomm.layout.part_table import part_table
+from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.refine import NOBODY, Cells, RankSetBuilder, RankSets, cells
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from tricomm.errors import PlanError
-from tricomm.layout.intervals import Intervals, Region, length, runs
+from tricomm.layout.intervals import Intervals, Region, length, runs, without_repeats
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
 from tricomm.plan.program import rank_program
@@ -45,7 +45,8 @@ def _verify_coverage(move: Move) -> None:
             for chunk in message.chunks:
                 arriving[rank].extend(chunk)
     for rank, regions in arriving.items():
-        holding = move.destination.holding(rank)
+        # What a rank holds several times comes once.
+        holding = tuple(map(without_repeats, move.destination.holding(rank)))
         expected, counts = _coverage(holding, regions)
         require(
             bool(np.array_equal(expected, counts)),
@@ -77,7 +78,7 @@ def _cells_of(edges: np.ndarray, intervals: Intervals) -> np.ndarray:
 def _require_held(regions: Iterable[Region], holding: Holding, rank: int) -> None:
     for region in regions:
         for inner, outer in zip(region, holding, strict=True):
-            found = sum(run.length for run in runs(inner, outer))
+            found = sum(run.length for run in runs(inner, without_repeats(outer)))
             require(found == length(inner), f"rank {rank} sends {region} and does not hold all of it")
 
 

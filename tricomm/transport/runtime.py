@@ -97,6 +97,7 @@ class PlanExecution:
         if plan.reduction is not None:
             self._reducer = Reducer(
                 plan.reduction.op,
+                plan.reduction.divisor,
                 torch_dtype(plan.source.element_type),
                 self.programs[0].destination_shape,
                 device,
