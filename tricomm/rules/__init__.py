@@ -45,7 +45,7 @@ Imports numpy, ``tricomm.errors`` and ``tricomm.layout``, never torch.
 from tricomm.rules.bound import BoundRules, BoundSource, BoundTensor
 from tricomm.rules.boxes import Digit, Piece
 from tricomm.rules.expressions import Expression
-from tricomm.rules.holding import within, within_source
+from tricomm.rules.meet import within, within_source
 from tricomm.rules.rules import Rules
 from tricomm.rules.words import cat, each, fill, source, stack
 

@@ -12,9 +12,9 @@ from tricomm.layout.dtype import check_cast
 from tricomm.rules.boxes import REPEATED, Digit, Piece, renumbered
 from tricomm.rules.checks import Shape
 from tricomm.rules.coalesce import coalesced
-from tricomm.rules.compose import through
 from tricomm.rules.cover import cover, defines_exactly_once, without
 from tricomm.rules.evaluate import checked, evaluated
+from tricomm.rules.meet import through
 
 Known = dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]]
 """Work that tensors share: pieces, and which of the tensors' sources they read, in order."""

@@ -1,8 +1,35 @@
-"""One map after another: a piece that reads a tensor, as pieces that read what that tensor itself is made of."""
+"""Where pieces meet: what a rank holds of them, and one map after another."""
 
 from collections.abc import Iterable
 
+from tricomm.layout.intervals import Region
 from tricomm.rules.boxes import REPEATED, Digit, Piece, cut, divide
+
+
+def within(piece: Piece, region: Region) -> list[Piece]:
+    """The parts of a piece that lie in a region of the destination, each within one interval of every dim.
+
+    Args:
+        piece: of a bound tensor.
+        region: per dim of the destination, intervals of global coordinates: a holding of its ``ShardingSpec``.
+
+    >>> from tricomm.rules import Rules, source
+    >>> bound = Rules({"w": source("w", (4, 6)).permute(1, 0)}).bind()
+    >>> [part.shape for part in within(bound.tensors[0].pieces[0], (((0, 2), (5, 6)), ((0, 4),)))]
+    [(2, 4), (4,)]
+    """
+    return [part.exchanged() for part in within_source(piece.exchanged(), region)]
+
+
+def within_source(piece: Piece, region: Region) -> list[Piece]:
+    """The parts of a piece, not of a fill, that lie in a region of the source tensor that it reads.
+
+    Together with :func:`within`, the box that one rank of the source sends to one of the destination.
+    """
+    parts = [piece]
+    for dim, intervals in enumerate(region):
+        parts = [found for part in parts for start, stop in intervals for found in _between(part, dim, start, stop)]
+    return parts
 
 
 def through(piece: Piece, between: Iterable[Piece]) -> list[Piece]:
@@ -19,6 +46,11 @@ def through(piece: Piece, between: Iterable[Piece]) -> list[Piece]:
     (0, 0)
     """
     return [part for other in between for nested in _nested(other) for part in _met(piece, nested)]
+
+
+def _between(piece: Piece, dim: int, start: int, stop: int) -> list[Piece]:
+    near, _ = cut(piece, dim, stop - piece.source_start[dim])
+    return [part for one in near for part in cut(one, dim, start - one.source_start[dim])[1]]
 
 
 def _nested(piece: Piece) -> list[Piece]:
