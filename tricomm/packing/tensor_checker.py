@@ -4,6 +4,7 @@ import torch
 
 from tricomm.errors import SpecError
 from tricomm.packing.copy_program import torch_dtype
+from tricomm.packing.overlap import has_shared_elements, share_memory
 from tricomm.plan import Plan
 
 
@@ -74,12 +75,12 @@ class TensorChecker:
                 f"out of rank {self.rank} requires grad and would be written in place; call under torch.no_grad() or "
                 "pass out.detach()"
             )
-        if not out.is_contiguous() and _has_shared_elements(out):
+        if has_shared_elements(out):
             raise SpecError(
                 f"out of rank {self.rank} is expanded or overlaps itself (strides {out.stride()}), so several elements "
                 "share memory; pass a tensor of its own, e.g. out.contiguous()"
             )
-        if source is not None and _share_memory(source, out):
+        if source is not None and share_memory(source, out):
             raise SpecError(
                 f"out of rank {self.rank} shares memory with its source tensor, which must stay untouched; "
                 "pass another tensor or leave out=None"
@@ -125,30 +126,6 @@ def check_casts(plan: Plan) -> None:
         raise SpecError(
             f"this torch {torch.__version__} cannot cast {source} to {destination} ({error}); cast the tensor yourself"
         ) from error
-
-
-def _has_shared_elements(tensor: torch.Tensor) -> bool:
-    """Whether elements may share memory: a stride does not step over all that smaller strides reach."""
-    reach = 0
-    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if extent > 1:
-            if stride <= reach:
-                return True
-            reach += (extent - 1) * stride
-    return False
-
-
-def _share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether the byte ranges that two tensors span meet."""
-    if not first.numel() or not second.numel():
-        return False
-    (a, b), (c, d) = (_byte_range(tensor) for tensor in (first, second))
-    return first.device == second.device and a < d and c < b
-
-
-def _byte_range(tensor: torch.Tensor) -> tuple[int, int]:
-    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _shape(tensor: object) -> object:
