@@ -11,10 +11,9 @@ from torch.distributed import pipelining
 from tests.oracle import pick
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, SpecError
 from tricomm.launch import RankError, Ranks
-from tricomm.pipeline import Costs, Queues, Schedule, eager_one_f_one_b, torch_adapter
+from tricomm.pipeline import Costs, Queues, Schedule, eager_one_f_one_b, in_turn, one_f_one_b, torch_adapter
 from tricomm.pipeline.run.edge import EdgeTensor
 from tricomm.pipeline.torch_adapter import PlannedSchedule, ReshardStage, ScheduleEager1F1B, check_torch
-from tricomm.pipeline.tune.tune import in_turn
 
 WIDTH = 8
 ROWS = 6
@@ -316,8 +315,10 @@ def run_wrong(rank: int, what: str) -> None:
     if what == "other stages" and rank == 2:
         PlannedSchedule([make_stage(rank, places, 1)], Schedule.parse(["0F0 0B0"]))
     if what == "deadlock" and rank == 2:
-        crossed = Schedule.parse(["0F0 0RECV_B0 0SEND_F0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"])
-        PlannedSchedule([make_stage(rank, places, 1)], crossed, queues=Queues.PER_PIPELINE_RANK)
+        crossed = Schedule.parse(["0F0 0F1 0SEND_F1 0SEND_F0 0B0 0B1", "1F0 1B0 1F1 1B1"])
+        PlannedSchedule([make_stage(rank, places, 1)], crossed)
+    if what == "queues" and rank == 2:
+        PlannedSchedule([make_stage(rank, places, 1)], one_f_one_b(2, 4), queues=Queues.PER_PIPELINE_RANK)
     if what == "order" and rank == 2:
         turned = Schedule.parse(["0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"])
         PlannedSchedule([make_stage(rank, places, 1)], turned)
@@ -334,7 +335,8 @@ def run_wrong(rank: int, what: str) -> None:
         ("other rank", SpecError, "only the ranks of a stage's mesh make it"),
         ("both", SpecError, "give neighbouring stages ranks of their own"),
         ("other stages", PlanError, "the schedule has 1 stages and the pipeline 2"),
-        ("deadlock", PlanError, "the schedule cannot run with queues one per pipeline rank: "),
+        ("deadlock", PlanError, "0B0 at pipeline rank 0 comes before 0RECV_B0, but what is received is an input"),
+        ("queues", PlanError, "describes other systems; transfers of tricomm have queues PER_CHANNEL or PER_DIRECTION"),
         ("order", PlanError, "1F1 comes where microbatch 0 is due"),
         ("skip", PlanError, "edge 0-2 joins stages that are no neighbours"),
     ],

@@ -57,7 +57,17 @@ def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf |
         raise SpecError(f"max_norm={max_norm!r} must be above 0; it is the largest norm that gradients may have")
     if not executor.runs:
         return torch.zeros((), dtype=torch.float64)
-    # Per rank, its part of the sum of squares, then per stage, that of what it holds copies of.
+    table = executor.gather(_sums_of_squares(executor, layout_of))
+    _check_copies(executor, table)
+    norm = table[:, 0].sum().sqrt()
+    factor = torch.clamp(max_norm / (norm + EPSILON), max=1.0)
+    for _, _, gradient in _gradients(executor):
+        gradient.mul_(factor.to(gradient.dtype))
+    return norm
+
+
+def _sums_of_squares(executor: Executor, layout_of: LayoutOf | None) -> torch.Tensor:
+    """Return this rank's part of the sum of squares, then for each stage that of what all its ranks hold copies of."""
     row = torch.zeros(1 + len(executor.stages), dtype=torch.float64, device=executor.device)
     for index, name, gradient in _gradients(executor):
         mesh = executor.stages[index].mesh
@@ -75,13 +85,7 @@ def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf |
         row[0] += squares / copies
         if copies == mesh.size:
             row[1 + index] += squares
-    table = executor.gather(row)
-    _check_copies(executor, table)
-    norm = table[:, 0].sum().sqrt()
-    factor = torch.clamp(max_norm / (norm + EPSILON), max=1.0)
-    for _, _, gradient in _gradients(executor):
-        gradient.mul_(factor.to(gradient.dtype))
-    return norm
+    return row
 
 
 def _gradients(executor: Executor) -> Iterator[tuple[int, str, torch.Tensor]]:
