@@ -32,7 +32,7 @@ from tricomm import (
 from tricomm.plan import Plan
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.senders.flow import Job, share
-from tricomm.plan.senders.policy import SendLoads, local_and_remote
+from tricomm.plan.senders.policy import SendLoads, divide_by_choice
 from tricomm.plan.senders.search import sending_seconds
 from tricomm.plan.senders.split import receiving_seconds
 from tricomm.plan.tasks import Task, unit_tasks
@@ -98,7 +98,7 @@ def test_the_flow_finds_the_least_factor_and_keeps_every_limit(case: Any) -> Non
 def sending_bound(tasks: tuple[Task, ...], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
     """The optimum of sending with one NIC a host, from every set of NICs and what only they can send."""
     worst = 0.0
-    _, demands, forced = local_and_remote(tasks, itemsize, topology)
+    _, demands, forced = divide_by_choice(tasks, itemsize, topology)
     every = range(max(topology.nic(rank) for rank in range(len(topology.hosts))) + 1)
     for chosen in subsets(every):
         work = sum(a.numel * itemsize for a in forced if crosses(a, topology) and topology.nic(a.sender) in chosen)
@@ -153,7 +153,7 @@ def test_split_reaches_the_optimum_of_the_fractional_problem(case: Any, fan_out:
 def test_search_with_nodes_enough_finds_the_best_choice_of_one_sender(case: Any) -> None:
     source, destination, topology = case
     tasks = unit_tasks(source, destination)
-    _, demands, forced = local_and_remote(tasks, 4, topology)
+    _, demands, forced = divide_by_choice(tasks, 4, topology)
     options = [sorted({topology.nic(rank): rank for rank in demand.holders}.values()) for demand in demands]
     if len(list(zip(range(2000), product(*options), strict=False))) == 2000:
         return

@@ -12,7 +12,7 @@ from functools import cached_property
 from tricomm.layout.topology import Topology
 from tricomm.plan.cost import MessageColumns, busiest_seconds, simulated_seconds
 from tricomm.plan.network.fan_out import FanOut
-from tricomm.plan.network.hosts import Hosts, by_host, other_hosts
+from tricomm.plan.network.hosts import HostsOf, other_hosts
 from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.routes.chunks import Message, RouteContext, Unicasts
 from tricomm.plan.routes.rounds import Hop, schedule
@@ -100,12 +100,11 @@ def assigned_seconds(assignments: Sequence[Assignment], itemsize: int, topology:
     way along the longest chain; and, where the ranks of a host hand parts around, that of the rank that posts most.
     """
     sending = NicSeconds(topology)
-    hosts_of: dict[tuple[int, ...], Hosts] = {}
+    hosts_of = HostsOf(topology)
     handed: set[tuple[int, tuple[int, ...]]] = set()
     longest = 0
     for assignment in assignments:
-        receivers, sender = assignment.receivers, assignment.sender
-        hosts = hosts_of.get(receivers) or hosts_of.setdefault(receivers, by_host(receivers, topology))
+        sender, hosts = assignment.sender, hosts_of[assignment.receivers]
         sends = fan_out.least_sends(hosts, other_hosts(hosts, sender, topology))
         sending.add(topology.nic(sender), sends * assignment.numel * itemsize)
         longest = max(longest, fan_out.chain_links(hosts))

@@ -25,6 +25,22 @@ def by_host(ranks: Iterable[int], topology: Topology) -> Hosts:
     return grouped(ranks, topology.host)
 
 
+class HostsOf(dict[tuple[int, ...], Hosts]):
+    """Looks up ranks by host; many tasks have the same ranks, which are then grouped once.
+
+    >>> HostsOf(Topology(("a", "a", "b")))[0, 2, 1]
+    ((0, 1), (2,))
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__()
+        self._topology = topology
+
+    def __missing__(self, ranks: tuple[int, ...]) -> Hosts:
+        self[ranks] = hosts = by_host(ranks, self._topology)
+        return hosts
+
+
 def other_hosts(hosts: Sequence[tuple[int, ...]], rank: int, topology: Topology) -> Hosts:
     """Leave out the host that a rank is on.
 
@@ -32,4 +48,4 @@ def other_hosts(hosts: Sequence[tuple[int, ...]], rank: int, topology: Topology)
     ((1, 0),)
     """
     here = topology.host(rank)
-    return tuple(ranks for ranks in hosts if topology.host(ranks[0]) != here)
+    return tuple([ranks for ranks in hosts if topology.host(ranks[0]) != here])

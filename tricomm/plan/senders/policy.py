@@ -14,7 +14,7 @@ from tricomm.layout.columns import Groups, Lazy
 from tricomm.layout.intervals import Region, region_numel
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
-from tricomm.plan.network.hosts import by_host, other_hosts
+from tricomm.plan.network.hosts import HostsOf, by_host, other_hosts
 from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.tasks import Task, Tasks
 
@@ -126,6 +126,7 @@ class SendLoads:
         self.fan_out = fan_out
         self.nics = NicSeconds(topology)
         self.rank_nbytes: dict[int, int] = {}
+        self._hosts_of = HostsOf(topology)
 
     def seconds_with(self, sender: int, demand: TransferDemand) -> float:
         """For how long the sender's NIC would send if it sent this too."""
@@ -147,7 +148,7 @@ class SendLoads:
     def add(self, assignment: Assignment, nbytes: int) -> None:
         """Add an assignment whose sender and order of receivers are chosen."""
         sender = assignment.sender
-        others = other_hosts(by_host(assignment.receivers, self.topology), sender, self.topology)
+        others = other_hosts(self._hosts_of[assignment.receivers], sender, self.topology)
         self.nics.add(self.topology.nic(sender), self.fan_out.sends(others) * nbytes)
         self.rank_nbytes[sender] = self.rank_nbytes.get(sender, 0) + nbytes
         for ranks in self.fan_out.forwarding(others):
@@ -156,7 +157,7 @@ class SendLoads:
     def copy(self) -> "SendLoads":
         """The same loads, to go on from."""
         other = SendLoads(self.topology, self.fan_out)
-        other.nics = self.nics.copy()
+        other.nics, other._hosts_of = self.nics.copy(), self._hosts_of
         other.rank_nbytes = dict(self.rank_nbytes)
         return other
 
@@ -168,7 +169,7 @@ class SendLoads:
         return max(self.nics.of(self.topology.nic(rank)) for rank in ranks)
 
 
-def local_and_remote(
+def divide_by_choice(
     tasks: Sequence[Task], itemsize: int, topology: Topology
 ) -> tuple[list[Assignment], list[TransferDemand], list[Assignment]]:
     """Divide the tasks by what there is to choose.
@@ -178,10 +179,11 @@ def local_and_remote(
     Returns:
         assignments within hosts; demands with a choice, of sender or of order; assignments without a choice.
     """
-    local: list[Assignment] = []
+    within_hosts: list[Assignment] = []
     demands: list[TransferDemand] = []
     forced: list[Assignment] = []
     sent: dict[int, int] = {}
+    hosts_of = HostsOf(topology)
     for task in tasks:
         receivers = task.remote_receivers
         if not receivers:
@@ -190,19 +192,19 @@ def local_and_remote(
             forced.append(Assignment(task.holders[0], receivers, task.regions))
             continue
         nbytes = task.numel * itemsize
-        holders_at = {topology.host(ranks[0]): ranks for ranks in by_host(task.holders, topology)}
-        remote: list[tuple[int, ...]] = []
-        for ranks in by_host(receivers, topology):
+        holders_at = {topology.host(ranks[0]): ranks for ranks in hosts_of[task.holders]}
+        others: list[tuple[int, ...]] = []
+        for ranks in hosts_of[receivers]:
             here = holders_at.get(topology.host(ranks[0]))
             if here is None:
-                remote.append(ranks)
+                others.append(ranks)
             else:
                 sender = min(here, key=lambda rank: sent.get(rank, 0))
                 sent[sender] = sent.get(sender, 0) + nbytes
-                local.append(Assignment(sender, ranks, task.regions))
-        if remote:
-            demands.append(TransferDemand(task.holders, tuple(remote), task.regions, nbytes))
-    return local, demands, forced
+                within_hosts.append(Assignment(sender, ranks, task.regions))
+        if others:
+            demands.append(TransferDemand(task.holders, tuple(others), task.regions, nbytes))
+    return within_hosts, demands, forced
 
 
 SenderChoice = Callable[[Sequence[TransferDemand], SendLoads], tuple[Assignment, ...]]
@@ -216,13 +218,13 @@ def choose_senders(
     without_choice = direct_assignments(tasks)
     if without_choice is not None:
         return without_choice
-    local, demands, forced = local_and_remote(tasks, itemsize, topology)
+    within_hosts, demands, forced = divide_by_choice(tasks, itemsize, topology)
     if not demands:
-        return (*local, *forced)
+        return (*within_hosts, *forced)
     loads = SendLoads(topology, fan_out)
     for assignment in forced:
         loads.add(assignment, assignment.numel * itemsize)
-    return (*local, *forced, *choice(demands, loads))
+    return (*within_hosts, *forced, *choice(demands, loads))
 
 
 @dataclass(frozen=True, slots=True)

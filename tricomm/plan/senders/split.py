@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tricomm.layout.intervals import cut_regions, region_numel
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
-from tricomm.plan.network.hosts import by_host
+from tricomm.plan.network.hosts import HostsOf
 from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.senders.flow import Job, share
 from tricomm.plan.senders.policy import Assignment, SendLoads, TransferDemand, choose_senders, greedy
@@ -53,10 +53,10 @@ class Split:
 
 def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) -> float:
     """For how long the busiest NIC must receive, if the receivers of a host share what all of them need."""
-    receiving = NicSeconds(topology, receiving=True)
+    receiving, hosts_of = NicSeconds(topology, receiving=True), HostsOf(topology)
     for task in tasks:
         holding = {topology.host(rank) for rank in task.holders}
-        for ranks in by_host(task.remote_receivers, topology):
+        for ranks in hosts_of[task.remote_receivers]:
             if topology.host(ranks[0]) not in holding:
                 receiving.add_evenly(ranks, task.numel * itemsize)
     return receiving.busiest
