@@ -39,8 +39,13 @@ class Installed:
     python: Path
     folder: Path
 
+    @property
+    def cache(self) -> Path:
+        """Of what mypy has found, torch above all; both environments share it."""
+        return self.folder.parents[1] / "mypy-cache"
+
     def mypy(self, script: Path, succeeds: bool = True) -> str:
-        options = ["--strict", "--cache-dir", self.folder / "cache", "--python-executable", self.python]
+        options = ["--strict", "--cache-dir", self.cache, "--python-executable", self.python]
         return run(sys.executable, "-m", "mypy", *options, script, cwd=self.folder, succeeds=succeeds)
 
 

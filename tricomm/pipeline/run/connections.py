@@ -90,7 +90,7 @@ class Connections:
                 link.bind(agreed)
             self._sizes = agreed
 
-    def check_rows(self, stage: int, rank: int, inputs: Mapping[str, Sequence[torch.Tensor]]) -> None:
+    def check_rows(self, stage: int, rank: int, inputs: Mapping[str, Sequence[torch.Tensor] | torch.Tensor]) -> None:
         """Refuse microbatches that differ in their rows where what crosses the stage's edges is said not to.
 
         Args:

@@ -15,7 +15,7 @@ from tricomm.pipeline.run.wiring import EdgeTensors, data_names, gradient_names
 from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
 from tricomm.pipeline.schedule.schedule import Schedule
 
-Data = Mapping[str, Sequence[torch.Tensor]]
+Data = Mapping[str, Sequence[torch.Tensor] | torch.Tensor]
 """Inputs that no edge brings, by name: one tensor for each microbatch."""
 
 Observer = Callable[[Action, float, float], None]

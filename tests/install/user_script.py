@@ -1,0 +1,45 @@
+"""What a user writes, checked by ``mypy --strict`` against an installed tricomm; it is never run."""
+
+from typing import assert_type
+
+import torch
+from torch import nn
+
+import tricomm
+from tricomm import Handle, Mesh, Plan, Replicate, Resharder, Shard, ShardingSpec
+from tricomm.kernels.boxes import Boxes
+from tricomm.kernels.pack import Table, pack
+from tricomm.pipeline import EdgeTensor, Executor, Stage, eager_one_f_one_b
+
+trainer = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
+server = Mesh([4, 5, 6, 7], ("tp",))
+source = ShardingSpec(trainer, [Replicate(), Shard(0)], [8, 6], torch.bfloat16)
+destination = ShardingSpec(server, (Shard(1),), dtype=torch.float32)
+shard = torch.zeros(4, 6, dtype=torch.bfloat16)
+
+plan = tricomm.make_plan(source, destination, strategy=tricomm.Broadcast(chunk_bytes=1 << 20))
+assert_type(plan, Plan)
+assert_type(tricomm.reshard(shard, source, destination, timeout_seconds=60.0), torch.Tensor | None)
+assert_type(tricomm.reshard_async(None, source, destination), Handle)
+assert_type(tricomm.local_shard(shard, source, 0), torch.Tensor)
+with Resharder(source, destination, confirm=True, strategy=tricomm.Auto()) as mover:
+    assert_type(mover(shard), torch.Tensor | None)
+    assert_type(mover.start(shard).wait(), torch.Tensor | None)
+
+first, last = Mesh([0], ("dp",)), Mesh([1, 2], ("dp",))
+hidden = EdgeTensor(
+    ShardingSpec(first, (Replicate(),), (16, 64), torch.bfloat16),
+    ShardingSpec(last, (Shard(0),)),
+)
+stages = [
+    Stage(first, ("x",), ("hidden",), nn.Linear(64, 64)),
+    Stage(last, ("hidden",), ("loss",), None),
+]
+executor = Executor(eager_one_f_one_b(2, 8, split=True), stages, {(0, 1): {"hidden": hidden}})
+assert_type(executor.step({"x": torch.zeros(8, 16, 64)}), torch.Tensor | None)
+
+
+def packed(tensor: torch.Tensor, boxes: Boxes, buffer: torch.Tensor) -> Table:
+    table = Table(boxes)
+    pack([tensor], table, buffer)
+    return table
