@@ -72,7 +72,8 @@ class Topology:
     _host_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_rates: tuple[NicRate, ...] = field(init=False, repr=False, compare=False)
-    _host_numbers: np.ndarray = field(init=False, repr=False, compare=False)
+    host_numbers: np.ndarray = field(init=False, repr=False, compare=False)
+    """The host of each rank, as ``host`` says."""
     nic_numbers: np.ndarray = field(init=False, repr=False, compare=False)
     """The NIC of each rank, as ``nic`` says."""
     nic_send_rates: np.ndarray = field(init=False, repr=False, compare=False)
@@ -114,7 +115,7 @@ class Topology:
         set_field(self, "_nic_of", tuple(nic_of))
         per_host = [NicRate(rates, rates) if isinstance(rates, float) else rates[name] for name in names]
         set_field(self, "_nic_rates", tuple(rate for rate in per_host for _ in range(nics)))
-        set_field(self, "_host_numbers", np.array(host_of, np.int64))
+        set_field(self, "host_numbers", np.array(host_of, np.int64))
         set_field(self, "nic_numbers", np.array(nic_of, np.int64))
         sends, receives = zip(*self._nic_rates, strict=True)
         set_field(self, "nic_send_rates", np.array(sends))
@@ -198,7 +199,7 @@ class Topology:
 
     def share_host(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
         """Whether each sender is on the same host as the receiver beside it."""
-        shared: np.ndarray = self._host_numbers[senders] == self._host_numbers[receivers]
+        shared: np.ndarray = self.host_numbers[senders] == self.host_numbers[receivers]
         return shared
 
     def rates_between(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:

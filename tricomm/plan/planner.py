@@ -1,6 +1,7 @@
 """make_plan: make the Plan that leads from one spec to another."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from tricomm.errors import SpecError
@@ -20,6 +21,7 @@ from tricomm.plan.choice import Candidate
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import Plan
+from tricomm.plan.product.choose import ProductMove
 from tricomm.plan.reduction import phases, reduction_of
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
@@ -112,12 +114,10 @@ def _make_plan(
 ) -> Plan:
     reduction = reduction_of(source, destination)
     specs = phases(source, destination, reduction)
-    alone = all(_rank_can_plan_alone(*phase, strategy, balance) for phase in specs)
-    known_rank = rank if alone else None
     participants = tuple(sorted({*source.mesh.ranks, *destination.mesh.ranks}))
-    moves = tuple(
-        _make_move(*phase, participants, topology, strategy, balance, staging_nbytes, known_rank) for phase in specs
-    )
+    drafts = [_Draft.of(*phase, participants, topology, strategy, balance, staging_nbytes) for phase in specs]
+    known_rank = rank if all(draft.is_known_to_each_rank for draft in drafts) else None
+    moves = tuple(draft.made(known_rank) for draft in drafts)
     return Plan(
         source,
         destination,
@@ -131,50 +131,82 @@ def _make_plan(
     )
 
 
-def _rank_can_plan_alone(
-    source: ShardingSpec,
-    destination: ShardingSpec,
-    strategy: Strategy | Auto,
-    balance: SenderPolicy,
-) -> bool:
-    """True if no choice depends on other ranks' tasks: one holder or a fixed choice, and unicast only."""
-    return (source.exclusive or isinstance(balance, Naive)) and (
-        destination.exclusive or isinstance(strategy, SendRecv)
-    )
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A move before anything is worked out.
 
+    Attributes:
+        source, destination, wire_dtype: see Move.
+        strategy, balance: as asked.
+        context: what strategies may know.
+        participants: all ranks of either mesh, sorted.
+        formulas: what routes it where formulas do.
+    """
 
-def _make_move(
-    source: ShardingSpec,
-    destination: ShardingSpec,
-    participants: Sequence[int],
-    topology: Topology,
-    strategy: Strategy | Auto,
-    balance: SenderPolicy,
-    staging_nbytes: int,
-    rank: int | None,
-) -> Move:
-    first, second = source.element_type, destination.element_type
-    wire_dtype = first if ITEMSIZE[first] < ITEMSIZE[second] else second
-    itemsize = ITEMSIZE[wire_dtype]
-    tasks = unit_tasks(source, destination, rank)
-    context = RouteContext(itemsize, topology, peer_bound(source, destination), staging_nbytes)
-    strategies: tuple[Strategy, ...]
-    if not isinstance(strategy, Auto):
-        strategies = (strategy,)
-    elif _multicasts(tasks):
-        strategies = strategy.candidates
-    else:
-        strategies = (SendRecv(),)
-    best: Candidate | None = None
-    assignments: dict[FanOut, Sequence[Assignment]] = {}
-    for one in strategies:
-        if one.fan_out not in assignments:
-            assignments[one.fan_out] = balance.assign(tasks, itemsize, topology, one.fan_out)
-        candidate = Candidate(one, assignments[one.fan_out], context, participants, rank)
-        if best is None or candidate.is_worth_it(best):
-            best = candidate
-    assert best is not None
-    return Move(source, destination, wire_dtype, best.strategy, tasks, best.messages, best.hops)
+    source: ShardingSpec
+    destination: ShardingSpec
+    wire_dtype: str
+    strategy: Strategy | Auto
+    balance: SenderPolicy
+    context: RouteContext
+    participants: Sequence[int]
+    formulas: ProductMove | None
+
+    @classmethod
+    def of(
+        cls,
+        source: ShardingSpec,
+        destination: ShardingSpec,
+        participants: Sequence[int],
+        topology: Topology,
+        strategy: Strategy | Auto,
+        balance: SenderPolicy,
+        staging_nbytes: int,
+    ) -> "_Draft":
+        """Of one phase of a plan."""
+        first, second = source.element_type, destination.element_type
+        wire_dtype = first if ITEMSIZE[first] < ITEMSIZE[second] else second
+        context = RouteContext(ITEMSIZE[wire_dtype], topology, peer_bound(source, destination), staging_nbytes)
+        formulas = None
+        if isinstance(strategy, Auto) and isinstance(balance, Split):
+            formulas = ProductMove.of(source, destination, context, participants)
+        return cls(source, destination, wire_dtype, strategy, balance, context, participants, formulas)
+
+    @property
+    def is_known_to_each_rank(self) -> bool:
+        """Whether no choice depends on other ranks' tasks: formulas make it, or else there is one holder or a fixed
+        choice, and unicast only.
+        """
+        one_holder = self.source.exclusive or isinstance(self.balance, Naive)
+        one_way = self.destination.exclusive or isinstance(self.strategy, SendRecv)
+        return self.formulas is not None or (one_holder and one_way)
+
+    def made(self, rank: int | None) -> Move:
+        """The move of all ranks, or what one has part in."""
+        tasks = unit_tasks(self.source, self.destination, rank)
+        routes = self._searched(tasks, rank) if self.formulas is None else self.formulas.routes(rank)
+        return Move(self.source, self.destination, self.wire_dtype, routes.strategy, tasks, routes.messages, routes.hops)
+
+    def _searched(self, tasks: Tasks, rank: int | None) -> Candidate:
+        """The best of the strategies that may be taken, after a choice of senders among all tasks."""
+        strategies: tuple[Strategy, ...]
+        if not isinstance(self.strategy, Auto):
+            strategies = (self.strategy,)
+        elif _multicasts(tasks):
+            strategies = self.strategy.candidates
+        else:
+            strategies = (SendRecv(),)
+        best: Candidate | None = None
+        assignments: dict[FanOut, Sequence[Assignment]] = {}
+        context = self.context
+        for one in strategies:
+            if one.fan_out not in assignments:
+                assignments[one.fan_out] = self.balance.assign(tasks, context.itemsize, context.topology, one.fan_out)
+            candidate = Candidate(one, assignments[one.fan_out], context, self.participants, rank)
+            if best is None or candidate.is_worth_it(best):
+                best = candidate
+        assert best is not None
+        return best
 
 
 def _multicasts(tasks: Tasks) -> bool:

@@ -256,23 +256,29 @@ def chained(by_chain: RegionsByChain, chunk_bytes: int | None, context: RouteCon
 
 
 def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology: Topology) -> int:
-    """Choose in how many chunks to cut each message.
-
-    n chunks take (busiest link) + fill / n, where fill is the time of a whole message on every link of its chain but
-    the busiest, shared as links are. A chunk more keeps a rank busy for ``cost``, which does not slow the link down
-    while there is little of it: so n is as large as filling is worth and BUSY_SHARE allows, and not below
-    sqrt(fill / cost), which is best where nothing hides. Latency overlaps as long as a chunk lasts longer than it.
+    """Choose in how many chunks to cut each message: filling takes what a whole message takes on every link of its chain
+    but the busiest, shared as links are.
     """
     crossed = crossings(links.sources, links.destinations, topology)
     sending, _ = link_seconds(crossed, nbytes[links.chain], topology)
     on_path = sending[crossed.out]
     fill = float((np.bincount(links.chain, on_path) - np.maximum.reduceat(on_path, links.firsts)).max())
-    busiest = float(sending.max())
-    most = min(MAX_CHUNKS, int(busiest / topology.latency_seconds)) if topology.latency_seconds else MAX_CHUNKS
+    return best_chunk_count(fill, float(sending.max()), per_rank, topology)
+
+
+def best_chunk_count(fill_seconds: float, busiest_seconds: float, per_rank: int, topology: Topology) -> int:
+    """Choose in how many chunks to cut messages that follow chains.
+
+    n chunks take (busiest link) + fill / n. A chunk more keeps a rank busy for ``per_rank`` posts, which does not slow
+    the link down while there is little of it: so n is as large as filling is worth and BUSY_SHARE allows, and not below
+    sqrt(fill / cost), which is best where nothing hides. Latency overlaps as long as a chunk lasts longer than it.
+    """
+    latency = topology.latency_seconds
+    most = min(MAX_CHUNKS, int(busiest_seconds / latency)) if latency else MAX_CHUNKS
     cost = per_rank * topology.overhead_seconds
-    wanted = fill / (FILL_SHARE * busiest)
+    wanted = fill_seconds / (FILL_SHARE * busiest_seconds)
     if cost:
-        wanted = max(min(wanted, BUSY_SHARE * busiest / cost), sqrt(fill / cost))
+        wanted = max(min(wanted, BUSY_SHARE * busiest_seconds / cost), sqrt(fill_seconds / cost))
     return max(min(most, round(wanted)), 1)
 
 

@@ -96,10 +96,10 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
         table = _unicast_hops(ends[0::2], ends[1::2], counts, participants)
     else:
         table = _chained_hops(messages, topology)
-    return Hops(table[_order(table, participants, topology)])
+    return Hops(table[order_of_hops(table, participants, topology)])
 
 
-def _order(table: np.ndarray, participants: Sequence[int], topology: Topology) -> np.ndarray:
+def order_of_hops(table: np.ndarray, participants: Sequence[int], topology: Topology) -> np.ndarray:
     """Sort hops by round and rank: to other hosts before its own, to ranks after it before those before it."""
     rounds, senders, receivers, message, chunk = table.T
     distances = _distances(senders, receivers, participants)

@@ -1,0 +1,16 @@
+"""Moves between product layouts by formulas: what one rank sends, receives and forwards, without the others' parts.
+
+The layouts of this field are products: mesh axes times chunks. There the ranks that hold an element are a coset of the
+source's mesh axes and those that need it one of the destination's, so nothing has to be searched:
+
+- ``grid``: which ranks hold a tile, from its number per dim; the replicas of a tile as a ring, host by host.
+- ``pieces``: a *cell* is what a source tile and a destination tile have in common. The holders of a source tile share
+  its cells like a line that is cut into equal parts (McNaughton's wrap-around rule), so every NIC of the source sends
+  the same and no pair of ranks has more than one piece.
+- ``rings``: where sending each replica a copy would keep the source's NICs too long, a piece enters the ring of its
+  tile's replicas at a place that follows from where it lies in the tile, so that all replicas forward alike.
+- ``choose``: which of the two it is, and in how many chunks, from the sizes of tiles alone.
+
+The plan of all ranks is the union of theirs: the same formulas over all cells. Imports ``layout`` and the rest of
+``plan``, never torch.
+"""
