@@ -196,7 +196,9 @@ def cases(draw: Any) -> Case:
         # Enough chunks to reorder, not so many that one case takes a second.
         chunk = max(chunk, nbytes // 48)
     strategy = draw(
-        st.sampled_from([Auto(), SendRecv(chunk), Broadcast(chunk), LocalAllGather(chunk), GlobalAllGather(chunk)])
+        st.sampled_from(
+            [Auto(), Auto(0), SendRecv(chunk), Broadcast(chunk), LocalAllGather(chunk), GlobalAllGather(chunk)]
+        )
     )
     balances = [Split(), Split(), Naive(), LeastLoaded(), Search(50), RandomizedGreedy(3), Ensemble()]
     balance = draw(st.sampled_from(balances))

@@ -168,7 +168,7 @@ class _Draft:
         wire_dtype = first if ITEMSIZE[first] < ITEMSIZE[second] else second
         context = RouteContext(ITEMSIZE[wire_dtype], topology, peer_bound(source, destination), staging_nbytes)
         formulas = None
-        if isinstance(strategy, Auto) and isinstance(balance, Split):
+        if isinstance(strategy, Auto) and isinstance(balance, Split) and len(participants) > strategy.search_up_to:
             formulas = ProductMove.of(source, destination, context, participants)
         return cls(source, destination, wire_dtype, strategy, balance, context, participants, formulas)
 
@@ -185,7 +185,9 @@ class _Draft:
         """The move of all ranks, or what one has part in."""
         tasks = unit_tasks(self.source, self.destination, rank)
         routes = self._searched(tasks, rank) if self.formulas is None else self.formulas.routes(rank)
-        return Move(self.source, self.destination, self.wire_dtype, routes.strategy, tasks, routes.messages, routes.hops)
+        return Move(
+            self.source, self.destination, self.wire_dtype, routes.strategy, tasks, routes.messages, routes.hops
+        )
 
     def _searched(self, tasks: Tasks, rank: int | None) -> Candidate:
         """The best of the strategies that may be taken, after a choice of senders among all tasks."""

@@ -59,8 +59,8 @@ def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
 @lru_cache(maxsize=64)
 def share_hosts(first: Mesh, second: Mesh, topology: Topology) -> bool:
     """Whether a host has ranks of both meshes."""
-    hosts = [topology.host_numbers[np.array(mesh.ranks, np.int64)] for mesh in (first, second)]
-    return bool(np.isin(*hosts).any())
+    here, there = (topology.host_numbers[np.array(mesh.ranks, np.int64)] for mesh in (first, second))
+    return bool(np.isin(here, there).any())
 
 
 class Routes(NamedTuple):
@@ -173,22 +173,24 @@ class Way:
 
 
 class Load(NamedTuple):
-    """What the busiest rank of the source sends: bytes, and in how many messages."""
+    """What the busiest of the source sends: bytes of a message, bytes of a NIC, and messages of a rank."""
 
-    nbytes: float
+    piece_nbytes: float
+    nic_nbytes: float
     messages: int
 
     @classmethod
     def of(cls, move: ProductMove, copies: int, shares: int) -> "Load":
         """With cells shared evenly, or each cell whole."""
-        holders, itemsize = move.source.replicas, move.context.itemsize
-        tile = int(np.prod([total.max() for total in move.cutting.source_line.totals])) * itemsize
+        holders, itemsize, ranks = move.source.replicas, move.context.itemsize, move.sending.ranks
+        tile = int(np.prod([total.max() for total in move.cutting.source_line.totals])) * itemsize * copies
         cells = int(np.prod([np.bincount(held).max() for held in move.cutting.held])) * copies
-        each = -(-cells // holders)
-        if shares:
-            return cls(copies * tile / holders, each + shares - 1 + int(holders > 1))
         cell = int(np.prod([lengths.max() for lengths in move.cutting.lengths])) * itemsize
-        return cls(min(each * cell, copies * tile), each)
+        each = -(-cells // holders)
+        if not shares:
+            return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each)
+        piece = min(tile / holders / shares, cell)
+        return cls(piece, ranks * tile / holders, each + shares - 1 + int(holders > 1))
 
 
 def best_way(move: ProductMove) -> Way:
@@ -197,7 +199,7 @@ def best_way(move: ProductMove) -> Way:
     if move.rings.length > 1:
         ways += [ring_way(move, shares) for shares in (0, 1)]
         # As many messages as places to enter at, so that all NICs are busy from the first step to the last.
-        messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).nbytes), 1)
+        messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).piece_nbytes), 1)
         places = _places(move)
         level = {-(-places // messages), places // gcd(places, messages)}
         ways += [ring_way(move, shares) for shares in sorted(level) if shares > 1]
@@ -213,7 +215,7 @@ def direct_way(move: ProductMove, shares: int) -> Way:
     topology, copies = move.context.topology, move.rings.length
     load = Load.of(move, copies, shares)
     entering = move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
-    busiest = max(move.sending.ranks * load.nbytes / move.sending.send, entering)
+    busiest = max(load.nic_nbytes / move.sending.send, entering)
     seconds = max(busiest, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
     return Way(move.context, copies, shares, 1, move.context.staging_nbytes, seconds + each)
@@ -223,19 +225,18 @@ def ring_way(move: ProductMove, shares: int) -> Way:
     """Holders send each cell once, and replicas hand it on."""
     context, topology, rings = move.context, move.context.topology, move.rings
     load, tile = Load.of(move, 1, shares), _tile_nbytes(move)
-    leaving = move.sending.ranks * load.nbytes / move.sending.send
+    leaving = load.nic_nbytes / move.sending.send
     of_nic = move.receiving.ranks / rings.of_host * tile
     entering = of_nic / move.receiving.receive
     handed_on = of_nic / move.receiving.send * (rings.hosts - 1) / rings.hosts
     busiest = max(leaving, entering, handed_on)
-    messages = int(np.prod([np.bincount(needed).max() for needed in move.cutting.needed]))
-    if shares:
-        messages = max(messages, round(tile / load.nbytes * shares))
+    messages = max(round(tile / load.piece_nbytes), 1)
     # In one chunk each, a NIC receives in each step the messages that entered a ring at one place.
     at_once = -(-messages // _places(move))
     step = at_once * tile / messages * max(move.receiving.ranks / rings.of_host, 1.0) / move.receiving.receive
     fill = max(max(leaving, step) + (rings.hosts - 1) * step - busiest, 0.0)
     chunks = best_chunk_count(fill, busiest, messages, topology)
+    chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
     posted = max(load.messages, messages) * chunks * topology.overhead_seconds
     each = topology.overhead_seconds + topology.latency_seconds
     seconds = max(busiest, posted) + fill / chunks + rings.length * each

@@ -118,7 +118,9 @@ class Cutting:
         chosen = [np.flatnonzero(of_dim == part) for of_dim, part in zip(self.needed, tile, strict=True)]
         return self._shared(chosen, copies, shares, None, needed[1] if copies > 1 else None)
 
-    def _shared(self, chosen: list[np.ndarray], copies: int, shares: int, holder: int | None, copy: int | None) -> Pieces:
+    def _shared(
+        self, chosen: list[np.ndarray], copies: int, shares: int, holder: int | None, copy: int | None
+    ) -> Pieces:
         """The pieces of every combination of chosen cells, of one holder and for one copy if they are given."""
         rows = np.stack(np.meshgrid(*chosen, indexing="ij"), -1).reshape(-1, len(chosen))
         copy_of = np.zeros(len(rows), np.int64) if copy is None else np.full(len(rows), copy)
@@ -167,7 +169,8 @@ class Cutting:
 
         def cut(point: np.ndarray) -> np.ndarray:
             part = (point * total - begin * count) / (count * size)  # in [0, 1]; exact integers but for the division
-            return np.rint(part * extent).astype(np.int64)
+            found: np.ndarray = np.rint(part * extent).astype(np.int64)
+            return found
 
         return dim, np.where(share == first, 0, cut(share)), np.where(share == last, extent, cut(share + 1))
 

@@ -256,8 +256,9 @@ def chained(by_chain: RegionsByChain, chunk_bytes: int | None, context: RouteCon
 
 
 def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology: Topology) -> int:
-    """Choose in how many chunks to cut each message: filling takes what a whole message takes on every link of its chain
-    but the busiest, shared as links are.
+    """Choose in how many chunks to cut each message.
+
+    Filling takes what a whole message takes on every link of its chain but the busiest, shared as links are.
     """
     crossed = crossings(links.sources, links.destinations, topology)
     sending, _ = link_seconds(crossed, nbytes[links.chain], topology)

@@ -256,6 +256,13 @@ class Auto:
 
     A strategy with more messages has to be 3 % faster than one with fewer.
 
+    To compare them, every rank works out what all ranks would do. Where more ranks take part, and mesh axes say all
+    that the specs say, formulas choose between sending to every replica and handing pieces round the replicas, and a
+    rank works out its own part alone; see ``tricomm.plan.product``.
+
+    Args:
+        search_up_to: how many ranks may take part for strategies to be compared; 0 is none.
+
     >>> from tricomm import Auto, Mesh, ShardingSpec, Topology, make_plan
     >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
     >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
@@ -263,6 +270,13 @@ class Auto:
     >>> make_plan(one, four, topology=hosts, strategy=Auto()).moves[0].strategy
     GlobalAllGather(chunk_bytes=None)
     """
+
+    search_up_to: int = 32
+
+    def __post_init__(self) -> None:
+        ranks = self.search_up_to
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 0:
+            raise PlanError(f"search_up_to={ranks!r} must be a number of ranks, 0 or more, such as 32")
 
     @property
     def candidates(self) -> tuple[Strategy, ...]:

@@ -1,0 +1,198 @@
+"""Moves by formulas: the parts that ranks work out alone are those of the whole, which is proved, level and fast."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from tests.oracle import pick, require_equal, source_and_result
+from tricomm import Auto, LocalTransport, Mesh, Partial, Plan, Replicate, Shard, ShardingSpec, Topology, make_plan
+from tricomm.layout.columns import IntervalLists
+from tricomm.layout.dtype import ITEMSIZE
+from tricomm.layout.placement import Placement
+from tricomm.plan.product.choose import ProductMove
+from tricomm.plan.product.pieces import cut_lists
+from tricomm.plan.routes.chunks import RouteContext
+
+ALL = Replicate()
+FORMULAS = Auto(search_up_to=0)
+SEARCH = Auto(search_up_to=1 << 30)
+
+
+def factors(dice: random.Random, count: int) -> list[int]:
+    """Extents of one to three mesh axes whose product is ``count``."""
+    found = []
+    while count > 1 and len(found) < 2 and dice.random() < 0.8:
+        found.append(dice.choice([factor for factor in range(2, count + 1) if count % factor == 0]))
+        count //= found[-1]
+    found += [count] if count > 1 or not found else []
+    dice.shuffle(found)
+    return found
+
+
+def drawn(seed: int) -> tuple[ShardingSpec, ShardingSpec, Topology]:
+    """Product layouts on hosts that are alike, uneven and nested, with replicas on a side at least."""
+    dice = random.Random(seed)
+    while True:
+        devices = dice.choice((1, 2, 4))
+        shape = (dice.choice((10, 64, 257)), dice.choice((6, 96, 129)))
+        specs: list[ShardingSpec] = []
+        first = 0
+        for _ in range(2):
+            extents = factors(dice, devices * dice.choice((1, 2, 3, 4)))
+            names = tuple(f"axis{index}" for index in range(len(extents)))
+            count = int(np.prod(extents))
+            mesh = Mesh(np.arange(first, first + count).reshape(extents).tolist(), names)
+            segments = Shard(0, segments=(shape[0] - 4, 4))
+            placements = [dice.choice((ALL, ALL, Shard(0), Shard(1), segments)) for _ in extents]
+            order = dice.sample(names, len(names))
+            specs.append(ShardingSpec(mesh, tuple(placements), shape, "int32", tuple(order)))
+            first += count
+        nics = dice.choice((1, devices))
+        rate = dice.choice((12.5e9, 25e6))
+        hosts = tuple(f"host{rank // devices}" for rank in range(first))
+        topology = Topology(hosts, nics_per_host=nics, nic_bytes_per_second=rate)
+        source, destination = specs[0], specs[1].resolved(specs[0])
+        context = RouteContext(4, topology, 1, 1 << 28)
+        if ProductMove.of(source, destination, context, range(first)) is not None:
+            return specs[0], specs[1], topology
+
+
+def goes_by_formulas(plan: Plan) -> bool:
+    context = RouteContext(4, plan.topology, 1, 1 << 28)
+    (move,) = plan.moves
+    return ProductMove.of(move.source, move.destination, context, plan.participants) is not None
+
+
+def what_passes(plan: Plan, rank: int) -> Iterator[tuple[bool, int, int, int, object]]:
+    """Each send and receive of a rank: (is a send, round, peer, elements, boxes)."""
+    for program in plan.for_rank(rank):
+        for step in program.rounds:
+            for is_send, transfers in ((True, step.sends), (False, step.receives)):
+                for transfer in transfers:
+                    yield is_send, step.number, transfer.peer, transfer.numel, transfer.regions
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_rank_works_out_its_part_of_the_whole(seed: int) -> None:
+    source, destination, topology = drawn(seed)
+    whole = make_plan(source, destination, topology=topology, strategy=FORMULAS)
+    assert goes_by_formulas(whole)
+    whole.verify()
+    assert whole.wire_nbytes == whole.minimum_nbytes
+    for rank in whole.participants:
+        alone = make_plan(source, destination, topology=topology, strategy=FORMULAS, rank=rank)
+        assert alone.rank == rank
+        assert alone.digest() == whole.digest()
+        assert list(what_passes(alone, rank)) == list(what_passes(whole, rank))
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_it_moves_what_it_says(seed: int) -> None:
+    source, destination, topology = drawn(seed)
+    shards, expected = source_and_result(source, destination.resolved(source))
+    plan = make_plan(source, destination, topology=topology, strategy=FORMULAS)
+    result = LocalTransport().run(plan, shards)
+    for rank in destination.mesh.ranks:
+        require_equal(result[rank], pick(expected, destination.resolved(source), rank), f"rank {rank}")
+
+
+def nic_nbytes(plan: Plan, topology: Topology) -> tuple[Counter[int], Counter[int]]:
+    """Bytes that each NIC sends, and that each receives."""
+    out: Counter[int] = Counter()
+    into: Counter[int] = Counter()
+    for move in plan.moves:
+        for message in move.messages:
+            nbytes = message.numel * ITEMSIZE[move.wire_dtype]
+            for sender, receiver in zip(message.chain[:-1], message.chain[1:], strict=True):
+                if topology.host(sender) != topology.host(receiver):
+                    out[topology.nic(sender)] += nbytes
+                    into[topology.nic(receiver)] += nbytes
+    return out, into
+
+
+def test_it_is_about_as_fast_as_the_best_that_search_finds() -> None:
+    ratios, levels = [], []
+    for seed in range(60):
+        source, destination, topology = drawn(seed)
+        formulas, search = (
+            make_plan(source, destination, topology=topology, strategy=strategy) for strategy in (FORMULAS, SEARCH)
+        )
+        ratios.append(formulas.simulated_seconds() / search.simulated_seconds())
+        busiest = [max(max(side.values()) for side in nic_nbytes(plan, topology)) for plan in (formulas, search)]
+        levels.append(busiest[0] / busiest[1])
+    assert np.median(ratios) <= 1.0
+    assert np.quantile(ratios, 0.95) <= 1.03
+    assert max(ratios) <= 1.1
+    assert np.quantile(levels, 0.9) <= 1.05
+
+
+def tensor_parallel(ranks: int) -> tuple[ShardingSpec, ShardingSpec]:
+    """FSDP to replicas of tensor parallelism 8, rows that no mesh divides."""
+    shape = (50257, 12288)
+    source = ShardingSpec(Mesh(range(ranks), ("fsdp",)), (Shard(0),), shape, "bfloat16")
+    replicas = Mesh(np.arange(ranks, 2 * ranks).reshape(-1, 8).tolist(), ("dp", "tp"))
+    return source, ShardingSpec(replicas, (ALL, Shard(1)))
+
+
+def test_a_rank_of_a_thousand_knows_its_own_part_only() -> None:
+    source, destination = tensor_parallel(1024)
+    topology = Topology(tuple(f"host{rank // 8}" for rank in range(2048)), nics_per_host=8)
+    plan = make_plan(source, destination, topology=topology, rank=1500)
+    (program,) = plan.for_rank(1500)
+    received = sum(transfer.numel for step in program.rounds for transfer in step.receives)
+    assert received == 50257 * 1536
+    assert len(plan.moves[0].messages) <= 1024
+    assert len(plan.moves[0].tasks) <= 1024
+
+
+def test_ranks_share_what_their_tile_needs_where_senders_would_be_too_slow() -> None:
+    one = ShardingSpec(Mesh([0], ("x",)), (ALL,), (4096, 4096), "float32")
+    many = ShardingSpec(Mesh(range(1, 65), ("dp",)), (ALL,))
+    plan, searched = make_plan(one, many), make_plan(one, many, strategy=SEARCH)
+    out, into = nic_nbytes(plan, plan.topology)
+    assert max(out.values()) <= 4096 * 4096 * 4
+    assert set(into.values()) == {4096 * 4096 * 4}
+    assert plan.simulated_seconds() <= 1.03 * searched.simulated_seconds()
+    plan.verify()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["explicit", "hosts of both", "unequal hosts", "unequal NICs", "nothing", "no dims", "no replicas"],
+)
+def test_what_formulas_do_not_cover_is_searched(change: str) -> None:
+    shape: tuple[int, ...] = {"nothing": (0, 4), "no dims": ()}.get(change, (8, 4))
+    cut: Placement = ALL if change == "no dims" else Shard(0)
+    first = ShardingSpec(Mesh([[0, 1], [2, 3]], ("dp", "tp")), (ALL, cut), shape, "float32")
+    second = ShardingSpec(Mesh([[4, 5], [6, 7]], ("dp", "tp")), (ALL, cut), shape)
+    if change == "no replicas":
+        first = ShardingSpec(Mesh(range(4), ("x",)), (cut,), shape, "float32")
+        second = ShardingSpec(Mesh(range(4, 8), ("x",)), (cut,), shape)
+    if change == "explicit":
+        first = ShardingSpec.explicit({rank: first.holding(rank) for rank in range(4)}, shape, "float32")
+    hosts = {"hosts of both": "aabbabcc", "unequal hosts": "aaabccdd"}.get(change, "aabbccdd")
+    rates = dict(zip("abcd", (1e9, 2e9, 1e9, 1e9), strict=True)) if change == "unequal NICs" else 1e9
+    plan = make_plan(first, second, topology=Topology(tuple(hosts), rates), strategy=FORMULAS)
+    assert not goes_by_formulas(plan)
+    plan.verify()
+
+
+def test_lists_are_cut_by_place() -> None:
+    lists = IntervalLists.of([((0, 4), (8, 12)), ((4, 8),)])
+    rows = np.array([0, 1, 0, 1])
+    cut = np.array([True, False, True, True])
+    found, column = cut_lists(lists, rows, cut, np.array([2, 0, 5, 1]), np.array([6, 4, 8, 3]))
+    assert [found[int(row)] for row in column] == [((2, 4), (8, 10)), ((4, 8),), ((9, 12),), ((5, 7),)]
+
+
+def test_a_cast_and_a_reduction_go_by_formulas_too() -> None:
+    sums = ShardingSpec(Mesh(range(4), ("x",)), (Partial("sum"),), (64, 6), "float32")
+    halves = ShardingSpec(Mesh([[4, 5], [6, 7]], ("dp", "tp")), (ALL, Shard(0)), dtype="bfloat16")
+    plan = make_plan(sums, halves, strategy=FORMULAS)
+    shards = {rank: torch.full((64, 6), float(rank)) for rank in range(4)}
+    for rank, shard in LocalTransport().run(plan, shards).items():
+        assert rank < 4 or torch.equal(shard, torch.full((32, 6), 6.0, dtype=torch.bfloat16))
