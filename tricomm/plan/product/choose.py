@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.layout.mesh import Mesh
-from tricomm.layout.spec import ShardingSpec, layout
+from tricomm.layout.spec import ShardingSpec, part_table
 from tricomm.layout.topology import Topology
 from tricomm.plan.choice import WORTH_IT
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, rings_of
@@ -114,7 +114,7 @@ class ProductMove:
         rings = rings_of(second, topology)
         if rings is None:
             return None
-        per_dim = [cells(*parts) for parts in zip(layout(source).parts, layout(destination).parts, strict=True)]
+        per_dim = [cells(*parts) for parts in zip(part_table(source).parts, part_table(destination).parts, strict=True)]
         cutting = Cutting(per_dim, first, second)
         return cls(first, second, rings, cutting, sending, receiving, context, source.mesh.ranks, participants)
 
