@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.layout.mesh import Mesh
-from tricomm.layout.spec import ShardingSpec, part_table
+from tricomm.layout.part_table import part_table
+from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.choice import WORTH_IT
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, rings_of
