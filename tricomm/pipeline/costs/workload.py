@@ -21,6 +21,10 @@ class Workload:
 
     Raises:
         PlanError: a negative overhead.
+
+    >>> batch = Workload((StageCost(4.0, 4.0, 4.0),) * 2, overhead_seconds=0.1)
+    >>> batch.costs(microbatches=8).stages[0].forward_seconds
+    0.6
     """
 
     stages: tuple[StageCost, ...]

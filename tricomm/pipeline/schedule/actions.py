@@ -31,6 +31,11 @@ class Kind(StrEnum):
         is_receive: whether it posts a receive.
         gives_gradient: whether it gives the gradient that the stage before waits for.
         ends_microbatch: whether its stage needs nothing more of its microbatch afterwards: B or W.
+
+    >>> [kind.value for kind in Kind if kind.is_compute]
+    ['F', 'B', 'I', 'W']
+    >>> Kind("RECV_F").is_receive
+    True
     """
 
     FORWARD = "F"
@@ -51,7 +56,11 @@ class Kind(StrEnum):
 
 
 class Channel(NamedTuple):
-    """One direction of an edge: activations flow to higher stages, gradients to lower ones."""
+    """One direction of an edge: activations flow to higher stages, gradients to lower ones.
+
+    >>> Channel(2, 1).is_forward, str(Channel(2, 1).edge)
+    (False, '1-2')
+    """
 
     sender: int
     receiver: int
@@ -71,7 +80,12 @@ class Channel(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """Activations of stage ``source`` are inputs of stage ``destination``, and gradients come back."""
+    """Activations of stage ``source`` are inputs of stage ``destination``, and gradients come back.
+
+    >>> edge = Edge(0, 1)
+    >>> print(edge, edge.forward, edge.backward)
+    0-1 0>1 1>0
+    """
 
     source: int
     destination: int
@@ -106,6 +120,11 @@ class Action:
 
     Raises:
         PlanError: numbers that name no stage or microbatch, or a peer on the wrong side.
+
+    >>> Action(2, Kind.FORWARD, 0)
+    Action.parse('2F0')
+    >>> Action.parse("0SEND_F2>3").channel
+    Channel(sender=0, receiver=3)
     """
 
     stage: int

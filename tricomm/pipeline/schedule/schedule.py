@@ -9,7 +9,11 @@ from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
 
 
 def chain(stages: int) -> tuple[Edge, ...]:
-    """Each stage feeds the next one."""
+    """Each stage feeds the next one.
+
+    >>> [str(edge) for edge in chain(3)]
+    ['0-1', '1-2']
+    """
     return tuple(Edge(stage, stage + 1) for stage in range(stages - 1))
 
 
@@ -35,6 +39,12 @@ class Schedule:
     Raises:
         PlanError: a stage at two pipeline ranks or at none, an action that is missing, twice or both whole and split,
             or an edge that joins no two stages.
+
+    >>> schedule = Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"])
+    >>> schedule.stages, schedule.microbatches, schedule.has_communication
+    (2, 2, False)
+    >>> [str(channel) for channel in schedule.channels]
+    ['0>1', '1>0']
     """
 
     lists: tuple[tuple[Action, ...], ...]
