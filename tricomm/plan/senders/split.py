@@ -127,8 +127,12 @@ def _jobs(demand_class: DemandClass, nbytes: int, fan_out: FanOut) -> list[Job]:
 
 
 class ByteRange(NamedTuple):
-    """Bytes [start, stop) of all demands of one class: by which NICs they are sent and, for chains, at which of the
-    its hosts each chain ends.
+    """A range of the bytes of all demands of one class.
+
+    Attributes:
+        start, stop: the first byte, and the first behind it.
+        senders: the NICs that send it.
+        last: for chains, at which of the class's hosts each chain ends.
     """
 
     start: Fraction
