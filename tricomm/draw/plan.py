@@ -43,12 +43,13 @@ def plan_svg(plan: Plan, *, title: str = "", width: int = 1400, topology: Topolo
     Raises:
         PlanError: the plan was built for one rank only.
 
-    >>> from tricomm import Mesh, ShardingSpec, make_plan
-    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
-    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
-    >>> picture = plan_svg(make_plan(rows, columns))
-    >>> picture[:4], picture.count("rank 0 to rank 3: 32 B")  # where it leaves, and where it enters
-    ('<svg', 2)
+    Example:
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+        >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+        >>> picture = plan_svg(make_plan(rows, columns))
+        >>> picture[:4], picture.count("rank 0 to rank 3: 32 B")  # where it leaves, and where it enters
+        ('<svg', 2)
     """
     return "\n".join(_Drawing(plan, title, width, topology or plan.topology).lines())
 

@@ -50,8 +50,9 @@ def axis(left: float, right: float, until: float, top: float, bottom: float, uni
 def round_step(least: float) -> float:
     """The least of 1, 2 and 5 times a power of ten that is not below.
 
-    >>> round_step(0.3)
-    0.5
+    Example:
+        >>> round_step(0.3)
+        0.5
     """
     power = 10.0 ** floor(log10(least))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))

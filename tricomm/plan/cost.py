@@ -31,11 +31,12 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
         topology: hosts and rates.
         ranks: all that take part.
 
-    Rank 0 sends 4 MB to two hosts; once it must leave host a, and each must receive it:
+    Example:
+        Rank 0 sends 4 MB to two hosts; once it must leave host a, and each must receive it:
 
-    >>> task = Task(((((0, 1 << 20),),),), holders=(0,), receivers=(1, 2))
-    >>> lower_bound_seconds([task], 4, Topology(("a", "b", "c"), nic_bytes_per_second=1e9), range(3))
-    0.004194304
+        >>> task = Task(((((0, 1 << 20),),),), holders=(0,), receivers=(1, 2))
+        >>> lower_bound_seconds([task], 4, Topology(("a", "b", "c"), nic_bytes_per_second=1e9), range(3))
+        0.004194304
     """
     send_rates, receive_rates = host_rates(topology, ranks)
     incoming = dict.fromkeys(send_rates, 0)
@@ -92,16 +93,17 @@ def hop_times(move: Move, topology: Topology) -> HopTimes:
     before and a chunk is ready; a rank needs ``overhead_seconds`` to post each send. ``out_begin`` to ``into_end``
     show the chunks of a round one after the other, each for as long as it alone would take.
 
-    Rank 0 brings two chunks of 1 MB to rank 1, at 1 GB/s:
+    Example:
+        Rank 0 brings two chunks of 1 MB to rank 1, at 1 GB/s:
 
-    >>> from tricomm import Mesh, SendRecv, ShardingSpec, make_plan
-    >>> here = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (500_000,), "float32")
-    >>> there = ShardingSpec.from_dims(Mesh([1], ("y",)), ["R"])
-    >>> topology = Topology(("a", "b"), 1e9, latency_seconds=5e-6, overhead_seconds=1e-6)
-    >>> plan = make_plan(here, there, topology=topology, strategy=SendRecv(chunk_bytes=1_000_000))
-    >>> times = hop_times(plan.moves[0], topology)
-    >>> (times.out_begin * 1e6).round(3).tolist(), (times.arrival * 1e6).round(3).tolist()
-    ([1.0, 1001.0], [1006.0, 2006.0])
+        >>> from tricomm import Mesh, SendRecv, ShardingSpec, make_plan
+        >>> here = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (500_000,), "float32")
+        >>> there = ShardingSpec.from_dims(Mesh([1], ("y",)), ["R"])
+        >>> topology = Topology(("a", "b"), 1e9, latency_seconds=5e-6, overhead_seconds=1e-6)
+        >>> plan = make_plan(here, there, topology=topology, strategy=SendRecv(chunk_bytes=1_000_000))
+        >>> times = hop_times(plan.moves[0], topology)
+        >>> (times.out_begin * 1e6).round(3).tolist(), (times.arrival * 1e6).round(3).tolist()
+        ([1.0, 1001.0], [1006.0, 2006.0])
     """
     if not len(move.hops):
         return HopTimes(*np.zeros((6, 0)))

@@ -61,8 +61,9 @@ class Described(Protocol):
 def format_nbytes(nbytes: float) -> str:
     """Write bytes as a person reads them.
 
-    >>> format_nbytes(8_388_608)
-    '8.4 MB'
+    Example:
+        >>> format_nbytes(8_388_608)
+        '8.4 MB'
     """
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000 or unit == "GB":
@@ -74,8 +75,9 @@ def format_nbytes(nbytes: float) -> str:
 def format_seconds(seconds: float) -> str:
     """Write seconds as a person reads them.
 
-    >>> format_seconds(0.0012)
-    '1.2 ms'
+    Example:
+        >>> format_seconds(0.0012)
+        '1.2 ms'
     """
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
@@ -147,7 +149,8 @@ def _describe_move(move: Move, title: str, balance: str) -> list[str]:
 def format_region(region: Region) -> str:
     """Write a region as slices; ``[]`` is the element of a 0-d tensor.
 
-    >>> format_region((((0, 4), (8, 12)), ((0, 16),)))
-    '[0:4|8:12, 0:16]'
+    Example:
+        >>> format_region((((0, 4), (8, 12)), ((0, 16),)))
+        '[0:4|8:12, 0:16]'
     """
     return "[" + ", ".join("|".join(f"{start}:{stop}" for start, stop in intervals) for intervals in region) + "]"

@@ -23,16 +23,17 @@ class Move:
         messages: what travels along each chain of ranks.
         hops: when each chunk of a message passes from a rank to the next.
 
-    >>> from tricomm import Mesh, ShardingSpec, make_plan
-    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
-    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
-    >>> move = make_plan(rows, columns).moves[0]
-    >>> move.tasks[0]
-    Task(regions=((((0, 4),), ((0, 2),)),), holders=(0,), receivers=(2,))
-    >>> move.messages[0]
-    Message(chain=(0, 2), chunks=(((((0, 4),), ((0, 2),)),),))
-    >>> move.hops[0]
-    Hop(round=0, source=0, destination=2, message=0, chunk=0)
+    Example:
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+        >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+        >>> move = make_plan(rows, columns).moves[0]
+        >>> move.tasks[0]
+        Task(regions=((((0, 4),), ((0, 2),)),), holders=(0,), receivers=(2,))
+        >>> move.messages[0]
+        Message(chain=(0, 2), chunks=(((((0, 4),), ((0, 2),)),),))
+        >>> move.hops[0]
+        Hop(round=0, source=0, destination=2, message=0, chunk=0)
     """
 
     source: ShardingSpec

@@ -35,17 +35,18 @@ class Plan:
         reduction: what happens between the two moves of a Partial source, else None.
         moves: one, or two where the source is Partial.
 
-    >>> from tricomm import Mesh, ShardingSpec, make_plan
-    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
-    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
-    >>> plan = make_plan(rows, columns)
-    >>> plan.participants, plan.wire_nbytes, plan.minimum_nbytes
-    ((0, 1, 2, 3), 128, 128)
-    >>> plan.verify()  # raises PlanError if an element were lost, sent twice, or sent before it is there
-    >>> plan.simulated_seconds() >= plan.lower_bound_seconds()
-    True
-    >>> [(receive.peer, receive.numel) for receive in plan.for_rank(2)[0].rounds[0].receives]
-    [(0, 8), (1, 8)]
+    Example:
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+        >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+        >>> plan = make_plan(rows, columns)
+        >>> plan.participants, plan.wire_nbytes, plan.minimum_nbytes
+        ((0, 1, 2, 3), 128, 128)
+        >>> plan.verify()  # raises PlanError if an element were lost, sent twice, or sent before it is there
+        >>> plan.simulated_seconds() >= plan.lower_bound_seconds()
+        True
+        >>> [(receive.peer, receive.numel) for receive in plan.for_rank(2)[0].rounds[0].receives]
+        [(0, 8), (1, 8)]
     """
 
     source: ShardingSpec

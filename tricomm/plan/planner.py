@@ -58,22 +58,23 @@ def make_plan(
             is of the wrong kind.
         PlanError: an element that is needed is held by nobody.
 
-    Rows on two ranks become columns on two others:
+    Example:
+        Rows on two ranks become columns on two others:
 
-    >>> from tricomm import Mesh, ShardingSpec, make_plan
-    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
-    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
-    >>> print(make_plan(rows, columns))
-    reshard
-      from  float32[8/dp, 4] on (dp=2: ranks 0-1)
-      to    float32[8, 4/tp] on (tp=2: ranks 2-3)
-      over  4 ranks on 4 hosts, a NIC of 12.5 GB/s on each; latency 20 us
-      wire  128 B (minimum 128 B), NIC bound 0.00512 us, expected 60 us
-      SendRecv(chunk_bytes=None), Split(): 4 tasks, 4 messages, 4 hops in 1 round, 0 local copies
-        0 -> 2   8 elements in 1 chunk: [0:4, 0:2]
-        0 -> 3   8 elements in 1 chunk: [0:4, 2:4]
-        1 -> 2   8 elements in 1 chunk: [4:8, 0:2]
-        1 -> 3   8 elements in 1 chunk: [4:8, 2:4]
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+        >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+        >>> print(make_plan(rows, columns))
+        reshard
+          from  float32[8/dp, 4] on (dp=2: ranks 0-1)
+          to    float32[8, 4/tp] on (tp=2: ranks 2-3)
+          over  4 ranks on 4 hosts, a NIC of 12.5 GB/s on each; latency 20 us
+          wire  128 B (minimum 128 B), NIC bound 0.00512 us, expected 60 us
+          SendRecv(chunk_bytes=None), Split(): 4 tasks, 4 messages, 4 hops in 1 round, 0 local copies
+            0 -> 2   8 elements in 1 chunk: [0:4, 0:2]
+            0 -> 3   8 elements in 1 chunk: [0:4, 2:4]
+            1 -> 2   8 elements in 1 chunk: [4:8, 0:2]
+            1 -> 3   8 elements in 1 chunk: [4:8, 2:4]
     """
     check_spec("source", source)
     check_spec("destination", destination)

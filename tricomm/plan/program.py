@@ -107,15 +107,16 @@ class RankProgram:
         copies: what it copies to itself.
         rounds: its rounds, in order; rounds without it are left out.
 
-    >>> from tricomm import Mesh, ShardingSpec, make_plan
-    >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
-    >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
-    >>> (program,) = make_plan(rows, columns).for_rank(0)
-    >>> program.source_shape, program.destination_shape
-    ((4, 4), None)
-    >>> (only,) = program.rounds
-    >>> [(send.peer, send.regions[0].boxes[0].local_start, send.regions[0].shape) for send in only.sends]
-    [(2, (0, 0), (4, 2)), (3, (0, 2), (4, 2))]
+    Example:
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
+        >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
+        >>> (program,) = make_plan(rows, columns).for_rank(0)
+        >>> program.source_shape, program.destination_shape
+        ((4, 4), None)
+        >>> (only,) = program.rounds
+        >>> [(send.peer, send.regions[0].boxes[0].local_start, send.regions[0].shape) for send in only.sends]
+        [(2, (0, 0), (4, 2)), (3, (0, 2), (4, 2))]
     """
 
     rank: int

@@ -106,9 +106,10 @@ def _sweep(intervals: Iterable[tuple[int, int, int]], cuts: np.ndarray) -> Cover
         intervals: (part, start, stop) of every interval; those of one part do not overlap.
         cuts: every start and stop, ascending.
 
-    >>> covering = _sweep([(0, 0, 4), (1, 2, 6)], np.array([0, 2, 4, 6, 8]))
-    >>> covering.classes.tolist(), covering.parts
-    ([0, 1, 2, -1], ((0,), (0, 1), (1,)))
+    Example:
+        >>> covering = _sweep([(0, 0, 4), (1, 2, 6)], np.array([0, 2, 4, 6, 8]))
+        >>> covering.classes.tolist(), covering.parts
+        ([0, 1, 2, -1], ((0,), (0, 1), (1,)))
     """
     begins: dict[int, list[int]] = defaultdict(list)
     ends: dict[int, list[int]] = defaultdict(list)

@@ -27,11 +27,12 @@ class Task:
         holders: source ranks that hold all of it, in mesh order.
         receivers: destination ranks that need all of it, in mesh order.
 
-    Rank 1 holds what it needs; rank 2 does not:
+    Example:
+        Rank 1 holds what it needs; rank 2 does not:
 
-    >>> task = Task(((((0, 4),), ((0, 8),)),), holders=(0, 1), receivers=(1, 2))
-    >>> task.numel, task.remote_receivers
-    (32, (2,))
+        >>> task = Task(((((0, 4),), ((0, 8),)),), holders=(0, 1), receivers=(1, 2))
+        >>> task.numel, task.remote_receivers
+        (32, (2,))
     """
 
     regions: tuple[Region, ...]
@@ -109,13 +110,14 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
     Raises:
         PlanError: an element that somebody needs and nobody holds.
 
-    >>> from tricomm import Mesh, ShardingSpec
-    >>> halves = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["S0"], (6,), "float32")
-    >>> whole = ShardingSpec.from_dims(Mesh([1, 2], ("y",)), ["R"], (6,), "float32")
-    >>> for task in unit_tasks(halves, whole):
-    ...     print(task.regions, task.holders, task.receivers)
-    ((((0, 3),),),) (0,) (1, 2)
-    ((((3, 6),),),) (1,) (1, 2)
+    Example:
+        >>> from tricomm import Mesh, ShardingSpec
+        >>> halves = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["S0"], (6,), "float32")
+        >>> whole = ShardingSpec.from_dims(Mesh([1, 2], ("y",)), ["R"], (6,), "float32")
+        >>> for task in unit_tasks(halves, whole):
+        ...     print(task.regions, task.holders, task.receivers)
+        ((((0, 3),),),) (0,) (1, 2)
+        ((((3, 6),),),) (1,) (1, 2)
     """
     per_dim = _refinement(source, destination)
     holders = RankSetBuilder(source, part_table(source), [dim.held for dim in per_dim])

@@ -9,10 +9,11 @@ from tricomm.plan.network.hosts import Hosts
 class FanOut(Enum):
     """How often a strategy puts a task on its sender's NIC; the rest is forwarded by receivers.
 
-    Two receivers on host b and two on host c, none of them on the sender's:
+    Example:
+        Two receivers on host b and two on host c, none of them on the sender's:
 
-    >>> [(fan_out.name, fan_out.sends(((2, 3), (4, 5)))) for fan_out in FanOut]
-    [('EVERY_RANK', 4), ('EVERY_HOST', 2), ('ONCE', 1)]
+        >>> [(fan_out.name, fan_out.sends(((2, 3), (4, 5)))) for fan_out in FanOut]
+        [('EVERY_RANK', 4), ('EVERY_HOST', 2), ('ONCE', 1)]
     """
 
     EVERY_RANK = "once for every receiver on another host"

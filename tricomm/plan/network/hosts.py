@@ -19,8 +19,9 @@ def grouped(ranks: Iterable[int], number_of: Callable[[int], int]) -> Hosts:
 def by_host(ranks: Iterable[int], topology: Topology) -> Hosts:
     """Group ranks by host, hosts in the order of their first rank.
 
-    >>> by_host([4, 1, 5, 0], Topology(("a", "a", "a", "b", "b", "b")))
-    ((4, 5), (1, 0))
+    Example:
+        >>> by_host([4, 1, 5, 0], Topology(("a", "a", "a", "b", "b", "b")))
+        ((4, 5), (1, 0))
     """
     return grouped(ranks, topology.host)
 
@@ -28,8 +29,9 @@ def by_host(ranks: Iterable[int], topology: Topology) -> Hosts:
 class HostsOf(dict[tuple[int, ...], Hosts]):
     """Looks up ranks by host; many tasks have the same ranks, which are then grouped once.
 
-    >>> HostsOf(Topology(("a", "a", "b")))[0, 2, 1]
-    ((0, 1), (2,))
+    Example:
+        >>> HostsOf(Topology(("a", "a", "b")))[0, 2, 1]
+        ((0, 1), (2,))
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -44,8 +46,9 @@ class HostsOf(dict[tuple[int, ...], Hosts]):
 def other_hosts(hosts: Sequence[tuple[int, ...]], rank: int, topology: Topology) -> Hosts:
     """Leave out the host that a rank is on.
 
-    >>> other_hosts(((4, 5), (1, 0)), 3, Topology(("a", "a", "a", "b", "b", "b")))
-    ((1, 0),)
+    Example:
+        >>> other_hosts(((4, 5), (1, 0)), 3, Topology(("a", "a", "a", "b", "b", "b")))
+        ((1, 0),)
     """
     here = topology.host(rank)
     return tuple([ranks for ranks in hosts if topology.host(ranks[0]) != here])

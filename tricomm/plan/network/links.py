@@ -34,11 +34,12 @@ class Crossings(NamedTuple):
 def crossings(sources: np.ndarray, destinations: np.ndarray, topology: Topology) -> Crossings:
     """Find the links between pairs of ranks. Numbers are below ``link_count(topology)``.
 
-    One hop within a host, one to another:
+    Example:
+        One hop within a host, one to another:
 
-    >>> found = crossings(np.array([0, 0]), np.array([1, 2]), Topology(("a", "a", "b"), 1e9))
-    >>> found.out.tolist(), found.into.tolist(), found.out_rates.tolist()
-    ([2, 0], [8, 6], [200000000000.0, 1000000000.0])
+        >>> found = crossings(np.array([0, 0]), np.array([1, 2]), Topology(("a", "a", "b"), 1e9))
+        >>> found.out.tolist(), found.into.tolist(), found.out_rates.tolist()
+        ([2, 0], [8, 6], [200000000000.0, 1000000000.0])
     """
     nics = topology.nic_numbers
     count, ranks = len(topology.nic_send_rates), len(nics)
@@ -66,9 +67,10 @@ class ChainLinks(NamedTuple):
         sources, destinations: (links,), the ranks at its ends.
         firsts: (chains,), the row of each chain's first link.
 
-    >>> links = ChainLinks.of([(0, 2, 3), (1, 3)])
-    >>> links.chain.tolist(), links.sources.tolist(), links.destinations.tolist(), links.firsts.tolist()
-    ([0, 0, 1], [0, 2, 1], [2, 3, 3], [0, 2])
+    Example:
+        >>> links = ChainLinks.of([(0, 2, 3), (1, 3)])
+        >>> links.chain.tolist(), links.sources.tolist(), links.destinations.tolist(), links.firsts.tolist()
+        ([0, 0, 1], [0, 2, 1], [2, 3, 3], [0, 2])
     """
 
     chain: np.ndarray

@@ -15,13 +15,14 @@ class NicSeconds:
         topology: NICs and their rates.
         receiving: count at the rate at which NICs receive; otherwise at that at which they send.
 
-    >>> sending = NicSeconds(Topology(("a", "a", "b"), nic_bytes_per_second=1e6, nics_per_host=2))
-    >>> sending.add(0, nbytes=500)
-    >>> sending.add_evenly([0, 1], nbytes=3000)
-    >>> sending.seconds
-    {0: 0.002, 1: 0.0015}
-    >>> sending.busiest
-    0.002
+    Example:
+        >>> sending = NicSeconds(Topology(("a", "a", "b"), nic_bytes_per_second=1e6, nics_per_host=2))
+        >>> sending.add(0, nbytes=500)
+        >>> sending.add_evenly([0, 1], nbytes=3000)
+        >>> sending.seconds
+        {0: 0.002, 1: 0.0015}
+        >>> sending.busiest
+        0.002
     """
 
     def __init__(self, topology: Topology, receiving: bool = False) -> None:
@@ -61,8 +62,9 @@ class NicSeconds:
 def host_rates(topology: Topology, ranks: Iterable[int]) -> tuple[dict[int, float], dict[int, float]]:
     """Bytes per second that the NICs of some ranks send and receive together, per host.
 
-    >>> host_rates(Topology(("a", "a", "b"), nic_bytes_per_second=1e6, nics_per_host=2), range(3))
-    ({0: 2000000.0, 1: 1000000.0}, {0: 2000000.0, 1: 1000000.0})
+    Example:
+        >>> host_rates(Topology(("a", "a", "b"), nic_bytes_per_second=1e6, nics_per_host=2), range(3))
+        ({0: 2000000.0, 1: 1000000.0}, {0: 2000000.0, 1: 1000000.0})
     """
     sending: dict[int, float] = {}
     receiving: dict[int, float] = {}

@@ -98,8 +98,9 @@ class Chunks(Lazy[Chunk]):
 def even_parts(regions: Sequence[Region], count: int) -> list[Chunk]:
     """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most.
 
-    >>> even_parts([(((0, 4),), ((0, 8),))], 2)
-    [((((0, 2),), ((0, 8),)),), ((((2, 4),), ((0, 8),)),)]
+    Example:
+        >>> even_parts([(((0, 4),), ((0, 8),))], 2)
+        [((((0, 2),), ((0, 8),)),), ((((2, 4),), ((0, 8),)),)]
     """
     if count == 1:
         return [tuple(regions)]
@@ -125,9 +126,10 @@ class Message:
         chain: the sender, then the receivers in the order in which they receive and forward.
         chunks: in the order of sending.
 
-    >>> message = Message((0, 2, 3), (((((0, 4),),),), ((((4, 6),),),)))  # rank 2 forwards to rank 3
-    >>> message.numel, message.chunk_numel(1)
-    (6, 2)
+    Example:
+        >>> message = Message((0, 2, 3), (((((0, 4),),),), ((((4, 6),),),)))  # rank 2 forwards to rank 3
+        >>> message.numel, message.chunk_numel(1)
+        (6, 2)
     """
 
     chain: tuple[int, ...]

@@ -66,8 +66,9 @@ class Hops(Lazy[Hop]):
 def hop_table(hops: Sequence[Hop]) -> np.ndarray:
     """Make hops an int array (hops, fields of a Hop).
 
-    >>> hop_table([Hop(0, 2, 3, 1, 0)]).tolist()
-    [[0, 2, 3, 1, 0]]
+    Example:
+        >>> hop_table([Hop(0, 2, 3, 1, 0)]).tolist()
+        [[0, 2, 3, 1, 0]]
     """
     return hops.table if isinstance(hops, Hops) else np.array(hops, np.int64).reshape(-1, len(Hop._fields))
 
@@ -80,12 +81,13 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
         participants: all ranks of either mesh, sorted.
         topology: which hops are within a host.
 
-    Two chunks along a chain of three hosts; the second leaves rank 0 while rank 1 forwards the first:
+    Example:
+        Two chunks along a chain of three hosts; the second leaves rank 0 while rank 1 forwards the first:
 
-    >>> message = Message((0, 1, 2), (((((0, 4),),),), ((((4, 8),),),)))
-    >>> hops = schedule([message], range(3), Topology.flat(3))
-    >>> [(hop.round // STEP_STRIDE, hop.source, hop.destination, hop.chunk) for hop in hops]
-    [(0, 0, 1, 0), (1, 0, 1, 1), (1, 1, 2, 0), (2, 1, 2, 1)]
+        >>> message = Message((0, 1, 2), (((((0, 4),),),), ((((4, 8),),),)))
+        >>> hops = schedule([message], range(3), Topology.flat(3))
+        >>> [(hop.round // STEP_STRIDE, hop.source, hop.destination, hop.chunk) for hop in hops]
+        [(0, 0, 1, 0), (1, 0, 1, 1), (1, 1, 2, 0), (2, 1, 2, 1)]
     """
     if isinstance(messages, Unicasts):
         pairs, counts = messages.pairs, messages.chunk_counts

@@ -32,13 +32,14 @@ from tricomm.plan.senders.policy import Assignment, DirectAssignments
 class Strategy(Protocol):
     """Routes assignments. Deterministic: equal arguments give equal messages on every rank.
 
-    SendRecv, Broadcast, LocalAllGather and GlobalAllGather are strategies; others need these two members only:
+    Example:
+        SendRecv, Broadcast, LocalAllGather and GlobalAllGather are strategies; others need these two members only:
 
-    >>> from tricomm import SendRecv, Topology
-    >>> SendRecv().fan_out
-    <FanOut.EVERY_RANK: 'once for every receiver on another host'>
-    >>> SendRecv().route((), RouteContext(4, Topology.flat(2), 1, 1 << 20))
-    ()
+        >>> from tricomm import SendRecv, Topology
+        >>> SendRecv().fan_out
+        <FanOut.EVERY_RANK: 'once for every receiver on another host'>
+        >>> SendRecv().route((), RouteContext(4, Topology.flat(2), 1, 1 << 20))
+        ()
     """
 
     @property
@@ -79,13 +80,14 @@ class SendRecv(_Chunked):
     Args:
         chunk_bytes: size of a chunk; None chooses one that fits the staging budget.
 
-    >>> from tricomm import Mesh, SendRecv, ShardingSpec, Topology, make_plan
-    >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
-    >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
-    >>> hosts = Topology(("a", "b", "b", "c", "c"))
-    >>> move = make_plan(one, four, topology=hosts, strategy=SendRecv()).moves[0]
-    >>> [message.chain for message in move.messages]
-    [(0, 1), (0, 2), (0, 3), (0, 4)]
+    Example:
+        >>> from tricomm import Mesh, SendRecv, ShardingSpec, Topology, make_plan
+        >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
+        >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
+        >>> hosts = Topology(("a", "b", "b", "c", "c"))
+        >>> move = make_plan(one, four, topology=hosts, strategy=SendRecv()).moves[0]
+        >>> [message.chain for message in move.messages]
+        [(0, 1), (0, 2), (0, 3), (0, 4)]
     """
 
     @property
@@ -147,13 +149,14 @@ class LocalAllGather(_Chained):
     Args:
         chunk_bytes: size of a chunk; None chooses one.
 
-    >>> from tricomm import LocalAllGather, Mesh, ShardingSpec, Topology, make_plan
-    >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
-    >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
-    >>> hosts = Topology(("a", "b", "b", "c", "c"))
-    >>> move = make_plan(one, four, topology=hosts, strategy=LocalAllGather()).moves[0]
-    >>> [message.chain for message in move.messages]
-    [(0, 1, 2), (0, 2, 1), (0, 3, 4), (0, 4, 3)]
+    Example:
+        >>> from tricomm import LocalAllGather, Mesh, ShardingSpec, Topology, make_plan
+        >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
+        >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
+        >>> hosts = Topology(("a", "b", "b", "c", "c"))
+        >>> move = make_plan(one, four, topology=hosts, strategy=LocalAllGather()).moves[0]
+        >>> [message.chain for message in move.messages]
+        [(0, 1, 2), (0, 2, 1), (0, 3, 4), (0, 4, 3)]
     """
 
     @property
@@ -178,13 +181,14 @@ class GlobalAllGather(_Chained):
     Args:
         chunk_bytes: size of a chunk; None chooses one.
 
-    >>> from tricomm import GlobalAllGather, Mesh, ShardingSpec, Topology, make_plan
-    >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
-    >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
-    >>> hosts = Topology(("a", "b", "b", "c", "c"))
-    >>> move = make_plan(one, four, topology=hosts, strategy=GlobalAllGather()).moves[0]
-    >>> [message.chain for message in move.messages]
-    [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 3, 4, 1, 2), (0, 4, 1, 2, 3)]
+    Example:
+        >>> from tricomm import GlobalAllGather, Mesh, ShardingSpec, Topology, make_plan
+        >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
+        >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
+        >>> hosts = Topology(("a", "b", "b", "c", "c"))
+        >>> move = make_plan(one, four, topology=hosts, strategy=GlobalAllGather()).moves[0]
+        >>> [message.chain for message in move.messages]
+        [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 3, 4, 1, 2), (0, 4, 1, 2, 3)]
     """
 
     @property
@@ -210,15 +214,16 @@ class Broadcast(_Chained):
     Args:
         chunk_bytes: size of a chunk; None weighs the time to fill the chain against what a chunk costs.
 
-    >>> from tricomm import Broadcast, Mesh, ShardingSpec, Topology, make_plan
-    >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
-    >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
-    >>> hosts = Topology(("a", "b", "b", "c", "c"))
-    >>> move = make_plan(one, four, topology=hosts, strategy=Broadcast()).moves[0]
-    >>> [message.chain for message in move.messages]
-    [(0, 1, 2, 3, 4)]
-    >>> [chunk[0] for chunk in move.messages[0].chunks][:2]  # each chunk is one region of one dim
-    [(((0, 262144),),), (((262144, 524288),),)]
+    Example:
+        >>> from tricomm import Broadcast, Mesh, ShardingSpec, Topology, make_plan
+        >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
+        >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
+        >>> hosts = Topology(("a", "b", "b", "c", "c"))
+        >>> move = make_plan(one, four, topology=hosts, strategy=Broadcast()).moves[0]
+        >>> [message.chain for message in move.messages]
+        [(0, 1, 2, 3, 4)]
+        >>> [chunk[0] for chunk in move.messages[0].chunks][:2]  # each chunk is one region of one dim
+        [(((0, 262144),),), (((262144, 524288),),)]
     """
 
     @property
@@ -263,12 +268,13 @@ class Auto:
     Args:
         search_up_to: how many ranks may take part for strategies to be compared; 0 is none.
 
-    >>> from tricomm import Auto, Mesh, ShardingSpec, Topology, make_plan
-    >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
-    >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
-    >>> hosts = Topology(("a", "b", "b", "c", "c"))
-    >>> make_plan(one, four, topology=hosts, strategy=Auto()).moves[0].strategy
-    GlobalAllGather(chunk_bytes=None)
+    Example:
+        >>> from tricomm import Auto, Mesh, ShardingSpec, Topology, make_plan
+        >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
+        >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
+        >>> hosts = Topology(("a", "b", "b", "c", "c"))
+        >>> make_plan(one, four, topology=hosts, strategy=Auto()).moves[0].strategy
+        GlobalAllGather(chunk_bytes=None)
     """
 
     search_up_to: int = 32

@@ -43,11 +43,12 @@ def share(
         before: load / speed that machines have already.
         at_least: a factor below which nothing is gained; the answer then has fewer pieces.
 
-    Machine 1 is three times as fast, and only machine 0 may do the second job:
+    Example:
+        Machine 1 is three times as fast, and only machine 0 may do the second job:
 
-    >>> found = share([Job(80, {0: None, 1: None}), Job(10, {0: None})], {0: 1.0, 1: 3.0}, before={})
-    >>> float(found.factor), [{machine: float(part) for machine, part in job.items()} for job in found.amounts]
-    (22.5, [{0: 12.5, 1: 67.5}, {0: 10.0}])
+        >>> found = share([Job(80, {0: None, 1: None}), Job(10, {0: None})], {0: 1.0, 1: 3.0}, before={})
+        >>> float(found.factor), [{machine: float(part) for machine, part in job.items()} for job in found.amounts]
+        (22.5, [{0: 12.5, 1: 67.5}, {0: 10.0}])
     """
     exact = {machine: Fraction(speed) for machine, speed in speeds.items()}
     factor = max([Fraction(at_least), *(Fraction(before.get(machine, 0.0)) for machine in speeds)])

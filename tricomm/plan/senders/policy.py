@@ -28,8 +28,9 @@ class Assignment:
         receivers: host by host; a strategy that forwards does so in this order of the hosts.
         regions: of one task.
 
-    >>> Assignment(0, (2, 3), ((((0, 4),), ((0, 8),)),)).numel
-    32
+    Example:
+        >>> Assignment(0, (2, 3), ((((0, 4),), ((0, 8),)),)).numel
+        32
     """
 
     sender: int
@@ -77,11 +78,12 @@ def direct_assignments(tasks: Sequence[Task], first_holder: bool = False) -> Dir
 class SenderPolicy(Protocol):
     """Chooses senders. Deterministic: equal arguments give equal assignments on every rank.
 
-    Split, Naive, LeastLoaded, Search, RandomizedGreedy and Ensemble are policies; others need this member only:
+    Example:
+        Split, Naive, LeastLoaded, Search, RandomizedGreedy and Ensemble are policies; others need this member only:
 
-    >>> task = Task(((((0, 4),),),), holders=(0, 1), receivers=(2,))
-    >>> Naive().assign((task,), 4, Topology.flat(3), FanOut.ONCE)
-    (Assignment(sender=0, receivers=(2,), regions=((((0, 4),),),)),)
+        >>> task = Task(((((0, 4),),),), holders=(0, 1), receivers=(2,))
+        >>> Naive().assign((task,), 4, Topology.flat(3), FanOut.ONCE)
+        (Assignment(sender=0, receivers=(2,), regions=((((0, 4),),),)),)
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
@@ -231,12 +233,13 @@ def choose_senders(
 class Naive:
     """Let the first holder in mesh order send: the paper's baseline.
 
-    >>> from tricomm import Mesh, Naive, ShardingSpec, make_plan
-    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
-    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
-    >>> move = make_plan(two, three, balance=Naive()).moves[0]
-    >>> [(message.chain, message.numel) for message in move.messages]
-    [((0, 2), 2048), ((0, 3), 2048), ((0, 4), 2048)]
+    Example:
+        >>> from tricomm import Mesh, Naive, ShardingSpec, make_plan
+        >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+        >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+        >>> move = make_plan(two, three, balance=Naive()).moves[0]
+        >>> [(message.chain, message.numel) for message in move.messages]
+        [((0, 2), 2048), ((0, 3), 2048), ((0, 4), 2048)]
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
@@ -263,12 +266,13 @@ class LeastLoaded:
     Longest-processing-time-first (Graham 1969) over NICs. The paper's "load balance only" keeps the given order,
     and its code weighs whole tiles where only slices travel.
 
-    >>> from tricomm import LeastLoaded, Mesh, ShardingSpec, make_plan
-    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
-    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
-    >>> move = make_plan(two, three, balance=LeastLoaded()).moves[0]
-    >>> [(message.chain, message.numel) for message in move.messages]
-    [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
+    Example:
+        >>> from tricomm import LeastLoaded, Mesh, ShardingSpec, make_plan
+        >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+        >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+        >>> move = make_plan(two, three, balance=LeastLoaded()).moves[0]
+        >>> [(message.chain, message.numel) for message in move.messages]
+        [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:

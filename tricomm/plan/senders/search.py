@@ -37,12 +37,13 @@ class Search:
     Raises:
         PlanError: ``nodes`` is not a positive integer.
 
-    >>> from tricomm import Mesh, Search, ShardingSpec, make_plan
-    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
-    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
-    >>> move = make_plan(two, three, balance=Search(nodes=100)).moves[0]
-    >>> [(message.chain, message.numel) for message in move.messages]
-    [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
+    Example:
+        >>> from tricomm import Mesh, Search, ShardingSpec, make_plan
+        >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+        >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+        >>> move = make_plan(two, three, balance=Search(nodes=100)).moves[0]
+        >>> [(message.chain, message.numel) for message in move.messages]
+        [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
     """
 
     nodes: int = 20_000
@@ -125,12 +126,13 @@ class RandomizedGreedy:
     Raises:
         PlanError: ``trials`` is not a positive integer.
 
-    >>> from tricomm import Mesh, RandomizedGreedy, ShardingSpec, make_plan
-    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
-    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
-    >>> move = make_plan(two, three, balance=RandomizedGreedy(trials=10)).moves[0]
-    >>> [(message.chain, message.numel) for message in move.messages]
-    [((0, 2), 2048), ((0, 3), 2048), ((1, 4), 2048)]
+    Example:
+        >>> from tricomm import Mesh, RandomizedGreedy, ShardingSpec, make_plan
+        >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+        >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+        >>> move = make_plan(two, three, balance=RandomizedGreedy(trials=10)).moves[0]
+        >>> [(message.chain, message.numel) for message in move.messages]
+        [((0, 2), 2048), ((0, 3), 2048), ((1, 4), 2048)]
     """
 
     trials: int = 100
@@ -161,12 +163,13 @@ class RandomizedGreedy:
 class Ensemble:
     """Take whichever of Naive, LeastLoaded, RandomizedGreedy and Search loads the busiest NIC least (the paper's).
 
-    >>> from tricomm import Ensemble, Mesh, ShardingSpec, make_plan
-    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
-    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
-    >>> move = make_plan(two, three, balance=Ensemble()).moves[0]
-    >>> [(message.chain, message.numel) for message in move.messages]
-    [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
+    Example:
+        >>> from tricomm import Ensemble, Mesh, ShardingSpec, make_plan
+        >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+        >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+        >>> move = make_plan(two, three, balance=Ensemble()).moves[0]
+        >>> [(message.chain, message.numel) for message in move.messages]
+        [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:

@@ -29,12 +29,13 @@ class Split:
 
     Beyond the paper, which gives each task one sender.
 
-    >>> from tricomm import Mesh, ShardingSpec, Split, make_plan
-    >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
-    >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
-    >>> move = make_plan(two, three, balance=Split()).moves[0]
-    >>> [(message.chain, message.numel) for message in move.messages]
-    [((0, 2), 2048), ((0, 3), 1024), ((1, 3), 1024), ((1, 4), 2048)]
+    Example:
+        >>> from tricomm import Mesh, ShardingSpec, Split, make_plan
+        >>> two = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["R", "R"], (6, 1024), "float32")
+        >>> three = ShardingSpec.from_dims(Mesh([2, 3, 4], ("y",)), ["S0", "R"])
+        >>> move = make_plan(two, three, balance=Split()).moves[0]
+        >>> [(message.chain, message.numel) for message in move.messages]
+        [((0, 2), 2048), ((0, 3), 1024), ((1, 3), 1024), ((1, 4), 2048)]
     """
 
     def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
@@ -178,8 +179,9 @@ def _pieces(
 def _wrapped(lengths: Sequence[tuple[int, Fraction]], around: int) -> list[tuple[Fraction, Fraction, int]]:
     """Lay items end to end along a line that is wrapped around [0, around): (start, stop, item) of each stretch.
 
-    >>> _wrapped([(7, Fraction(6)), (8, Fraction(4))], around=8)
-    [(Fraction(0, 1), Fraction(6, 1), 7), (Fraction(6, 1), Fraction(8, 1), 8), (Fraction(0, 1), Fraction(2, 1), 8)]
+    Example:
+        >>> _wrapped([(7, Fraction(6)), (8, Fraction(4))], around=8)
+        [(Fraction(0, 1), Fraction(6, 1), 7), (Fraction(6, 1), Fraction(8, 1), 8), (Fraction(0, 1), Fraction(2, 1), 8)]
     """
     result: list[tuple[Fraction, Fraction, int]] = []
     position = Fraction(0)
