@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import pkgutil
 from math import prod
 from typing import Any
@@ -16,7 +17,8 @@ import tricomm.rules
 from tricomm.rules import Expression, Piece, Rules, cat, each, fill, source, stack, within, within_source
 from tricomm.rules.cover import coordinates, cover, without
 
-quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+COUNT = int(os.environ.get("TRICOMM_FUZZ", "150"))
+quick = settings(max_examples=COUNT, deadline=None, derandomize=COUNT == 150, suppress_health_check=list(HealthCheck))
 
 Pair = tuple[Expression, np.ndarray]
 """An expression, and what numpy makes of it."""
@@ -255,6 +257,14 @@ def test_pieces_are_few(written: Expression, expected: int) -> None:
     assert len(pieces) == expected
 
 
+def test_new_dims_from_either_end() -> None:
+    x = source("x", (2, 3))
+    assert [x.unsqueeze(dim).shape for dim in (0, 1, 2, -1, -2, -3)] == [
+        tuple(torch.empty(2, 3).unsqueeze(dim).shape) for dim in (0, 1, 2, -1, -2, -3)
+    ]
+    assert source("later").unsqueeze(-2) == source("later")[..., None, :]
+
+
 def test_equal_maps_have_equal_normal_forms() -> None:
     """However they are written."""
     x, q, k = source("x", (8, 6)), source("q", (4, 6)), source("k", (4, 6))
@@ -319,8 +329,11 @@ def test_maps_of_different_layers_are_added() -> None:
 
 
 def test_the_examples_in_the_docstrings_run() -> None:
+    """And every public name has one."""
     names = [tricomm.rules.__name__]
     names += [found.name for found in pkgutil.walk_packages(tricomm.rules.__path__, "tricomm.rules.")]
     results = [doctest.testmod(importlib.import_module(name)) for name in names]
     assert sum(result.failed for result in results) == 0
-    assert sum(result.attempted for result in results) >= 20
+    assert sum(result.attempted for result in results) >= 50
+    texts = {name: getattr(tricomm.rules, name).__doc__ for name in tricomm.rules.__all__}
+    assert [name for name, text in texts.items() if ">>>" not in text] == []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.rules.test_algebra import Pair, pairs, quick, require_sound
 from tricomm import SpecError
 from tricomm.rules import Rules, cat, each, fill, source, stack
-from tricomm.rules.cover import defines_exactly_once
+from tricomm.rules.cover import cover, defines_exactly_once
 
 
 @quick
@@ -216,3 +216,15 @@ def test_maps_that_do_not_meet_are_refused() -> None:
     ):
         first.then(again)
     assert first.then(Rules({"c": source("b")}).bind({"b": (4,)}, {"b": "bfloat16"})).dtypes == {"c": "bfloat16"}
+
+
+@pytest.mark.parametrize("cells", [1, 3, 1 << 22])
+def test_counting_in_parts_is_counting(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    """However few combinations are counted at once."""
+    monkeypatch.setattr("tricomm.rules.cover.MAX_CELLS", cells)
+    x = source("x", (5, 4, 3))
+    (tensor,) = Rules({"x": cat([x[:2], cat([x[2:, 1:], x[2:, :1]], dim=1)])}).bind().tensors
+    count = cover.__wrapped__
+    assert count((5, 4, 3), tensor.pieces) == (0, None, None)
+    assert count((5, 4, 3), tensor.pieces[1:]) == (24, (0, 0, 0), None)
+    assert count((5, 4, 3), (*tensor.pieces[:2], tensor.pieces[1])) == (9, (2, 3, 0), (2, 0, 0))

@@ -52,7 +52,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: q.permute(0, 0), "q.permute(0, 0): (0, 0) are not all dims once each; give an order of 0 to 1"),
     (lambda: q.permute(0, 2), "q.permute(0, 2): (0, 2) are not all dims once each; give an order of 0 to 1"),
     (lambda: q.expand(8, -2), "q.expand(8, -2): sizes are at least 0, or -1 to keep a dim"),
-    (lambda: q.to("float12"), "dtype 'float12' is not an element type that tricomm moves; use one of "),
+    (lambda: q.to("float12"), "dtype 'float12' is not an element type that tricomm moves; "),
     # made: shapes
     (
         lambda: cat([q, source("k", (2, 5))]),

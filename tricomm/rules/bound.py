@@ -22,7 +22,12 @@ Known = dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class BoundSource:
-    """A source tensor: name, shape and dtype (None if it was not given)."""
+    """A source tensor: name, shape and dtype (None if it was not given).
+
+    >>> from tricomm.rules import Rules, source
+    >>> Rules({"b": source("a", (2,))}).bind(dtypes={"a": "float32"}).sources
+    (BoundSource(name='a', shape=(2,), dtype='float32'),)
+    """
 
     name: str
     shape: Shape
@@ -38,6 +43,13 @@ class BoundTensor:
         sources: names of the tensors that it is made of, in the order in which the pieces count them.
         pieces: disjoint boxes that together are the whole tensor.
         rule: the rule that it comes from; two tensors are equal whatever rules made them.
+
+    >>> from tricomm.rules import Rules, cat, source
+    >>> bound = Rules({"qk": cat([source("q", (8, 4)), source("k", (2, 4))])}).bind()
+    >>> print(bound.tensors[0])
+    qk (10, 4): 2 pieces of q, k
+    >>> print(bound.tensors[0].pieces[1])
+    [2, 4] at [8, 0] <- tensor 1 at [0, 0]: 2(d0+1 <- d0+1) 4(d1+1 <- d1+1)
     """
 
     name: str
@@ -60,6 +72,11 @@ class BoundRules:
     Attributes:
         tensors: the destinations, in the order of the rules.
         sources: the source tensors, those that are dropped too.
+
+    >>> from tricomm.rules import Rules, source
+    >>> bound = Rules({"b": source("a", (2, 3)).permute(1, 0)}).bind()
+    >>> bound.shapes, bound.source_shapes, bound.reverse().shapes
+    ({'b': (3, 2)}, {'a': (2, 3)}, {'a': (2, 3)})
     """
 
     tensors: tuple[BoundTensor, ...]

@@ -16,6 +16,9 @@ from tricomm.rules.boxes import Piece
 from tricomm.rules.checks import Shape
 from tricomm.rules.coalesce import coalesced
 
+MAX_CELLS = 1 << 22
+"""How many combinations of classes are counted at once."""
+
 
 class Cover(NamedTuple):
     """How pieces cover a tensor.
@@ -48,24 +51,44 @@ def cover(shape: Shape, pieces: tuple[Piece, ...]) -> Cover:
     classes = [
         _classes(size, [coordinates(piece, dim).reshape(-1) for piece in pieces]) for dim, size in enumerate(shape)
     ]
-    counts = np.zeros([labels.max() + 1 for labels, _ in classes], np.int64)
-    for index in range(len(pieces)):
-        counts[np.ix_(*[held[index] for _, held in classes])] += 1
+    return _counted([labels for labels, _ in classes], [held for _, held in classes], np.arange(len(pieces)))
+
+
+def _counted(labels: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.ndarray) -> Cover:
+    """The same from the classes of each dim: the label of every coordinate, and the labels that each piece holds."""
+    sizes = [int(one.max()) + 1 for one in labels]
+    if prod(sizes) > MAX_CELLS:
+        return _counted_by_class(labels, held, pieces)
+    counts = np.zeros(sizes, np.int64)
+    for index in pieces:
+        counts[np.ix_(*[dim[index] for dim in held])] += 1
     weights = np.ones((), np.int64)
-    for labels, _ in classes:
-        weights = weights[..., None] * np.bincount(labels)
+    for one in labels:
+        weights = weights[..., None] * np.bincount(one)
 
     def first(cells: np.ndarray) -> Shape | None:
         found = np.argwhere(cells)
         if not len(found):
             return None
-        # The first cell whose first element stands first, dims in order.
-        places = (
-            np.stack([_firsts(labels)[found[:, dim]] for dim, (labels, _) in enumerate(classes)], 1) if shape else found
-        )
-        return tuple(min(places.tolist()))
+        # Classes are numbered by their first coordinate, so the first cell holds the first element.
+        return tuple(int(_firsts(one)[label]) for one, label in zip(labels, found[0], strict=True))
 
     return Cover(int(weights[counts == 0].sum()), first(counts == 0), first(counts > 1))
+
+
+def _counted_by_class(labels: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.ndarray) -> Cover:
+    """One class of the first dim after the other, where all at once would be too many cells."""
+    numel, missing, repeated = 0, None, None
+    weights = np.bincount(labels[0])
+    for label, first in enumerate(_firsts(labels[0]).tolist()):
+        here = np.array([index for index in pieces if label in held[0][index]], np.int64)
+        found = _counted(labels[1:], held[1:], here)
+        numel += found.missing_numel * int(weights[label])
+        if missing is None and found.missing is not None:
+            missing = (first, *found.missing)
+        if repeated is None and found.repeated is not None:
+            repeated = (first, *found.repeated)
+    return Cover(numel, missing, repeated)
 
 
 def defines_exactly_once(shape: Shape, pieces: tuple[Piece, ...]) -> bool:
@@ -82,14 +105,18 @@ def without(pieces: Sequence[Piece], taken: Sequence[Piece]) -> tuple[Piece, ...
 
 
 def _classes(size: int, sets: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A label for each coordinate, equal where the same sets hold it; and the labels that each set consists of."""
+    """A label for each coordinate, equal where the same sets hold it; and the labels that each set consists of.
+
+    Labels are counted in the order of their first coordinates.
+    """
     labels = np.zeros(size, np.int64)
     known: dict[bytes, np.ndarray] = {}
     for held in sets:
         if len(held) < size and held.tobytes() not in known:
             known[held.tobytes()] = held
             labels[held] = labels.max() + 1 + np.unique(labels[held], return_inverse=True)[1]
-    labels = np.unique(labels, return_inverse=True)[1]
+    _, firsts, labels = np.unique(labels, return_index=True, return_inverse=True)
+    labels = firsts.argsort().argsort()[labels]
     every = np.arange(labels.max() + 1)
     within = {key: np.unique(labels[held]) for key, held in known.items()}
     return labels, [every if len(held) == size else within[held.tobytes()] for held in sets]

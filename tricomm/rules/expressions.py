@@ -20,6 +20,10 @@ class Expression:
 
     Attributes:
         shape: None as long as a source's shape is not known.
+
+    >>> from tricomm.rules import source
+    >>> source("q", (8, 6))[::2].unflatten(0, (2, 2)).permute(1, 0, 2).flatten(0, 1).shape
+    (4, 6)
     """
 
     __slots__ = ()
@@ -127,8 +131,20 @@ class _Unary(Expression):
         return dim % ndim
 
 
+class _Leaf(Expression):
+    """An expression of no other."""
+
+    __slots__ = ()
+
+    def _children(self) -> "tuple[Expression | Each, ...]":
+        return ()
+
+    def _with(self, children: "tuple[Expression | Each, ...]") -> Expression:
+        return self
+
+
 @dataclass(frozen=True, slots=True, repr=False)
-class Source(Expression):
+class Source(_Leaf):
     """See :func:`source`."""
 
     name: str
@@ -141,12 +157,6 @@ class Source(Expression):
         if self.shape is not None:
             object.__setattr__(self, "shape", checked_shape(f"source({self.name!r})", self.shape))
 
-    def _children(self) -> "tuple[Expression | Each, ...]":
-        return ()
-
-    def _with(self, children: "tuple[Expression | Each, ...]") -> Expression:
-        return self
-
     def _text(self, show: Callable[[object], str]) -> str:
         if show is str:
             return self.name
@@ -154,7 +164,7 @@ class Source(Expression):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Filled(Expression):
+class Filled(_Leaf):
     """See :func:`fill`."""
 
     value: float
@@ -164,12 +174,6 @@ class Filled(Expression):
         if not isinstance(self.value, int | float):
             raise ArgumentError(f"fill({self.value!r}, ...) is no number; give the one value that fills")
         object.__setattr__(self, "shape", checked_shape(f"fill({self.value!r})", self.shape))
-
-    def _children(self) -> "tuple[Expression | Each, ...]":
-        return ()
-
-    def _with(self, children: "tuple[Expression | Each, ...]") -> Expression:
-        return self
 
     def _text(self, show: Callable[[object], str]) -> str:
         return f"fill({self.value!r}, {self.shape})"
@@ -293,10 +297,8 @@ class Indexed(_Unary):
         return tuple(found for entry in index for found in (whole if isinstance(entry, EllipsisType) else (entry,)))
 
     def _text(self, show: Callable[[object], str]) -> str:
-        entries = [
-            "..." if entry is ... else repr(entry) if isinstance(entry, str) else str(entry) for entry in self.index
-        ]
-        return f"{self.of._text(show)}[{', '.join(entries) or '()'}]"
+        texts = ["..." if one is ... else repr(one) if isinstance(one, str) else str(one) for one in self.index]
+        return f"{self.of._text(show)}[{', '.join(texts) or '()'}]"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -381,7 +383,7 @@ class Expanded(_Unary):
     sizes: Shape
 
     def _validate(self) -> None:
-        if any(size < -1 for size in self.sizes):
+        if min(self.sizes, default=0) < -1:
             raise SpecError(f"{self}: sizes are at least 0, or -1 to keep a dim")
 
     def _inferred(self) -> Shape:

@@ -25,6 +25,11 @@ def within_source(piece: Piece, region: Region) -> list[Piece]:
     """The parts of a piece, not of a fill, that lie in a region of the source tensor that it reads.
 
     Together with :func:`within`, the box that one rank of the source sends to one of the destination.
+
+    >>> from tricomm.rules import Rules, source
+    >>> bound = Rules({"w": source("w", (4, 6)).permute(1, 0)}).bind()
+    >>> [part.shape for part in within_source(bound.tensors[0].pieces[0], (((1, 4),), ((0, 2), (4, 6))))]
+    [(2, 3), (2, 3)]
     """
     parts = [piece]
     for dim, intervals in enumerate(region):

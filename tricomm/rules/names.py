@@ -6,7 +6,7 @@ given to ``Rules`` by keyword: a range or a sequence of values for a variable, a
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -32,6 +32,14 @@ class Table:
     """A mapping, frozen."""
 
     items: tuple[tuple[Value, Value], ...]
+    entries: Mapping[Value, Value] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entries", dict(self.items))
+
+    def get(self, key: Value) -> Value | None:
+        """What it says for a key."""
+        return self.entries.get(key)
 
     def __repr__(self) -> str:
         return repr(dict(self.items))
@@ -55,6 +63,18 @@ def parse(template: str) -> tuple[str | Reference, ...]:
     if any(isinstance(part, str) and set(part) & set("{}") for part in parts):
         raise SpecError(f"{template!r} has a brace without its partner; write {{l}} or {{table[l]}}")
     return tuple(part for part in parts if part)
+
+
+@lru_cache(4096)
+def _as_format(template: str) -> tuple[str, tuple[str, ...]]:
+    """A name as a format and the variables that it takes: names are many, so that filling them in is worth a word.
+
+    A reference that asks tables is no variable's name, and so none that is bound.
+    """
+    parts = parse(template)
+    text = "".join(part.replace("%", "%%") if isinstance(part, str) else "%s" for part in parts)
+    found = [part for part in parts if isinstance(part, Reference)]
+    return text, tuple("" if part.tables else part.variable for part in found)
 
 
 def references(template: str) -> tuple[Reference, ...]:
@@ -105,15 +125,12 @@ class Scope:
         """A name with its indices filled in."""
         if "{" not in template:
             return template
+        text, variables = _as_format(template)
         bound = dict(self.bound)
-        return "".join(
-            [
-                part
-                if isinstance(part, str)
-                else str(bound[part.variable] if not part.tables and part.variable in bound else self._value(part))
-                for part in parse(template)
-            ]
-        )
+        try:
+            return text % tuple([bound[variable] for variable in variables])
+        except KeyError:  # a table, or not bound, which _value says
+            return "".join([part if isinstance(part, str) else str(self._value(part)) for part in parse(template)])
 
     def position(self, template: str) -> int:
         """The integer that an index in braces says."""
@@ -140,7 +157,11 @@ class Scope:
         table = dict(self.indices).get(name)
         if table is None:
             raise SpecError(f"table {name!r} is not given; pass {name}=[...] or {name}={{...}} to Rules")
-        entries: dict[Value, Value] = dict(table.items if isinstance(table, Table) else enumerate(table))
-        if key not in entries:
-            raise SpecError(f"table {name!r} has no entry for {key!r}; it has {len(entries)}; extend it")
-        return entries[key]
+        if isinstance(table, Table):
+            found = table.get(key)
+        else:
+            found = table[key] if isinstance(key, int) and 0 <= key < len(table) else None
+        if found is None:
+            count = len(table.items if isinstance(table, Table) else table)
+            raise SpecError(f"table {name!r} has no entry for {key!r}; it has {count}; extend it")
+        return found

@@ -20,7 +20,11 @@ def source(name: str, shape: Sequence[int] | None = None) -> Expression:
 
 
 def fill(value: float, shape: Sequence[int]) -> Expression:
-    """A tensor of which every element is ``value``, as ``torch.full``."""
+    """A tensor of which every element is ``value``, as ``torch.full``.
+
+    >>> cat([source("embed", (10, 4)), fill(0, (6, 4))])
+    cat([source('embed', (10, 4)), fill(0, (6, 4))], dim=0)
+    """
     return Filled(value, tuple(shape))
 
 
@@ -43,7 +47,11 @@ def cat(parts: Sequence[Expression | Each], dim: int = 0) -> Expression:
 
 
 def stack(parts: Sequence[Expression | Each], dim: int = 0) -> Expression:
-    """The parts along a new dim, as ``torch.stack``."""
+    """The parts along a new dim, as ``torch.stack``.
+
+    >>> stack([source("gate", (6, 4)), source("up", (6, 4))], dim=1).shape
+    (6, 2, 4)
+    """
     return Joined(_listed("stack", parts), dim, True)
 
 

@@ -29,6 +29,10 @@ def megatron(
         vocab_divisor: the padded vocabulary is a multiple of this times ``tp`` (make_vocab_size_divisible_by).
         glu_interleave: rows of gate and of up that alternate in an expert's fc1 (moe_mlp_glu_interleave_size).
         output_copy: whether a tied embedding has its second copy, as on the last of several stages.
+
+    >>> from tricomm.rules.models import QWEN3_30B_A3B
+    >>> megatron(QWEN3_30B_A3B, tp=8).bind().shapes["decoder.layers.0.mlp.experts.linear_fc1.weight127"]
+    (1536, 2048)
     """
     if tp < 1 or vocab_divisor < 1:
         raise SpecError(f"tp={tp} and vocab_divisor={vocab_divisor} are at least 1; give the ranks of one tensor")
