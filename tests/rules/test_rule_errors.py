@@ -32,7 +32,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: each("e+", q), "each('e+', ...) names no index variable; write each('e', source('up.{e}'))"),
     (
         lambda: each("e", "up"),
-        "each() was given 'up', which is no expression; write source(name) or fill(value, shape)",
+        "each() was given 'up', which is no expression; write source(name) or fill(...)",
     ),
     (lambda: cat([]), "cat(()) joins nothing; give a list of expressions"),
     (
@@ -41,7 +41,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: stack([q, "k"]),
-        "stack() was given 'k', which is no expression; write source(name) or fill(value, shape)",
+        "stack() was given 'k', which is no expression; write source(name) or fill(...)",
     ),
     (lambda: q["e"], "q['e'] is no position; write an index variable in braces, such as '{e}'"),
     (lambda: q[::-1], "q[::-1]: a slice's step is at least 1; torch has no other"),
@@ -78,8 +78,8 @@ CASES: list[tuple[Callable[[], Any], str]] = [
         "it, or slice or fill first",
     ),
     (lambda: q.unflatten(2, (4, 2)), "q.unflatten(2, (4, 2)): q has shape (8, 4), so no dim 2"),
-    (lambda: q.flatten(1, 0), "q.flatten(1, 0): dim 1 stands after dim 0 in shape (8, 4); give the earlier one first"),
-    (lambda: q.permute(1, 0, 2), "q.permute(1, 0, 2): q has shape (8, 4), so permute takes 2 dims, not 3"),
+    (lambda: q.flatten(1, 0), "q.flatten(1, 0): dim 1 stands after dim 0 in (8, 4); give the earlier one first"),
+    (lambda: q.permute(1, 0, 2), "q.permute(1, 0, 2): q has shape (8, 4); permute its 2 dims, not 3"),
     (
         lambda: q.expand(16, 4),
         "q.expand(16, 4): q has shape (8, 4), and only a dim of size 1 or a new one in front can be repeated; "

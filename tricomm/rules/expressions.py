@@ -344,9 +344,7 @@ class Flattened(_Unary):
         shape = self._of_shape
         start, stop = self.dims
         if start >= stop:
-            raise SpecError(
-                f"{self}: dim {start} stands after dim {stop - 1} in shape {shape}; give the earlier one first"
-            )
+            raise SpecError(f"{self}: dim {start} stands after dim {stop - 1} in {shape}; give the earlier one first")
         return (*shape[:start], prod(shape[start:stop]), *shape[stop:])
 
     def _suffix(self) -> str:
@@ -367,9 +365,7 @@ class Permuted(_Unary):
     def _inferred(self) -> Shape:
         shape = self._of_shape
         if len(shape) != len(self.dims):
-            raise SpecError(
-                f"{self}: {self.of} has shape {shape}, so permute takes {len(shape)} dims, not {len(self.dims)}"
-            )
+            raise SpecError(f"{self}: {self.of} has shape {shape}; permute its {len(shape)} dims, not {len(self.dims)}")
         return tuple(shape[dim] for dim in self.dims)
 
     def _suffix(self) -> str:
@@ -416,6 +412,4 @@ class Cast(_Unary):
 
 def _require_expression(where: str, value: object) -> None:
     if not isinstance(value, Expression):
-        raise ArgumentError(
-            f"{where} was given {value!r}, which is no expression; write source(name) or fill(value, shape)"
-        )
+        raise ArgumentError(f"{where} was given {value!r}, which is no expression; write source(name) or fill(...)")
