@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy
+from tricomm.layout.columns import Groups, Lazy, offsets_of
 from tricomm.layout.intervals import Region, first_runs, joint_runs, region_numel, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
+from tricomm.plan.product.rings import RingMessages
 from tricomm.plan.routes.chunks import Message, Unicasts
 from tricomm.plan.routes.rounds import Hop, hop_table
 from tricomm.plan.tasks import Tasks
@@ -57,35 +58,47 @@ class Transfer(NamedTuple):
 
 
 class BoxTransfers(Lazy[Transfer]):
-    """Transfers as columns, each of a whole message that is one box of the local tensor.
+    """Transfers as columns, each of a chunk that is one box of the local tensor, or that is relayed.
 
     Attributes:
-        peers, messages, numel: (transfers,), of each.
-        starts, shapes: (transfers, dims), of each box.
+        peers, messages, chunks, numel: (transfers,), of each.
+        starts, shapes: (transfers, dims), of each box; None if what is sent was received and lies in no tensor.
     """
 
-    __slots__ = ("messages", "numel", "peers", "shapes", "starts")
+    __slots__ = ("chunks", "messages", "numel", "peers", "shapes", "starts")
 
     def __init__(
-        self, peers: np.ndarray, messages: np.ndarray, numel: np.ndarray, starts: np.ndarray, shapes: np.ndarray
+        self,
+        peers: np.ndarray,
+        messages: np.ndarray,
+        chunks: np.ndarray,
+        numel: np.ndarray,
+        starts: np.ndarray | None,
+        shapes: np.ndarray | None,
     ) -> None:
-        self.peers, self.messages, self.numel, self.starts, self.shapes = peers, messages, numel, starts, shapes
+        self.peers, self.messages, self.chunks, self.numel = peers, messages, chunks, numel
+        self.starts, self.shapes = starts, shapes
 
     def between(self, start: int, stop: int) -> "BoxTransfers":
         """Take those from ``start`` to ``stop``."""
         at = slice(start, stop)
-        return BoxTransfers(self.peers[at], self.messages[at], self.numel[at], self.starts[at], self.shapes[at])
+        boxes = [None if column is None else column[at] for column in (self.starts, self.shapes)]
+        return BoxTransfers(self.peers[at], self.messages[at], self.chunks[at], self.numel[at], *boxes)
 
     def __len__(self) -> int:
         return len(self.peers)
 
     def _items(self, rows: np.ndarray) -> Iterator[Transfer]:
+        columns = (column[rows].tolist() for column in (self.peers, self.messages, self.chunks, self.numel))
+        if self.starts is None or self.shapes is None:
+            for peer, message, chunk, numel in zip(*columns, strict=True):
+                yield Transfer(peer, (message, chunk), numel, ())
+            return
         origin = (0,) * self.starts.shape[1]
-        columns = (column[rows].tolist() for column in (self.peers, self.messages, self.numel))
         boxes = (map(tuple, column[rows].tolist()) for column in (self.starts, self.shapes))
-        for peer, message, numel, start, shape in zip(*columns, *boxes, strict=True):
+        for peer, message, chunk, numel, start, shape in zip(*columns, *boxes, strict=True):
             box = Box(start, origin, shape)
-            yield Transfer(peer, (message, 0), numel, (PackedRegion(0, shape, (box,)),))
+            yield Transfer(peer, (message, chunk), numel, (PackedRegion(0, shape, (box,)),))
 
 
 class Round(NamedTuple):
@@ -170,32 +183,77 @@ def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[
     edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
     rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
     peers = hops[:, _SENDS + _RECEIVES - end]
-    boxes = _boxes(move.messages, hops[:, 3], peers, holding)
+    sender = rank if end == _SENDS else None
+    boxes = _boxes(move.messages, hops[:, 3], hops[:, 4], peers, holding, sender)
     if boxes is not None:
         return {number: boxes.between(start, stop) for number, start, stop in rounds}
-    sender = rank if end == _SENDS else None
     transfers = _chunks(move.messages, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holding, sender)
     return {number: tuple(transfers[start:stop]) for number, start, stop in rounds}
 
 
 def _boxes(
-    messages: Sequence[Message], indices: np.ndarray, peers: np.ndarray, holding: Holding | None
+    messages: Sequence[Message],
+    indices: np.ndarray,
+    chunks: np.ndarray,
+    peers: np.ndarray,
+    holding: Holding | None,
+    sender: int | None,
 ) -> BoxTransfers | None:
-    """Find the transfers of messages that are one chunk and one box each, all at once; None if one of them is more."""
-    if holding is None or not isinstance(messages, Unicasts) or any(len(intervals) != 1 for intervals in holding):
+    """Find the transfers of chunks that are one box each, all at once; None if one of them is more, or if some are
+    relayed and others not.
+    """
+    if not isinstance(messages, Unicasts | RingMessages):
         return None
-    groups = messages.pairs.regions
-    if not isinstance(groups, Groups) or not groups.single or (messages.chunk_counts[indices] != 1).any():
+    groups = messages.regions
+    if not isinstance(groups, Groups) or not groups.single:
+        return None
+    is_relayed = False
+    if sender is not None and isinstance(messages, RingMessages):
+        relayed = messages.senders[indices] != sender
+        is_relayed = bool(relayed.all()) and len(relayed) > 0
+        if relayed.any() and not is_relayed:
+            return None
+    spans = _spans(messages, indices, chunks)
+    if spans is None:
+        return None
+    begins, ends = spans
+    numel = np.prod(ends - begins, axis=1)
+    if is_relayed:
+        return BoxTransfers(peers, indices, chunks, numel, None, None)
+    if holding is None or any(len(intervals) != 1 for intervals in holding):
         return None
     rows = groups.regions.rows[indices]
-    starts, shapes = np.empty_like(rows), np.empty_like(rows)
+    starts = np.empty_like(rows)
     for dim, lists in enumerate(groups.regions.dims):
         at = lists.offsets[rows[:, dim]]
         if (lists.offsets[rows[:, dim] + 1] - at != 1).any():
             return None
         starts[:, dim] = lists.starts[at] - holding[dim][0][0]
-        shapes[:, dim] = lists.stops[at] - lists.starts[at]
-    return BoxTransfers(peers, indices, messages.pairs.numel[indices], starts, shapes)
+    return BoxTransfers(peers, indices, chunks, numel, starts + begins, ends - begins)
+
+
+def _spans(
+    messages: Unicasts | RingMessages, indices: np.ndarray, chunks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Find where chunks start and stop in their messages' regions, by place; None if one of them is not one box."""
+    assert isinstance(messages.regions, Groups)
+    regions = messages.regions.regions
+    rows = regions.rows[indices]
+    begins = np.zeros_like(rows)
+    ends = np.column_stack(
+        [np.zeros(len(rows), np.int64), *(lists.lengths[rows[:, dim]] for dim, lists in enumerate(regions.dims))]
+    )[:, 1:]
+    of_cut = np.flatnonzero(messages.chunk_counts[indices] > 1)
+    used, place = np.unique(indices[of_cut], return_inverse=True)
+    if not len(used):
+        return begins, ends
+    tables = [messages.cut[row].spans for row in used.tolist()]
+    if any(table is None for table in tables):
+        return None
+    firsts = offsets_of(messages.chunk_counts[used])[:-1]
+    spans = np.concatenate([table for table in tables if table is not None])[firsts[place] + chunks[of_cut]]
+    begins[of_cut], ends[of_cut] = spans[:, :, 0], spans[:, :, 1]
+    return begins, ends
 
 
 def _chunks(

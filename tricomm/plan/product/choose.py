@@ -238,10 +238,10 @@ def ring_way(move: ProductMove, shares: int) -> Way:
     fill = max(max(leaving, step) + (rings.hosts - 1) * step - busiest, 0.0)
     chunks = best_chunk_count(fill, busiest, messages, topology)
     chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
-    posted = max(load.messages, messages) * chunks * topology.overhead_seconds
-    each = topology.overhead_seconds + topology.latency_seconds
-    seconds = max(busiest, posted) + fill / chunks + rings.length * each
     limit = context.chunk_limit_nbytes(min(messages if chunks > 1 else at_once, MAX_PEERS_PER_ROUND))
+    posts = max(load.messages, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
+    each = topology.overhead_seconds + topology.latency_seconds
+    seconds = max(busiest, posts * topology.overhead_seconds) + fill / chunks + rings.length * each
     return Way(context, 1, shares, chunks, limit, seconds)
 
 

@@ -53,11 +53,14 @@ class Pattern:
         every: the pieces of each part.
         parts: the same without parts that are empty: the chunks.
         numel: elements of each chunk.
+        spans: (chunks, dims, 2), where each chunk starts and stops, by place in the region; None if there are several
+            regions or if a chunk is more than one box of places.
     """
 
     every: tuple[tuple[Piece, ...], ...]
     parts: tuple[tuple[Piece, ...], ...]
     numel: tuple[int, ...]
+    spans: np.ndarray | None
 
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -77,16 +80,20 @@ def _stepped_pattern(shapes: Shapes, most: int) -> Pattern:
 def _pattern(shapes: Shapes, points: Sequence[int], slack_numel: int) -> Pattern:
     every = tuple(cut_shapes(shapes, points, slack_numel))
     parts = tuple(part for part in every if part)
-    return Pattern(every, parts, tuple(sum(piece.numel for piece in part) for part in parts))
+    numel = tuple(sum(piece.numel for piece in part) for part in parts)
+    spans = None
+    if len(shapes) == 1 and all(len(part) == 1 for part in parts):
+        spans = np.array([piece.spans for (piece,) in parts], np.int64).reshape(len(parts), -1, 2)
+    return Pattern(every, parts, numel, spans)
 
 
 class Chunks(Lazy[Chunk]):
     """The chunks of a message: their sizes are known, their regions are cut when somebody looks at them."""
 
-    __slots__ = ("numel", "parts", "regions")
+    __slots__ = ("numel", "parts", "regions", "spans")
 
     def __init__(self, regions: Sequence[Region], pattern: Pattern) -> None:
-        self.regions, self.parts, self.numel = regions, pattern.parts, pattern.numel
+        self.regions, self.parts, self.numel, self.spans = regions, pattern.parts, pattern.numel, pattern.spans
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -187,6 +194,11 @@ class Unicasts(Lazy[Message]):
         self.pairs, self.cut = pairs, cut
         self.chunk_counts = np.ones(len(pairs.senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
+
+    @property
+    def regions(self) -> Groups | tuple[tuple[Region, ...], ...]:
+        """The regions of each message."""
+        return self.pairs.regions
 
     @classmethod
     def of(cls, pairs: PairColumns, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
