@@ -322,6 +322,10 @@ def test_maps_of_different_layers_are_added() -> None:
     assert both.names == ("l.0.mlp", "l.1.mlp", "l.2.mlp")
     assert both.bind().shapes == {"l.0.mlp": (2,), "l.1.mlp": (2, 2), "l.2.mlp": (2, 2)}
     assert eval(repr(both), {"Rules": Rules, "source": source, "stack": stack, "each": each}) == both
+    table = Rules({"{t[l]}": source("{u[l]}")}, l=["x"], t={"x": "a"}, u={"x": 1})
+    assert repr(table) == "Rules({'{t[l]}': source('{u[l]}')}, l=('x',), t={'x': 'a'}, u={'x': 1})"
+    assert eval(repr(table), {"Rules": Rules, "source": source}) == table
+    assert repr(each("e", source("{e}"))) == "each('e', source('{e}'))"
     assert str(both).splitlines() == [
         "l.{l}.mlp <- {l}.mlp  for l in 0:1",
         "l.{l}.mlp <- stack([each('e', {l}.{e})], dim=0)  for l in 1:3",

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tests.rules.test_algebra import Pair, pairs, quick, require_sound
 from tricomm import SpecError
 from tricomm.rules import Rules, cat, each, fill, source, stack
+from tricomm.rules.coalesce import coalesced
 from tricomm.rules.cover import cover, defines_exactly_once
+from tricomm.rules.lower import lower
 
 
 @quick
@@ -228,3 +230,18 @@ def test_counting_in_parts_is_counting(monkeypatch: pytest.MonkeyPatch, cells: i
     assert count((5, 4, 3), tensor.pieces) == (0, None, None)
     assert count((5, 4, 3), tensor.pieces[1:]) == (24, (0, 0, 0), None)
     assert count((5, 4, 3), (*tensor.pieces[:2], tensor.pieces[1])) == (9, (2, 3, 0), (2, 0, 0))
+
+
+def test_faults_planted_in_the_library_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bind, reverse and then prove what they made, whatever they were told."""
+    rules = Rules({"out": cat([source("a", (2, 3)), source("b", (2, 3))])})
+    bound = rules.bind()
+    fault = "this is a fault of tricomm, report it"
+    monkeypatch.setattr("tricomm.rules.bound.coalesced", lambda pieces: coalesced(pieces)[:-1])
+    with pytest.raises(SpecError, match=f"the reverse of rule 'out' defines 'a' twice or not at all; {fault}"):
+        bound.reverse()
+    with pytest.raises(SpecError, match=f"rule 'copy' after another map is not whole; {fault}"):
+        bound.then(Rules({"copy": source("out", (4, 3))}).bind())
+    monkeypatch.setattr("tricomm.rules.bind.lower", lambda *arguments: lower(*arguments)[:-1])
+    with pytest.raises(SpecError, match=rf"rule 'out': cat\(\[a, b\], dim=0\) is not defined exactly once .*; {fault}"):
+        rules.bind()

@@ -24,9 +24,10 @@ Known = dict[object, tuple[tuple[Piece, ...], tuple[int, ...]]]
 class BoundSource:
     """A source tensor: name, shape and dtype (None if it was not given).
 
-    >>> from tricomm.rules import Rules, source
-    >>> Rules({"b": source("a", (2,))}).bind(dtypes={"a": "float32"}).sources
-    (BoundSource(name='a', shape=(2,), dtype='float32'),)
+    Example:
+        >>> from tricomm.rules import Rules, source
+        >>> Rules({"b": source("a", (2,))}).bind(dtypes={"a": "float32"}).sources
+        (BoundSource(name='a', shape=(2,), dtype='float32'),)
     """
 
     name: str
@@ -44,12 +45,13 @@ class BoundTensor:
         pieces: disjoint boxes that together are the whole tensor.
         rule: the rule that it comes from; two tensors are equal whatever rules made them.
 
-    >>> from tricomm.rules import Rules, cat, source
-    >>> bound = Rules({"qk": cat([source("q", (8, 4)), source("k", (2, 4))])}).bind()
-    >>> print(bound.tensors[0])
-    qk (10, 4): 2 pieces of q, k
-    >>> print(bound.tensors[0].pieces[1])
-    [2, 4] at [8, 0] <- tensor 1 at [0, 0]: 2(d0+1 <- d0+1) 4(d1+1 <- d1+1)
+    Example:
+        >>> from tricomm.rules import Rules, cat, source
+        >>> bound = Rules({"qk": cat([source("q", (8, 4)), source("k", (2, 4))])}).bind()
+        >>> print(bound.tensors[0])
+        qk (10, 4): 2 pieces of q, k
+        >>> print(bound.tensors[0].pieces[1])
+        [2, 4] at [8, 0] <- tensor 1 at [0, 0]: 2(d0+1 <- d0+1) 4(d1+1 <- d1+1)
     """
 
     name: str
@@ -73,10 +75,11 @@ class BoundRules:
         tensors: the destinations, in the order of the rules.
         sources: the source tensors, those that are dropped too.
 
-    >>> from tricomm.rules import Rules, source
-    >>> bound = Rules({"b": source("a", (2, 3)).permute(1, 0)}).bind()
-    >>> bound.shapes, bound.source_shapes, bound.reverse().shapes
-    ({'b': (3, 2)}, {'a': (2, 3)}, {'a': (2, 3)})
+    Example:
+        >>> from tricomm.rules import Rules, source
+        >>> bound = Rules({"b": source("a", (2, 3)).permute(1, 0)}).bind()
+        >>> bound.shapes, bound.source_shapes, bound.reverse().shapes
+        ({'b': (3, 2)}, {'a': (2, 3)}, {'a': (2, 3)})
     """
 
     tensors: tuple[BoundTensor, ...]
@@ -128,10 +131,11 @@ class BoundRules:
         Raises:
             SpecError: elements of a source are lost, or a cast cannot be undone.
 
-        >>> from tricomm.rules import Rules, cat, fill, source
-        >>> padded = Rules({"embed": cat([source("e", (10, 4)), fill(0, (6, 4))])}).bind()
-        >>> print(padded.reverse())
-        e (10, 4): 1 piece of embed
+        Example:
+            >>> from tricomm.rules import Rules, cat, fill, source
+            >>> padded = Rules({"embed": cat([source("e", (10, 4)), fill(0, (6, 4))])}).bind()
+            >>> print(padded.reverse())
+            e (10, 4): 1 piece of embed
         """
         unwanted = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in drop) or "(?!)")
         feeds: dict[str, list[tuple[BoundTensor, Piece]]] = {source.name: [] for source in self.sources}
@@ -159,12 +163,13 @@ class BoundRules:
         Raises:
             SpecError: the two do not meet, or elements would be rounded to a dtype in between.
 
-        >>> from tricomm.rules import Rules, cat, source
-        >>> first = Rules({"qk": cat([source("q", (8, 4)), source("k", (2, 4))])}).bind()
-        >>> second = Rules({"k": source("qk", (10, 4))[8:], "q": source("qk", (10, 4))[:8]}).bind()
-        >>> print(first.then(second))
-        k (2, 4): 1 piece of k
-        q (8, 4): 1 piece of q
+        Example:
+            >>> from tricomm.rules import Rules, cat, source
+            >>> first = Rules({"qk": cat([source("q", (8, 4)), source("k", (2, 4))])}).bind()
+            >>> second = Rules({"k": source("qk", (10, 4))[8:], "q": source("qk", (10, 4))[:8]}).bind()
+            >>> print(first.then(second))
+            k (2, 4): 1 piece of k
+            q (8, 4): 1 piece of q
         """
         between = {tensor.name: tensor for tensor in self.tensors}
         dtypes = {source.name: source.dtype for source in self.sources}
@@ -267,6 +272,7 @@ def _once(
     pieces, order = renumbered(coalesced(kept))
     if not defines_exactly_once(shape, pieces):
         raise SpecError(
-            f"the reverse of rule {rule!r} defines {source.name!r} twice; this is a fault of tricomm, report it"
+            f"the reverse of rule {rule!r} defines {source.name!r} twice or not at all; "
+            "this is a fault of tricomm, report it"
         )
     return pieces, order

@@ -17,8 +17,9 @@ REPEATED = -1
 class Digit(NamedTuple):
     """A dim of a piece: each of ``size`` places is ``step`` further in ``dim``, ``source_step`` in ``source_dim``.
 
-    >>> print(Digit(size=4, dim=0, step=8, source_dim=1, source_step=2))
-    4(d0+8 <- d1+2)
+    Example:
+        >>> print(Digit(size=4, dim=0, step=8, source_dim=1, source_step=2))
+        4(d0+8 <- d1+2)
     """
 
     size: int
@@ -43,11 +44,12 @@ class Piece:
         tensor: the source tensor, as its place among the sources of the destination; None for a fill.
         value: of a fill.
 
-    >>> piece = Piece((Digit(4, 0, 1, 1, 1), Digit(6, 1, 1, 0, 1)), (0, 0), (0, 0), tensor=0)
-    >>> print(piece)
-    [4, 6] at [0, 0] <- tensor 0 at [0, 0]: 4(d0+1 <- d1+1) 6(d1+1 <- d0+1)
-    >>> piece.strided((6, 1)), piece.source_strided((4, 1))
-    ((0, (6, 1)), (0, (1, 4)))
+    Example:
+        >>> piece = Piece((Digit(4, 0, 1, 1, 1), Digit(6, 1, 1, 0, 1)), (0, 0), (0, 0), tensor=0)
+        >>> print(piece)
+        [4, 6] at [0, 0] <- tensor 0 at [0, 0]: 4(d0+1 <- d1+1) 6(d1+1 <- d0+1)
+        >>> piece.strided((6, 1)), piece.source_strided((4, 1))
+        ((0, (6, 1)), (0, (1, 4)))
     """
 
     digits: tuple[Digit, ...]

@@ -21,9 +21,10 @@ class Expression:
     Attributes:
         shape: None as long as a source's shape is not known.
 
-    >>> from tricomm.rules import source
-    >>> source("q", (8, 6))[::2].unflatten(0, (2, 2)).permute(1, 0, 2).flatten(0, 1).shape
-    (4, 6)
+    Example:
+        >>> from tricomm.rules import source
+        >>> source("q", (8, 6))[::2].unflatten(0, (2, 2)).permute(1, 0, 2).flatten(0, 1).shape
+        (4, 6)
     """
 
     __slots__ = ()

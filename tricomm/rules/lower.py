@@ -28,9 +28,10 @@ def lower(expression: Expression, sources: Mapping[str, int]) -> tuple[Piece, ..
         expression: without index variables, and of known shape.
         sources: the place of each source tensor by its name.
 
-    >>> from tricomm.rules import fill, source
-    >>> [[str(digit) for digit in piece.digits] for piece in lower(source("q", (4, 6)).permute(1, 0), {"q": 0})]
-    [['6(d0+1 <- d1+1)', '4(d1+1 <- d0+1)']]
+    Example:
+        >>> from tricomm.rules import fill, source
+        >>> [[str(digit) for digit in piece.digits] for piece in lower(source("q", (4, 6)).permute(1, 0), {"q": 0})]
+        [['6(d0+1 <- d1+1)', '4(d1+1 <- d0+1)']]
     """
     shape = expression.shape
     assert shape is not None

@@ -13,10 +13,11 @@ def within(piece: Piece, region: Region) -> list[Piece]:
         piece: of a bound tensor.
         region: per dim of the destination, intervals of global coordinates: a holding of its ``ShardingSpec``.
 
-    >>> from tricomm.rules import Rules, source
-    >>> bound = Rules({"w": source("w", (4, 6)).permute(1, 0)}).bind()
-    >>> [part.shape for part in within(bound.tensors[0].pieces[0], (((0, 2), (5, 6)), ((0, 4),)))]
-    [(2, 4), (4,)]
+    Example:
+        >>> from tricomm.rules import Rules, source
+        >>> bound = Rules({"w": source("w", (4, 6)).permute(1, 0)}).bind()
+        >>> [part.shape for part in within(bound.tensors[0].pieces[0], (((0, 2), (5, 6)), ((0, 4),)))]
+        [(2, 4), (4,)]
     """
     return [part.exchanged() for part in within_source(piece.exchanged(), region)]
 
@@ -26,10 +27,11 @@ def within_source(piece: Piece, region: Region) -> list[Piece]:
 
     Together with :func:`within`, the box that one rank of the source sends to one of the destination.
 
-    >>> from tricomm.rules import Rules, source
-    >>> bound = Rules({"w": source("w", (4, 6)).permute(1, 0)}).bind()
-    >>> [part.shape for part in within_source(bound.tensors[0].pieces[0], (((1, 4),), ((0, 2), (4, 6))))]
-    [(2, 3), (2, 3)]
+    Example:
+        >>> from tricomm.rules import Rules, source
+        >>> bound = Rules({"w": source("w", (4, 6)).permute(1, 0)}).bind()
+        >>> [part.shape for part in within_source(bound.tensors[0].pieces[0], (((1, 4),), ((0, 2), (4, 6))))]
+        [(2, 3), (2, 3)]
     """
     parts = [piece]
     for dim, intervals in enumerate(region):
@@ -44,11 +46,12 @@ def through(piece: Piece, between: Iterable[Piece]) -> list[Piece]:
         piece: not of a fill.
         between: the pieces of the tensor that it reads.
 
-    >>> from tricomm.rules import Rules, source
-    >>> first = Rules({"b": source("a", (4, 6)).permute(1, 0)}).bind()
-    >>> second = Rules({"c": source("b", (6, 4)).permute(1, 0)}).bind()
-    >>> through(second.tensors[0].pieces[0], first.tensors[0].pieces)[0].source_start
-    (0, 0)
+    Example:
+        >>> from tricomm.rules import Rules, source
+        >>> first = Rules({"b": source("a", (4, 6)).permute(1, 0)}).bind()
+        >>> second = Rules({"c": source("b", (6, 4)).permute(1, 0)}).bind()
+        >>> through(second.tensors[0].pieces[0], first.tensors[0].pieces)[0].source_start
+        (0, 0)
     """
     return [part for other in between for nested in _nested(other) for part in _met(piece, nested)]
 

@@ -60,13 +60,14 @@ class Rules:
     Raises:
         SpecError: a destination is defined twice, an index has no values, or known shapes do not fit.
 
-    >>> from tricomm.rules import Rules, cat, source
-    >>> rules = Rules({"layers.{l}.qkv": cat([source("l.{l}.q"), source("l.{l}.k")], dim=0)}, l=range(2))
-    >>> print(rules)
-    layers.{l}.qkv <- cat([l.{l}.q, l.{l}.k], dim=0)  for l in 0:2
-    >>> shapes = {"l.0.q": (8, 4), "l.0.k": (2, 4), "l.1.q": (8, 4), "l.1.k": (2, 4)}
-    >>> rules.bind(shapes).shapes
-    {'layers.0.qkv': (10, 4), 'layers.1.qkv': (10, 4)}
+    Example:
+        >>> from tricomm.rules import Rules, cat, source
+        >>> rules = Rules({"layers.{l}.qkv": cat([source("l.{l}.q"), source("l.{l}.k")], dim=0)}, l=range(2))
+        >>> print(rules)
+        layers.{l}.qkv <- cat([l.{l}.q, l.{l}.k], dim=0)  for l in 0:2
+        >>> shapes = {"l.0.q": (8, 4), "l.0.k": (2, 4), "l.1.q": (8, 4), "l.1.k": (2, 4)}
+        >>> rules.bind(shapes).shapes
+        {'layers.0.qkv': (10, 4), 'layers.1.qkv': (10, 4)}
     """
 
     groups: tuple[Group, ...]
@@ -150,10 +151,11 @@ class Rules:
     def evaluate(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The destination tensors of these source tensors, numpy arrays or torch tensors, in one process.
 
-        >>> import numpy as np
-        >>> from tricomm.rules import Rules, source
-        >>> Rules({"b": source("a")[::2]}, drop=["a"]).evaluate({"a": np.arange(5)})
-        {'b': array([0, 2, 4])}
+        Example:
+            >>> import numpy as np
+            >>> from tricomm.rules import Rules, source
+            >>> Rules({"b": source("a")[::2]}, drop=["a"]).evaluate({"a": np.arange(5)})
+            {'b': array([0, 2, 4])}
         """
         return self.bind(*described(arrays)).evaluate(arrays)
 

@@ -13,8 +13,9 @@ def source(name: str, shape: Sequence[int] | None = None) -> Expression:
         name: may hold index variables: "layers.{l}.q".
         shape: if known here, what is made of it is checked at once; otherwise when the rules are bound.
 
-    >>> source("q", (8, 16)).unflatten(0, (4, 2)).permute(1, 0, 2).shape
-    (2, 4, 16)
+    Example:
+        >>> source("q", (8, 16)).unflatten(0, (4, 2)).permute(1, 0, 2).shape
+        (2, 4, 16)
     """
     return Source(name, None if shape is None else tuple(shape))
 
@@ -22,8 +23,9 @@ def source(name: str, shape: Sequence[int] | None = None) -> Expression:
 def fill(value: float, shape: Sequence[int]) -> Expression:
     """A tensor of which every element is ``value``, as ``torch.full``.
 
-    >>> cat([source("embed", (10, 4)), fill(0, (6, 4))])
-    cat([source('embed', (10, 4)), fill(0, (6, 4))], dim=0)
+    Example:
+        >>> cat([source("embed", (10, 4)), fill(0, (6, 4))])
+        cat([source('embed', (10, 4)), fill(0, (6, 4))], dim=0)
     """
     return Filled(value, tuple(shape))
 
@@ -31,8 +33,9 @@ def fill(value: float, shape: Sequence[int]) -> Expression:
 def each(variable: str, of: Expression) -> Each:
     """Inside of ``cat`` or ``stack``: the expression once for each value of an index variable.
 
-    >>> stack([each("e", source("experts.{e}.up"))], dim=0)
-    stack([each('e', source('experts.{e}.up'))], dim=0)
+    Example:
+        >>> stack([each("e", source("experts.{e}.up"))], dim=0)
+        stack([each('e', source('experts.{e}.up'))], dim=0)
     """
     return Each(variable, of)
 
@@ -40,8 +43,9 @@ def each(variable: str, of: Expression) -> Each:
 def cat(parts: Sequence[Expression | Each], dim: int = 0) -> Expression:
     """The parts one after the other along a dim, as ``torch.cat``.
 
-    >>> cat([source("gate", (6, 4)), source("up", (6, 4)), fill(0, (4, 4))], dim=0).shape
-    (16, 4)
+    Example:
+        >>> cat([source("gate", (6, 4)), source("up", (6, 4)), fill(0, (4, 4))], dim=0).shape
+        (16, 4)
     """
     return Joined(_listed("cat", parts), dim, False)
 
@@ -49,8 +53,9 @@ def cat(parts: Sequence[Expression | Each], dim: int = 0) -> Expression:
 def stack(parts: Sequence[Expression | Each], dim: int = 0) -> Expression:
     """The parts along a new dim, as ``torch.stack``.
 
-    >>> stack([source("gate", (6, 4)), source("up", (6, 4))], dim=1).shape
-    (6, 2, 4)
+    Example:
+        >>> stack([source("gate", (6, 4)), source("up", (6, 4))], dim=1).shape
+        (6, 2, 4)
     """
     return Joined(_listed("stack", parts), dim, True)
 

@@ -123,9 +123,10 @@ def mtp(model: Model) -> Parts:
 def tensors(model: Model) -> Rules:
     """Every tensor of the checkpoint as itself: its names and shapes, and the map from a checkpoint to a checkpoint.
 
-    >>> from tricomm.rules.models import LLAMA_3_8B
-    >>> len(tensors(LLAMA_3_8B).bind().shapes)
-    291
+    Example:
+        >>> from tricomm.rules.models import LLAMA_3_8B
+        >>> len(tensors(LLAMA_3_8B).bind().shapes)
+        291
     """
     attention = latent_attention(model) if model.latent else grouped_attention(model)
     both = {**{f"a.{short}": part for short, part in attention.items()}, **norms(model)}

@@ -30,9 +30,10 @@ def megatron(
         glu_interleave: rows of gate and of up that alternate in an expert's fc1 (moe_mlp_glu_interleave_size).
         output_copy: whether a tied embedding has its second copy, as on the last of several stages.
 
-    >>> from tricomm.rules.models import QWEN3_30B_A3B
-    >>> megatron(QWEN3_30B_A3B, tp=8).bind().shapes["decoder.layers.0.mlp.experts.linear_fc1.weight127"]
-    (1536, 2048)
+    Example:
+        >>> from tricomm.rules.models import QWEN3_30B_A3B
+        >>> megatron(QWEN3_30B_A3B, tp=8).bind().shapes["decoder.layers.0.mlp.experts.linear_fc1.weight127"]
+        (1536, 2048)
     """
     if tp < 1 or vocab_divisor < 1:
         raise SpecError(f"tp={tp} and vocab_divisor={vocab_divisor} are at least 1; give the ranks of one tensor")
@@ -55,8 +56,9 @@ def megatron(
 def layers_of_stage(layers: int, stages: int, stage: int, chunks: int = 1) -> tuple[tuple[int, ...], ...]:
     """The layers of each chunk of a pipeline stage, for models whose layers are cut evenly.
 
-    >>> layers_of_stage(8, stages=2, stage=0, chunks=2)
-    ((0, 1), (4, 5))
+    Example:
+        >>> layers_of_stage(8, stages=2, stage=0, chunks=2)
+        ((0, 1), (4, 5))
     """
     if layers % (stages * chunks):
         raise SpecError(

@@ -46,9 +46,10 @@ def vllm(
         up_first: whether kernels want up before gate (FlashInfer, TensorRT-LLM).
         glu_interleave: rows of gate and up that alternate in w13, 0 for halves; by default 1 for gpt-oss, else 0.
 
-    >>> from tricomm.rules.models import QWEN3_30B_A3B
-    >>> vllm(QWEN3_30B_A3B, tp=8).bind().shapes["model.layers.0.self_attn.qkv_proj.weight"]
-    (6144, 2048)
+    Example:
+        >>> from tricomm.rules.models import QWEN3_30B_A3B
+        >>> vllm(QWEN3_30B_A3B, tp=8).bind().shapes["model.layers.0.self_attn.qkv_proj.weight"]
+        (6144, 2048)
     """
     names = Names("model.embedding.weight", "attn.") if model.fused_experts else Names()
     experts = _experts(model, "{logical[s]}", up_first, glu_interleave)
@@ -65,9 +66,10 @@ def sglang(model: Model, *, tp: int = 1, fuse_shared: bool = False, glu_interlea
         fuse_shared: whether the shared expert is one more expert after the last.
         glu_interleave: as for vLLM.
 
-    >>> from tricomm.rules.models import DEEPSEEK_V3
-    >>> sglang(DEEPSEEK_V3, fuse_shared=True).bind().shapes["model.layers.60.mlp.experts.w2_weight"]
-    (257, 7168, 2048)
+    Example:
+        >>> from tricomm.rules.models import DEEPSEEK_V3
+        >>> sglang(DEEPSEEK_V3, fuse_shared=True).bind().shapes["model.layers.60.mlp.experts.w2_weight"]
+        (257, 7168, 2048)
     """
     experts = _experts(model, "{s}", False, glu_interleave, fuse_shared)
     names = Names(q_a_and_kv_a="fused_qkv_a_proj_with_mqa")

@@ -40,9 +40,10 @@ def torchtitan(model: Model, *, fused_qkv: bool = False) -> Rules:
         model: its sizes.
         fused_qkv: whether q, k and v are one tensor, by group.
 
-    >>> from tricomm.rules.models import QWEN3_30B_A3B
-    >>> torchtitan(QWEN3_30B_A3B).bind().shapes["layers.0.moe.routed_experts.inner_experts.w1_EFD"]
-    (128, 768, 2048)
+    Example:
+        >>> from tricomm.rules.models import QWEN3_30B_A3B
+        >>> torchtitan(QWEN3_30B_A3B).bind().shapes["layers.0.moe.routed_experts.inner_experts.w1_EFD"]
+        (128, 768, 2048)
     """
     top = hf.top(model)
     outside = {"tok_embeddings.weight": top["embed"], "norm.weight": top["norm"], "lm_head.weight": top["head"]}
