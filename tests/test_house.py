@@ -20,6 +20,7 @@ MAX_FOLDER_FILES = 15
 # A module may import what stands in an earlier row, and its own package; never its own row or a later one.
 LAYERS = [
     ["errors", "kernels", "launch", "stats"],
+    ["kinds"],
     ["layout"],
     ["rules"],
     ["plan"],
@@ -50,7 +51,7 @@ LAYERS_WITHIN = {
         ["planner"],
     ],
 }
-WITHOUT_TORCH = {"errors", "stats", "layout", "rules", "plan", "draw"}
+WITHOUT_TORCH = {"errors", "kinds", "stats", "layout", "rules", "plan", "draw"}
 WITHOUT_TORCH |= {"pipeline.schedule", "pipeline.costs", "pipeline.tune"}
 # The demo compares with isend and irecv written by hand, and examples are what users write.
 WITH_DISTRIBUTED = {

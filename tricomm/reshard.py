@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 import torch
 
 from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
-from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.errors import ArgumentError, SpecError, TransportError, TricommError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
 from tricomm.packing.tensor_checker import TensorChecker, check_casts
@@ -143,6 +143,10 @@ class Resharder:
                 "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call the "
                 "Resharder directly"
             )
+            self._abort(self.participants, error)
+            raise error
+        if not isinstance(depends_on, Sequence) or not all(isinstance(handle, Handle) for handle in depends_on):
+            error = ArgumentError(f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple")
             self._abort(self.participants, error)
             raise error
         call = self._prepare(tensor, out)

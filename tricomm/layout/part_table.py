@@ -43,7 +43,7 @@ def part_table(spec: ShardingSpec) -> PartTable:
         axes = spec.cutting_axes(dim)
         for axis in axes:
             part_of[:, dim] = part_of[:, dim] * mesh.shape[axis] + coordinates[axis]
-        cuts = tuple((mesh.shape[axis], spec.segments(axis)) for axis in axes)
+        cuts = tuple((mesh.shape[axis], spec._segments(axis)) for axis in axes)
         parts.append(_parts(shape[dim], cuts))
     return PartTable(tuple(parts), part_of)
 

@@ -207,16 +207,16 @@ class ShardingSpec:
                 axes.append(axis)
         return tuple(axes)
 
-    def dim_intervals(self, dim: int, coordinate: Mapping[int, int]) -> Intervals:
+    def _dim_intervals(self, dim: int, coordinate: Mapping[int, int]) -> Intervals:
         """What a rank at ``coordinate`` (mesh axis -> index) holds of a dim."""
         extent = self.global_shape[dim]
         held: Intervals = merged(((0, extent),))
         for axis in self.cutting_axes(dim):
-            pieces = segments_of(held, self.segments(axis))
+            pieces = segments_of(held, self._segments(axis))
             held = part_of_segments(pieces, self.mesh.shape[axis], coordinate[axis])
         return held
 
-    def segments(self, axis: int) -> tuple[int, ...] | None:
+    def _segments(self, axis: int) -> tuple[int, ...] | None:
         """The segments that a mesh axis cuts each on its own."""
         placement = self.placements[axis]
         return placement.segments if isinstance(placement, Shard) else None
@@ -226,7 +226,7 @@ class ShardingSpec:
         if self.holdings is not None:
             return self.holdings[self.mesh.position(rank)]
         coordinate = dict(enumerate(self.mesh.coordinate(rank)))
-        return tuple(self.dim_intervals(dim, coordinate) for dim in range(len(self.global_shape)))
+        return tuple(self._dim_intervals(dim, coordinate) for dim in range(len(self.global_shape)))
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of a rank's shard."""

@@ -14,6 +14,9 @@ DEFAULT_NIC_BYTES_PER_SECOND = 12.5e9
 DEFAULT_INTRA_BYTES_PER_SECOND = 200e9
 DEFAULT_LATENCY_SECONDS = 20e-6
 DEFAULT_OVERHEAD_SECONDS = 20e-6
+MAX_RANKS = 1 << 24
+"""Of a flat topology: more is a mistake, and would only fill the memory."""
+MAX_NICS_PER_HOST = 1 << 10
 
 
 class NicRate(NamedTuple):
@@ -134,6 +137,8 @@ class Topology:
         """
         if not isinstance(ranks, int) or isinstance(ranks, bool):
             raise ArgumentError(f"ranks={ranks!r} is not a number of ranks; write an integer above 0")
+        if not 0 < ranks <= MAX_RANKS:
+            raise SpecError(f"ranks={ranks!r} must be from 1 to {MAX_RANKS}; write how many ranks there are")
         return _flat(ranks)
 
     @classmethod
@@ -147,12 +152,16 @@ class Topology:
         Raises:
             SpecError: a rate that breaks a rule; an ArgumentError where there is no such field.
         """
+        import torch.distributed as dist
+
         for name in rates:
             if name not in get_type_hints(Rates):
                 raise ArgumentError(describe_unknown(name, "Topology.detect", get_type_hints(Rates)))
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
+        if not dist.is_initialized():
+            raise SpecError("there is no process group to ask; call torch.distributed.init_process_group first")
         import socket
-
-        import torch.distributed as dist
 
         hosts: list[str | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(hosts, socket.gethostname(), group=group)
@@ -175,7 +184,7 @@ class Topology:
         try:
             if rank >= 0:
                 return self._host_of[rank]
-        except (IndexError, TypeError):
+        except (IndexError, TypeError, ValueError, RuntimeError):
             pass
         raise _unknown("rank", rank, len(self.hosts))
 
@@ -184,7 +193,7 @@ class Topology:
         try:
             if rank >= 0:
                 return self._nic_of[rank]
-        except (IndexError, TypeError):
+        except (IndexError, TypeError, ValueError, RuntimeError):
             pass
         raise _unknown("rank", rank, len(self.hosts))
 
@@ -193,7 +202,7 @@ class Topology:
         try:
             if nic >= 0:
                 return self._nic_rates[nic]
-        except (IndexError, TypeError):
+        except (IndexError, TypeError, ValueError, RuntimeError):
             pass
         raise _unknown("nic", nic, len(self._nic_rates))
 
@@ -213,7 +222,9 @@ class Topology:
         Raises:
             SpecError: a rank beyond the list of hosts.
         """
-        highest = max(ranks)
+        if isinstance(ranks, str) or not isinstance(ranks, Sequence) or not all(isinstance(r, int) for r in ranks):
+            raise ArgumentError(f"ranks={ranks!r} is not a sequence of ranks; write [0, 1]")
+        highest = max(ranks, default=-1)
         if highest >= len(self.hosts):
             raise SpecError(
                 f"rank {highest} has no host: topology names {len(self.hosts)} hosts; give one host name per rank"
@@ -241,9 +252,11 @@ def _checked_hosts(hosts: object) -> tuple[str, ...]:
 
 def _checked_nics(nics: object) -> int:
     is_number = isinstance(nics, int) and not isinstance(nics, bool)
-    if not is_number or nics < 1:  # type: ignore[operator]
+    if not is_number or not 0 < nics <= MAX_NICS_PER_HOST:  # type: ignore[operator]
         error = SpecError if is_number else ArgumentError
-        raise error(f"nics_per_host={nics!r} must be above 0, an integer; give the NICs of one host")
+        raise error(
+            f"nics_per_host={nics!r} must be above 0, an integer up to {MAX_NICS_PER_HOST}; give the NICs of one host"
+        )
     return int(nics)  # type: ignore[call-overload, no-any-return]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tricomm.errors import SpecError
+from tricomm.errors import ArgumentError, SpecError
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.overlap import has_shared_elements, share_memory
 from tricomm.plan import Plan
@@ -90,7 +90,7 @@ class TensorChecker:
     def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         rank = self.rank
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-            raise SpecError(
+            raise ArgumentError(
                 f"{name} of rank {rank} is a {type(tensor).__name__}, and a plain dense torch.Tensor is expected; "
                 "pass its local data (tensor.to_local() for a DTensor)"
             )

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds
 from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
@@ -76,6 +77,7 @@ class Plan:
         self._require_global("minimum_nbytes")
         return sum(move.minimum_nbytes for move in self.moves)
 
+    @checks_kinds
     def lower_bound_seconds(self, topology: Topology | None = None) -> float:
         """Compute the time that no plan can beat, for its NICs are busy so long.
 
@@ -92,6 +94,7 @@ class Plan:
             for move in self.moves
         )
 
+    @checks_kinds
     def simulated_seconds(self, topology: Topology | None = None) -> float:
         """Simulate the time that this plan should take.
 
@@ -106,6 +109,7 @@ class Plan:
             for move in self.moves
         )
 
+    @checks_kinds
     def nic_seconds(self, topology: Topology | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Sum for how long each NIC sends and receives.
 
@@ -120,6 +124,7 @@ class Plan:
         topology.check_covers(self.participants)
         return nic_seconds(self.moves, topology)
 
+    @checks_kinds
     def for_rank(self, rank: int) -> tuple[RankProgram, ...]:
         """List what one rank does, one program per move.
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.transport import nccl
 from tricomm.transport.base import Operation, Work
 from tricomm.transport.monitor import Monitor, heartbeat_seconds, stalled_rank
@@ -393,14 +393,14 @@ def resolve_group(group: Any) -> Any:
         SpecError: there is none, or this process is not in it.
     """
     if not dist.is_available() or not dist.is_initialized():
-        raise SpecError(
-            "there is no process group; call torch.distributed.init_process_group first, or run all ranks in one "
-            "process with tricomm.LocalTransport"
-        )
+        remedy = "call torch.distributed.init_process_group first, or run all ranks here with tricomm.LocalTransport"
+        raise SpecError(f"there is no process group; {remedy}")
     if group is None:
         return dist.group.WORLD
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise SpecError("this process is not in the given group; only its ranks may call")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
     return group
 
 

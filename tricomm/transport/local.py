@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.packing.tensor_checker import TensorChecker
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Work
@@ -135,8 +135,13 @@ class LocalTransport:
         self, plan: Plan, tensors: Mapping[int, torch.Tensor]
     ) -> tuple[dict[int, torch.Tensor], dict[tuple[int, int], int]]:
         """As :meth:`run`; also the bytes that went over each ordered pair of ranks."""
+        if not isinstance(plan, Plan):
+            raise ArgumentError(f"plan={plan!r} is not a Plan; pass what make_plan gave")
+        if not isinstance(tensors, Mapping):
+            raise ArgumentError(f"tensors={tensors!r} is not a mapping; write {{rank: shard}}")
         network = LocalNetwork(self.grouped, (0 if self.grouped else self.receives_ahead, self.rounds_open))
-        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        devices = (tensor.device for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
+        device = next(devices, torch.device("cpu"))
         for rank in tensors:
             if rank not in plan.participants:
                 raise SpecError(

@@ -1,0 +1,180 @@
+"""Arguments of the wrong kind, refused at the door by what the signature says.
+
+A public function that would end in an error of Python's own (a word where a number is meant, a Shard where a spec is)
+is decorated with :func:`checks_kinds`: what it is given is compared with its annotations before it begins.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from functools import wraps
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tricomm.errors import ArgumentError
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+MAX_ITEMS = 1000
+"""Of a sequence so many items are looked at."""
+
+MAX_SHOWN = 120
+"""Characters of a value that an error shows."""
+
+
+class Expected(NamedTuple):
+    """What an annotation allows.
+
+    Attributes:
+        is_of: whether a value is of the kind.
+        words: the kind, as "an integer".
+    """
+
+    is_of: Callable[[Any], bool]
+    words: str
+
+
+def checks_kinds(function: T) -> T:
+    """Refuse arguments that are not of the annotated kinds, with an ArgumentError, before the function begins.
+
+    Containers are looked into where that uses nothing up: sequences, mappings and sets, not iterators.
+
+    Example:
+        >>> @checks_kinds
+        ... def cut(rows: int, names: Sequence[str] = ()) -> int:
+        ...     return rows // 2
+        >>> cut(4)
+        2
+        >>> cut(4, names=["a", 1])
+        Traceback (most recent call last):
+        tricomm.errors.ArgumentError: cut(names=['a', 1]): names must be a sequence of strings; give one
+    """
+    signature = inspect.signature(function)
+    expected: dict[str, Expected] = {}
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not expected:
+            expected.update(_expected_of(function, signature))
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # a missing or surplus argument is said by Python
+        for name, value in given.items():
+            if name in expected and not expected[name].is_of(value):
+                raise ArgumentError(describe_kind(function.__qualname__, name, value, expected[name].words))
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def describe_kind(caller: str, name: str, value: object, words: str) -> str:
+    """Say that an argument is not of the right kind."""
+    caller = caller.removesuffix(".__init__").rpartition("<locals>.")[2]
+    shown = repr(value)
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    return f"{caller}({name}={shown}): {name} must be {words}; give one"
+
+
+def _expected_of(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, Expected]:
+    hints = get_type_hints(function)
+    expected = {"": ANYTHING}
+    for name, parameter in signature.parameters.items():
+        if name in hints and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            expected[name] = kind_of(hints[name])
+    return expected
+
+
+ANYTHING = Expected(lambda _: True, "anything")
+
+
+def kind_of(hint: Any) -> Expected:
+    """Compile an annotation."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if origin in (Union, UnionType):
+        options = [kind_of(argument) for argument in arguments]
+        words = " or ".join(option.words for option in options)
+        return Expected(lambda value: any(option.is_of(value) for option in options), words)
+    if origin is tuple and (len(arguments) != 2 or arguments[1] is not Ellipsis):
+        return _tuple_of([kind_of(argument) for argument in arguments])
+    if origin in (tuple, list, Sequence, Iterable):
+        return _items_of(origin, kind_of(arguments[0]))
+    if origin in (dict, Mapping):
+        return _mapping_of(*map(kind_of, arguments))
+    if origin is Callable:
+        return Expected(callable, "a function")
+    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False) and origin is None:
+        article = "an" if hint.__name__[0] in "AEIO" else "a"
+        return Expected(lambda value: isinstance(value, hint), f"{article} {hint.__name__}")
+    return ANYTHING
+
+
+def _is_integer(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and _indexes(value)
+
+
+def _indexes(value: Any) -> bool:
+    if isinstance(value, int):
+        return True
+    try:
+        operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return not getattr(value, "shape", ())  # an array of one element is an array
+
+
+_PLAIN: dict[Any, Expected] = {
+    int: Expected(_is_integer, "an integer"),
+    float: Expected(lambda value: isinstance(value, float) or _is_integer(value), "a number"),
+    str: Expected(lambda value: isinstance(value, str), "a string"),
+    bool: Expected(lambda value: isinstance(value, bool), "True or False"),
+    NoneType: Expected(lambda value: value is None, "None"),
+    Any: ANYTHING,
+    object: ANYTHING,
+}
+
+
+def _plural(words: str) -> str:
+    """The words for several: "integers" of "an integer"."""
+    for article in ("an ", "a "):
+        if words.startswith(article) and " or " not in words:
+            noun, space, rest = words.removeprefix(article).partition(" ")
+            return f"{noun}{'' if noun.endswith('s') else 's'}{space}{rest}"
+    return f"({words})"
+
+
+def _items_of(origin: Any, item: Expected) -> Expected:
+    """A sequence; an iterable is looked into only if it is one."""
+    container = (Sequence, AbstractSet, Mapping) if origin is Iterable else Sequence
+
+    def is_of(value: Any) -> bool:
+        if isinstance(value, str | bytes):
+            return False
+        if isinstance(value, container):
+            return all(item.is_of(one) for one, _ in zip(value, range(MAX_ITEMS), strict=False))
+        return origin is Iterable and hasattr(value, "__iter__")
+
+    name = "tuple" if origin is tuple else "sequence"
+    return Expected(is_of, f"a {name} of {_plural(item.words)}" if item is not ANYTHING else f"a {name}")
+
+
+def _tuple_of(items: Sequence[Expected]) -> Expected:
+    def is_of(value: Any) -> bool:
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != len(items):
+            return False
+        return all(item.is_of(one) for item, one in zip(items, value, strict=True))
+
+    return Expected(is_of, f"a tuple ({', '.join(item.words for item in items)})")
+
+
+def _mapping_of(key: Expected, item: Expected) -> Expected:
+    def is_of(value: Any) -> bool:
+        if not isinstance(value, Mapping):
+            return False
+        pairs = zip(value.items(), range(MAX_ITEMS), strict=False)
+        return all(key.is_of(one) and item.is_of(other) for (one, other), _ in pairs)
+
+    return Expected(is_of, f"a mapping of {_plural(key.words)} to {_plural(item.words)}")
