@@ -37,7 +37,8 @@ fused and padded as they are. A destination is a tuple of disjoint :class:`Piece
 walks along one dim of the destination and one of the source. What a rank holds is a product of intervals per dim, and
 so is a piece: :func:`within` and :func:`within_source` cut a piece by a holding of either side into pieces again.
 Each of them is an ordinary item of shape ``piece.shape``; only packing and unpacking see the strides, which
-``piece.strided`` and ``piece.source_strided`` give for a tensor of any strides.
+``piece.strided`` and ``piece.source_strided`` give for a tensor of any strides, and for a rank's shard after
+:func:`to_local` and :func:`to_local_source`.
 
 Imports numpy, ``tricomm.errors`` and ``tricomm.layout``, never torch.
 """
@@ -45,7 +46,7 @@ Imports numpy, ``tricomm.errors`` and ``tricomm.layout``, never torch.
 from tricomm.rules.bound import BoundRules, BoundSource, BoundTensor
 from tricomm.rules.boxes import Digit, Piece
 from tricomm.rules.expressions import Expression
-from tricomm.rules.meet import within, within_source
+from tricomm.rules.meet import to_local, to_local_source, within, within_source
 from tricomm.rules.rules import Rules
 from tricomm.rules.words import cat, each, fill, source, stack
 
@@ -62,6 +63,8 @@ __all__ = [
     "fill",
     "source",
     "stack",
+    "to_local",
+    "to_local_source",
     "within",
     "within_source",
 ]

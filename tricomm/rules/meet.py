@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from tricomm.layout.intervals import Region
+from tricomm.errors import SpecError
+from tricomm.layout.intervals import Intervals, Region
 from tricomm.rules.boxes import REPEATED, Digit, Piece, cut, divide
 
 
@@ -37,6 +38,46 @@ def within_source(piece: Piece, region: Region) -> list[Piece]:
     for dim, intervals in enumerate(region):
         parts = [found for part in parts for start, stop in intervals for found in _between(part, dim, start, stop)]
     return parts
+
+
+def to_local(piece: Piece, region: Region) -> Piece:
+    """A part of a piece by its place in the shard of a rank that holds this region, where its strides are the shard's.
+
+    Args:
+        piece: as :func:`within` gives it: within one interval of every dim, and so with the same steps in the shard.
+        region: the rank's holding of the destination.
+
+    Example:
+        >>> from tricomm.rules import Rules, source
+        >>> bound = Rules({"w": source("w", (8,))}).bind()
+        >>> held = (((6, 8), (0, 2)),)
+        >>> [to_local(part, held).start for part in within(bound.tensors[0].pieces[0], held)]
+        [(0,), (2,)]
+    """
+    start = tuple([_position(at, intervals) for at, intervals in zip(piece.start, region, strict=True)])
+    return Piece(piece.digits, start, piece.source_start, piece.tensor, piece.value)
+
+
+def to_local_source(piece: Piece, region: Region) -> Piece:
+    """The same in the shard of a rank that holds this region of the source.
+
+    Example:
+        >>> from tricomm.rules import Rules, source
+        >>> bound = Rules({"w": source("w", (8,))}).bind()
+        >>> held = (((6, 8), (0, 2)),)
+        >>> [to_local_source(part, held).source_start for part in within_source(bound.tensors[0].pieces[0], held)]
+        [(0,), (2,)]
+    """
+    return to_local(piece.exchanged(), region).exchanged()
+
+
+def _position(coordinate: int, intervals: Intervals) -> int:
+    position = 0
+    for start, stop in intervals:
+        if start <= coordinate < stop:
+            return position + coordinate - start
+        position += stop - start
+    raise SpecError(f"coordinate {coordinate} lies in none of {intervals}; cut the piece by within() first")
 
 
 def through(piece: Piece, between: Iterable[Piece]) -> list[Piece]:
