@@ -27,7 +27,7 @@ from tricomm.pipeline import (
     with_communication,
     zero_bubble,
 )
-from tricomm.pipeline.costs.simulate import fair_rates, run_clock
+from tricomm.pipeline.costs.clock import fair_rates, run_clock
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 

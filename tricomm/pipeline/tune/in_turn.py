@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tricomm.errors import PlanError
+from tricomm.pipeline.costs.clock import run_clock
 from tricomm.pipeline.costs.costs import Costs
-from tricomm.pipeline.costs.simulate import check_stages, run_clock
+from tricomm.pipeline.costs.simulate import check_stages
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
 from tricomm.pipeline.schedule.check import Queues

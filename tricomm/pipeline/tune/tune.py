@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from tricomm.errors import PlanError
+from tricomm.pipeline.costs.clock import run_clock
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.exposure import ExposureReport, exposure_of
-from tricomm.pipeline.costs.simulate import run_clock, simulate
+from tricomm.pipeline.costs.simulate import simulate
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Edge
 from tricomm.pipeline.schedule.check import Queues

@@ -1,0 +1,340 @@
+"""The clock of the simulator: events in the order of time, what moves, and who waits in which queue."""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tricomm.errors import PlanError
+from tricomm.pipeline.costs.costs import Costs, Load, TransferCost
+from tricomm.pipeline.costs.timeline import Span, Timeline, Transfer
+from tricomm.pipeline.schedule.actions import Action, Channel
+from tricomm.pipeline.schedule.check import Queues
+from tricomm.pipeline.schedule.schedule import Schedule
+
+ROUNDING = 1e-12
+"""Parts of a link or of a transfer that are no more than rounding."""
+
+Key = tuple[Channel, int]
+"""The transfer of a microbatch on a channel."""
+
+Queue = tuple[int, ...]
+"""The key of a queue; see ``Queues.key``."""
+
+
+def run_clock(
+    schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL, *, in_order: bool = True
+) -> Timeline:
+    """Do what ``simulate`` does, for a schedule with communication that is known to run: those that search call it.
+
+    Without ``in_order`` queues have no order: whichever transfer is ready first goes first. Ranks could not do that,
+    for they would have to know of each other which are ready.
+    """
+    return (_Clock if in_order else _UnorderedClock)(schedule, costs, queues).timeline()
+
+
+class _Compute(NamedTuple):
+    """A compute action as the clock sees it: ``needs`` are the transfers whose data it uses."""
+
+    action: Action
+    seconds: float
+    needs: tuple[Key, ...]
+
+
+class _Post(NamedTuple):
+    """A send or receive as the clock sees it: one end of a transfer comes to its queue."""
+
+    key: Key
+    is_send: bool
+    queue: Queue
+
+
+@dataclass(eq=False, slots=True)
+class _Moving:
+    """A transfer on its way.
+
+    Attributes:
+        ends: per queue that it stands in, its place there.
+        sent, posted, begin: when the sender and the receiver came to it, and when it went on the wire; -1 is not yet.
+    """
+
+    key: Key
+    cost: TransferCost
+    ends: dict[Queue, int] = field(default_factory=dict)
+    sent: float = -1.0
+    posted: float = -1.0
+    begin: float = -1.0
+    remaining: float = 0.0
+    rate: float = 1.0
+
+
+class _Clock:
+    """One simulation."""
+
+    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues) -> None:
+        self.schedule, self.costs, self.queues = schedule, costs, queues
+        self.programs = [[self.entry(action) for action in actions] for actions in schedule.lists]
+        self.ranks_of = {
+            channel: (schedule.pipeline_rank_of(channel.sender), schedule.pipeline_rank_of(channel.receiver))
+            for channel in schedule.channels
+        }
+        self.now = 0.0
+        self.next_index = [0] * schedule.pipeline_ranks
+        self.busy_until = [0.0] * schedule.pipeline_ranks
+        self.blocking: list[list[Key]] = [[] for _ in schedule.lists]  # what compute waits for besides
+        self.spans: list[list[Span]] = [[] for _ in schedule.lists]
+        self.moving: dict[Key, _Moving] = {}
+        self.arrived: dict[Key, float] = {}
+        self.off_wire: dict[Channel, float] = {}  # since when a channel carries nothing
+        self.transfers: list[Transfer] = []
+        self.alone: list[tuple[float, int, _Moving]] = []  # ends on the wire of those that share nothing
+        self.shared: list[_Moving] = []  # those that share something, with a rate that changes
+        self.shared_since = 0.0
+        self.rates: dict[tuple[Channel, ...], list[float]] = {}  # of those that share at once
+        self.wakes: list[tuple[float, int]] = []  # when a pipeline rank may go on, each once
+        self.is_pending: set[tuple[float, int]] = set()
+        self.begun = 0
+        self.waiting: dict[Queue, deque[_Moving]] = {}
+
+    def entry(self, action: Action) -> _Compute | _Post:
+        """Work out once what the clock needs of an action."""
+        if action.is_compute:
+            needs = [
+                (channel, action.microbatch)
+                for channel in self.schedule.inputs(action)
+                if channel in self.schedule.channels
+            ]
+            return _Compute(action, self.costs.seconds(action), tuple(needs))
+        channel = action.channel
+        queue = self.queues.key(self.schedule, channel, action.stage)
+        return _Post((channel, action.microbatch), action.kind.is_send, queue)
+
+    def timeline(self) -> Timeline:
+        for pipeline_rank in range(self.schedule.pipeline_ranks):
+            self.advance(pipeline_rank)
+        while True:
+            upcoming = self.next_time()
+            if upcoming is None:
+                break
+            self.now = upcoming
+            self.progress_shared()
+            self.finish_transfers()
+            while self.wakes and self.wakes[0][0] <= self.now:
+                wake = heapq.heappop(self.wakes)
+                self.is_pending.discard(wake)
+                self.advance(wake[1])
+        for pipeline_rank, index in enumerate(self.next_index):
+            if index < len(self.schedule.lists[pipeline_rank]):
+                raise PlanError(
+                    f"{self.schedule.lists[pipeline_rank][index]} at pipeline rank {pipeline_rank} waits for ever; "
+                    "call check, which says for what"
+                )
+        return Timeline(
+            self.schedule,
+            self.costs,
+            tuple(tuple(spans) for spans in self.spans),
+            tuple(sorted(self.transfers, key=lambda one: one.begin)),
+        )
+
+    def next_time(self) -> float | None:
+        times = [self.wakes[0][0]] if self.wakes else []
+        times += [self.alone[0][0]] if self.alone else []
+        times += [self.shared_since + one.remaining / one.rate for one in self.shared]
+        return max(self.now, min(times)) if times else None
+
+    def wake(self, pipeline_rank: int, at: float) -> None:
+        """Go on with a pipeline rank at some time."""
+        wake = (at, pipeline_rank)
+        if wake not in self.is_pending:
+            self.is_pending.add(wake)
+            heapq.heappush(self.wakes, wake)
+
+    def advance(self, pipeline_rank: int) -> None:
+        """Go on with a pipeline rank's list as far as time and data allow."""
+        program = self.programs[pipeline_rank]
+        while self.next_index[pipeline_rank] < len(program):
+            entry = program[self.next_index[pipeline_rank]]
+            if self.busy_until[pipeline_rank] > self.now:
+                self.wake(pipeline_rank, self.busy_until[pipeline_rank])
+                return
+            if isinstance(entry, _Compute):
+                ready = self.ready(entry, pipeline_rank)
+                if ready is None:
+                    return  # woken when the data is on its way
+                if ready > self.now:
+                    self.wake(pipeline_rank, ready)
+                    return
+                end = self.now + entry.seconds
+                self.spans[pipeline_rank].append(Span(entry.action, self.now, end))
+                self.busy_until[pipeline_rank] = end
+                self.blocking[pipeline_rank].clear()
+            else:
+                self.post(entry, pipeline_rank)
+            self.next_index[pipeline_rank] += 1
+
+    def ready(self, entry: _Compute, pipeline_rank: int) -> float | None:
+        """When the inputs of a compute action are there; None if that is not known yet."""
+        latest = 0.0
+        for key in (*entry.needs, *self.blocking[pipeline_rank]):
+            arrival = self.arrived.get(key)
+            if arrival is None:
+                return None
+            latest = max(latest, arrival)
+        return latest
+
+    def post(self, entry: _Post, pipeline_rank: int) -> None:
+        one = self.moving.get(entry.key)
+        if one is None:
+            one = self.moving[entry.key] = _Moving(entry.key, self.costs.transfer(entry.key[0]))
+        if entry.is_send:
+            one.sent = self.now
+        else:
+            one.posted = self.now
+        if self.queues is Queues.BLOCKING:
+            self.blocking[pipeline_rank].append(entry.key)
+        self.enter(one, entry.queue)
+
+    # ---- queues: who may begin
+
+    def enter(self, one: _Moving, queue: Queue) -> None:
+        """Let a transfer stand in a queue, and begin if it is its turn in both of its queues."""
+        waiting = self.waiting.setdefault(queue, deque())
+        one.ends[queue] = len(waiting)
+        waiting.append(one)
+        self.begin_if_first(one)
+
+    def begin_if_first(self, one: _Moving) -> None:
+        if one.begin < 0 and len(one.ends) == 2 and all(self.waiting[queue][0] is one for queue in one.ends):
+            self.begin(one)
+
+    def leave(self, done: Sequence[_Moving]) -> None:
+        """Take what is off the wire out of its queues, and let those behind it begin.
+
+        After all that ended at this moment have gone, so that whoever waits longest is first.
+        """
+        queues = dict.fromkeys(queue for one in done for queue in one.ends)
+        for one in done:
+            for queue in one.ends:
+                self.waiting[queue].remove(one)
+        following = [self.waiting[queue][0] for queue in queues if self.waiting[queue]]
+        for one in sorted(following, key=self.ready_since):
+            self.begin_if_first(one)
+
+    def ready_since(self, one: _Moving) -> float:
+        """When both ends had come to it and the one before it on its channel was off the wire: channels alternate."""
+        return max(one.sent, one.posted, self.off_wire.get(one.key[0], 0.0))
+
+    # ---- the wire
+
+    def begin(self, one: _Moving) -> None:
+        """Put a transfer on the wire."""
+        one.begin, one.remaining = self.now, one.cost.busy_seconds
+        self.begun += 1
+        if one.cost.loads and one.remaining > 0:
+            self.progress_shared()
+            self.shared.append(one)
+            self.share()
+        else:
+            heapq.heappush(self.alone, (self.now + one.remaining, self.begun, one))
+
+    def progress_shared(self) -> None:
+        """Count what the sharing transfers have moved up to now."""
+        seconds = self.now - self.shared_since
+        if seconds:
+            for one in self.shared:
+                one.remaining = max(0.0, one.remaining - seconds * one.rate)
+            self.shared_since = self.now
+
+    def share(self) -> None:
+        """Give each sharing transfer its rate."""
+        channels = tuple(one.key[0] for one in self.shared)
+        rates = self.rates.get(channels)
+        if rates is None:
+            rates = self.rates[channels] = fair_rates([one.cost.loads for one in self.shared])
+        for one, rate in zip(self.shared, rates, strict=True):
+            one.rate = rate
+
+    def finish_transfers(self) -> None:
+        """Take what is done off the wire."""
+        done: list[_Moving] = []
+        while self.alone and self.alone[0][0] <= self.now:
+            done.append(heapq.heappop(self.alone)[2])
+        ended = [one for one in self.shared if one.remaining <= ROUNDING * one.cost.busy_seconds]
+        if ended:
+            self.shared = [one for one in self.shared if one not in ended]
+            self.share()
+        done += ended
+        for one in done:
+            channel, microbatch = one.key
+            self.off_wire[channel] = self.now
+            arrival = self.now + one.cost.latency_seconds
+            self.arrived[one.key] = arrival
+            self.transfers.append(Transfer(channel, microbatch, one.sent, one.posted, one.begin, self.now, arrival))
+            for pipeline_rank in self.ranks_of[channel]:
+                self.wake(pipeline_rank, arrival)
+        if done:
+            self.leave(done)
+
+
+class _UnorderedClock(_Clock):
+    """One simulation in which a queue only keeps two transfers from being on the wire at once."""
+
+    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues) -> None:
+        super().__init__(schedule, costs, queues)
+        self.entered: dict[Queue, int] = {}  # how many came to a queue
+        self.complete: dict[Queue, dict[_Moving, None]] = {}  # those of which both ends came, and that wait
+        self.occupied: set[Queue] = set()
+
+    def enter(self, one: _Moving, queue: Queue) -> None:
+        one.ends[queue] = self.entered[queue] = self.entered.get(queue, 0) + 1
+        if len(one.ends) == 2:
+            for end in one.ends:
+                self.complete.setdefault(end, {})[one] = None
+            self.begin_if_first(one)
+
+    def begin_if_first(self, one: _Moving) -> None:
+        if one.begin < 0 and not any(queue in self.occupied for queue in one.ends):
+            self.occupied.update(one.ends)
+            for queue in one.ends:
+                del self.complete[queue][one]
+            self.begin(one)
+
+    def leave(self, done: Sequence[_Moving]) -> None:
+        queues = dict.fromkeys(queue for one in done for queue in one.ends)
+        self.occupied.difference_update(queues)
+        following = [
+            (self.ready_since(one), number, one.ends[queue], one)
+            for number, queue in enumerate(queues)
+            for one in self.complete.get(queue, ())
+        ]
+        for *_, one in sorted(following, key=lambda item: item[:3]):
+            self.begin_if_first(one)
+
+
+def fair_rates(loads: Sequence[Sequence[Load]]) -> list[float]:
+    """The speed of each transfer, 1 being that of one that has all that it loads for itself.
+
+    What each takes of the link that it loads most rises together (max-min), until one moves at full speed or a link
+    is full; those on a full link keep what they have.
+    """
+    peaks = [max(load for _, load in one) for one in loads]
+    free = {name: 1.0 for one in loads for name, _ in one}
+    rates = [0.0] * len(loads)
+    rising = set(range(len(loads)))
+    while rising:
+        slopes: dict[str, float] = {}
+        for index in rising:
+            for name, load in loads[index]:
+                slopes[name] = slopes.get(name, 0.0) + load / peaks[index]
+        step = min(free[name] / slope for name, slope in slopes.items())
+        step = min(step, *(peaks[index] * (1 - rates[index]) for index in rising))
+        for name, slope in slopes.items():
+            free[name] -= step * slope
+        for index in rising:
+            rates[index] += step / peaks[index]
+        full = {name for name in slopes if free[name] <= ROUNDING}
+        rising -= {
+            index for index in rising if rates[index] >= 1 - ROUNDING or any(name in full for name, _ in loads[index])
+        }
+    return rates
