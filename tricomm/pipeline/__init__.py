@@ -24,8 +24,9 @@ from tricomm.pipeline.schedule.generators import (
 )
 from tricomm.pipeline.schedule.schedule import Schedule, chain
 from tricomm.pipeline.schedule.torch_csv import read_csv, write_csv
+from tricomm.pipeline.tune.evaluate import Candidate, Limits
 from tricomm.pipeline.tune.in_turn import in_turn
-from tricomm.pipeline.tune.tune import Candidate, Limits, Tuned, tune
+from tricomm.pipeline.tune.tune import Tuned, tune
 
 Turns = PerDirectionFifo
 """The old name of PerDirectionFifo, kept for one version."""

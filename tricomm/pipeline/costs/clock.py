@@ -24,14 +24,22 @@ Queue = tuple[int, ...]
 
 
 def run_clock(
-    schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL, *, in_order: bool = True
+    schedule: Schedule,
+    costs: Costs,
+    queues: Queues = Queues.PER_CHANNEL,
+    *,
+    in_order: bool = True,
+    known: "Known | None" = None,
 ) -> Timeline:
     """Do what ``simulate`` does, for a schedule with communication that is known to run: those that search call it.
 
     Without ``in_order`` queues have no order: whichever transfer is ready first goes first. Ranks could not do that,
     for they would have to know of each other which are ready.
+
+    ``known`` is filled with what the clock works out, for other schedules with the same costs, edges and queues.
     """
-    return (_Clock if in_order else _UnorderedClock)(schedule, costs, queues).timeline()
+    kind = _Clock if in_order else _UnorderedClock
+    return kind(schedule, costs, queues, known or Known()).timeline()
 
 
 class _Compute(NamedTuple):
@@ -48,6 +56,14 @@ class _Post(NamedTuple):
     key: Key
     is_send: bool
     queue: Queue
+
+
+@dataclass(slots=True)
+class Known:
+    """What clocks of the same costs, edges and queues have worked out: of each action, and of channels that share."""
+
+    entries: dict[Action, _Compute | _Post] = field(default_factory=dict)
+    rates: dict[tuple[Channel, ...], list[float]] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -72,9 +88,11 @@ class _Moving:
 class _Clock:
     """One simulation."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues) -> None:
+    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, known: Known) -> None:
         self.schedule, self.costs, self.queues = schedule, costs, queues
-        self.programs = [[self.entry(action) for action in actions] for actions in schedule.lists]
+        self.programs: list[list[_Compute | _Post]] = []
+        for actions in schedule.lists:
+            self.programs.append([known.entries.get(action) or self.entry(action, known) for action in actions])
         self.ranks_of = {
             channel: (schedule.pipeline_rank_of(channel.sender), schedule.pipeline_rank_of(channel.receiver))
             for channel in schedule.channels
@@ -91,14 +109,19 @@ class _Clock:
         self.alone: list[tuple[float, int, _Moving]] = []  # ends on the wire of those that share nothing
         self.shared: list[_Moving] = []  # those that share something, with a rate that changes
         self.shared_since = 0.0
-        self.rates: dict[tuple[Channel, ...], list[float]] = {}  # of those that share at once
+        self.rates = known.rates
+        self.has_changed = False  # whether others share than when the rates were given
         self.wakes: list[tuple[float, int]] = []  # when a pipeline rank may go on, each once
         self.is_pending: set[tuple[float, int]] = set()
         self.begun = 0
         self.waiting: dict[Queue, deque[_Moving]] = {}
 
-    def entry(self, action: Action) -> _Compute | _Post:
+    def entry(self, action: Action, known: Known) -> _Compute | _Post:
         """Work out once what the clock needs of an action."""
+        known.entries[action] = found = self._entry(action)
+        return found
+
+    def _entry(self, action: Action) -> _Compute | _Post:
         if action.is_compute:
             needs = [
                 (channel, action.microbatch)
@@ -138,6 +161,8 @@ class _Clock:
         )
 
     def next_time(self) -> float | None:
+        if self.has_changed:
+            self.share()
         times = [self.wakes[0][0]] if self.wakes else []
         times += [self.alone[0][0]] if self.alone else []
         times += [self.shared_since + one.remaining / one.rate for one in self.shared]
@@ -234,7 +259,7 @@ class _Clock:
         if one.cost.loads and one.remaining > 0:
             self.progress_shared()
             self.shared.append(one)
-            self.share()
+            self.has_changed = True
         else:
             heapq.heappush(self.alone, (self.now + one.remaining, self.begun, one))
 
@@ -254,6 +279,7 @@ class _Clock:
             rates = self.rates[channels] = fair_rates([one.cost.loads for one in self.shared])
         for one, rate in zip(self.shared, rates, strict=True):
             one.rate = rate
+        self.has_changed = False
 
     def finish_transfers(self) -> None:
         """Take what is done off the wire."""
@@ -263,7 +289,7 @@ class _Clock:
         ended = [one for one in self.shared if one.remaining <= ROUNDING * one.cost.busy_seconds]
         if ended:
             self.shared = [one for one in self.shared if one not in ended]
-            self.share()
+            self.has_changed = True
         done += ended
         for one in done:
             channel, microbatch = one.key
@@ -280,8 +306,8 @@ class _Clock:
 class _UnorderedClock(_Clock):
     """One simulation in which a queue only keeps two transfers from being on the wire at once."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues) -> None:
-        super().__init__(schedule, costs, queues)
+    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, known: Known) -> None:
+        super().__init__(schedule, costs, queues, known)
         self.entered: dict[Queue, int] = {}  # how many came to a queue
         self.complete: dict[Queue, dict[_Moving, None]] = {}  # those of which both ends came, and that wait
         self.occupied: set[Queue] = set()

@@ -200,6 +200,12 @@ class Costs:
         """What a microbatch costs on a channel."""
         return self._by_channel.get(channel, self.other)
 
+    @property
+    def shares_anything(self) -> bool:
+        """Whether transfers of different channels may slow each other down."""
+        names = [name for one in self.all_transfers() for name, _ in one.loads]
+        return len(names) > len(set(names)) or bool(self.other.loads)
+
     def without_transfers(self) -> "Costs":
         """The same stages with hops that cost nothing: the yardstick for what is exposed."""
         return Costs(self.stages)

@@ -17,6 +17,7 @@ An edge between stages that are no neighbours names the other end: ``0SEND_F2>3`
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 from tricomm.errors import PlanError
@@ -188,12 +189,14 @@ class Action:
         return f"Action.parse({str(self)!r})"
 
 
+@lru_cache(maxsize=1 << 16)
 def send(channel: Channel, microbatch: int) -> Action:
     """The action that starts to send on a channel."""
     kind = Kind.SEND_FORWARD if channel.is_forward else Kind.SEND_BACKWARD
     return Action(channel.sender, kind, microbatch, channel.receiver)
 
 
+@lru_cache(maxsize=1 << 16)
 def receive(channel: Channel, microbatch: int) -> Action:
     """The action that posts the receive on a channel."""
     kind = Kind.RECEIVE_FORWARD if channel.is_forward else Kind.RECEIVE_BACKWARD

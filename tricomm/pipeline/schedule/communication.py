@@ -1,7 +1,6 @@
 """Where sends and receives stand in a schedule: sends right after their producer, receives ahead of their consumer."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from tricomm.errors import PlanError
 from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
@@ -46,7 +45,7 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
             for channel in _crossing(schedule, schedule.outputs(action))
         ]
         lists.append(interleave(actions, [*sent, *received[pipeline_rank]]))
-    return replace(schedule, lists=tuple(lists))
+    return schedule.with_lists(lists)
 
 
 def interleave(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) -> tuple[Action, ...]:

@@ -9,32 +9,28 @@ that lie on the critical path have changed places (the neighbourhood of van Laar
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from tricomm.errors import PlanError
-from tricomm.pipeline.costs.clock import run_clock
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.simulate import check_stages
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
 from tricomm.pipeline.schedule.check import Queues
-from tricomm.pipeline.schedule.communication import interleave, with_communication
+from tricomm.pipeline.schedule.communication import interleave
 from tricomm.pipeline.schedule.schedule import Schedule
+from tricomm.pipeline.tune.evaluate import Simulator
 
 Order = dict[tuple[int, bool], tuple[tuple[Channel, int], ...]]
 """Per pipeline rank and direction (whether it sends), the transfers in the order of their turns."""
 
 
-def ideal_timeline(schedule: Schedule, costs: Costs, queues: Queues = Queues.PER_CHANNEL) -> Timeline:
-    """What an order of computation allows with all receives posted at the start, and, if transfers take turns, with
-    each beginning as soon as both ends are ready and free.
-    """
-    posted = with_communication(schedule, receives_ahead=max(map(len, schedule.lists)))
-    return run_clock(posted, costs, queues, in_order=queues is not Queues.PER_DIRECTION)
-
-
 def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
     """Put in sends and receives such that hops take turns, for ``Queues.PER_DIRECTION``.
+
+    >>> from tricomm.pipeline import one_f_one_b
+    >>> print(in_turn(one_f_one_b(2, 1), Costs.uniform(2, 1, 1, 1, 0.5)))
+    0: 0F0      0RECV_B0 0SEND_F0 0B0
+    1: 1RECV_F0 1F0      1B0      1SEND_B0
 
     Args:
         schedule: sends and receives that it has are dropped.
@@ -45,34 +41,49 @@ def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
         PlanError: costs of another number of stages, or a schedule that cannot run.
     """
     check_stages(schedule, costs)
-    timeline = ideal_timeline(schedule, costs, Queues.PER_DIRECTION)
-    schedule = schedule.compute_only()
-    timeline = _improved(schedule, timeline, costs, trials)
+    simulator = Simulator(costs)
+    ideal = simulator.ideal(schedule, Queues.PER_DIRECTION)
+    return order_in_turn(schedule.compute_only(), simulator, ideal, trials=trials)
+
+
+def order_in_turn(
+    schedule: Schedule, simulator: Simulator, ideal: Timeline, *, trials: int, enough: float = 0.0
+) -> Schedule:
+    """Do what ``in_turn`` does, for a schedule without communication that is known to run.
+
+    Args:
+        schedule: of computation.
+        simulator: with the costs.
+        ideal: of the schedule, with ``Queues.PER_DIRECTION``.
+        trials: so many other orders are simulated at most.
+        enough: seconds that no order undercuts.
+    """
+    timeline = _improved(schedule, ideal, simulator, trials, enough)
     order = _order_of(timeline)
     lists = []
     for pipeline_rank, actions in enumerate(schedule.lists):
         received = _receives(timeline, order[pipeline_rank, False], pipeline_rank)
         lists.append(interleave(actions, [*received, *_sends(schedule, order[pipeline_rank, True], pipeline_rank)]))
-    return replace(schedule, lists=tuple(lists))
+    return schedule.with_lists(lists)
 
 
-def _improved(schedule: Schedule, timeline: Timeline, costs: Costs, trials: int) -> Timeline:
-    """The best of some orders, from that of a timeline on: the first one that is better is followed at once; those that
-    are as good are kept for later.
+def _improved(schedule: Schedule, timeline: Timeline, simulator: Simulator, trials: int, enough: float) -> Timeline:
+    """Return the best of some orders, from that of a timeline on: the first one that is better is followed at once;
+    those that are as good are kept for later.
     """
     following = [(_order_of(timeline), timeline)]
-    best, seen = timeline, {str(following[0][0])}
-    while following:
+    best, seen = timeline, {tuple(following[0][0].values())}
+    while following and best.makespan_seconds > enough * (1 + 1e-9):
         order, timeline = following.pop()
         for other in _swaps(order, timeline):
-            key = str(other)
+            key = tuple(other.values())
             if key in seen:
                 continue
             if len(seen) > trials:
                 return best
             seen.add(key)
             try:
-                found = run_clock(_all_posted(schedule, other), costs, Queues.PER_DIRECTION)
+                found = simulator.run(_all_posted(schedule, other), Queues.PER_DIRECTION)
             except PlanError:  # it made ranks wait for each other
                 continue
             if found.makespan_seconds < timeline.makespan_seconds * (1 - 1e-9):
@@ -117,7 +128,7 @@ def _all_posted(schedule: Schedule, order: Order) -> Schedule:
     for pipeline_rank, actions in enumerate(schedule.lists):
         received = [(0, receive(*crossing)) for crossing in order[pipeline_rank, False]]
         lists.append(interleave(actions, [*received, *_sends(schedule, order[pipeline_rank, True], pipeline_rank)]))
-    return replace(schedule, lists=tuple(lists))
+    return schedule.with_lists(lists)
 
 
 def _sends(schedule: Schedule, sent: Sequence[tuple[Channel, int]], pipeline_rank: int) -> Iterator[tuple[int, Action]]:
