@@ -26,6 +26,7 @@ LAYERS = [
     ["plan"],
     ["autograd", "options", "packing"],
     ["transport"],
+    ["resharder"],
     ["reshard"],
     ["pipeline"],
     ["demo", "draw"],
@@ -55,7 +56,10 @@ WITHOUT_TORCH = {"errors", "kinds", "stats", "layout", "rules", "plan", "draw"}
 WITHOUT_TORCH |= {"pipeline.schedule", "pipeline.costs", "pipeline.tune"}
 # The demo compares with isend and irecv written by hand, and examples are what users write.
 WITH_DISTRIBUTED = {
-    "transport.communicator",
+    "transport.coordination.coordinator",
+    "transport.channel",
+    "transport.gloo",
+    "transport.group",
     "transport.nccl",
     "launch",
     "interop",

@@ -22,7 +22,8 @@ from tricomm.plan import (
     Split,
     make_plan,
 )
-from tricomm.reshard import Resharder, reshard, reshard_async
+from tricomm.reshard import reshard, reshard_async
+from tricomm.resharder import Resharder
 from tricomm.stats import Stats
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle

@@ -30,7 +30,7 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.packing.copy_program import local_shard, torch_dtype
 from tricomm.plan import make_plan
 from tricomm.plan.describe import format_nbytes
-from tricomm.reshard import Resharder
+from tricomm.resharder import Resharder
 
 TRAINER = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
 SERVER = Mesh([4, 5, 6, 7], ("tp",))

@@ -3,7 +3,6 @@
 import re
 import time
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from torch import nn
@@ -24,7 +23,7 @@ from tricomm.launch import Ranks
 from tricomm.pipeline import eager_one_f_one_b, gpipe, one_f_one_b
 from tricomm.pipeline.run.edge import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
-from tricomm.transport.rendezvous import find_mismatch
+from tricomm.transport.coordination.attendance import CallEpoch, Note, find_mismatch
 
 
 class Faulty(nn.Module):
@@ -201,8 +200,8 @@ def test_sizes_that_no_edge_names_are_refused(ranks: Ranks) -> None:
 
 
 def test_long_texts_that_differ_are_shown_where_they_do() -> None:
-    def notes(text: str) -> dict[str, Any]:
-        return {"fields": {"the schedule": text}, "epoch": ("ranks", 1)}
+    def notes(text: str) -> Note:
+        return Note(CallEpoch("ranks", 1), (0, 1, 2), "", "call 1 of x", {"the schedule": text})
 
     same, after = "0F0 0F1 " * 100, " 0B0" * 100
     found = find_mismatch({0: notes(f"{same}0B0{after}"), 1: notes(f"{same}0F2{after}"), 2: notes(same)}, [0, 1, 2])

@@ -17,7 +17,7 @@ from tricomm.launch import Ranks
 from tricomm.pipeline import one_f_one_b
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.executor import Executor
-from tricomm.reshard import _cached_resharder
+from tricomm.transport.group import context_of
 
 TRAIN = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
 SERVE = Mesh([4, 5, 6], ("tp",))
@@ -106,7 +106,7 @@ def forget_on_some(rank: int) -> None:
     for turn in range(4):
         check(rank, tricomm.reshard(shard_of(rank), SOURCE, DESTINATION, timeout_seconds=20))
         if rank % 4 == turn:
-            _cached_resharder.cache_clear()
+            context_of(dist.group.WORLD).clear()
             gc.collect()
 
 
@@ -118,7 +118,7 @@ def close_on_one(rank: int, is_shared: bool) -> str:
     check(rank, other(shard_of(rank)))
     if not is_shared:
         other.close()
-        _cached_resharder.cache_clear()
+        context_of(dist.group.WORLD).clear()
     if rank == 4:
         mover.close()
     try:
@@ -146,7 +146,7 @@ def close_after_a_failure(rank: int) -> float:
     if rank in PARTICIPANTS:
         with pytest.raises((SpecError, TransportError)):
             mover(torch.zeros(1) if rank == 0 else shard_of(rank))
-    _cached_resharder.cache_clear()
+    context_of(dist.group.WORLD).clear()
     gc.collect()
     if rank == 4:
         mover.close()
@@ -230,6 +230,9 @@ class SlowStore(dist.Store):
 
     def add(self, key, value):
         return self.store.add(key, value)
+
+    def deleteKey(self, key):  # noqa: N802 - torch's name
+        return self.store.delete_key(key)
 
 
 def connect_slowly(rank: int, lagging: int) -> None:

@@ -1,74 +1,90 @@
-"""Who is to blame for a wait that timed out: found from what ranks say of themselves, without any process."""
+"""Who is at fault for a wait that took too long: found from what ranks say of themselves, without any process."""
 
 from collections.abc import Mapping
 
 import pytest
 
-from tricomm.transport import monitor
-from tricomm.transport.monitor import stalled_rank
-from tricomm.transport.status import Heartbeat, StatusStore
+from tricomm.transport.coordination.diagnosis import Observations, diagnose, diagnose_connecting, reachable
+from tricomm.transport.coordination.status import Heartbeat, Wait
 
 
-class Dict:
-    """As much of a store as a status uses."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, bytes] = {}
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
-
-    def set(self, key: str, value: str) -> None:
-        self.values[key] = value.encode()
-
-    def get(self, key: str) -> bytes:
-        return self.values[key]
-
-
-def diagnose(
-    monkeypatch: pytest.MonkeyPatch,
-    heartbeats: Mapping[int, int],
-    waits: Mapping[int, tuple[int, ...]],
-    quiet: set[int],
+def found(
+    here: Mapping[int, int], elsewhere: Mapping[int, tuple[int, ...]], silent: set[int], calls: Mapping[int, str]
 ) -> str:
-    """What rank 0 finds, who waited for rank 1, if all but quiet ranks post heartbeats (rank: whom it awaits)."""
-    store = Dict()
-
-    def everybody_beats(number: int) -> None:
-        for rank in {*heartbeats, *waits}:
-            if number == 1 or rank not in quiet:
-                here = {"communicator": heartbeats[rank]} if rank in heartbeats else {}
-                elsewhere = {f"communicator to {peer}": peer for peer in waits.get(rank, ())}
-                StatusStore(store, rank).post_heartbeat(Heartbeat(number, {**elsewhere, **here}))
-
-    class Event:
-        def wait(self, seconds: float) -> None:
-            assert seconds == 1.5
-            everybody_beats(2)
-
-    everybody_beats(1)
-    monkeypatch.setattr(monitor.threading, "Event", Event)
-    return stalled_rank(StatusStore(store, 0), "communicator", 1, 1.0)
+    """What rank 0 finds, who waits for rank 1; ranks wait here for one (itself: for none), and elsewhere for more."""
+    heartbeats = {}
+    for rank in range(8):
+        waits = [Wait(f"link to {peer}", peer, "call 1 of link") for peer in elsewhere.get(rank, ())]
+        if rank in here:
+            peer = None if here[rank] == rank else here[rank]
+            waits.append(Wait("place", peer, f"call 1 of {calls.get(rank, 'a')}"))
+        heartbeats[rank] = Heartbeat(1, tuple(waits))
+    mine = Wait("place", 1, "call 1 of a")
+    assert set(reachable(0, [1], heartbeats)) <= set(range(8))
+    return diagnose(0, mine, heartbeats, silent)
 
 
 @pytest.mark.parametrize(
-    ("heartbeats", "waits", "quiet", "found"),
+    ("here", "elsewhere", "silent", "text"),
     [
-        ({}, {}, set(), "rank 1 gave no sign of life"),
-        ({1: 2}, {1: (2,)}, set(), "rank 2 gave no sign of life"),
+        ({}, {}, {1}, "rank 1 gave no sign of life"),
+        ({1: 2}, {1: (2,)}, {2}, "rank 2 gave no sign of life"),
         ({1: 2, 2: 3}, {1: (2,), 2: (3,), 3: (1,)}, {3}, "rank 3 gave no sign of life"),
-        ({}, {1: (0, 2), 2: (1, 3)}, set(), "rank 3 gave no sign of life"),  # each in communicators of its own
-        ({1: 2}, {1: (2,), 2: (0, 3), 3: (2, 4), 4: (5,)}, {4}, "rank 4 gave no sign of life"),
+        ({}, {1: (0, 2), 2: (1, 3)}, {3}, "rank 3 gave no sign of life"),  # each in places of its own
+        ({1: 2}, {1: (2,), 2: (0, 3), 3: (2, 4), 4: (5,)}, {4, 5}, "rank 4 gave no sign of life"),
         ({}, {1: (0, 2), 2: (1, 0)}, set(), "rank 1 is alive but did not send"),
         ({1: 1}, {1: ()}, set(), "rank 1 is alive but did not send"),
         ({1: 2, 2: 1}, {1: (2,), 2: (1,)}, set(), "ranks [1, 2] wait for each other"),
+        ({1: 0}, {}, set(), "ranks [0, 1] wait for each other"),
     ],
 )
-def test_the_rank_that_says_nothing_is_found_through_all_lanes(
-    monkeypatch: pytest.MonkeyPatch,
-    heartbeats: dict[int, int],
-    waits: dict[int, tuple[int, ...]],
-    quiet: set[int],
-    found: str,
+def test_the_rank_that_says_nothing_is_found_through_all_places(
+    here: dict[int, int], elsewhere: dict[int, tuple[int, ...]], silent: set[int], text: str
 ) -> None:
-    assert diagnose(monkeypatch, heartbeats, waits, quiet).startswith(found)
+    assert found(here, elsewhere, silent, {}).startswith(text)
+
+
+def test_ranks_that_wait_for_each_other_in_different_calls_are_told_both() -> None:
+    text = found({1: 2, 2: 0}, {}, set(), {2: "b"})
+    assert text == (
+        "rank 0 waits for rank 1 in call 1 of a, and rank 1 for rank 2 in call 1 of a, and rank 2 for rank 0 in call 1 "
+        "of b; every rank must make the same calls in the same order"
+    )
+
+
+def test_a_rank_that_waits_in_another_place_is_told_with_its_call() -> None:
+    text = found({}, {1: (0,)}, set(), {})
+    assert "rank 1 is alive" in text
+    assert "(rank 0 waited for rank 1 in call 1 of a, and rank 1 is in call 1 of link)" in text
+
+
+def test_who_does_not_connect_is_named() -> None:
+    assert diagnose_connecting(0, "call 1 of a", (0, 1, 2), {2}).startswith("rank 2 gave no sign of life")
+    assert "did not connect within the timeout" in diagnose_connecting(0, "call 1 of a", (0, 1, 2), set())
+
+
+class Status:
+    """Heartbeats that a test sets."""
+
+    rank = 0
+
+    def __init__(self) -> None:
+        self.beats: dict[int, Heartbeat] = {}
+
+    def heartbeat_of(self, rank: int) -> Heartbeat:
+        return self.beats[rank]
+
+
+def test_a_heartbeat_that_stays_the_same_is_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = Status()
+    monkeypatch.setattr("tricomm.transport.coordination.diagnosis.StatusStore", Status)
+    observations = Observations(status)
+    status.beats = {1: Heartbeat(1, (Wait("place", 2, ""),)), 2: Heartbeat(7, ())}
+    assert set(observations.look([1], 10.0)) == {1, 2}
+    assert observations.silent([1, 2], 11.0, 1.5) == set()
+    status.beats[1] = Heartbeat(2, status.beats[1].waits)
+    observations.look([1], 12.0)
+    assert observations.silent([1, 2], 12.0, 1.5) == {2}
+    observations.clear()
+    observations.look([1], 13.0)
+    assert observations.silent([1, 2], 13.0, 1.5) == set()

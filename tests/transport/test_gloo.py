@@ -180,17 +180,18 @@ def warm_call(rank: int, source: ShardingSpec, destination: ShardingSpec) -> tup
     tensor = torch.zeros(source.local_shape(rank)) if rank in source.mesh else None
     out = torch.zeros(destination.local_shape(rank)) if rank in destination.mesh else None
     mover(tensor, out=out)
-    communicator = mover._communicator
+    channel = mover._session.channel
+    communicator = channel.communicator
     before = {key: id(table) for key, table in mover._execution._copy_programs.items()}
     bound = {key: id(cached) for key, cached in mover._execution._bindings.items()}
-    staging = communicator.staging(0).data_ptr()
+    staging = channel.staging(0).data_ptr()
     with Allocations() as allocations:
         mover(tensor, out=out)
     assert {key: id(table) for key, table in mover._execution._copy_programs.items()} == before
     last = len(mover.plan.moves) - 1
     assert id(mover._execution._bindings[last]) == bound[last] or mover.plan.reduction is not None
-    assert mover._communicator is communicator
-    assert communicator.staging(0).data_ptr() == staging
+    assert channel.communicator is communicator
+    assert channel.staging(0).data_ptr() == staging
     staged = sum(table.staged_chunks for table in mover._execution._copy_programs.values())
     return allocations.names, staged
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from tricomm import TransportError
 from tricomm.transport import nccl
 from tricomm.transport.base import Operation
-from tricomm.transport.communicator import Communicator, default_device, device_of
-from tricomm.transport.status import StatusStore
+from tricomm.transport.communicator import CallId, Communicator
+from tricomm.transport.coordination.status import StatusStore
+from tricomm.transport.group import default_device, device_of
 
 DEVICE = torch.device("cuda", 1)
 
@@ -96,17 +97,14 @@ def test_a_round_is_one_group_on_its_device(backend: Backend) -> None:
     assert backend.lines == ["enter cuda:1", *calls, "leave cuda:1"]
 
 
-def lane_of(backend: Backend, rank: int, store: Any) -> Communicator:
-    """A communicator on a device that is not there: only what a round needs."""
-    communicator = object.__new__(Communicator)
-    communicator.context = SimpleNamespace(rank=rank, status=StatusStore(store, rank))
-    communicator.name, communicator.index, communicator.device, communicator.is_cuda = (
-        "communicator/x/1",
-        INDEX,
-        DEVICE,
-        True,
-    )
-    communicator.abort_reason, communicator._backends = None, [backend]
+def connected(backend: Backend, rank: int, store: Any) -> Communicator:
+    """A communicator on a device that is not there."""
+    coordinator = SimpleNamespace(rank=rank, status=StatusStore(store, rank), dead={})
+    communicator = Communicator(coordinator, tuple(INDEX), "communicator/x", 1, torch.device("cpu"))
+    communicator.call = CallId(3, 2, "Resharder 'a'")
+    connections = object.__new__(nccl.NcclConnections)
+    connections._index, connections._device, connections.backend = INDEX, DEVICE, backend
+    communicator.connections = connections
     return communicator
 
 
@@ -114,17 +112,20 @@ def lane_of(backend: Backend, rank: int, store: Any) -> Communicator:
 def test_a_group_that_fails_is_closed_and_everybody_is_told(backend: Backend, how: str) -> None:
     """An open group would keep this thread's later calls, of any communicator, from ever starting."""
     store = dist.HashStore()
-    communicator = lane_of(backend, 5, store)
+    communicator = connected(backend, 5, store)
     if how == "in the middle":
         backend.lost = 1
     else:
         backend.ends_badly = True
-    rule = r"rank 5 could not queue its messages to and from ranks \[5, 7, 9\]: NCCL error: "
+    rule = r"rank 5 could not queue its messages to and from ranks \[5, 7, 9\] in call 2 of Resharder 'a': NCCL error: "
     with pytest.raises(TransportError, match=rule) as caught:
         communicator.post(operations())
     assert backend.depth == 0
     assert backend.lines[-1] == "abort", "whoever waits for it is woken"
-    assert communicator.abort_reason == str(caught.value) == StatusStore(store, 7).abort_reason(communicator.name)
+    reason = StatusStore(store, 7).abort_of(communicator.place)
+    assert communicator.abort_reason == reason
+    assert reason is not None
+    assert (reason.text, reason.tag, reason.call) == (str(caught.value), 3, 2)
 
 
 def test_an_error_that_closing_the_group_raises_does_not_hide_the_first(backend: Backend) -> None:

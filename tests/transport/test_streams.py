@@ -11,7 +11,6 @@ from tests.oracle import pick, require_equal
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec
 from tricomm.launch import Ranks
 from tricomm.pipeline import EdgeTensor, Link
-from tricomm.transport.communicator import Communicator
 
 SHAPE = (8, 6)
 SOURCE = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), SHAPE, "float32")
@@ -48,11 +47,11 @@ class Recorder:
         self.lines.append(f"wait for {event}" if is_caller else f"another stream waits for {event}")
 
 
-def opened(communicator: Communicator | None) -> list[str]:
-    """Give the communicator a notebook."""
-    assert communicator is not None
-    communicator.stream_context = Recorder()
-    return communicator.stream_context.lines
+def opened(mover: Resharder) -> list[str]:
+    """Let the background runs of a Resharder be recorded."""
+    recorder = Recorder()
+    mover._session.channel.stream_context = recorder
+    return recorder.lines
 
 
 def background_run(rank: int) -> list[str]:
@@ -60,7 +59,7 @@ def background_run(rank: int) -> list[str]:
         return []
     mover = Resharder(SOURCE, DESTINATION, timeout_seconds=10)
     mover.connect()
-    lines = opened(mover._communicator)
+    lines = opened(mover)
     full = torch.arange(48.0).reshape(SHAPE)
     tensor = pick(full, SOURCE, rank) if rank in SOURCE.mesh else None
     handle = mover.start(tensor)
@@ -91,8 +90,8 @@ def one_behind_another(rank: int) -> list[str]:
     tensor = pick(full, SOURCE, rank) if rank in SOURCE.mesh else None
     for mover in (first, second):
         mover.connect()
-    lines = opened(first._communicator)
-    opened(second._communicator)
+    lines = opened(first)
+    opened(second)
     before = first.start(tensor)
     second.start(tensor, depends_on=[before]).wait()
     before.wait()
@@ -116,7 +115,7 @@ def receives_in_turn(rank: int) -> list[str]:
             link.send(torch.full(SOURCE.local_shape(rank), float(m)), m)
         link.flush()
         return []
-    lines = opened(link.forward.resharders[0]._communicator)
+    lines = opened(link.forward.resharders[0])
     for m in range(4):
         handle = link.recv(m)
         assert handle.wait()[0, 0] == m
@@ -141,7 +140,7 @@ def sends_before_a_flush(rank: int) -> list[str]:
         for m in range(4):
             assert link.recv(m).wait()[0, 0] == m
         return []
-    lines = opened(link.forward.resharders[0]._communicator)
+    lines = opened(link.forward.resharders[0])
     for m in range(4):
         handle = link.send(torch.full(SOURCE.local_shape(rank), float(m)), m)
         while not handle.done():
@@ -165,7 +164,7 @@ def new_memory_after_a_mark(rank: int) -> list[str]:
         return []
     mover = Resharder(SOURCE, DESTINATION, timeout_seconds=10)
     mover.connect()
-    lines = opened(mover._communicator)
+    lines = opened(mover)
     full = torch.arange(48.0).reshape(SHAPE)
     tensor = pick(full, SOURCE, rank) if rank in SOURCE.mesh else None
     old = mover.record_event()

@@ -1,7 +1,8 @@
 """What the runtime asks of a transport: post operations in order, wait for one."""
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -47,4 +48,47 @@ class Transport(Protocol):
         The iterable packs as it is read, so a transport that need not group may send the first while the
         second is packed.
         """
+        ...
+
+
+class ConnectionLostError(RuntimeError):
+    """An operation with a rank could not be started.
+
+    Attributes:
+        peer: the rank; None if the whole group of operations failed.
+        error: what the backend says.
+    """
+
+    def __init__(self, peer: int | None, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.peer = peer
+        self.error = error
+
+
+class Connections(Protocol):
+    """What a communicator asks of a backend: connections among some ranks, and nothing of calls or of blame."""
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """See Transport."""
+        ...
+
+    def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
+        """Start operations that have an identity; returns (peer, the backend's work) for each.
+
+        Raises:
+            ConnectionLostError: one could not be started.
+        """
+        ...
+
+    def wait(self, work: Any, limit: timedelta) -> None:
+        """Wait for a work. RuntimeError if its connection closed, or after the limit."""
+        ...
+
+    def connected(self) -> None:
+        """All ranks are connected: give back what only connecting needed."""
+        ...
+
+    def abort(self) -> None:
+        """Wake whoever waits for this rank, and this rank if it waits. May be called from any thread, again too."""
         ...

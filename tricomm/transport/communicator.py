@@ -1,43 +1,79 @@
-"""torch.distributed underneath: gloo for tensors in host memory, NCCL for CUDA tensors.
+"""Communicator: connections between some ranks of a process group, and what becomes of a call when they fail.
 
-Ranks that reshard with each other on one channel share a *communicator* of their own, so that nothing here meets the
-user's messages, and a failure leaves the user's process group usable. It is made from the backends directly.
-``dist.new_group`` would not do: with ``use_local_synchronization`` its name depends on how many groups a rank
+Ranks that reshard with each other on one channel share a communicator of their own, so that nothing here meets the
+user's messages, and a failure leaves the user's process group usable. It is made from the backends directly:
+``dist.new_group`` would not do, as with ``use_local_synchronization`` its name depends on how many groups a rank
 happens to have, and ranks with different histories would never find each other.
 
-A communicator lives as long as a Resharder holds it; then its connections and threads go.
+**Identity.** Every message belongs to (communicator, tag, call, round). A communicator is one generation of
+connections: after a failure there are new ones. The *tag* is the identity of a Resharder: the number of the
+rendezvous in which all ranks met for it last, of a count that is the same on all of them. Of one tag, calls and
+rounds follow each other on every pair of ranks, as they do on the ranks. gloo keeps a queue for each tag, so bytes of
+another Resharder are never delivered; on NCCL, whose messages match in order alone, ``confirm`` compares tag and
+call. Ranks that call in different orders therefore wait for each other, until the deadline at the latest, and are
+told both calls.
 
-gloo runs a pair of ranks half duplex, so a communicator has two backends there, one per direction. Each direction has
-a gloo device, with the thread that does the sending and receiving, and all communicators of a process share the two:
-such a thread looks for work 100 times a second even when there is none.
+**Failure.** Whoever knows a cause posts it, with the call in which it happened, and then closes its connections.
+Whoever finds a connection closed reads the cause. If it concerns a call that is over here (others were in the
+barrier, or still had to receive), nothing is wrong with the call that found it: ``is_past`` says so, and it may be
+made again.
 """
 
-import hashlib
-import os
-import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+import logging
+import threading
+from collections.abc import Iterable
 from datetime import timedelta
-from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from tricomm.errors import ArgumentError, SpecError, TransportError
-from tricomm.transport import nccl
-from tricomm.transport.base import Operation, Work
-from tricomm.transport.monitor import Monitor, heartbeat_seconds, stalled_rank
-from tricomm.transport.rendezvous import Rendezvous
-from tricomm.transport.status import StatusStore
-from tricomm.transport.streams import stream_context_of
+from tricomm.errors import TransportError
+from tricomm.transport.base import ConnectionLostError, Connections, Operation, Work
+from tricomm.transport.coordination.coordinator import Coordinator
+from tricomm.transport.coordination.monitor import Run
+from tricomm.transport.coordination.status import AbortReason
 
-GLOO_DEPTH = (4, 2)
-NCCL_DEPTH = (0, 2)
-CLOSING_TAG = 1
-"""Tag of the receive that closes a gloo connection; data has tag 0."""
+LOG = logging.getLogger("tricomm")
+
+CONNECTING_TAG = 0
+"""The tag of what is sent before any call; Resharders' tags begin at 1."""
+
+SPARE_BEATS = 3.0
+"""The monitor ends waits at their deadline; should it be unable to, they end so many heartbeats later by themselves."""
+
+
+class CallId:
+    """A call: the ``number``-th of the Resharder with a tag, and how errors name it."""
+
+    __slots__ = ("name", "number", "tag")
+
+    def __init__(self, tag: int, number: int, name: str) -> None:
+        self.tag = tag
+        self.number = number
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"call {self.number} of {self.name}" if self.number else self.name
+
+
+class NoConnections:
+    """See Connections: those of a rank alone, and of ranks that do not have theirs yet."""
+
+    depth = (1, 2)
+
+    def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
+        """See Connections."""
+        assert not list(operations)
+        return []
+
+    def wait(self, work: Any, limit: timedelta) -> None:
+        """See Connections."""
+
+    def connected(self) -> None:
+        """See Connections."""
+
+    def abort(self) -> None:
+        """See Connections."""
 
 
 class PostedWork:
@@ -59,144 +95,75 @@ class PostedWork:
         work, self._work = self._work, None
         if work is None:
             return
-        communicator = self._communicator
-        if communicator.is_cuda:
-            work.wait()  # orders the stream; the host goes on
-            return
-        communicator.waiting_for = self.peer
+        communicator, peer = self._communicator, self.peer
+        run = communicator.run
+        assert run is not None
+        run.waiting_for = peer
         try:
-            work.wait(communicator.limit())
+            communicator.connections.wait(work, communicator.limit)
         except RuntimeError as error:
-            raise communicator.diagnose(self.peer, error) from error
-        finally:
-            communicator.waiting_for = None
+            raise communicator.lost(peer, error) from error
+        run.waiting_for = None
 
 
 class Communicator:
-    """Connections between some ranks of a process group, and the diagnosis of their failures.
+    """One generation of connections, and the calls on it, one at a time.
 
     Args:
-        context: of the process group.
+        coordinator: of the process group.
         participants: the ranks, sorted.
-        device: where tensors live; decides the backend.
-        channel: communicators of equal ranks on different channels know nothing of each other.
-        generation: how many communicators these ranks had before on this channel.
-        timeout_seconds: for connecting.
+        place: its name on the store, the same on all ranks.
+        generation: how many these ranks had before on this channel.
+        device: where tensors live.
     """
 
     def __init__(
         self,
-        context: "GroupContext",
+        coordinator: Coordinator,
         participants: tuple[int, ...],
-        device: torch.device,
-        channel: str,
+        place: str,
         generation: int,
-        timeout_seconds: float,
+        device: torch.device,
     ) -> None:
-        self.context = context
+        self.coordinator = coordinator
+        self.participants = participants
+        self.place = f"{place}/{generation}"
         self.generation = generation
-        self.name = f"{communicator_name(participants, device, channel)}/{generation}"
-        self.index = {rank: index for index, rank in enumerate(participants)}
         self.device = device
-        self.abort_reason: str | None = None
-        self.last_started: Future[tuple[torch.Tensor | None, Any]] | None = None
-        self.stream_context = stream_context_of(device)
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tricomm")
-        self.call = 0
-        self.waiting_for: int | None = None
-        self.is_slow = False
-        self.is_cuda = device.type == "cuda"
+        self.abort_reason: AbortReason | None = None
+        """Why it can no longer be used. Written once, under the lock."""
+        self.run: Run | None = None
+        self.call = CallId(CONNECTING_TAG, 0, "")
+        self.limit = timedelta(0)
         self._timeout_seconds = 0.0
-        self._deadline = 0.0
-        self._heartbeat_seconds = 1.0
-        self._limit = timedelta(0)
-        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+        self._completed: dict[int, int] = {}
+        self.connections: Connections = NoConnections()
+        self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
-        self._backends = self._connect(timeout_seconds)
-        if not self.is_cuda:
-            self._await_all(timeout_seconds)
+
+    def connect(self, connections: Connections) -> None:
+        """Use the connections, once every rank has all its own.
+
+        Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
+        connection to it, which would fail there. Called in a run.
+        """
+        self.connections = connections
+        self.confirm()
+        connections.connected()
 
     # ---- Transport
 
     @property
     def depth(self) -> tuple[int, int]:
         """See Transport."""
-        return NCCL_DEPTH if self.is_cuda else GLOO_DEPTH
+        return self.connections.depth
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:
         """See Transport."""
-        if self.is_cuda:
-            return self._post_group(list(operations))
-        here = self.context.rank
-        works: list[Work] = []
-        # Packing happens as the iterable is read, outside of what counts as the peer's failure.
-        for is_send, peer, buffer in operations:
-            # One backend for messages up in rank and one for those down.
-            backend = self._backends[is_send == (peer > here)]
-            try:
-                work = (backend.send if is_send else backend.recv)([buffer], self.index[peer], 0)
-            except RuntimeError as error:
-                raise self.diagnose(peer, error) from error
-            works.append(PostedWork(self, peer, work))
-        return works
-
-    def staging(self, nbytes: int) -> torch.Tensor:
-        """Staging of the communicator, grown where it is too small; one run at a time uses it."""
-        if self._staging.numel() < nbytes:
-            self._staging = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        return self._staging
-
-    def _post_group(self, operations: list[Operation]) -> list[Work]:
-        """NCCL: the operations of a round run as one group; the plan keeps it under 256."""
-        if not operations:
-            return []
         try:
-            work = nccl.post_group(self._backends[0], self.device, self.index, operations)
-        except RuntimeError as error:
-            peers = sorted({operation.peer for operation in operations})
-            raise self.abort(
-                f"rank {self.context.rank} could not queue its messages to and from ranks {peers}: {error}"
-            ) from error
-        return [PostedWork(self, operation.peer, work) for operation in operations]
-
-    def _connect(self, timeout_seconds: float) -> list[Any]:
-        rank, size = self.index[self.context.rank], len(self.index)
-        if size == 1:
-            return []
-        timeout = timedelta(seconds=timeout_seconds)
-        self.context.store.set(f"{self.name}/hello/{self.context.rank}", "1")
-        try:
-            if self.is_cuda:
-                store = dist.PrefixStore(f"{self.name}/nccl", self.context.store)
-                backends = [nccl.connect(store, rank, size, self.device, timeout)]
-                weakref.finalize(self, _shut_down, backends).atexit = False
-                return backends
-            return [
-                dist.ProcessGroupGloo(
-                    dist.PrefixStore(f"{self.name}/{way}", self.context.store),
-                    rank,
-                    size,
-                    _gloo_options(devices, timeout),
-                )
-                for way, devices in zip(("down", "up"), self.context.gloo_devices, strict=True)
-            ]
-        except RuntimeError as error:
-            absent = [other for other in self.index if not self.context.store.check([f"{self.name}/hello/{other}"])]
-            who = f"rank {absent[0]} did not connect" if absent else "the ranks could not connect"
-            names = "NCCL_SOCKET_IFNAME" if self.is_cuda else "GLOO_SOCKET_IFNAME"
-            raise TransportError(
-                f"{who} within the timeout; see whether it died, and on several hosts whether {names} names "
-                f"the right network ({error})"
-            ) from error
-
-    def _await_all(self, timeout_seconds: float) -> None:
-        """Go on only when every rank has all its connections.
-
-        Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
-        connection to it, which would fail there. To connect with NCCL is such a rendezvous.
-        """
-        with self.running(timeout_seconds, "while it connected"):
-            self.confirm()
+            return [PostedWork(self, *posted) for posted in self.connections.post(operations, self.call.tag)]
+        except ConnectionLostError as error:
+            raise self.lost(error.peer, error) from error
 
     def confirm(self) -> None:
         """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
@@ -204,8 +171,8 @@ class Communicator:
         In step k a rank tells the one 2^k places on and hears the one 2^k places back, so after log2(n) steps it
         has heard of all. A rank that failed has closed its connections, which ends everybody's wait.
         """
-        ranks = list(self.index)
-        here = self.index[self.context.rank]
+        ranks = self.participants
+        here = ranks.index(self.coordinator.rank)
         reach = 1
         while reach < len(ranks):
             token = self._token
@@ -214,207 +181,104 @@ class Communicator:
                 work.wait()
             reach *= 2
 
-    # ---- waiting and diagnosis
+    # ---- calls
 
-    @contextmanager
-    def running(self, timeout_seconds: float, moment: str) -> Iterator[None]:
-        """A run: everything that it waits for must come within the timeout. Whatever stops this rank in it (a full
-        memory, an interrupt) reaches the others, with the moment in words.
-        """
-        self.call += 1
-        self.is_slow = False
-        self._deadline = time.monotonic() + timeout_seconds
+    def begin(self, call: CallId, timeout_seconds: float, is_connecting: bool = False) -> Run:
+        """Begin a call: all that it waits for must come within the timeout. ``end`` it in any case."""
+        run = Run(
+            self.place,
+            call.__str__,
+            timeout_seconds,
+            None,
+            self.participants if is_connecting else (),
+        )
+        run.abort = lambda text: self._abort_run(run, text)
         if timeout_seconds != self._timeout_seconds:
             self._timeout_seconds = timeout_seconds
-            self._heartbeat_seconds = heartbeat_seconds(timeout_seconds)
-            self._limit = self._time_to_wait()
-        self.context.monitor.watch(self, self._heartbeat_seconds)
-        try:
-            yield
-        except TransportError:
-            raise
-        except BaseException as error:
-            self.abort(f"rank {self.context.rank} failed {moment}: {error!r}")
-            raise
-        finally:
-            self.context.monitor.release(self)  # it need not look any more
+            self.limit = timedelta(seconds=timeout_seconds + SPARE_BEATS * run.heartbeat_seconds)
+        self.call = call
+        self.run = run
+        self.coordinator.monitor.watch(run)
+        return run
 
-    def limit(self) -> timedelta:
-        """How long a wait may take that begins now."""
-        return self._time_to_wait() if self.is_slow else self._limit
+    def end(self, run: Run) -> None:
+        """End a call, well or badly."""
+        self.coordinator.monitor.release(run)
+        self.run = None
 
-    def _time_to_wait(self) -> timedelta:
-        """What is left of the timeout, less what a diagnosis takes: two and a half heartbeats, and
-        one more because a wait that begins within the first heartbeat is given the whole time.
+    def complete(self) -> None:
+        """Note that the call is over here: what fails later is another one."""
+        self._completed[self.call.tag] = self.call.number
+
+    def is_past(self) -> bool:
+        """Whether it was aborted in a call that is over on this rank, by ranks that may all come again."""
+        reason = self.abort_reason
+        if reason is None or reason.lost is not None or (reason.tag, reason.call) == (self.call.tag, self.call.number):
+            return False
+        return self._completed.get(reason.tag, 0) >= reason.call > 0
+
+    # ---- failure
+
+    def abort(
+        self, text: str, call: CallId | None = None, lost: int | None = None, is_dead: bool = False
+    ) -> TransportError:
+        """Post a reason, unless one stands, and close the connections; returns the error to raise.
+
+        Args:
+            text: the reason.
+            call: in which call; None is the one that runs, or ran last.
+            lost: a rank that does not come again.
+            is_dead: whether it died.
         """
-        remaining = self._deadline - time.monotonic() - 3.5 * self._heartbeat_seconds
-        return timedelta(milliseconds=max(1, int(remaining * 1000)))
-
-    def diagnose(self, peer: int, error: RuntimeError) -> TransportError:
-        """Find out which rank is at fault, tell everybody, and abort the communicator."""
-        timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-        try:
-            text = self.context.status.abort_reason(self.name)
-            if text is None and timed_out:
-                text = stalled_rank(self.context.status, self.name, peer, self._heartbeat_seconds)
-            if text is None:
-                text = (
-                    f"rank {peer} died, left in the middle of a reshard or closed its Resharder: its connection to "
-                    f"rank {self.context.rank} closed; see that rank's log ({error})"
-                )
-        except TransportError as lost:
-            text = f"rank {peer} failed ({error}), and {lost}"
-        return self.abort(text)
-
-    def abort(self, text: str) -> TransportError:
-        """Post a reason, unless one stands, and close the connections; returns the error to raise."""
-        try:
-            text = self.context.status.post_abort_reason(self.name, text)
-        except TransportError as lost:
-            text = f"{text}; {lost}"
-        self.abort_reason = text
-        self.close_connections()
-        return TransportError(text)
-
-    def close_connections(self) -> None:
-        """Wake whoever waits for this rank, and this rank if it waits, by closing every connection.
-
-        gloo has no call for it, but a receive that times out closes its pair on both sides.
-        """
-        if self.is_cuda:
-            for backend in self._backends:
-                backend.abort()
-            return
-        nothing = torch.empty(1, dtype=torch.uint8)
-        for backend in self._backends:
-            for rank, index in self.index.items():
-                if rank == self.context.rank:
-                    continue
+        call = self.call if call is None else call
+        with self._lock:
+            if self.abort_reason is None:
+                mine = AbortReason(text, call.tag, call.number, lost, is_dead)
                 try:
-                    backend.recv([nothing], index, CLOSING_TAG).wait(timedelta(milliseconds=1))
-                except RuntimeError:
-                    continue  # closed, which is what was wanted
+                    reason = self.coordinator.status.post_abort(self.place, mine)
+                except TransportError as error:
+                    reason = mine._replace(text=f"{text}; {error}")
+                if reason.is_dead and reason.lost is not None:
+                    self.coordinator.dead[reason.lost] = reason.text
+                self.abort_reason = reason
+                self.connections.abort()
+            return TransportError(self.abort_reason.text)
 
+    def lost(self, peer: int | None, error: RuntimeError) -> TransportError:
+        """Find out why an operation failed, tell everybody, and abort; returns the error to raise.
 
-class GroupContext:
-    """What one process keeps for one process group: its rendezvous, its status, its monitor, its communicators.
-
-    There is a communicator for each set of ranks that reshard with each other, times their channels.
-    """
-
-    def __init__(self, group: Any) -> None:
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self.store = dist.PrefixStore("tricomm", group.get_group_store())
-        self.status = StatusStore(self.store, self.rank)
-        self.rendezvous = Rendezvous(self.store, self.rank)
-        self.monitor = Monitor(self.status)
-        self._communicators: weakref.WeakValueDictionary[tuple[tuple[int, ...], str, str], Communicator] = (
-            weakref.WeakValueDictionary()
-        )
-
-    @cached_property
-    def gloo_devices(self) -> tuple[list[Any], list[Any]]:
-        """The gloo devices of messages down and up in rank, for all communicators."""
-        return _new_gloo_devices(), _new_gloo_devices()
-
-    def connect(
-        self,
-        digest: str,
-        participants: tuple[int, ...],
-        fields: Callable[[], Mapping[str, str]],
-        device: torch.device,
-        channel: str,
-        timeout_seconds: float,
-    ) -> Communicator:
-        """Compare with the other ranks what is going to be done, and connect to them; see Rendezvous.join.
-
-        Any rank may have lost its communicator, by a failure or because nothing there used it any more. So all take a
-        new one if any rank asks for it; otherwise all have the same.
+        Args:
+            peer: whose connection failed; None if no single one did.
+            error: what the backend says. It goes to the log.
         """
-        key = (participants, device.type, channel)
-        communicator = self._communicators.get(key)
-        name = communicator_name(participants, device, channel)
+        LOG.info("rank %d in %s: %s", self.coordinator.rank, self.call, error)
+        if self.abort_reason is not None:
+            return TransportError(self.abort_reason.text)
+        rank, status = self.coordinator.rank, self.coordinator.status
+        lost, is_dead = None, False
+        try:
+            reason = status.abort_of(self.place)
+            if reason is not None:
+                text = reason.text
+            elif peer is None:
+                ranks = list(self.participants)
+                text = f"rank {rank} could not queue its messages to and from ranks {ranks} in {self.call}: {error}"
+            elif status.is_closed_by(self.place, peer):
+                text = f"rank {peer} closed its Resharder, or dropped it, while rank {rank} was in {self.call}"
+                lost = peer
+            else:
+                text = f"rank {peer} died: its connection to rank {rank} closed in {self.call}; see that rank's log"
+                lost, is_dead = peer, True
+        except TransportError as missing:
+            text = f"rank {peer} failed in {self.call}, and {missing}"
+        return self.abort(text, None, lost, is_dead)
 
-        def decide(is_asked_for: bool) -> str:
-            return str(
-                self.store.add(f"{name}/generations", 1)
-                if is_asked_for or communicator is None
-                else communicator.generation
-            )
+    def interrupted(self) -> None:
+        """Raise if somebody has aborted it while it connects."""
+        if self.abort_reason is not None:
+            raise TransportError(self.abort_reason.text)
 
-        asks = communicator is None or communicator.abort_reason is not None
-        generation = int(self.rendezvous.join(digest, participants, fields, timeout_seconds, asks, decide, channel))
-        if communicator is None or communicator.generation != generation:
-            # Forget the old one first: should connecting fail, the next rendezvous must know that this rank has none.
-            self._communicators.pop(key, None)
-            communicator = Communicator(self, participants, device, channel, generation, timeout_seconds)
-            self._communicators[key] = communicator
-        return communicator
-
-
-def communicator_name(participants: tuple[int, ...], device: torch.device, channel: str) -> str:
-    """What the communicators of some ranks are called on the store, the same on all of them."""
-    return f"communicator/{hashlib.sha256(repr((participants, device.type, channel)).encode()).hexdigest()[:16]}"
-
-
-def _new_gloo_devices() -> list[Any]:
-    """A gloo device per network interface that GLOO_SOCKET_IFNAME names, as torch makes them for a group of its own."""
-    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    if not names:
-        return [dist.ProcessGroupGloo.create_default_device()]
-    return [dist.ProcessGroupGloo.create_device(interface=name) for name in names]
-
-
-def _gloo_options(devices: list[Any], timeout: timedelta) -> Any:
-    gloo: Any = dist.ProcessGroupGloo
-    options = gloo._Options()
-    options._devices = devices
-    options._timeout = timeout
-    options._threads = 1  # they run collectives, of which there are none here
-    return options
-
-
-def _shut_down(backends: list[Any]) -> None:
-    for backend in backends:
-        backend.shutdown()
-
-
-@lru_cache(maxsize=16)
-def context_of(group: Any) -> GroupContext:
-    """The context of a process group."""
-    return GroupContext(group)
-
-
-def resolve_group(group: Any) -> Any:
-    """The process group, the default one for None.
-
-    Raises:
-        SpecError: there is none, or this process is not in it.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        remedy = "call torch.distributed.init_process_group first, or run all ranks here with tricomm.LocalTransport"
-        raise SpecError(f"there is no process group; {remedy}")
-    if group is None:
-        return dist.group.WORLD
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise SpecError("this process is not in the given group; only its ranks may call")
-    if not isinstance(group, dist.ProcessGroup):
-        raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
-    return group
-
-
-def default_device(group: Any) -> torch.device:
-    """Where tensors are expected when nobody says: the current CUDA device if the group has NCCL, else host memory."""
-    # The configuration, as get_backend says "undefined" of a group that was made without naming one.
-    if "cuda:nccl" in dist.get_backend_config(group).split(",") and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def device_of(device: torch.device | str | None, group: Any) -> torch.device:
-    """The device that somebody asks for, with its index ("cuda" is the current one), or the default one for None."""
-    found = default_device(group) if device is None else torch.device(device)
-    if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
+    def _abort_run(self, run: Run, text: str) -> None:
+        """End a run, from the monitor's thread, unless it has ended by itself."""
+        if self.run is run:
+            self.abort(text)

@@ -1,6 +1,7 @@
 """What torch's NCCL backend is asked for: a communicator among some ranks, and groups of sends and receives."""
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -8,7 +9,58 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tricomm.transport.base import Operation
+from tricomm.transport.base import ConnectionLostError, Operation
+
+DEPTH = (0, 2)
+
+
+class NcclConnections:
+    """See Connections. Messages have no tags: they match in the order in which they are posted, and what tells calls
+    apart is what ``Communicator.confirm`` compares.
+
+    Args:
+        store: of these connections alone.
+        rank: this rank.
+        index: of each rank among those that connect.
+        device: where the buffers are.
+        timeout_seconds: for connecting.
+
+    Raises:
+        RuntimeError: torch's.
+    """
+
+    depth = DEPTH
+
+    def __init__(
+        self, store: Any, rank: int, index: Mapping[int, int], device: torch.device, timeout_seconds: float
+    ) -> None:
+        self._index = index
+        self._device = device
+        self.backend = connect(store, index[rank], len(index), device, timedelta(seconds=timeout_seconds))
+        weakref.finalize(self, self.backend.shutdown).atexit = False
+
+    def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
+        """See Connections; the plan keeps a round under 256 operations."""
+        group = list(operations)
+        if not group:
+            return []
+        try:
+            work = post_group(self.backend, self._device, self._index, group)
+        except RuntimeError as error:
+            raise ConnectionLostError(None, error) from error
+        return [(operation.peer, work) for operation in group]
+
+    @staticmethod
+    def wait(work: Any, limit: timedelta) -> None:
+        """See Connections. It orders the stream; the host goes on."""
+        work.wait()
+
+    def connected(self) -> None:
+        """See Connections."""
+
+    def abort(self) -> None:
+        """See Connections."""
+        self.backend.abort()
 
 
 def connect(store: Any, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:

@@ -93,15 +93,8 @@ class PlanExecution:
         self.programs = plan.for_rank(rank)
         self._copy_programs: dict[object, CopyProgram] = {}
         self._bindings: dict[int, CachedBinding] = {}
+        self._device = device
         self._reducer: Reducer | None = None
-        if plan.reduction is not None:
-            self._reducer = Reducer(
-                plan.reduction.op,
-                plan.reduction.divisor,
-                torch_dtype(plan.source.element_type),
-                self.programs[0].destination_shape,
-                device,
-            )
 
     def steps(
         self,
@@ -118,9 +111,20 @@ class PlanExecution:
             staging: gives the staging buffer.
             transport: the rank's end of the network.
         """
-        if self._reducer is None:
+        reduction = self.plan.reduction
+        if reduction is None:
             return self._move(0, source, destination, staging, transport)
+        if self._reducer is None:
+            dtype = torch_dtype(self.plan.source.element_type)
+            shape = self.programs[0].destination_shape
+            self._reducer = Reducer(reduction.op, reduction.divisor, dtype, shape, self._device)
         return self._reduce_and_move(self._reducer, source, destination, staging, transport)
+
+    def release(self) -> None:
+        """Free the buffers of the reduction; the next run makes them again."""
+        if self._reducer is not None:
+            self._reducer = None
+            self._bindings.clear()
 
     def _reduce_and_move(
         self,

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import SpecError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
 from tricomm.packing.copy_program import torch_dtype
-from tricomm.reshard import Resharder
+from tricomm.resharder import Resharder
 from tricomm.transport.handle import Handle
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
@@ -26,18 +26,8 @@ MAX_SIZES = 16
 class StepResharder(Resharder):
     """A Resharder that stays broken once it failed: in the middle of a step there is nobody to connect with again."""
 
-    def connect(self) -> None:
-        """See Resharder.connect."""
-        if self._communicator is not None and self._communicator.abort_reason is not None:
-            raise TransportError(self._communicator.abort_reason)
-        super().connect()
-
-    def abort(self, reason: str) -> None:
-        """Tell the other ranks that this one does not go on."""
-        if self._communicator is None:
-            self.context.rendezvous.abort(self.participants, reason, self.channel)
-        elif self._communicator.abort_reason is None:
-            self._communicator.abort(reason)
+    _is_counted = False
+    _stays_broken = True
 
 
 class PerDirectionFifo:

@@ -37,6 +37,7 @@ from tricomm.pipeline.run.directed_link import (
     Tensors,
 )
 from tricomm.plan.plan import digest_of
+from tricomm.transport.coordination.rendezvous import Intent
 
 WITHOUT_GRADIENT = ("int", "uint", "bool")
 """Element types that begin so are numbers that cannot have a gradient."""
@@ -250,13 +251,9 @@ class Link:
             "orders": repr([directed_link.order for directed_link in self.directed_links]),
             "whether its transfers take turns (fifo)": str(self.forward.fifo is not None),
         }
-        resharder.context.rendezvous.join(
-            digest_of(fields),
-            resharder.participants,
-            lambda: fields,
-            resharder.timeout_seconds,
-            channel=f"edge {self.name}",
-        )
+        call = f"the connecting of edge {self.name!r}"
+        intent = Intent(resharder.participants, fields, digest_of(fields), f"edge {self.name}", call)
+        resharder.context.rendezvous.join(intent, resharder.timeout_seconds)
 
     def gradient_layouts(self) -> list[ShardingSpec]:
         """Return the layout of each gradient that goes back, on the destination stage."""

@@ -19,7 +19,7 @@ from typing import Self, Unpack
 
 import torch
 
-from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.errors import SpecError, TransportError
 from tricomm.options import LinkOptions, Options
 from tricomm.pipeline.run.connections import Connections
 from tricomm.pipeline.run.edge import EdgeTensor
@@ -35,7 +35,9 @@ from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.plan.plan import digest_of
-from tricomm.transport.communicator import GroupContext, context_of, device_of, resolve_group
+from tricomm.transport.coordination.rendezvous import Intent
+from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
+from tricomm.transport.session import describe_failure
 
 
 class State(Enum):
@@ -164,8 +166,9 @@ class Executor:
             self._training = Program(self.schedule, edges, self.runs)
             self._evaluating = Program(self.schedule.forward_only(), edges, self.runs)
             self._connections = self._new_connections()
-        except TricommError as error:
-            self.context.rendezvous.abort(self.ranks, f"{type(error).__name__}: {error}", f"executor {name}")
+        except BaseException as error:
+            reason = describe_failure(self.rank, f"the making of executor {name!r}", error)
+            self.context.rendezvous.abort(self.ranks, reason, f"executor {name}")
             raise
         self.unique = self._connect() if self.runs else ""
         """A name that no other executor has, on all ranks of the meshes."""
@@ -348,14 +351,10 @@ class Executor:
             "edges": repr([(tuple(edge), dict(tensors)) for edge, tensors in self.edges.items()]),
             "tied": repr(list(self.tied)),
         }
-        unique: str = self.context.rendezvous.join(
-            digest_of(fields),
-            self.ranks,
-            lambda: fields,
-            self.timeout_seconds,
-            decide=lambda _: uuid.uuid4().hex,
-            channel=f"executor {self.name}",
-        )
+        call = f"the connecting of executor {self.name!r}"
+        intent = Intent(self.ranks, fields, digest_of(fields), f"executor {self.name}", call)
+        rendezvous = self.context.rendezvous
+        unique = rendezvous.join(intent, self.timeout_seconds, decide=lambda _: uuid.uuid4().hex).decision
         self._connections.connect()
         return unique
 

@@ -17,7 +17,7 @@ from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.schedule.actions import Channel, Kind
 from tricomm.plan import make_plan
-from tricomm.transport.store import awaited_note, post_note
+from tricomm.transport.coordination.store import awaited_note, post_note
 
 
 class StageMeter:

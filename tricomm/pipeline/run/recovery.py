@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from tricomm.errors import TransportError
-from tricomm.transport.store import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, PAUSE_GROWTH, post_note, store_errors
+from tricomm.transport.coordination.store import (
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    PAUSE_GROWTH,
+    post_note,
+    store_errors,
+)
 
 KEY = "executor/{name}/resumes at/{rank}"
 

@@ -11,7 +11,7 @@ import torch
 from tricomm.errors import SpecError
 from tricomm.layout.placement import Replicate
 from tricomm.layout.spec import ShardingSpec
-from tricomm.transport.store import awaited_note, post_note
+from tricomm.transport.coordination.store import awaited_note, post_note
 
 TOLERANCE = 0.05
 """Relative to the norm: far above what the order of additions changes, in bfloat16 too, and far below the difference of

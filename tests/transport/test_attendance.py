@@ -1,0 +1,136 @@
+"""Every transition of a rank at a rendezvous, without a store and without a clock."""
+
+from dataclasses import replace
+
+import pytest
+
+from tricomm.transport.coordination.attendance import (
+    DEAD_SECONDS,
+    MISMATCH_SECONDS,
+    PATIENCE_SECONDS,
+    Abort,
+    Announce,
+    CallEpoch,
+    Decide,
+    Look,
+    Note,
+    Phase,
+    Return,
+    State,
+    Terms,
+    View,
+    advance,
+    describe_absence,
+)
+
+EPOCH = CallEpoch("ranks", 3)
+TERMS = Terms(EPOCH, (0, 1, 2), arrived=100.0, deadline=110.0, dead={})
+ARRIVED = State()
+ANNOUNCED = State(Phase.ANNOUNCED)
+
+
+def note(rank: int = 0, **changes: object) -> Note:
+    return Note(EPOCH, (0, 1, 2), "", f"call 3 of Resharder {rank}", {"layout": "S0"})._replace(**changes)
+
+
+ALIKE = {rank: note(rank) for rank in (0, 1, 2)}
+
+
+def test_the_last_to_arrive_decides() -> None:
+    assert advance(ARRIVED, View(100.0, is_last=True), TERMS) == (ARRIVED, Decide())
+
+
+@pytest.mark.parametrize("state", [ARRIVED, ANNOUNCED])
+def test_an_outcome_ends_the_waiting(state: State) -> None:
+    assert advance(state, View(100.0, "done 7"), TERMS) == (state, Return("done 7"))
+
+
+def test_a_rank_is_patient_before_it_tells_what_it_does() -> None:
+    state, action = advance(ARRIVED, View(100.04), TERMS)
+    assert state == ARRIVED
+    assert action == Look(pytest.approx(PATIENCE_SECONDS - 0.04))
+    assert advance(ARRIVED, View(100.0 + PATIENCE_SECONDS), TERMS) == (ANNOUNCED, Announce())
+
+
+def test_with_a_short_timeout_it_is_less_patient() -> None:
+    terms = replace(TERMS, deadline=100.01)
+    assert advance(ARRIVED, View(100.01), terms) == (ANNOUNCED, Announce())
+
+
+def test_it_looks_again_until_the_deadline() -> None:
+    some = {0: note(0), 1: note(1)}
+    assert advance(ANNOUNCED, View(105.0, notes=some), TERMS) == (ANNOUNCED, Look(PATIENCE_SECONDS))
+    assert advance(ANNOUNCED, View(109.96, notes=some), TERMS)[1] == Look(pytest.approx(0.04))
+
+
+def test_at_the_deadline_the_absent_are_named_with_what_they_do() -> None:
+    _, action = advance(ANNOUNCED, View(110.0, notes={0: note(0)}, elsewhere={2: "call 1 of b"}), TERMS)
+    assert isinstance(action, Abort)
+    assert action.absent == (1, 2)
+    assert action.epochs == (EPOCH,)
+    assert not action.is_mismatch
+    assert action.text.startswith("rank 1 did not call within the timeout (nor did [2])")
+    assert "rank 2 is in call 1 of b" in action.text
+
+
+def test_if_all_came_and_nobody_decided_the_timeout_was_too_short() -> None:
+    _, action = advance(ANNOUNCED, View(110.0, notes=ALIKE), TERMS)
+    assert isinstance(action, Abort)
+    assert action.text == describe_absence((), (0, 1, 2), {})
+    assert action.text.endswith("raise the timeout")
+
+
+def test_a_mismatch_is_told_at_once_if_all_are_there() -> None:
+    notes = {**ALIKE, 2: note(2, fields={"layout": "S1"}, epoch=CallEpoch("ranks", 4))}
+    _, action = advance(ANNOUNCED, View(101.0, notes=notes), TERMS)
+    assert isinstance(action, Abort)
+    assert action.is_mismatch
+    assert action.refused_by is None
+    assert action.epochs == (EPOCH, CallEpoch("ranks", 4)), "the epochs that clash end too"
+    assert action.text == (
+        "rank 2 disagrees with rank 0 about layout: rank 0 says S0, rank 2 says S1; every rank must make the same "
+        "calls in the same order (rank 0 makes call 3 of Resharder 0, rank 2 call 3 of Resharder 2)"
+    )
+
+
+def test_a_mismatch_waits_a_little_for_the_others_so_that_the_first_is_named() -> None:
+    notes = {0: note(0), 2: note(2, fields={"layout": "S1"})}
+    state, action = advance(ANNOUNCED, View(101.0, notes=notes), TERMS)
+    assert state.mismatch_since == 101.0
+    assert action == Look(PATIENCE_SECONDS)
+    state, action = advance(state, View(101.0 + MISMATCH_SECONDS, notes=notes), TERMS)
+    assert isinstance(action, Abort)
+    late = advance(State(Phase.ANNOUNCED, 109.9), View(110.0, notes=notes), TERMS)[1]
+    assert isinstance(late, Abort), "not beyond the deadline"
+
+
+def test_a_mismatch_that_goes_away_is_forgotten() -> None:
+    state, _ = advance(State(Phase.ANNOUNCED, 101.0), View(101.2, notes={0: note(0), 1: note(1)}), TERMS)
+    assert state.mismatch_since is None
+
+
+def test_calls_of_other_numbers_are_a_mismatch() -> None:
+    notes = {**ALIKE, 1: note(1, epoch=CallEpoch("ranks", 5))}
+    _, action = advance(ANNOUNCED, View(101.0, notes=notes), TERMS)
+    assert isinstance(action, Abort)
+    assert action.text.startswith("rank 1 makes its call number 5 and rank 0 its call number 3 on these ranks")
+
+
+def test_a_refusal_is_no_mismatch_and_comes_first() -> None:
+    refused = note(2, fields=None, refusal="rank 2 refused the call: SpecError: no", epoch=CallEpoch("all", 1))
+    notes = {0: note(0), 1: note(1, fields={"layout": "S1"}), 2: refused}
+    _, action = advance(ANNOUNCED, View(101.0, notes=notes), TERMS)
+    expected = ("rank 2 refused the call: SpecError: no", 2, (EPOCH, CallEpoch("all", 1)), (), False)
+    assert action == Abort(*expected)
+
+
+def test_a_rank_that_died_is_not_waited_for_until_the_deadline() -> None:
+    terms = replace(TERMS, dead={2: "rank 2 died: its connection closed"})
+    some = {0: note(0), 1: note(1)}
+    assert advance(ANNOUNCED, View(100.0 + DEAD_SECONDS - 0.5, notes=some), terms)[1] == Look(PATIENCE_SECONDS)
+    _, action = advance(ANNOUNCED, View(100.0 + DEAD_SECONDS, notes=some), terms)
+    assert isinstance(action, Abort)
+    assert action.absent == (2,)
+    assert action.text.startswith("rank 2 died: its connection closed; it did not come back")
+    # Others that are missing may come yet.
+    assert advance(ANNOUNCED, View(100.0 + DEAD_SECONDS, notes={0: note(0)}), terms)[1] == Look(PATIENCE_SECONDS)

@@ -1,0 +1,186 @@
+"""Never another tensor's bytes: in whatever order ranks call, every result is right, or every rank is told."""
+
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.oracle import pick
+from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, TransportError
+from tricomm.launch import Ranks
+
+SIZE = 4
+CALLS = int(os.environ.get("TRICOMM_SHUFFLED_CALLS", "2000"))
+TIMEOUT_SECONDS = 1.0
+LATE_SECONDS = 3 * TIMEOUT_SECONDS
+LEFT, RIGHT, ALL = Mesh([0, 1], ("x",)), Mesh([2, 3], ("x",)), Mesh([0, 1, 2, 3], ("x",))
+
+
+class Layout(NamedTuple):
+    """From where to where, in which shape."""
+
+    source: ShardingSpec
+    destination: ShardingSpec
+
+
+def layout(source: Mesh, destination: Mesh, placements: tuple[object, object], shape: tuple[int, ...]) -> Layout:
+    return Layout(
+        ShardingSpec(source, (placements[0],), shape, "float32"),
+        ShardingSpec(destination, (placements[1],), shape, "float32"),
+    )
+
+
+# Three of each: alike, of the same size but another layout, of another size; some confirm, two have gradients.
+ALIKE = layout(LEFT, RIGHT, (Shard(0), Shard(1)), (8, 8))
+LAYOUTS = [
+    *([ALIKE] * 4),
+    *([layout(LEFT, RIGHT, (Shard(0), Shard(0)), (4, 16))] * 2),
+    *([layout(RIGHT, LEFT, (Shard(1), Replicate()), (16, 64))] * 2),
+    *([layout(LEFT, RIGHT, (Shard(1), Shard(0)), (128, 32))] * 2),
+    *([layout(ALL, ALL, (Shard(0), Shard(1)), (8, 8))] * 2),
+]
+WITH_GRADIENT = (10, 11)
+CONFIRMED = (1, 3, 7)
+
+
+def data(index: int, call: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """What the ``call``-th call of a Resharder moves: no two calls move the same numbers."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count, dtype=torch.float32) + 10_000.0 * index + 7.0 * (call % 1000)).reshape(shape)
+
+
+class Caller:
+    """One rank's calls, and what became of them."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.movers = [
+            Resharder(*LAYOUTS[i], confirm=i in CONFIRMED, timeout_seconds=TIMEOUT_SECONDS) for i in range(len(LAYOUTS))
+        ]
+        self.calls = [0] * len(LAYOUTS)
+        self.found: Counter[str] = Counter()
+        self.texts: list[str] = []
+        self.slowest = 0.0
+
+    def judge(self, index: int, call: int, output: torch.Tensor | None, spec: ShardingSpec) -> None:
+        shape = LAYOUTS[index].source.global_shape
+        if self.rank in spec.mesh:
+            right = output is not None and torch.equal(output, pick(data(index, call, shape), spec, self.rank))
+            self.found["right" if right else "WRONG"] += 1
+        else:
+            self.found["right" if output is None else "WRONG"] += 1
+
+    def attempt(self, make: Callable[[], None]) -> None:
+        began = time.monotonic()
+        try:
+            make()
+        except TransportError as error:
+            self.found["refused"] += 1
+            self.texts.append(str(error))
+        self.slowest = max(self.slowest, time.monotonic() - began)
+
+    def call(self, index: int, kind: str) -> Iterator[None]:
+        """Call, or start and wait after the next yield, or go forward and backward after the next yield."""
+        self.calls[index] += 1
+        call, mover, (source, destination) = self.calls[index], self.movers[index], LAYOUTS[index]
+        full = data(index, call, source.global_shape)
+        tensor = pick(full, source, self.rank) if self.rank in source.mesh else None
+        if index in WITH_GRADIENT:
+            yield from self.differentiate(index, call, tensor)
+        elif kind == "start":
+            handle = mover.start(tensor)
+            yield
+            self.attempt(lambda: self.judge(index, call, handle.wait(), destination))
+        else:
+            self.attempt(lambda: self.judge(index, call, mover(tensor), destination))
+            yield
+
+    def differentiate(self, index: int, call: int, tensor: torch.Tensor | None) -> Iterator[None]:
+        source, destination = LAYOUTS[index]
+        assert tensor is not None
+        leaf, outputs = tensor.clone().requires_grad_(), []
+
+        def forward() -> None:
+            outputs.append(self.movers[index](leaf))
+            self.judge(index, call, outputs[0].detach(), destination)
+
+        def backward() -> None:
+            weight = pick(data(index, call, source.global_shape) + 0.5, destination, self.rank)
+            (outputs[0] * weight).sum().backward()
+            expected = pick(data(index, call, source.global_shape) + 0.5, source, self.rank)
+            self.found["right" if torch.equal(leaf.grad, expected) else "WRONG"] += 1
+
+        self.attempt(forward)
+        yield
+        if outputs:
+            self.attempt(backward)
+
+
+def shuffled_calls(rank: int, seed: int, count: int) -> tuple[Counter[str], list[str], float]:
+    """Rounds of a few calls: mostly in one order, sometimes one rank has another."""
+    if rank >= SIZE:
+        return Counter(), [], 0.0
+    caller, choose = Caller(rank), random.Random(seed)
+    for index in range(len(LAYOUTS)):
+        list(caller.call(index, "call"))
+    while sum(caller.calls) < count:
+        ours = [
+            (choose.randrange(len(LAYOUTS)), choose.choice(["call", "start"])) for _ in range(choose.randint(4, 12))
+        ]
+        odd, is_odd, salt = choose.randrange(SIZE), choose.random() < 0.05, choose.random()
+        if is_odd and rank == odd:
+            random.Random(salt).shuffle(ours)
+        pending = [caller.call(index, kind) for index, kind in ours]
+        for one in pending:
+            next(one)
+        if is_odd and rank == odd:
+            pending.reverse()
+        for one in pending:
+            list(one)
+        dist.barrier()
+    return caller.found, caller.texts, caller.slowest
+
+
+@pytest.mark.processes
+def test_shuffled_calls_are_right_or_refused() -> None:
+    with Ranks(SIZE, timeout_seconds=600) as four:
+        results = four.run(shuffled_calls, 7, CALLS)
+    total = sum((found for found, _, _ in results), Counter())
+    print(total, [slowest for _, _, slowest in results])
+    assert total["WRONG"] == 0, total
+    assert total["right"] > total["refused"] > 0, total
+    assert max(slowest for _, _, slowest in results) < LATE_SECONDS
+
+
+def warm_in_another_order(rank: int, names: tuple[str, str]) -> list[str]:
+    """Rank 3 calls the second one first."""
+    if rank >= SIZE:
+        return []
+    movers = [Resharder(*ALIKE, name=name, timeout_seconds=2.0) for name in names]
+    texts = []
+    for step in range(3):
+        for index in (1, 0) if rank == 3 and step == 1 else (0, 1):
+            full = data(index, step, (8, 8))
+            try:
+                output = movers[index](pick(full, ALIKE.source, rank) if rank in LEFT else None)
+                if rank in RIGHT:
+                    assert torch.equal(output, pick(full, ALIKE.destination, rank)), f"rank {rank} got another's bytes"
+            except TransportError as error:
+                texts.append(str(error))
+    return texts
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("", "")], ids=["named", "unnamed"])
+def test_the_error_names_both_calls(ranks: Ranks, names: tuple[str, str]) -> None:
+    results = ranks.run(warm_in_another_order, names)
+    calls = [f"Resharder {name!r}" for name in names] if names[0] else ["number 1", "number 2"]
+    for rank in (0, 1, 3):
+        assert results[rank], f"rank {rank} was not told"
+        assert all(call in results[rank][0] for call in calls), results[rank]
+        assert "same calls in the same order" in results[rank][0], results[rank]

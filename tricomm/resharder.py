@@ -1,0 +1,392 @@
+"""Resharder: a plan carried out again and again by the ranks of a process group."""
+
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, ClassVar, Self, Unpack
+
+import torch
+
+from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
+from tricomm.errors import ArgumentError, SpecError, TricommError
+from tricomm.layout.spec import ShardingSpec
+from tricomm.options import Options, ReshardOptions
+from tricomm.packing.tensor_checker import TensorChecker, check_casts
+from tricomm.plan import Plan, make_plan
+from tricomm.plan.arguments import check_spec
+from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
+from tricomm.transport.handle import Handle
+from tricomm.transport.runtime import PlanExecution
+from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, describe_failure, name_error
+from tricomm.transport.streams import HostStreamContext
+
+
+class Resharder:
+    """A reshard made once and called often: plan, copy programs, staging and connections are kept.
+
+    Every rank of either mesh makes it and calls it; ranks on neither mesh may call too and get None. On the first call
+    the ranks compare what they are about to do. A later call allocates nothing but the result (nothing at all with
+    ``out``) and talks to nobody but the ranks it exchanges data with.
+
+    Ranks make the same calls in the same order. If they do not, every call gives the right result or a TransportError
+    that names both calls, never the bytes of another Resharder: two are told apart by their layouts and options, by
+    ``name``, or by being the n-th of these that a rank has made.
+
+    Calls on one channel come from one thread at a time; a second thread is refused at once, and takes a ``channel``
+    of its own. Connections and a background thread are shared by the Resharders of the same ranks and channel. They
+    go when the last of those is closed or no longer referred to: ``close()``, or ``with Resharder(...) as mover:``,
+    which also tells the other ranks if the block ends by an exception.
+
+    Args:
+        source, destination: layouts; the destination's shape and dtype default to the source's.
+        options: those of :class:`tricomm.Options`. Without ``confirm`` a rank returns when its own part is done.
+
+    Raises:
+        SpecError: layouts that contradict each other, or a mesh rank outside the group; an ArgumentError where there
+            is no such option, or an argument is of the wrong kind.
+        PlanError: an element that is needed is held by nobody.
+    """
+
+    _is_counted: ClassVar[bool] = True
+    _stays_broken: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        source: ShardingSpec,
+        destination: ShardingSpec,
+        **options: Unpack[ReshardOptions],
+    ) -> None:
+        self._make(source, destination, options)
+
+    @classmethod
+    def made(
+        cls,
+        source: ShardingSpec,
+        destination: ShardingSpec,
+        options: ReshardOptions,
+        *,
+        parent: "Resharder | None" = None,
+        meets_always: bool = False,
+    ) -> "Resharder":
+        """Make one for the gradients of another, or for one-shot calls, in each of which the ranks meet."""
+        made = object.__new__(cls)
+        made._make(source, destination, options, parent, meets_always)
+        return made
+
+    def _make(
+        self,
+        source: ShardingSpec,
+        destination: ShardingSpec,
+        options: ReshardOptions,
+        parent: "Resharder | None" = None,
+        meets_always: bool = False,
+    ) -> None:
+        group = resolve_group(options.get("group"))
+        self.context: GroupContext = context_of(group)
+        self.rank = self.context.rank
+        self._group = weakref.ref(group)
+        try:
+            self._plan(source, destination, options, group)
+            self._session = self._open(parent, meets_always)
+        except BaseException as error:
+            tell_all(self.context, error, options)
+            raise
+        self._gradient: Resharder | None = None
+        self._is_closed = False
+
+    def _plan(self, source: ShardingSpec, destination: ShardingSpec, options: ReshardOptions, group: Any) -> None:
+        """Everything that needs no other rank."""
+        chosen = Options.of(options, "Resharder")
+        self.device = device_of(chosen.device, group)
+        self.options = replace(chosen, group=None, device=self.device, confirm=bool(chosen.confirm))
+        self.timeout_seconds = chosen.seconds
+        self.confirm = bool(chosen.confirm)
+        self.channel = chosen.channel
+        self.name = chosen.name
+        for side, spec in (("source", source), ("destination", destination)):
+            check_spec(side, spec)
+            _check_ranks(side, spec, self.context.size)
+        self.plan: Plan = make_plan(
+            source,
+            destination,
+            strategy=chosen.strategy,
+            balance=chosen.balance,
+            topology=chosen.topology,
+            staging_bytes=chosen.staging_bytes,
+            rank=self.rank,
+        )
+        check_casts(self.plan)
+        self.participants = self.plan.participants
+        self._checker = TensorChecker(self.plan, self.rank, self.device)
+        self._execution: PlanExecution | None = None
+        if self.rank in self.participants:
+            self._execution = PlanExecution(self.plan, self.rank, self.device)
+
+    def _open(self, parent: "Resharder | None", meets_always: bool) -> Session | None:
+        """The session of the calls; None off the meshes."""
+        if self._execution is None:
+            return None
+        fields = {
+            **self.plan.fields(),
+            "device": self.device.type,
+            "confirm": str(self.confirm),
+            "channel": self.channel,
+            "name": self.name,
+        }
+        is_counted = self._is_counted and not meets_always and parent is None
+        layouts = f"{self.plan.source} -> {self.plan.destination}"
+        label = f"reshard {self.name!r}" if self.name else f"reshard {layouts}"
+        if parent is not None and parent._session is not None:
+            label = f"the gradient of {parent._session.label}"
+            fields["gradient of"] = parent._session.identity
+        elif is_counted:
+            label = f"Resharder {self.name!r} ({NUMBER})" if self.name else f"Resharder {NUMBER} of {layouts}"
+        elif not meets_always:
+            label = f"Resharder {self.name or layouts}"
+        return Session(
+            self.context,
+            self.context.channel(self.participants, self.device, self.channel),
+            fields,
+            label,
+            is_counted=is_counted,
+            meets_always=meets_always,
+            stays_broken=self._stays_broken,
+            timeout_seconds=self.timeout_seconds,
+            confirm=self.confirm,
+        )
+
+    @property
+    def state(self) -> State:
+        """Whether it is new, connected, broken or closed; off the meshes it is new until it is closed."""
+        if self._session is not None:
+            return self._session.state
+        return State.CLOSED if self._is_closed else State.NEW
+
+    def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Reshard. Arguments and result as for :func:`reshard`."""
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            self._check_differentiable(out)
+            result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
+            return result
+        session = self._session
+        if session is None:
+            self._off_meshes(tensor, out)
+            return None
+        try:
+            with session:
+                source, destination = self._check(tensor, out)
+                channel = session.channel
+                last = channel.last_started
+                if last is not None and (not last.done() or last.exception() is not None):
+                    # What was started on the same channel is still under way: wait in line behind it.
+                    self._start(source, destination, [channel.stream_context.record_event()], ()).wait()
+                else:
+                    if last is not None:
+                        channel.stream_context.wait_event(last.result()[1])
+                    self._run(source, destination, session.calls)
+        except Exception as error:
+            name_error(error, self.name)
+            raise
+        if out is not None and not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+        return destination
+
+    def start(
+        self,
+        tensor: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        after: Any = None,
+        depends_on: Sequence[Handle] = (),
+    ) -> Handle:
+        """Reshard in the background. The tensor must not change before ``wait`` returns.
+
+        Runs of the same ranks and channel follow each other in the order in which they were started. In the first call,
+        or after a failure, the ranks meet in the background too, so channels may be started in any order.
+
+        Args:
+            tensor, out: as for :func:`reshard`.
+            after: on a GPU, the run begins after this event (see ``record_event``) on a stream of its own; None is all
+                that the current stream has to do so far. Without ``out`` the run waits for that in any case: the memory
+                of the new tensor may be that of one which the current stream has still to read.
+            depends_on: runs of this rank, whatever they move, that end before this one begins.
+        """
+        session = self._session
+        if session is None:
+            self._off_meshes(tensor, out)
+            nothing: Future[tuple[torch.Tensor | None, Any]] = Future()
+            nothing.set_result((None, None))
+            return Handle(nothing, HostStreamContext())
+        try:
+            with session:
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+                    raise SpecError(
+                        "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call "
+                        "the Resharder directly"
+                    )
+                if not isinstance(depends_on, Sequence) or not all(isinstance(one, Handle) for one in depends_on):
+                    raise ArgumentError(
+                        f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple"
+                    )
+                source, destination = self._check(tensor, out)
+                events = [] if after is None else [after]
+                if after is None or (out is None and destination is not None):
+                    events.append(session.channel.stream_context.record_event())
+                if session.meets_always:
+                    session.connect()
+                if out is not None and not out.is_inference():
+                    torch.autograd.graph.increment_version(out)
+                return self._start(source, destination, events, depends_on)
+        except Exception as error:
+            name_error(error, self.name)
+            raise
+
+    def record_event(self) -> Any:
+        """Record an event after all that the current stream has to do so far, for ``start``; None in host memory."""
+        return None if self._session is None else self._session.channel.stream_context.record_event()
+
+    def _off_meshes(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> None:
+        """A rank on neither mesh gives and gets nothing."""
+        try:
+            if self._is_closed:
+                raise SpecError(CLOSED_TEXT)
+            self._check(tensor, out)
+        except Exception as error:
+            name_error(error, self.name)
+            raise
+
+    def _check(
+        self, tensor: torch.Tensor | None, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(what is read, what is written), checked and made before anything is sent."""
+        source = self._checker.check_source(tensor)
+        return source, self._checker.check_out(out, source)
+
+    def _run(self, source: torch.Tensor | None, destination: torch.Tensor | None, number: int) -> None:
+        """Carry one call out on this thread."""
+        assert self._execution is not None
+        assert self._session is not None
+        self._session.run(self._execution, source, destination, number)
+        if self._session.meets_always:
+            self._execution.release()  # nobody says when a one-shot call was the last
+
+    def _start(
+        self,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+        events: Sequence[Any],
+        depends_on: Sequence[Handle],
+    ) -> Handle:
+        assert self._session is not None
+        channel, number = self._session.channel, self._session.calls
+
+        def run_in_background() -> tuple[torch.Tensor | None, Any]:
+            """On the channel's stream; returns (result, event at which it is there)."""
+            try:
+                with channel.stream_context.after(events, source, destination):
+                    for handle in depends_on:
+                        handle.wait_done()
+                    self._run(source, destination, number)
+                    return destination, channel.stream_context.record_end()
+            except Exception as error:
+                name_error(error, self.name)
+                raise
+
+        channel.last_started = channel.worker.submit(run_in_background)
+        return Handle(channel.last_started, channel.stream_context)
+
+    def gradient(self) -> "Resharder":
+        """The Resharder that brings the gradient of the result back to the layout of the source.
+
+        Where a source is Partial its contributions all get the same gradient, which for an average is still to
+        be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
+        backward pass, with the gradient on the destination's ranks and None on the others.
+        """
+        if self._gradient is None:
+            group = self._group()
+            if group is None:
+                raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
+            meets_always = self._session is not None and self._session.meets_always
+            specs = gradient_specs(self.plan.source, self.plan.destination)
+            options = replace(self.options, group=group).given()
+            self._gradient = Resharder.made(*specs, options, parent=self, meets_always=meets_always)
+        return self._gradient
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
+        return gradient_scale(self.plan.source)
+
+    def connect(self) -> None:
+        """Compare with the other ranks what the next call is going to do, and connect to them.
+
+        Raises:
+            TransportError: a rank does something else, refused, or did not come within the timeout.
+        """
+        if self._session is not None:
+            try:
+                self._session.connect()
+            except Exception as error:
+                name_error(error, self.name)
+                raise
+
+    def abort(self, reason: str) -> None:
+        """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError."""
+        if self._session is not None and self._session.state is not State.BROKEN:
+            self._session.abort(reason)
+
+    def close(self) -> None:
+        """Give back what the Resharder holds, as soon as what it started is done. Later calls raise a SpecError.
+
+        Every rank closes it, or none that another still calls.
+        """
+        self._is_closed = True
+        if self._session is not None:
+            self._session.close()
+        if self._gradient is not None:
+            self._gradient.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, TricommError):
+            self.abort(describe_failure(self.rank, f"the block of {self!r}", error))
+        self.close()
+
+    def _check_differentiable(self, out: torch.Tensor | None) -> None:
+        plan = self.plan
+        problem = None
+        if out is not None:
+            problem = "a tensor that requires grad cannot be moved into out; leave out=None or pass tensor.detach()"
+        elif set(plan.source.mesh.ranks) != set(plan.destination.mesh.ranks):
+            problem = (
+                f"the tensor requires grad, but {plan.source.mesh} and {plan.destination.mesh} are different ranks, so "
+                "autograd on one rank cannot reach the other; pass tensor.detach(), and in the backward pass call "
+                "Resharder.gradient() on all ranks"
+            )
+        if problem is not None:
+            error = SpecError(problem)
+            name_error(error, self.name)
+            if self._session is not None:
+                self._session.calls += 1
+                self._session.tell(error)
+            raise error
+
+
+def tell_all(context: GroupContext, error: BaseException, options: ReshardOptions) -> None:
+    """Whatever stops this rank before it is known who else takes part reaches all ranks of the group."""
+    name, channel = options.get("name", ""), options.get("channel", "")
+    name_error(error, name if isinstance(name, str) else "")
+    text = describe_failure(context.rank, f"its call of tricomm{f' for {name}' if name else ''}", error)
+    context.rendezvous.abort(tuple(range(context.size)), text, channel if isinstance(channel, str) else "")
+
+
+def _check_ranks(side: str, spec: ShardingSpec, size: int) -> None:
+    outside = [rank for rank in spec.mesh.ranks if rank >= size]
+    if outside:
+        raise SpecError(
+            f"rank {outside[0]} of the {side} mesh {spec.mesh} is outside of the process group, which has ranks 0 to "
+            f"{size - 1}; use ranks of the group, or pass the group that has them"
+        )

@@ -1,0 +1,198 @@
+"""Channel: what the Resharders of the same ranks, device and channel name share, as long as one of them is there."""
+
+import hashlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tricomm.errors import SpecError, TransportError
+from tricomm.transport.communicator import CONNECTING_TAG, LOG, CallId, Communicator
+from tricomm.transport.coordination.coordinator import Coordinator
+from tricomm.transport.coordination.rendezvous import Intent
+from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
+from tricomm.transport.nccl import NcclConnections
+from tricomm.transport.streams import StreamContext, stream_context_of
+
+Task = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Worker:
+    """Runs what is submitted, one after the other, on a thread that begins with the first and ends with the worker.
+
+    It is a daemon: unlike a pool's thread it does not hold up the end of the process when a run waits for a rank that
+    does not come.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, self._tasks.put, None).atexit = False
+
+    def submit(self, task: Callable[[], Any]) -> "Future[Any]":
+        """Run a task when those before it are done."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self._tasks,), name="tricomm", daemon=True)
+            self._thread.start()
+        future: Future[Any] = Future()
+        self._tasks.put((future, task))
+        return future
+
+
+def _work(tasks: "SimpleQueue[Task | None]") -> None:
+    while True:
+        given = tasks.get()
+        if given is None:
+            return
+        future, task = given
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+        del given, future, task
+
+
+class Channel:
+    """One rank's end: the communicator of the moment, a thread for background runs, staging, and whose turn it is.
+
+    Args:
+        coordinator: of the process group.
+        participants: the ranks, sorted.
+        device: where tensors live; decides the backend.
+        name: channels of equal ranks with different names know nothing of each other.
+        devices: gloo's, of the group.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        participants: tuple[int, ...],
+        device: torch.device,
+        name: str,
+        devices: GlooDevices,
+    ) -> None:
+        self.coordinator = coordinator
+        self.participants = participants
+        self.device = device
+        self.name = name
+        self.communicator: Communicator | None = None
+        self.last_started: Future[tuple[torch.Tensor | None, Any]] | None = None
+        self.stream_context: StreamContext = stream_context_of(device)
+        self.worker = Worker()
+        self._devices = devices
+        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+        self._turn = threading.Lock()
+        key = repr((participants, device.type, name))
+        self._place = f"communicator/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        """Staging of the channel, grown where it is too small; one run at a time uses it."""
+        if self._staging.numel() < nbytes:
+            self._staging = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._staging
+
+    def enter(self) -> None:
+        """Take the turn of this thread.
+
+        Raises:
+            SpecError: another thread is in a call; ``leave`` must not be called then.
+        """
+        if not self._turn.acquire(blocking=False):
+            channel = f"channel {self.name!r}" if self.name else "the shared channel"
+            raise SpecError(
+                f"two threads of rank {self.coordinator.rank} call at once between ranks {list(self.participants)} on "
+                f"{channel}, so ranks cannot know which call comes first; give each thread a channel=... of its own"
+            )
+
+    def leave(self) -> None:
+        """Give the turn back."""
+        self._turn.release()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a communicator that nobody aborted, as far as is known here."""
+        return self.communicator is not None and self.communicator.abort_reason is None
+
+    def connect(self, intent: Intent, timeout_seconds: float) -> int:
+        """Compare with the other ranks what is going to be done, and connect to them; returns the tag for it.
+
+        Any rank may have lost its communicator, by a failure or because nothing there used it any more. So all take a
+        new one if any rank asks for it; otherwise all have the same.
+
+        Raises:
+            TransportError: a rank does something else, refused, or did not come within the timeout.
+        """
+        communicator, store = self.communicator, self.coordinator.store
+
+        def decide(must_reconnect: bool) -> str:
+            if must_reconnect or communicator is None:
+                return str(store.add(f"{self._place}/generations", 1))
+            return str(communicator.generation)
+
+        agreed = self.coordinator.rendezvous.join(intent, timeout_seconds, not self.is_connected, decide)
+        generation = int(agreed.decision)
+        if communicator is None or communicator.generation != generation:
+            # Forget the old one first: should connecting fail, the next rendezvous must know that this rank has none.
+            self.communicator = communicator = None
+            self.communicator = self._connected(generation, intent.call, timeout_seconds)
+        return 1 + agreed.epoch % (MAX_TAG - 1)
+
+    def _connected(self, generation: int, call: str, timeout_seconds: float) -> Communicator:
+        """A communicator whose connections stand on all ranks."""
+        found = Communicator(self.coordinator, self.participants, self._place, generation, self.device)
+        run = found.begin(CallId(CONNECTING_TAG, 0, call), timeout_seconds, is_connecting=True)
+        try:
+            with self._telling(found, call):
+                if len(self.participants) > 1:
+                    found.connect(self._connect(found, timeout_seconds))
+        finally:
+            found.end(run)
+        weakref.finalize(found, _post_closed, self.coordinator.status, found.place).atexit = False
+        return found
+
+    @contextmanager
+    def _telling(self, found: Communicator, call: str) -> Iterator[None]:
+        """Whatever stops this rank while it connects reaches the others."""
+        try:
+            yield
+        except TransportError as error:
+            raise found.abort(str(error)) from error
+        except RuntimeError as error:
+            raise found.abort(self._describe_failure(found, call, error)) from error
+        except BaseException as error:
+            found.abort(f"rank {self.coordinator.rank} failed while it connected for {call}: {error!r}")
+            raise
+
+    def _connect(self, found: Communicator, timeout_seconds: float) -> Any:
+        rank, store = self.coordinator.rank, self.coordinator.store
+        index = {rank: index for index, rank in enumerate(self.participants)}
+        store.set(f"{found.place}/hello/{rank}", "1")
+        if self.device.type == "cuda":
+            of_nccl = dist.PrefixStore(f"{found.place}/nccl", store)
+            return NcclConnections(of_nccl, rank, index, self.device, timeout_seconds)
+        of_gloo = dist.PrefixStore(f"{found.place}/gloo", store)
+        return GlooConnections(of_gloo, rank, index, self._devices, timeout_seconds, found.interrupted)
+
+    def _describe_failure(self, found: Communicator, call: str, error: RuntimeError) -> str:
+        if found.abort_reason is not None:
+            return found.abort_reason.text
+        store = self.coordinator.store
+        absent = [rank for rank in self.participants if not store.check([f"{found.place}/hello/{rank}"])]
+        who = f"rank {absent[0]} did not connect" if absent else f"ranks {list(self.participants)} could not connect"
+        names = "NCCL_SOCKET_IFNAME" if self.device.type == "cuda" else "GLOO_SOCKET_IFNAME"
+        LOG.info("rank %d while it connects for %s: %s", self.coordinator.rank, call, error)
+        return f"{who} in {call}; see whether a rank died, and on several hosts whether {names} names the right network"
+
+
+def _post_closed(status: Any, place: str) -> None:
+    """Say that connections close on purpose; nothing to do if nobody can be told any more."""
+    try:
+        status.post_closed(place)
+    except (TransportError, RuntimeError):
+        return

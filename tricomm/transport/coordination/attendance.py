@@ -1,0 +1,246 @@
+"""One rank at one rendezvous, as a state machine without a store: what it sees and the time in, what it does out.
+
+ARRIVED --the last to arrive--------------------------------> Decide
+ARRIVED --PATIENCE over-------------------------------------> Announce: ANNOUNCED
+any     --an outcome stands---------------------------------> Return
+ANNOUNCED --notes disagree: all here, or for MISMATCH_SECONDS> Abort (mismatch or refusal)
+ANNOUNCED --only ranks known to be dead are missing---------> Abort (death)
+ANNOUNCED --deadline over-----------------------------------> Abort (absence)
+any     --none of these-------------------------------------> Look again
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+PATIENCE_SECONDS = 0.1
+"""How long a rank waits before it tells the others what it is about to do, and between two looks at what they tell."""
+
+MISMATCH_SECONDS = 0.5
+"""How long a rank that has seen a mismatch waits for the others' notes, so that the first one is named."""
+
+DEAD_SECONDS = 2.0
+"""How long a rank that died may take to come, should it be alive after all."""
+
+
+class CallEpoch(NamedTuple):
+    """The ``number``-th call by one set of ranks on one channel."""
+
+    name: str
+    number: int
+
+
+class Note(NamedTuple):
+    """What a rank tells the others who may wait for it.
+
+    Attributes:
+        epoch: at which it is.
+        participants: who must come there.
+        channel: of the call.
+        call: in words.
+        fields: what it is about to do, by name; None if it refused.
+        refusal: why it does not come.
+    """
+
+    epoch: CallEpoch
+    participants: Sequence[int]
+    channel: str
+    call: str
+    fields: Mapping[str, str] | None
+    refusal: str = ""
+
+    @classmethod
+    def of(cls, value: Sequence[Any]) -> "Note":
+        """Read a note from what JSON gives back."""
+        epoch, *rest = value
+        return cls(CallEpoch(*epoch), *rest)
+
+
+class Phase(Enum):
+    """Whether a rank has told the others what it is about to do."""
+
+    ARRIVED = 1
+    ANNOUNCED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What does not change while a rank is at a rendezvous.
+
+    Attributes:
+        epoch: which.
+        participants: who must come, sorted.
+        arrived: when this rank came.
+        deadline: until when it waits.
+        dead: ranks known to have died, and how that is known.
+    """
+
+    epoch: CallEpoch
+    participants: tuple[int, ...]
+    arrived: float
+    deadline: float
+    dead: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where a rank is: its phase, and since when it sees a mismatch."""
+
+    phase: Phase = Phase.ARRIVED
+    mismatch_since: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a rank sees at one moment.
+
+    Attributes:
+        now: the time.
+        outcome: what stands on the store, or None.
+        is_last: whether all others have arrived with the same intent.
+        notes: of the participants, by rank; looked at when this rank has announced.
+        elsewhere: what absent ranks are in, by rank, where it is known.
+    """
+
+    now: float
+    outcome: str | None = None
+    is_last: bool = False
+    notes: Mapping[int, Note] | None = None
+    elsewhere: Mapping[int, str] | None = None
+
+
+class Decide(NamedTuple):
+    """Write what is agreed on."""
+
+
+class Announce(NamedTuple):
+    """Tell the others what this rank is about to do."""
+
+
+class Look(NamedTuple):
+    """Look again after some seconds, or as soon as there is an outcome."""
+
+    seconds: float
+
+
+class Return(NamedTuple):
+    """Go away with the outcome."""
+
+    outcome: str
+
+
+class Abort(NamedTuple):
+    """End the rendezvous of these epochs with a problem; whichever outcome is written first stands.
+
+    Attributes:
+        text: what is wrong.
+        refused_by: the rank that refused, if one did.
+        epochs: this one first, then those that clash with it.
+        absent: ranks that did not come.
+        is_mismatch: whether ranks are about to do different things.
+    """
+
+    text: str
+    refused_by: int | None
+    epochs: tuple[CallEpoch, ...]
+    absent: tuple[int, ...] = ()
+    is_mismatch: bool = False
+
+
+Action = Decide | Announce | Look | Return | Abort
+
+
+def advance(state: State, view: View, terms: Terms) -> tuple[State, Action]:
+    """Return the next state and what to do; see the table above."""
+    if state.phase is Phase.ARRIVED and view.is_last:
+        return state, Decide()
+    if view.outcome is not None:
+        return state, Return(view.outcome)
+    if state.phase is Phase.ARRIVED:
+        patient_until = min(terms.arrived + PATIENCE_SECONDS, terms.deadline)
+        if view.now < patient_until:
+            return state, Look(patient_until - view.now)
+        return replace(state, phase=Phase.ANNOUNCED), Announce()
+    notes = view.notes or {}
+    mismatch = find_mismatch(notes, terms.participants)
+    if mismatch is not None:
+        return _mismatched(state, view, terms, mismatch)
+    state = replace(state, mismatch_since=None)
+    absent = tuple(rank for rank in terms.participants if rank not in notes)
+    if absent and all(rank in terms.dead for rank in absent) and view.now >= terms.arrived + DEAD_SECONDS:
+        text = f"{terms.dead[absent[0]]}; it did not come back. Ranks {list(terms.participants)} must all call"
+        return state, Abort(text, None, (terms.epoch,), absent)
+    if view.now >= terms.deadline:
+        text = describe_absence(absent, terms.participants, view.elsewhere or {})
+        return state, Abort(text, None, (terms.epoch,), absent)
+    return state, Look(min(PATIENCE_SECONDS, terms.deadline - view.now))
+
+
+def _mismatched(state: State, view: View, terms: Terms, mismatch: tuple[str, int | None]) -> tuple[State, Action]:
+    since = view.now if state.mismatch_since is None else state.mismatch_since
+    notes = view.notes or {}
+    until = min(since + MISMATCH_SECONDS, terms.deadline)
+    if len(notes) < len(terms.participants) and view.now < until:
+        return replace(state, mismatch_since=since), Look(min(PATIENCE_SECONDS, until - view.now))
+    others = {note.epoch for note in notes.values()} - {terms.epoch}
+    text, refused_by = mismatch
+    return state, Abort(text, refused_by, (terms.epoch, *sorted(others)), is_mismatch=refused_by is None)
+
+
+def find_mismatch(notes: Mapping[int, Note], participants: Sequence[int]) -> tuple[str, int | None] | None:
+    """Return (what is wrong, the rank that refused if one did); None if all notes agree.
+
+    The first rank that refused, or else the first that says another thing than the lowest rank.
+    """
+    for rank in participants:
+        if rank in notes and notes[rank].fields is None:
+            return notes[rank].refusal, rank
+    speaking = [rank for rank in participants if rank in notes]
+    for rank in speaking[1:]:
+        first, other = notes[speaking[0]], notes[rank]
+        text = _difference(speaking[0], first, rank, other)
+        if text is not None:
+            calls = f"rank {speaking[0]} makes {first.call}, rank {rank} {other.call}"
+            return f"{text}; every rank must make the same calls in the same order ({calls})", None
+    return None
+
+
+def _difference(first: int, one: Note, rank: int, other: Note) -> str | None:
+    ours, theirs = one.fields or {}, other.fields or {}
+    field = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
+    if field is not None:
+        said, answer = around_difference(str(ours.get(field)), str(theirs.get(field)))
+        about = f"rank {rank} disagrees with rank {first} about {field}"
+        return f"{about}: rank {first} says {said}, rank {rank} says {answer}"
+    if other.epoch != one.epoch:
+        return (
+            f"rank {rank} makes its call number {other.epoch.number} and rank {first} its call number "
+            f"{one.epoch.number} on these ranks"
+        )
+    return None
+
+
+def describe_absence(absent: Sequence[int], participants: Sequence[int], elsewhere: Mapping[int, str]) -> str:
+    """Say who did not come to a rendezvous, and where it is if that is known."""
+    if not absent:
+        return f"ranks {list(participants)} all called but did not meet within the timeout; raise the timeout"
+    others = f" (nor did {list(absent[1:])})" if absent[1:] else ""
+    seen = next((f"; rank {rank} is in {elsewhere[rank]}" for rank in absent if rank in elsewhere), "")
+    return (
+        f"rank {absent[0]} did not call within the timeout{others}, and ranks {list(participants)} must all "
+        f"call{seen}; see whether it died, hangs, calls something else or calls with layouts that leave it out"
+    )
+
+
+def around_difference(one: str, other: str, limit: int = 200) -> tuple[str, str]:
+    """Cut two texts, of which much may be alike, down to where they begin to differ."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    begin = max(0, same - limit // 2) if max(len(one), len(other)) > limit else 0
+    end = begin + limit
+
+    def cut(text: str) -> str:
+        return f"{'... ' if begin else ''}{text[begin:end]}{' ...' if len(text) > end else ''}"
+
+    return cut(one), cut(other)

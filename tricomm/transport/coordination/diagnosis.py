@@ -1,0 +1,139 @@
+"""The diagnosis of a wait that took too long: who is at fault, found from what ranks say of themselves.
+
+Pure functions of heartbeats. A rank *is silent* if its heartbeat has not changed for a while; what is waited for in the
+end is a silent rank, a rank that is alive and does something else, or a circle of ranks.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
+
+MAX_RANKS = 64
+"""Query at most this many ranks for heartbeats; each answer takes two calls of the store."""
+
+SILENT_BEATS = 1.5
+"""A rank is silent if its heartbeat did not change for so many intervals."""
+
+Heartbeats = Mapping[int, Heartbeat]
+
+
+def diagnose(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[int]) -> str:
+    """Say who is at fault for a wait that took too long.
+
+    Args:
+        rank: the one that waited.
+        wait: in what, and for whom.
+        heartbeats: of all ranks that ``reachable`` finds.
+        silent: those of them whose heartbeat did not change.
+
+    Example:
+        >>> mine = Wait("link", 1, "call 2 of Resharder 'a'")
+        >>> print(diagnose(0, mine, {1: Heartbeat(7, (Wait("link", 0, "call 1 of Resharder 'b'"),))}, set()))
+        rank 0 waits for rank 1 in call 2 of Resharder 'a', and rank 1 for rank 0 in call 1 of Resharder 'b'; every \
+rank must make the same calls in the same order
+    """
+    assert wait.peer is not None
+    followed = {rank: wait}
+    at = wait.peer
+    while at not in followed:
+        here = heartbeats[at].wait_in(wait.place) if at not in silent else None
+        if here is None:
+            return _describe_end(rank, wait, at, heartbeats, silent)
+        if here.peer is None:
+            return _describe_busy(rank, wait, at, ())
+        followed[at] = here
+        at = here.peer
+    circle = list(followed)[list(followed).index(at) :]
+    return _describe_circle({member: followed[member] for member in circle}, followed[rank])
+
+
+def diagnose_connecting(rank: int, call: str, participants: Sequence[int], silent: Collection[int]) -> str:
+    """Say who is at fault if ranks could not connect: the first that is silent."""
+    found = [other for other in participants if other != rank and other in silent]
+    if not found:
+        return f"ranks {list(participants)} did not connect within the timeout in {call}; raise the timeout"
+    return (
+        f"rank {found[0]} gave no sign of life while ranks {list(participants)} connected in {call}: it died, hangs or "
+        "is stopped; see that rank's log"
+    )
+
+
+def reachable(me: int, first: Sequence[int], heartbeat_of: Mapping[int, Heartbeat] | StatusStore) -> Iterator[int]:
+    """The ranks ``first``, then those for whom they wait anywhere, and so on, but not this rank."""
+    seen, ahead = {me}, list(first)
+    while ahead and len(seen) <= MAX_RANKS:
+        rank = ahead.pop(0)
+        if rank in seen:
+            continue
+        seen.add(rank)
+        yield rank
+        beat = heartbeat_of.heartbeat_of(rank) if isinstance(heartbeat_of, StatusStore) else heartbeat_of[rank]
+        ahead.extend(sorted(wait.peer for wait in beat.waits if wait.peer is not None))
+
+
+class Observations:
+    """When the heartbeats of other ranks were last seen to change.
+
+    Args:
+        status: where they are read.
+    """
+
+    def __init__(self, status: StatusStore) -> None:
+        self._status = status
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}
+
+    def look(self, first: Sequence[int], now: float) -> dict[int, Heartbeat]:
+        """Read the heartbeats that matter for a wait for these ranks."""
+        found = {}
+        for rank in reachable(self._status.rank, first, self._status):
+            beat = self._status.heartbeat_of(rank)
+            before = self._seen.get(rank)
+            if before is None or before[0].number != beat.number:
+                self._seen[rank] = (beat, now)
+            found[rank] = beat
+        return found
+
+    def silent(self, ranks: Collection[int], now: float, seconds: float) -> set[int]:
+        """Return the ranks whose heartbeat has been the same for some seconds."""
+        return {rank for rank in ranks if now - self._seen[rank][1] >= seconds}
+
+    def clear(self) -> None:
+        """Forget everything: nothing is watched any more."""
+        self._seen.clear()
+
+
+def _describe_end(rank: int, wait: Wait, at: int, heartbeats: Heartbeats, silent: Collection[int]) -> str:
+    """The chain of waits in one place ends at a rank that is not there: the nearest silent rank from there on."""
+    for other in reachable(rank, [at], heartbeats):
+        if other in silent:
+            return (
+                f"rank {other} gave no sign of life within the timeout: it hangs, is stopped, or never made this call; "
+                f"see that rank's log (rank {rank} waited for rank {wait.peer} in {wait.call})"
+            )
+    return _describe_busy(rank, wait, at, heartbeats[at].waits)
+
+
+def _describe_busy(rank: int, wait: Wait, at: int, elsewhere: Sequence[Wait]) -> str:
+    other = f", and rank {at} is in {elsewhere[0].call}" if elsewhere else ""
+    return (
+        f"rank {at} is alive but did not send or receive within the timeout; it makes another call, is busy elsewhere "
+        f"or the timeout is too short (rank {rank} waited for rank {wait.peer} in {wait.call}{other})"
+    )
+
+
+def _describe_circle(circle: Mapping[int, Wait], wait: Wait) -> str:
+    """Ranks wait for each other: in different calls, or in the same one."""
+    if len({_resharder_of(one.call) for one in circle.values()}) == 1:
+        return (
+            f"ranks {sorted(circle)} wait for each other until the timeout in {wait.call}; raise the timeout if the "
+            "network is slow, and report both specs if it is not"
+        )
+    (first, one), *others = circle.items()
+    told = [f"rank {first} waits for rank {one.peer} in {one.call}"]
+    told += [f"rank {member} for rank {other.peer} in {other.call}" for member, other in others]
+    return f"{', and '.join(told)}; every rank must make the same calls in the same order"
+
+
+def _resharder_of(call: str) -> str:
+    """The words of a call without its number."""
+    return call.partition(" of ")[2]

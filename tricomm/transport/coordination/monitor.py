@@ -1,0 +1,199 @@
+"""The monitor: a thread that speaks for a rank that waits, and keeps the deadlines of what it waits in.
+
+While a run takes longer than a heartbeat, the monitor posts that this rank is alive and what it waits in, and looks
+whether somebody has aborted it. In the last heartbeats before the deadline it watches those of the ranks that are
+waited for; at the deadline it diagnoses, and ends the run with what it found. So a wait lasts until its timeout, and
+its error is there at once.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Sequence
+
+from tricomm.errors import TransportError
+from tricomm.transport.coordination.diagnosis import SILENT_BEATS, Observations, diagnose, diagnose_connecting
+from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
+
+WATCHED_BEATS = 4.0
+"""So many heartbeats before the deadline the monitor begins to watch those of other ranks."""
+
+MAX_HEARTBEAT_SECONDS = 1.0
+
+
+def heartbeat_seconds(timeout_seconds: float) -> float:
+    """Return the time between two heartbeats: a tenth of the timeout, at most a second."""
+    return min(MAX_HEARTBEAT_SECONDS, timeout_seconds / 10)
+
+
+def deadline_after(timeout_seconds: float) -> float:
+    """Return when a wait that begins now must end: a little early, so that its error is there within the timeout."""
+    return time.monotonic() + timeout_seconds - min(0.25, 0.05 * timeout_seconds)
+
+
+class Run:
+    """A stretch of waiting that ends by a deadline: a call, the connecting before it, or a rendezvous.
+
+    The thread that runs and the monitor share it. All fields are written before the monitor sees them and never again,
+    but for ``waiting_for``: one immutable value, written by the thread that runs alone; the monitor may read that of a
+    moment ago.
+
+    Args:
+        place: a communicator or rendezvous.
+        describe: tells the call in words.
+        timeout_seconds: until the deadline.
+        abort: ends the run for a reason, from the monitor's thread; None if the thread that runs looks by itself.
+        participants: the ranks that connect, in a run that connects.
+    """
+
+    __slots__ = ("abort", "began", "deadline", "describe", "heartbeat_seconds", "participants", "place", "waiting_for")
+
+    def __init__(
+        self,
+        place: str,
+        describe: Callable[[], str],
+        timeout_seconds: float,
+        abort: Callable[[str], object] | None,
+        participants: Sequence[int] = (),
+    ) -> None:
+        self.place = place
+        self.describe = describe
+        self.began = time.monotonic()
+        self.deadline = deadline_after(timeout_seconds)
+        self.heartbeat_seconds = heartbeat_seconds(timeout_seconds)
+        self.abort = abort
+        self.participants = participants
+        self.waiting_for: int | None = None
+
+    def wait(self) -> Wait:
+        """Return what the run waits for now."""
+        return Wait(self.place, self.waiting_for, self.describe())
+
+
+class _Shared:
+    """What a monitor and its thread share; it keeps neither alive."""
+
+    def __init__(self) -> None:
+        self.runs: dict[int, Run] = {}
+        self.seconds = MAX_HEARTBEAT_SECONDS
+        self.busy = threading.Event()
+        self.hurry = threading.Event()
+        self.is_ended = False
+
+    def end(self) -> None:
+        self.is_ended = True
+        self.busy.set()
+        self.hurry.set()
+
+
+class Monitor:
+    """Watches the runs of one process in one process group, on one thread, which ends with it.
+
+    Args:
+        status: where heartbeats are posted and reasons are read.
+    """
+
+    def __init__(self, status: StatusStore) -> None:
+        self.status = status
+        self._shared = _Shared()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, self._shared.end).atexit = False
+
+    def watch(self, run: Run) -> None:
+        """Begin to watch a run."""
+        shared = self._shared
+        shared.runs[id(run)] = run
+        if run.heartbeat_seconds < shared.seconds:
+            shared.seconds = run.heartbeat_seconds
+            shared.hurry.set()
+        if self._thread is None:
+            self._start()
+        if not shared.busy.is_set():
+            shared.busy.set()
+
+    def release(self, run: Run) -> None:
+        """End to watch a run."""
+        self._shared.runs.pop(id(run), None)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                arguments = (self._shared, self.status)
+                self._thread = threading.Thread(target=_watch, args=arguments, name="tricomm-monitor", daemon=True)
+                self._thread.start()
+
+
+def _watch(shared: _Shared, status: StatusStore) -> None:
+    """The monitor's thread."""
+    watcher = Watcher(status)
+    while True:
+        shared.busy.wait()
+        now = time.monotonic()
+        runs = list(shared.runs.values())
+        until = min([shared.seconds, *(run.deadline - now for run in runs if run.deadline > now)])
+        shared.hurry.wait(max(until, 0.001))
+        if shared.is_ended:
+            return
+        shared.hurry.clear()
+        runs = list(shared.runs.values())
+        watcher.look(runs, time.monotonic())
+        shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.heartbeat_seconds for run in runs)])
+        if not runs:
+            shared.busy.clear()
+            # A run may have begun between the lines above.
+            if shared.runs:
+                shared.busy.set()
+        del runs
+
+
+class Watcher:
+    """What the monitor does at each look.
+
+    Args:
+        status: of the ranks.
+    """
+
+    def __init__(self, status: StatusStore) -> None:
+        self.status = status
+        self._observations = Observations(status)
+        self._heartbeats = 0
+
+    def look(self, runs: Sequence[Run], now: float) -> None:
+        """Post a heartbeat for the runs that are slow, end those that were aborted, and those whose time is over."""
+        slow = [run for run in runs if now - run.began >= 0.9 * run.heartbeat_seconds]
+        if not slow:
+            self._observations.clear()
+        try:
+            if slow:
+                self._heartbeats += 1
+                self.status.post_heartbeat(Heartbeat(self._heartbeats, tuple(run.wait() for run in slow)))
+            for run in slow:
+                self._attend(run, now)
+        except TransportError as lost:
+            for run in runs:
+                if run.abort is not None and now >= run.deadline:
+                    run.abort(f"{run.describe()} took longer than its timeout, and {lost}")
+
+    def _attend(self, run: Run, now: float) -> None:
+        if run.abort is None:
+            return
+        reason = self.status.abort_of(run.place)
+        if reason is not None:
+            run.abort(reason.text)
+            return
+        if now < run.deadline - WATCHED_BEATS * run.heartbeat_seconds:
+            return
+        wait = run.wait()
+        first = list(run.participants) if wait.peer is None else [wait.peer]
+        if not first:
+            return  # busy with its own part; if it waits at the next look, its time is over then
+        heartbeats = self._observations.look(first, now)
+        if now >= run.deadline:
+            silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.heartbeat_seconds)
+            run.abort(self._diagnose(run, wait, heartbeats, silent))
+
+    def _diagnose(self, run: Run, wait: Wait, heartbeats: dict[int, Heartbeat], silent: Collection[int]) -> str:
+        if wait.peer is not None:
+            return diagnose(self.status.rank, wait, heartbeats, silent)
+        return diagnose_connecting(self.status.rank, wait.call, run.participants, silent)

@@ -1,0 +1,181 @@
+"""Gloo: connections between some ranks for tensors in host memory.
+
+gloo runs a pair of ranks half duplex, so there are two backends, one per direction. Each direction has a gloo device,
+with the thread that does the sending and receiving, and all communicators of a group share the two: such a thread looks
+for work 100 times a second even when there is none.
+
+A message has a *tag*, the identity of the Resharder that sends it: gloo keeps a queue for each pair and tag, and no
+bytes move before both sides have asked for that tag. So messages of different Resharders never meet, whatever their
+sizes and in whatever order they are asked for; those of one Resharder follow each other.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tricomm.transport.base import ConnectionLostError, Operation
+
+DEPTH = (4, 2)
+CLOSING_TAG = (1 << 31) - 1
+"""Tag of the receive that closes a connection; no data has it."""
+
+MAX_TAG = CLOSING_TAG - 1
+
+
+class PatientStore(dist.Store):
+    """A store that waits for keys by asking again and again, and counts what it sets.
+
+    gloo waits for other ranks' addresses inside of the store's client, which all threads of a process share: a thread
+    that waits there locks out the one whose call the other side waits for.
+
+    Args:
+        store: the real one, of these connections alone.
+        interrupted: raises if the waiting is to end.
+    """
+
+    def __init__(self, store: Any, interrupted: Callable[[], None]) -> None:
+        super().__init__()
+        self._store = store
+        self._interrupted = interrupted
+        self._keys: list[str] = []
+
+    def set(self, key: str, value: Any) -> None:
+        """See torch's Store."""
+        self._keys.append(key)
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        """See torch's Store."""
+        self.wait([key])
+        return bytes(self._store.get(key))
+
+    def wait(self, keys: Sequence[str], *timeout: Any) -> None:
+        """See torch's Store; ends by a deadline only if ``interrupted`` does it."""
+        pause = 100e-6
+        while not self._store.check(list(keys)):
+            self._interrupted()
+            time.sleep(pause)
+            pause = min(1.25 * pause, 0.02)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """See torch's Store."""
+        return bool(self._store.check(list(keys)))
+
+    def add(self, key: str, value: int) -> int:
+        """See torch's Store."""
+        return int(self._store.add(key, value))
+
+    def delete_own(self) -> None:
+        """Delete what this rank has set: all ranks have read it."""
+        for key in self._keys:
+            self._store.delete_key(key)
+        self._keys.clear()
+
+
+class GlooDevices:
+    """The gloo devices of messages down and up in rank, made when they are first used."""
+
+    def __init__(self) -> None:
+        self._devices: tuple[list[Any], list[Any]] | None = None
+
+    def get(self) -> tuple[list[Any], list[Any]]:
+        """Return (down, up)."""
+        if self._devices is None:
+            self._devices = (_new_devices(), _new_devices())
+        return self._devices
+
+
+class GlooConnections:
+    """See Connections.
+
+    Args:
+        store: of these connections alone.
+        rank: this rank.
+        index: of each rank among those that connect.
+        devices: of the group.
+        timeout_seconds: for connecting.
+        interrupted: raises if the connecting is to end.
+
+    Raises:
+        RuntimeError: gloo's.
+    """
+
+    depth = DEPTH
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        index: Mapping[int, int],
+        devices: GlooDevices,
+        timeout_seconds: float,
+        interrupted: Callable[[], None],
+    ) -> None:
+        self._rank = rank
+        self._index = index
+        self._store = PatientStore(store, interrupted)
+        timeout = timedelta(seconds=timeout_seconds)
+        self._backends: list[Any] = [
+            dist.ProcessGroupGloo(
+                dist.PrefixStore(way, self._store), index[rank], len(index), _options(of_way, timeout)
+            )
+            for way, of_way in zip(("down", "up"), devices.get(), strict=True)
+        ]
+
+    def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
+        """See Connections."""
+        here, index, backends = self._rank, self._index, self._backends
+        works: list[tuple[int, Any]] = []
+        # Packing happens as the iterable is read, outside of what counts as the peer's failure.
+        for is_send, peer, buffer in operations:
+            # One backend for messages up in rank and one for those down.
+            backend = backends[is_send == (peer > here)]
+            try:
+                work = (backend.send if is_send else backend.recv)([buffer], index[peer], tag)
+            except RuntimeError as error:
+                raise ConnectionLostError(peer, error) from error
+            works.append((peer, work))
+        return works
+
+    @staticmethod
+    def wait(work: Any, limit: timedelta) -> None:
+        """See Connections."""
+        work.wait(limit)
+
+    def connected(self) -> None:
+        """See Connections."""
+        self._store.delete_own()
+
+    def abort(self) -> None:
+        """See Connections. gloo has no call for it, but a receive that times out closes its pair on both sides."""
+        nothing = torch.empty(1, dtype=torch.uint8)
+        for backend in self._backends:
+            for rank, index in self._index.items():
+                if rank == self._rank:
+                    continue
+                try:
+                    backend.recv([nothing], index, CLOSING_TAG).wait(timedelta(milliseconds=1))
+                except RuntimeError:
+                    continue  # closed, which is what was wanted
+
+
+def _new_devices() -> list[Any]:
+    """A gloo device per network interface that GLOO_SOCKET_IFNAME names, as torch makes them for a group of its own."""
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    if not names:
+        return [dist.ProcessGroupGloo.create_default_device()]
+    return [dist.ProcessGroupGloo.create_device(interface=name) for name in names]
+
+
+def _options(devices: list[Any], timeout: timedelta) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = devices
+    options._timeout = timeout
+    options._threads = 1  # they run collectives, of which there are none here
+    return options

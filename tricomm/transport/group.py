@@ -1,0 +1,145 @@
+"""What one process keeps for one process group. It belongs to the group object and goes with it."""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tricomm.errors import ArgumentError, SpecError
+from tricomm.transport.channel import Channel
+from tricomm.transport.coordination.coordinator import Coordinator
+from tricomm.transport.gloo import GlooDevices
+
+MAX_KEPT = 256
+"""So many Resharders of one-shot calls are kept, those that were used last."""
+
+MAX_COUNTED = 1 << 16
+"""Resharders are counted for so many layouts and names, those that were made last."""
+
+
+class GroupContext(Coordinator):
+    """This rank's channels, one-shot Resharders and counts in one process group.
+
+    Args:
+        group: a ProcessGroup of torch; not kept alive.
+    """
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self._channels: weakref.WeakValueDictionary[Hashable, Channel] = weakref.WeakValueDictionary()
+        self._devices = GlooDevices()
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def channel(self, participants: tuple[int, ...], device: torch.device, name: str) -> Channel:
+        """Return the channel of some ranks; it lives as long as somebody holds it."""
+        key = (participants, device.type, name)
+        with self._lock:
+            channel = self._channels.get(key)
+            if channel is None:
+                channel = self._channels[key] = Channel(self, participants, device, name, self._devices)
+            return channel
+
+    def count(self, digest: str) -> int:
+        """Return how many Resharders of this layout and name were made on this rank, this one included."""
+        with self._lock:
+            number = self._counts.pop(digest, 0) + 1
+            self._counts[digest] = number
+            if len(self._counts) > MAX_COUNTED:
+                self._counts.popitem(last=False)
+            return number
+
+    def uncount(self, digest: str, number: int) -> None:
+        """The Resharder with the last number never met anybody, so that the next one gets its number."""
+        with self._lock:
+            if self._counts.get(digest) == number:
+                self._counts[digest] = number - 1
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what was made for a key before, or make it."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        made = make()
+        with self._lock:
+            self._kept[key] = made
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return made
+
+    def clear(self) -> None:
+        """Forget what was kept for one-shot calls."""
+        with self._lock:
+            self._kept.clear()
+
+
+@cache
+def _contexts() -> "weakref.WeakKeyDictionary[Any, GroupContext]":
+    """The contexts of this process's groups, which torch's group objects cannot hold themselves."""
+    return weakref.WeakKeyDictionary()
+
+
+@cache
+def _making() -> threading.Lock:
+    return threading.Lock()
+
+
+def context_of(group: Any) -> GroupContext:
+    """Return the context of a process group, the same for as long as the group object lives."""
+    contexts = _contexts()
+    found = contexts.get(group)
+    if found is None:
+        with _making():
+            found = contexts.get(group)
+            if found is None:
+                found = contexts[group] = GroupContext(group)
+    return found
+
+
+def resolve_group(group: Any) -> Any:
+    """Return the process group, the default one for None.
+
+    Raises:
+        SpecError: there is none, or this process is not in it.
+    """
+    if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise SpecError("this process is not in the given group; only its ranks may call")
+    if dist.is_available() and isinstance(group, dist.ProcessGroup):
+        return group
+    if not dist.is_available() or not dist.is_initialized():
+        remedy = "call torch.distributed.init_process_group first, or run all ranks here with tricomm.LocalTransport"
+        raise SpecError(f"there is no process group; {remedy}")
+    if group is not None:
+        raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
+    return dist.group.WORLD
+
+
+def default_device(group: Any) -> torch.device:
+    """Where tensors are expected when nobody says: the current CUDA device if the group has NCCL, else host memory."""
+    if torch.cuda.is_available() and _has_nccl(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _has_nccl(group: Any) -> bool:
+    try:
+        # The configuration, as get_backend says "undefined" of a group that was made without naming one.
+        return "cuda:nccl" in dist.get_backend_config(group).split(",")
+    except (TypeError, ValueError):  # a group that torch has no record of
+        return torch.device("cuda") in group._device_types
+
+
+def device_of(device: torch.device | str | None, group: Any) -> torch.device:
+    """The device that somebody asks for, with its index ("cuda" is the current one), or the default one for None."""
+    found = default_device(group) if device is None else torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found

@@ -1,0 +1,326 @@
+"""Session: one rank's calls of one Resharder, and what the other ranks are told when one of them fails here.
+
+    NEW --the ranks have met--> CONNECTED --aborted, by whomever--> BROKEN --the ranks have met again--> CONNECTED
+    any --close--> CLOSED
+
+A call is made in the state CONNECTED; in NEW and BROKEN the ranks meet first. Whatever stops a rank in a call, from the
+check of the arguments on, reaches the others at once: in the rendezvous if they are to meet there, else by closing the
+connections.
+"""
+
+import time
+import weakref
+from collections.abc import Mapping
+from enum import Enum
+from types import TracebackType
+
+import torch
+
+from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.plan.plan import digest_of
+from tricomm.transport.channel import Channel
+from tricomm.transport.communicator import CallId, Communicator
+from tricomm.transport.coordination.rendezvous import Intent, MismatchError, describe_refusal
+from tricomm.transport.group import GroupContext
+from tricomm.transport.runtime import PlanExecution
+
+MIN_RETRY_SECONDS = 0.05
+"""With less of the timeout left a call is not made again."""
+
+CLOSED_TEXT = "a call of a Resharder that was closed; make another, or close it later"
+
+NUMBER = "<number>"
+"""Stands in labels for the number of a Resharder that is counted."""
+
+NUMBER_FIELD = "which Resharder of this layout and name it is"
+
+CALL_FIELD = "which call of the Resharder it is (after connect() on all ranks they count anew)"
+
+
+class State(Enum):
+    """Where a Session is; see above."""
+
+    NEW = "new"
+    CONNECTED = "connected"
+    BROKEN = "broken"
+    CLOSED = "closed"
+
+
+class Session:
+    """See above.
+
+    Args:
+        context: of the process group.
+        channel: of the ranks.
+        fields: what the ranks compare, by name.
+        label: the Resharder in words, for errors; of one that is counted, with NUMBER in its place.
+        is_counted: whether it is the n-th of its fields on this rank, by which it is told apart from others like it.
+        meets_always: whether the ranks meet in every call.
+        stays_broken: whether a session that broke cannot be used again.
+        timeout_seconds: for each call.
+        confirm: whether a call ends only when all ranks have what they need.
+    """
+
+    def __init__(
+        self,
+        context: GroupContext,
+        channel: Channel,
+        fields: Mapping[str, str],
+        label: str,
+        *,
+        is_counted: bool,
+        meets_always: bool,
+        stays_broken: bool,
+        timeout_seconds: float,
+        confirm: bool,
+    ) -> None:
+        self._channel: Channel | None = channel
+        self._channel_name = channel.name
+        self._label = label
+        self.meets_always = meets_always
+        self.calls = 0
+        """Calls that were begun here, those that failed included; equal on all ranks that make the same calls."""
+        self._context = context
+        self._participants = channel.participants
+        self._fields = dict(fields)
+        self._digest = digest_of(self._fields)
+        self._number = context.count(self._digest) if is_counted else 0
+        self._is_counted = is_counted
+        self._stays_broken = stays_broken
+        self._timeout_seconds = timeout_seconds
+        self._confirm = confirm
+        self._tag = 0
+        self._communicator: Communicator | None = None
+        self._met_in_call = 0
+        self._closed: weakref.ref[Communicator] | None = None
+        self._is_closed = False
+        self._told: BaseException | None = None
+        """An error that the others know of already."""
+
+    @property
+    def channel(self) -> Channel:
+        """What it shares with others; not once it is closed."""
+        assert self._channel is not None
+        return self._channel
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        if self._is_closed:
+            return State.CLOSED
+        communicator = self._communicator
+        if communicator is None:
+            return State.NEW
+        is_current = communicator is self.channel.communicator
+        return State.CONNECTED if is_current and communicator.abort_reason is None else State.BROKEN
+
+    @property
+    def label(self) -> str:
+        """It in words, for errors."""
+        return self._label.replace(NUMBER, f"number {self._number}")
+
+    @property
+    def identity(self) -> str:
+        """What tells it apart from other sessions, equal on all ranks."""
+        return f"{self._digest}/{self._number}"
+
+    @property
+    def communicator(self) -> Communicator | None:
+        """What it used last."""
+        return self._communicator
+
+    # ---- a call: "with session: check, then run or start"
+
+    def __enter__(self) -> None:
+        """Begin a call on this thread.
+
+        Raises:
+            SpecError: it was closed, or another thread is in a call. The other ranks are told.
+        """
+        self.calls += 1
+        try:
+            if self._is_closed:
+                raise SpecError(CLOSED_TEXT)
+            self.channel.enter()
+        except SpecError as error:
+            self.tell(error)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the call on this thread; what stopped it reaches the other ranks."""
+        if self._channel is not None:
+            self._channel.leave()
+        if error is not None and error is not self._told and not isinstance(error, TransportError):
+            self.tell(error)
+        self._told = None
+
+    def connect(self) -> None:
+        """Compare with the other ranks what the calls are going to do, connect to them, and count calls from there on.
+
+        Raises:
+            TransportError: a rank does something else, refused, or did not come within the timeout.
+        """
+        number = self.calls if self.meets_always else 0
+        self._connect(number, self._timeout_seconds)
+        self.calls = number
+
+    def run(
+        self,
+        execution: PlanExecution,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+        number: int,
+    ) -> None:
+        """Carry one call out on this thread.
+
+        Args:
+            execution: of the plan.
+            source, destination: checked.
+            number: of the call.
+
+        Raises:
+            TransportError: a rank failed.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        communicator = self._communicator
+        if (
+            communicator is None
+            or communicator.abort_reason is not None
+            or communicator is not self.channel.communicator
+            or (self.meets_always and self._met_in_call != number)
+        ):
+            communicator = self._connect(number, self._timeout_seconds)
+        try:
+            self._carry_out(communicator, execution, source, destination, number, self._timeout_seconds)
+        except TransportError:
+            remaining = deadline - time.monotonic()
+            if self._stays_broken or not communicator.is_past() or remaining < MIN_RETRY_SECONDS:
+                raise
+            # What failed was an earlier call, which was over here: others meet for this one.
+            before = communicator.abort_reason
+            try:
+                communicator = self._connect(number, remaining)
+            except TransportError as error:
+                raise TransportError(f"{error}; before that, {before.text if before else ''}") from error
+            self._carry_out(communicator, execution, source, destination, number, deadline - time.monotonic())
+
+    def _carry_out(
+        self,
+        communicator: Communicator,
+        execution: PlanExecution,
+        source: torch.Tensor | None,
+        destination: torch.Tensor | None,
+        number: int,
+        timeout_seconds: float,
+    ) -> None:
+        call = CallId(self._tag, number, self.label)
+        run = communicator.begin(call, timeout_seconds)
+        try:
+            for work in execution.steps(source, destination, self.channel.staging, communicator):
+                work.wait()
+            if self._confirm:
+                communicator.confirm()
+            communicator.complete()
+        except TransportError:
+            raise
+        except BaseException as error:
+            communicator.abort(describe_failure(self._context.rank, str(call), error))
+            self._told = error
+            raise
+        finally:
+            communicator.end(run)
+
+    def _connect(self, number: int, timeout_seconds: float) -> Communicator:
+        communicator = self._communicator
+        if self._stays_broken and communicator is not None and communicator.abort_reason is not None:
+            raise TransportError(communicator.abort_reason.text)
+        if self._is_counted and not self._number:
+            self._number = self._context.count(self._digest)
+        fields = dict(self._fields)
+        if self._is_counted:
+            fields[NUMBER_FIELD] = f"number {self._number}"
+        if not self.meets_always:
+            fields[CALL_FIELD] = f"call {number}" if number else "connect()"
+        digest = f"{self._digest}/{self._number}/{0 if self.meets_always else number}"
+        call = f"call {number} of {self.label}" if number else f"the connecting of {self.label}"
+        try:
+            tag = self.channel.connect(
+                Intent(self._participants, fields, digest, self.channel.name, call), timeout_seconds
+            )
+        except BaseException as error:
+            self._told = error
+            if not isinstance(error.__cause__, MismatchError):
+                self._uncount()
+            raise
+        self._tag = tag
+        self._met_in_call = number
+        self._communicator = self.channel.communicator
+        assert self._communicator is not None
+        return self._communicator
+
+    def _uncount(self) -> None:
+        """Nobody has met this one, so that it counts anew: a rank that failed to make it will make another."""
+        if self._communicator is not None or self._is_closed:
+            return
+        if not self.meets_always:
+            self.calls = 0
+        if self._is_counted and self._number:
+            self._context.uncount(self._digest, self._number)
+            self._number = 0
+
+    # ---- the end
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the others that this rank does not go on with its call, and why."""
+        call = CallId(self._tag, self.calls, self.label)
+        lost = self._context.rank if self._is_closed else None
+        self.abort(describe_failure(self._context.rank, str(call), error), call, lost)
+
+    def abort(self, text: str, call: CallId | None = None, lost: int | None = None) -> None:
+        """Tell the others something that ends their call; see Communicator.abort."""
+        rendezvous, channel = self._context.rendezvous, self._channel_name
+        communicator = self._communicator
+        if self._is_closed:
+            communicator = None if self._closed is None else self._closed()
+            if communicator is None and self._closed is not None:
+                # Its connections have closed, which tells those that use them; others may wait at a rendezvous.
+                rendezvous.abort_awaited(self._participants, text, channel)
+                return
+        has_met = not self.meets_always or self._met_in_call == self.calls
+        if communicator is not None and communicator.abort_reason is None and has_met:
+            communicator.abort(text, call, lost)
+        elif not self._stays_broken or communicator is None:
+            self._uncount()
+            rendezvous.abort(self._participants, text, channel)
+
+    def close(self) -> None:
+        """Give back what it holds, as soon as what was started is done."""
+        self._is_closed = True
+        if self._channel is None:
+            return
+        last = self._channel.last_started
+        if last is None or last.done():
+            self._release()
+        else:
+            self._channel.worker.submit(self._release)
+
+    def _release(self) -> None:
+        if self._communicator is not None:
+            self._closed = weakref.ref(self._communicator)
+        self._communicator = self._channel = None
+
+
+def describe_failure(rank: int, what: str, error: BaseException) -> str:
+    """Say why a rank does not go on: it refused its arguments, or something failed in what it did."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, TricommError):
+        return describe_refusal(rank, text)
+    return f"rank {rank} failed in {what}: {text}"
+
+
+def name_error(error: BaseException, name: str) -> None:
+    """Put the name of the Resharder before the text of an error of ours, unless it is in there."""
+    if name and isinstance(error, TricommError) and name not in str(error):
+        error.args = (f"{name}: {error}",)
