@@ -377,10 +377,12 @@ class Resharder:
 
 def tell_all(context: GroupContext, error: BaseException, options: ReshardOptions) -> None:
     """Whatever stops this rank before it is known who else takes part reaches all ranks of the group."""
-    name, channel = options.get("name", ""), options.get("channel", "")
-    name_error(error, name if isinstance(name, str) else "")
+    # Either may be of the wrong kind, which is what the error may be about.
+    given: dict[str, object] = {"name": options.get("name"), "channel": options.get("channel")}
+    name, channel = (one if isinstance(one, str) else "" for one in given.values())
+    name_error(error, name)
     text = describe_failure(context.rank, f"its call of tricomm{f' for {name}' if name else ''}", error)
-    context.rendezvous.abort(tuple(range(context.size)), text, channel if isinstance(channel, str) else "")
+    context.rendezvous.abort(tuple(range(context.size)), text, channel)
 
 
 def _check_ranks(side: str, spec: ShardingSpec, size: int) -> None:
