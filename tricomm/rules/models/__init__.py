@@ -31,6 +31,7 @@ from tricomm.rules.models.config import (
     Model,
 )
 from tricomm.rules.models.hf import tensors
+from tricomm.rules.models.layouts import megatron_layouts, torchtitan_layouts, vllm_layouts
 from tricomm.rules.models.megatron import layers_of_stage, megatron
 from tricomm.rules.models.serving import sglang, vllm
 from tricomm.rules.models.torchtitan import torchtitan
@@ -45,8 +46,11 @@ __all__ = [
     "Model",
     "layers_of_stage",
     "megatron",
+    "megatron_layouts",
     "sglang",
     "tensors",
     "torchtitan",
+    "torchtitan_layouts",
     "vllm",
+    "vllm_layouts",
 ]
