@@ -63,6 +63,18 @@ def reshard(
         PlanError: an element that is needed is held by nobody; nothing has been sent.
         TransportError: ranks call with different arguments, or one of them died, stopped or never called; the
             message names it. ``tensor`` is untouched, and ``out``, if given, holds garbage.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a job of one rank
+        >>> mesh = Mesh([0], ("tp",))
+        >>> rows = ShardingSpec(mesh, (Shard(0),), (2, 3), "float32")
+        >>> whole = ShardingSpec(mesh, (Replicate(),), dtype="bfloat16")
+        >>> reshard(torch.ones(2, 3), rows, whole)
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]], dtype=torch.bfloat16)
+        >>> dist.destroy_process_group()
     """
     mover = _one_shot(source, destination, options, "reshard")
     return mover(tensor, out=out)
@@ -80,6 +92,19 @@ def reshard_async(
 
     The ranks compare what they are about to do before this returns; data moves afterwards, and the tensor must
     not change until then.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a job of one rank
+        >>> mesh = Mesh([0], ("tp",))
+        >>> rows = ShardingSpec(mesh, (Shard(0),), (2, 3), "float32")
+        >>> whole = ShardingSpec(mesh, (Replicate(),), dtype="bfloat16")
+        >>> handle = reshard_async(torch.ones(2, 3), rows, whole)
+        >>> handle.wait()  # compute something else before
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]], dtype=torch.bfloat16)
+        >>> dist.destroy_process_group()
     """
     mover = _one_shot(source, destination, options, "reshard_async")
     return mover.start(tensor, out=out)

@@ -46,6 +46,22 @@ class Resharder:
         SpecError: layouts that contradict each other, or a mesh rank outside the group; an ArgumentError where there
             is no such option, or an argument is of the wrong kind.
         PlanError: an element that is needed is held by nobody.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a job of one rank
+        >>> mesh = Mesh([0], ("tp",))
+        >>> rows = ShardingSpec(mesh, (Shard(0),), (2, 3), "float32")
+        >>> whole = ShardingSpec(mesh, (Replicate(),), dtype="bfloat16")
+        >>> out = torch.empty(2, 3, dtype=torch.bfloat16)
+        >>> with Resharder(rows, whole) as mover:
+        ...     for step in range(3):
+        ...         _ = mover(torch.full((2, 3), float(step)), out=out)
+        >>> out
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]], dtype=torch.bfloat16)
+        >>> dist.destroy_process_group()
     """
 
     _is_counted: ClassVar[bool] = True
