@@ -37,7 +37,7 @@ from tricomm.pipeline import (
     with_communication,
 )
 from tricomm.pipeline.run.directed_link import ReceiveHandle
-from tricomm.pipeline.tune.in_turn import ideal_timeline
+from tricomm.pipeline.tune.evaluate import Simulator
 
 TURNS = Queues.PER_DIRECTION
 
@@ -77,7 +77,7 @@ def test_an_order_that_was_found_can_be_kept(schedule: Schedule, data: st.DataOb
     timeline = simulate(turned, costs, queues=TURNS)
     require_valid(timeline)
     require_turns(timeline)
-    assert timeline.makespan_seconds <= ideal_timeline(schedule, costs, TURNS).makespan_seconds + 1e-9
+    assert timeline.makespan_seconds <= Simulator(costs).ideal(schedule, TURNS).makespan_seconds + 1e-9
 
 
 def test_turns_on_a_full_nic_reach_the_bound_of_the_wire() -> None:
