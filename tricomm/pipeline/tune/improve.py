@@ -22,7 +22,7 @@ HARM = 5e-4
 
 
 Ideal = Callable[[Schedule], Timeline]
-"""What an order of computation allows at best: see ``ideal_timeline``."""
+"""What an order of computation allows at best: see ``Simulator.ideal``."""
 
 
 def improved(schedule: Schedule, ideal: Ideal, memory: Sequence[int], trials: int) -> Schedule:
