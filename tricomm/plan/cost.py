@@ -12,7 +12,7 @@ from tricomm.layout.topology import Topology
 from tricomm.plan.move import Move
 from tricomm.plan.network.links import ChainLinks, crossings, link_count
 from tricomm.plan.network.nic_seconds import host_rates, link_seconds
-from tricomm.plan.routes.chunks import Chunks, Message, Unicasts
+from tricomm.plan.routes.chunks import Chunks, Message, MessageTable
 from tricomm.plan.routes.rounds import Hop, hop_table
 from tricomm.plan.senders.flow import Job, share
 from tricomm.plan.tasks import Task
@@ -227,21 +227,15 @@ class MessageColumns(NamedTuple):
     @classmethod
     def of(cls, messages: Sequence[Message]) -> "MessageColumns":
         """Tabulate any messages."""
-        if isinstance(messages, Unicasts):
-            return cls._of_unicasts(messages)
+        if isinstance(messages, MessageTable):
+            counts, firsts = messages.chunk_counts, offsets_of(messages.chunk_counts)
+            numel = np.repeat(messages.numel, counts)
+            for row, chunks in messages.cut.items():
+                numel[firsts[row] : firsts[row + 1]] = chunks.numel
+            return cls(messages.links, counts, numel)
         sizes = [_numel_of(message) for message in messages]
         links = ChainLinks.of([message.chain for message in messages])
         return cls(links, numbers(map(len, sizes), len(sizes)), numbers(chain.from_iterable(sizes)))
-
-    @classmethod
-    def _of_unicasts(cls, messages: Unicasts) -> "MessageColumns":
-        pairs, counts = messages.pairs, messages.chunk_counts
-        rows = np.arange(len(counts))
-        numel = np.repeat(pairs.numel, counts)
-        firsts = offsets_of(counts)
-        for row, chunks in messages.cut.items():
-            numel[firsts[row] : firsts[row + 1]] = chunks.numel
-        return cls(ChainLinks(rows, pairs.senders, pairs.receivers, rows), counts, numel)
 
     def numel_of(self, messages: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         """Look up the elements of chunks, each given by its message and its number in it."""

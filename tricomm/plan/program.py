@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy, offsets_of
+from tricomm.layout.columns import Groups, Lazy, Regions, offsets_of
 from tricomm.layout.intervals import Region, first_runs, joint_runs, region_numel, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
-from tricomm.plan.product.rings import RingMessages
-from tricomm.plan.routes.chunks import Message, Unicasts
-from tricomm.plan.routes.rounds import Hop, hop_table
+from tricomm.plan.routes.chunks import Message, MessageTable
+from tricomm.plan.routes.rounds import Hop, hops_of_rank
 from tricomm.plan.tasks import Tasks
 
 
@@ -178,8 +177,7 @@ def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[
         end: the field of a hop in which the rank stands: the source if it sends.
         holding: what it holds at that end, or None.
     """
-    table = hop_table(move.hops)
-    hops = table[table[:, end] == rank]
+    hops = hops_of_rank(move.hops, rank, end)
     edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
     rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
     peers = hops[:, _SENDS + _RECEIVES - end]
@@ -202,25 +200,48 @@ def _boxes(
     """Find the transfers of chunks that are one box each, all at once; None if one of them is more, or if some are
     relayed and others not.
     """
-    if not isinstance(messages, Unicasts | RingMessages):
-        return None
-    groups = messages.regions
-    if not isinstance(groups, Groups) or not groups.single:
-        return None
     is_relayed = False
-    if sender is not None and isinstance(messages, RingMessages):
+    if sender is not None and isinstance(messages, MessageTable):
         relayed = messages.senders[indices] != sender
         is_relayed = bool(relayed.all()) and len(relayed) > 0
         if relayed.any() and not is_relayed:
             return None
-    spans = _spans(messages, indices, chunks)
-    if spans is None:
+    if not is_relayed and (holding is None or any(len(intervals) != 1 for intervals in holding)):
         return None
-    begins, ends = spans
-    numel = np.prod(ends - begins, axis=1)
+    boxes = chunk_boxes(messages, indices, chunks)
+    if boxes is None:
+        return None
+    starts, stops = boxes
+    shapes = stops - starts
+    numel = np.prod(shapes, axis=1)
     if is_relayed:
         return BoxTransfers(peers, indices, chunks, numel, None, None)
-    if holding is None or any(len(intervals) != 1 for intervals in holding):
+    assert holding is not None
+    origin = np.array([intervals[0][0] for intervals in holding], np.int64)
+    return BoxTransfers(peers, indices, chunks, numel, starts - origin, shapes)
+
+
+def chunk_boxes(
+    messages: Sequence[Message], indices: np.ndarray, chunks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Find the box of global coordinates that each of some chunks is; None if messages are not columns, or if a chunk
+    is more than one box.
+
+    Args:
+        messages: of a move.
+        indices: (chunks,), the message of each.
+        chunks: (chunks,), its number in its message.
+
+    Returns:
+        Where the boxes start and where they stop, (chunks, dims) each.
+    """
+    if not isinstance(messages, MessageTable):
+        return None
+    groups = messages.regions
+    if not isinstance(groups, Groups) or not groups.single:
+        return None
+    spans = _spans(messages, groups.regions, indices, chunks)
+    if spans is None:
         return None
     rows = groups.regions.rows[indices]
     starts = np.empty_like(rows)
@@ -228,21 +249,18 @@ def _boxes(
         at = lists.offsets[rows[:, dim]]
         if (lists.offsets[rows[:, dim] + 1] - at != 1).any():
             return None
-        starts[:, dim] = lists.starts[at] - holding[dim][0][0]
-    return BoxTransfers(peers, indices, chunks, numel, starts + begins, ends - begins)
+        starts[:, dim] = lists.starts[at]
+    return starts + spans[0], starts + spans[1]
 
 
 def _spans(
-    messages: Unicasts | RingMessages, indices: np.ndarray, chunks: np.ndarray
+    messages: MessageTable, regions: Regions, indices: np.ndarray, chunks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Find where chunks start and stop in their messages' regions, by place; None if one of them is not one box."""
-    assert isinstance(messages.regions, Groups)
-    regions = messages.regions.regions
     rows = regions.rows[indices]
-    begins = np.zeros_like(rows)
-    ends = np.column_stack(
-        [np.zeros(len(rows), np.int64), *(lists.lengths[rows[:, dim]] for dim, lists in enumerate(regions.dims))]
-    )[:, 1:]
+    begins, ends = np.zeros_like(rows), np.zeros_like(rows)
+    for dim, lists in enumerate(regions.dims):
+        ends[:, dim] = lists.lengths[rows[:, dim]]
     of_cut = np.flatnonzero(messages.chunk_counts[indices] > 1)
     used, place = np.unique(indices[of_cut], return_inverse=True)
     if not len(used):

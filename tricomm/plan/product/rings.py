@@ -1,14 +1,15 @@
 """Chains round the replicas of a tile, as columns, and the rounds of their hops."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy, offsets_of
+from tricomm.layout.columns import Groups, offsets_of
 from tricomm.layout.topology import Topology
+from tricomm.plan.network.links import ChainLinks
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Pieces
-from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Chunks, Message, even_chunks
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Chunks, MessageTable, even_chunks
 from tricomm.plan.routes.rounds import Hops, order_of_hops
 
 STEP_STRIDE = 1 << 32
@@ -17,19 +18,15 @@ WITHIN_HOST_STRIDE = 1 << 16
 otherwise have too many messages."""
 
 
-class RingMessages(Lazy[Message]):
-    """Messages that each go once round the replicas of a tile.
+class RingMessages(MessageTable):
+    """Messages that each go once round the replicas of a tile; ascending by tile, then by sender, then by share.
 
     Attributes:
         rings: of the tiles.
-        senders, tiles, shares, entries: of each message; ascending by tile, then by sender, then by share.
-        regions: of each, one product of intervals.
-        numel: elements of each.
-        cut: the chunks of those messages that have more than one.
-        chunk_counts: of each message.
+        tiles, shares, entries: (messages,), of each.
     """
 
-    __slots__ = ("chunk_counts", "cut", "entries", "numel", "regions", "rings", "senders", "shares", "tiles")
+    __slots__ = ("entries", "rings", "shares", "tiles")
 
     def __init__(
         self,
@@ -41,10 +38,8 @@ class RingMessages(Lazy[Message]):
         regions: Groups,
         cut: Mapping[int, Chunks],
     ) -> None:
-        self.rings, self.senders, self.tiles, self.shares, self.entries = rings, senders, tiles, shares, entries
-        self.regions, self.numel, self.cut = regions, regions.numel, cut
-        self.chunk_counts = np.ones(len(senders), np.int64)
-        self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
+        super().__init__(senders, regions, regions.numel, cut)
+        self.rings, self.tiles, self.shares, self.entries = rings, tiles, shares, entries
 
     @classmethod
     def of(
@@ -66,14 +61,21 @@ class RingMessages(Lazy[Message]):
         cut = {row: even_chunks(regions[row], int(parts[row])) for row in np.flatnonzero(parts > 1).tolist()}
         return cls(rings, pieces.senders[order], tiles, pieces.shares[order], entries, regions, cut)
 
-    def __len__(self) -> int:
-        return len(self.senders)
+    @property
+    def links(self) -> ChainLinks:
+        """See MessageTable."""
+        length = self.rings.length
+        rows = np.arange(len(self)).repeat(length)
+        receivers = self.rings.at(self.tiles[rows], self.entries[rows], np.tile(np.arange(length), len(self)))
+        sources = np.empty_like(receivers)
+        sources[1:] = receivers[:-1]
+        sources[::length] = self.senders
+        return ChainLinks(rows, sources, receivers, np.arange(len(self)) * length)
 
-    def _items(self, rows: np.ndarray) -> Iterator[Message]:
+    def receivers_of(self, row: int) -> tuple[int, ...]:
+        """See MessageTable."""
         places = np.arange(self.rings.length)
-        for row, whole in zip(rows.tolist(), self.regions._items(rows), strict=True):
-            receivers = self.rings.at(self.tiles[row], self.entries[row], places).tolist()
-            yield Message((int(self.senders[row]), *receivers), self.cut.get(row, (whole,)))
+        return tuple(self.rings.at(self.tiles[row], self.entries[row], places).tolist())
 
 
 def ring_hops(

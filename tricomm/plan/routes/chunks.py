@@ -4,6 +4,7 @@ A message is a chain of ranks, the sender first, and chunks of elements. Chunk c
 hop; a relay forwards a chunk once it has it. A message to one receiver is a chain of two.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -179,26 +180,71 @@ class PairColumns(NamedTuple):
         return PairColumns(self.senders[rows], self.receivers[rows], regions, self.numel[rows])
 
 
-class Unicasts(Lazy[Message]):
+class MessageTable(Lazy[Message]):
+    """Messages as columns.
+
+    Attributes:
+        senders: (messages,), the first rank of each chain.
+        regions: of each message.
+        numel: (messages,), elements of each.
+        cut: the chunks of those messages that have more than one.
+        chunk_counts: (messages,).
+    """
+
+    __slots__ = ("chunk_counts", "cut", "numel", "regions", "senders")
+
+    def __init__(
+        self,
+        senders: np.ndarray,
+        regions: Groups | tuple[tuple[Region, ...], ...],
+        numel: np.ndarray,
+        cut: Mapping[int, Chunks],
+    ) -> None:
+        self.senders, self.regions, self.numel, self.cut = senders, regions, numel, cut
+        self.chunk_counts = np.ones(len(senders), np.int64)
+        self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
+
+    @property
+    @abstractmethod
+    def links(self) -> ChainLinks:
+        """The links of all chains, message after message."""
+
+    @abstractmethod
+    def receivers_of(self, row: int) -> tuple[int, ...]:
+        """The ranks that receive a message, in the order of its chain."""
+
+    def __len__(self) -> int:
+        return len(self.senders)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Message]:
+        regions = self.regions
+        wholes = regions._items(rows) if isinstance(regions, Groups) else (regions[row] for row in rows.tolist())
+        for row, sender, whole in zip(rows.tolist(), self.senders[rows].tolist(), wholes, strict=True):
+            yield Message((sender, *self.receivers_of(row)), self.cut.get(row, (whole,)))
+
+
+class Unicasts(MessageTable):
     """Messages to one receiver each, as columns.
 
     Attributes:
         pairs: what goes where.
-        cut: the chunks of those messages that have more than one.
-        chunk_counts: of each message.
     """
 
-    __slots__ = ("chunk_counts", "cut", "pairs")
+    __slots__ = ("pairs",)
 
     def __init__(self, pairs: PairColumns, cut: Mapping[int, Chunks]) -> None:
-        self.pairs, self.cut = pairs, cut
-        self.chunk_counts = np.ones(len(pairs.senders), np.int64)
-        self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
+        super().__init__(pairs.senders, pairs.regions, pairs.numel, cut)
+        self.pairs = pairs
 
     @property
-    def regions(self) -> Groups | tuple[tuple[Region, ...], ...]:
-        """The regions of each message."""
-        return self.pairs.regions
+    def links(self) -> ChainLinks:
+        """See MessageTable."""
+        rows = np.arange(len(self))
+        return ChainLinks(rows, self.pairs.senders, self.pairs.receivers, rows)
+
+    def receivers_of(self, row: int) -> tuple[int, ...]:
+        """See MessageTable."""
+        return (int(self.pairs.receivers[row]),)
 
     @classmethod
     def of(cls, pairs: PairColumns, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
@@ -213,16 +259,6 @@ class Unicasts(Lazy[Message]):
             return self
         at = {row: index for index, row in enumerate(rows.tolist())}
         return Unicasts(self.pairs.take(rows), {at[row]: chunks for row, chunks in self.cut.items() if row in at})
-
-    def __len__(self) -> int:
-        return len(self.pairs.senders)
-
-    def _items(self, rows: np.ndarray) -> Iterator[Message]:
-        regions = self.pairs.regions
-        wholes = regions._items(rows) if isinstance(regions, Groups) else (regions[row] for row in rows.tolist())
-        columns = rows.tolist(), self.pairs.senders[rows].tolist(), self.pairs.receivers[rows].tolist()
-        for row, sender, receiver, whole in zip(*columns, wholes, strict=True):
-            yield Message((sender, receiver), self.cut.get(row, (whole,)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,19 +48,35 @@ class Hops(Lazy[Hop]):
     """Hops as columns.
 
     Attributes:
-        table: (hops, fields of a Hop).
+        table: int array (hops, fields of a Hop).
     """
 
-    __slots__ = ("table",)
+    __slots__ = ("_by_end", "table")
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = table
+        self._by_end: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of_rank(self, rank: int, end: int) -> np.ndarray:
+        """Take the rows in which a rank stands in the field ``end``, in their order."""
+        if end not in self._by_end:  # sorted once for all ranks
+            order = np.argsort(self.table[:, end], kind="stable")
+            self._by_end[end] = order, self.table[order, end]
+        order, ranks = self._by_end[end]
+        start, stop = np.searchsorted(ranks, [rank, rank + 1]).tolist()
+        rows: np.ndarray = self.table[order[start:stop]]
+        return rows
 
     def __len__(self) -> int:
         return len(self.table)
 
     def _items(self, rows: np.ndarray) -> Iterator[Hop]:
         return map(Hop._make, self.table[rows].tolist())
+
+
+def hops_of_rank(hops: Sequence[Hop], rank: int, end: int) -> np.ndarray:
+    """Take the hops, as rows of :func:`hop_table`, in which a rank stands in the field ``end``."""
+    return (hops if isinstance(hops, Hops) else Hops(hop_table(hops))).of_rank(rank, end)
 
 
 def hop_table(hops: Sequence[Hop]) -> np.ndarray:
