@@ -6,15 +6,15 @@ is decorated with :func:`checks_kinds`: what it is given is compared with its an
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, wraps
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tricomm.errors import ArgumentError
+from tricomm.errors import ArgumentError, TricommError
 
 T = TypeVar("T", bound=Callable[..., Any])
+C = TypeVar("C")
 
 MAX_ITEMS = 1000
 """Of a sequence so many items are looked at."""
@@ -50,23 +50,97 @@ def checks_kinds(function: T) -> T:
         Traceback (most recent call last):
         tricomm.errors.ArgumentError: cut(names=['a', 1]): names must be a sequence of strings; give one
     """
-    signature = inspect.signature(function)
-    expected: dict[str, Expected] = {}
+    wrong_kind = _WrongKind(function)
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if not expected:
-            expected.update(_expected_of(function, signature))
-        try:
-            given = signature.bind(*args, **kwargs).arguments
-        except TypeError:
-            return function(*args, **kwargs)  # a missing or surplus argument is said by Python
-        for name, value in given.items():
-            if name in expected and not expected[name].is_of(value):
-                raise ArgumentError(describe_kind(function.__qualname__, name, value, expected[name].words))
+        error = wrong_kind(args, kwargs)
+        if error is not None:
+            raise error
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+def explains_kinds(function: T) -> T:
+    """As :func:`checks_kinds`, once the function has ended in an error of Python's own; for what is called very often.
+
+    The function must change nothing before it fails. Where all kinds are right, the error stands.
+
+    Example:
+        >>> @explains_kinds
+        ... def half(rows: int) -> int:
+        ...     return rows // 2
+        >>> half("4")
+        Traceback (most recent call last):
+        tricomm.errors.ArgumentError: half(rows='4'): rows must be an integer; give one
+    """
+    wrong_kind = _WrongKind(function)
+
+    @wraps(function)
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TricommError:
+            raise
+        except Exception as error:
+            better = wrong_kind(args, kwargs)
+            if better is None:
+                raise
+            raise better from error
+
+    return explained  # type: ignore[return-value]
+
+
+def explains_fields(cls: type[C]) -> type[C]:
+    """As :func:`explains_kinds` for what a dataclass is made from."""
+    cls.__init__ = explains_kinds(cls.__init__)  # type: ignore[method-assign]
+    return cls
+
+
+def refuse_wrong_kinds(function: Callable[..., Any], **given: Any) -> None:
+    """Raise for the first argument that is not of the kind that a function's annotations say.
+
+    For functions that must do something else first, such as finding out whom to tell.
+
+    Raises:
+        ArgumentError: there is one.
+    """
+    error = _WrongKind(function).first(given)
+    if error is not None:
+        raise error
+
+
+class _WrongKind:
+    """Finds the first argument of a call that is not of the annotated kind; what annotations allow is read once."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._signature = inspect.signature(function)
+
+    @cached_property
+    def _expected(self) -> dict[str, Expected]:
+        hints = get_type_hints(self._function)
+        expected: dict[str, Expected] = {}
+        for name, parameter in self._signature.parameters.items():
+            if name in hints and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                expected[name] = kind_of(hints[name])
+        return expected
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentError | None:
+        try:
+            given = self._signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return None  # a missing or surplus argument is said by Python
+        return self.first(given)
+
+    def first(self, given: Mapping[str, Any]) -> ArgumentError | None:
+        """Return the error of the first wrong one among named arguments."""
+        for name, value in given.items():
+            if name in self._expected and not self._expected[name].is_of(value):
+                words = self._expected[name].words
+                return ArgumentError(describe_kind(self._function.__qualname__, name, value, words))
+        return None
 
 
 def describe_kind(caller: str, name: str, value: object, words: str) -> str:
@@ -75,15 +149,6 @@ def describe_kind(caller: str, name: str, value: object, words: str) -> str:
     shown = repr(value)
     shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
     return f"{caller}({name}={shown}): {name} must be {words}; give one"
-
-
-def _expected_of(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, Expected]:
-    hints = get_type_hints(function)
-    expected = {"": ANYTHING}
-    for name, parameter in signature.parameters.items():
-        if name in hints and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            expected[name] = kind_of(hints[name])
-    return expected
 
 
 ANYTHING = Expected(lambda _: True, "anything")
@@ -148,14 +213,16 @@ def _plural(words: str) -> str:
 
 def _items_of(origin: Any, item: Expected) -> Expected:
     """A sequence; an iterable is looked into only if it is one."""
-    container = (Sequence, AbstractSet, Mapping) if origin is Iterable else Sequence
 
     def is_of(value: Any) -> bool:
-        if isinstance(value, str | bytes):
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable if origin is Iterable else Sequence):
             return False
-        if isinstance(value, container):
+        if isinstance(value, Iterator):
+            return True
+        try:
             return all(item.is_of(one) for one, _ in zip(value, range(MAX_ITEMS), strict=False))
-        return origin is Iterable and hasattr(value, "__iter__")
+        except (TypeError, RuntimeError):  # an array of no dims
+            return False
 
     name = "tuple" if origin is tuple else "sequence"
     return Expected(is_of, f"a {name} of {_plural(item.words)}" if item is not ANYTHING else f"a {name}")

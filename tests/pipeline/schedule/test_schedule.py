@@ -108,7 +108,7 @@ def test_what_is_no_action_is_refused(text: str) -> None:
         (lambda: Schedule.parse(["0F0 0B0 0F0"]), "stage 0 does 0F0 0B0 0F0 for microbatch 0"),
         (lambda: Schedule.parse(["0F0 0B0", "1F0 1B0"], [(1, 0)]), "edge 1-0 does not join an earlier stage"),
         (lambda: gpipe(0, 3), "stages=0 must be a whole number from 1"),
-        (lambda: gpipe(2, True), "microbatches=True must be a whole number from 1"),
+        (lambda: gpipe(2, 0), "microbatches=0 must be a whole number from 1"),
         (lambda: eager_one_f_one_b(2, 2, depth=-1), "depth=-1 must be at least 0"),
         (lambda: one_f_one_b(2, 2, weight_delay=1), "weight_delay=1 delays weight gradients of backwards; pass split"),
         (lambda: one_f_one_b(2, 2, split=True, weight_delay=(1,)), "or one for each of 2 stages"),

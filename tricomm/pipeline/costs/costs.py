@@ -5,14 +5,16 @@ from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds, explains_fields, explains_kinds
 from tricomm.layout.topology import Topology
-from tricomm.pipeline.schedule.actions import Action, Channel, Kind
+from tricomm.pipeline.schedule.actions import MAX_STAGES, Action, Channel, Kind
 from tricomm.plan import Plan
 
 Load = tuple[str, float]
 """(what transfers share, the part of it that a transfer takes when it has it alone)."""
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class StageCost:
     """What one microbatch costs a stage.
@@ -37,6 +39,7 @@ class StageCost:
     def __post_init__(self) -> None:
         _check_numbers(self)
 
+    @explains_kinds
     def seconds(self, action: Action) -> float:
         """How long an action computes."""
         if action.kind is Kind.FORWARD:
@@ -58,6 +61,7 @@ class StageCost:
         return self.forward_seconds + self.backward_seconds
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class TransferCost:
     """What one microbatch costs in one direction of an edge.
@@ -89,6 +93,7 @@ class TransferCost:
         _check_numbers(self)
 
     @classmethod
+    @checks_kinds
     def of_bytes(cls, nbytes: int, bytes_per_second: float, latency_seconds: float = 0.0) -> "TransferCost":
         """One message over one link."""
         if bytes_per_second <= 0:
@@ -96,6 +101,7 @@ class TransferCost:
         return cls(nbytes / bytes_per_second, latency_seconds, nbytes)
 
     @classmethod
+    @checks_kinds
     def of_plan(cls, plan: Plan, topology: Topology | None = None) -> "TransferCost":
         """A reshard, as its plan is simulated; it loads each NIC with what it sends and receives there.
 
@@ -111,6 +117,7 @@ class TransferCost:
         return cls(seconds, 0.0, nbytes, tuple(sorted(loads.items())))
 
     @classmethod
+    @checks_kinds
     def in_turn(cls, costs: Sequence["TransferCost"]) -> "TransferCost":
         """Several transfers, one after the other: the tensors of one edge."""
         busy = sum(cost.busy_seconds for cost in costs)
@@ -126,6 +133,7 @@ class TransferCost:
         """From its start to its arrival, if it shares nothing."""
         return self.busy_seconds + self.latency_seconds
 
+    @explains_kinds
     def sharing(self, sender: str, receiver: str, *, full_duplex: bool = True) -> "TransferCost":
         """The same transfer through the whole of two named NICs.
 
@@ -137,6 +145,7 @@ class TransferCost:
         return replace(self, loads=tuple((name, 1.0) for name in dict.fromkeys(directions)))
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What a pipeline costs.
@@ -171,6 +180,7 @@ class Costs:
         object.__setattr__(self, "_by_channel", by_channel)
 
     @classmethod
+    @checks_kinds
     def uniform(
         cls,
         stages: int,
@@ -180,11 +190,18 @@ class Costs:
         hop: TransferCost | float = 0.0,
     ) -> "Costs":
         """All stages alike, and all hops alike; a hop given in seconds occupies its channel for them."""
+        if stages > MAX_STAGES:
+            raise PlanError(f"stages={stages} is more than {MAX_STAGES}; give the stages of one pipeline")
         stage = StageCost(forward_seconds, input_gradient_seconds, weight_gradient_seconds)
         return cls((stage,) * stages, (), hop if isinstance(hop, TransferCost) else TransferCost(hop))
 
+    @explains_kinds
     def seconds(self, action: Action) -> float:
         """How long a compute action takes."""
+        if action.stage >= len(self.stages):
+            raise PlanError(
+                f"{action} is of a stage without costs, of which there are {len(self.stages)}; give every stage its own"
+            )
         return self.stages[action.stage].seconds(action)
 
     @property
@@ -196,6 +213,7 @@ class Costs:
         """The costs of all channels that are named, and of the others."""
         return (*self._by_channel.values(), self.other)
 
+    @explains_kinds
     def transfer(self, channel: Channel) -> TransferCost:
         """What a microbatch costs on a channel."""
         return self._by_channel.get(channel, self.other)
@@ -210,6 +228,7 @@ class Costs:
         """The same stages with hops that cost nothing: the yardstick for what is exposed."""
         return Costs(self.stages)
 
+    @checks_kinds
     def with_transfers(self, channels: Iterable[Channel], cost: TransferCost) -> "Costs":
         """The same costs, but for some channels."""
         return replace(self, transfers={**self._by_channel, **dict.fromkeys(channels, cost)})

@@ -8,6 +8,7 @@ rules of an NCCL stream that runs beside compute; gloo is a little more generous
 """
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds
 from tricomm.pipeline.costs.clock import run_clock
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.timeline import Timeline
@@ -16,6 +17,7 @@ from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 
 
+@checks_kinds
 def simulate(schedule: Schedule, costs: Costs, *, queues: Queues = Queues.PER_CHANNEL) -> Timeline:
     """Run a schedule on a clock.
 

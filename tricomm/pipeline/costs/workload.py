@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds, explains_fields
 from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.schedule.actions import Channel
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What a batch costs, whatever it is split into.
@@ -42,6 +44,7 @@ class Workload:
             raise PlanError(f"overheads are of {len(self.overheads)} stages of {len(self.stages)}; give one for each")
 
     @classmethod
+    @checks_kinds
     def measured(cls, costs: Costs, microbatches: int, channels: tuple[Channel, ...] | None = None) -> "Workload":
         """From costs that were measured with one number of microbatches.
 
@@ -60,6 +63,7 @@ class Workload:
         return cls(stages, transfers)
 
     @classmethod
+    @checks_kinds
     def fitted(cls, measured: Mapping[int, Costs]) -> "Workload":
         """From costs that were measured with several numbers of microbatches.
 
@@ -97,6 +101,7 @@ class Workload:
         transfers = {channel: _scaled_transfer(few.transfer(channel), counts[0]) for channel in few.channels}
         return cls(tuple(stages), transfers, 0.0, tuple(overheads))
 
+    @checks_kinds
     def costs(self, microbatches: int) -> Costs:
         """What one microbatch costs if the batch is split into so many."""
         if microbatches < 1:

@@ -25,6 +25,7 @@ import torch
 
 from tricomm.autograd import gradient_scale, gradient_specs
 from tricomm.errors import SpecError
+from tricomm.kinds import checks_kinds, explains_fields
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions, Options
@@ -36,6 +37,7 @@ from tricomm.pipeline.run.directed_link import (
     Sizes,
     Tensors,
 )
+from tricomm.pipeline.schedule.actions import MAX_COUNT
 from tricomm.plan.plan import digest_of
 from tricomm.transport.coordination.rendezvous import Intent
 
@@ -43,6 +45,7 @@ WITHOUT_GRADIENT = ("int", "uint", "bool")
 """Element types that begin so are numbers that cannot have a gradient."""
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class EdgeTensor:
     """Describe one tensor that crosses an edge.
@@ -106,6 +109,7 @@ class EdgeTensor:
         """Names of the sizes that change."""
         return tuple(size for size in self.shape if isinstance(size, str))
 
+    @checks_kinds
     def bound(self, sizes: Mapping[str, int]) -> "EdgeTensor":
         """Return the same with numbers for the names.
 
@@ -121,6 +125,7 @@ class EdgeTensor:
         source = replace(self.source, shape=shape)
         return EdgeTensor(source, replace(self.destination, shape=shape), self.gradient)
 
+    @checks_kinds
     def local_shape(self, rank: int, at_source: bool) -> tuple[int, ...]:
         """Return the shape of a rank's shard at one end of the edge; with numbers for all sizes."""
         return (self.source if at_source else self.destination).local_shape(rank)
@@ -168,6 +173,7 @@ class Link:
         SpecError: tensors on different meshes, or arguments that break a rule.
     """
 
+    @checks_kinds
     def __init__(
         self,
         name: str,
@@ -340,8 +346,10 @@ def _as_tuple(tensors: Tensors) -> tuple[torch.Tensor, ...]:
 def _check(name: str, tensors: Sequence[EdgeTensor], microbatches: int, slots: tuple[int | None, int | None]) -> None:
     if not tensors:
         raise SpecError(f"edge {name!r} carries no tensor; give at least one EdgeTensor")
-    if microbatches < 1:
-        raise SpecError(f"microbatches={microbatches} of edge {name!r} must be at least 1; give their number per step")
+    if not 1 <= microbatches <= MAX_COUNT:
+        raise SpecError(
+            f"microbatches={microbatches} of edge {name!r} must be from 1 to {MAX_COUNT}; give their number per step"
+        )
     for count in slots:
         if count is not None and count < 1:
             raise SpecError(f"slots={slots} of edge {name!r} must be at least 1, or None for new tensors each time")

@@ -20,6 +20,7 @@ from typing import Self, Unpack
 import torch
 
 from tricomm.errors import SpecError, TransportError
+from tricomm.kinds import refuse_wrong_kinds
 from tricomm.options import LinkOptions, Options
 from tricomm.pipeline.run.connections import Connections
 from tricomm.pipeline.run.edge import EdgeTensor
@@ -144,15 +145,18 @@ class Executor:
         self.context: GroupContext = context_of(resolve_group(options.get("group")))
         self.rank = self.context.rank
         self.name, self.queues = name, queues
-        self.stages, self.edges, self.tied = tuple(stages), edges, tuple(tied)
         self.state = State.READY
         self.observer: Observer | None = None
         self.measurements = 0
         """How many Measurements were made of it."""
-        self.ranks = tuple(sorted({rank for stage in stages for rank in stage.mesh.ranks}))
+        self.ranks = tuple(range(self.context.size))  # until it is known whose stages they are
         self._options = options
         self._calls = 0
         try:
+            kinds = {"queues": queues, "tied": tied, "loss_scale": loss_scale, "name": name}
+            refuse_wrong_kinds(Executor.__init__, schedule=schedule, stages=stages, edges=edges, **kinds)
+            self.ranks = tuple(sorted({rank for stage in stages for rank in stage.mesh.ranks}))
+            self.stages, self.edges, self.tied = tuple(stages), edges, tuple(tied)
             self.options = Options.of(options, "Executor", LinkOptions)
             self.timeout_seconds = self.options.seconds
             self.device = device_of(self.options.device, self.options.group)

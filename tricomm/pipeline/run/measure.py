@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tricomm.errors import SpecError, TransportError
+from tricomm.kinds import explains_fields
 from tricomm.layout.topology import Topology
 from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.run.executor import Executor
@@ -104,6 +105,7 @@ class StageMeter:
         self._kept_nbytes = sum(kept.values())
 
 
+@explains_fields
 @dataclass
 class Measurement:
     """Record what the stages cost in the steps that run inside of its ``with``, on every rank of the pipeline.

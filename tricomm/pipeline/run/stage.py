@@ -10,6 +10,7 @@ from torch import nn
 
 from tricomm.autograd import gradient_scale
 from tricomm.errors import SpecError
+from tricomm.kinds import explains_fields
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Placement
 from tricomm.layout.spec import ShardingSpec
@@ -20,6 +21,7 @@ LOSS = "loss"
 """The name of the output that is a stage's loss."""
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
     """Describe a part of a model: where it runs, what it reads, what it returns.

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tricomm.errors import SpecError
+from tricomm.kinds import explains_fields
 from tricomm.layout.placement import Replicate
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
@@ -14,6 +15,7 @@ from tricomm.pipeline.run.directed_link import StepResharder
 from tricomm.transport.handle import Handle
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class Tied:
     """Declare one parameter of which each of several stages holds a copy, in a layout of its own.

@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tricomm.errors import PlanError
+from tricomm.kinds import explains_fields, explains_kinds
 
 
 class Kind(StrEnum):
@@ -108,6 +109,14 @@ class Edge(NamedTuple):
 _TEXT = re.compile(r"(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)(?:([<>])(\d+))?")
 
 
+MAX_STAGES = 1 << 16
+"""Of a pipeline: more is a mistake, and would only fill the memory."""
+
+MAX_COUNT = 1 << 20
+"""Of microbatches, or moves to try: the same."""
+
+
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class Action:
     """One step of one stage for one microbatch.
@@ -155,6 +164,7 @@ class Action:
             )
 
     @classmethod
+    @explains_kinds
     def parse(cls, text: str) -> "Action":
         """Read what ``str`` writes.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from enum import Enum
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds, explains_kinds
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind, receive, send
 from tricomm.pipeline.schedule.schedule import Schedule
 
@@ -42,6 +43,7 @@ class Queues(Enum):
         """Whether only other systems have such queues: the simulator models them, the executor refuses them."""
         return self not in (Queues.PER_CHANNEL, Queues.PER_DIRECTION)
 
+    @explains_kinds
     def key(self, schedule: Schedule, channel: Channel, stage: int) -> tuple[int, ...]:
         """The queue, at the end of a channel that ``stage`` is, in which its transfers stand."""
         here = schedule.pipeline_rank_of(stage)
@@ -62,6 +64,7 @@ Node = Action | tuple[Channel, int]
 """A compute action, or the transfer of a microbatch on a channel."""
 
 
+@checks_kinds
 def check(schedule: Schedule, queues: Queues = Queues.PER_CHANNEL) -> None:
     """Prove that a schedule runs to its end.
 
@@ -97,6 +100,7 @@ def check(schedule: Schedule, queues: Queues = Queues.PER_CHANNEL) -> None:
         raise PlanError(f"the schedule cannot run with queues {queues.value}: {chain}; {remedy}")
 
 
+@checks_kinds
 def receive_ring(schedule: Schedule, channel: Channel) -> int:
     """How many receive buffers a channel needs if they are used in turn.
 

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds
 from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
 from tricomm.pipeline.schedule.schedule import Schedule
 
 
+@checks_kinds
 def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedule:
     """Put in the sends and receives that the edges between pipeline ranks need.
 

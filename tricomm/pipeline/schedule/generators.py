@@ -6,7 +6,8 @@ F, B, I, W are the times of a stage, S is the number of stages, M that of microb
 from collections.abc import Iterable, Iterator, Sequence
 
 from tricomm.errors import PlanError
-from tricomm.pipeline.schedule.actions import Action, Edge, Kind
+from tricomm.kinds import checks_kinds
+from tricomm.pipeline.schedule.actions import MAX_COUNT, Action, Edge, Kind
 from tricomm.pipeline.schedule.schedule import Schedule
 
 Edges = Iterable[tuple[int, int]]
@@ -15,6 +16,7 @@ Delay = int | Sequence[int]
 """One number for all stages, or one for each."""
 
 
+@checks_kinds
 def gpipe(
     stages: int, microbatches: int, *, split: bool = False, weight_delay: Delay = 0, edges: Edges = ()
 ) -> Schedule:
@@ -31,6 +33,7 @@ def gpipe(
     )
 
 
+@checks_kinds
 def one_f_one_b(
     stages: int, microbatches: int, *, split: bool = False, weight_delay: Delay = 0, edges: Edges = ()
 ) -> Schedule:
@@ -47,6 +50,7 @@ def one_f_one_b(
     return eager_one_f_one_b(stages, microbatches, depth=0, split=split, weight_delay=weight_delay, edges=edges)
 
 
+@checks_kinds
 def eager_one_f_one_b(
     stages: int,
     microbatches: int,
@@ -83,6 +87,7 @@ def eager_one_f_one_b(
     return warmed_up(microbatches, warm_up, split=split, weight_delay=weight_delay, edges=edges)
 
 
+@checks_kinds
 def zero_bubble(stages: int, microbatches: int, *, depth: int = 0, edges: Edges = ()) -> Schedule:
     """Weight gradients wait until the pipeline would be idle (Qi et al. 2023): depth 0 is like their ZB-H1, 1 like H2.
 
@@ -101,6 +106,7 @@ def zero_bubble(stages: int, microbatches: int, *, depth: int = 0, edges: Edges 
     return eager_one_f_one_b(count, microbatches, depth=depth, split=True, weight_delay=delay, edges=edges)
 
 
+@checks_kinds
 def interleaved_one_f_one_b(
     pipeline_ranks: int, microbatches: int, *, stages_per_rank: int = 2, edges: Edges = ()
 ) -> Schedule:
@@ -146,6 +152,7 @@ def interleaved_one_f_one_b(
     return Schedule(tuple(lists), tuple(Edge(*edge) for edge in edges))
 
 
+@checks_kinds
 def warmed_up(
     microbatches: int,
     warm_up: Sequence[int],
@@ -170,6 +177,7 @@ def warmed_up(
     """
     count = _counted("microbatches", microbatches)
     delays = [weight_delay] * len(warm_up) if isinstance(weight_delay, int) else list(weight_delay)
+    _counted("stages", len(warm_up))
     if len(delays) != len(warm_up) or min(delays) < 0:
         raise PlanError(
             f"weight_delay={weight_delay!r} must be a number from 0 or one for each of {len(warm_up)} stages"
@@ -217,4 +225,6 @@ def _with_weight_gradients(order: Iterable[Action], delay: int) -> Iterator[Acti
 def _counted(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PlanError(f"{name}={value!r} must be a whole number from 1")
+    if value > MAX_COUNT:
+        raise PlanError(f"{name}={value!r} is more than a schedule can list; give at most {MAX_COUNT}")
     return value

@@ -5,15 +5,19 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from tricomm.errors import PlanError
-from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
+from tricomm.kinds import checks_kinds, explains_fields, explains_kinds
+from tricomm.pipeline.schedule.actions import MAX_STAGES, Action, Channel, Edge, Kind
 
 
+@checks_kinds
 def chain(stages: int) -> tuple[Edge, ...]:
     """Each stage feeds the next one.
 
     >>> [str(edge) for edge in chain(3)]
     ['0-1', '1-2']
     """
+    if stages > MAX_STAGES:
+        raise PlanError(f"stages={stages} is more than {MAX_STAGES}; give the stages of one pipeline")
     return tuple(Edge(stage, stage + 1) for stage in range(stages - 1))
 
 
@@ -21,6 +25,7 @@ _Channels = dict[tuple[int, Kind], tuple[Channel, ...]]
 """By stage and kind of action."""
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The list of actions of each pipeline rank of a pipeline.
@@ -76,6 +81,7 @@ class Schedule:
         set_field(self, "channels", tuple(channel for pair in both for channel in pair))
 
     @classmethod
+    @checks_kinds
     def parse(cls, lists: Iterable[str], edges: Iterable[tuple[int, int]] = ()) -> "Schedule":
         """One text per pipeline rank, its actions separated by spaces: ``Schedule.parse(["0F0 0B0", "1F0 1B0"])``."""
         actions = tuple(tuple(Action.parse(word) for word in text.split()) for text in lists)
@@ -96,19 +102,26 @@ class Schedule:
         """How many microbatches each stage computes."""
         return self._microbatches
 
+    @explains_kinds
     def pipeline_rank_of(self, stage: int) -> int:
         """The pipeline rank that holds a stage."""
-        return self._pipeline_rank_of[stage]
+        try:
+            return self._pipeline_rank_of[stage]
+        except IndexError:
+            count = len(self._pipeline_rank_of)
+            raise PlanError(f"stage {stage} is not of this schedule, which has {count}; count from 0") from None
 
     @property
     def positions(self) -> int:
         """The old name of ``pipeline_ranks``, kept for one version."""
         return self.pipeline_ranks
 
+    @explains_kinds
     def position_of(self, stage: int) -> int:
         """The old name of ``pipeline_rank_of``, kept for one version."""
         return self.pipeline_rank_of(stage)
 
+    @explains_kinds
     def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
         """The stages that a pipeline rank holds."""
         return tuple(stage for stage, at in enumerate(self._pipeline_rank_of) if at == pipeline_rank)
@@ -123,10 +136,12 @@ class Schedule:
         """Whether sends and receives have been put in."""
         return any(not action.is_compute for action in self.actions())
 
+    @explains_kinds
     def gradient_of(self, stage: int, microbatch: int) -> Action:
         """The B or I that gives the gradient of a stage's inputs."""
         return Action(stage, Kind.INPUT_GRADIENT if (stage, microbatch) in self._split else Kind.BACKWARD, microbatch)
 
+    @explains_kinds
     def producer(self, channel: Channel, microbatch: int) -> Action:
         """The F, B or I that gives what a channel carries."""
         if channel.is_forward:
@@ -150,6 +165,7 @@ class Schedule:
         """The same schedule without sends and receives."""
         return self.with_lists([one for one in actions if one.is_compute] for actions in self.lists)
 
+    @explains_kinds
     def ends_microbatch(self, action: Action) -> bool:
         """Whether its stage needs nothing more of its microbatch afterwards."""
         return action.kind.ends_microbatch if self.has_backward else action.kind is Kind.FORWARD
@@ -164,10 +180,12 @@ class Schedule:
         kinds = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
         return replace(self, lists=tuple(tuple(one for one in actions if one.kind in kinds) for actions in self.lists))
 
+    @explains_kinds
     def inputs(self, action: Action) -> tuple[Channel, ...]:
         """The channels (also those inside of a pipeline rank) whose data an F, B or I needs."""
         return self._inputs.get((action.stage, action.kind), ())
 
+    @explains_kinds
     def outputs(self, action: Action) -> tuple[Channel, ...]:
         """The channels (also those inside of a pipeline rank) that carry what an F, B or I gives."""
         return self._outputs.get((action.stage, action.kind), ())

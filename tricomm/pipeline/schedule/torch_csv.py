@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds
 from tricomm.pipeline.schedule.actions import Action, Edge
 from tricomm.pipeline.schedule.schedule import Schedule, chain
 
@@ -17,6 +18,7 @@ _NOT_OF_THE_PIPELINE = re.compile(r"\d+(UNSHARD|RESHARD|REDUCE_GRAD)\d*")
 _OVERLAPPED = re.compile(r"\(([^)]*)\)OVERLAP_F_B")
 
 
+@checks_kinds
 def write_csv(schedule: Schedule) -> str:
     """The text of a file that torch reads: "compute_comms" if the schedule has sends and receives, else "compute_only".
 
@@ -38,6 +40,7 @@ def write_csv(schedule: Schedule) -> str:
     return out.getvalue()
 
 
+@checks_kinds
 def read_csv(text: str, edges: Iterable[tuple[int, int]] = ()) -> Schedule:
     """A schedule that torch, or ``write_csv``, has written.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tricomm.kinds import explains_fields
 from tricomm.pipeline.costs.clock import Known, run_clock
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.timeline import Timeline
@@ -13,6 +14,7 @@ from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.pipeline.tune.orders import CandidateOrder
 
 
+@explains_fields
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a pipeline rank may hold at once; None does not limit.

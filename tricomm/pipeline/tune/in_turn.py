@@ -11,6 +11,7 @@ that lie on the critical path have changed places (the neighbourhood of van Laar
 from collections.abc import Iterator, Sequence
 
 from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.simulate import check_stages
 from tricomm.pipeline.costs.timeline import Timeline
@@ -24,6 +25,7 @@ Order = dict[tuple[int, bool], tuple[tuple[Channel, int], ...]]
 """Per pipeline rank and direction (whether it sends), the transfers in the order of their turns."""
 
 
+@checks_kinds
 def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
     """Put in sends and receives such that hops take turns, for ``Queues.PER_DIRECTION``.
 

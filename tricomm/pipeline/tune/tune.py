@@ -9,12 +9,13 @@ task. The formula only explains: the choice is made by simulation.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tricomm.errors import PlanError
+from tricomm.errors import ArgumentError, PlanError
+from tricomm.kinds import checks_kinds
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.exposure import ExposureReport, exposure_of
 from tricomm.pipeline.costs.simulate import simulate
 from tricomm.pipeline.costs.timeline import Timeline
-from tricomm.pipeline.schedule.actions import Edge
+from tricomm.pipeline.schedule.actions import MAX_COUNT, Edge
 from tricomm.pipeline.schedule.schedule import chain
 from tricomm.pipeline.tune.evaluate import Candidate, Limits
 from tricomm.pipeline.tune.search import WORTH_IT, Problem, Progress, search
@@ -64,6 +65,7 @@ class Tuned:
         return "\n".join(lines)
 
 
+@checks_kinds
 def tune(
     costs_of: Callable[[int], Costs],
     microbatches: Iterable[int],
@@ -98,11 +100,13 @@ def tune(
     Raises:
         PlanError: no number of microbatches, costs of an edge that is not there, or nothing fits the limits.
     """
+    if not 0 <= trials <= MAX_COUNT:
+        raise PlanError(f"trials={trials} must be from 0 to {MAX_COUNT}; give the moves to try, such as 1000")
     counts = tuple(dict.fromkeys(microbatches))
     if not counts:
         raise PlanError("microbatches is empty; give the numbers of microbatches that may be chosen")
     given = tuple(Edge(*edge) for edge in edges)
-    costs = {count: costs_of(count) for count in counts}
+    costs = {count: _checked(costs_of(count), count) for count in counts}
     found: list[Candidate] = []
     for count in counts:
         own = given or chain(len(costs[count].stages))
@@ -136,6 +140,15 @@ def _explained(best: Candidate, fitting: Sequence[Candidate], refused: Sequence[
 
 def _fits(one: Candidate, limits: Limits) -> bool:
     return limits.allow(one.activations, one.nbytes)
+
+
+def _checked(costs: object, count: int) -> Costs:
+    """Refuse what a function for costs gave that are none."""
+    if not isinstance(costs, Costs):
+        raise ArgumentError(
+            f"costs_of({count}) gave {costs!r}, which are no Costs; return Costs for each number of microbatches"
+        )
+    return costs
 
 
 def _nobody(done: int, known: int, fastest: Candidate | None) -> None:
