@@ -30,6 +30,13 @@ def timeline_perfetto(timeline: Timeline) -> str:
     """The timeline as trace events: a process per pipeline rank, a thread for compute and one per channel at each end.
 
     An arrow leads from each send to its receive. Times are in microseconds, as the format has them.
+
+    Example:
+        >>> from tricomm.pipeline import Costs, gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 4), Costs.uniform(2, 1.0, 1.0, 1.0))
+        >>> trace = json.loads(timeline_perfetto(timeline))
+        >>> trace["traceEvents"][0]["args"]["name"]
+        'pipeline rank 0: 0'
     """
     return json.dumps({"traceEvents": list(_events(timeline)), "displayTimeUnit": "ms"})
 
@@ -91,6 +98,13 @@ def timeline_svg(timeline: Timeline, *, title: str = "", width: int = 1400, unti
         title: above it; "" says how long it takes.
         width: in pixels.
         until_seconds: end of the time axis, to put pictures of several schedules on one scale; None is the makespan.
+
+    Example:
+        >>> from tricomm.pipeline import Costs, gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 4), Costs.uniform(2, 1.0, 1.0, 1.0))
+        >>> picture = timeline_svg(timeline)
+        >>> picture[:4], picture.count("stage ")
+        ('<svg', 2)
     """
     return "\n".join(_Drawing(timeline, title, width, until_seconds or timeline.makespan_seconds).lines())
 
