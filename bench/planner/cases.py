@@ -52,6 +52,50 @@ def replicated(ranks: int) -> Pair:
     return source, ShardingSpec(mesh(ranks, dp=2, tp=ranks // 2), (WHOLE, Shard(1)), shape, "float32")
 
 
+VOCABULARY = (50257, 12288)
+"""A tensor whose rows no power of two divides."""
+
+
+def fsdp_to_tensor_parallel(ranks: int) -> Pair:
+    """Rows held once to columns on replicas of eight ranks."""
+    source = ShardingSpec(mesh(0, fsdp=ranks), (Shard(0),), VOCABULARY, "bfloat16")
+    return source, ShardingSpec(mesh(ranks, dp=ranks // 8, tp=8), (WHOLE, Shard(1)))
+
+
+def hsdp_to_tensor_parallel(ranks: int) -> Pair:
+    """Rows held eight times to columns on replicas of eight ranks."""
+    source = ShardingSpec(mesh(0, replica=8, fsdp=ranks // 8), (WHOLE, Shard(0)), VOCABULARY, "bfloat16")
+    return source, ShardingSpec(mesh(ranks, dp=ranks // 8, tp=8), (WHOLE, Shard(1)))
+
+
+def tensor_parallel_to_fsdp(ranks: int) -> Pair:
+    """Columns on replicas of eight ranks to rows held once."""
+    source = ShardingSpec(mesh(0, dp=ranks // 8, tp=8), (WHOLE, Shard(1)), VOCABULARY, "bfloat16")
+    return source, ShardingSpec(mesh(ranks, fsdp=ranks), (Shard(0),))
+
+
+def stages_to_experts(ranks: int) -> Pair:
+    """Columns on replicas of eight ranks to tiles that every rank of ``dp`` needs."""
+    source = ShardingSpec(mesh(0, pp=4, dp=ranks // 32, tp=8), (WHOLE, WHOLE, Shard(1)), VOCABULARY, "bfloat16")
+    return source, ShardingSpec(mesh(ranks, dp=ranks // 32, ep=4, tp=8), (WHOLE, Shard(0), Shard(1)))
+
+
+def one_to_all(ranks: int) -> Pair:
+    """One host's rows to every rank, whole."""
+    source = ShardingSpec(mesh(0, x=8), (Shard(0),), VOCABULARY, "bfloat16")
+    return source, ShardingSpec(mesh(8, dp=ranks), (WHOLE,))
+
+
+FLEETS = {
+    "FSDP -> dp x tp 8": fsdp_to_tensor_parallel,
+    "HSDP -> dp x tp 8": hsdp_to_tensor_parallel,
+    "dp x tp 8 -> FSDP": tensor_parallel_to_fsdp,
+    "pp.dp.tp -> dp.ep.tp": stages_to_experts,
+    "one -> all": one_to_all,
+}
+"""Replicas on a side at least, at the size of a fleet; by formulas where more than 32 ranks take part."""
+
+
 def distinct_tensors(count: int) -> Iterator[Pair]:
     """Tensors whose shapes all differ, 16 to 8 ranks."""
     source, destination = mesh(0, dp=2, tp=8), mesh(16, tp=8)

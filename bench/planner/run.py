@@ -33,7 +33,10 @@ from tricomm.plan import Plan, RankProgram
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "planner.json"
 SIZES = (64, 256, 1024, 4096, 16384)
+FLEET_SIZES = (64, 256, 1024, 4096, 16384)
+FLEET_TARGETS = {256: 0.005, 1024: 0.010, 4096: 0.030, 16384: 0.120}
 TARGET_SECONDS = {
+    **{(what, size): seconds for what in cases.FLEETS for size, seconds in FLEET_TARGETS.items()},
     ("rows to columns", 4096): 0.050,
     ("rows to columns", 16384): 0.250,
     ("Llama 70B, 64 to 32 ranks", 723): 0.5,
@@ -102,14 +105,16 @@ def bound(plan: Plan, programs: Sequence[RankProgram]) -> None:
         bind(copies, tensors[0], tensors[1], torch.empty(copies.staging_nbytes, dtype=torch.uint8))
 
 
-def one_rank(pairs: Sequence[cases.Pair], topology: Topology | None, with_tables: bool) -> tuple[Steps, int]:
-    """The first rank's programs of some tensors."""
+def one_rank(
+    pairs: Sequence[cases.Pair], topology: Topology | None, with_tables: bool, rank: int = 0
+) -> tuple[Steps, int]:
+    """A rank's programs of some tensors."""
     steps: Steps = {}
     made: list[tuple[Plan, tuple[RankProgram, ...]]] = []
     with timed(steps, "plan and program"):
         for source, destination in pairs:
-            plan = make_plan(source, destination, topology=topology, rank=0)
-            made.append((plan, plan.for_rank(0)))
+            plan = make_plan(source, destination, topology=topology, rank=rank)
+            made.append((plan, plan.for_rank(rank)))
     count = 0
     with timed(steps, "as objects"):
         for _, programs in made:
@@ -172,15 +177,21 @@ def run(largest: int, largest_global: int, repeats: int) -> list[Row]:
         rows.append(
             measured("held twice, needed twice", size, partial(one_rank, [cases.replicated(size)], None, True), 1)
         )
+    for what, make in cases.FLEETS.items():
+        for size in (size for size in FLEET_SIZES if size <= largest):
+            pair = make(size)
+            receiver = pair[1].mesh.ranks[size // 2]
+            topology = cases.rails(max(*pair[0].mesh.ranks, *pair[1].mesh.ranks) + 1)
+            rows.append(measured(what, size, partial(one_rank, [pair], topology, False, receiver), repeats))
     models = (
         ("tensors of distinct shapes, 16 to 8 ranks", list(cases.distinct_tensors(723)), None),
         ("Llama 70B, 64 to 32 ranks", list(cases.llama(1)), cases.rails(96)),
         ("Llama 70B, 64 to 4 x 8 ranks", list(cases.llama(4)), cases.rails(96)),
         ("mixture of experts, 256 to 128 ranks", list(cases.mixture_of_experts()), cases.rails(384)),
     )
-    for what, pairs, topology in models:
+    for what, pairs, hosts in models:
         few = len(pairs) < 1000
-        once = partial(one_rank, pairs, topology, False)
+        once = partial(one_rank, pairs, hosts, False)
         rows.append(measured(what, len(pairs), once, repeats if few else 1, peak=few))
     for size in (size for size in (16, 64, 128, 256, 1024) if size <= largest_global):
         rows.append(
