@@ -11,18 +11,19 @@ from tricomm.transport.streams import StreamContext
 class Handle:
     """A reshard that was started.
 
-    >>> import torch.distributed as dist
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> import tricomm
-    >>> from tricomm import Mesh, Shard, ShardingSpec
-    >>> rows = ShardingSpec(Mesh([0], ("tp",)), (Shard(0),), (2, 2), "float32")
-    >>> handle = tricomm.reshard_async(torch.ones(2, 2), rows, rows)
-    >>> handle.wait()
-    tensor([[1., 1.],
-            [1., 1.]])
-    >>> handle.done()
-    True
-    >>> dist.destroy_process_group()
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> import tricomm
+        >>> from tricomm import Mesh, Shard, ShardingSpec
+        >>> rows = ShardingSpec(Mesh([0], ("tp",)), (Shard(0),), (2, 2), "float32")
+        >>> handle = tricomm.reshard_async(torch.ones(2, 2), rows, rows)
+        >>> handle.wait()
+        tensor([[1., 1.],
+                [1., 1.]])
+        >>> handle.done()
+        True
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, future: "Future[tuple[torch.Tensor | None, Any]]", stream_context: StreamContext) -> None:

@@ -116,12 +116,13 @@ class LocalTransport:
         receives_ahead: how many rounds early receives are posted; only if not grouped.
         rounds_open: how many rounds may be in flight.
 
-    >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec, make_plan
-    >>> rows = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (2, 2), "float32")
-    >>> plan = make_plan(rows, ShardingSpec(Mesh([2], ("tp",)), (Replicate(),)))
-    >>> LocalTransport().run(plan, {0: torch.zeros(1, 2), 1: torch.ones(1, 2)})
-    {2: tensor([[0., 0.],
-            [1., 1.]])}
+    Example:
+        >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec, make_plan
+        >>> rows = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (2, 2), "float32")
+        >>> plan = make_plan(rows, ShardingSpec(Mesh([2], ("tp",)), (Replicate(),)))
+        >>> LocalTransport().run(plan, {0: torch.zeros(1, 2), 1: torch.ones(1, 2)})
+        {2: tensor([[0., 0.],
+                [1., 1.]])}
     """
 
     grouped: bool = True

@@ -26,9 +26,10 @@ class StageCost:
     Raises:
         PlanError: a number that is negative or not finite.
 
-    >>> cost = StageCost(1.0, 1.5, 0.5, activation_nbytes=1 << 20)
-    >>> cost.backward_seconds, cost.total_seconds
-    (2.0, 3.0)
+    Example:
+        >>> cost = StageCost(1.0, 1.5, 0.5, activation_nbytes=1 << 20)
+        >>> cost.backward_seconds, cost.total_seconds
+        (2.0, 3.0)
     """
 
     forward_seconds: float
@@ -77,11 +78,12 @@ class TransferCost:
     Raises:
         PlanError: a number that is negative or not finite.
 
-    >>> hop = TransferCost.of_bytes(1_000_000, bytes_per_second=1e9, latency_seconds=1e-4)
-    >>> hop.busy_seconds, hop.seconds
-    (0.001, 0.0011)
-    >>> hop.sharing("NIC 0", "NIC 1").loads
-    (('NIC 0 out', 1.0), ('NIC 1 in', 1.0))
+    Example:
+        >>> hop = TransferCost.of_bytes(1_000_000, bytes_per_second=1e9, latency_seconds=1e-4)
+        >>> hop.busy_seconds, hop.seconds
+        (0.001, 0.0011)
+        >>> hop.sharing("NIC 0", "NIC 1").loads
+        (('NIC 0 out', 1.0), ('NIC 1 in', 1.0))
     """
 
     busy_seconds: float = 0.0
@@ -158,9 +160,10 @@ class Costs:
     Raises:
         PlanError: no stages.
 
-    >>> costs = Costs.uniform(4, 1.0, 1.0, 1.0, hop=0.5)
-    >>> len(costs.stages), costs.transfer(Channel(0, 1)).busy_seconds
-    (4, 0.5)
+    Example:
+        >>> costs = Costs.uniform(4, 1.0, 1.0, 1.0, hop=0.5)
+        >>> len(costs.stages), costs.transfer(Channel(0, 1)).busy_seconds
+        (4, 0.5)
     """
 
     stages: tuple[StageCost, ...]

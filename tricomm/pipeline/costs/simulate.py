@@ -29,12 +29,13 @@ def simulate(schedule: Schedule, costs: Costs, *, queues: Queues = Queues.PER_CH
     Raises:
         PlanError: costs of another number of stages, or a schedule that cannot run.
 
-    >>> from tricomm.pipeline.schedule.generators import eager_one_f_one_b, one_f_one_b
-    >>> costs = Costs.uniform(4, 1.0, 1.0, 1.0, hop=1.0)  # F, I, W and each hop take a second
-    >>> simulate(one_f_one_b(4, 8), costs).makespan_seconds
-    49.0
-    >>> simulate(eager_one_f_one_b(4, 8), costs).makespan_seconds
-    39.0
+    Example:
+        >>> from tricomm.pipeline.schedule.generators import eager_one_f_one_b, one_f_one_b
+        >>> costs = Costs.uniform(4, 1.0, 1.0, 1.0, hop=1.0)  # F, I, W and each hop take a second
+        >>> simulate(one_f_one_b(4, 8), costs).makespan_seconds
+        49.0
+        >>> simulate(eager_one_f_one_b(4, 8), costs).makespan_seconds
+        39.0
     """
     check_stages(schedule, costs)
     if not schedule.has_communication and schedule.channels:

@@ -78,10 +78,11 @@ class Timeline:
         transfers: of all channels, in the order in which they began; of those that began at one moment, in the order in
             which they ended.
 
-    >>> from tricomm.pipeline import gpipe, simulate
-    >>> timeline = simulate(gpipe(2, 4), Costs.uniform(2, 1.0, 1.0, 1.0))
-    >>> timeline.makespan_seconds, timeline.busy_seconds(0), round(timeline.bubble_fraction, 2)
-    (15.0, 12.0, 0.2)
+    Example:
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 4), Costs.uniform(2, 1.0, 1.0, 1.0))
+        >>> timeline.makespan_seconds, timeline.busy_seconds(0), round(timeline.bubble_fraction, 2)
+        (15.0, 12.0, 0.2)
     """
 
     schedule: Schedule

@@ -25,9 +25,10 @@ class Workload:
     Raises:
         PlanError: a negative overhead, or overheads of another number of stages.
 
-    >>> batch = Workload((StageCost(4.0, 4.0, 4.0),) * 2, overhead_seconds=0.1)
-    >>> batch.costs(microbatches=8).stages[0].forward_seconds
-    0.6
+    Example:
+        >>> batch = Workload((StageCost(4.0, 4.0, 4.0),) * 2, overhead_seconds=0.1)
+        >>> batch.costs(microbatches=8).stages[0].forward_seconds
+        0.6
     """
 
     stages: tuple[StageCost, ...]

@@ -126,20 +126,21 @@ class Measurement:
     Raises:
         SpecError: another Measurement of this executor has not ended.
 
-    >>> import torch
-    >>> import torch.distributed as dist
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> from tricomm import Mesh, Replicate
-    >>> from tricomm.pipeline import Schedule, Stage, WithLoss
-    >>> module = WithLoss(torch.nn.Linear(8, 8), torch.nn.functional.mse_loss)
-    >>> stage = Stage(Mesh([0], ("x",)), ("x", "target"), ("loss",), module, loss=(Replicate(),))
-    >>> with Executor(Schedule.parse(["0F0 0B0 0F1 0B1"]), [stage], {}) as executor:
-    ...     with Measurement(executor) as measurement:
-    ...         _ = executor.step({"x": torch.ones(2, 4, 8), "target": torch.zeros(2, 4, 8)})
-    ...     costs = measurement.costs(Topology.detect(nic_bytes_per_second=12.5e9))
-    >>> costs.stages[0].activation_nbytes, costs.stages[0].forward_seconds > 0
-    (128, True)
-    >>> dist.destroy_process_group()
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> from tricomm import Mesh, Replicate
+        >>> from tricomm.pipeline import Schedule, Stage, WithLoss
+        >>> module = WithLoss(torch.nn.Linear(8, 8), torch.nn.functional.mse_loss)
+        >>> stage = Stage(Mesh([0], ("x",)), ("x", "target"), ("loss",), module, loss=(Replicate(),))
+        >>> with Executor(Schedule.parse(["0F0 0B0 0F1 0B1"]), [stage], {}) as executor:
+        ...     with Measurement(executor) as measurement:
+        ...         _ = executor.step({"x": torch.ones(2, 4, 8), "target": torch.zeros(2, 4, 8)})
+        ...     costs = measurement.costs(Topology.detect(nic_bytes_per_second=12.5e9))
+        >>> costs.stages[0].activation_nbytes, costs.stages[0].forward_seconds > 0
+        (128, True)
+        >>> dist.destroy_process_group()
     """
 
     executor: Executor

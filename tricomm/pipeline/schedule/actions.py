@@ -34,10 +34,11 @@ class Kind(StrEnum):
         gives_gradient: whether it gives the gradient that the stage before waits for.
         ends_microbatch: whether its stage needs nothing more of its microbatch afterwards: B or W.
 
-    >>> [kind.value for kind in Kind if kind.is_compute]
-    ['F', 'B', 'I', 'W']
-    >>> Kind("RECV_F").is_receive
-    True
+    Example:
+        >>> [kind.value for kind in Kind if kind.is_compute]
+        ['F', 'B', 'I', 'W']
+        >>> Kind("RECV_F").is_receive
+        True
     """
 
     FORWARD = "F"
@@ -60,8 +61,9 @@ class Kind(StrEnum):
 class Channel(NamedTuple):
     """One direction of an edge: activations flow to higher stages, gradients to lower ones.
 
-    >>> Channel(2, 1).is_forward, str(Channel(2, 1).edge)
-    (False, '1-2')
+    Example:
+        >>> Channel(2, 1).is_forward, str(Channel(2, 1).edge)
+        (False, '1-2')
     """
 
     sender: int
@@ -84,9 +86,10 @@ class Channel(NamedTuple):
 class Edge(NamedTuple):
     """Activations of stage ``source`` are inputs of stage ``destination``, and gradients come back.
 
-    >>> edge = Edge(0, 1)
-    >>> print(edge, edge.forward, edge.backward)
-    0-1 0>1 1>0
+    Example:
+        >>> edge = Edge(0, 1)
+        >>> print(edge, edge.forward, edge.backward)
+        0-1 0>1 1>0
     """
 
     source: int
@@ -131,10 +134,11 @@ class Action:
     Raises:
         PlanError: numbers that name no stage or microbatch, or a peer on the wrong side.
 
-    >>> Action(2, Kind.FORWARD, 0)
-    Action.parse('2F0')
-    >>> Action.parse("0SEND_F2>3").channel
-    Channel(sender=0, receiver=3)
+    Example:
+        >>> Action(2, Kind.FORWARD, 0)
+        Action.parse('2F0')
+        >>> Action.parse("0SEND_F2>3").channel
+        Channel(sender=0, receiver=3)
     """
 
     stage: int

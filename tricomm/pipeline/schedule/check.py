@@ -17,8 +17,9 @@ from tricomm.pipeline.schedule.schedule import Schedule
 class Queues(Enum):
     """Which transfers run in the order in which they were posted, one after the other.
 
-    >>> [queues.name for queues in Queues if not queues.is_of_peers]  # those that the executor takes
-    ['PER_CHANNEL', 'PER_DIRECTION']
+    Example:
+        >>> [queues.name for queues in Queues if not queues.is_of_peers]  # those that the executor takes
+        ['PER_CHANNEL', 'PER_DIRECTION']
     """
 
     PER_CHANNEL = "one per directed edge"
@@ -77,11 +78,12 @@ def check(schedule: Schedule, queues: Queues = Queues.PER_CHANNEL) -> None:
     Raises:
         PlanError: the first action that breaks a rule, or the cycle of those that wait for each other.
 
-    >>> check(Schedule.parse(["0F0 0B0", "1F0 1B0"]))
-    >>> check(Schedule.parse(["0B0 0F0", "1F0 1B0"]))
-    Traceback (most recent call last):
-        ...
-    tricomm.errors.PlanError: 0B0 at pipeline rank 0 comes before 0F0, ...
+    Example:
+        >>> check(Schedule.parse(["0F0 0B0", "1F0 1B0"]))
+        >>> check(Schedule.parse(["0B0 0F0", "1F0 1B0"]))
+        Traceback (most recent call last):
+            ...
+        tricomm.errors.PlanError: 0B0 at pipeline rank 0 comes before 0F0, ...
     """
     _check_lists(schedule)
     if schedule.has_communication:
@@ -107,10 +109,11 @@ def receive_ring(schedule: Schedule, channel: Channel) -> int:
     A buffer is taken where the receive stands and given back after the backward of its microbatch (B or W): until
     then the stage's graph may read its input. Without backwards it is given back after the forward.
 
-    >>> from tricomm.pipeline.schedule.communication import with_communication
-    >>> from tricomm.pipeline.schedule.generators import gpipe
-    >>> receive_ring(with_communication(gpipe(2, 3)), Channel(0, 1))
-    3
+    Example:
+        >>> from tricomm.pipeline.schedule.communication import with_communication
+        >>> from tricomm.pipeline.schedule.generators import gpipe
+        >>> receive_ring(with_communication(gpipe(2, 3)), Channel(0, 1))
+        3
     """
     pipeline_rank = schedule.pipeline_rank_of(channel.receiver)
     taken: list[int] = []

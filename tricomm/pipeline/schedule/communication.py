@@ -27,10 +27,11 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
     Raises:
         PlanError: a negative number.
 
-    >>> from tricomm.pipeline.schedule.generators import gpipe
-    >>> print(with_communication(gpipe(2, 2)))
-    0: 0F0      0SEND_F0 0RECV_B0 0F1 0SEND_F1 0RECV_B1 0B0 0B1
-    1: 1RECV_F0 1RECV_F1 1F0      1F1 1B0      1SEND_B0 1B1 1SEND_B1
+    Example:
+        >>> from tricomm.pipeline.schedule.generators import gpipe
+        >>> print(with_communication(gpipe(2, 2)))
+        0: 0F0      0SEND_F0 0RECV_B0 0F1 0SEND_F1 0RECV_B1 0B0 0B1
+        1: 1RECV_F0 1RECV_F1 1F0      1F1 1B0      1SEND_B0 1B1 1SEND_B1
     """
     if receives_ahead < 0:
         raise PlanError(

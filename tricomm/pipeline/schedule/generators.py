@@ -24,9 +24,10 @@ def gpipe(
 
     Args and errors: as for eager_one_f_one_b.
 
-    >>> print(gpipe(2, 3))
-    0: 0F0 0F1 0F2 0B0 0B1 0B2
-    1: 1F0 1F1 1F2 1B0 1B1 1B2
+    Example:
+        >>> print(gpipe(2, 3))
+        0: 0F0 0F1 0F2 0B0 0B1 0B2
+        1: 1F0 1F1 1F2 1B0 1B1 1B2
     """
     return warmed_up(
         microbatches, (microbatches,) * _counted("stages", stages), split=split, weight_delay=weight_delay, edges=edges
@@ -43,9 +44,10 @@ def one_f_one_b(
 
     Args and errors: as for eager_one_f_one_b.
 
-    >>> print(one_f_one_b(2, 3))
-    0: 0F0 0F1 0B0 0F2 0B1 0B2
-    1: 1F0 1B0 1F1 1B1 1F2 1B2
+    Example:
+        >>> print(one_f_one_b(2, 3))
+        0: 0F0 0F1 0B0 0F2 0B1 0B2
+        1: 1F0 1B0 1F1 1B1 1F2 1B2
     """
     return eager_one_f_one_b(stages, microbatches, depth=0, split=split, weight_delay=weight_delay, edges=edges)
 
@@ -76,9 +78,10 @@ def eager_one_f_one_b(
     Raises:
         PlanError: counts that are not positive, or a delay without split.
 
-    >>> print(eager_one_f_one_b(2, 3, depth=1, split=True))
-    0: 0F0 0F1 0F2 0I0 0W0 0I1 0W1 0I2 0W2
-    1: 1F0 1I0 1W0 1F1 1I1 1W1 1F2 1I2 1W2
+    Example:
+        >>> print(eager_one_f_one_b(2, 3, depth=1, split=True))
+        0: 0F0 0F1 0F2 0I0 0W0 0I1 0W1 0I2 0W2
+        1: 1F0 1I0 1W0 1F1 1I1 1W1 1F2 1I2 1W2
     """
     if depth < 0:
         raise PlanError(f"depth={depth} must be at least 0; 0 is 1F1B and 1 the eager 1F1B of the paper")
@@ -97,9 +100,10 @@ def zero_bubble(stages: int, microbatches: int, *, depth: int = 0, edges: Edges 
     Raises:
         PlanError: counts that are not positive.
 
-    >>> print(zero_bubble(2, 3))
-    0: 0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2
-    1: 1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
+    Example:
+        >>> print(zero_bubble(2, 3))
+        0: 0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2
+        1: 1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
     """
     count = _counted("stages", stages)
     delay = [(depth + 1) * stage for stage in range(count)]
@@ -124,9 +128,10 @@ def interleaved_one_f_one_b(
     Raises:
         PlanError: counts that are not positive or do not divide.
 
-    >>> print(interleaved_one_f_one_b(2, 2))
-    0: 0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1
-    1: 1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
+    Example:
+        >>> print(interleaved_one_f_one_b(2, 2))
+        0: 0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1
+        1: 1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
     """
     count, rounds = _counted("pipeline_ranks", pipeline_ranks), _counted("stages_per_rank", stages_per_rank)
     group = min(count, _counted("microbatches", microbatches))
@@ -171,9 +176,10 @@ def warmed_up(
     Raises:
         PlanError: counts that are not positive, or a delay without split.
 
-    >>> print(warmed_up(3, [3, 1]))
-    0: 0F0 0F1 0F2 0B0 0B1 0B2
-    1: 1F0 1B0 1F1 1B1 1F2 1B2
+    Example:
+        >>> print(warmed_up(3, [3, 1]))
+        0: 0F0 0F1 0F2 0B0 0B1 0B2
+        1: 1F0 1B0 1F1 1B1 1F2 1B2
     """
     count = _counted("microbatches", microbatches)
     delays = [weight_delay] * len(warm_up) if isinstance(weight_delay, int) else list(weight_delay)

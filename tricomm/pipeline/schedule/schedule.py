@@ -13,8 +13,9 @@ from tricomm.pipeline.schedule.actions import MAX_STAGES, Action, Channel, Edge,
 def chain(stages: int) -> tuple[Edge, ...]:
     """Each stage feeds the next one.
 
-    >>> [str(edge) for edge in chain(3)]
-    ['0-1', '1-2']
+    Example:
+        >>> [str(edge) for edge in chain(3)]
+        ['0-1', '1-2']
     """
     if stages > MAX_STAGES:
         raise PlanError(f"stages={stages} is more than {MAX_STAGES}; give the stages of one pipeline")
@@ -45,11 +46,12 @@ class Schedule:
         PlanError: a stage at two pipeline ranks or at none, an action that is missing, twice or both whole and split,
             or an edge that joins no two stages.
 
-    >>> schedule = Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"])
-    >>> schedule.stages, schedule.microbatches, schedule.has_communication
-    (2, 2, False)
-    >>> [str(channel) for channel in schedule.channels]
-    ['0>1', '1>0']
+    Example:
+        >>> schedule = Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"])
+        >>> schedule.stages, schedule.microbatches, schedule.has_communication
+        (2, 2, False)
+        >>> [str(channel) for channel in schedule.channels]
+        ['0>1', '1>0']
     """
 
     lists: tuple[tuple[Action, ...], ...]
@@ -173,9 +175,10 @@ class Schedule:
     def forward_only(self) -> "Schedule":
         """Return the same schedule without backwards and what they send: it runs wherever this one does.
 
-        >>> print(Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"]).forward_only())
-        0: 0F0 0F1
-        1: 1F0 1F1
+        Example:
+            >>> print(Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"]).forward_only())
+            0: 0F0 0F1
+            1: 1F0 1F1
         """
         kinds = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
         return replace(self, lists=tuple(tuple(one for one in actions if one.kind in kinds) for actions in self.lists))

@@ -25,9 +25,10 @@ def write_csv(schedule: Schedule) -> str:
     Raises:
         PlanError: an edge between stages that are no neighbours, which torch does not know.
 
-    >>> from tricomm.pipeline.schedule.generators import gpipe
-    >>> write_csv(gpipe(2, 2)).splitlines()
-    ['0F0,0F1,0B0,0B1', '1F0,1F1,1B0,1B1']
+    Example:
+        >>> from tricomm.pipeline.schedule.generators import gpipe
+        >>> write_csv(gpipe(2, 2)).splitlines()
+        ['0F0,0F1,0B0,0B1', '1F0,1F1,1B0,1B1']
     """
     if schedule.edges != chain(schedule.stages):
         edges = ", ".join(map(str, schedule.edges))
@@ -54,8 +55,9 @@ def read_csv(text: str, edges: Iterable[tuple[int, int]] = ()) -> Schedule:
     Raises:
         PlanError: a cell that is no action, or actions that are no schedule.
 
-    >>> read_csv("0F0,0F1,,0B0,0B1").lists
-    ((Action.parse('0F0'), Action.parse('0F1'), Action.parse('0B0'), Action.parse('0B1')),)
+    Example:
+        >>> read_csv("0F0,0F1,,0B0,0B1").lists
+        ((Action.parse('0F0'), Action.parse('0F1'), Action.parse('0B0'), Action.parse('0B1')),)
     """
     lists = tuple(tuple(_actions(row)) for row in csv.reader(io.StringIO(text)))
     return Schedule(lists, tuple(Edge(*edge) for edge in edges))
