@@ -28,7 +28,7 @@ def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOpt
 
     def make() -> Resharder:
         given = replace(options, group=group, confirm=confirm).given()
-        return Resharder.made(source, destination, given, meets_always=True)
+        return Resharder._made(source, destination, given, meets_always=True)
 
     found: Resharder = context_of(group).kept(key, make)
     return found

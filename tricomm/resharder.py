@@ -76,7 +76,7 @@ class Resharder:
         self._make(source, destination, options)
 
     @classmethod
-    def made(
+    def _made(
         cls,
         source: ShardingSpec,
         destination: ShardingSpec,
@@ -326,7 +326,7 @@ class Resharder:
             meets_always = self._session is not None and self._session.meets_always
             specs = gradient_specs(self.plan.source, self.plan.destination)
             options = replace(self.options, group=group).given()
-            self._gradient = Resharder.made(*specs, options, parent=self, meets_always=meets_always)
+            self._gradient = Resharder._made(*specs, options, parent=self, meets_always=meets_always)
         return self._gradient
 
     @property
@@ -348,7 +348,13 @@ class Resharder:
                 raise
 
     def abort(self, reason: str) -> None:
-        """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError."""
+        """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError that says why.
+
+        Args:
+            reason: a sentence that names this rank.
+        """
+        if not isinstance(reason, str):
+            raise ArgumentError(f'reason={reason!r} is not a text; write why, as in "rank 3 ran out of data"')
         if self._session is not None and self._session.state is not State.BROKEN:
             self._session.abort(reason)
 
