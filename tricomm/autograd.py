@@ -18,6 +18,10 @@ class Mover(Protocol):
         """Move."""
         ...
 
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Move what requires grad."""
+        ...
+
     def gradient(self) -> "Mover":
         """The mover of the gradients."""
         ...
@@ -55,6 +59,19 @@ def gradient_specs(source: ShardingSpec, destination: ShardingSpec) -> tuple[Sha
     return destination, replace(source, placements=tuple(placements))
 
 
+def describe_undifferentiable(source: ShardingSpec, destination: ShardingSpec, out: torch.Tensor | None) -> str | None:
+    """Say why a tensor that requires grad cannot be moved; None if it can."""
+    if out is not None:
+        return "a tensor that requires grad cannot be moved into out; leave out=None or pass tensor.detach()"
+    if set(source.mesh.ranks) != set(destination.mesh.ranks):
+        return (
+            f"the tensor requires grad, but {source.mesh} and {destination.mesh} are different ranks, so autograd on "
+            "one rank cannot reach the other; pass tensor.detach(), and in the backward pass call "
+            "Resharder.gradient() on all ranks"
+        )
+    return None
+
+
 def gradient_scale(source: ShardingSpec) -> float:
     """By how much a contribution counts: 1, or 1/n for an average of n."""
     scale = 1.0
@@ -72,7 +89,7 @@ class ReshardFunction(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, mover: Mover) -> torch.Tensor | None:
         """Move."""
         ctx.mover = mover
-        return mover(tensor.detach())
+        return mover.forward(tensor.detach())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, None]:

@@ -8,9 +8,10 @@ import torch
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
 from tricomm.plan.arguments import check_spec
-from tricomm.resharder import Resharder, tell_all
+from tricomm.resharder import Resharder
 from tricomm.transport.group import context_of, resolve_group
 from tricomm.transport.handle import Handle
+from tricomm.transport.session import tell_all
 
 
 def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOptions, caller: str) -> Resharder:
@@ -76,6 +77,11 @@ def reshard(
                 [1., 1., 1.]], dtype=torch.bfloat16)
         >>> dist.destroy_process_group()
     """
+    if torch.compiler.is_compiling():
+        from tricomm.compiled import run_eagerly
+
+        result: torch.Tensor | None = run_eagerly(reshard, tensor, source, destination, out=out, **options)
+        return result
     mover = _one_shot(source, destination, options, "reshard")
     return mover(tensor, out=out)
 
@@ -106,5 +112,10 @@ def reshard_async(
                 [1., 1., 1.]], dtype=torch.bfloat16)
         >>> dist.destroy_process_group()
     """
+    if torch.compiler.is_compiling():
+        from tricomm.compiled import run_eagerly
+
+        handle: Handle = run_eagerly(reshard_async, tensor, source, destination, out=out, **options)
+        return handle
     mover = _one_shot(source, destination, options, "reshard_async")
     return mover.start(tensor, out=out)

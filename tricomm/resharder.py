@@ -8,18 +8,21 @@ from typing import Any, ClassVar, Self, Unpack
 
 import torch
 
-from tricomm.autograd import ReshardFunction, gradient_scale, gradient_specs
+from tricomm.autograd import ReshardFunction, describe_undifferentiable, gradient_scale, gradient_specs
 from tricomm.errors import ArgumentError, SpecError, TricommError
+from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
-from tricomm.packing.tensor_checker import TensorChecker, check_casts
+from tricomm.packing.tensor_checker import TensorChecker, check_casts, describe_transform
 from tricomm.plan import Plan, make_plan
-from tricomm.plan.arguments import check_spec
+from tricomm.plan.arguments import check_ranks, check_spec
 from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
 from tricomm.transport.handle import Handle
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, describe_failure, name_error
+from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, describe_failure, name_error, tell_all
 from tricomm.transport.streams import HostStreamContext
+
+GRADIENT_FIELD = "whether the tensor requires grad"
 
 
 class Resharder:
@@ -122,7 +125,7 @@ class Resharder:
         self.name = chosen.name
         for side, spec in (("source", source), ("destination", destination)):
             check_spec(side, spec)
-            _check_ranks(side, spec, self.context.size)
+            check_ranks(side, spec, self.context.size)
         self.plan: Plan = make_plan(
             source,
             destination,
@@ -134,6 +137,8 @@ class Resharder:
         )
         check_casts(self.plan)
         self.participants = self.plan.participants
+        # Only ranks that are all on both meshes can ask for gradients, and then all must.
+        self._gradient_ranks_agree = set(self.plan.source.mesh.ranks) == set(self.plan.destination.mesh.ranks)
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
         if self.rank in self.participants:
@@ -181,10 +186,28 @@ class Resharder:
 
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Reshard. Arguments and result as for :func:`reshard`."""
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-            self._check_differentiable(out)
-            result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            from tricomm.compiled import run_eagerly
+
+            result: torch.Tensor | None = run_eagerly(self, tensor, out=out)
             return result
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            return self._differentiated(tensor, out)
+        return self._move(tensor, out, requires_grad=False)
+
+    def _differentiated(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+        """Reshard such that gradients come back."""
+        self._check_differentiable(out)
+        result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Reshard a detached tensor whose gradient is going to be asked for."""
+        return self._move(tensor, None, requires_grad=True)
+
+    def _move(
+        self, tensor: torch.Tensor | None, out: torch.Tensor | None, *, requires_grad: bool
+    ) -> torch.Tensor | None:
         session = self._session
         if session is None:
             self._off_meshes(tensor, out)
@@ -193,6 +216,8 @@ class Resharder:
             with session:
                 source, destination = self._check(tensor, out)
                 channel = session.channel
+                if self._gradient_ranks_agree:
+                    session.call_fields = {GRADIENT_FIELD: str(requires_grad)}
                 last = channel.last_started
                 if last is not None and (not last.done() or last.exception() is not None):
                     # What was started on the same channel is still under way: wait in line behind it.
@@ -228,6 +253,11 @@ class Resharder:
                 of the new tensor may be that of one which the current stream has still to read.
             depends_on: runs of this rank, whatever they move, that end before this one begins.
         """
+        if torch.compiler.is_compiling():
+            from tricomm.compiled import run_eagerly
+
+            handle: Handle = run_eagerly(self.start, tensor, out=out, after=after, depends_on=depends_on)
+            return handle
         session = self._session
         if session is None:
             self._off_meshes(tensor, out)
@@ -347,6 +377,7 @@ class Resharder:
                 name_error(error, self.name)
                 raise
 
+    @checks_kinds
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError that says why.
 
@@ -378,16 +409,7 @@ class Resharder:
         self.close()
 
     def _check_differentiable(self, out: torch.Tensor | None) -> None:
-        plan = self.plan
-        problem = None
-        if out is not None:
-            problem = "a tensor that requires grad cannot be moved into out; leave out=None or pass tensor.detach()"
-        elif set(plan.source.mesh.ranks) != set(plan.destination.mesh.ranks):
-            problem = (
-                f"the tensor requires grad, but {plan.source.mesh} and {plan.destination.mesh} are different ranks, so "
-                "autograd on one rank cannot reach the other; pass tensor.detach(), and in the backward pass call "
-                "Resharder.gradient() on all ranks"
-            )
+        problem = describe_transform() or describe_undifferentiable(self.plan.source, self.plan.destination, out)
         if problem is not None:
             error = SpecError(problem)
             name_error(error, self.name)
@@ -395,22 +417,3 @@ class Resharder:
                 self._session.calls += 1
                 self._session.tell(error)
             raise error
-
-
-def tell_all(context: GroupContext, error: BaseException, options: ReshardOptions) -> None:
-    """Whatever stops this rank before it is known who else takes part reaches all ranks of the group."""
-    # Either may be of the wrong kind, which is what the error may be about.
-    given: dict[str, object] = {"name": options.get("name"), "channel": options.get("channel")}
-    name, channel = (one if isinstance(one, str) else "" for one in given.values())
-    name_error(error, name)
-    text = describe_failure(context.rank, f"its call of tricomm{f' for {name}' if name else ''}", error)
-    context.rendezvous.abort(tuple(range(context.size)), text, channel)
-
-
-def _check_ranks(side: str, spec: ShardingSpec, size: int) -> None:
-    outside = [rank for rank in spec.mesh.ranks if rank >= size]
-    if outside:
-        raise SpecError(
-            f"rank {outside[0]} of the {side} mesh {spec.mesh} is outside of the process group, which has ranks 0 to "
-            f"{size - 1}; use ranks of the group, or pass the group that has them"
-        )

@@ -26,6 +26,7 @@ from tricomm import (
 )
 from tricomm.options import LinkOptions
 from tricomm.packing import copy_program, tensor_checker
+from tricomm.plan import arguments
 
 
 def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -81,6 +82,8 @@ REFUSALS: dict[str, Refusal] = {
         "reshard to Replicate() or Shard(dim)"),
     "source not a spec": (lambda: make_plan(None, ROWS), ArgumentError,
         "source=None", "not a ShardingSpec", "write ShardingSpec(mesh"),
+    "mesh outside of the group": (lambda: arguments.check_ranks("source", ROWS, 1), SpecError,
+        "rank 1 of the source mesh (x=2: ranks 0-1)", "outside of the process group", "use ranks of the group"),
     "strategy a word": (lambda: move(strategy="auto"), ArgumentError,
         "strategy='auto'", "not a strategy", "pass Auto()"),
     "topology a number": (lambda: move(topology=2), ArgumentError,

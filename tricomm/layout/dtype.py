@@ -30,7 +30,7 @@ _INTEGERS = {
 }
 _COMPLEX = {"complex32": 4, "complex64": 8, "complex128": 16}
 # Types with no arithmetic of their own: they move, and they are never cast or reduced.
-_OPAQUE = {
+OPAQUE = {
     "float4_e2m1fn_x2": 1,
     "bits8": 1,
     "bits16": 2,
@@ -39,7 +39,7 @@ _OPAQUE = {
     "bits4x2": 1,
 }
 
-ITEMSIZE: dict[str, int] = {"bool": 1, **_FLOATS, **_INTEGERS, **_COMPLEX, **_OPAQUE}
+ITEMSIZE: dict[str, int] = {"bool": 1, **_FLOATS, **_INTEGERS, **_COMPLEX, **OPAQUE}
 """Bytes of one element, by dtype name."""
 
 SHORT_NAMES = {
@@ -101,7 +101,7 @@ def check_cast(source: str, destination: str) -> None:
     """
     if source == destination:
         return
-    opaque = next((name for name in (source, destination) if name in _OPAQUE), None)
+    opaque = next((name for name in (source, destination) if name in OPAQUE), None)
     if opaque is not None:
         raise SpecError(f"cannot cast {source} to {destination}: {opaque} has no cast; give both specs the same dtype")
     if source in _COMPLEX and destination not in _COMPLEX:
@@ -117,7 +117,7 @@ def check_reduction(op: str, dtype: str) -> None:
     Raises:
         SpecError: for example the maximum of complex numbers, or the average of integers.
     """
-    if dtype in _OPAQUE:
+    if dtype in OPAQUE:
         problem = "the type has no arithmetic"
     elif op in ("max", "min") and dtype in _COMPLEX:
         problem = "complex numbers have no order"

@@ -173,8 +173,9 @@ class Topology:
         rates = {rate for pair in self._nic_rates for rate in pair}
         slow, fast = (f"{rate / 1e9:.4g}" for rate in (min(rates), max(rates)))
         within = f", {self.intra_bytes_per_second / 1e9:.4g} GB/s within a host" if hosts < len(self.hosts) else ""
+        ranks = "1 rank" if len(self.hosts) == 1 else f"{len(self.hosts)} ranks"
         return (
-            f"{len(self.hosts)} ranks on {hosts} host{'s' if hosts > 1 else ''}, {nics} of "
+            f"{ranks} on {hosts} host{'s' if hosts > 1 else ''}, {nics} of "
             f"{slow if slow == fast else f'{slow} to {fast}'} GB/s on each{within}; "
             f"latency {self.latency_seconds * 1e6:.4g} us"
         )

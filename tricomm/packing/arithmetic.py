@@ -36,6 +36,10 @@ class Reducer:
         self.contributions: torch.Tensor | None = None
         if shape is None:
             return
+        with torch.inference_mode(False):  # also calls outside of that mode write the buffers
+            self._make_buffers(op, dtype, shape, device)
+
+    def _make_buffers(self, op: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
         self.contributions = torch.empty(shape, dtype=dtype, device=device)
         self.result = torch.empty(shape[1:], dtype=dtype, device=device)
         wide = _accumulation_dtype(dtype)

@@ -32,6 +32,14 @@ class TorchCopies(NamedTuple):
 
     def run(self) -> None:
         """See Copies."""
+        if self.pairs and self.pairs[0][0].is_inference():
+            # Made in inference mode, which is a matter of threads: it may be written in that mode only.
+            with torch.inference_mode():
+                self._copy()
+        else:
+            self._copy()
+
+    def _copy(self) -> None:
         for into, out_of in self.pairs:
             into.copy_(out_of)
 

@@ -3,6 +3,7 @@
 import torch
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.layout.dtype import OPAQUE, dtype_name
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.overlap import has_shared_elements, share_memory
 from tricomm.plan import Plan
@@ -33,6 +34,9 @@ class TensorChecker:
         Raises:
             SpecError: missing on a source rank, given elsewhere, or of another kind, shape, dtype or device.
         """
+        problem = describe_transform()
+        if problem is not None:
+            raise SpecError(problem)
         if self.source_shape is None:
             if tensor is not None:
                 raise SpecError(
@@ -66,7 +70,7 @@ class TensorChecker:
                 )
             return None
         if out is None:
-            return torch.empty(self.destination_shape, dtype=self.destination_dtype, device=self.device)
+            return _empty(self.destination_shape, self.destination_dtype, self.device)
         self._check("out", out, self.destination_shape, self.destination_dtype)
         if out.is_conj() or out.is_neg():
             raise SpecError(f"out of rank {self.rank} is a lazy conjugate or negative; pass a plain tensor")
@@ -109,6 +113,24 @@ class TensorChecker:
                 f"{name} of rank {rank} is on {tensor.device}, and this call works on {self.device}; "
                 f"move it with .to({str(self.device)!r}) or pass device={str(tensor.device)!r}"
             )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make a tensor to be filled. In deterministic mode torch fills it too, which it cannot for types of bare bits."""
+    word = {1: torch.uint8, 2: torch.int16}.get(dtype.itemsize)
+    if word is None or dtype_name(dtype) not in OPAQUE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=word, device=device).view(dtype)
+
+
+def describe_transform() -> str | None:
+    """Say that a transform of torch.func is at work, in which a tensor has no memory to move; None if none is."""
+    if not torch._C._are_functorch_transforms_active():
+        return None
+    return (
+        "tricomm was called inside of a torch.func transform (vmap, grad, jvp), where "
+        "tensors have no memory of their own; call it outside, or use torch.autograd for gradients"
+    )
 
 
 def check_casts(plan: Plan) -> None:

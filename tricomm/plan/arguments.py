@@ -1,6 +1,6 @@
 """What make_plan takes, checked for its kind before anything else."""
 
-from tricomm.errors import ArgumentError, PlanError
+from tricomm.errors import ArgumentError, PlanError, SpecError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.routes.strategies import Auto
@@ -78,6 +78,20 @@ def check_rank(rank: object) -> None:
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ArgumentError(f"rank={rank!r} is not a rank; pass an integer from 0 on, or None for all ranks")
+
+
+def check_ranks(side: str, spec: ShardingSpec, size: int) -> None:
+    """Refuse a mesh with ranks outside of a process group.
+
+    Raises:
+        SpecError: there is one.
+    """
+    outside = [rank for rank in spec.mesh.ranks if rank >= size]
+    if outside:
+        raise SpecError(
+            f"rank {outside[0]} of the {side} mesh {spec.mesh} is outside of the process group, which has ranks 0 to "
+            f"{size - 1}; use ranks of the group, or pass the group that has them"
+        )
 
 
 def _is_hashable(value: object) -> bool:

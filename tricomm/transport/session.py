@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Mapping
 from enum import Enum
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -78,6 +79,8 @@ class Session:
         self._channel_name = channel.name
         self._label = label
         self.meets_always = meets_always
+        self.call_fields: Mapping[str, str] = {}
+        """What the ranks compare of a single call, where they meet for it."""
         self.calls = 0
         """Calls that were begun here, those that failed included; equal on all ranks that make the same calls."""
         self._context = context
@@ -244,6 +247,9 @@ class Session:
         if not self.meets_always:
             fields[CALL_FIELD] = f"call {number}" if number else "connect()"
         digest = f"{self._digest}/{self._number}/{0 if self.meets_always else number}"
+        if number:
+            fields |= self.call_fields
+            digest += "".join(f"/{value}" for value in self.call_fields.values())
         call = f"call {number} of {self.label}" if number else f"the connecting of {self.label}"
         try:
             tag = self.channel.connect(
@@ -324,3 +330,13 @@ def name_error(error: BaseException, name: str) -> None:
     """Put the name of the Resharder before the text of an error of ours, unless it is in there."""
     if name and isinstance(error, TricommError) and name not in str(error):
         error.args = (f"{name}: {error}",)
+
+
+def tell_all(context: GroupContext, error: BaseException, options: Mapping[str, Any]) -> None:
+    """Whatever stops this rank before it is known who else takes part reaches all ranks of the group."""
+    # Either may be of the wrong kind, which is what the error may be about.
+    given: dict[str, object] = {"name": options.get("name"), "channel": options.get("channel")}
+    name, channel = (one if isinstance(one, str) else "" for one in given.values())
+    name_error(error, name)
+    text = describe_failure(context.rank, f"its call of tricomm{f' for {name}' if name else ''}", error)
+    context.rendezvous.abort(tuple(range(context.size)), text, channel)
