@@ -203,7 +203,8 @@ PIPELINE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 # Values and results, which the library makes; and what torch or Python calls.
 NOT_CALLED = {
     "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Plan", "Stats", "Timeline", "Timeline.busy_seconds",
-    "Tuned", "Resharder.made", "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
+    "Tuned", "Resharder.made", "Resharder.forward",
+    "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
 }  # fmt: skip
 # Strategies call these with each other's values; Link's and Executor's need a step of several ranks (tests/pipeline).
 SEAMS = {"assign", "route", "before", "append", "share_host", "rates_between"}

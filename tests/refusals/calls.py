@@ -168,6 +168,9 @@ REFUSALS: dict[str, Refusal] = {
         "rank 2 gave a tensor of shape (3,)", "not on the source mesh", "pass None"),
     "tensor missing": (lambda: run({1: None}), SpecError,
         "rank 1 is on the source mesh (x=2:", "gave no tensor", "pass its shard of shape (4, 4) and dtype float32"),
+    "tensor under a transform": (
+        lambda: torch.vmap(lambda x: run({0: x}))(torch.zeros(2, 4, 4)), SpecError,
+        "inside of a torch.func transform", "tensors have no memory of their own", "call it outside"),
     "tensor sparse": (lambda: run({1: torch.zeros(4, 4).to_sparse()}), ArgumentError,
         "rank 1 is a Tensor", "plain dense", "pass its local data"),
     "tensor of a subclass": (lambda: run({0: torch.zeros(4, 4).as_subclass(Subclass)}), ArgumentError,
