@@ -1,0 +1,177 @@
+"""Ranks at a rendezvous, as threads on one store: what they agree on, and how they come together again."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tricomm import TransportError
+from tricomm.transport.coordination.monitor import Monitor
+from tricomm.transport.coordination.rendezvous import Agreed, Intent, Rendezvous, describe_refusal
+from tricomm.transport.coordination.status import StatusStore
+
+TIMEOUT_SECONDS = 1.5
+
+
+def intent(what: str, participants: tuple[int, ...] = (0, 1), channel: str = "") -> Intent:
+    return Intent(participants, {"what": what}, what, channel, f"call of {what}")
+
+
+class Group:
+    """Ranks that share a store and no process."""
+
+    def __init__(self, size: int) -> None:
+        store = dist.HashStore()
+        self.dead: list[dict[int, str]] = [{} for _ in range(size)]
+        self.ranks = [
+            Rendezvous(store, rank, Monitor(StatusStore(store, rank)), self.dead[rank]) for rank in range(size)
+        ]
+        self.store = store
+
+    def run(self, *calls: Callable[[Rendezvous], Any]) -> list[Any]:
+        """Run a call on each rank at once: what each returns, or the text of its TransportError."""
+        results: list[Any] = [None] * len(calls)
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = calls[rank](self.ranks[rank])
+            except TransportError as error:
+                results[rank] = str(error)
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(calls))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+def joining(what: str, **options: Any) -> Callable[[Rendezvous], Agreed]:
+    return lambda rendezvous: rendezvous.join(intent(what), TIMEOUT_SECONDS, **options)
+
+
+def after(seconds: float, call: Callable[[Rendezvous], Any]) -> Callable[[Rendezvous], Any]:
+    def later(rendezvous: Rendezvous) -> Any:
+        time.sleep(seconds)
+        return call(rendezvous)
+
+    return later
+
+
+def test_ranks_that_do_the_same_agree_on_its_number_and_on_what_the_last_one_decides() -> None:
+    group = Group(2)
+    assert group.run(joining("a"), joining("a", decide=str)) in ([Agreed(1, "")] * 2, [Agreed(1, "False")] * 2)
+    told = [joining("a", needs_reconnect=True, decide=str), joining("a", decide=str)]
+    assert group.run(*told) == [Agreed(2, "True")] * 2
+    assert group.run(joining("a", decide=str), after(0.3, joining("a", decide=str))) == [Agreed(3, "False")] * 2
+
+
+def test_keys_of_the_epoch_before_are_deleted() -> None:
+    group = Group(2)
+    for _ in range(5):
+        group.run(joining("a", needs_reconnect=True), joining("a"))
+    held = group.store.num_keys()
+    for _ in range(5):
+        group.run(joining("a", needs_reconnect=True), joining("a"))
+    assert group.store.num_keys() <= held + 2  # notes and heartbeats, one a rank
+
+
+def test_a_mismatch_names_both_calls_and_the_next_call_works() -> None:
+    group = Group(2)
+    for text in group.run(joining("a"), joining("b")):
+        assert text.startswith("rank 1 disagrees with rank 0 about what: rank 0 says a, rank 1 says b")
+        assert "(rank 0 makes call of a, rank 1 call of b)" in text
+    assert group.run(joining("a"), joining("a")) == [Agreed(2, "")] * 2
+
+
+def test_a_rank_that_refuses_tells_the_others_and_its_next_call_is_met() -> None:
+    group = Group(2)
+    refusal = describe_refusal(1, "SpecError: no")
+    assert group.run(joining("a"), lambda one: one.abort((0, 1), refusal)) == [refusal, None]
+    assert group.run(joining("a"), joining("a")) == [Agreed(2, "")] * 2
+    # Before the others come, too; and for all ranks, when it is not known who takes part.
+    group.ranks[1].abort((0, 1), refusal)
+    assert group.run(joining("a")) == [refusal]
+    group.ranks[1].abort((0, 1, 2), refusal)
+    assert group.run(joining("a")) == [refusal]
+    assert group.run(joining("a"), joining("a"))[0] == Agreed(5, "")
+
+
+def test_an_absent_rank_is_named_and_told_when_it_comes() -> None:
+    group = Group(2)
+    began = time.monotonic()
+    (text,) = group.run(joining("a"))
+    assert text.startswith("rank 1 did not call within the timeout")
+    assert 0.9 * TIMEOUT_SECONDS < time.monotonic() - began <= TIMEOUT_SECONDS
+    with pytest.raises(TransportError, match="rank 1 did not call"):
+        group.ranks[1].join(intent("a"), TIMEOUT_SECONDS)
+    assert group.run(joining("a"), joining("a")) == [Agreed(2, "")] * 2
+
+
+def test_a_rank_that_is_a_call_behind_catches_up() -> None:
+    group = Group(2)
+    for _ in range(2):
+        group.run(joining("a"))
+    first = group.run(joining("a"), joining("a"))
+    assert "rank 1 did not call" in first[1]
+    assert "rank 1 is one call behind" in first[0] or "rank 1 did not call" in first[0]
+    second = group.run(joining("a"), joining("a"))
+    third = group.run(joining("a"), joining("a"))
+    assert isinstance(third[0], Agreed), (first, second, third)
+    assert third[0] == third[1]
+
+
+def test_an_exception_at_a_rendezvous_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(2)
+
+    def interrupted(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    def call(rendezvous: Rendezvous) -> Any:
+        with pytest.raises(KeyboardInterrupt):
+            rendezvous.join(intent("a"), TIMEOUT_SECONDS)
+
+    monkeypatch.setattr(group.ranks[1], "_attend", interrupted)
+    began = time.monotonic()
+    assert group.run(joining("a"), call)[0] == "rank 1 failed in call of a: KeyboardInterrupt()"
+    assert time.monotonic() - began < TIMEOUT_SECONDS / 2
+    monkeypatch.undo()
+    assert group.run(joining("a"), joining("a")) == [Agreed(2, "")] * 2
+
+
+def test_channels_do_not_disturb_each_other() -> None:
+    """One thread of each rank waits on a channel for long while two others meet on another, again and again."""
+    group = Group(2)
+    slow = intent("slow", channel="slow")
+    waiting = threading.Thread(target=lambda: group.ranks[0].join(slow, 5.0))
+    waiting.start()
+    for _ in range(3):
+        assert isinstance(group.run(joining("a"), after(0.25, joining("a")))[0], Agreed)
+    assert isinstance(group.ranks[1].join(slow, 5.0), Agreed)
+    waiting.join()
+
+
+def test_a_dead_rank_is_not_waited_for_and_may_come_back() -> None:
+    group = Group(2)
+    group.dead[0][1] = "rank 1 died: its connection closed"
+    began = time.monotonic()
+    text = group.run(lambda one: one.join(intent("a"), 20.0))[0]
+    assert text.startswith("rank 1 died: its connection closed; it did not come back")
+    assert time.monotonic() - began < 4
+    with pytest.raises(TransportError):
+        group.ranks[1].join(intent("a"), TIMEOUT_SECONDS)
+    assert isinstance(group.run(joining("a"), joining("a"))[0], Agreed)
+    assert group.dead[0] == {}
+
+
+def test_abort_awaited_ends_what_others_wait_in_and_nothing_else() -> None:
+    group = Group(2)
+    assert group.run(joining("a"), after(0.2, lambda one: one.abort_awaited((0, 1), "rank 1 closed it"))) == [
+        "rank 1 closed it",
+        None,
+    ]
+    group.ranks[1].abort_awaited((0, 1), "rank 1 closed it")
+    assert isinstance(group.run(joining("a"), joining("a"))[0], Agreed)
