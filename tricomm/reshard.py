@@ -22,7 +22,7 @@ def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOpt
         check_spec("destination", destination)
         options = Options.of(given, caller)
     except BaseException as error:
-        tell_all(context_of(group), error, given)
+        tell_all(context_of(group), error, given, source, destination)
         raise
     confirm = True if options.confirm is None else options.confirm
     key = (source, destination, replace(options, group=None, confirm=confirm))

@@ -109,7 +109,7 @@ class Resharder:
             self._plan(source, destination, options, group)
             self._session = self._open(parent, meets_always)
         except BaseException as error:
-            tell_all(self.context, error, options)
+            tell_all(self.context, error, options, source, destination)
             raise
         self._gradient: Resharder | None = None
         self._is_closed = False
@@ -405,7 +405,8 @@ class Resharder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is not None and not isinstance(error, TricommError):
-            self.abort(describe_failure(self.rank, f"the block of {self!r}", error))
+            label = "a Resharder" if self._session is None else self._session.label
+            self.abort(describe_failure(self.rank, f"the block of {label}", error))
         self.close()
 
     def _check_differentiable(self, out: torch.Tensor | None) -> None:

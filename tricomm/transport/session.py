@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import CallId, Communicator
@@ -294,6 +295,9 @@ class Session:
                 # Its connections have closed, which tells those that use them; others may wait at a rendezvous.
                 rendezvous.abort_awaited(self._participants, text, channel)
                 return
+        if call is None:
+            # Not in a call of this session: what others have to hear of is their next one.
+            call = CallId(self._tag, self.calls + 1, self.label)
         has_met = not self.meets_always or self._met_in_call == self.calls
         if communicator is not None and communicator.abort_reason is None and has_met:
             communicator.abort(text, call, lost)
@@ -332,11 +336,18 @@ def name_error(error: BaseException, name: str) -> None:
         error.args = (f"{name}: {error}",)
 
 
-def tell_all(context: GroupContext, error: BaseException, options: Mapping[str, Any]) -> None:
-    """Whatever stops this rank before it is known who else takes part reaches all ranks of the group."""
-    # Either may be of the wrong kind, which is what the error may be about.
-    given: dict[str, object] = {"name": options.get("name"), "channel": options.get("channel")}
-    name, channel = (one if isinstance(one, str) else "" for one in given.values())
+def tell_all(
+    context: GroupContext, error: BaseException, options: Mapping[str, Any], source: object, destination: object
+) -> None:
+    """Whatever stops this rank before its plan stands reaches whoever may wait for it: the ranks of the meshes, if they
+    are meshes, in the call that they make, and all others of the group.
+    """
+    # Any may be of the wrong kind, which is what the error may be about.
+    name, channel = (one if isinstance(one, str) else "" for one in (options.get("name"), options.get("channel")))
     name_error(error, name)
     text = describe_failure(context.rank, f"its call of tricomm{f' for {name}' if name else ''}", error)
-    context.rendezvous.abort(tuple(range(context.size)), text, channel)
+    everybody = tuple(range(context.size))
+    meshes = [spec.mesh for spec in (source, destination) if isinstance(spec, ShardingSpec)]
+    ranks = tuple(sorted({rank for mesh in meshes for rank in mesh.ranks}))
+    is_known = len(meshes) == 2 and context.rank in ranks and ranks[-1] < context.size
+    context.rendezvous.abort(ranks if is_known else everybody, text, channel, everybody)

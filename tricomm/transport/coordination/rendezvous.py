@@ -142,10 +142,17 @@ class Rendezvous:
                 if agreed is not None:
                     return agreed
 
-    def abort(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
+    def abort(
+        self, participants: Sequence[int], reason: str, channel: str = "", audience: Sequence[int] | None = None
+    ) -> None:
         """Tell those who may wait for this rank that it does not come to its next call, and why.
 
         Nobody waits for one that is not among the participants.
+
+        Args:
+            participants, channel: of the call, as far as this rank knows.
+            reason: a sentence that names this rank.
+            audience: who may wait for it in a call of others; None is nobody but the participants.
         """
         if self.rank not in participants:
             return
@@ -153,7 +160,8 @@ class Rendezvous:
             epoch = self._next_epoch(participants, channel)
             self._end(reason, self.rank, [epoch])
             # For ranks that expect it in a call of other participants.
-            self._announce(Note(epoch, tuple(participants), channel, "", None, reason))
+            told = tuple(participants if audience is None else audience)
+            self._announce(Note(epoch, told, channel, "", None, reason))
 
     def abort_awaited(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
         """As ``abort``, if others wait for this rank in a rendezvous by now; else nothing."""
