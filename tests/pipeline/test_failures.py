@@ -228,3 +228,34 @@ def test_a_rank_that_stays_away_is_named_also_by_those_that_wait_for_others(rank
     for kind, text in ranks.run(last_stays_away)[:3]:
         assert kind == "TransportError"
         assert "rank 3 gave no sign of life" in text
+
+
+class Slow(nn.Module):
+    """Computes for longer than the timeout, once."""
+
+    def __init__(self, seed: int, call: int) -> None:
+        super().__init__()
+        self.layer, self.call, self.calls = linear(seed), call, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.call:
+            time.sleep(9.0)
+        return self.layer(x)
+
+
+def slow_compute(rank: int, victim: int) -> tuple[str, str]:
+    """Its last forward of the second step; the receive of the first gradient has been posted by then."""
+    stages, edges = chain(rank, lambda index: Slow(index, 2 * MICROBATCHES) if index == victim else linear(index))
+    with Executor(gpipe(4, MICROBATCHES), stages, edges, timeout_seconds=5.0) as executor:
+        executor.step(data())
+        return attempt(lambda: executor.step(data()))
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_module_that_computes_past_the_timeout_is_named_and_nobody_else(ranks: Ranks, victim: int) -> None:
+    """Also by itself: what it had posted meanwhile waited for ranks that waited for it."""
+    for kind, text in ranks.run(slow_compute, victim)[:4]:
+        assert kind == "TransportError"
+        assert text.startswith(f"rank {victim} is alive but did not send or receive within the timeout"), text
+        assert f"rank {victim} is in the computation of {victim}F3 of executor 'pipeline'" in text

@@ -38,8 +38,10 @@ LOG = logging.getLogger("tricomm")
 CONNECTING_TAG = 0
 """The tag of what is sent before any call; Resharders' tags begin at 1."""
 
+COMPUTING_FACTOR = 20.0
 SPARE_BEATS = 3.0
-"""The monitor ends waits at their deadline; should it be unable to, they end so many heartbeats later by themselves."""
+"""The monitor ends waits at their deadline, which moves on while this rank computes. Should it be unable to, they end
+by themselves, after so many timeouts and heartbeats."""
 
 
 class CallId:
@@ -195,7 +197,7 @@ class Communicator:
         run.abort = lambda text: self._abort_run(run, text)
         if timeout_seconds != self._timeout_seconds:
             self._timeout_seconds = timeout_seconds
-            self.limit = timedelta(seconds=timeout_seconds + SPARE_BEATS * run.heartbeat_seconds)
+            self.limit = timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + SPARE_BEATS * run.heartbeat_seconds)
         self.call = call
         self.run = run
         self.coordinator.monitor.watch(run)

@@ -13,6 +13,7 @@ Made once on every rank, with the same arguments but for the modules, then calle
 
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self, Unpack
@@ -278,7 +279,7 @@ class Executor:
             for run in self.runs.values():
                 run.begin(loss_weights or [self._loss_scale] * self.schedule.microbatches)
             check = self._check if trains else None
-            step = Step(program, self._connections.links, data, check, self.observer)
+            step = Step(program, self._connections.links, data, check, self.observer, self._computing)
             step.run()
             if trains:
                 self._finish()
@@ -287,6 +288,11 @@ class Executor:
             self._fail(error, None if step is None else step.action)
             raise
         return self._result(step)
+
+    def _computing(self, action: Action) -> AbstractContextManager[None]:
+        """Say what this rank computes: meanwhile nobody is late that it will wait for."""
+        what = f"the computation of {action} of executor {self.name!r}"
+        return self.context.monitor.computing(what, self.timeout_seconds)
 
     def _check_arguments(self, program: Program, data: Data, loss_weights: Sequence[float] | None) -> None:
         """Refuse what this rank was given, before anything is sent."""

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,14 @@ Data = Mapping[str, Sequence[torch.Tensor] | torch.Tensor]
 
 Observer = Callable[[Action, float, float], None]
 """Told after each action of this rank when it began and ended, by time.perf_counter()."""
+
+
+Computing = Callable[[Action], AbstractContextManager[None]]
+"""What surrounds the computation of an action."""
+
+
+def _nothing(action: Action) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Program:
@@ -55,6 +64,7 @@ class Step:
         data: of the step, checked.
         check: where gradients of the first step are recorded; None in all others.
         observer: told of each action.
+        computing: surrounds what a stage computes, without its waits; told of the action.
         action: that is being carried out; None before and after.
         outputs: of an evaluation, by name, then by microbatch.
     """
@@ -64,6 +74,7 @@ class Step:
     data: Data
     check: ReplicaCheck | None = None
     observer: Observer | None = None
+    computing: Computing = _nothing
     action: Action | None = None
     outputs: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     _posted: dict[tuple[Channel, int], ReceiveHandle] = field(default_factory=dict)
@@ -92,7 +103,8 @@ class Step:
         if action.kind is Kind.FORWARD:
             self._forward(action, run)
         elif action.kind is Kind.WEIGHT_GRADIENT:
-            run.weight_gradients(action.microbatch)
+            with self.computing(action):
+                run.weight_gradients(action.microbatch)
         else:
             self._backward(action, run)
         if self.program.schedule.ends_microbatch(action):
@@ -115,10 +127,12 @@ class Step:
         inputs = {name: self.data[name][microbatch] for name in self.program.data_names[stage]}
         for channel in schedule.inputs(action):
             inputs.update(zip(self.program.edges[channel.edge], self._arrived(channel, action), strict=True))
-        if schedule.has_backward:
-            outputs = run.forward(microbatch, inputs, check_trains=self.check is not None)
-        else:
-            outputs = run.evaluate(microbatch, inputs)
+        with self.computing(action):
+            if schedule.has_backward:
+                outputs = run.forward(microbatch, inputs, check_trains=self.check is not None)
+            else:
+                outputs = run.evaluate(microbatch, inputs)
+        if not schedule.has_backward:
             for name in self.program.kept_outputs(stage):
                 self.outputs.setdefault(name, {})[microbatch] = outputs[name]
         channels = schedule.outputs(action)
@@ -136,7 +150,8 @@ class Step:
         for channel in schedule.inputs(action):
             for name, gradient in zip(names_of[channel.edge], self._arrived(channel, action), strict=True):
                 gradients.setdefault(name, []).append(gradient)
-        found = run.backward(action.kind, action.microbatch, gradients)
+        with self.computing(action):
+            found = run.backward(action.kind, action.microbatch, gradients)
         for channel in schedule.outputs(action):
             names = names_of[channel.edge]
             link = self.links.get(channel.edge)

@@ -40,7 +40,7 @@ rank must make the same calls in the same order
         if here is None:
             return _describe_end(rank, wait, at, heartbeats, silent)
         if here.peer is None:
-            return _describe_busy(rank, wait, at, ())
+            return _describe_busy(rank, wait, at, heartbeats[at].waits[:1] if not heartbeats[at].waits[0].place else ())
         followed[at] = here
         at = here.peer
     circle = list(followed)[list(followed).index(at) :]

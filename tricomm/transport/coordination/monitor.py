@@ -4,12 +4,17 @@ While a run takes longer than a heartbeat, the monitor posts that this rank is a
 whether somebody has aborted it. In the last heartbeats before the deadline it watches those of the ranks that are
 waited for; at the deadline it diagnoses, and ends the run with what it found. So a wait lasts until its timeout, and
 its error is there at once.
+
+A pipeline computes while what it has posted waits in the background. For that time nobody else is at fault: deadlines
+move on by it, and heartbeats say that the rank computes.
 """
 
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.diagnosis import SILENT_BEATS, Observations, diagnose, diagnose_connecting
@@ -36,7 +41,7 @@ class Run:
 
     The thread that runs and the monitor share it. All fields are written before the monitor sees them and never again,
     but for ``waiting_for``: one immutable value, written by the thread that runs alone; the monitor may read that of a
-    moment ago.
+    moment ago. ``computed_before`` is how long the rank had computed when the run began.
 
     Args:
         place: a communicator or rendezvous.
@@ -46,7 +51,17 @@ class Run:
         participants: the ranks that connect, in a run that connects.
     """
 
-    __slots__ = ("abort", "began", "deadline", "describe", "heartbeat_seconds", "participants", "place", "waiting_for")
+    __slots__ = (
+        "abort",
+        "began",
+        "computed_before",
+        "deadline",
+        "describe",
+        "heartbeat_seconds",
+        "participants",
+        "place",
+        "waiting_for",
+    )
 
     def __init__(
         self,
@@ -64,10 +79,35 @@ class Run:
         self.abort = abort
         self.participants = participants
         self.waiting_for: int | None = None
+        self.computed_before = 0.0
 
     def wait(self) -> Wait:
         """Return what the run waits for now."""
         return Wait(self.place, self.waiting_for, self.describe())
+
+
+class Computing(NamedTuple):
+    """What a rank computes while its runs wait in the background.
+
+    Attributes:
+        what: in words; "" if it computes nothing.
+        since: from when on.
+        seconds_before: for which it had computed before.
+        heartbeat_seconds: between two heartbeats.
+    """
+
+    what: str = ""
+    since: float = 0.0
+    seconds_before: float = 0.0
+    heartbeat_seconds: float = MAX_HEARTBEAT_SECONDS
+
+    def seconds(self, now: float) -> float:
+        """Return for how long it has computed in all."""
+        return self.seconds_before + (now - self.since if self.what else 0.0)
+
+    def deadline_of(self, run: Run, now: float) -> float:
+        """Return when a run must end: as much later as this rank computed meanwhile."""
+        return run.deadline + self.seconds(now) - run.computed_before
 
 
 class _Shared:
@@ -78,6 +118,7 @@ class _Shared:
         self.seconds = MAX_HEARTBEAT_SECONDS
         self.busy = threading.Event()
         self.hurry = threading.Event()
+        self.computing = Computing()  # written by the thread that computes alone
         self.is_ended = False
 
     def end(self) -> None:
@@ -103,6 +144,7 @@ class Monitor:
     def watch(self, run: Run) -> None:
         """Begin to watch a run."""
         shared = self._shared
+        run.computed_before = shared.computing.seconds(run.began)
         shared.runs[id(run)] = run
         if run.heartbeat_seconds < shared.seconds:
             shared.seconds = run.heartbeat_seconds
@@ -115,6 +157,25 @@ class Monitor:
     def release(self, run: Run) -> None:
         """End to watch a run."""
         self._shared.runs.pop(id(run), None)
+
+    @contextmanager
+    def computing(self, what: str, timeout_seconds: float) -> Iterator[None]:
+        """Surround what this rank computes while it has posted what waits in the background.
+
+        Args:
+            what: in words.
+            timeout_seconds: of those runs.
+        """
+        shared, began = self._shared, time.monotonic()
+        shared.computing = Computing(what, began, shared.computing.seconds_before, heartbeat_seconds(timeout_seconds))
+        if self._thread is None:
+            self._start()
+        if not shared.busy.is_set():
+            shared.busy.set()
+        try:
+            yield
+        finally:
+            shared.computing = Computing(seconds_before=shared.computing.seconds(time.monotonic()))
 
     def _start(self) -> None:
         with self._starting:
@@ -131,18 +192,20 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
         shared.busy.wait()
         now = time.monotonic()
         runs = list(shared.runs.values())
+        computing = shared.computing
+        shared.seconds = min(shared.seconds, computing.heartbeat_seconds)
         until = min([shared.seconds, *(run.deadline - now for run in runs if run.deadline > now)])
         shared.hurry.wait(max(until, 0.001))
         if shared.is_ended:
             return
         shared.hurry.clear()
         runs = list(shared.runs.values())
-        watcher.look(runs, time.monotonic())
+        watcher.look(runs, time.monotonic(), shared.computing)
         shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.heartbeat_seconds for run in runs)])
-        if not runs:
+        if not runs and not shared.computing.what:
             shared.busy.clear()
             # A run may have begun between the lines above.
-            if shared.runs:
+            if shared.runs or shared.computing.what:
                 shared.busy.set()
         del runs
 
@@ -159,37 +222,41 @@ class Watcher:
         self._observations = Observations(status)
         self._heartbeats = 0
 
-    def look(self, runs: Sequence[Run], now: float) -> None:
+    def look(self, runs: Sequence[Run], now: float, computing: Computing = Computing()) -> None:  # noqa: B008
         """Post a heartbeat for the runs that are slow, end those that were aborted, and those whose time is over."""
         slow = [run for run in runs if now - run.began >= 0.9 * run.heartbeat_seconds]
+        is_slow = bool(computing.what) and now - computing.since >= 0.9 * computing.heartbeat_seconds
         if not slow:
             self._observations.clear()
         try:
-            if slow:
+            if slow or is_slow:
                 self._heartbeats += 1
-                self.status.post_heartbeat(Heartbeat(self._heartbeats, tuple(run.wait() for run in slow)))
+                waits = tuple(run.wait() for run in slow)
+                if computing.what:  # that, and none of the ranks that it will need, keeps it
+                    waits = (Wait("", None, computing.what), *(wait._replace(peer=None) for wait in waits))
+                self.status.post_heartbeat(Heartbeat(self._heartbeats, waits))
             for run in slow:
-                self._attend(run, now)
+                self._attend(run, now, computing.deadline_of(run, now))
         except TransportError as lost:
             for run in runs:
-                if run.abort is not None and now >= run.deadline:
+                if run.abort is not None and now >= computing.deadline_of(run, now):
                     run.abort(f"{run.describe()} took longer than its timeout, and {lost}")
 
-    def _attend(self, run: Run, now: float) -> None:
+    def _attend(self, run: Run, now: float, deadline: float) -> None:
         if run.abort is None:
             return
         reason = self.status.abort_of(run.place)
         if reason is not None:
             run.abort(reason.text)
             return
-        if now < run.deadline - WATCHED_BEATS * run.heartbeat_seconds:
+        if now < deadline - WATCHED_BEATS * run.heartbeat_seconds:
             return
         wait = run.wait()
         first = list(run.participants) if wait.peer is None else [wait.peer]
         if not first:
             return  # busy with its own part; if it waits at the next look, its time is over then
         heartbeats = self._observations.look(first, now)
-        if now >= run.deadline:
+        if now >= deadline:
             silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.heartbeat_seconds)
             run.abort(self._diagnose(run, wait, heartbeats, silent))
 
