@@ -19,6 +19,7 @@ from tricomm.pipeline import (
     Executor,
     Measurement,
     StageCost,
+    StepComparison,
     Workload,
     one_f_one_b,
     simulate,
@@ -136,6 +137,32 @@ def test_the_costs_are_what_the_tuner_takes(ranks: Ranks) -> None:
     assert again.stages[2].forward_seconds == pytest.approx(costs.stages[2].forward_seconds)
     tuned = tune(batch.costs, [2, MICROBATCHES])
     assert tuned.timeline.makespan_seconds <= simulate(zero_bubble(3, MICROBATCHES), costs).makespan_seconds
+
+
+def predicted_and_measured(rank: int) -> StepComparison | None:
+    """Three steps, each of which takes 500 s by the clock of the rank, and of rank 2 100 s more."""
+    if rank > 3:
+        return None
+    clock = Clock()
+    stages, edges = chain(rank, lambda index: Timed(index, clock, (1.0, 2.0, 3.0)), SLOW_RANKS)
+    with Executor(one_f_one_b(3, MICROBATCHES), stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        with mock.patch.object(measure, "time", clock), Measurement(executor) as measurement:
+            for _ in range(3):
+                executor.step(data())
+        measurement._steps[:] = [9999.0, 500.0 + 100.0 * (rank == 2), 500.0 + 100.0 * (rank == 2)]
+        return measurement.compare(NIC)
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(ranks: Ranks) -> None:
+    found = ranks.run(predicted_and_measured)[:4]
+    assert all(one == found[0] for one in found)
+    costs = Costs((StageCost(1.0, 3.0, 0.0), StageCost(1.0, 5.0, 0.0), StageCost(1.0, 5.0, 0.0)))
+    assert found[0].measured_seconds == 600.0, "without the first step, and of the slowest rank"
+    assert found[0].predicted_seconds > simulate(one_f_one_b(3, MICROBATCHES), costs).makespan_seconds
+    assert [busy for busy, _, _ in found[0].pipeline_ranks] == [16.0, 24.0, 24.0], "the first stage has no I"
+    busy, predicted, waited = found[0].pipeline_ranks[0]
+    assert (predicted, waited) == (found[0].predicted_seconds - busy, 600.0 - busy)
+    assert str(found[0]).startswith("step: predicted ")
 
 
 # ---- what autograd keeps

@@ -8,7 +8,7 @@ from tricomm.pipeline.run.clip import clip_gradients
 from tricomm.pipeline.run.directed_link import PerDirectionFifo
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.executor import Evaluation, Executor
-from tricomm.pipeline.run.measure import Measurement
+from tricomm.pipeline.run.measure import Measurement, StepComparison
 from tricomm.pipeline.run.stage import Stage, WithLoss
 from tricomm.pipeline.run.tied import Tied
 from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
@@ -49,6 +49,7 @@ __all__ = [
     "Schedule",
     "Stage",
     "StageCost",
+    "StepComparison",
     "Tied",
     "Timeline",
     "TransferCost",

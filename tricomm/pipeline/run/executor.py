@@ -11,8 +11,9 @@ Made once on every rank, with the same arguments but for the modules, then calle
     loss = executor.step({"tokens": tokens.chunk(8), "targets": targets.chunk(8)})  # gradients are in .grad
 """
 
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -148,6 +149,8 @@ class Executor:
         self.name, self.queues = name, queues
         self.state = State.READY
         self.observer: Observer | None = None
+        self.on_step: Callable[[float], None] | None = None
+        """Told how long each step took that trains, while there is a Measurement."""
         self.measurements = 0
         """How many Measurements were made of it."""
         self.ranks = tuple(range(self.context.size))  # until it is known whose stages they are
@@ -267,6 +270,7 @@ class Executor:
         if not self.runs:
             return Evaluation()
         self._calls += 1
+        began = time.perf_counter()
         step: Step | None = None
         try:
             if self.state is State.FAILED:
@@ -287,6 +291,8 @@ class Executor:
             # Whatever stops this rank (an error in a module, an interrupt) must reach those that wait for it.
             self._fail(error, None if step is None else step.action)
             raise
+        if trains and self.on_step is not None:
+            self.on_step(time.perf_counter() - began)
         return self._result(step)
 
     def _computing(self, action: Action) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import explains_fields
 from tricomm.layout.topology import Topology
 from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
+from tricomm.pipeline.costs.simulate import simulate
 from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.schedule.actions import Channel, Kind
 from tricomm.plan import make_plan
@@ -106,6 +107,37 @@ class StageMeter:
 
 
 @explains_fields
+@dataclass(frozen=True, slots=True)
+class StepComparison:
+    """A step as it was predicted from measured costs, beside how long it took.
+
+    >>> print(StepComparison(0.90, 0.99, ((0.70, 0.20, 0.29),)))
+    step: predicted 0.9 s, measured 0.99 s (+10%)
+      pipeline rank 0: computes 0.7 s, else waits: predicted 0.2 s, measured 0.29 s
+
+    Attributes:
+        predicted_seconds: by simulation of the executor's schedule with the costs.
+        measured_seconds: the median over the steps but the first, of the slowest rank.
+        pipeline_ranks: for each, the seconds that it computes, and those that it does not: predicted and measured.
+    """
+
+    predicted_seconds: float
+    measured_seconds: float
+    pipeline_ranks: tuple[tuple[float, float, float], ...]
+
+    def __str__(self) -> str:
+        error = self.measured_seconds / self.predicted_seconds - 1
+        lines = [
+            f"step: predicted {self.predicted_seconds:.4g} s, measured {self.measured_seconds:.4g} s ({error:+.0%})"
+        ]
+        lines += [
+            f"  pipeline rank {index}: computes {busy:.4g} s, else waits: predicted {predicted:.4g} s, measured "
+            f"{measured:.4g} s"
+            for index, (busy, predicted, measured) in enumerate(self.pipeline_ranks)
+        ]
+        return "\n".join(lines)
+
+
 @dataclass
 class Measurement:
     """Record what the stages cost in the steps that run inside of its ``with``, on every rank of the pipeline.
@@ -151,17 +183,42 @@ class Measurement:
         runs, device = self.executor.runs, self.executor.device
         self._meters = {index: StageMeter(run.module, device) for index, run in runs.items()}
         self._stages: tuple[StageCost, ...] = ()
+        self._step_seconds = 0.0
+        self._steps: list[float] = []
 
     def __enter__(self) -> Self:
         if any(run.meter is not None for run in self.executor.runs.values()):
             raise SpecError("this executor is being measured already; end that Measurement first")
         for index, run in self.executor.runs.items():
             run.meter = self._meters[index]
+        self.executor.on_step = self._steps.append
         return self
 
     def __exit__(self, *_: object) -> None:
         for run in self.executor.runs.values():
             run.meter = None
+        self.executor.on_step = None
+
+    def compare(self, topology: Topology | None = None) -> StepComparison:
+        """Predict a step from the measured costs, beside how long the steps took; the same on every rank.
+
+        What is waited for more than predicted is overhead between actions, or a network that is slower than the
+        topology says. On a GPU the host's clock tells, so measure several steps.
+
+        Args:
+            topology: as for ``costs``.
+
+        Raises:
+            SpecError, TransportError: as for ``costs``.
+        """
+        costs, executor = self.costs(topology), self.executor
+        timeline = simulate(executor.schedule, costs, queues=executor.queues)
+        predicted = timeline.makespan_seconds
+        ranks = []
+        for pipeline_rank in range(executor.schedule.pipeline_ranks):
+            busy = timeline.busy_seconds(pipeline_rank)
+            ranks.append((busy, predicted - busy, max(0.0, self._step_seconds - busy)))
+        return StepComparison(predicted, self._step_seconds, tuple(ranks))
 
     def costs(self, topology: Topology | None = None) -> Costs:
         """What one microbatch costs: the same on every rank of the pipeline, all of which call it.
@@ -196,6 +253,7 @@ class Measurement:
         keys = {rank: f"measured/{executor.unique}/{self._number}/{rank}" for rank in executor.ranks}
         try:
             mine: dict[str, Any] = {str(index): asdict(meter.cost()) for index, meter in self._meters.items()}
+            mine["step"] = statistics.median(self._steps[1:] or self._steps)
         except SpecError as error:
             post_note(store, keys[executor.rank], {"error": str(error)})
             raise
@@ -206,6 +264,7 @@ class Measurement:
             told.append(awaited_note(store, key, executor.timeout_seconds, absent))
             if "error" in told[-1]:
                 raise TransportError(f"rank {rank} has no costs of its stage: {told[-1]['error']}")
+        self._step_seconds = max(one["step"] for one in told)
         names = [field.name for field in fields(StageCost)]
         by_stage = ([one[str(index)] for one in told if str(index) in one] for index in range(len(executor.stages)))
         return tuple(StageCost(*(max(one[name] for one in costs) for name in names)) for costs in by_stage)
