@@ -63,6 +63,17 @@ def test_who_does_not_connect_is_named() -> None:
     assert "did not connect within the timeout" in diagnose_connecting(0, "call 1 of a", (0, 1, 2), set())
 
 
+def test_a_rank_that_computes_is_found_through_those_that_wait_for_it() -> None:
+    """Rank 1 waits elsewhere for rank 2, which computes, and what rank 2 has posted meanwhile keeps it from nothing."""
+    heartbeats = {
+        1: Heartbeat(1, (Wait("link to 2", 2, "call 1 of link"),)),
+        2: Heartbeat(1, (Wait("", None, "the computation of 2F3"), Wait("link to 1", None, "call 2 of link"))),
+    }
+    text = diagnose(0, Wait("place", 1, "call 1 of a"), heartbeats, set())
+    assert text.startswith("rank 2 is alive but did not send or receive within the timeout")
+    assert "(rank 0 waited for rank 1 in call 1 of a, and rank 2 is in the computation of 2F3)" in text
+
+
 class Status:
     """Heartbeats that a test sets."""
 

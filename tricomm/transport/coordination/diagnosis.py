@@ -40,7 +40,7 @@ rank must make the same calls in the same order
         if here is None:
             return _describe_end(rank, wait, at, heartbeats, silent)
         if here.peer is None:
-            return _describe_busy(rank, wait, at, heartbeats[at].waits[:1] if not heartbeats[at].waits[0].place else ())
+            return _describe_busy(rank, wait, at, heartbeats[at].waits[:1] if _computes(heartbeats[at]) else ())
         followed[at] = here
         at = here.peer
     circle = list(followed)[list(followed).index(at) :]
@@ -103,14 +103,23 @@ class Observations:
 
 
 def _describe_end(rank: int, wait: Wait, at: int, heartbeats: Heartbeats, silent: Collection[int]) -> str:
-    """The chain of waits in one place ends at a rank that is not there: the nearest silent rank from there on."""
+    """The chain of waits in one place ends at a rank that is not there: the nearest silent rank from there on, else the
+    nearest that computes (see ``Monitor.computing``), else that rank itself.
+    """
     for other in reachable(rank, [at], heartbeats):
         if other in silent:
             return (
                 f"rank {other} gave no sign of life within the timeout: it hangs, is stopped, or never made this call; "
                 f"see that rank's log (rank {rank} waited for rank {wait.peer} in {wait.call})"
             )
+    computing = (other for other in reachable(rank, [at], heartbeats) if _computes(heartbeats[other]))
+    at = next(computing, at)
     return _describe_busy(rank, wait, at, heartbeats[at].waits)
+
+
+def _computes(heartbeat: Heartbeat) -> bool:
+    """Whether the rank computes while what it has posted waits in the background."""
+    return bool(heartbeat.waits) and not heartbeat.waits[0].place
 
 
 def _describe_busy(rank: int, wait: Wait, at: int, elsewhere: Sequence[Wait]) -> str:
