@@ -259,7 +259,7 @@ def test_what_a_link_must_be_told() -> None:
     tensor = EdgeTensor(SOURCE, DESTINATION)
     with pytest.raises(SpecError, match="edge 'a' carries no tensor; give at least one EdgeTensor"):
         Link("a", [], microbatches=1)
-    with pytest.raises(SpecError, match="microbatches=0 of edge 'a' must be at least 1"):
+    with pytest.raises(SpecError, match="microbatches=0 of edge 'a' must be from 1 to"):
         Link("a", [tensor], microbatches=0)
     with pytest.raises(SpecError, match=r"slots=\(0, None\) of edge 'a' must be at least 1, or None"):
         Link("a", [tensor], microbatches=1, slots=(0, None))
