@@ -106,7 +106,6 @@ class StageMeter:
         self._kept_nbytes = sum(kept.values())
 
 
-@explains_fields
 @dataclass(frozen=True, slots=True)
 class StepComparison:
     """A step as it was predicted from measured costs, beside how long it took.
@@ -138,6 +137,7 @@ class StepComparison:
         return "\n".join(lines)
 
 
+@explains_fields
 @dataclass
 class Measurement:
     """Record what the stages cost in the steps that run inside of its ``with``, on every rank of the pipeline.
