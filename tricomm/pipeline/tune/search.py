@@ -94,8 +94,10 @@ def search(problem: Problem, progress: Progress) -> list[Candidate]:
             found.append(candidate)
             tell(0)
     for number, one in enumerate(timed):
-        # The first is always looked at, for a comparison.
-        if number and one.least_seconds > problem.fastest_seconds(found) * (1 + WORTH_IT):
+        # One that fits is always looked at, for a comparison with hops in turn.
+        is_compared = any(other.queues is Queues.PER_CHANNEL and problem.fits(other) for other in found)
+        is_compared = is_compared or (number > 0 and not problem.costs.shares_anything)
+        if is_compared and one.least_seconds > problem.fastest_seconds(found) * (1 + WORTH_IT):
             break
         found += _at_once(problem, simulator, one)
         tell(number + 1)
