@@ -161,3 +161,39 @@ def test_a_device_without_an_index_is_the_current_one(monkeypatch: pytest.Monkey
     assert device_of("cuda", None) == DEVICE
     assert device_of("cuda:0", None) == torch.device("cuda", 0)
     assert device_of("cpu", None) == torch.device("cpu")
+
+
+class Untagged:
+    """Connections without tags, to a rank that confirms some call."""
+
+    depth, has_tags = (0, 2), False
+
+    def __init__(self, tag: int, call: int) -> None:
+        self.confirmed = torch.tensor([tag, call]).view(torch.uint8)
+        self.is_aborted = False
+
+    def post(self, operations: Any, tag: int) -> list[tuple[int, Any]]:
+        found = list(operations)
+        for operation in found:
+            if not operation.is_send:
+                operation.buffer.copy_(self.confirmed)
+        return [(operation.peer, None) for operation in found]
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+@pytest.mark.parametrize(
+    ("tag", "call", "told"),
+    [(3, 2, ""), (4, 2, r"call 2 of another Resharder \(of tag 4\)"), (3, 9, "call 9 of the same Resharder")],
+)
+def test_without_tags_the_ranks_confirm_the_same_call(backend: Backend, tag: int, call: int, told: str) -> None:
+    communicator = connected(backend, 5, dist.HashStore())
+    communicator.participants = (5, 7)
+    communicator.connections = connections = Untagged(tag, call)
+    if told:
+        with pytest.raises(TransportError, match=f"rank 5 is in call 2 of Resharder 'a', and rank 7 in {told}"):
+            communicator.confirm()
+    else:
+        communicator.confirm()
+    assert connections.is_aborted == bool(told)

@@ -73,6 +73,11 @@ class Connections(Protocol):
         """See Transport."""
         ...
 
+    @property
+    def has_tags(self) -> bool:
+        """Whether messages of different tags never meet."""
+        ...
+
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """Start operations that have an identity; returns (peer, the backend's work) for each.
 

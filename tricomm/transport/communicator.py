@@ -62,6 +62,7 @@ class NoConnections:
     """See Connections: those of a rank alone, and of ranks that do not have theirs yet."""
 
     depth = (1, 2)
+    has_tags = True
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections."""
@@ -150,7 +151,8 @@ class Communicator:
         connection to it, which would fail there. Called in a run.
         """
         self.connections = connections
-        self.confirm()
+        if connections.has_tags:
+            self.confirm()  # else to connect is to meet already
         connections.connected()
 
     # ---- Transport
@@ -170,18 +172,34 @@ class Communicator:
     def confirm(self) -> None:
         """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
 
-        In step k a rank tells the one 2^k places on and hears the one 2^k places back, so after log2(n) steps it
-        has heard of all. A rank that failed has closed its connections, which ends everybody's wait.
+        In step k a rank tells the one 2^k places on and hears the one 2^k places back, so after log2(n) steps it has
+        heard of all. A rank that failed has closed its connections, which ends everybody's wait. Where messages have
+        no tags, they carry tag and call instead, which are compared.
         """
         ranks = self.participants
         here = ranks.index(self.coordinator.rank)
+        ours, theirs = self._token[:1], self._token[1:]
+        if not self.connections.has_tags:
+            identity = torch.tensor([self.call.tag, self.call.number], device=self.device)
+            ours, theirs = identity.view(torch.uint8), torch.empty_like(identity).view(torch.uint8)
         reach = 1
         while reach < len(ranks):
-            token = self._token
             to, back = ranks[(here + reach) % len(ranks)], ranks[(here - reach) % len(ranks)]
-            for work in self.post([Operation(False, back, token[1:]), Operation(True, to, token[:1])]):
+            for work in self.post([Operation(False, back, theirs), Operation(True, to, ours)]):
                 work.wait()
+            if not self.connections.has_tags:
+                self._compare(back, theirs)
             reach *= 2
+
+    def _compare(self, other: int, received: torch.Tensor) -> None:
+        """Without tags: whether another rank confirms the same call."""
+        tag, number = received.view(torch.int64).tolist()
+        if (tag, number) != (self.call.tag, self.call.number):
+            what = "the same Resharder" if tag == self.call.tag else f"another Resharder (of tag {tag})"
+            raise self.abort(
+                f"rank {self.coordinator.rank} is in {self.call}, and rank {other} in call {number} of {what}; every "
+                "rank must make the same calls in the same order"
+            )
 
     # ---- calls
 

@@ -106,6 +106,7 @@ class GlooConnections:
     """
 
     depth = DEPTH
+    has_tags = True
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class NcclConnections:
     """
 
     depth = DEPTH
+    has_tags = False
 
     def __init__(
         self, store: Any, rank: int, index: Mapping[int, int], device: torch.device, timeout_seconds: float
