@@ -141,12 +141,15 @@ PIPELINE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "queues": pl.Queues.PER_CHANNEL, "tied": (), "loss_scale": None, "name": "p", "group": None, "device": "cpu",
         "timeout_seconds": 3, "strategy": tricomm.Auto(), "balance": tricomm.Split(), "topology": None}),
     "Limits": (pl.Limits, {"activations": 2, "nbytes": 2}),
+    "Limits.allow": (pl.Limits(2, 2).allow, {"activations": 1, "nbytes": 1}),
+    "Limits.most_held": (pl.Limits(2, 2).most_held, {"activation_nbytes": 1, "microbatches": 1}),
     "Link": (pl.Link, {
         "name": "a", "tensors": [LAYER], "microbatches": 2, "orders": ((0, 1), (0, 1)), "slots": (1, 1), "fifo": None,
         "group": None, "device": "cpu", "timeout_seconds": 3, "topology": None}),
     "Measurement": (pl.Measurement, {"executor": None}),
     "Queues.key": (pl.Queues.PER_CHANNEL.key, {"schedule": MOVING, "channel": CHANNEL, "stage": 0}),
     "Schedule": (pl.Schedule, {"lists": SCHEDULE.lists, "edges": SCHEDULE.edges}),
+    "Schedule.with_lists": (SCHEDULE.with_lists, {"lists": SCHEDULE.lists}),
     "Schedule.parse": (pl.Schedule.parse, {"lists": ["0F0", "1F0"], "edges": EDGES}),
     "Schedule.pipeline_rank_of": (SCHEDULE.pipeline_rank_of, {"stage": 0}),
     "Schedule.position_of": (SCHEDULE.position_of, {"stage": 0}),
@@ -202,7 +205,8 @@ PIPELINE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 # Values and results, which the library makes; and what torch or Python calls.
 NOT_CALLED = {
-    "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Plan", "Stats", "Timeline", "Timeline.busy_seconds",
+    "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Plan", "Stats", "StepComparison",
+    "Timeline", "Timeline.busy_seconds",
     "Tuned", "Resharder.made", "Resharder.forward",
     "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
 }  # fmt: skip

@@ -155,6 +155,7 @@ class Schedule:
         for actions in self.lists:
             yield from actions
 
+    @explains_kinds
     def with_lists(self, lists: Iterable[Sequence[Action]]) -> "Schedule":
         """Return the same computation with other sends and receives among it; nothing is checked again."""
         other = object.__new__(Schedule)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tricomm.kinds import explains_fields
+from tricomm.kinds import explains_fields, explains_kinds
 from tricomm.pipeline.costs.clock import Known, run_clock
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.timeline import Timeline
@@ -30,12 +30,14 @@ class Limits:
     activations: int | None = None
     nbytes: int | None = None
 
+    @explains_kinds
     def allow(self, activations: int, nbytes: int) -> bool:
         """Whether so much may be held."""
         return (self.activations is None or activations <= self.activations) and (
             self.nbytes is None or nbytes <= self.nbytes
         )
 
+    @explains_kinds
     def most_held(self, activation_nbytes: int, microbatches: int) -> int:
         """Return how many activations of some bytes may be held, at least one."""
         most = microbatches if self.activations is None else min(microbatches, self.activations)
