@@ -46,7 +46,8 @@ def reshard(
     """Move a sharded tensor to another layout, on the same, other, or partly other ranks.
 
     Called by every rank of either mesh; others may call too and get None. Each call is checked: the ranks
-    compare what they are about to do before anything is sent, and return only when all have what they need.
+    compare what they are about to do before anything is sent, and return only when all have what they need. Calls with
+    equal layouts and options cannot be told apart if ranks make them in another order: give each its ``name``.
 
     Args:
         tensor: this rank's shard, shape ``source.local_shape(rank)``, any strides; None off the source mesh.
