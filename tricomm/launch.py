@@ -26,11 +26,12 @@ class Ranks:
 
     Args:
         size: how many.
-        timeout_seconds: of the process group, and of ``run``.
+        timeout_seconds: of ``run``.
         wrap: how the process of a rank is started; it gets the rank and returns nothing, and is called in the
             new process before anything else (to enter a network namespace, for instance).
         store: where the processes meet; None starts one on this machine's loopback.
         store_address: of the store, as the processes see it.
+        start_timeout_seconds: for all processes to start and to meet, which takes long on a busy machine.
     """
 
     def __init__(
@@ -40,18 +41,21 @@ class Ranks:
         wrap: Callable[[int], None] | None = None,
         store: dist.TCPStore | None = None,
         store_address: str = "127.0.0.1",
+        start_timeout_seconds: float = 180.0,
     ) -> None:
         self.size = size
+        self.start_timeout_seconds = start_timeout_seconds
         self.timeout_seconds = timeout_seconds
         self.store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
+        of_group = max(timeout_seconds, start_timeout_seconds)
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, size, (store_address, self.store.port), theirs, timeout_seconds, wrap),
+                args=(rank, size, (store_address, self.store.port), theirs, of_group, wrap),
                 daemon=True,
             )
             process.start()
@@ -61,7 +65,8 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         try:
-            self.run(_ready)
+            self.start(_ready)
+            self._collect(range(self.size), self.start_timeout_seconds)
         except BaseException:
             # A block that does not begin does not end either.
             self.__exit__()
@@ -90,13 +95,16 @@ class Ranks:
 
     def collect(self, ranks: Sequence[int]) -> list[Any]:
         """The results of the call that was begun, from some ranks."""
-        deadline = time.monotonic() + self.timeout_seconds
+        return self._collect(ranks, self.timeout_seconds)
+
+    def _collect(self, ranks: Sequence[int], timeout_seconds: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_seconds
         results: list[Any] = []
         failures: list[str] = []
         for rank in ranks:
             pipe = self._pipes[rank]
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                raise RankError(f"rank {rank} did not answer within {self.timeout_seconds} s")
+                raise RankError(f"rank {rank} did not answer within {timeout_seconds} s")
             try:
                 ok, value = pipe.recv()
             except EOFError:
