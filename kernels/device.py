@@ -57,6 +57,7 @@ class Bound:
         variants: what kernel does each.
         tensors, buffers: where the rows point.
         programs: of a launch at most; None is one a tile.
+        stream: the current one, on which the table is uploaded.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Bound:
         tensors: Side,
         buffers: Side,
         programs: int | None,
+        stream: Any,
     ) -> None:
         self.device = device
         self.tensors, self.buffers = tensors, buffers
@@ -77,6 +79,10 @@ class Bound:
             parts += [rows.rows.reshape(-1), rows.tiles, np.zeros(-len(rows.tiles) % layout.ROW_INTS, np.int32)]
         staging = torch.from_numpy(np.concatenate(parts)).pin_memory()
         self.memory = staging.to(device, non_blocking=True)
+        # What streams other than this one wait for before they read the table.
+        self._uploaded: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._uploaded.record(stream)
+        self._ordered = {stream.cuda_stream}
         self.launches: list[Launch] = []
         self._streams: set[int] = set()
         address = self.memory.data_ptr()
@@ -97,6 +103,10 @@ class Bound:
         self, packs: bool, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], stream: Any
     ) -> None:
         """Start the kernels on a stream, the current one, and tell the allocator who uses the memory there."""
+        # A capture may not wait for what was recorded before it began; whoever begins one has waited for the device.
+        if stream.cuda_stream not in self._ordered and not torch.cuda.is_current_stream_capturing():
+            stream.wait_event(self._uploaded)
+            self._ordered.add(stream.cuda_stream)
         read, write = self.tensors.base(tensors), self.buffers.base(buffers)
         if not packs:
             read, write = write, read

@@ -100,10 +100,12 @@ class Table:
         with torch.cuda.device(device):
             bound = self._bound.get(packs)
             if bound is None or bound.device != device or not bound.is_of(tensors, buffers):
-                bound = self._bind(packs, tensors, buffers)
+                bound = self._bind(packs, tensors, buffers, stream)
             bound.launch(packs, tensors, buffers, stream)
 
-    def _bind(self, packs: bool, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> Bound:
+    def _bind(
+        self, packs: bool, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], stream: torch.cuda.Stream
+    ) -> Bound:
         """Make the rows for where everything is now, and start their upload."""
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -114,7 +116,7 @@ class Table:
         sides = Side(tensors, self.tensor_reach), Side(buffers, self.buffer_reach)
         every = self.rows(packs, sides[0].addresses, sides[1].addresses)
         variants = [self.variant(rows, packs) for rows in every]
-        bound = Bound(buffers[0].device, every, variants, *sides, self.multiprocessors)
+        bound = Bound(buffers[0].device, every, variants, *sides, self.multiprocessors, stream)
         self._bound[packs] = bound
         return bound
 

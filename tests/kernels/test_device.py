@@ -21,6 +21,19 @@ from tricomm.kernels.variants import Variant
 
 class Stream(NamedTuple):
     cuda_stream: int
+    waited: list[int]
+
+    def wait_event(self, event: "Event") -> None:
+        self.waited.append(event.after)
+
+
+class Event:
+    """Comes after what was done on a stream."""
+
+    after: int
+
+    def record(self, stream: Stream) -> None:
+        self.after = stream.cuda_stream
 
 
 class Log:
@@ -30,7 +43,7 @@ class Log:
         self.grids: list[tuple[int, ...]] = []
         self.uploads = 0
         self.recorded: list[tuple[int, int]] = []
-        self.stream = Stream(7)
+        self.stream = Stream(7, [])
         self.captures = False
 
 
@@ -65,6 +78,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(device_module, "compiled", compiled)
     monkeypatch.setattr(device_module, "current_target", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: found.stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.captures)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
@@ -131,9 +145,31 @@ def test_whoever_is_used_on_a_stream_is_recorded_there(log: Log) -> None:
     addresses = {out.data_ptr(), *(tensor.data_ptr() for tensor in tensors)}
     pack([*tensors, tensors[0].T], table, out)
     assert addresses < {address for address, _ in log.recorded}, "and the table itself"
-    log.stream = Stream(9)
+    log.stream = Stream(9, [])
     pack([*tensors, tensors[0].T], table, out)
     assert addresses < {address for address, stream in log.recorded if stream == 9}
+
+
+def test_another_stream_waits_once_for_the_upload_of_the_table(log: Log) -> None:
+    tensors = [torch.randn(4, 8)]
+    table, nbytes = table_of(tensors)
+    out = torch.zeros(nbytes, dtype=torch.uint8)
+    first, second, captured = log.stream, Stream(9, []), Stream(11, [])
+    for log.stream in (first, second, second, first):
+        pack([*tensors, tensors[0].T], table, out)
+    assert (first.waited, second.waited) == ([], [7])
+    log.stream, log.captures = captured, True
+    pack([*tensors, tensors[0].T], table, out)
+    assert captured.waited == [], "a capture may not wait for what comes before it"
+    log.captures = False
+    pack([*tensors, tensors[0].T], table, out)
+    assert captured.waited == [7]
+    moved = [torch.randn(4, 8)]
+    log.stream = second
+    pack([*moved, moved[0].T], table, out)
+    log.stream = first
+    pack([*moved, moved[0].T], table, out)
+    assert (first.waited, second.waited) == ([9], [7]), "a new upload is on the stream that needs it first"
 
 
 def test_an_upload_is_not_captured(log: Log) -> None:
