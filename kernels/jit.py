@@ -1,18 +1,15 @@
-"""The kernels. The only module that imports triton, and it is imported only inside of functions.
+"""The kernels. Triton is imported here and in ``jit_casts`` only, and these only inside of functions.
 
 Every one moves boxes from strided places to strided places, so the same kernel packs and unpacks: what differs is
 which side the table says is read. Rows are laid out as ``layout`` says. Where the kernels promise an alignment
 (``tl.multiple_of``), the builder of the table has checked it; without the promise Triton would move bytes.
-
-Casts go through float32, and where Triton's own differ from torch's, or its interpreter's are wrong, they are done on
-integers: to nearest, ties to even. What torch makes of values beyond the largest float8_e4m3fn, which has no infinity,
-depends on its version: NaN up to 2.11, the largest value in 2.13.
 """
 
 import triton
 import triton.language as tl
 
 from tricomm.kernels import layout
+from tricomm.kernels.jit_casts import cast
 
 _ROW = tl.constexpr(layout.ROW_INTS)
 _TOTAL = tl.constexpr(layout.TOTAL)
@@ -25,9 +22,11 @@ _SHIFTS = tl.constexpr(layout.SHIFTS)
 _ACROSS = tl.constexpr(layout.ACROSS)
 _READ_STRIDE = tl.constexpr(layout.READ_STRIDE)
 _WRITE_STRIDE = tl.constexpr(layout.WRITE_STRIDE)
+_RUN = tl.constexpr(layout.RUN)
+_RUN_JUMPS = tl.constexpr(layout.RUN_JUMPS)
+_LINE = tl.constexpr(layout.LINE_UNITS)
 _TILES_Y = tl.constexpr(layout.TILES_Y)
 _TILES_X = tl.constexpr(layout.TILES_X)
-_OUTER_DIMS = tl.constexpr(layout.OUTER_DIMS)
 _OUTER_EXTENTS = tl.constexpr(layout.OUTER_EXTENTS)
 _OUTER_READ = tl.constexpr(layout.OUTER_READ)
 _OUTER_WRITE = tl.constexpr(layout.OUTER_WRITE)
@@ -59,65 +58,6 @@ def _offsets(index, row, RANK: tl.constexpr):
 
 
 @triton.jit
-def _decoded(raw, FORMAT: tl.constexpr):
-    """The float32 values of raw elements (unsigned integers of their size)."""
-    if FORMAT == "float32":
-        return raw.to(tl.float32, bitcast=True)
-    elif FORMAT == "float16":
-        return raw.to(tl.float16, bitcast=True).to(tl.float32)
-    elif FORMAT == "bfloat16":
-        return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif FORMAT == "float8_e5m2":
-        return (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        tl.static_assert(FORMAT == "float8_e4m3fn")
-        magnitude = raw.to(tl.uint32) & 0x7F
-        normal = (magnitude << 20) + (120 << 23)
-        subnormal = (magnitude.to(tl.float32) * 0.001953125).to(tl.uint32, bitcast=True)
-        bits = tl.where(magnitude < 8, subnormal, normal)
-        bits = tl.where(magnitude == 0x7F, 0x7FF00000, bits)
-        return (bits | ((raw.to(tl.uint32) & 0x80) << 24)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _float8(value, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
-    """float8 elements of float32 values: ``MANTISSA`` bits, ``BIAS`` of the exponent, ``LARGEST`` for all beyond it,
-    and NaN all ones.
-    """
-    bits = value.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # Added to this power of 2, a value below the smallest normal one is rounded to the last place of a subnormal.
-    anchor: tl.constexpr = (128 - BIAS + 23 - MANTISSA) << 23
-    anchored = magnitude.to(tl.float32, bitcast=True) + tl.full((1, 1), anchor, tl.uint32).to(tl.float32, bitcast=True)
-    subnormal = anchored.to(tl.uint32, bitcast=True) - anchor
-    odd = (magnitude >> (23 - MANTISSA)) & 1
-    rounding: tl.constexpr = (1 << (22 - MANTISSA)) - 1
-    normal = (magnitude - ((127 - BIAS) << 23) + rounding + odd) >> (23 - MANTISSA)
-    result = tl.where(magnitude < ((128 - BIAS) << 23), subnormal, normal)
-    result = tl.where(result > LARGEST, LARGEST, result)
-    result = tl.where(magnitude > 0x7F800000, 0x7F, result)
-    return (result | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def _encoded(value, FORMAT: tl.constexpr, SATURATES: tl.constexpr):
-    """The raw elements of float32 values; with SATURATES float8_e4m3fn has no NaN but those of NaN."""
-    if FORMAT == "float32":
-        return value.to(tl.uint32, bitcast=True)
-    elif FORMAT == "float16":
-        return value.to(tl.float16).to(tl.uint16, bitcast=True)
-    elif FORMAT == "bfloat16":
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
-    elif FORMAT == "float8_e5m2":
-        return _float8(value, 2, 15, 0x7C)
-    else:
-        tl.static_assert(FORMAT == "float8_e4m3fn")
-        return _float8(value, 3, 7, 0x7E if SATURATES else 0x7F)
-
-
-@triton.jit
 def _move(
     bases,
     offsets,
@@ -145,29 +85,80 @@ def _move(
     target = tl.multiple_of(write_base.to(tl.pointer_type(WRITE)), LANES * (WRITE.primitive_bitwidth // 8))
     value = tl.load(source + (read * LANES)[:, None] + lanes[None, :], mask=there)
     if FROM != TO:
-        value = _encoded(_decoded(value, FROM), TO, SATURATES)
+        value = cast(value, FROM, TO, SATURATES)
     tl.store(target + (write * LANES)[:, None] + lanes[None, :], value, mask=there)
+
+
+@triton.jit
+def _move_lines(
+    bases,
+    row,
+    tile,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
+    LINE: tl.constexpr,
+    LINES: tl.constexpr,
+    RANK: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    SATURATES: tl.constexpr,
+):
+    """Move a tile of narrow words, of one element each, in lines: ``LINE`` words side by side, in threads side by side.
+
+    Where a word is 1 or 2 bytes, finding its place takes more instructions than a GPU has time for; here that is done
+    once a line. Nothing is masked: the last line of a run is moved back until it ends with the run, and what comes
+    behind the last line of a box is that line once more, so that some words are written twice, with the same.
+
+    Args:
+        bases: addresses of both sides; multiples of the word.
+        tile: which of the box.
+        READ, WRITE: types of the elements, integers.
+        LINE, LINES: words of a line, and lines of a tile.
+    """
+    read_base, write_base = bases
+    index = tl.minimum(tile * LINES + tl.arange(0, LINES), tl.load(row + _TOTAL) - 1)
+    read, write = _offsets(index, row, RANK)
+    magic = tl.load(row + _MAGICS).to(tl.uint32, bitcast=True)
+    shift = tl.load(row + _SHIFTS).to(tl.uint32, bitcast=True)
+    quotient = (tl.umulhi(index.to(tl.uint32, bitcast=True), magic) >> shift).to(tl.int32, bitcast=True)
+    begins = index * tl.load(row + _RUN_JUMPS) + quotient * tl.load(row + _RUN_JUMPS + 1)
+    back = tl.minimum(tl.load(row + _RUN) - LINE - begins, 0)
+    # The last dim is 32 threads, the one before it lines, to which Triton gives the warps; the first is in each thread.
+    lanes = tl.arange(0, LINE // 32)[:, None, None] * 32 + tl.arange(0, 32)[None, None, :]
+    source = tl.multiple_of(read_base.to(tl.pointer_type(READ)), READ.primitive_bitwidth // 8)
+    target = tl.multiple_of(write_base.to(tl.pointer_type(WRITE)), WRITE.primitive_bitwidth // 8)
+    value = tl.load((source + (read + back))[None, :, None] + lanes)
+    if FROM != TO:
+        value = cast(value, FROM, TO, SATURATES)
+    tl.store((target + (write + back))[None, :, None] + lanes, value)
 
 
 @triton.jit
 def _copy_tile(tile, rows, tiles, read_base, write_base, WORDS: tl.constexpr, RANK: tl.constexpr):
     row = rows + tl.load(tiles + tile) * _ROW
     bases = _bases(row, read_base, write_base)
-    index = (tile - tl.load(row + _FIRST_TILE)) * WORDS + tl.arange(0, WORDS)
-    inside = index < tl.load(row + _TOTAL)
-    offsets = _offsets(index, row, RANK)
-    # The same number of words a thread in each branch keeps the registers of the whole low.
+    tile -= tl.load(row + _FIRST_TILE)
     log2 = tl.load(row + _WORD_LOG2)
-    if log2 == 4:
-        _move(bases, offsets, inside, tl.int32, tl.int32, 4, "", "", False)
-    elif log2 == 3:
-        _move(bases, offsets, inside, tl.int32, tl.int32, 2, "", "", False)
-    elif log2 == 2:
-        _move(bases, offsets, inside, tl.int32, tl.int32, 1, "", "", False)
-    elif log2 == 1:
-        _move(bases, offsets, inside, tl.int16, tl.int16, 1, "", "", False)
+    if tl.load(row + _RUN) > 0:
+        if log2 == 1:
+            _move_lines(bases, row, tile, tl.int16, tl.int16, _LINE // 2, WORDS // 32, RANK, "", "", False)
+        else:
+            _move_lines(bases, row, tile, tl.int8, tl.int8, _LINE, WORDS // 32, RANK, "", "", False)
     else:
-        _move(bases, offsets, inside, tl.int8, tl.int8, 1, "", "", False)
+        index = tile * WORDS + tl.arange(0, WORDS)
+        inside = index < tl.load(row + _TOTAL)
+        offsets = _offsets(index, row, RANK)
+        # The same number of words a thread in each branch keeps the registers of the whole low.
+        if log2 == 4:
+            _move(bases, offsets, inside, tl.int32, tl.int32, 4, "", "", False)
+        elif log2 == 3:
+            _move(bases, offsets, inside, tl.int32, tl.int32, 2, "", "", False)
+        elif log2 == 2:
+            _move(bases, offsets, inside, tl.int32, tl.int32, 1, "", "", False)
+        elif log2 == 1:
+            _move(bases, offsets, inside, tl.int16, tl.int16, 1, "", "", False)
+        else:
+            _move(bases, offsets, inside, tl.int8, tl.int8, 1, "", "", False)
 
 
 @triton.jit
@@ -221,13 +212,17 @@ def _cast_tile(
 ):
     row = rows + tl.load(tiles + tile) * _ROW
     bases = _bases(row, read_base, write_base)
-    index = (tile - tl.load(row + _FIRST_TILE)) * WORDS + tl.arange(0, WORDS)
-    inside = index < tl.load(row + _TOTAL)
-    offsets = _offsets(index, row, RANK)
+    tile -= tl.load(row + _FIRST_TILE)
     log2 = tl.load(row + _WORD_LOG2)
-    for level in tl.static_range(WIDEST_LOG2 + 1):
-        if log2 == level:
-            _move(bases, offsets, inside, READ, WRITE, 1 << level, FROM, TO, SATURATES)
+    if tl.load(row + _RUN) > 0:
+        _move_lines(bases, row, tile, READ, WRITE, _LINE, WORDS // 32, RANK, FROM, TO, SATURATES)
+    else:
+        index = tile * WORDS + tl.arange(0, WORDS)
+        inside = index < tl.load(row + _TOTAL)
+        offsets = _offsets(index, row, RANK)
+        for level in tl.static_range(WIDEST_LOG2 + 1):
+            if log2 == level:
+                _move(bases, offsets, inside, READ, WRITE, 1 << level, FROM, TO, SATURATES)
 
 
 @triton.jit
@@ -282,22 +277,35 @@ def _transposed_square(
 
 @triton.jit
 def _transpose_tile(
-    tile, rows, tiles, read_base, write_base, TYPE: tl.constexpr, LANES: tl.constexpr, SIDE: tl.constexpr
+    tile,
+    rows,
+    tiles,
+    read_base,
+    write_base,
+    TYPE: tl.constexpr,
+    LANES: tl.constexpr,
+    SIDE: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     nbytes: tl.constexpr = TYPE.primitive_bitwidth // 8
     row = rows + tl.load(tiles + tile) * _ROW
     read_at, write_at = _bases(row, read_base, write_base)
-    left = tile - tl.load(row + _FIRST_TILE)
-    tiles_x = tl.load(row + _TILES_X)
-    x = left % tiles_x * SIDE
+    # Unsigned division takes two thirds of the instructions of signed.
+    left = (tile - tl.load(row + _FIRST_TILE)).to(tl.uint32, bitcast=True)
+    tiles_x = tl.load(row + _TILES_X).to(tl.uint32, bitcast=True)
+    x = (left % tiles_x).to(tl.int32, bitcast=True) * SIDE
     left = left // tiles_x
-    tiles_y = tl.load(row + _TILES_Y)
-    y = left % tiles_y * SIDE
-    left = left // tiles_y
-    for dim in tl.static_range(_OUTER_DIMS):
-        extent = tl.load(row + _OUTER_EXTENTS + dim)
-        read_at += (left % extent).to(tl.int64) * tl.load(row + _OUTER_READ + dim) * nbytes
-        write_at += (left % extent).to(tl.int64) * tl.load(row + _OUTER_WRITE + dim) * nbytes
+    if RANK == 2:
+        y = left.to(tl.int32, bitcast=True) * SIDE
+    else:
+        tiles_y = tl.load(row + _TILES_Y).to(tl.uint32, bitcast=True)
+        y = (left % tiles_y).to(tl.int32, bitcast=True) * SIDE
+        left = left // tiles_y
+    for dim in tl.static_range(RANK - 2):
+        extent = tl.load(row + _OUTER_EXTENTS + dim).to(tl.uint32, bitcast=True)
+        index = (left % extent).to(tl.int64)
+        read_at += index * tl.load(row + _OUTER_READ + dim) * nbytes
+        write_at += index * tl.load(row + _OUTER_WRITE + dim) * nbytes
         left = left // extent
     if tl.load(row + _WORD_LOG2) == 1:
         _transposed_square(row, (read_at, write_at), y, x, TYPE, LANES, SIDE, 16)
@@ -313,6 +321,7 @@ def transpose_boxes(
     write_base,
     count,
     SIDE: tl.constexpr,
+    RANK: tl.constexpr,
     PERSISTENT: tl.constexpr,
     TYPE: tl.constexpr,
     LANES: tl.constexpr,
@@ -323,7 +332,7 @@ def transpose_boxes(
     tile = tl.program_id(0)
     if PERSISTENT:
         while tile < count:
-            _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE)
+            _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE, RANK)
             tile += tl.num_programs(0)
     else:
-        _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE)
+        _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE, RANK)

@@ -24,6 +24,14 @@ WRITE_JUMPS = READ_JUMPS + MAX_RANK
 MAGICS = WRITE_JUMPS + MAX_RANK
 SHIFTS = MAGICS + MAX_RANK - 1
 
+# int32 columns of a row whose words are lines: narrow words side by side.
+RUN = 7
+"""Words of a run; 0 in rows whose words are no lines."""
+RUN_JUMPS = 30
+"""Two, as above, of a line's place in its run."""
+LINE_UNITS = 128
+"""Of a line: bytes, or elements that are cast."""
+
 # int32 columns of a transposing row: y is unit-stride where it is written, x where it is read.
 ACROSS = 7
 """Extent of x."""

@@ -15,7 +15,8 @@ import torch
 from tricomm.kernels import layout, reference
 from tricomm.kernels.boxes import Boxes, Columns
 from tricomm.kernels.device import Bound, Side, span_nbytes
-from tricomm.kernels.rows import Rows, Sides, make_rows
+from tricomm.kernels.rows import Rows, make_rows
+from tricomm.kernels.sides import Sides
 from tricomm.kernels.variants import Variant
 
 
@@ -86,7 +87,7 @@ class Table:
         """The kernel that does some rows."""
         persistent = self.multiprocessors is not None
         if rows.transposed_nbytes:
-            return Variant(persistent=persistent, transposed_nbytes=rows.transposed_nbytes)
+            return Variant(rows.rank, persistent, transposed_nbytes=rows.transposed_nbytes)
         if self.cast is None:
             return Variant(rows.rank, persistent)
         tensor, packed = (_name(dtype) for dtype in self.cast)

@@ -5,50 +5,24 @@ Where a box is read or written does not matter here: callers say which side is w
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tricomm.kernels import layout
 from tricomm.kernels.boxes import Columns
+from tricomm.kernels.sides import Mask, Sides, canonical, has_run, padded
 
 MAX_REACH_WORDS = 2**29
 """A row reaches fewer words than this on either side, so that offsets are int32 in the kernels, which count in the
 lanes of a word: 4 of them at most where bits are moved. See reach_words for casts.
 """
+MAX_LINE_LOG2 = 1
+"""Of the narrow words that go in lines. Wider ones take the kernels less time each than the memory takes."""
 MIN_TRANSPOSED_EXTENT = 16
 """Along both unit-stride dims; smaller boxes leave most of a square empty."""
 
 Integers = np.ndarray[Any, np.dtype[np.int32]]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-class Sides(NamedTuple):
-    """n boxes between two places. Dims are the first index, innermost first; strides are in the unit at hand.
-
-    Attributes:
-        extents: (rank, n); 1 where there is no dim.
-        read, write: (rank, n), strides; 0 where there is no dim.
-        read_place, write_place: (n,), bytes from the base of each side to the first element.
-        read_base, write_base: (n,), the bases' addresses, or their last bits, so that words can be aligned.
-    """
-
-    extents: Columns
-    read: Columns
-    write: Columns
-    read_place: Columns
-    write_place: Columns
-    read_base: Columns
-    write_base: Columns
-
-    def pick(self, chosen: Any) -> "Sides":
-        """Some of the boxes."""
-        return Sides(*(column[..., chosen] for column in self))
-
-    @property
-    def addresses(self) -> tuple[Columns, Columns]:
-        """Of the first elements, as far as the bases are known."""
-        return self.read_place + self.read_base, self.write_place + self.write_base
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,68 +83,18 @@ def make_rows(sides: Sides, itemsize: Columns, cast: tuple[int, int] | None, wor
     turned, across = _transposable(sides, log2) if cast is None else (np.zeros(len(log2), np.bool_), log2)
     results = []
     if not turned.all():
-        results.append(_rows(sides.pick(~turned), log2[~turned], words_per_tile))
+        results.append(_rows(sides.pick(~turned), log2[~turned], cast is not None, words_per_tile))
     for unit_log2 in np.unique(log2[turned]).tolist():
         chosen = turned & (log2 == unit_log2)
         results.append(_transposing_rows(sides.pick(chosen), across[chosen], 1 << unit_log2))
     return tuple(results)
 
 
-def canonical(sides: Sides) -> Sides:
-    """The same elements with as few dims as possible, ordered by the strides with which they are written."""
-    sides = _merged(sides)
-    wrong = ((sides.write[1:] < sides.write[:-1]) & (sides.extents[1:] > 1)).any(0)
-    if not wrong.any():
-        return sides
-    some = sides.pick(wrong)
-    order = np.argsort(np.where(some.extents > 1, some.write, np.iinfo(np.int64).max), axis=0, kind="stable")
-    some = some._replace(
-        **{name: np.take_along_axis(getattr(some, name), order, 0) for name in ("extents", "read", "write")}
-    )
-    some = _merged(some)
-    rank = max(len(sides.extents), len(some.extents))
-    sides = _padded(sides, rank)
-    for whole, part in zip(sides[:3], _padded(some, rank)[:3], strict=True):
-        whole[:, wrong] = part
-    return sides
-
-
-def _padded(sides: Sides, rank: int) -> Sides:
-    """With no-dims outside, up to at least a rank."""
-    missing = ((0, max(rank - len(sides.extents), 0)), (0, 0))
-    return sides._replace(
-        extents=np.pad(sides.extents, missing, constant_values=1),
-        read=np.pad(sides.read, missing),
-        write=np.pad(sides.write, missing),
-    )
-
-
-def _merged(sides: Sides) -> Sides:
-    """Without dims of extent 1, and with a dim joined to the one inside where both sides go on at its end."""
-    rank, count = sides.extents.shape
-    extents = np.ones((rank, count), np.int64)
-    read, write = np.zeros((rank, count), np.int64), np.zeros((rank, count), np.int64)
-    top_extent, top_read, top_write = extents[0].copy(), read[0].copy(), write[0].copy()
-    used = np.zeros(count, np.int64)
-    boxes = np.arange(count)
-    for extent, a, b in zip(sides.extents, sides.read, sides.write, strict=True):
-        is_dim = extent != 1
-        joins = is_dim & (used > 0) & (a == top_extent * top_read) & (b == top_extent * top_write)
-        pushed = is_dim & ~joins
-        top_extent = np.where(joins, top_extent * extent, np.where(pushed, extent, top_extent))
-        top_read, top_write = np.where(pushed, a, top_read), np.where(pushed, b, top_write)
-        used += pushed
-        at = np.maximum(used - 1, 0)
-        extents[at, boxes], read[at, boxes], write[at, boxes] = top_extent, top_read, top_write
-    most = max(int(used.max()), 1)
-    return sides._replace(extents=extents[:most], read=read[:most], write=write[:most])
-
-
 def in_words(sides: Sides, units: tuple[int, int]) -> tuple[Sides, Columns]:
     """The boxes in words instead of bytes, or elements, and the base-2 logarithm of each box's word."""
     log2 = widest_word(sides, units)
     check_words(sides, log2, units)
-    is_run = _has_run(sides)
+    is_run = has_run(sides)
     extents, read, write = sides.extents.copy(), sides.read >> log2, sides.write >> log2
     extents[0] = np.where(is_run, extents[0] >> log2, extents[0])
     read[0] = np.where(is_run, 1, read[0])
@@ -186,19 +110,13 @@ def in_words(sides: Sides, units: tuple[int, int]) -> tuple[Sides, Columns]:
     return sides._replace(extents=extents, read=read, write=write), log2
 
 
-def _has_run(sides: Sides) -> Mask:
-    """Whether the innermost dim is contiguous on both sides."""
-    is_run: Mask = (sides.read[0] == 1) & (sides.write[0] == 1)
-    return is_run
-
-
 def widest_word(sides: Sides, units: tuple[int, int]) -> Columns:
     """The base-2 logarithm of the widest word, in units, that addresses, strides and the run are multiples of, and
     that is 16 bytes at most on the wider side.
     """
     read_at, write_at = sides.addresses
     bits = (read_at // units[0]) | (write_at // units[1]) | (layout.VECTOR_NBYTES // max(units))
-    is_run = _has_run(sides)
+    is_run = has_run(sides)
     bits |= np.where(is_run, sides.extents[0], 1)
     for read, write in zip(sides.read[1:], sides.write[1:], strict=True):
         bits |= read | write
@@ -213,8 +131,8 @@ def check_words(sides: Sides, log2: Columns, units: tuple[int, int]) -> None:
     mask = (1 << log2) - 1
     read_at, write_at = sides.addresses
     off = (read_at % (units[0] << log2)) | (write_at % (units[1] << log2))
-    off |= np.where(_has_run(sides), sides.extents[0], 0) & mask
-    off |= np.where(_has_run(sides), 0, sides.read[0] | sides.write[0]) & mask
+    off |= np.where(has_run(sides), sides.extents[0], 0) & mask
+    off |= np.where(has_run(sides), 0, sides.read[0] | sides.write[0]) & mask
     for read, write in zip(sides.read[1:], sides.write[1:], strict=True):
         off |= (read | write) & mask
     if off.any():
@@ -251,7 +169,7 @@ def within_reach(sides: Sides, log2: Columns, units: tuple[int, int], below_word
     for strides in (sides.read, sides.write):
         fits &= ((sides.extents - 1) * strides).sum(0) < below_words
     if fits.all():
-        return _padded(sides._replace(**_cut(sides)), 2), log2
+        return padded(sides._replace(**_cut(sides)), 2), log2
     parts = [sides.pick(fits)]
     logs = [log2[fits]]
     for box in np.flatnonzero(~fits).tolist():
@@ -260,7 +178,7 @@ def within_reach(sides: Sides, log2: Columns, units: tuple[int, int], below_word
         parts += pieces
         logs.append(np.full(len(pieces), log2[box]))
     joined = Sides(*(np.concatenate(columns, axis=-1) for columns in zip(*parts, strict=True)))
-    return _padded(joined._replace(**_cut(joined)), 2), np.concatenate(logs)
+    return padded(joined._replace(**_cut(joined)), 2), np.concatenate(logs)
 
 
 def _cut(sides: Sides) -> dict[str, Columns]:
@@ -299,6 +217,44 @@ def _without_units(box: Sides) -> Sides:
     return box._replace(extents=box.extents[order], read=box.read[order], write=box.write[order])
 
 
+def _in_lines(sides: Sides, log2: Columns, is_cast: bool) -> tuple[Sides, Columns, Columns, Columns]:
+    """The boxes whose narrow words make up runs of a line or more with lines as their innermost dim.
+
+    Elements that are cast go by one in a line, not by words of two. A run that is no multiple of a line ends with one
+    that is moved back into it by the kernels.
+
+    Args:
+        sides: as the kernels would have them otherwise, strides in words.
+        log2: (n,), of each box's word, in units.
+        is_cast: whether units are elements that are cast, or else bytes.
+
+    Returns:
+        The boxes; their words; words in a run, 0 where words are no lines; and (n, 2) how far into its run a line
+        begins: so many words for each line, and for each run.
+    """
+    to_units = log2 if is_cast else np.zeros_like(log2)
+    length = layout.LINE_UNITS >> (log2 - to_units)
+    chosen = has_run(sides) & (log2 <= MAX_LINE_LOG2) & (sides.extents[0] << to_units >= length)
+    run = np.where(chosen, sides.extents[0] << to_units, 0)
+    if not chosen.any():
+        return sides, log2, run, np.zeros((len(run), 2), np.int64)
+    lines = -(-run // length)
+    extents = sides.extents.copy()
+    extents[0] = np.where(chosen, lines, extents[0])
+    scale = np.where(chosen, to_units, 0)
+    read, write = sides.read << scale, sides.write << scale
+    read[0] = np.where(chosen, length, read[0])
+    write[0] = np.where(chosen, length, write[0])
+    jumps = np.where(chosen & (lines > 1), np.stack([length, -lines * length]), 0)
+    # A run of one line is no dim any more.
+    gone = lines == 1
+    if gone.any():
+        for column, fill in ((extents, 1), (read, 0), (write, 0)):
+            column[:, gone] = np.concatenate([column[1:, gone], np.full((1, int(gone.sum())), fill)])
+    log2 = np.where(chosen, log2 - to_units, log2)
+    return sides._replace(extents=extents, read=read, write=write), log2, run, jumps.T
+
+
 def _transposable(sides: Sides, log2: Columns) -> tuple[Mask, Columns]:
     """Which boxes have unit stride on one dim where they are read and on another where they are written, and on which
     dim it is where they are read.
@@ -320,10 +276,13 @@ def magic_numbers(divisors: Columns) -> tuple[Columns, Columns]:
     return (power + divisors - 1) // divisors, bits - 1
 
 
-def _rows(sides: Sides, log2: Columns, words_per_tile: int) -> Rows:
+def _rows(sides: Sides, log2: Columns, is_cast: bool, words_per_tile: int) -> Rows:
+    sides, log2, run, run_jumps = _in_lines(sides, log2, is_cast)
     used, count = sides.extents.shape
-    rows, first = _heads(sides, sides.extents.prod(0), words_per_tile)
+    rows, first = _heads(sides, sides.extents.prod(0), np.where(run > 0, max(words_per_tile // 32, 1), words_per_tile))
     rows[:, layout.WORD_LOG2] = log2
+    rows[:, layout.RUN] = run
+    rows[:, layout.RUN_JUMPS : layout.RUN_JUMPS + 2] = run_jumps
     inner = np.ones(count, np.int64)
     for dim in range(used):
         is_dim = sides.extents[dim] > 1
@@ -340,7 +299,9 @@ def _rows(sides: Sides, log2: Columns, words_per_tile: int) -> Rows:
     return Rows(rows, first, 2 * -(-used // 2), 0)
 
 
-def _heads(sides: Sides, total: Columns, per_tile: int, tiles: Columns | None = None) -> tuple[Integers, Integers]:
+def _heads(
+    sides: Sides, total: Columns, per_tile: Columns | int, tiles: Columns | None = None
+) -> tuple[Integers, Integers]:
     """Rows with places, total and first tile filled in, and the row of each tile."""
     if tiles is None:
         tiles = -(-total // per_tile)
@@ -380,4 +341,4 @@ def _transposing_rows(sides: Sides, across: Columns, unit_nbytes: int) -> Rows:
     for dim, columns in enumerate(outer):
         for place, column in zip((layout.OUTER_EXTENTS, layout.OUTER_READ, layout.OUTER_WRITE), columns, strict=True):
             rows[:, place + dim] = column
-    return Rows(rows, of_tiles, layout.MAX_RANK, unit_nbytes)
+    return Rows(rows, of_tiles, 2 * -(-max(rank, 2) // 2), unit_nbytes)

@@ -50,6 +50,7 @@ class Variant:
             types = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
             return {
                 "SIDE": layout.tile_side(self.transposed_nbytes),
+                "RANK": self.rank,
                 "PERSISTENT": self.persistent,
                 "TYPE": types[self.transposed_nbytes],
                 "LANES": layout.VECTOR_NBYTES // self.transposed_nbytes,

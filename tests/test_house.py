@@ -225,10 +225,13 @@ def test_kernels_know_torch_and_triton_and_nobody_else_knows_triton() -> None:
             assert not found.is_of("triton"), f"tricomm.{found.module} imports {found.target}"
 
 
+TRITON = ("kernels.jit", "kernels.jit_casts")
+
+
 def test_kernels_import_triton_only_where_it_is_needed() -> None:
     for found in IMPORTS:
-        needs = found.is_of("triton") or found.is_of("tricomm.kernels.jit")
-        assert not needs or found.function or found.module == "kernels.jit", f"{found.module} imports {found.target}"
+        needs = found.is_of("triton") or any(found.is_of(f"tricomm.{module}") for module in TRITON)
+        assert not needs or found.function or found.module in TRITON, f"{found.module} imports {found.target}"
 
 
 def test_the_reader_of_imports_sees_them_all() -> None:

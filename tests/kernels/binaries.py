@@ -1,15 +1,13 @@
 """What the kernels compile to, without a GPU: the instructions and the registers of one variant for one target."""
 
 import re
-import subprocess
 from collections import Counter
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from bench.kernels.instructions import Count, count
+from bench.kernels.sass import usage
 from tricomm.kernels.variants import Variant, compiled
 
 TARGETS = {
@@ -18,6 +16,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+COUNTED = "sm_90"
+"""What the budget of instructions is of."""
 CASTS = [
     ("float32", "bfloat16"),
     ("bfloat16", "float32"),
@@ -30,16 +30,21 @@ VARIANTS = [
     Variant(4, persistent=True),
     *(Variant(4, formats=formats, saturates=formats[1] == "float8_e4m3fn") for formats in CASTS),
     *(Variant(transposed_nbytes=nbytes) for nbytes in (1, 2, 4, 8)),
+    Variant(6, transposed_nbytes=1),
 ]
 
 
 class Binary(NamedTuple):
-    """What matters of a compiled kernel; ``instructions`` counts those of global memory by their width."""
+    """What matters of a compiled kernel; ``instructions`` counts those of global memory by their width, ``counts`` what
+    a warp executes, if that is counted for the target.
+    """
 
     registers: int
     spilled: int
     shared_nbytes: int
     instructions: dict[str, int]
+    counts: tuple[Count, ...]
+    flushes_subnormals: bool
 
 
 def compile_for(variant: Variant, name: str) -> Binary:
@@ -48,15 +53,12 @@ def compile_for(variant: Variant, name: str) -> Binary:
         text = kernel.asm["ptx"]
         found = Counter(re.findall(r"\b((?:ld|st)\.global)(?:\.\w+)*?\.(v\d\.b\d+|b\d+)", text))
         counts = Counter({f"{op}.{width}": n for (op, width), n in found.items()})
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "kernel.cubin"
-            path.write_bytes(kernel.asm["cubin"])
-            command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True)
-        registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
-        return Binary(registers, stack, kernel.metadata.shared, dict(counts))
+        registers, stack = usage(kernel.asm["cubin"])
+        counted = tuple(count(variant, name)) if name == COUNTED else ()
+        return Binary(registers, stack, kernel.metadata.shared, dict(counts), counted, ".ftz" in text)
     text = kernel.asm["amdgcn"]
     counts = Counter(re.findall(r"\b(global_(?:load|store)_dwordx4)\b", text))
     registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
     spilled = sum(int(n) for n in re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
-    return Binary(registers, spilled, kernel.metadata.shared, dict(counts))
+    flushes = re.search(r"\.amdhsa_float_denorm_mode_(?:32|16_64) [^3]", text) is not None
+    return Binary(registers, spilled, kernel.metadata.shared, dict(counts), (), flushes)

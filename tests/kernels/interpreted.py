@@ -1,11 +1,13 @@
 """The kernels in Triton's interpreter, on host memory, beside the compiled ones of the same process."""
 
 import importlib.util
+import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from triton import knobs
@@ -16,15 +18,20 @@ from tricomm.kernels.pack import Table
 
 @cache
 def interpreted() -> ModuleType:
-    """A second copy of ``tricomm.kernels.jit``: whether a function is interpreted is decided when it is decorated."""
-    path = Path(layout.__file__).with_name("jit.py")
-    spec = importlib.util.spec_from_file_location("interpreted_jit", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with knobs.runtime.scope():
+    """A second copy of ``tricomm.kernels.jit``, and of what it imports: whether a function is interpreted is decided
+    when it is decorated.
+    """
+    with knobs.runtime.scope(), patch.dict(sys.modules):
         knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
+        for name in ("jit_casts", "jit"):
+            spec = importlib.util.spec_from_file_location(
+                f"tricomm.kernels.{name}", Path(layout.__file__).with_name(f"{name}.py")
+            )
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
     return module
 
 

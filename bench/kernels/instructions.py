@@ -1,0 +1,164 @@
+"""Instructions per 512 bytes of every kernel variant, without a GPU: ``python -m bench.kernels.instructions``.
+
+What counts is what one warp executes for its part of a full tile, from the first instruction to the last (of a program
+that loops over tiles: one turn), over the bytes of payload that it moves, in units of 512; a cast's payload is the mean
+of what it reads and what it writes, so that a unit is 1,024 bytes of memory traffic always. ``sass`` says how the way
+through the code is found. The budget is how many a GPU can issue while its memory moves such a unit.
+
+Classes: memory (all loads and stores, the table's and shared memory too), integer (addresses, divisions, and those
+parts of a cast that are done on integers), predicate (comparisons, selects, branches, barriers), conversion (floating
+point).
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.kernels.sass import CLASSES, disassembled, tiles, usage
+from tricomm.kernels import layout
+from tricomm.kernels.rows import MAX_LINE_LOG2
+from tricomm.kernels.variants import Variant, compiled
+
+UNIT_NBYTES = 512
+BUDGET = 132 * 4 * 1.7e9 / (2.15e12 / UNIT_NBYTES)
+"""Instructions that the 132 x 4 schedulers of an H100 issue at 1.7 GHz while its memory reads and writes a unit, at
+2.15e12 bytes of payload a second: about 214.
+"""
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """One way through one variant for one target.
+
+    Attributes:
+        variant: as ``variant_name`` says.
+        target: one of TARGETS.
+        word_nbytes: what each thread writes by one instruction.
+        in_lines: whether narrow words go side by side, so that they share the finding of their place.
+        read_nbytes, written_nbytes: by a warp in a full tile.
+        executed: instructions of that warp, by class.
+        registers: of a thread, of the whole variant.
+        spilled_nbytes: of a thread.
+    """
+
+    variant: str
+    target: str
+    word_nbytes: int
+    in_lines: bool
+    read_nbytes: int
+    written_nbytes: int
+    executed: dict[str, int]
+    registers: int
+    spilled_nbytes: int
+
+    def per_unit(self, kind: str | None = None) -> float:
+        """Instructions per 512 bytes of payload, of one class or all."""
+        number = sum(self.executed.values()) if kind is None else self.executed.get(kind, 0)
+        return number * UNIT_NBYTES / ((self.read_nbytes + self.written_nbytes) / 2)
+
+
+def every_variant() -> list[Variant]:
+    """All that a table may ask for, casts at rank 4 only; their integer parts at other ranks differ as copies do."""
+    names = list(layout.FORMATS)
+    return [
+        *(Variant(rank) for rank in (2, 4, 6)),
+        Variant(4, persistent=True),
+        *(Variant(transposed_nbytes=nbytes) for nbytes in (8, 4, 2, 1)),
+        *(Variant(rank, transposed_nbytes=1) for rank in (4, 6)),
+        *(
+            Variant(4, formats=(source, to), saturates=to == "float8_e4m3fn")
+            for source in names
+            for to in names
+            if source != to
+        ),
+    ]
+
+
+def variant_name(variant: Variant) -> str:
+    """As it is printed."""
+    if variant.transposed_nbytes:
+        return f"transpose of {variant.transposed_nbytes} B, rank {variant.rank}"
+    if variant.formats is not None:
+        return " to ".join(variant.formats) + f", rank {variant.rank}"
+    return f"copy, rank {variant.rank}" + (", persistent" if variant.persistent else "")
+
+
+def full_tiles(variant: Variant, word_nbytes: int) -> dict[int, bool]:
+    """How many words each thread stores of a full tile, and whether in lines."""
+    threads = 32 * variant.num_warps
+    if variant.transposed_nbytes:
+        tile_nbytes = layout.tile_side(variant.transposed_nbytes) ** 2 * variant.transposed_nbytes
+        return {tile_nbytes // threads // word_nbytes: False}
+    found = {variant.words_per_tile // threads: False}
+    if variant.formats is not None or word_nbytes <= 1 << MAX_LINE_LOG2:
+        line = layout.LINE_UNITS // (word_nbytes if variant.formats is None else 1)
+        found[variant.words_per_tile // 32 * line // threads] = True
+    return found
+
+
+def count(variant: Variant, target: str) -> list[Count]:
+    """What a variant executes, the widest words first.
+
+    Args:
+        variant: which.
+        target: one of TARGETS.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    cubin = compiled(variant, GPUTarget("cuda", TARGETS[target], 32)).asm["cubin"]
+    registers, spilled_nbytes = usage(cubin)
+    source, to = (1, 1) if variant.formats is None else (layout.FORMATS[name] for name in variant.formats)
+    return [
+        Count(
+            variant_name(variant),
+            target,
+            tile.word_nbytes,
+            full_tiles(variant, tile.word_nbytes)[tile.stores],
+            tile.stored_nbytes * source // to,
+            tile.stored_nbytes,
+            dict(tile.counts),
+            registers,
+            spilled_nbytes,
+        )
+        for tile in tiles(disassembled(cubin))
+        # What skips a store is the way of a tile that is not full.
+        if tile.stores in full_tiles(variant, tile.word_nbytes)
+    ]
+
+
+def table(counts: Iterable[Count]) -> str:
+    """In Markdown, what is over budget in bold."""
+    lines = [
+        f"| variant | target | word | {' | '.join(CLASSES)} | all, of {BUDGET:.0f} | registers | spilled |",
+        "|---" * (6 + len(CLASSES)) + "|",
+    ]
+    for each in counts:
+        total = f"{each.per_unit():.0f}"
+        if each.per_unit() > BUDGET:
+            total = f"**{total}**"
+        classes = " | ".join(f"{each.per_unit(kind):.0f}" for kind in CLASSES)
+        word = f"{each.word_nbytes} B" + " in lines" * each.in_lines
+        what = f"{each.variant} | {each.target} | {word}"
+        lines.append(f"| {what} | {classes} | {total} | {each.registers} | {each.spilled_nbytes} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count, print, and keep."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.instructions", description=__doc__)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="which GPUs; sm_90 if none is given")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name has it")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the counts")
+    options = parser.parse_args(arguments)
+    chosen = [variant for variant in every_variant() if options.only in variant_name(variant)]
+    counts = [each for name in options.target or ["sm_90"] for variant in chosen for each in count(variant, name)]
+    print(table(counts))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"budget": BUDGET, "counts": [asdict(each) for each in counts]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Casts between element types in the kernels, on raw elements: unsigned integers of their size.
+
+They go through float32 but for some short ones, and where Triton's own differ from torch's, or its interpreter's are
+wrong, they are done on integers: to nearest, ties to even. What torch makes of values beyond the largest float8_e4m3fn,
+which has no infinity, depends on its version: NaN up to 2.11, the largest value in 2.13.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _decoded(raw, FORMAT: tl.constexpr):
+    """The float32 values of raw elements (unsigned integers of their size)."""
+    if FORMAT == "float32":
+        return raw.to(tl.float32, bitcast=True)
+    elif FORMAT == "float16":
+        return raw.to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "bfloat16":
+        return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == "float8_e5m2":
+        return (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        tl.static_assert(FORMAT == "float8_e4m3fn")
+        # As a float32 of the same bits it is 2**120 times smaller, subnormal ones too, and NaN would be 480.
+        bits = (raw.to(tl.int8, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True) << 20) & 0x87F00000
+        value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        bits = tl.where(tl.abs(value) > 448.0, 0x7FF00000, value.to(tl.uint32, bitcast=True))
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _float8(value, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+    """float8 elements of float32 values: ``MANTISSA`` bits, ``BIAS`` of the exponent, ``LARGEST`` for all beyond it,
+    and NaN all ones.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Added to this power of 2, a value below the smallest normal one is rounded to the last place of a subnormal.
+    anchor: tl.constexpr = (128 - BIAS + 23 - MANTISSA) << 23
+    anchored = magnitude.to(tl.float32, bitcast=True) + tl.full((1, 1), anchor, tl.uint32).to(tl.float32, bitcast=True)
+    subnormal = anchored.to(tl.uint32, bitcast=True) - anchor
+    odd = (magnitude >> (23 - MANTISSA)) & 1
+    rounding: tl.constexpr = (1 << (22 - MANTISSA)) - 1
+    normal = (magnitude - ((127 - BIAS) << 23) + rounding + odd) >> (23 - MANTISSA)
+    result = tl.where(magnitude < ((128 - BIAS) << 23), subnormal, normal)
+    result = tl.where(result > LARGEST, LARGEST, result)
+    result = tl.where(magnitude > 0x7F800000, 0x7F, result)
+    return (result | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _short_float8(value, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+    """As ``_float8``, of values of 11 bits or less, which lose nothing that matters when they are so much smaller that
+    the exponent of the result is that of the float32: only what is below a quarter of the smallest subnormal.
+    """
+    small: tl.constexpr = 2.0 ** (BIAS - 127)
+    bits = (tl.abs(value) * small).to(tl.uint32, bitcast=True)
+    odd = (bits >> (23 - MANTISSA)) & 1
+    rounding: tl.constexpr = (1 << (22 - MANTISSA)) - 1
+    result = tl.minimum((bits + rounding + odd) >> (23 - MANTISSA), LARGEST)
+    if LARGEST != 0x7F:
+        result = tl.where(value != value, 0x7F, result)  # noqa: PLR0124 - one instruction less than of its bits
+    return (result | ((value.to(tl.uint32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _half_as_float8_e5m2(raw):
+    """Raw float8_e5m2 elements of raw float16 ones, which have the same exponent."""
+    bits = raw.to(tl.uint32)
+    rounded = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
+    return tl.where((bits & 0x7FFF) > 0x7C00, 0x7F, rounded).to(tl.uint8)
+
+
+@triton.jit
+def _float8_e4m3fn_as_e5m2(raw):
+    """Raw float8_e5m2 elements of raw float8_e4m3fn ones, by way of float16, which has all of both."""
+    bits = (raw.to(tl.int8, bitcast=True).to(tl.int16).to(tl.uint16, bitcast=True) << 7) & 0xBF80
+    half = (bits.to(tl.float16, bitcast=True) * 256.0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    rounded = (half + 0x7F + ((half >> 8) & 1)) >> 8
+    return tl.where((half & 0x7FFF) > 0x5F00, 0x7F, rounded).to(tl.uint8)
+
+
+@triton.jit
+def cast(raw, FROM: tl.constexpr, TO: tl.constexpr, SATURATES: tl.constexpr):
+    """Raw elements of one type from those of another; with SATURATES float8_e4m3fn has no NaN but those of NaN."""
+    if TO == "float8_e5m2" and FROM == "float16":
+        return _half_as_float8_e5m2(raw)
+    elif TO == "float8_e5m2" and FROM == "float8_e4m3fn":
+        return _float8_e4m3fn_as_e5m2(raw)
+    value = _decoded(raw, FROM)
+    if TO == "float32":
+        return value.to(tl.uint32, bitcast=True)
+    elif TO == "float16":
+        return value.to(tl.float16).to(tl.uint16, bitcast=True)
+    elif TO == "bfloat16":
+        bits = value.to(tl.uint32, bitcast=True)
+        if raw.dtype.primitive_bitwidth == 8:
+            return (bits >> 16).to(tl.uint16)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
+    elif TO == "float8_e5m2":
+        return _float8(value, 2, 15, 0x7C) if FROM == "float32" else _short_float8(value, 2, 15, 0x7C)
+    else:
+        tl.static_assert(TO == "float8_e4m3fn")
+        largest: tl.constexpr = 0x7E if SATURATES else 0x7F
+        return _float8(value, 3, 7, largest) if FROM == "float32" else _short_float8(value, 3, 7, largest)

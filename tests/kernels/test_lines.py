@@ -1,0 +1,81 @@
+"""Narrow words that are moved in lines: against the definition, with guards around everything that is written."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.interpreted import launch
+from tests.kernels.scenes import GUARD_NBYTES, Scene, moved, noise
+from tests.oracle import WORDS, require_equal
+from tricomm.kernels import layout
+from tricomm.kernels.boxes import boxes_in_order
+from tricomm.kernels.pack import Table, pack
+from tricomm.kernels.rows import Rows
+
+BOXES = {
+    "one run": ((1000,), (3,), (901,)),
+    "rows of a line and a little": ((9, 131), (1, 0), (7, 129)),
+    "rows of one line": ((9, 141), (1, 5), (8, 128)),
+    "rows shorter than two lines": ((6, 301), (0, 1), (6, 255)),
+    "rows of two lines": ((5, 301), (2, 7), (3, 256)),
+    "three dims": ((3, 4, 203), (0, 1, 2), (3, 3, 199)),
+    "four dims": ((2, 3, 3, 203), (0, 0, 1, 2), (2, 2, 2, 150)),
+    "five dims": ((2, 2, 3, 3, 203), (0, 0, 0, 1, 2), (2, 1, 2, 2, 150)),
+    "many tiles": ((40, 401), (1, 1), (38, 399)),
+    "too short": ((9, 101), (1, 1), (7, 63)),
+}
+
+
+def scene(dtype: torch.dtype, shape: Sequence[int], start: Sequence[int], box: Sequence[int], words: int) -> Scene:
+    """One box, packed at an odd element of its buffer, both within guards."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = noise(nbytes + 2 * GUARD_NBYTES, 5)
+    tensor = memory[GUARD_NBYTES : GUARD_NBYTES + nbytes].view(dtype).view(*shape)
+    boxes, packed = boxes_in_order([tensor], np.zeros(1, np.int64), np.array([start]), np.array([box]))
+    room = GUARD_NBYTES + dtype.itemsize
+    held = noise(packed + room + GUARD_NBYTES, 7)
+    return Scene([memory], [tensor], boxes, [held], [held[room : room + packed]], words, None)
+
+
+def lined(rows: Rows) -> bool:
+    return bool((rows.rows[:, layout.RUN] > 0).all())
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+@pytest.mark.parametrize("name", BOXES)
+def test_lines_move_every_byte_and_no_other(name: str, dtype: torch.dtype, packs: bool) -> None:
+    made = scene(dtype, *BOXES[name], 128)
+    table = Table(made.boxes)
+    (rows,) = table.rows(packs, [made.tensors[0].data_ptr()], [made.buffers[0].data_ptr()])
+    assert lined(rows) == (name != "too short")
+    assert (rows.rows[:, layout.WORD_LOG2] == dtype.itemsize - 1).all()
+    expected = moved(made, packs)
+    launch(table, packs, made.tensors, made.buffers, made.words_per_tile)
+    require_equal((made.buffer_memories if packs else made.memories)[0], expected[0], "memory")
+
+
+@pytest.mark.parametrize("in_twos", [False, True])
+@pytest.mark.parametrize(("source", "target"), [("float32", "bfloat16"), ("float8_e5m2", "float16")])
+def test_narrow_casts_go_in_lines_of_elements(source: str, target: str, in_twos: bool) -> None:
+    read, write = getattr(torch, source), getattr(torch, target)
+    last = 302 if in_twos else 301
+    tensor = (torch.arange(2 * 3 * last) % 15).to(read).view(2, 3, last)
+    start, shape = ([0, 1, 2], [2, 2, 298]) if in_twos else ([0, 1, 2], [2, 2, 299])
+    boxes, nbytes = boxes_in_order([tensor], np.zeros(1, np.int64), np.array([start]), np.array([shape]), write)
+    table = Table(boxes, cast=(read, write))
+    found, expected = (torch.zeros(nbytes // write.itemsize, dtype=write) for _ in range(2))
+    (rows,) = table.rows(True, [tensor.data_ptr()], [found.data_ptr()])
+    assert lined(rows)
+    assert rows.rows[0, layout.WORD_LOG2] == 0
+    assert rows.rows[0, layout.RUN] == shape[-1]
+    launch(table, True, [tensor], [found], 128)
+    pack([tensor], table, expected)
+    require_equal(found, expected, "packed")
+    back, other = torch.zeros_like(tensor), torch.zeros_like(tensor)
+    other[0:2, 1:3, 2 : 2 + shape[-1]] = tensor[0:2, 1:3, 2 : 2 + shape[-1]]
+    launch(table, False, [back], [found], 128)
+    require_equal(back.view(WORDS[read.itemsize]), other.view(WORDS[read.itemsize]), "unpacked")
