@@ -405,9 +405,14 @@ class Resharder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is not None and not isinstance(error, TricommError):
-            label = "a Resharder" if self._session is None else self._session.label
-            self.abort(describe_failure(self.rank, f"the block of {label}", error))
+            self._leave(error)
         self.close()
+
+    def _leave(self, error: BaseException) -> None:
+        """Tell the others that this rank failed in the block, and does not come to this Resharder again."""
+        session = self._session
+        if session is not None and session.state is not State.BROKEN:
+            session.abort(describe_failure(self.rank, f"the block of {session.label}", error), lost=self.rank)
 
     def _check_differentiable(self, out: torch.Tensor | None) -> None:
         problem = describe_transform() or describe_undifferentiable(self.plan.source, self.plan.destination, out)

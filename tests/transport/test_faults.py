@@ -116,6 +116,29 @@ def test_an_exception_in_the_block_of_a_resharder_reaches_the_others(ranks: Rank
     assert seconds < TIMEOUT_SECONDS / 2
 
 
+def left_block(rank: int) -> tuple[str, float]:
+    """Rank 1 leaves the block between two calls; rank 0, which only sends, hears of it before its next one."""
+    if rank not in PAIR:
+        return "", 0.0
+    here, there = (ShardingSpec(Mesh([one], ("x",)), (Replicate(),), (4, 4), "float32") for one in PAIR.ranks)
+    try:
+        with Resharder(here, there, name="left", timeout_seconds=TIMEOUT_SECONDS) as mover:
+            mover(torch.ones(4, 4) if rank == 0 else None)
+            if rank == 1:
+                raise ValueError("a bug in user code")
+            time.sleep(0.5)
+            attempt(lambda: mover(torch.ones(4, 4)))  # may be on its way before the word of the other comes
+            return attempt(lambda: mover(torch.ones(4, 4)))
+    except ValueError as error:
+        return str(error), 0.0
+
+
+def test_nobody_waits_for_a_rank_that_left_the_block(ranks: Ranks) -> None:
+    text, seconds = ranks.run(left_block)[0]
+    assert "rank 1 failed in the block of Resharder 'left'" in text
+    assert seconds < TIMEOUT_SECONDS / 2
+
+
 def half_of_a_call(rank: int) -> list[str]:
     """Rank 2 fails in a call that is over for rank 1: for rank 1 the next call is made again, and is right."""
     if rank > 2:

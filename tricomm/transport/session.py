@@ -189,6 +189,7 @@ class Session:
         """
         deadline = time.monotonic() + self._timeout_seconds
         communicator = self._communicator
+        self._require_all(communicator)
         if (
             communicator is None
             or communicator.abort_reason is not None
@@ -209,6 +210,12 @@ class Session:
             except TransportError as error:
                 raise TransportError(f"{error}; before that, {before.text if before else ''}") from error
             self._carry_out(communicator, execution, source, destination, number, deadline - time.monotonic())
+
+    def _require_all(self, communicator: Communicator | None) -> None:
+        """Do not wait for a rank that does not come to this one again, as it or others said."""
+        reason = None if communicator is None else communicator.abort_reason
+        if reason is not None and reason.lost is not None and reason.tag == self._tag and not self.meets_always:
+            raise TransportError(reason.text)
 
     def _carry_out(
         self,

@@ -277,3 +277,8 @@ def test_a_wrong_command_says_why(words: list[str], why: str, capsys: pytest.Cap
         run_command(*words)
     assert caught.value.code == 2
     assert why in capsys.readouterr().err
+
+
+def test_one_stage_has_nothing_to_hide_and_is_tuned_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["simulate", "--stages", "1", "--microbatches", "4"])
+    assert "chosen" in capsys.readouterr().out

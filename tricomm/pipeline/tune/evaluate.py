@@ -161,4 +161,4 @@ def lower_bound_seconds(costs: Costs, microbatches: int, edges: Sequence[Edge]) 
                 busy[name] = busy.get(name, 0.0) + load * cost.busy_seconds * microbatches
                 first[name] = min(first.get(name, begin), begin)
                 last[name] = min(last.get(name, tail), tail)
-    return max(*bounds, *(first[name] + seconds + last[name] for name, seconds in busy.items()))
+    return max([*bounds, *(first[name] + seconds + last[name] for name, seconds in busy.items())])
