@@ -19,7 +19,7 @@ from tricomm.plan.arguments import check_ranks, check_spec
 from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
 from tricomm.transport.handle import Handle
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, describe_failure, name_error, tell_all
+from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, name_error, tell_all
 from tricomm.transport.streams import HostStreamContext
 
 GRADIENT_FIELD = "whether the tensor requires grad"
@@ -404,15 +404,9 @@ class Resharder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is not None and not isinstance(error, TricommError):
-            self._leave(error)
+        if error is not None and not isinstance(error, TricommError) and self._session is not None:
+            self._session.leave(error)
         self.close()
-
-    def _leave(self, error: BaseException) -> None:
-        """Tell the others that this rank failed in the block, and does not come to this Resharder again."""
-        session = self._session
-        if session is not None and session.state is not State.BROKEN:
-            session.abort(describe_failure(self.rank, f"the block of {session.label}", error), lost=self.rank)
 
     def _check_differentiable(self, out: torch.Tensor | None) -> None:
         problem = describe_transform() or describe_undifferentiable(self.plan.source, self.plan.destination, out)

@@ -312,6 +312,12 @@ class Session:
             self._uncount()
             rendezvous.abort(self._participants, text, channel)
 
+    def leave(self, error: BaseException) -> None:
+        """Tell the others that this rank failed in the block of its Resharder, and does not come to it again."""
+        if self.state is not State.BROKEN:
+            rank = self._context.rank
+            self.abort(describe_failure(rank, f"the block of {self.label}", error), lost=rank)
+
     def close(self) -> None:
         """Give back what it holds, as soon as what was started is done."""
         self._is_closed = True
