@@ -11,13 +11,13 @@ GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FA
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
-# In this process, its threads, and one fixed set of processes.
+# In this process, its threads, and one fixed set of processes; and the rehearsal of gpu-check, which no change may break.
 test: $(VENV)/.test
-	$(RUN) -m pytest -m "not processes" --durations 25
+	$(RUN) -m pytest -m "not processes or rehearsal" --durations 25
 
 # What starts processes of its own: kills, restarts, namespaces, scripts, installs.
 test-processes: $(VENV)/.test
-	$(RUN) -m pytest -m processes --durations 25
+	$(RUN) -m pytest -m "processes and not rehearsal" --durations 25
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""``make test`` starts no process but the fixed ranks; what does is marked ``processes``."""
+"""``make test`` starts no process but the fixed ranks and one rehearsal; what does is marked ``processes``."""
 
 import multiprocessing
 import os
@@ -44,7 +44,7 @@ def test_a_marked_test_may() -> None:
 def test_ci_runs_lint_and_both_halves() -> None:
     root = Path(__file__).resolve().parents[1]
     makefile = (root / "Makefile").read_text()
-    assert re.search(r'^test:.*\n\t.* -m "not processes" ', makefile, re.M)
-    assert re.search(r"^test-processes:.*\n\t.* -m processes ", makefile, re.M)
+    assert re.search(r'^test:.*\n\t.* -m "not processes or rehearsal" ', makefile, re.M)
+    assert re.search(r'^test-processes:.*\n\t.* -m "processes and not rehearsal" ', makefile, re.M)
     commands = [line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
     assert commands == ["make lint", "make test", "make test-processes"]

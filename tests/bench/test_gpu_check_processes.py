@@ -55,6 +55,7 @@ def lines_of(machine: tuple[Path, dict[str, str]]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "gpu_check.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.rehearsal
 def test_a_rehearsal_in_which_a_part_crashes_and_another_hangs(machine: tuple[Path, dict[str, str]]) -> None:
     done = make(machine, "gpu-check", "DEVICE=cpu", "FAULTS=local=crash graphs=hang")
     assert done.returncode != 0
