@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -20,6 +21,9 @@ from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
 from tricomm.transport.nccl import NcclConnections
 from tricomm.transport.streams import StreamContext, stream_context_of
 
+LAST_WAIT_SECONDS = 2.0
+"""For which the end of a process waits for what is aborted in the background."""
+
 Task = tuple["Future[Any]", Callable[[], Any]]
 
 
@@ -33,19 +37,35 @@ class Worker:
     def __init__(self) -> None:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._ended = threading.Semaphore(0)
+        """One for each task that has ended; no future is kept, whose error would keep alive all that it has seen."""
+        self._submitted = 0
         weakref.finalize(self, self._tasks.put, None).atexit = False
 
     def submit(self, task: Callable[[], Any]) -> "Future[Any]":
         """Run a task when those before it are done."""
         if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._tasks,), name="tricomm", daemon=True)
+            self._thread = threading.Thread(target=_work, args=(self._tasks, self._ended), name="tricomm", daemon=True)
             self._thread.start()
         future: Future[Any] = Future()
+        self._submitted += 1
         self._tasks.put((future, task))
         return future
 
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether it is what runs this."""
+        return threading.current_thread() is self._thread
 
-def _work(tasks: "SimpleQueue[Task | None]") -> None:
+    def wait_idle(self, seconds: float) -> bool:
+        """Wait until all that was submitted has ended, well or badly, or for some seconds; true if it has."""
+        deadline = time.monotonic() + seconds
+        while self._submitted and self._ended.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            self._submitted -= 1
+        return not self._submitted
+
+
+def _work(tasks: "SimpleQueue[Task | None]", ended: threading.Semaphore) -> None:
     while True:
         given = tasks.get()
         if given is None:
@@ -55,7 +75,21 @@ def _work(tasks: "SimpleQueue[Task | None]") -> None:
             future.set_result(task())
         except BaseException as error:
             future.set_exception(error)
+        finally:
+            ended.release()
         del given, future, task
+
+
+def _end_pending(worker: Worker, current: list[Communicator], rank: int) -> None:
+    """At the end of the process, end what is still running in the background.
+
+    A thread that is inside of the backend when the interpreter goes would end the process by a signal. Before the end
+    of the process a channel goes when nothing uses it, perhaps in the last task of its worker.
+    """
+    if current and not worker.is_this_thread and not worker.wait_idle(0):
+        call = current[0].call
+        current[0].abort(f"the process of rank {rank} ended while {call} was pending", call, rank)
+        worker.wait_idle(LAST_WAIT_SECONDS)
 
 
 class Channel:
@@ -81,15 +115,25 @@ class Channel:
         self.participants = participants
         self.device = device
         self.name = name
-        self.communicator: Communicator | None = None
+        self._current: list[Communicator] = []
         self.last_started: Future[tuple[torch.Tensor | None, Any]] | None = None
         self.stream_context: StreamContext = stream_context_of(device)
         self.worker = Worker()
+        weakref.finalize(self, _end_pending, self.worker, self._current, coordinator.rank)
         self._devices = devices
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
         self._turn = threading.Lock()
         key = repr((participants, device.type, name))
         self._place = f"communicator/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    @property
+    def communicator(self) -> Communicator | None:
+        """The one of the moment."""
+        return self._current[0] if self._current else None
+
+    @communicator.setter
+    def communicator(self, communicator: Communicator | None) -> None:
+        self._current[:] = [] if communicator is None else [communicator]
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """Staging of the channel, grown where it is too small; one run at a time uses it."""
