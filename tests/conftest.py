@@ -40,11 +40,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if item.get_closest_marker("processes") is not None:
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in [
-            (subprocess.Popen, "__init__"),
-            (multiprocessing.process.BaseProcess, "start"),
-            (os, "fork"),
-        ]:
+        for owner, name in STARTS:
             patch.setattr(owner, name, refusing(getattr(owner, name)))
         return (yield)
 

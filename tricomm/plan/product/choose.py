@@ -24,6 +24,7 @@ from tricomm.plan.routes.chunks import (
     PairColumns,
     RouteContext,
     best_chunk_count,
+    chunk_counts,
     unicast,
 )
 from tricomm.plan.routes.rounds import Hop, schedule
@@ -35,12 +36,10 @@ class Nics(NamedTuple):
 
     Attributes:
         ranks: that share one.
-        ranks_of_host: on one host.
         send, receive: bytes per second.
     """
 
     ranks: int
-    ranks_of_host: int
     send: float
     receive: float
 
@@ -54,7 +53,7 @@ def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
     send, receive = topology.nic_send_rates[nics], topology.nic_receive_rates[nics]
     if any((column != column[0]).any() for column in (of_nic, of_host, send, receive)):
         return None
-    return Nics(int(of_nic[0]), int(of_host[0]), float(send[0]), float(receive[0]))
+    return Nics(int(of_nic[0]), float(send[0]), float(receive[0]))
 
 
 @lru_cache(maxsize=64)
@@ -164,13 +163,8 @@ class Way:
     seconds: float
 
     def chunks_of(self, numel: np.ndarray) -> np.ndarray:
-        """Into how many chunks messages are cut: fewer than is best if they would be tiny, more if one of them would
-        not fit into the staging budget.
-        """
-        nbytes = numel * self.context.itemsize
-        least = np.maximum(-(-nbytes // self.limit_nbytes), 1)
-        found: np.ndarray = np.maximum(np.minimum(self.chunks, nbytes // MIN_CHUNK_NBYTES), least)
-        return found
+        """Into how many chunks messages of some numbers of elements are cut."""
+        return chunk_counts(numel * self.context.itemsize, self.chunks, self.limit_nbytes)
 
 
 class Load(NamedTuple):
@@ -184,7 +178,7 @@ class Load(NamedTuple):
     def of(cls, move: ProductMove, copies: int, shares: int) -> "Load":
         """With cells shared evenly, or each cell whole."""
         holders, itemsize, ranks = move.source.replicas, move.context.itemsize, move.sending.ranks
-        tile = int(np.prod([total.max() for total in move.cutting.source_line.totals])) * itemsize * copies
+        tile = move.cutting.source_line.largest * itemsize * copies
         cells = int(np.prod([np.bincount(held).max() for held in move.cutting.held])) * copies
         cell = int(np.prod([lengths.max() for lengths in move.cutting.lengths])) * itemsize
         each = -(-cells // holders)
@@ -252,4 +246,4 @@ def _places(move: ProductMove) -> int:
 
 def _tile_nbytes(move: ProductMove) -> int:
     """Bytes of the largest tile of the destination."""
-    return int(np.prod([total.max() for total in move.cutting.destination_line.totals])) * move.context.itemsize
+    return move.cutting.destination_line.largest * move.context.itemsize

@@ -40,6 +40,11 @@ class Line(NamedTuple):
             totals.append(total)
         return cls(before, totals)
 
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tile."""
+        return int(np.prod([totals.max() for totals in self.totals]))
+
     def place(self, rows: np.ndarray, lengths: Sequence[np.ndarray], parts: np.ndarray) -> np.ndarray:
         """Elements of its tile before each cell (rows: its place in each dim; parts: of its tile)."""
         found = np.zeros(len(rows), np.int64)

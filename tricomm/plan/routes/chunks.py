@@ -355,9 +355,18 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
     return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
 
 
+def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int) -> np.ndarray:
+    """Choose into how many chunks to cut messages of some sizes: ``count``, fewer if they would be tiny, more if they
+    would exceed the limit.
+    """
+    least = np.maximum(-(-nbytes // limit_nbytes), 1)
+    counts: np.ndarray = np.maximum(np.minimum(count, nbytes // MIN_CHUNK_NBYTES), least)
+    return counts
+
+
 def messages(by_chain: RegionsByChain, nbytes: np.ndarray, count: int, limit_nbytes: int) -> tuple[Message, ...]:
     """Cut each message into ``count`` chunks; fewer if they would be tiny, more if they would exceed the limit."""
-    parts = np.maximum(np.minimum(count, nbytes // MIN_CHUNK_NBYTES), np.maximum(-(-nbytes // limit_nbytes), 1))
+    parts = chunk_counts(nbytes, count, limit_nbytes)
     counted = zip(by_chain.items(), parts.tolist(), strict=True)
     return tuple(
         _message(chain, regions, part) for (chain, regions), part in sorted(counted, key=lambda one: one[0][0])
