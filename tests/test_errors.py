@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.refusals import calls, layouts
+from tests.refusals import calls, layouts, torch_types
 from tricomm import ArgumentError, PlanError, SpecError, TransportError, TricommError, autograd
 from tricomm import options as option_types
 from tricomm.layout import dtype as dtypes
-from tricomm.layout import mesh, notation, placement, topology
+from tricomm.layout import mesh, notation, placement, sides, spec_checks, topology, torch_layout
 from tricomm.layout import spec as sharding
 from tricomm.packing import copy_program, tensor_checker
 from tricomm.plan import arguments, plan, planner, tasks
@@ -32,12 +32,15 @@ MODULES: list[ModuleType] = [
     planner,
     strategies,
     sharding,
+    sides,
+    spec_checks,
+    torch_layout,
     tasks,
     tensor_checker,
     topology,
 ]
 
-REFUSALS = {**layouts.REFUSALS, **calls.REFUSALS}
+REFUSALS = {**layouts.REFUSALS, **calls.REFUSALS, **torch_types.REFUSALS}
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -20,14 +20,16 @@ MAX_FOLDER_FILES = 15
 # A module may import what stands in an earlier row, and its own package; never its own row or a later one.
 LAYERS = [
     ["compiled", "errors", "kernels", "launch", "stats"],
-    ["kinds"],
+    ["interop", "kinds"],
     ["layout"],
     ["rules"],
     ["plan"],
-    ["autograd", "options", "packing"],
+    ["options", "packing"],
+    ["autograd"],
     ["transport"],
     ["resharder"],
     ["reshard"],
+    ["redistribute"],
     ["pipeline"],
     ["demo", "draw"],
     ["cli"],

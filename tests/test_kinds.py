@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import Shard as TorchShard
 
 import tricomm
 import tricomm.pipeline as pl
@@ -49,6 +51,9 @@ OPEN = ShardingSpec(ONE, (Shard(0),), dtype="float32")
 LAYER = pl.EdgeTensor(WHOLE, ROWS)
 TOPOLOGY = Topology(("a",))
 
+DEVICE_MESH = DeviceMesh("cpu", [0], mesh_dim_names=("x",), _init_backend=False, _rank=0)
+DTENSOR = DTensor.from_local(torch.zeros(4, 4), DEVICE_MESH, [TorchShard(0)], run_check=False)
+
 # Every public callable with arguments that it takes.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Auto": (tricomm.Auto, {}),
@@ -62,6 +67,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LocalTransport.run_counted": (
         tricomm.LocalTransport().run_counted, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),
     "Mesh": (Mesh, {"ranks": [[0, 1]], "axis_names": ("a", "b")}),
+    "Mesh.of": (Mesh.of, {"device_mesh": DEVICE_MESH, "group": None, "x": 0}),
     "Mesh.position": (ONE.position, {"rank": 0}),
     "Mesh.coordinate": (ONE.coordinate, {"rank": 0}),
     "Mesh.axis": (ONE.axis, {"key": "x"}),
@@ -91,6 +97,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ShardingSpec": (ShardingSpec, {
         "mesh": ONE, "placements": (Shard(0),), "shape": (4,), "dtype": "int8", "axis_order": ("x",),
         "holdings": None}),
+    "ShardingSpec.from_dtensor": (ShardingSpec.from_dtensor, {
+        "dtensor": DTENSOR, "group": None, "strided_as_order": True}),
+    "ShardingSpec.from_placements": (ShardingSpec.from_placements, {
+        "mesh": DEVICE_MESH, "placements": (TorchShard(0),), "shape": (4, 4), "dtype": "float32", "group": None,
+        "strided_as_order": True}),
     "ShardingSpec.from_dims": (ShardingSpec.from_dims, {
         "mesh": ONE, "dims": ("S0",), "shape": (4,), "dtype": "int8"}),
     "ShardingSpec.explicit": (ShardingSpec.explicit, {
@@ -115,6 +126,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "make_plan": (tricomm.make_plan, {
         "source": WHOLE, "destination": ROWS, "topology": None, "strategy": tricomm.Auto(),
         "balance": tricomm.Split(), "staging_bytes": 1 << 20, "rank": None}),
+    "redistribute": (tricomm.redistribute, {
+        "dtensor": DTENSOR, "device_mesh": DEVICE_MESH, "placements": (TorchShard(1),), "source": None, "dtype": None,
+        "timeout_seconds": 3}),
     **{name: (function, {
         "tensor": torch.zeros(4, 4), "source": WHOLE, "destination": ROWS, "out": None, "group": None,
         "strategy": tricomm.Auto(), "balance": tricomm.Split(), "topology": TOPOLOGY, "staging_bytes": 1 << 20,

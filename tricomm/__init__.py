@@ -22,6 +22,7 @@ from tricomm.plan import (
     Split,
     make_plan,
 )
+from tricomm.redistribute import redistribute
 from tricomm.reshard import reshard, reshard_async
 from tricomm.resharder import Resharder
 from tricomm.stats import Stats
@@ -61,6 +62,7 @@ __all__ = [
     "TricommError",
     "local_shard",
     "make_plan",
+    "redistribute",
     "reshard",
     "reshard_async",
 ]

@@ -1,35 +1,17 @@
 """Gradients through a reshard: the gradient of a move is the move back."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Self
 
 import torch
 
-from tricomm.errors import SpecError
+from tricomm.errors import SpecError, TricommError
 from tricomm.layout.intervals import without_repeats
 from tricomm.layout.placement import Partial, Placement, Replicate
 from tricomm.layout.spec import ShardingSpec
-
-
-class Mover(Protocol):
-    """What gradients ask of a Resharder."""
-
-    def __call__(self, tensor: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Move."""
-        ...
-
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Move what requires grad."""
-        ...
-
-    def gradient(self) -> "Mover":
-        """The mover of the gradients."""
-        ...
-
-    @property
-    def gradient_scale(self) -> float:
-        """What the moved gradient is multiplied by."""
-        ...
+from tricomm.packing.tensor_checker import describe_transform
+from tricomm.plan import Plan
 
 
 def gradient_specs(source: ShardingSpec, destination: ShardingSpec) -> tuple[ShardingSpec, ShardingSpec]:
@@ -82,11 +64,61 @@ def gradient_scale(source: ShardingSpec) -> float:
     return scale
 
 
+class Gradients(ABC):
+    """The half of a Resharder that is about gradients."""
+
+    plan: Plan
+    _gradient: Any = None
+
+    @abstractmethod
+    def _refuse(self, error: TricommError) -> NoReturn:
+        """End a call that this rank does not make, and tell the others."""
+
+    @abstractmethod
+    def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> Any:
+        """Make the Resharder of the way back."""
+
+    @abstractmethod
+    def _move(self, tensor: torch.Tensor | None, out: torch.Tensor | None, *, requires_grad: bool) -> Any:
+        """Move a tensor."""
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Reshard a detached tensor whose gradient is going to be asked for."""
+        moved: torch.Tensor | None = self._move(tensor, None, requires_grad=True)
+        return moved
+
+    def gradient(self) -> Self:
+        """The Resharder that brings the gradient of the result back to the layout of the source.
+
+        Where a source is Partial its contributions all get the same gradient, which for an average is still to
+        be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
+        backward pass, with the gradient on the destination's ranks and None on the others.
+        """
+        if self._gradient is None:
+            self._gradient = self._mover_of_gradient(*gradient_specs(self.plan.source, self.plan.destination))
+        found: Self = self._gradient
+        return found
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
+        return gradient_scale(self.plan.source)
+
+    def _differentiated(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+        """Reshard such that gradients come back."""
+        source, destination = self.plan.source, self.plan.destination
+        problem = describe_transform() or describe_undifferentiable(source, destination, out)
+        if problem is not None:
+            self._refuse(SpecError(problem))
+        result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return result
+
+
 class ReshardFunction(torch.autograd.Function):
     """A reshard of ranks that are all on both meshes, so that each of them takes part in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, mover: Mover) -> torch.Tensor | None:
+    def forward(ctx: Any, tensor: torch.Tensor, mover: "Gradients") -> torch.Tensor | None:
         """Move."""
         ctx.mover = mover
         return mover.forward(tensor.detach())

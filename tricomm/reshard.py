@@ -1,11 +1,12 @@
 """reshard and reshard_async: one call, compared by all ranks before anything is sent."""
 
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
-from tricomm.layout.spec import ShardingSpec
+from tricomm.interop import is_dtensor
+from tricomm.layout.sides import Side, as_specs
 from tricomm.options import Options, ReshardOptions
 from tricomm.plan.arguments import check_spec
 from tricomm.resharder import Resharder
@@ -14,10 +15,15 @@ from tricomm.transport.handle import Handle
 from tricomm.transport.session import tell_all
 
 
-def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOptions, caller: str) -> Resharder:
+def _one_shot(tensors: tuple[Any, Any], sides: tuple[Any, Any], given: ReshardOptions, caller: str) -> Resharder:
     """The Resharder of calls with these arguments, made in the first of them; the ranks meet in each."""
     group = resolve_group(given.get("group"))
+    # A side that is left out is that of the DTensor that is read or written.
+    source, destination = (
+        one if side is None and is_dtensor(one) else side for one, side in zip(tensors, sides, strict=True)
+    )
     try:
+        source, destination = as_specs(source, destination, given.get("group"))
         check_spec("source", source)
         check_spec("destination", destination)
         options = Options.of(given, caller)
@@ -37,8 +43,8 @@ def _one_shot(source: ShardingSpec, destination: ShardingSpec, given: ReshardOpt
 
 def reshard(
     tensor: torch.Tensor | None,
-    source: ShardingSpec,
-    destination: ShardingSpec,
+    source: Side | None,
+    destination: Side | None,
     *,
     out: torch.Tensor | None = None,
     **options: Unpack[ReshardOptions],
@@ -51,9 +57,12 @@ def reshard(
 
     Args:
         tensor: this rank's shard, shape ``source.local_shape(rank)``, any strides; None off the source mesh.
-            It is not changed.
-        source, destination: layouts; the destination's shape and dtype default to the source's.
-        out: where the result goes, shape ``destination.local_shape(rank)``; None makes a new tensor.
+            It is not changed. A DTensor stands for its shard.
+        source, destination: layouts: a ShardingSpec, ``(DeviceMesh, placements, shape, dtype)`` in torch's words, or a
+            DTensor that has it. The destination's shape and dtype default to the source's. None is the layout of
+            ``tensor``, or of ``out``, where that is a DTensor.
+        out: where the result goes, shape ``destination.local_shape(rank)``; None makes a new tensor. A DTensor is
+            written in place: under ``torch.no_grad()`` it may be a parameter of FSDP2.
         options: those of :class:`tricomm.Options`.
 
     Returns:
@@ -83,14 +92,14 @@ def reshard(
 
         result: torch.Tensor | None = run_eagerly(reshard, tensor, source, destination, out=out, **options)
         return result
-    mover = _one_shot(source, destination, options, "reshard")
+    mover = _one_shot((tensor, out), (source, destination), options, "reshard")
     return mover(tensor, out=out)
 
 
 def reshard_async(
     tensor: torch.Tensor | None,
-    source: ShardingSpec,
-    destination: ShardingSpec,
+    source: Side | None,
+    destination: Side | None,
     *,
     out: torch.Tensor | None = None,
     **options: Unpack[ReshardOptions],
@@ -118,5 +127,5 @@ def reshard_async(
 
         handle: Handle = run_eagerly(reshard_async, tensor, source, destination, out=out, **options)
         return handle
-    mover = _one_shot(source, destination, options, "reshard_async")
+    mover = _one_shot((tensor, out), (source, destination), options, "reshard_async")
     return mover.start(tensor, out=out)

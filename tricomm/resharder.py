@@ -4,19 +4,21 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, NoReturn, Self, Unpack
 
 import torch
 
-from tricomm.autograd import ReshardFunction, describe_undifferentiable, gradient_scale, gradient_specs
+from tricomm.autograd import Gradients
 from tricomm.errors import ArgumentError, SpecError, TricommError
+from tricomm.interop import is_dtensor
 from tricomm.kinds import checks_kinds
+from tricomm.layout.sides import Side, as_specs, shards_of
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
-from tricomm.packing.tensor_checker import TensorChecker, check_casts, describe_transform
+from tricomm.packing.tensor_checker import TensorChecker, check_casts
 from tricomm.plan import Plan, make_plan
 from tricomm.plan.arguments import check_ranks, check_spec
-from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
+from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Handle
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, name_error, tell_all
@@ -25,7 +27,7 @@ from tricomm.transport.streams import HostStreamContext
 GRADIENT_FIELD = "whether the tensor requires grad"
 
 
-class Resharder:
+class Resharder(Gradients):
     """A reshard made once and called often: plan, copy programs, staging and connections are kept.
 
     Every rank of either mesh makes it and calls it; ranks on neither mesh may call too and get None. On the first call
@@ -42,7 +44,8 @@ class Resharder:
     which also tells the other ranks if the block ends by an exception.
 
     Args:
-        source, destination: layouts; the destination's shape and dtype default to the source's.
+        source, destination: layouts, also as (DeviceMesh, placements, shape, dtype) or of a DTensor; the destination's
+            shape and dtype default to the source's.
         options: those of :class:`tricomm.Options`. Without ``confirm`` a rank returns when its own part is done.
 
     Raises:
@@ -72,8 +75,8 @@ class Resharder:
 
     def __init__(
         self,
-        source: ShardingSpec,
-        destination: ShardingSpec,
+        source: Side,
+        destination: Side,
         **options: Unpack[ReshardOptions],
     ) -> None:
         self._make(source, destination, options)
@@ -81,8 +84,8 @@ class Resharder:
     @classmethod
     def _made(
         cls,
-        source: ShardingSpec,
-        destination: ShardingSpec,
+        source: Side,
+        destination: Side,
         options: ReshardOptions,
         *,
         parent: "Resharder | None" = None,
@@ -95,8 +98,8 @@ class Resharder:
 
     def _make(
         self,
-        source: ShardingSpec,
-        destination: ShardingSpec,
+        source: Side,
+        destination: Side,
         options: ReshardOptions,
         parent: "Resharder | None" = None,
         meets_always: bool = False,
@@ -105,13 +108,15 @@ class Resharder:
         self.context: GroupContext = context_of(group)
         self.rank = self.context.rank
         self._group = weakref.ref(group)
+        self._names_whole_job = is_whole_job(group)
         try:
-            self._plan(source, destination, options, group)
+            source, destination = specs = as_specs(source, destination, None if self._names_whole_job else group)
+            self._plan(*specs, options, group)
             self._session = self._open(parent, meets_always)
         except BaseException as error:
             tell_all(self.context, error, options, source, destination)
             raise
-        self._gradient: Resharder | None = None
+        self._gradient = None
         self._is_closed = False
 
     def _plan(self, source: ShardingSpec, destination: ShardingSpec, options: ReshardOptions, group: Any) -> None:
@@ -177,6 +182,30 @@ class Resharder:
             confirm=self.confirm,
         )
 
+    def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> "Resharder":
+        group = self._group()
+        if group is None:
+            raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
+        meets_always = self._session is not None and self._session.meets_always
+        options = replace(self.options, group=group).given()
+        return Resharder._made(source, destination, options, parent=self, meets_always=meets_always)
+
+    def _shards(self, tensor: Any, out: Any) -> tuple[Any, Any]:
+        """What DTensors hold on this rank."""
+        try:
+            group = None if self._names_whole_job else self._group()
+            return shards_of(tensor, out, self.plan.source, self.plan.destination, self.rank, group)
+        except SpecError as error:
+            self._refuse(error)
+
+    def _refuse(self, error: TricommError) -> NoReturn:
+        """End a call that this rank does not make, and tell the others."""
+        name_error(error, self.name)
+        if self._session is not None:
+            self._session.calls += 1
+            self._session.tell(error)
+        raise error
+
     @property
     def state(self) -> State:
         """Whether it is new, connected, broken or closed; off the meshes it is new until it is closed."""
@@ -191,19 +220,16 @@ class Resharder:
 
             result: torch.Tensor | None = run_eagerly(self, tensor, out=out)
             return result
+        if is_dtensor(tensor) or is_dtensor(out):
+            shard, place = self._shards(tensor, out)
+            moved = self(shard, out=place)
+            if out is None:
+                return moved
+            torch.autograd.graph.increment_version(out)
+            return out
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             return self._differentiated(tensor, out)
         return self._move(tensor, out, requires_grad=False)
-
-    def _differentiated(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
-        """Reshard such that gradients come back."""
-        self._check_differentiable(out)
-        result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
-        return result
-
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Reshard a detached tensor whose gradient is going to be asked for."""
-        return self._move(tensor, None, requires_grad=True)
 
     def _move(
         self, tensor: torch.Tensor | None, out: torch.Tensor | None, *, requires_grad: bool
@@ -258,6 +284,8 @@ class Resharder:
 
             handle: Handle = run_eagerly(self.start, tensor, out=out, after=after, depends_on=depends_on)
             return handle
+        if is_dtensor(tensor) or is_dtensor(out):
+            tensor, out = self._shards(tensor, out)
         session = self._session
         if session is None:
             self._off_meshes(tensor, out)
@@ -342,28 +370,6 @@ class Resharder:
         channel.last_started = channel.worker.submit(run_in_background)
         return Handle(channel.last_started, channel.stream_context)
 
-    def gradient(self) -> "Resharder":
-        """The Resharder that brings the gradient of the result back to the layout of the source.
-
-        Where a source is Partial its contributions all get the same gradient, which for an average is still to
-        be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
-        backward pass, with the gradient on the destination's ranks and None on the others.
-        """
-        if self._gradient is None:
-            group = self._group()
-            if group is None:
-                raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
-            meets_always = self._session is not None and self._session.meets_always
-            specs = gradient_specs(self.plan.source, self.plan.destination)
-            options = replace(self.options, group=group).given()
-            self._gradient = Resharder._made(*specs, options, parent=self, meets_always=meets_always)
-        return self._gradient
-
-    @property
-    def gradient_scale(self) -> float:
-        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
-        return gradient_scale(self.plan.source)
-
     def connect(self) -> None:
         """Compare with the other ranks what the next call is going to do, and connect to them.
 
@@ -407,13 +413,3 @@ class Resharder:
         if error is not None and not isinstance(error, TricommError) and self._session is not None:
             self._session.leave(error)
         self.close()
-
-    def _check_differentiable(self, out: torch.Tensor | None) -> None:
-        problem = describe_transform() or describe_undifferentiable(self.plan.source, self.plan.destination, out)
-        if problem is not None:
-            error = SpecError(problem)
-            name_error(error, self.name)
-            if self._session is not None:
-                self._session.calls += 1
-                self._session.tell(error)
-            raise error

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, TypeAlias
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.interop import check_device_mesh, kept_mesh, mesh_of
 
 NestedRanks: TypeAlias = "SupportsIndex | Iterable[NestedRanks]"
 """A rank, or a nest of them: lists, tuples, ranges, arrays, tensors."""
@@ -97,6 +98,49 @@ class Mesh:
         object.__setattr__(self, "axis_names", names)
         object.__setattr__(self, "ranks", flat)
         object.__setattr__(self, "_index", index)
+
+    @classmethod
+    def of(cls, device_mesh: Any, *, group: Any = None, **coordinates: int) -> "Mesh":
+        """The ranks of torch's DeviceMesh, or those at some coordinates of it.
+
+        A rank cannot slice a DeviceMesh that it is not in; ``Mesh.of(root, pp=1)`` is the mesh of stage 1 everywhere.
+
+        Args:
+            device_mesh: torch's; axes without a name are called dim_0, dim_1 ...
+            group: a process group whose ranks are wanted; None is the whole job, whose ranks a DeviceMesh names.
+            coordinates: an index for each axis that is left out of the result.
+
+        Raises:
+            SpecError: no such axis or index, or a rank outside of the group; an ArgumentError for another kind of mesh.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from torch.distributed.device_mesh import DeviceMesh
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a job of one rank
+            >>> root = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("pp", "tp"), _init_backend=False)
+            >>> print(Mesh.of(root), Mesh.of(root, pp=1))
+            (pp=2 tp=2: ranks 0-3) (tp=2: ranks 2-3)
+            >>> dist.destroy_process_group()
+        """
+        check_device_mesh(device_mesh)
+        ranks, names = kept_mesh(device_mesh) if group is None else mesh_of(device_mesh, group)
+        mesh = cls(ranks, names)
+        for name, index in coordinates.items():
+            mesh = mesh._at(name, index)
+        return mesh
+
+    def _at(self, name: str, index: int) -> "Mesh":
+        """The ranks at an index of an axis, on the other axes."""
+        axis = self.axis(name)
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self.shape[axis]:
+            raise SpecError(
+                f"{name}={index!r} is not an index of axis {name!r} of {self}; use 0 to {self.shape[axis] - 1}"
+            )
+
+        def pick(nested: Any, depth: int) -> Any:
+            return nested[index] if depth == 0 else [pick(one, depth - 1) for one in nested]
+
+        return Mesh(pick(self._nested(), axis), tuple(one for one in self.axis_names if one != name))
 
     @property
     def ndim(self) -> int:

@@ -4,17 +4,19 @@ Every layout (even, uneven, replicated, nested, segmented, explicit) reduces to 
 each tensor dim an ordered tuple of half-open intervals of global coordinates. The shard is their product.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.interop import TorchLayout, describe_dtensor, is_device_mesh, is_dtensor
 from tricomm.layout.dtype import ITEMSIZE, dtype_name
 from tricomm.layout.intervals import Intervals, Region, merged, part_of_segments, region_shape, segments_of
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.notation import describe_layout, from_notation, to_notation
-from tricomm.layout.placement import Partial, Placement, Replicate, Shard
+from tricomm.layout.placement import Partial, Placement, Shard
+from tricomm.layout.spec_checks import checked_holdings, checked_placements, checked_shape
+from tricomm.layout.torch_layout import read_placements, write_placements
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,7 @@ class ShardingSpec:
             kind.
 
     Example:
+        >>> from tricomm import Replicate, Shard
         >>> mesh = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
         >>> spec = ShardingSpec(mesh, [Replicate(), Shard(0)], shape=(8, 6), dtype="float32")
         >>> print(spec)
@@ -71,14 +74,14 @@ class ShardingSpec:
             raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
         set_field = object.__setattr__
         set_field(self, "mesh", mesh)
-        set_field(self, "shape", None if shape is None else _checked_shape(shape))
+        set_field(self, "shape", None if shape is None else checked_shape(shape))
         set_field(self, "dtype", None if dtype is None else dtype_name(dtype))
-        set_field(self, "holdings", None if holdings is None else _checked_holdings(mesh, holdings, self.global_shape))
+        set_field(self, "holdings", None if holdings is None else checked_holdings(mesh, holdings, self.global_shape))
         if holdings is not None:
             set_field(self, "placements", ())
             set_field(self, "axis_order", None)
             return
-        set_field(self, "placements", _checked_placements(mesh, placements, self.shape))
+        set_field(self, "placements", checked_placements(mesh, placements, self.shape))
         set_field(self, "axis_order", self._canonical_axis_order(axis_order))
 
     # ---- other ways to write a spec
@@ -106,7 +109,7 @@ class ShardingSpec:
         if not isinstance(mesh, Mesh):
             raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
         placements, axis_order = from_notation(mesh, dims)
-        shape = None if shape is None else _checked_shape(shape)
+        shape = None if shape is None else checked_shape(shape)
         if shape is not None and len(shape) != len(dims):
             raise SpecError(
                 f"{tuple(dims)} describes {len(dims)} dims but shape={shape} has {len(shape)}; give one entry per dim"
@@ -134,7 +137,7 @@ class ShardingSpec:
             >>> spec.local_shape(0)  # rows 0-3 and 8-11, all 16 columns
             (8, 16)
         """
-        global_shape = _checked_shape(shape)
+        global_shape = checked_shape(shape)
         if not isinstance(holdings, Mapping):
             raise ArgumentError(
                 f"holdings={holdings!r} is not a mapping; write {{rank: holding}}, such as {{0: (((0, 4),),)}}"
@@ -145,6 +148,82 @@ class ShardingSpec:
         ranks = sorted(mesh.ranks)
         given: Any = tuple(holdings[rank] for rank in ranks)
         return cls(Mesh(ranks, ("rank",)), (), global_shape, dtype, holdings=given)
+
+    @classmethod
+    def from_placements(
+        cls,
+        mesh: Any,
+        placements: Sequence[Any],
+        shape: Sequence[int] | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        *,
+        group: Any = None,
+        strided_as_order: bool = True,
+    ) -> "ShardingSpec":
+        """Write a layout in torch's words: a DeviceMesh (or a Mesh) with one of torch's placements per axis.
+
+        Args:
+            mesh, placements, shape, dtype: of the tensor.
+            group: the process group whose ranks the spec is to name; a DeviceMesh names those of the whole job.
+            strided_as_order: whether strided placements say in which order axes cut, as in what FSDP2 holds; otherwise
+                they are taken word by word, as by torch's distribute_tensor. Uneven parts differ.
+
+        Raises:
+            SpecError: a placement without a counterpart, such as the partial norms of torch.
+
+        Example:
+            >>> from tricomm.layout.placement import Shard
+            >>> print(ShardingSpec.from_placements(Mesh([0, 1], ("tp",)), (Shard(-1),), (8, 4), "float32"))
+            float32[8, 4/tp] on (tp=2: ranks 0-1)
+        """
+        mesh = Mesh.of(mesh, group=group) if is_device_mesh(mesh) else mesh
+        if not isinstance(mesh, Mesh):
+            raise ArgumentError(f"mesh={mesh!r} is neither a DeviceMesh nor a Mesh; pass what init_device_mesh gave")
+        shape = None if shape is None else checked_shape(shape)
+        read = read_placements(mesh, placements, shape, strided_as_order)
+        if read.holdings is not None and shape is not None:
+            return cls.explicit(read.holdings, shape, dtype)
+        return cls(mesh, read.placements, shape, dtype, read.axis_order)
+
+    @classmethod
+    def from_dtensor(cls, dtensor: Any, *, group: Any = None, strided_as_order: bool | None = None) -> "ShardingSpec":
+        """The layout of a DTensor; see :meth:`from_placements`. By default its own spec says how strides are read.
+
+        Example:
+            >>> import torch
+            >>> import torch.distributed as dist
+            >>> from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a job of one rank
+            >>> mesh = DeviceMesh("cpu", [0], mesh_dim_names=("dp",))
+            >>> print(ShardingSpec.from_dtensor(distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)])))
+            float32[4/dp, 2] on (dp=1: rank 0)
+            >>> dist.destroy_process_group()
+        """
+        if isinstance(dtensor, TorchLayout):
+            layout = dtensor
+        elif is_dtensor(dtensor):
+            layout = describe_dtensor(dtensor)
+        else:
+            raise ArgumentError(f"{dtensor!r} is not a DTensor; write ShardingSpec(mesh, placements, shape, dtype)")
+        as_order = layout.is_ordered if strided_as_order is None else strided_as_order
+        mesh, placements, shape, dtype, _, order = layout
+        spec = cls.from_placements(mesh, placements, shape, dtype, group=group, strided_as_order=as_order)
+        return spec if order is None else replace(spec, axis_order=order)
+
+    def to_placements(self) -> tuple[Any, ...]:
+        """The same in torch's placements, one per mesh axis, for a DeviceMesh with these ranks.
+
+        Raises:
+            SpecError: torch has no word for it: explicit holdings, or segments that are not those of torch.chunk.
+
+        Example:
+            >>> mesh = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
+            >>> ShardingSpec(mesh, (Shard(0), Shard(0)), (8, 4), axis_order=("tp", "dp")).to_placements()
+            (_StridedShard(dim=0, sf=2), Shard(dim=0))
+        """
+        if self.holdings is not None:
+            raise SpecError(f"{self} is explicit, which torch has no placements for; keep the ShardingSpec")
+        return write_placements(self.mesh, self.placements, self.cutting_axes, self.shape)
 
     def resolved(self, source: "ShardingSpec") -> "ShardingSpec":
         """Take shape and dtype from ``source`` where this spec leaves them out.
@@ -284,93 +363,3 @@ class ShardingSpec:
             for slot, axis in zip(sorted(axes), sorted(axes) if dim is None else axes, strict=True):
                 order[slot] = axis
         return tuple(order)
-
-
-def _checked_shape(shape: object) -> tuple[int, ...]:
-    try:
-        checked = tuple(operator.index(extent) for extent in shape)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, RuntimeError):
-        raise ArgumentError(f"shape={shape!r} is not a sequence of integers; write (4096, 1024)") from None
-    if any(extent < 0 for extent in checked):
-        raise SpecError(f"shape={checked} has a negative extent; every extent must be at least 0, so give the sizes")
-    return checked
-
-
-def _checked_placements(mesh: Mesh, given: object, shape: tuple[int, ...] | None) -> tuple[Placement, ...]:
-    if not isinstance(given, Sequence):
-        raise ArgumentError(f"placements={given!r} is not a tuple of placements; write one per mesh axis: (Shard(0),)")
-    placements = tuple(given)
-    if len(placements) != mesh.ndim:
-        raise SpecError(
-            f"{len(placements)} placements {placements} for {mesh} with {mesh.ndim} axes; "
-            "give one placement per mesh axis"
-        )
-    checked: list[Placement] = []
-    for axis, placement in enumerate(placements):
-        if not isinstance(placement, (Shard, Replicate, Partial)):
-            raise ArgumentError(
-                f"placement {placement!r} of mesh axis {mesh.axis_names[axis]!r} is not one of tricomm's "
-                "Shard, Replicate, Partial; import them from tricomm"
-            )
-        if isinstance(placement, Shard) and shape is not None:
-            placement = _checked_shard(placement, shape)
-        checked.append(placement)
-    # An axis of one rank reduces nothing.
-    ops = {p.op: mesh.axis_names[i] for i, p in enumerate(checked) if isinstance(p, Partial) and mesh.shape[i] > 1}
-    if len(ops) > 1 and not ops.keys() <= {"sum", "avg"}:
-        (one, axis_of_one), (other, axis_of_other) = list(ops.items())[:2]
-        raise SpecError(
-            f"placements {placements} mix {one} over {axis_of_one} and {other} over {axis_of_other}, and the result "
-            "would depend on which comes first; use one op, or sums and averages, or reduce one of them before"
-        )
-    return tuple(checked)
-
-
-def _checked_shard(placement: Shard, shape: tuple[int, ...]) -> Shard:
-    ndim = len(shape)
-    if not -ndim <= placement.dim < ndim:
-        if ndim == 0:
-            raise SpecError(f"{placement!r}: a 0-d tensor has no dim to cut; use Replicate()")
-        raise SpecError(
-            f"{placement!r}: dim {placement.dim} is out of range for shape {shape}; "
-            f"use a dim from {-ndim} to {ndim - 1}"
-        )
-    dim = placement.dim % ndim
-    if placement.segments is not None and sum(placement.segments) != shape[dim]:
-        raise SpecError(
-            f"{placement!r}: the segments add up to {sum(placement.segments)}, but dim {dim} of shape {shape} is "
-            f"{shape[dim]}; give segments that add up to {shape[dim]}"
-        )
-    return placement if dim == placement.dim else Shard(dim, placement.segments)
-
-
-def _checked_holdings(mesh: Mesh, holdings: object, shape: tuple[int, ...]) -> tuple[Holding, ...]:
-    if not isinstance(holdings, tuple) or len(holdings) != mesh.size:
-        raise ArgumentError(f"holdings={holdings!r} are not one per rank of {mesh}; write ShardingSpec.explicit(...)")
-    return tuple(_checked_holding(rank, one, shape) for rank, one in zip(mesh.ranks, holdings, strict=True))
-
-
-def _checked_holding(rank: int, holding: object, shape: tuple[int, ...]) -> Holding:
-    try:
-        pairs = [
-            [(operator.index(start), operator.index(stop)) for start, stop in intervals]
-            for intervals in holding  # type: ignore[attr-defined]
-        ]
-    except (TypeError, ValueError, RuntimeError):
-        raise ArgumentError(
-            f"the holding {holding!r} of rank {rank} is not one tuple of integer (start, stop) pairs per dim; write "
-            "(((0, 4), (8, 12)), ((0, 16),))"
-        ) from None
-    if len(pairs) != len(shape):
-        raise SpecError(
-            f"the holding {holding} of rank {rank} has {len(pairs)} dims, but shape {shape} has {len(shape)}; "
-            "give one tuple of (start, stop) per dim"
-        )
-    for dim, (intervals, extent) in enumerate(zip(pairs, shape, strict=True)):
-        for start, stop in intervals:
-            if not 0 <= start <= stop <= extent:
-                raise SpecError(
-                    f"interval ({start}, {stop}) of rank {rank} in dim {dim} does not lie in (0, {extent}); "
-                    "intervals are half-open and within the global shape"
-                )
-    return tuple(merged(intervals) for intervals in pairs)

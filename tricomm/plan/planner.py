@@ -7,6 +7,7 @@ from functools import lru_cache
 from tricomm.errors import SpecError
 from tricomm.layout.dtype import ITEMSIZE, check_cast
 from tricomm.layout.placement import Partial
+from tricomm.layout.sides import Side, as_specs
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.arguments import (
@@ -33,8 +34,8 @@ DEFAULT_STAGING_BYTES = 256 << 20
 
 
 def make_plan(
-    source: ShardingSpec,
-    destination: ShardingSpec,
+    source: Side,
+    destination: Side,
     *,
     topology: Topology | None = None,
     strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
@@ -45,7 +46,8 @@ def make_plan(
     """Plan a reshard. Needs no process group and no torch; the same arguments give the same plan everywhere.
 
     Args:
-        source: where the tensor is, with shape and dtype.
+        source: where the tensor is, with shape and dtype: a ShardingSpec, ``(DeviceMesh, placements, shape, dtype)`` in
+            torch's words, or a DTensor that lies so.
         destination: where it shall be; shape and dtype default to the source's.
         topology: hosts and rates; None puts every rank on a host of its own.
         strategy: how elements travel.
@@ -76,13 +78,26 @@ def make_plan(
             1 -> 2   8 elements in 1 chunk: [4:8, 0:2]
             1 -> 3   8 elements in 1 chunk: [4:8, 2:4]
     """
-    check_spec("source", source)
-    check_spec("destination", destination)
+    specs = as_specs(source, destination)
+    check_spec("source", specs[0])
+    check_spec("destination", specs[1])
     check_strategy(strategy)
     check_balance(balance)
     check_topology(topology)
     check_staging_bytes(staging_bytes)
     check_rank(rank)
+    return _checked_plan(*specs, topology, strategy, balance, staging_bytes, rank)
+
+
+def _checked_plan(
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    topology: Topology | None,
+    strategy: Strategy | Auto,
+    balance: SenderPolicy,
+    staging_bytes: int,
+    rank: int | None,
+) -> Plan:
     source.element_type, source.global_shape  # noqa: B018  raises if either is missing
     destination = destination.resolved(source)
     if destination.shape != source.shape:

@@ -122,6 +122,11 @@ def resolve_group(group: Any) -> Any:
     return dist.group.WORLD
 
 
+def is_whole_job(group: Any) -> bool:
+    """Whether the ranks of a group are those of the whole job, by which torch's meshes name them."""
+    return dist.is_available() and dist.is_initialized() and group is dist.group.WORLD
+
+
 def default_device(group: Any) -> torch.device:
     """Where tensors are expected when nobody says: the current CUDA device if the group has NCCL, else host memory."""
     if torch.cuda.is_available() and _has_nccl(group):

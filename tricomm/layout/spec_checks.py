@@ -1,0 +1,114 @@
+"""What a ShardingSpec is made from, checked once: shapes, placements, explicit holdings."""
+
+import operator
+from collections.abc import Sequence
+
+from tricomm.errors import ArgumentError, SpecError
+from tricomm.layout.intervals import Region, merged
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.placement import Partial, Placement, Replicate, Shard
+
+
+def checked_shape(shape: object) -> tuple[int, ...]:
+    """A global shape in plain integers.
+
+    Raises:
+        SpecError: a negative extent; an ArgumentError where it is no sequence of integers.
+    """
+    try:
+        checked = tuple(operator.index(extent) for extent in shape)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"shape={shape!r} is not a sequence of integers; write (4096, 1024)") from None
+    if any(extent < 0 for extent in checked):
+        raise SpecError(f"shape={checked} has a negative extent; every extent must be at least 0, so give the sizes")
+    return checked
+
+
+def checked_placements(mesh: Mesh, given: object, shape: tuple[int, ...] | None) -> tuple[Placement, ...]:
+    """One placement per mesh axis, that fits the shape if it is known.
+
+    Raises:
+        SpecError: one does not; an ArgumentError where one is none of ours.
+    """
+    if not isinstance(given, Sequence):
+        raise ArgumentError(f"placements={given!r} is not a tuple of placements; write one per mesh axis: (Shard(0),)")
+    placements = tuple(given)
+    if len(placements) != mesh.ndim:
+        raise SpecError(
+            f"{len(placements)} placements {placements} for {mesh} with {mesh.ndim} axes; "
+            "give one placement per mesh axis"
+        )
+    checked: list[Placement] = []
+    for axis, placement in enumerate(placements):
+        if not isinstance(placement, (Shard, Replicate, Partial)):
+            raise ArgumentError(
+                f"placement {placement!r} of mesh axis {mesh.axis_names[axis]!r} is not one of tricomm's "
+                "Shard, Replicate, Partial; import them from tricomm"
+            )
+        if isinstance(placement, Shard) and shape is not None:
+            placement = _checked_shard(placement, shape)
+        checked.append(placement)
+    # An axis of one rank reduces nothing.
+    ops = {p.op: mesh.axis_names[i] for i, p in enumerate(checked) if isinstance(p, Partial) and mesh.shape[i] > 1}
+    if len(ops) > 1 and not ops.keys() <= {"sum", "avg"}:
+        (one, axis_of_one), (other, axis_of_other) = list(ops.items())[:2]
+        raise SpecError(
+            f"placements {placements} mix {one} over {axis_of_one} and {other} over {axis_of_other}, and the result "
+            "would depend on which comes first; use one op, or sums and averages, or reduce one of them before"
+        )
+    return tuple(checked)
+
+
+def _checked_shard(placement: Shard, shape: tuple[int, ...]) -> Shard:
+    ndim = len(shape)
+    if not -ndim <= placement.dim < ndim:
+        if ndim == 0:
+            raise SpecError(f"{placement!r}: a 0-d tensor has no dim to cut; use Replicate()")
+        raise SpecError(
+            f"{placement!r}: dim {placement.dim} is out of range for shape {shape}; "
+            f"use a dim from {-ndim} to {ndim - 1}"
+        )
+    dim = placement.dim % ndim
+    if placement.segments is not None and sum(placement.segments) != shape[dim]:
+        raise SpecError(
+            f"{placement!r}: the segments add up to {sum(placement.segments)}, but dim {dim} of shape {shape} is "
+            f"{shape[dim]}; give segments that add up to {shape[dim]}"
+        )
+    return placement if dim == placement.dim else Shard(dim, placement.segments)
+
+
+def checked_holdings(mesh: Mesh, holdings: object, shape: tuple[int, ...]) -> tuple[Region, ...]:
+    """What each rank of a mesh holds, within the shape.
+
+    Raises:
+        SpecError: an interval outside; an ArgumentError where a holding is no nest of intervals.
+    """
+    if not isinstance(holdings, tuple) or len(holdings) != mesh.size:
+        raise ArgumentError(f"holdings={holdings!r} are not one per rank of {mesh}; write ShardingSpec.explicit(...)")
+    return tuple(_checked_holding(rank, one, shape) for rank, one in zip(mesh.ranks, holdings, strict=True))
+
+
+def _checked_holding(rank: int, holding: object, shape: tuple[int, ...]) -> Region:
+    try:
+        pairs = [
+            [(operator.index(start), operator.index(stop)) for start, stop in intervals]
+            for intervals in holding  # type: ignore[attr-defined]
+        ]
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(
+            f"the holding {holding!r} of rank {rank} is not one tuple of integer (start, stop) pairs per dim; write "
+            "(((0, 4), (8, 12)), ((0, 16),))"
+        ) from None
+    if len(pairs) != len(shape):
+        raise SpecError(
+            f"the holding {holding} of rank {rank} has {len(pairs)} dims, but shape {shape} has {len(shape)}; "
+            "give one tuple of (start, stop) per dim"
+        )
+    for dim, (intervals, extent) in enumerate(zip(pairs, shape, strict=True)):
+        for start, stop in intervals:
+            if not 0 <= start <= stop <= extent:
+                raise SpecError(
+                    f"interval ({start}, {stop}) of rank {rank} in dim {dim} does not lie in (0, {extent}); "
+                    "intervals are half-open and within the global shape"
+                )
+    return tuple(merged(intervals) for intervals in pairs)
