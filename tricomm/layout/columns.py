@@ -170,6 +170,13 @@ class IntervalLists(Rows[Intervals]):
         some = starts < stops
         return IntervalLists(starts[some], stops[some], offsets_of(some))
 
+    @classmethod
+    def joined(cls, parts: "Sequence[IntervalLists]") -> "IntervalLists":
+        """The lists of some, one after the other."""
+        counts = np.concatenate([counts_of(part.offsets) for part in parts])
+        starts, stops = (np.concatenate([getattr(part, end) for part in parts]) for end in ("starts", "stops"))
+        return cls(starts, stops, offsets_of(counts))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -202,6 +209,17 @@ class Regions(Rows[Region]):
             result *= lists.lengths[self.rows[:, dim]]
         return result
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Regions]") -> "Regions":
+        """The regions of some with equally many dims, one after the other."""
+        dims, columns = [], []
+        for dim in range(parts[0].rows.shape[1]):
+            lists = list(dict.fromkeys(part.dims[dim] for part in parts))  # parts share lists
+            first = dict(zip(lists, offsets_of(numbers(map(len, lists), len(lists))).tolist(), strict=False))
+            dims.append(lists[0] if len(lists) == 1 else IntervalLists.joined(lists))
+            columns.append(np.concatenate([part.rows[:, dim] + first[part.dims[dim]] for part in parts]))
+        return cls(tuple(dims), np.column_stack(columns))
+
     def take(self, rows: np.ndarray) -> "Regions":
         """Some of them."""
         return Regions(self.dims, self.rows[rows])
@@ -229,6 +247,12 @@ class Groups(Rows[tuple[Region, ...]]):
     def __init__(self, regions: Regions, offsets: np.ndarray) -> None:
         self.regions, self.offsets = regions, offsets
         self.single = bool((counts_of(offsets) == 1).all())
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Groups]") -> "Groups":
+        """The groups of some, one after the other."""
+        counts = np.concatenate([counts_of(part.offsets) for part in parts])
+        return cls(Regions.joined([part.regions for part in parts]), offsets_of(counts))
 
     @property
     def numel(self) -> np.ndarray:

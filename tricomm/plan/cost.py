@@ -165,7 +165,7 @@ class HopColumns(NamedTuple):
         rounds, source, destination, message, chunk = table[_simulation_order(table)].T
         nbytes = columns.numel_of(message, chunk) * itemsize
         links = crossings(source, destination, topology)
-        # A rank receives a chunk of a message once, and gives it on once.
+        # A rank receives a chunk of a message once.
         ranks, chunks = len(topology.hosts), int(chunk.max()) + 1
         brings, gives = ((message * ranks + rank) * chunks + chunk for rank in (destination, source))
         order = np.argsort(brings)
@@ -234,7 +234,7 @@ class MessageColumns(NamedTuple):
                 numel[firsts[row] : firsts[row + 1]] = chunks.numel
             return cls(messages.links, counts, numel)
         sizes = [_numel_of(message) for message in messages]
-        links = ChainLinks.of([message.chain for message in messages])
+        links = ChainLinks.of([message.chain for message in messages], [message.parents for message in messages])
         return cls(links, numbers(map(len, sizes), len(sizes)), numbers(chain.from_iterable(sizes)))
 
     def numel_of(self, messages: np.ndarray, chunks: np.ndarray) -> np.ndarray:

@@ -189,7 +189,7 @@ def _verify_hops(move: Move, columns: MessageColumns, boxes: ChunkBoxes) -> None
     once = np.ones(len(keys), bool)
     once[order] = starts_run(keys[order])
     require_all(once, "brings a chunk that is already there")
-    is_first = np.isin(link, links.firsts)
+    is_first = links.sources[link] == links.sources[links.firsts][links.chain[link]]
     before = positions(keys[order], arrival * ranks + sources)
     relayed_in_time = (before >= 0) & (rounds[order[before]] < rounds)
     require_all(is_first | relayed_in_time, "forwards what its source does not have by then")

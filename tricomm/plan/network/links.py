@@ -79,8 +79,15 @@ class ChainLinks(NamedTuple):
     firsts: np.ndarray
 
     @classmethod
-    def of(cls, chains: Sequence[Sequence[int]]) -> "ChainLinks":
-        """List the links of chains of two ranks or more."""
+    def of(
+        cls, chains: Sequence[Sequence[int]], parents: Sequence[Sequence[int] | None] | None = None
+    ) -> "ChainLinks":
+        """List the links of chains of two ranks or more.
+
+        Args:
+            chains: the ranks of each.
+            parents: for each, the place of the rank from which each receiver hears; None is the one before it.
+        """
         counts = numbers(map(len, chains), len(chains))
         ranks = numbers(chain.from_iterable(chains), int(counts.sum()))
         is_source, is_destination = np.ones((2, len(ranks)), bool)
@@ -88,9 +95,12 @@ class ChainLinks(NamedTuple):
         is_source[ends - 1] = False
         is_destination[ends - counts] = False
         links = counts - 1
-        return cls(
-            np.repeat(np.arange(len(chains)), links), ranks[is_source], ranks[is_destination], offsets_of(links)[:-1]
-        )
+        of_link, firsts = np.repeat(np.arange(len(chains)), links), offsets_of(links)[:-1]
+        sources = ranks[is_source]
+        for row, places in enumerate(parents or ()):
+            if places is not None:
+                sources[firsts[row] : firsts[row] + links[row]] = [chains[row][place] for place in places]
+        return cls(of_link, sources, ranks[is_destination], firsts)
 
     @property
     def lasts(self) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Whether formulas apply to a move, and which of their two ways it takes."""
+"""Whether formulas apply to a move, and which of their ways it takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
@@ -8,34 +8,39 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tricomm.layout.columns import Groups
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.choice import WORTH_IT
-from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, rings_of
+from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
 from tricomm.plan.product.pieces import Cutting
-from tricomm.plan.product.rings import RingMessages, ring_hops
+from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
+from tricomm.plan.product.shared import SharedHosts
 from tricomm.plan.refine import cells
 from tricomm.plan.routes.chunks import (
     MAX_PEERS_PER_ROUND,
     MIN_CHUNK_NBYTES,
+    Chunks,
     Message,
     PairColumns,
     RouteContext,
     best_chunk_count,
     chunk_counts,
+    even_chunks,
+    stepped_chunks,
     unicast,
 )
 from tricomm.plan.routes.rounds import Hop, schedule
-from tricomm.plan.routes.strategies import Broadcast, SendRecv, Strategy
+from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy
 
 
 class Nics(NamedTuple):
-    """The NICs of a mesh, all alike.
+    """The NICs of a mesh, all equally fast.
 
     Attributes:
-        ranks: that share one.
+        ranks: the most that share one.
         send, receive: bytes per second.
     """
 
@@ -46,14 +51,12 @@ class Nics(NamedTuple):
 
 @lru_cache(maxsize=64)
 def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
-    """The NICs of a mesh; None if they are not all alike."""
-    ranks = np.array(mesh.ranks, np.int64)
-    nics, of_nic = np.unique(topology.nic_numbers[ranks], return_counts=True)
-    _, of_host = np.unique(topology.host_numbers[ranks], return_counts=True)
+    """The NICs of a mesh; None if they are not all equally fast."""
+    nics, of_nic = np.unique(topology.nic_numbers[np.array(mesh.ranks, np.int64)], return_counts=True)
     send, receive = topology.nic_send_rates[nics], topology.nic_receive_rates[nics]
-    if any((column != column[0]).any() for column in (of_nic, of_host, send, receive)):
+    if (send != send[0]).any() or (receive != receive[0]).any():
         return None
-    return Nics(int(of_nic[0]), float(send[0]), float(receive[0]))
+    return Nics(int(of_nic.max()), float(send[0]), float(receive[0]))
 
 
 @lru_cache(maxsize=64)
@@ -77,69 +80,103 @@ class ProductMove:
 
     Attributes:
         source, destination: the grids.
-        rings: of the destination's tiles.
-        cutting: of the source's.
+        holders: the ranks of each tile of the source, by host.
+        rings: those of the destination's.
+        cutting: of the source's tiles.
+        shared: what is sent where a host has ranks of both meshes, else None.
         sending, receiving: the NICs of either side.
         context: what a strategy may know.
+        strategy: as asked.
         senders: the source's ranks.
         participants: all ranks of either mesh, sorted.
     """
 
     source: Grid
     destination: Grid
+    holders: Rings
     rings: Rings
     cutting: Cutting
+    shared: SharedHosts | None
     sending: Nics
     receiving: Nics
     context: RouteContext
+    strategy: Strategy | Auto
     senders: tuple[int, ...]
     participants: Sequence[int]
 
     @classmethod
     def of(
-        cls, source: ShardingSpec, destination: ShardingSpec, context: RouteContext, participants: Sequence[int]
+        cls,
+        source: ShardingSpec,
+        destination: ShardingSpec,
+        context: RouteContext,
+        participants: Sequence[int],
+        strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
     ) -> "ProductMove | None":
-        """None where formulas do not apply: explicit holdings, hosts that are not alike or have ranks of both meshes,
-        nothing to move, or no replicas, where each element has one way to go and nothing is to be chosen.
+        """None where formulas do not apply: explicit holdings, NICs that differ in a mesh, nothing to move, a strategy
+        that is none of theirs, or no replicas, where each element has one way to go and nothing is to be chosen.
         """
         topology = context.topology
         if not (is_product(source) and is_product(destination)) or 0 in (*source.global_shape, source.mesh.size):
             return None
         if not source.global_shape or (source.exclusive and destination.exclusive):
             return None
+        if not isinstance(strategy, Auto | SendRecv | Broadcast | GlobalAllGather):
+            return None
         sending, receiving = nics_of(source.mesh, topology), nics_of(destination.mesh, topology)
-        if sending is None or receiving is None or share_hosts(source.mesh, destination.mesh, topology):
+        if sending is None or receiving is None:
             return None
         first, second = grid_of(source), grid_of(destination)
-        rings = rings_of(second, topology)
-        if rings is None:
-            return None
+        holders, rings = Rings.of(first, topology), Rings.of(second, topology)
         per_dim = [cells(*parts) for parts in zip(part_table(source).parts, part_table(destination).parts, strict=True)]
-        cutting = Cutting(per_dim, first, second)
-        return cls(first, second, rings, cutting, sending, receiving, context, source.mesh.ranks, participants)
+        is_shared = share_hosts(source.mesh, destination.mesh, topology)
+        cutting = Cutting(per_dim, first, second, alone=is_shared)
+        shared = SharedHosts(cutting, holders, rings, topology.host_numbers) if is_shared else None
+        senders = source.mesh.ranks
+        return cls(
+            first,
+            second,
+            holders,
+            rings,
+            cutting,
+            shared,
+            sending,
+            receiving,
+            context,
+            strategy,
+            senders,
+            participants,
+        )
 
     def routes(self, rank: int | None) -> Routes:
         """What all ranks do, or what one has part in."""
         way = best_way(self)
-        return self._unicast(way, rank) if way.copies > 1 or self.rings.length == 1 else self._rings(way, rank)
+        return self._directly(way, rank) if way.children == 0 else self._round_about(way, rank)
 
-    def _unicast(self, way: "Way", rank: int | None) -> Routes:
-        pieces = self.cutting.pieces(way.copies, way.shares, rank)
-        receivers = self.destination.ranks[pieces.tiles, pieces.copies]
-        order = np.lexsort((receivers, pieces.senders))
-        regions = pieces.regions.take(order)
-        pairs = PairColumns(pieces.senders[order], receivers[order], regions, regions.numel)
-        messages = unicast(pairs, None, self.context)
-        return Routes(SendRecv(), messages, schedule(messages, self.participants, self.context.topology))
+    def _directly(self, way: "Way", rank: int | None) -> Routes:
+        if self.shared is not None:
+            pairs = self.shared.pairs(way.shares, rank)
+        else:
+            pieces = self.cutting.pieces(self.rings.replicas, way.shares, rank)
+            receivers = self.destination.ranks[pieces.tiles, pieces.copies]
+            order = np.lexsort((receivers, pieces.senders))
+            regions = pieces.regions.take(order)
+            pairs = PairColumns(pieces.senders[order], receivers[order], regions, regions.numel)
+        strategy = self.strategy if isinstance(self.strategy, SendRecv) else SendRecv()
+        messages = unicast(pairs, strategy.chunk_bytes, self.context)
+        return Routes(strategy, messages, schedule(messages, self.participants, self.context.topology))
 
-    def _rings(self, way: "Way", rank: int | None) -> Routes:
-        pieces = self.cutting.pieces(1, way.shares, rank)
-        needed = np.stack(np.unravel_index(pieces.tiles, self.destination.parts), -1)
-        tile_sizes = self.cutting.destination_line.sizes(needed)
-        messages = RingMessages.of(pieces, tile_sizes, self.rings, way.chunks_of)
+    def _round_about(self, way: "Way", rank: int | None) -> Routes:
+        if self.shared is not None:
+            visits = self.shared.visits(way.shares, rank)
+        else:
+            pieces = self.cutting.pieces(1, way.shares, rank)
+            visits = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings)
+        strategy = Broadcast() if isinstance(self.strategy, Auto) else self.strategy
+        messages = RingMessages.of(visits, self.rings, way.children, way.chunks_of)
         places = {one: place for place, one in enumerate(self.senders)}
         hops = ring_hops(messages, max(way.shares, 1), places, self.participants, self.context.topology, rank)
-        return Routes(Broadcast(), messages, hops)
+        return Routes(strategy, messages, hops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +185,29 @@ class Way:
 
     Attributes:
         context: what a strategy may know.
-        copies: how often a piece is sent: once, or to each replica.
+        children: 0 if each replica hears from holders; 1 if pieces go from host to host in chains, 2 in trees.
         shares: how many each holder has of the line of its tile's cells; 0 leaves cells whole.
-        chunks: into how many chunks a message of a ring is cut if it is not too small or too large for that.
+        chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
+        chunk_bytes: the size of chunks, where a strategy says so.
         seconds: what it should take.
     """
 
     context: RouteContext
-    copies: int
+    children: int
     shares: int
     chunks: int
     limit_nbytes: int
+    chunk_bytes: int | None
     seconds: float
 
-    def chunks_of(self, numel: np.ndarray) -> np.ndarray:
-        """Into how many chunks messages of some numbers of elements are cut."""
-        return chunk_counts(numel * self.context.itemsize, self.chunks, self.limit_nbytes)
+    def chunks_of(self, regions: Groups, numel: np.ndarray) -> Mapping[int, Chunks]:
+        """The chunks of those messages that have more than one, given their regions and elements."""
+        if self.chunk_bytes is not None:
+            most = max(1, self.chunk_bytes // self.context.itemsize)
+            return {row: stepped_chunks(regions[row], most) for row in np.flatnonzero(numel > most).tolist()}
+        parts = chunk_counts(numel * self.context.itemsize, self.chunks, self.limit_nbytes)
+        return {row: even_chunks(regions[row], int(parts[row])) for row in np.flatnonzero(parts > 1).tolist()}
 
 
 class Load(NamedTuple):
@@ -184,20 +227,24 @@ class Load(NamedTuple):
         each = -(-cells // holders)
         if not shares:
             return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each)
+        if move.cutting.alone:
+            return cls(cell / holders / shares, ranks * tile / holders, cells * shares)
         piece = min(tile / holders / shares, cell)
         return cls(piece, ranks * tile / holders, each + shares - 1 + int(holders > 1))
 
 
 def best_way(move: ProductMove) -> Way:
     """The fastest, the plainest one that is about as fast."""
-    ways = [direct_way(move, shares) for shares in (0, 1)]
-    if move.rings.length > 1:
-        ways += [ring_way(move, shares) for shares in (0, 1)]
+    ways: list[Way] = []
+    if isinstance(move.strategy, Auto | SendRecv) or move.rings.replicas == 1:
+        ways += [direct_way(move, shares) for shares in (0, 1)]
+    if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
         # As many messages as places to enter at, so that all NICs are busy from the first step to the last.
         messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).piece_nbytes), 1)
         places = _places(move)
-        level = {-(-places // messages), places // gcd(places, messages)}
-        ways += [ring_way(move, shares) for shares in sorted(level) if shares > 1]
+        level = {0, 1, -(-places // messages), places // gcd(places, messages)}
+        kinds = (1, 2) if isinstance(move.strategy, Auto) and move.rings.most_hosts > 2 else (1,)
+        ways += [round_way(move, shares, children) for children in kinds for shares in sorted(level)]
     best = ways[0]
     for way in ways[1:]:
         if way.seconds < best.seconds * (1 - WORTH_IT):
@@ -207,41 +254,54 @@ def best_way(move: ProductMove) -> Way:
 
 def direct_way(move: ProductMove, shares: int) -> Way:
     """Every replica hears from holders."""
-    topology, copies = move.context.topology, move.rings.length
+    topology, copies = move.context.topology, move.rings.replicas
     load = Load.of(move, copies, shares)
     entering = move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
     busiest = max(load.nic_nbytes / move.sending.send, entering)
     seconds = max(busiest, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
-    return Way(move.context, copies, shares, 1, move.context.staging_nbytes, seconds + each)
+    return Way(move.context, 0, shares, 1, move.context.staging_nbytes, None, seconds + each)
 
 
-def ring_way(move: ProductMove, shares: int) -> Way:
-    """Holders send each cell once, and replicas hand it on."""
+def round_way(move: ProductMove, shares: int, children: int) -> Way:
+    """Holders send each cell once, and replicas hand it on, in chains or trees of hosts."""
     context, topology, rings = move.context, move.context.topology, move.rings
     load, tile = Load.of(move, 1, shares), _tile_nbytes(move)
+    hosts = rings.most_hosts
     leaving = load.nic_nbytes / move.sending.send
     of_nic = move.receiving.ranks / rings.of_host * tile
     entering = of_nic / move.receiving.receive
-    handed_on = of_nic / move.receiving.send * (rings.hosts - 1) / rings.hosts
-    busiest = max(leaving, entering, handed_on)
+    handed_on = of_nic / move.receiving.send * (hosts - 1) / hosts
     messages = max(round(tile / load.piece_nbytes), 1)
+    if children == 2:
+        # Half of the hosts of a tree hand on, twice: level from two messages for each place on.
+        handed_on *= max(1.0, 2 * _places(move) / hosts / messages)
+    busiest = max(leaving, entering, handed_on)
     # In one chunk each, a NIC receives in each step the messages that entered a ring at one place.
     at_once = -(-messages // _places(move))
     step = at_once * tile / messages * max(move.receiving.ranks / rings.of_host, 1.0) / move.receiving.receive
-    fill = max(max(leaving, step) + (rings.hosts - 1) * step - busiest, 0.0)
+    depth = hosts if children == 1 else hosts.bit_length()
+    if children == 1:
+        fill = max(max(leaving, step) + (hosts - 1) * step - busiest, 0.0)
+    else:
+        fill = depth * min(leaving, busiest)
+    chunk_bytes = None if isinstance(move.strategy, Auto) else move.strategy.chunk_bytes
     chunks = best_chunk_count(fill, busiest, messages, topology)
     chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
-    limit = context.chunk_limit_nbytes(min(messages if chunks > 1 else at_once, MAX_PEERS_PER_ROUND))
+    if chunk_bytes is not None:
+        chunks = max(-(-int(load.piece_nbytes) // chunk_bytes), 1)
+    together = messages if chunks > 1 or children > 1 else at_once
+    limit = context.chunk_limit_nbytes(min(together, MAX_PEERS_PER_ROUND))
     posts = max(load.messages, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
     each = topology.overhead_seconds + topology.latency_seconds
-    seconds = max(busiest, posts * topology.overhead_seconds) + fill / chunks + rings.length * each
-    return Way(context, 1, shares, chunks, limit, seconds)
+    filling = fill / chunks if children == 1 else fill / depth * min(depth, chunks) / chunks
+    seconds = max(busiest, posts * topology.overhead_seconds) + filling + (depth + rings.of_host - 1) * each
+    return Way(context, children, shares, chunks, limit, chunk_bytes, seconds)
 
 
 def _places(move: ProductMove) -> int:
     """Places where a message can enter a ring that differ for the network: a NIC each."""
-    return move.rings.hosts * max(move.rings.of_host // move.receiving.ranks, 1)
+    return move.rings.most_hosts * max(move.rings.of_host // move.receiving.ranks, 1)
 
 
 def _tile_nbytes(move: ProductMove) -> int:

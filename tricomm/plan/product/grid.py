@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from tricomm.layout.columns import positions
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial
 from tricomm.layout.spec import ShardingSpec
@@ -66,49 +67,69 @@ def _grid(mesh: Mesh, axes: tuple[tuple[int, ...], ...]) -> Grid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rings:
-    """The replicas of each tile in the order in which a chain visits them: host by host.
+    """The replicas of each tile in the order in which they hand pieces round: host by host.
 
     Attributes:
-        ranks: int array (tiles, hosts, replicas of the tile on a host).
+        ranks: int array (tiles, replicas).
+        place: int array (tiles, replicas): on which of its tile's hosts each is, counted from 0.
+        firsts: int array (tiles, hosts + 1): where the replicas on each host begin; behind its last host all replicas.
+        hosts: int array (tiles,): how many hosts have replicas of a tile.
+        host_numbers: int array (tiles, hosts): the topology's numbers of those hosts; -1 behind the last.
     """
 
     ranks: np.ndarray
+    place: np.ndarray
+    firsts: np.ndarray
+    hosts: np.ndarray
+    host_numbers: np.ndarray
+
+    @classmethod
+    def of(cls, grid: Grid, topology: Topology) -> "Rings":
+        """Sort the replicas of each tile by host."""
+        hosts = topology.host_numbers[grid.ranks]
+        order = np.lexsort((grid.ranks, hosts), axis=-1)
+        hosts, ranks = np.take_along_axis(hosts, order, -1), np.take_along_axis(grid.ranks, order, -1)
+        begins = np.ones(hosts.shape, bool)
+        begins[:, 1:] = hosts[:, 1:] != hosts[:, :-1]
+        place = np.cumsum(begins, 1) - 1
+        count = place[:, -1] + 1
+        tile, at = np.nonzero(begins)
+        firsts = np.full((len(ranks), int(count.max()) + 1), grid.replicas)
+        firsts[tile, place[tile, at]] = at
+        numbers = np.full((len(ranks), int(count.max())), -1)
+        numbers[tile, place[tile, at]] = hosts[tile, at]
+        return cls(ranks, place, firsts, count, numbers)
 
     @property
-    def hosts(self) -> int:
-        """Hosts that have replicas of a tile."""
+    def replicas(self) -> int:
+        """Replicas of a tile."""
         return int(self.ranks.shape[1])
 
     @property
     def of_host(self) -> int:
-        """Replicas of a tile on one host."""
-        return int(self.ranks.shape[2])
+        """The most replicas of a tile on one host."""
+        return int(np.diff(self.firsts, axis=1).max())
 
     @property
-    def length(self) -> int:
-        """Replicas of a tile."""
-        return self.hosts * self.of_host
+    def most_hosts(self) -> int:
+        """The most hosts that have replicas of a tile."""
+        return int(self.hosts.max())
 
-    def at(self, tiles: np.ndarray, entries: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """The ranks at some places of chains that enter their tiles' rings at some entries.
+    def count(self, tiles: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """How many replicas of some tiles are on some of their hosts."""
+        found: np.ndarray = self.firsts[tiles, places + 1] - self.firsts[tiles, places]
+        return found
 
-        Entries go through the hosts first and then through the replicas on a host: a chain visits the hosts one after
-        the other, on each all replicas, and both circles begin where it enters.
-        """
-        host = (entries + places // self.of_host) % self.hosts
-        replica = (entries // self.hosts + places) % self.of_host
-        ranks: np.ndarray = self.ranks[tiles, host, replica]
+    def at(self, tiles: np.ndarray, places: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """The replicas of some tiles on some of their hosts, counted round the host."""
+        ranks: np.ndarray = self.ranks[tiles, self.firsts[tiles, places] + turns % self.count(tiles, places)]
         return ranks
 
-
-def rings_of(grid: Grid, topology: Topology) -> Rings | None:
-    """The rings of a grid; None where hosts do not all have equally many replicas of a tile."""
-    hosts = topology.host_numbers[grid.ranks]
-    order = np.lexsort((grid.ranks, hosts), axis=-1)
-    hosts, ranks = np.take_along_axis(hosts, order, -1), np.take_along_axis(grid.ranks, order, -1)
-    of_host = int((hosts[0] == hosts[0, 0]).sum())
-    if grid.replicas % of_host:
-        return None
-    by_host = hosts.reshape(len(hosts), -1, of_host)
-    alike = (by_host == by_host[:, :, :1]).all() and (by_host[:, 1:, 0] != by_host[:, :-1, 0]).all()
-    return Rings(ranks.reshape(by_host.shape)) if alike else None
+    def find(self, tiles: np.ndarray, hosts: np.ndarray) -> np.ndarray:
+        """Which of its tile's hosts each of some hosts is (the topology's numbers); -1 where it has no replicas."""
+        width = int(max(self.host_numbers.max(), hosts.max(initial=0))) + 1
+        tile, place = np.nonzero(self.host_numbers >= 0)
+        # Ascending by tile, and on a tile by host.
+        known = tile * width + self.host_numbers[tile, place]
+        at = positions(known, np.where(hosts >= 0, tiles * width + hosts, -1))
+        return np.where(at >= 0, place[at], -1)

@@ -20,15 +20,17 @@ class Line(NamedTuple):
     Attributes:
         before: per dim and cell, coordinates of the cells before it in the same part.
         totals: per dim and part, coordinates of all its cells.
+        ordinals: per dim and cell, how many cells of the same part are before it.
     """
 
     before: list[np.ndarray]
     totals: list[np.ndarray]
+    ordinals: list[np.ndarray]
 
     @classmethod
     def of(cls, lengths: Sequence[np.ndarray], parts: Sequence[np.ndarray], counts: Sequence[int]) -> "Line":
         """From the coordinates and the part of each cell, dim by dim."""
-        before, totals = [], []
+        before, totals, ordinals = [], [], []
         for extent, part, count in zip(lengths, parts, counts, strict=True):
             order = part.argsort(kind="stable")
             total = np.zeros(count, np.int64)
@@ -36,9 +38,12 @@ class Line(NamedTuple):
             ends = offsets_of(extent[order])[:-1]
             found = np.empty(len(part), np.int64)
             found[order] = ends - offsets_of(total)[part[order]]
+            number = np.empty(len(part), np.int64)
+            number[order] = np.arange(len(part)) - offsets_of(np.bincount(part, minlength=count))[part[order]]
             before.append(found)
             totals.append(total)
-        return cls(before, totals)
+            ordinals.append(number)
+        return cls(before, totals, ordinals)
 
     @property
     def largest(self) -> int:
@@ -69,10 +74,10 @@ class Pieces(NamedTuple):
     """Columns, a row for each piece.
 
     Attributes:
-        senders: ranks.
-        tiles: of the destination.
-        copies: which replica of the tile the piece is for; 0 where all share it.
-        shares: which of its sender's shares each piece is of; no two of one tile from one sender are of the same.
+        senders: rank of each.
+        tiles: the destination tile it is part of.
+        copies: for which replica it is, where each replica is sent one of its own.
+        shares: which of its sender's shares it is in; no two pieces of one tile from one sender are of the same.
         places: elements of the destination tile before the middle of the piece, were it cut as the cells are.
         regions: one product of intervals each.
     """
@@ -88,18 +93,57 @@ class Pieces(NamedTuple):
 class Cutting:
     """The cells of two product layouts, and how their holders share them.
 
+    A cell is given by its place in each dim: a row of an array (cells, dims).
+
     Args:
         cells: of each dim.
         source, destination: the grids.
+        alone: whether holders share each cell by itself, and not all cells of their tile as one line: so it must be
+            where some cells have holders beside those who need them, and no line is as long as its tile.
     """
 
-    def __init__(self, cells: Sequence[Cells], source: Grid, destination: Grid) -> None:
-        self.cells, self.source, self.destination = cells, source, destination
+    def __init__(self, cells: Sequence[Cells], source: Grid, destination: Grid, alone: bool) -> None:
+        self.cells, self.source, self.destination, self.alone = cells, source, destination, alone
         self.lengths = [dim.intervals.lengths for dim in cells]
         self.held = [dim.held.classes for dim in cells]
         self.needed = [dim.needed.classes for dim in cells]
         self.source_line = Line.of(self.lengths, self.held, source.parts)
         self.destination_line = Line.of(self.lengths, self.needed, destination.parts)
+
+    @property
+    def every(self) -> np.ndarray:
+        """All cells."""
+        return _combined([np.arange(len(lengths)) for lengths in self.lengths])
+
+    def held_in(self, tile: int) -> np.ndarray:
+        """The cells of a source tile."""
+        parts = zip(self.held, self.source.parts_of(tile), strict=True)
+        return _combined([np.flatnonzero(of_dim == part) for of_dim, part in parts])
+
+    def needed_in(self, tile: int) -> np.ndarray:
+        """The cells of a destination tile."""
+        parts = zip(self.needed, self.destination.parts_of(tile), strict=True)
+        return _combined([np.flatnonzero(of_dim == part) for of_dim, part in parts])
+
+    def tiles_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source tile and the destination tile of each cell."""
+        held, needed = _columns(self.held, rows), _columns(self.needed, rows)
+        return (
+            np.ravel_multi_index(tuple(held.T), self.source.parts),
+            np.ravel_multi_index(tuple(needed.T), self.destination.parts),
+        )
+
+    def numel(self, rows: np.ndarray) -> np.ndarray:
+        """Elements of each cell."""
+        return _product(self.lengths, rows)
+
+    def whole(self, rows: np.ndarray) -> Groups:
+        """Cells as regions."""
+        return Groups(Regions(tuple(cells.intervals for cells in self.cells), rows), np.arange(len(rows) + 1))
+
+    def sizes_of(self, tiles: np.ndarray) -> np.ndarray:
+        """Elements of destination tiles."""
+        return self.destination_line.sizes(np.stack(np.unravel_index(tiles, self.destination.parts), -1))
 
     def pieces(self, copies: int, shares: int, rank: int | None) -> Pieces:
         """What is sent.
@@ -111,37 +155,31 @@ class Cutting:
             rank: only what this rank sends or, in its own tile, receives; None is everything.
         """
         if rank is None:
-            everything = [np.arange(len(lengths)) for lengths in self.lengths]
-            return self._shared(everything, copies, shares, None, None)
+            return self.shared(self.every, copies, shares)
         held, needed = self.source.find(rank), self.destination.find(rank)
         if held is not None:
-            tile = self.source.parts_of(held[0])
-            chosen = [np.flatnonzero(of_dim == part) for of_dim, part in zip(self.held, tile, strict=True)]
-            return self._shared(chosen, copies, shares, held[1], None)
+            return self.shared(self.held_in(held[0]), copies, shares, holder=held[1])
         assert needed is not None
-        tile = self.destination.parts_of(needed[0])
-        chosen = [np.flatnonzero(of_dim == part) for of_dim, part in zip(self.needed, tile, strict=True)]
-        return self._shared(chosen, copies, shares, None, needed[1] if copies > 1 else None)
+        return self.shared(self.needed_in(needed[0]), copies, shares, copy=needed[1] if copies > 1 else None)
 
-    def _shared(
-        self, chosen: list[np.ndarray], copies: int, shares: int, holder: int | None, copy: int | None
+    def shared(
+        self, rows: np.ndarray, copies: int, shares: int, holder: int | None = None, copy: int | None = None
     ) -> Pieces:
-        """The pieces of every combination of chosen cells, of one holder and for one copy if they are given."""
-        rows = np.stack(np.meshgrid(*chosen, indexing="ij"), -1).reshape(-1, len(chosen))
+        """The pieces of some cells, of one holder and for one copy if they are given."""
         copy_of = np.zeros(len(rows), np.int64) if copy is None else np.full(len(rows), copy)
         if copies > 1 and copy is None:
             copy_of = np.tile(np.arange(copies), len(rows))
             rows = rows.repeat(copies, 0)
-        held = _columns(self.held, rows)
-        size = _product(self.lengths, rows)
-        tile_size = self.source_line.sizes(held)
-        begin = copy_of * tile_size + self.source_line.place(rows, self.lengths, held)
-        total = copies * tile_size
+        size = self.numel(rows)
+        begin, total = self._lines(rows, size, copies, copy_of)
         count = self.source.replicas * max(shares, 1)
         if shares:
             first, last = begin * count // total, ((begin + size) * count - 1) // total
         else:
-            first = last = (2 * begin + size) * count // (2 * total)
+            first = (2 * begin + size) * count // (2 * total)
+            if self.alone:
+                first = (first + self._ordinals(rows)) % count
+            last = first
         if holder is None:
             low, high = first, last
         else:
@@ -150,62 +188,91 @@ class Cutting:
         counts = np.maximum(high - low + 1, 0)
         row = np.arange(len(rows)).repeat(counts)
         share = np.arange(len(row)) - (offsets_of(counts)[:-1] - low).repeat(counts)
-        dim, start, stop = self._cuts(rows[row], size[row], begin[row], total[row], count, share, first[row], last[row])
-        kept = start < stop
-        row, share, dim, start, stop = row[kept], share[kept], dim[kept], start[kept], stop[kept]
-        return self._of_shares(rows[row], copy_of[row], max(shares, 1), share, dim, start, stop)
+        parts = Parts(share, np.full(len(row), count), first[row], last[row], begin[row], total[row])
+        kept, places, regions = self.cut(rows[row], parts)
+        row, share = row[kept], share[kept]
+        sources, tiles = self.tiles_of(rows[row])
+        holders = self.source.ranks[sources, share // max(shares, 1)]
+        return Pieces(holders, tiles, copy_of[row], share % max(shares, 1), places, regions)
 
-    def _cuts(
-        self,
-        rows: np.ndarray,
-        size: np.ndarray,
-        begin: np.ndarray,
-        total: np.ndarray,
-        count: int,
-        share: np.ndarray,
-        first: np.ndarray,
-        last: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(dim, from, to): which coordinates of a cell a share takes, cut along one dim where the share ends."""
+    def _lines(
+        self, rows: np.ndarray, size: np.ndarray, copies: int, copy_of: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where each cell begins in the line that its holders share, and how long that line is."""
+        if self.alone:
+            return copy_of * size, copies * size
+        held = _columns(self.held, rows)
+        tile_size = self.source_line.sizes(held)
+        return copy_of * tile_size + self.source_line.place(rows, self.lengths, held), copies * tile_size
+
+    def _ordinals(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers by which cells of one source tile take turns."""
+        found = np.zeros(len(rows), np.int64)
+        for dim, ordinals in enumerate(self.source_line.ordinals):
+            found += ordinals[rows[:, dim]]
+        return found
+    def cut(self, rows: np.ndarray, parts: "Parts") -> tuple[np.ndarray, np.ndarray, Groups]:
+        """Cut cells where parts end.
+
+        Args:
+            rows: the cell of each part.
+            parts: what of it.
+
+        Returns:
+            Which parts are not empty; of those, how many elements of their destination tile are before their middle,
+            were the tile cut as the cells are; and their regions.
+        """
         extents = np.column_stack([length[rows[:, at]] for at, length in enumerate(self.lengths)])
         wide = extents >= WIDE
         dim = np.where(wide.any(1), wide.argmax(1), extents.argmax(1))
         extent = extents[np.arange(len(rows)), dim]
-
-        def cut(point: np.ndarray) -> np.ndarray:
-            part = (point * total - begin * count) / (count * size)  # in [0, 1]; exact integers but for the division
-            found: np.ndarray = np.rint(part * extent).astype(np.int64)
-            return found
-
-        return dim, np.where(share == first, 0, cut(share)), np.where(share == last, extent, cut(share + 1))
-
-    def _of_shares(
-        self,
-        rows: np.ndarray,
-        copies: np.ndarray,
-        shares: int,
-        share: np.ndarray,
-        dim: np.ndarray,
-        low: np.ndarray,
-        high: np.ndarray,
-    ) -> Pieces:
-        held, needed = _columns(self.held, rows), _columns(self.needed, rows)
-        sources = np.ravel_multi_index(tuple(held.T), self.source.parts)
-        tiles = np.ravel_multi_index(tuple(needed.T), self.destination.parts)
-        extent = np.column_stack([length[rows[:, at]] for at, length in enumerate(self.lengths)])[
-            np.arange(len(rows)), dim
-        ]
-        places = self.destination_line.place(rows, self.lengths, needed)
+        low, high = parts.span(extents.prod(1), extent)
+        kept = np.flatnonzero(low < high)
+        rows, dim, low, high, extent = rows[kept], dim[kept], low[kept], high[kept], extent[kept]
+        places = self.destination_line.place(rows, self.lengths, _columns(self.needed, rows))
         places += _product(self.lengths, rows) * (low + high) // (2 * extent)
         lists, columns = [], []
         for at, cells in enumerate(self.cells):
-            cut = (dim == at) & (high - low < extent)
-            found, column = cut_lists(cells.intervals, rows[:, at], cut, low, high)
+            found, column = cut_lists(cells.intervals, rows[:, at], (dim == at) & (high - low < extent), low, high)
             lists.append(found)
             columns.append(column)
         regions = Regions(tuple(lists), np.column_stack(columns))
-        groups = Groups(regions, np.arange(len(rows) + 1))
-        return Pieces(self.source.ranks[sources, share // shares], tiles, copies, share % shares, places, groups)
+        return kept, places, Groups(regions, np.arange(len(rows) + 1))
+
+
+class Parts(NamedTuple):
+    """Parts of cells, as columns. A cell lies in a line that is cut evenly.
+
+    Attributes:
+        share: which part of the line.
+        count: parts of the line.
+        first, last: the first and the last part that have elements of the cell.
+        begin: elements of the line before the cell.
+        total: elements of the line.
+    """
+
+    share: np.ndarray
+    count: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    begin: np.ndarray
+    total: np.ndarray
+
+    @classmethod
+    def even(cls, share: np.ndarray, count: np.ndarray, size: np.ndarray) -> "Parts":
+        """Of cells that are a line each."""
+        return cls(share, count, np.zeros_like(share), count - 1, np.zeros_like(share), size)
+
+    def span(self, size: np.ndarray, extent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(from, to): which coordinates of its cell each part has along a dim of some extents."""
+
+        def cut(point: np.ndarray) -> np.ndarray:
+            part = (point * self.total - self.begin * self.count) / (self.count * size)  # in [0, 1], of exact integers
+            found: np.ndarray = np.rint(part * extent).astype(np.int64)
+            return found
+
+        low = np.where(self.share == self.first, 0, cut(self.share))
+        return low, np.where(self.share == self.last, extent, cut(self.share + 1))
 
 
 def cut_lists(
@@ -238,6 +305,11 @@ def cut_lists(
     column = rows.copy()
     column[at] = len(lists) + np.arange(len(at))
     return found, column
+
+
+def _combined(chosen: Sequence[np.ndarray]) -> np.ndarray:
+    """Every combination of cells of each dim, a row each."""
+    return np.stack(np.meshgrid(*chosen, indexing="ij"), -1).reshape(-1, len(chosen))
 
 
 def _columns(classes: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Chains round the replicas of a tile, as columns, and the rounds of their hops."""
+"""Chains and trees over the replicas of a tile, as columns, and the rounds of their hops."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,73 +10,202 @@ from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Pieces
-from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Chunks, MessageTable, even_chunks
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Chunks, MessageTable
 from tricomm.plan.routes.rounds import Hops, order_of_hops
 
 STEP_STRIDE = 1 << 32
-WITHIN_HOST_STRIDE = 1 << 16
-"""Round numbers of one step, and of one hop within a host; what is below tells apart rounds of one step that would
-otherwise have too many messages."""
+WITHIN_STEP_STRIDE = 1 << 16
+"""Round numbers of one step, and of one kind of hop in it; what is below tells apart rounds that would otherwise have
+too many messages."""
+
+
+class Visits(NamedTuple):
+    """Which replicas each message visits, as columns: on some hosts of its tile's ring, one after the other, all of
+    them; or one replica.
+
+    Attributes:
+        senders: rank that each comes from.
+        tiles: of each.
+        shares: tells apart messages of one tile from one sender.
+        places: the host that each enters first, as ``Rings`` counts them.
+        turns: which replica on every host it enters at.
+        spans: how many hosts it visits.
+        only: -1; or, of a message to the one replica where it enters, a number that tells it from others of its tile.
+        regions: one product of intervals each.
+    """
+
+    senders: np.ndarray
+    tiles: np.ndarray
+    shares: np.ndarray
+    places: np.ndarray
+    turns: np.ndarray
+    spans: np.ndarray
+    only: np.ndarray
+    regions: Groups
+
+    @classmethod
+    def round_about(cls, pieces: Pieces, tile_sizes: np.ndarray, rings: Rings) -> "Visits":
+        """Each piece visits all replicas of its tile.
+
+        Where a piece lies in its tile says where it enters, so each replica has equally much to forward.
+        """
+        hosts = rings.hosts[pieces.tiles]
+        entries = pieces.places * rings.replicas // tile_sizes + pieces.tiles
+        return cls(
+            pieces.senders,
+            pieces.tiles,
+            pieces.shares,
+            entries % hosts,
+            entries // hosts,
+            hosts,
+            np.full(len(hosts), -1),
+            pieces.regions,
+        )
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Visits]") -> "Visits":
+        """All of some, whose regions are of the same dims."""
+        columns = [np.concatenate(column) for column in zip(*(part[:-1] for part in parts), strict=True)]
+        return cls(*columns, Groups.joined([part.regions for part in parts]))
+
+    def take(self, rows: np.ndarray) -> "Visits":
+        """Some of them."""
+        return Visits(*(column[rows] for column in self[:-1]), self.regions.take(rows))
+
+
+class Hearers(NamedTuple):
+    """Some replicas that hear messages, as columns.
+
+    Attributes:
+        message: which.
+        host: on which of the hosts that it visits, counted from the first.
+        turn: which of that host's replicas, counted from the one at which it enters.
+    """
+
+    message: np.ndarray
+    host: np.ndarray
+    turn: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Hearers":
+        """Some of them."""
+        return Hearers(self.message[rows], self.host[rows], self.turn[rows])
 
 
 class RingMessages(MessageTable):
-    """Messages that each go once round the replicas of a tile; ascending by tile, then by sender, then by share.
+    """Messages that visit replicas of a tile; ascending by tile, then by sender, then by share.
+
+    The replica at which a message enters a host gives it to the next one there, and that to the one after it; and to
+    the entries of the host behind it in a chain, of two in a tree.
 
     Attributes:
         rings: of the tiles.
-        tiles, shares, entries: (messages,), of each.
+        visits: of each message.
+        children: hosts that a host gives a message to: 1 is a chain, 2 a tree.
+        lengths: (messages,), replicas that each visits.
     """
 
-    __slots__ = ("entries", "rings", "shares", "tiles")
+    __slots__ = ("children", "lengths", "rings", "visits")
 
-    def __init__(
-        self,
-        rings: Rings,
-        senders: np.ndarray,
-        tiles: np.ndarray,
-        shares: np.ndarray,
-        entries: np.ndarray,
-        regions: Groups,
-        cut: Mapping[int, Chunks],
-    ) -> None:
-        super().__init__(senders, regions, regions.numel, cut)
-        self.rings, self.tiles, self.shares, self.entries = rings, tiles, shares, entries
+    def __init__(self, rings: Rings, visits: Visits, children: int, cut: Mapping[int, Chunks]) -> None:
+        super().__init__(visits.senders, visits.regions, visits.regions.numel, cut)
+        self.rings, self.visits, self.children = rings, visits, children
+        hosts, firsts, tiles = rings.hosts[visits.tiles], rings.firsts, visits.tiles
+        behind = visits.places + visits.spans
+        laps, behind = behind // hosts * rings.replicas, behind % hosts
+        lengths = laps + firsts[tiles, behind] - firsts[tiles, visits.places]
+        self.lengths = np.where(visits.only >= 0, 1, lengths)
 
     @classmethod
     def of(
-        cls, pieces: Pieces, tile_sizes: np.ndarray, rings: Rings, chunks_of: Callable[[np.ndarray], np.ndarray]
+        cls,
+        visits: Visits,
+        rings: Rings,
+        children: int,
+        chunks_of: Callable[[Groups, np.ndarray], Mapping[int, Chunks]],
     ) -> "RingMessages":
-        """One message for each piece.
+        """Sort visits, and cut them into chunks.
 
         Args:
-            pieces: what is sent once.
-            tile_sizes: elements of the tile of each piece.
+            visits: in any order.
             rings: of the tiles.
-            chunks_of: into how many chunks messages of some numbers of elements are cut, at the most.
+            children: 1 or 2.
+            chunks_of: cuts messages, given their regions and elements.
         """
-        order = np.lexsort((pieces.shares, pieces.senders, pieces.tiles))
-        tiles, regions = pieces.tiles[order], pieces.regions.take(order)
-        # Where a piece lies in its tile says where it enters, so each replica has equally much to forward.
-        entries = pieces.places[order] * rings.length // tile_sizes[order] + tiles
-        parts = chunks_of(regions.numel)
-        cut = {row: even_chunks(regions[row], int(parts[row])) for row in np.flatnonzero(parts > 1).tolist()}
-        return cls(rings, pieces.senders[order], tiles, pieces.shares[order], entries, regions, cut)
+        visits = visits.take(np.lexsort((visits.only, visits.shares, visits.senders, visits.tiles)))
+        return cls(rings, visits, children, chunks_of(visits.regions, visits.regions.numel))
+
+    @property
+    def hearers(self) -> Hearers:
+        """Every replica that hears every message, message after message."""
+        message = np.arange(len(self)).repeat(self.lengths)
+        ahead = np.arange(len(message)) - offsets_of(self.lengths)[message]
+        tiles, places = self.visits.tiles[message], self.visits.places[message]
+        at = (self.rings.firsts[tiles, places] + ahead) % self.rings.replicas
+        place = self.rings.place[tiles, at]
+        host = (place - places) % self.rings.hosts[tiles]
+        return Hearers(message, host, at - self.rings.firsts[tiles, place])
+
+    def ends(self, hearers: Hearers) -> tuple[np.ndarray, np.ndarray]:
+        """(who gives each, who hears it), ranks."""
+        message, host, turn = hearers
+        above = np.where(turn == 0, (host - 1) // self.children, host)
+        giver = self._at(message, np.maximum(above, 0), np.maximum(turn - 1, 0))
+        is_first = (turn == 0) & (host == 0)
+        return np.where(is_first, self.visits.senders[message], giver), self._at(message, host, turn)
+
+    def _at(self, message: np.ndarray, host: np.ndarray, turn: np.ndarray) -> np.ndarray:
+        visits = self.visits
+        tiles = visits.tiles[message]
+        places = (visits.places[message] + host) % self.rings.hosts[tiles]
+        return self.rings.at(tiles, places, visits.turns[message] + turn)
 
     @property
     def links(self) -> ChainLinks:
         """See MessageTable."""
-        length = self.rings.length
-        rows = np.arange(len(self)).repeat(length)
-        receivers = self.rings.at(self.tiles[rows], self.entries[rows], np.tile(np.arange(length), len(self)))
-        sources = np.empty_like(receivers)
-        sources[1:] = receivers[:-1]
-        sources[::length] = self.senders
-        return ChainLinks(rows, sources, receivers, np.arange(len(self)) * length)
+        hearers = self.hearers
+        return ChainLinks(hearers.message, *self.ends(hearers), offsets_of(self.lengths)[:-1])
+
+    def _of_row(self, row: int) -> Hearers:
+        visits = self.visits.take(np.array([row]))
+        return RingMessages(self.rings, visits, self.children, {}).hearers._replace(
+            message=np.full(int(self.lengths[row]), row)
+        )
 
     def receivers_of(self, row: int) -> tuple[int, ...]:
         """See MessageTable."""
-        places = np.arange(self.rings.length)
-        return tuple(self.rings.at(self.tiles[row], self.entries[row], places).tolist())
+        return tuple(self.ends(self._of_row(row))[1].tolist())
+
+    def parents_of(self, row: int) -> tuple[int, ...]:
+        """See MessageTable."""
+        givers, receivers = (ranks.tolist() for ranks in self.ends(self._of_row(row)))
+        place = {rank: at for at, rank in enumerate([int(self.senders[row]), *receivers])}
+        return tuple(place[giver] for giver in givers)
+
+    def touching(self, rank: int) -> Hearers:
+        """The replicas that hear from a rank, and that rank itself."""
+        visits, rings = self.visits, self.rings
+        sent = np.flatnonzero(visits.senders == rank)
+        first = Hearers(sent, np.zeros_like(sent), np.zeros_like(sent))
+        at = np.argwhere(rings.ranks == rank)
+        if not len(at):
+            return first
+        tile, replica = at[0].tolist()
+        place = int(rings.place[tile, replica])
+        replica -= int(rings.firsts[tile, place])
+        here = int(rings.count(np.array([tile]), np.array([place]))[0])
+        message = np.flatnonzero((visits.tiles == tile) & (visits.senders != rank))
+        host = (place - visits.places[message]) % int(rings.hosts[tile])
+        turn = (replica - visits.turns[message]) % here
+        heard = (host < visits.spans[message]) & ((visits.only[message] < 0) | (turn == 0))
+        own = Hearers(message[heard], host[heard], turn[heard])
+        goes_on = visits.only[own.message] < 0
+        beside = own.take(np.flatnonzero(goes_on & (own.turn < here - 1)))
+        found = [first, own, beside._replace(turn=beside.turn + 1)]
+        entry = own.take(np.flatnonzero(goes_on & (own.turn == 0)))
+        for child in range(1, self.children + 1):
+            below = entry._replace(host=entry.host * self.children + child)
+            found.append(below.take(np.flatnonzero(below.host < visits.spans[below.message])))
+        return Hearers(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 def ring_hops(
@@ -88,10 +218,11 @@ def ring_hops(
 ) -> Hops:
     """The hops of messages, each with its round, in order.
 
-    Chunk c of a message makes the h-th of its hops between hosts in step c + h, as in ``routes.rounds``. All messages
-    do so at once; where a rank would have too many of them in one step, the step has several rounds, and which of them
-    a message is in follows from its share and from how far its tile's number is from its sender's: no two messages of
-    a tile, and no two of a sender, agree in both.
+    Chunk c of a message passes from one host to the next in step c + how many hosts are above, as in
+    ``routes.rounds``; on a host it is handed on in the step after that. All messages do so at once; where a rank would
+    have too many of them in one step, the step has several rounds, and which of them a message is in follows from its
+    share and from how far its tile's number is from its sender's: no two messages of a tile, and no two of a sender,
+    agree in both.
 
     Args:
         messages: all those that ``rank`` has part in.
@@ -101,41 +232,23 @@ def ring_hops(
         topology: which hops are within a host.
         rank: leave out other ranks' hops.
     """
-    rings, length = messages.rings, messages.rings.length
-    message = np.arange(len(messages)).repeat(length)
-    place = np.tile(np.arange(length), len(messages))
-    if rank is not None:
-        message, place = _hops_of(messages, rank)
-    tiles, entries = messages.tiles[message], messages.entries[message]
-    into = rings.at(tiles, entries, place)
-    out = np.where(place == 0, messages.senders[message], rings.at(tiles, entries, np.maximum(place - 1, 0)))
+    visits, rings = messages.visits, messages.rings
+    hearers = messages.hearers if rank is None else messages.touching(rank)
+    out, into = messages.ends(hearers)
+    message, host, turn = hearers
     circle = max(len(senders), len(rings.ranks))
-    of_sender = np.array([senders[one] for one in messages.senders.tolist()], np.int64)
-    distance = ((messages.tiles - of_sender) % circle * shares + messages.shares)[message]
-    # Hop 0 enters the first host, hop 1 is the first within it.
-    step = np.where(place == 0, 0, 1 + (place - 1) // rings.of_host)
-    within = np.where(place == 0, 0, (place - 1) % rings.of_host)
+    of_sender = np.array([senders[one] for one in visits.senders.tolist()], np.int64)
+    distance = ((visits.tiles - of_sender) % circle * shares + visits.shares)[message]
+    depth = host if messages.children == 1 else np.frexp((host + 1).astype(np.float64))[1] - 1
+    step = depth + (turn > 0)
+    # Of a step: what enters first, what is handed on within hosts, from host to host, and to single replicas.
+    between = rings.of_host
+    within = np.where(turn > 0, turn, np.where(host > 0, between + (host - 1) % messages.children, 0))
+    only = visits.only[message]
+    within = np.where(only >= 0, between + messages.children + only, within)
     counts = messages.chunk_counts[message]
     hop = np.arange(len(message)).repeat(counts)
     chunk = np.arange(len(hop)) - offsets_of(counts)[hop]
-    rounds = (step[hop] + chunk) * STEP_STRIDE + within[hop] * WITHIN_HOST_STRIDE + distance[hop] // MAX_PEERS_PER_ROUND
+    rounds = (step[hop] + chunk) * STEP_STRIDE + within[hop] * WITHIN_STEP_STRIDE + distance[hop] // MAX_PEERS_PER_ROUND
     table = np.column_stack((rounds, out[hop], into[hop], message[hop], chunk))
     return Hops(table[order_of_hops(table, participants, topology)])
-
-
-def _hops_of(messages: RingMessages, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """(message, place) of the hops that a rank sends or receives."""
-    sent = np.flatnonzero(messages.senders == rank)
-    rings, length = messages.rings, messages.rings.length
-    at = np.argwhere(rings.ranks == rank)
-    if not len(at):
-        return sent, np.zeros(len(sent), np.int64)
-    tile, host, replica = at[0].tolist()
-    received = np.flatnonzero(messages.tiles == tile)
-    entries = messages.entries[received]
-    place = (host - entries) % rings.hosts * rings.of_host + (replica - entries // rings.hosts) % rings.of_host
-    gives = place < length - 1
-    return (
-        np.concatenate([sent, received, received[gives]]),
-        np.concatenate([np.zeros(len(sent), np.int64), place, place[gives] + 1]),
-    )

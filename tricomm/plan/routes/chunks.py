@@ -6,7 +6,7 @@ hop; a relay forwards a chunk once it has it. A message to one receiver is a cha
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod, sqrt
 from typing import NamedTuple
@@ -133,6 +133,7 @@ class Message:
     Attributes:
         chain: the sender, then the receivers in the order in which they receive and forward.
         chunks: in the order of sending.
+        parents: of each receiver, the place in ``chain`` of the rank from which it receives; None is the one before it.
 
     Example:
         >>> message = Message((0, 2, 3), (((((0, 4),),),), ((((4, 6),),),)))  # rank 2 forwards to rank 3
@@ -142,6 +143,7 @@ class Message:
 
     chain: tuple[int, ...]
     chunks: Sequence[Chunk]
+    parents: tuple[int, ...] | None = field(default=None, repr=False)
 
     def chunk_numel(self, index: int) -> int:
         """Count the elements of one chunk."""
@@ -213,6 +215,10 @@ class MessageTable(Lazy[Message]):
     def receivers_of(self, row: int) -> tuple[int, ...]:
         """The ranks that receive a message, in the order of its chain."""
 
+    def parents_of(self, row: int) -> tuple[int, ...] | None:
+        """See Message."""
+        return None
+
     def __len__(self) -> int:
         return len(self.senders)
 
@@ -220,7 +226,7 @@ class MessageTable(Lazy[Message]):
         regions = self.regions
         wholes = regions._items(rows) if isinstance(regions, Groups) else (regions[row] for row in rows.tolist())
         for row, sender, whole in zip(rows.tolist(), self.senders[rows].tolist(), wholes, strict=True):
-            yield Message((sender, *self.receivers_of(row)), self.cut.get(row, (whole,)))
+            yield Message((sender, *self.receivers_of(row)), self.cut.get(row, (whole,)), self.parents_of(row))
 
 
 class Unicasts(MessageTable):

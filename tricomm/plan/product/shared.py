@@ -1,0 +1,225 @@
+"""Hosts with ranks of both meshes: what is there stays there, and goes on from there."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tricomm.layout.columns import Groups, offsets_of
+from tricomm.plan.product.grid import Rings
+from tricomm.plan.product.pieces import Cutting, Parts
+from tricomm.plan.product.rings import Visits
+from tricomm.plan.routes.chunks import PairColumns
+
+
+class Arcs(NamedTuple):
+    """Stretches of the rings of cells, as columns: from a host that has holders of the cell up to the next one.
+
+    Attributes:
+        cell: a row of those that were asked about.
+        source, tile: its source tile and its destination tile.
+        place: the host, as the tile's ring counts it.
+        spans: hosts behind it that have no holders.
+        holding: the host, as the source tile's ring counts it.
+        holders: holders there.
+    """
+
+    cell: np.ndarray
+    source: np.ndarray
+    tile: np.ndarray
+    place: np.ndarray
+    spans: np.ndarray
+    holding: np.ndarray
+    holders: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Arcs":
+        """Some of them."""
+        return Arcs(*(column[rows] for column in self))
+
+
+def arcs_of(source: np.ndarray, tile: np.ndarray, holders: Rings, rings: Rings) -> Arcs:
+    """The arcs of cells, given their source tiles and their destination tiles.
+
+    Args:
+        source, tile: (cells,).
+        holders: the ranks of each source tile, by host.
+        rings: those of each destination tile.
+    """
+    if holders.most_hosts <= rings.most_hosts:
+        found = rings.find(*_each_host(tile, holders.host_numbers[source]))
+        cell, host = np.nonzero(found.reshape(len(source), -1) >= 0)
+        place, holding = found.reshape(len(source), -1)[cell, host], host
+        order = np.lexsort((place, cell))
+        cell, place, holding = cell[order], place[order], holding[order]
+    else:
+        found = holders.find(*_each_host(source, rings.host_numbers[tile]))
+        cell, place = np.nonzero(found.reshape(len(source), -1) >= 0)
+        holding = found.reshape(len(source), -1)[cell, place]
+    first = offsets_of(np.bincount(cell, minlength=len(source)))[:-1]
+    last = np.ones(len(cell), bool)
+    last[:-1] = cell[1:] != cell[:-1]
+    hosts = rings.hosts[tile[cell]]
+    following = np.append(place[1:], 0)
+    following = np.where(last, place[np.minimum(first[cell], max(len(place) - 1, 0))] + hosts, following)
+    return Arcs(
+        cell,
+        source[cell],
+        tile[cell],
+        place,
+        following - place - 1,
+        holding,
+        holders.count(source[cell], holding),
+    )
+
+
+def _each_host(tiles: np.ndarray, hosts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return tiles.repeat(hosts.shape[1]), hosts.reshape(-1)
+
+
+class SharedHosts:
+    """What is sent between meshes that share hosts.
+
+    A rank that needs a cell and has a holder of it on its host gets it there. From each such host the cell goes on to
+    the hosts of the ring that have none, up to the next one that has. Cells without such a host are sent by all their
+    holders, as between other meshes.
+
+    Args:
+        cutting: the cells, each a line of its own.
+        holders: the ranks of each source tile, by host.
+        rings: those of each destination tile.
+        hosts: of ranks, the topology's numbers.
+    """
+
+    def __init__(self, cutting: Cutting, holders: Rings, rings: Rings, hosts: np.ndarray) -> None:
+        self.cutting, self.holders, self.rings, self.hosts = cutting, holders, rings, hosts
+        self._tile_of = np.full(len(hosts), -1)
+        self._tile_of[cutting.source.ranks] = np.arange(len(cutting.source.ranks))[:, None]
+
+    def visits(self, shares: int, rank: int | None) -> Visits:
+        """What is sent if replicas hand it on.
+
+        Args:
+            shares: how many parts each holder sends of a cell; 0 leaves cells whole.
+            rank: only what this rank has part in; None is everything.
+        """
+        found: list[Visits] = []
+        for rows, holder in self._rows(rank):
+            arcs, free = self._arcs(rows, rank, holder is not None)
+            pieces = self.cutting.shared(rows[free], 1, shares, holder)
+            sizes = self.cutting.sizes_of(pieces.tiles)
+            found += [
+                Visits.round_about(pieces, sizes, self.rings),
+                self._onward(rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares),
+                self._beside(rows, arcs),
+            ]
+        joined = Visits.joined(found)
+        return joined if rank is None else joined.take(self._with(joined, rank))
+
+    def pairs(self, shares: int, rank: int | None) -> PairColumns:
+        """What is sent if each replica hears from a holder; at most one row for each pair of ranks.
+
+        Args:
+            shares: 0 leaves cells whole; 1 has all holders share them.
+            rank: only what this rank has part in; None is everything.
+        """
+        senders, receivers, regions = [], [], []
+        for rows, holder in self._rows(rank):
+            arcs, free = self._arcs(rows, rank, holder is not None)
+            found = self.cutting.shared(rows[free], self.rings.replicas, shares, holder)
+            near, to, pieces = self._from_arcs(rows, arcs)
+            senders += [found.senders, near]
+            receivers += [self.cutting.destination.ranks[found.tiles, found.copies], to]
+            regions += [found.regions, pieces]
+        every = PairColumns(np.concatenate(senders), np.concatenate(receivers), Groups.joined(regions), np.zeros(0))
+        keep = np.ones(len(every.senders), bool) if rank is None else (every.senders == rank) | (every.receivers == rank)
+        order = np.lexsort((every.receivers, every.senders))
+        order = order[keep[order]]
+        groups = Groups.joined(regions).take(order)
+        return PairColumns(every.senders[order], every.receivers[order], groups, groups.numel)
+
+    def _rows(self, rank: int | None) -> list[tuple[np.ndarray, int | None]]:
+        """The cells that a rank holds, with its number among their holders, and the others that it needs."""
+        cutting = self.cutting
+        if rank is None:
+            return [(cutting.every, None)]
+        held, needed = cutting.source.find(rank), cutting.destination.find(rank)
+        found: list[tuple[np.ndarray, int | None]] = []
+        if held is not None:
+            found.append((cutting.held_in(held[0]), held[1]))
+        if needed is not None:
+            rows = cutting.needed_in(needed[0])
+            found.append((rows if held is None else rows[cutting.tiles_of(rows)[0] != held[0]], None))
+        return found
+
+    def _arcs(self, rows: np.ndarray, rank: int | None, is_held: bool) -> tuple[Arcs, np.ndarray]:
+        """The arcs of cells, of those that a rank holds only what begins on its host; and which cells have none."""
+        source, tile = self.cutting.tiles_of(rows)
+        arcs = arcs_of(source, tile, self.holders, self.rings)
+        free = np.ones(len(rows), bool)
+        free[arcs.cell] = False
+        if is_held:
+            arcs = arcs.take(np.flatnonzero(self.rings.host_numbers[arcs.tile, arcs.place] == self.hosts[rank]))
+        return arcs, np.flatnonzero(free)
+
+    def _onward(self, rows: np.ndarray, arcs: Arcs, shares: int) -> Visits:
+        """What goes on to the hosts of arcs."""
+        arc, part = _numbered(arcs.holders * shares if shares else np.ones(len(arcs.cell), np.int64))
+        chosen = arcs.take(arc)
+        cells = rows[chosen.cell]
+        count = chosen.holders * shares if shares else np.ones(len(arc), np.int64)
+        kept, middles, regions = self.cutting.cut(cells, Parts.even(part, count, self.cutting.numel(cells)))
+        arc, part, chosen = arc[kept], part[kept], chosen.take(kept)
+        hosts = self.rings.hosts[chosen.tile]
+        entries = middles * self.rings.replicas // self.cutting.sizes_of(chosen.tile) + chosen.tile
+        return Visits(
+            self.holders.at(chosen.source, chosen.holding, chosen.tile + part // max(shares, 1)),
+            chosen.tile,
+            part % max(shares, 1),
+            (chosen.place + 1) % hosts,
+            entries // hosts,
+            chosen.spans,
+            np.full(len(arc), -1),
+            regions,
+        )
+
+    def _beside(self, rows: np.ndarray, arcs: Arcs) -> Visits:
+        """What ranks get from holders on their host."""
+        arc, turn = _numbered(self.rings.count(arcs.tile, arcs.place))
+        chosen = arcs.take(arc)
+        lacks = np.flatnonzero(self._tile_of[self.rings.at(chosen.tile, chosen.place, turn)] != chosen.source)
+        chosen, turn = chosen.take(lacks), turn[lacks]
+        regions = self.cutting.whole(rows[chosen.cell])
+        senders = self.holders.at(chosen.source, chosen.holding, chosen.tile + turn)
+        ones = np.ones_like(turn)
+        return Visits(senders, chosen.tile, 0 * ones, chosen.place, turn, ones, turn, regions)
+
+    def _from_arcs(self, rows: np.ndarray, arcs: Arcs) -> tuple[np.ndarray, np.ndarray, Groups]:
+        """(senders, receivers, regions) of what all ranks on the hosts of arcs get from the holders where they begin."""
+        rings = self.rings
+        behind, hosts = arcs.place + arcs.spans + 1, rings.hosts[arcs.tile]
+        begin = rings.firsts[arcs.tile, arcs.place]
+        arc, ahead = _numbered(behind // hosts * rings.replicas + rings.firsts[arcs.tile, behind % hosts] - begin)
+        chosen = arcs.take(arc)
+        receivers = rings.ranks[chosen.tile, (begin[arc] + ahead) % rings.replicas]
+        lacks = np.flatnonzero(self._tile_of[receivers] != chosen.source)
+        chosen, receivers, ahead = chosen.take(lacks), receivers[lacks], ahead[lacks]
+        senders = self.holders.at(chosen.source, chosen.holding, chosen.tile + ahead)
+        return senders, receivers, self.cutting.whole(rows[chosen.cell])
+
+    def _with(self, visits: Visits, rank: int) -> np.ndarray:
+        """Those that a rank sends or hears."""
+        heard = np.zeros(len(visits.tiles), bool)
+        needed = self.cutting.destination.find(rank)
+        if needed is not None:
+            tile = needed[0]
+            replica = int(np.argmax(self.rings.ranks[tile] == rank))
+            place = int(self.rings.place[tile, replica])
+            far = (place - visits.places) % int(self.rings.hosts[tile])
+            is_it = self.rings.at(visits.tiles, visits.places, visits.turns) == rank
+            heard = (visits.tiles == tile) & (far < visits.spans) & ((visits.only < 0) | is_it)
+        return np.flatnonzero(heard | (visits.senders == rank))
+
+
+def _numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows so often as counts say: (which, the how many-th of it)."""
+    row = np.arange(len(counts)).repeat(counts)
+    return row, np.arange(len(row)) - offsets_of(counts)[row]
