@@ -21,7 +21,7 @@ from tricomm.plan.routes.strategies import Auto, Strategy
 from tricomm.plan.senders.policy import SenderPolicy
 from tricomm.plan.verify import require, verify_move
 
-PLANNER_VERSION = 4
+PLANNER_VERSION = 5
 """Raised whenever equal arguments may give another plan: ranks with different planners must not meet."""
 
 

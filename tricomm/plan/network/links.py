@@ -79,9 +79,7 @@ class ChainLinks(NamedTuple):
     firsts: np.ndarray
 
     @classmethod
-    def of(
-        cls, chains: Sequence[Sequence[int]], parents: Sequence[Sequence[int] | None] | None = None
-    ) -> "ChainLinks":
+    def of(cls, chains: Sequence[Sequence[int]], parents: Sequence[Sequence[int] | None] | None = None) -> "ChainLinks":
         """List the links of chains of two ranks or more.
 
         Args:

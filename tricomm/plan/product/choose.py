@@ -100,7 +100,7 @@ class ProductMove:
     sending: Nics
     receiving: Nics
     context: RouteContext
-    strategy: Strategy | Auto
+    strategy: Auto | SendRecv | Broadcast | GlobalAllGather
     senders: tuple[int, ...]
     participants: Sequence[int]
 

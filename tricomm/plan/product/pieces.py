@@ -211,6 +211,7 @@ class Cutting:
         for dim, ordinals in enumerate(self.source_line.ordinals):
             found += ordinals[rows[:, dim]]
         return found
+
     def cut(self, rows: np.ndarray, parts: "Parts") -> tuple[np.ndarray, np.ndarray, Groups]:
         """Cut cells where parts end.
 
@@ -245,29 +246,29 @@ class Parts(NamedTuple):
 
     Attributes:
         share: which part of the line.
-        count: parts of the line.
+        parts: of the line.
         first, last: the first and the last part that have elements of the cell.
         begin: elements of the line before the cell.
         total: elements of the line.
     """
 
     share: np.ndarray
-    count: np.ndarray
+    parts: np.ndarray
     first: np.ndarray
     last: np.ndarray
     begin: np.ndarray
     total: np.ndarray
 
     @classmethod
-    def even(cls, share: np.ndarray, count: np.ndarray, size: np.ndarray) -> "Parts":
+    def even(cls, share: np.ndarray, parts: np.ndarray, size: np.ndarray) -> "Parts":
         """Of cells that are a line each."""
-        return cls(share, count, np.zeros_like(share), count - 1, np.zeros_like(share), size)
+        return cls(share, parts, np.zeros_like(share), parts - 1, np.zeros_like(share), size)
 
     def span(self, size: np.ndarray, extent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(from, to): which coordinates of its cell each part has along a dim of some extents."""
 
         def cut(point: np.ndarray) -> np.ndarray:
-            part = (point * self.total - self.begin * self.count) / (self.count * size)  # in [0, 1], of exact integers
+            part = (point * self.total - self.begin * self.parts) / (self.parts * size)  # in [0, 1], of exact integers
             found: np.ndarray = np.rint(part * extent).astype(np.int64)
             return found
 

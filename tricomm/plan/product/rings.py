@@ -66,11 +66,11 @@ class Visits(NamedTuple):
     def joined(cls, parts: "Sequence[Visits]") -> "Visits":
         """All of some, whose regions are of the same dims."""
         columns = [np.concatenate(column) for column in zip(*(part[:-1] for part in parts), strict=True)]
-        return cls(*columns, Groups.joined([part.regions for part in parts]))
+        return cls._make([*columns, Groups.joined([part.regions for part in parts])])
 
     def take(self, rows: np.ndarray) -> "Visits":
         """Some of them."""
-        return Visits(*(column[rows] for column in self[:-1]), self.regions.take(rows))
+        return Visits._make([*(column[rows] for column in self[:-1]), self.regions.take(rows)])
 
 
 class Hearers(NamedTuple):
@@ -241,11 +241,11 @@ def ring_hops(
     distance = ((visits.tiles - of_sender) % circle * shares + visits.shares)[message]
     depth = host if messages.children == 1 else np.frexp((host + 1).astype(np.float64))[1] - 1
     step = depth + (turn > 0)
-    # Of a step: what enters first, what is handed on within hosts, from host to host, and to single replicas.
-    between = rings.of_host
-    within = np.where(turn > 0, turn, np.where(host > 0, between + (host - 1) % messages.children, 0))
+    # Of a step: what enters first, what is handed on from host to host, within hosts, and to single replicas.
+    inside = messages.children + 1
+    within = np.where(turn > 0, inside + turn, np.where(host > 0, 1 + (host - 1) % messages.children, 0))
     only = visits.only[message]
-    within = np.where(only >= 0, between + messages.children + only, within)
+    within = np.where(only >= 0, inside + rings.of_host + only, within)
     counts = messages.chunk_counts[message]
     hop = np.arange(len(message)).repeat(counts)
     chunk = np.arange(len(hop)) - offsets_of(counts)[hop]

@@ -45,21 +45,19 @@ def arcs_of(source: np.ndarray, tile: np.ndarray, holders: Rings, rings: Rings) 
         rings: those of each destination tile.
     """
     if holders.most_hosts <= rings.most_hosts:
-        found = rings.find(*_each_host(tile, holders.host_numbers[source]))
-        cell, host = np.nonzero(found.reshape(len(source), -1) >= 0)
-        place, holding = found.reshape(len(source), -1)[cell, host], host
+        found = _found(rings, tile, holders.host_numbers[source])
+        cell, holding = np.nonzero(found >= 0)
+        place = found[cell, holding]
         order = np.lexsort((place, cell))
         cell, place, holding = cell[order], place[order], holding[order]
     else:
-        found = holders.find(*_each_host(source, rings.host_numbers[tile]))
-        cell, place = np.nonzero(found.reshape(len(source), -1) >= 0)
-        holding = found.reshape(len(source), -1)[cell, place]
+        found = _found(holders, source, rings.host_numbers[tile])
+        cell, place = np.nonzero(found >= 0)
+        holding = found[cell, place]
     first = offsets_of(np.bincount(cell, minlength=len(source)))[:-1]
     last = np.ones(len(cell), bool)
     last[:-1] = cell[1:] != cell[:-1]
-    hosts = rings.hosts[tile[cell]]
-    following = np.append(place[1:], 0)
-    following = np.where(last, place[np.minimum(first[cell], max(len(place) - 1, 0))] + hosts, following)
+    following = np.where(last, place[first[cell]] + rings.hosts[tile[cell]], np.append(place, 0)[1:])
     return Arcs(
         cell,
         source[cell],
@@ -71,8 +69,9 @@ def arcs_of(source: np.ndarray, tile: np.ndarray, holders: Rings, rings: Rings) 
     )
 
 
-def _each_host(tiles: np.ndarray, hosts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return tiles.repeat(hosts.shape[1]), hosts.reshape(-1)
+def _found(rings: Rings, tiles: np.ndarray, hosts: np.ndarray) -> np.ndarray:
+    """Which of its tile's hosts each of a row of hosts is; -1 where it has no replicas."""
+    return rings.find(tiles.repeat(hosts.shape[1]), hosts.reshape(-1)).reshape(hosts.shape)
 
 
 class SharedHosts:
@@ -121,7 +120,9 @@ class SharedHosts:
             shares: 0 leaves cells whole; 1 has all holders share them.
             rank: only what this rank has part in; None is everything.
         """
-        senders, receivers, regions = [], [], []
+        senders: list[np.ndarray] = []
+        receivers: list[np.ndarray] = []
+        regions: list[Groups] = []
         for rows, holder in self._rows(rank):
             arcs, free = self._arcs(rows, rank, holder is not None)
             found = self.cutting.shared(rows[free], self.rings.replicas, shares, holder)
@@ -129,12 +130,12 @@ class SharedHosts:
             senders += [found.senders, near]
             receivers += [self.cutting.destination.ranks[found.tiles, found.copies], to]
             regions += [found.regions, pieces]
-        every = PairColumns(np.concatenate(senders), np.concatenate(receivers), Groups.joined(regions), np.zeros(0))
-        keep = np.ones(len(every.senders), bool) if rank is None else (every.senders == rank) | (every.receivers == rank)
-        order = np.lexsort((every.receivers, every.senders))
-        order = order[keep[order]]
+        sender, receiver = np.concatenate(senders), np.concatenate(receivers)
+        order = np.lexsort((receiver, sender))
+        if rank is not None:
+            order = order[(sender[order] == rank) | (receiver[order] == rank)]
         groups = Groups.joined(regions).take(order)
-        return PairColumns(every.senders[order], every.receivers[order], groups, groups.numel)
+        return PairColumns(sender[order], receiver[order], groups, groups.numel)
 
     def _rows(self, rank: int | None) -> list[tuple[np.ndarray, int | None]]:
         """The cells that a rank holds, with its number among their holders, and the others that it needs."""
@@ -193,7 +194,7 @@ class SharedHosts:
         return Visits(senders, chosen.tile, 0 * ones, chosen.place, turn, ones, turn, regions)
 
     def _from_arcs(self, rows: np.ndarray, arcs: Arcs) -> tuple[np.ndarray, np.ndarray, Groups]:
-        """(senders, receivers, regions) of what all ranks on the hosts of arcs get from the holders where they begin."""
+        """(senders, receivers, regions) of what ranks on the hosts of arcs get from the holders where these begin."""
         rings = self.rings
         behind, hosts = arcs.place + arcs.spans + 1, rings.hosts[arcs.tile]
         begin = rings.firsts[arcs.tile, arcs.place]

@@ -1,0 +1,101 @@
+"""How good plans by formulas are: against the search and the lower bound, on layouts that are small enough for both."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.planner.drawn import Drawn, drawn
+from tricomm import Auto, Plan, make_plan
+
+FORMULAS, SEARCH = Auto(search_up_to=0), Auto(search_up_to=10**9)
+WORSE = 1.03
+BOUND = 1.05
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A move planned both ways.
+
+    Attributes:
+        move: which.
+        seconds: simulated, by formulas.
+        searched_seconds: simulated, by search.
+        bound_seconds: that no plan can beat.
+        busiest_seconds: for which the busiest NIC sends or receives, by formulas.
+        searched_busiest_seconds: the same, by search.
+        wire_nbytes, minimum_nbytes: sent by formulas, and needed.
+    """
+
+    move: Drawn
+    seconds: float
+    searched_seconds: float
+    bound_seconds: float
+    busiest_seconds: float
+    searched_busiest_seconds: float
+    wire_nbytes: int
+    minimum_nbytes: int
+
+    @property
+    def ratio(self) -> float:
+        """To the search; 1 where nothing is sent."""
+        return self.seconds / self.searched_seconds if self.searched_seconds else 1.0
+
+    @property
+    def is_worse(self) -> bool:
+        """Slower than the search by more than 3 %, or off the bound by more than 5 % where the search reaches it."""
+        reached = self.searched_seconds <= self.bound_seconds * BOUND
+        return self.ratio > WORSE or (reached and self.seconds > self.bound_seconds * BOUND)
+
+    @property
+    def is_less_level(self) -> bool:
+        """Its busiest NIC is busier than the search's by more than 5 %, and busier than it need be."""
+        return self.busiest_seconds > max(self.searched_busiest_seconds, self.bound_seconds) * BOUND
+
+
+def busiest_nic(plan: Plan) -> float:
+    """The most loaded NIC's seconds, sending or receiving."""
+    return float(max(column.max() for column in plan.nic_seconds()))
+
+
+def quality_of(move: Drawn) -> Quality:
+    """Plan a move both ways."""
+    plans = [
+        make_plan(move.source, move.destination, topology=move.topology, strategy=strategy)
+        for strategy in (FORMULAS, SEARCH)
+    ]
+    plans[0].verify()
+    busiest = [busiest_nic(plan) for plan in plans]
+    return Quality(
+        move,
+        plans[0].simulated_seconds(),
+        plans[1].simulated_seconds(),
+        plans[0].lower_bound_seconds(),
+        busiest[0],
+        busiest[1],
+        plans[0].wire_nbytes,
+        plans[0].minimum_nbytes,
+    )
+
+
+def measured(seeds: Iterable[int]) -> list[Quality]:
+    """Of the moves drawn with some seeds."""
+    return [quality_of(drawn(seed)) for seed in seeds]
+
+
+def table(found: Sequence[Quality]) -> str:
+    """Markdown: a row for each kind of move."""
+    kinds = sorted({one.move.kind for one in found})
+    lines = [
+        "| moves | count | to the search: median | max | above 1.03 | busier NIC above 1.05 | bytes above minimum |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in [*kinds, "all"]:
+        of_kind = [one for one in found if kind in ("all", one.move.kind)]
+        ratios = [one.ratio for one in of_kind]
+        worse, unlevel = sum(one.is_worse for one in of_kind), sum(one.is_less_level for one in of_kind)
+        more = sum(one.wire_nbytes > one.minimum_nbytes for one in of_kind)
+        lines.append(
+            f"| {kind} | {len(of_kind)} | {statistics.median(ratios):.3f} | {max(ratios):.3f} | {worse} | {unlevel} "
+            f"| {more} |"
+        )
+    return "\n".join(lines)
