@@ -3,9 +3,11 @@
 import enum
 import inspect
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,6 +49,26 @@ def call_resharder(**given: Any) -> Any:
     return tricomm.Resharder(WHOLE, ROWS)(**given)
 
 
+SECRET = "a secret of the tests"
+
+
+def call_connect(**given: Any) -> None:
+    """At a meeting that begins and ends with it, unless another address is given."""
+    with tricomm.Meeting("tcp://127.0.0.1:0", secret=SECRET) as meeting:
+        address = meeting.address if given["address"] == "here" else given["address"]
+        tricomm.connect(**{**given, "address": address}).close()
+
+
+@cache
+def at_a_meeting() -> tricomm.World:
+    meeting = tricomm.Meeting("tcp://127.0.0.1:0", secret=SECRET)
+    world = tricomm.connect(
+        meeting.address, side="a", side_rank=0, side_sizes={"a": 1}, secret=SECRET, timeout_seconds=5, device="cpu"
+    )
+    weakref.finalize(world, meeting.close)
+    return world
+
+
 OPEN = ShardingSpec(ONE, (Shard(0),), dtype="float32")
 LAYER = pl.EdgeTensor(WHOLE, ROWS)
 TOPOLOGY = Topology(("a",))
@@ -66,6 +88,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LocalTransport.run": (tricomm.LocalTransport().run, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),
     "LocalTransport.run_counted": (
         tricomm.LocalTransport().run_counted, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),
+    "Meeting": (lambda **given: tricomm.Meeting(**given).close(), {
+        "address": "tcp://127.0.0.1:0", "secret": SECRET}),
     "Mesh": (Mesh, {"ranks": [[0, 1]], "axis_names": ("a", "b")}),
     "Mesh.of": (Mesh.of, {"device_mesh": DEVICE_MESH, "group": None, "x": 0}),
     "Mesh.position": (ONE.position, {"rank": 0}),
@@ -122,6 +146,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Topology.nic": (TOPOLOGY.nic, {"rank": 0}),
     "Topology.nic_rate": (TOPOLOGY.nic_rate, {"nic": 0}),
     "Topology.check_covers": (TOPOLOGY.check_covers, {"ranks": [0]}),
+    "World.ranks_of": (lambda **given: at_a_meeting().ranks_of(**given), {"side": "a"}),
+    "World.renew": (lambda **given: at_a_meeting().renew(**given).close(), {
+        "timeout_seconds": 3, "side_sizes": {"a": 1}}),
+    "World.topology": (lambda **given: at_a_meeting().topology(**given), {"nics_per_host": 1}),
+    "connect": (call_connect, {
+        "address": "here", "side": "a", "side_rank": 0, "side_sizes": {"a": 1}, "secret": SECRET, "timeout_seconds": 3,
+        "device": "cpu", "name": "b", "host": None, "on_waiting": None}),
     "local_shard": (tricomm.local_shard, {"tensor": torch.zeros(4, 4), "spec": ROWS, "rank": 0}),
     "make_plan": (tricomm.make_plan, {
         "source": WHOLE, "destination": ROWS, "topology": None, "strategy": tricomm.Auto(),
@@ -219,7 +250,7 @@ PIPELINE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 # Values and results, which the library makes; and what torch or Python calls.
 NOT_CALLED = {
-    "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Plan", "Stats", "StepComparison",
+    "Candidate", "Channel", "Missing", "World", "Edge", "Evaluation", "Handle", "Plan", "Stats", "StepComparison",
     "Timeline", "Timeline.busy_seconds",
     "Tuned", "Resharder.made", "Resharder.forward",
     "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",

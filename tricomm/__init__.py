@@ -1,5 +1,9 @@
 """tricomm moves a sharded tensor from one device mesh to another with a different layout."""
 
+from tricomm.connect.join import Missing
+from tricomm.connect.server import Meeting
+from tricomm.connect.version import __version__ as __version__
+from tricomm.connect.world import World, connect
 from tricomm.errors import ArgumentError, PlanError, SpecError, TransportError, TricommError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial, Replicate, Shard
@@ -29,8 +33,6 @@ from tricomm.stats import Stats
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ArgumentError",
     "Auto",
@@ -41,7 +43,9 @@ __all__ = [
     "LeastLoaded",
     "LocalAllGather",
     "LocalTransport",
+    "Meeting",
     "Mesh",
+    "Missing",
     "Naive",
     "Options",
     "Partial",
@@ -60,6 +64,8 @@ __all__ = [
     "Topology",
     "TransportError",
     "TricommError",
+    "World",
+    "connect",
     "local_shard",
     "make_plan",
     "redistribute",

@@ -1,12 +1,15 @@
-"""The command line: ``python -m tricomm demo | plan | simulate``."""
+"""The command line: ``python -m tricomm demo | meet | plan | simulate``."""
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tricomm.connect.server import Meeting
 from tricomm.draw import plan_svg, timeline_perfetto, timeline_svg
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.mesh import Mesh
@@ -29,6 +32,8 @@ from tricomm.pipeline import (
 )
 from tricomm.plan import make_plan
 
+SECRET_VARIABLE = "TRICOMM_SECRET"
+
 SLOWEST_NIC = 1e6
 """Bytes per second below which a rate must be meant in another unit."""
 
@@ -39,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="move a real model from a trainer to a server and back, on 8 processes")
     demo.add_argument("--checkpoint", help="a .safetensors file; the default is a small pretrained sentence encoder")
+    _add_meet(commands)
     _add_plan(commands)
     _add_simulate(commands)
     options = parser.parse_args(arguments)
@@ -47,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _demo(options.checkpoint)
         elif options.command == "simulate":
             print(_simulate(options))
+        elif options.command == "meet":
+            _meet(options)
         else:
             print(_plan_text(options))
         sys.stdout.flush()
@@ -68,6 +76,36 @@ def _demo(checkpoint: str | None) -> None:
             "pip install -e '.[demo]'"
         ) from None
     run_demo(checkpoint)
+
+
+def _add_meet(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "meet",
+        help="listen where the ranks of separate jobs meet, until interrupted",
+        description=f"Prints the address for tricomm.connect. The secret is in --secret-file, or in {SECRET_VARIABLE}.",
+    )
+    parser.add_argument(
+        "--address",
+        default="tcp://127.0.0.1:0",
+        help="of this machine, as the ranks reach it: nothing else is listened to; port 0 is a free one (%(default)s)",
+    )
+    parser.add_argument("--secret-file", type=Path, help="what `openssl rand -hex 32` prints")
+
+
+def _meet(options: argparse.Namespace) -> None:
+    try:
+        secret = os.environ.get(SECRET_VARIABLE, "")
+        if options.secret_file is not None:
+            secret = options.secret_file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--secret-file {options.secret_file} cannot be read ({error}); name a file of yours") from None
+    if not secret:
+        raise SpecError(f"there is no secret; give --secret-file, or set {SECRET_VARIABLE}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with Meeting(options.address, secret=secret) as meeting:
+        print(meeting.address, flush=True)
+        with suppress(KeyboardInterrupt):
+            meeting.wait()
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -80,15 +80,16 @@ def _work(tasks: "SimpleQueue[Task | None]", ended: threading.Semaphore) -> None
         del given, future, task
 
 
-def _end_pending(worker: Worker, current: list[Communicator], rank: int) -> None:
+def _end_pending(worker: Worker, current: "list[weakref.ref[Communicator]]", rank: int) -> None:
     """At the end of the process, end what is still running in the background.
 
     A thread that is inside of the backend when the interpreter goes would end the process by a signal. Before the end
     of the process a channel goes when nothing uses it, perhaps in the last task of its worker.
     """
-    if current and not worker.is_this_thread and not worker.wait_idle(0):
-        call = current[0].call
-        current[0].abort(f"the process of rank {rank} ended while {call} was pending", call, rank)
+    communicator = current[0]() if current else None
+    if communicator is not None and not worker.is_this_thread and not worker.wait_idle(0):
+        call = communicator.call
+        communicator.abort(f"the process of rank {rank} ended while {call} was pending", call, rank)
         worker.wait_idle(LAST_WAIT_SECONDS)
 
 
@@ -115,7 +116,9 @@ class Channel:
         self.participants = participants
         self.device = device
         self.name = name
-        self._current: list[Communicator] = []
+        self._communicator: Communicator | None = None
+        self._current: list[weakref.ref[Communicator]] = []
+        """The same for the end of the process, which must not keep alive what keeps this channel alive."""
         self.last_started: Future[tuple[torch.Tensor | None, Any]] | None = None
         self.stream_context: StreamContext = stream_context_of(device)
         self.worker = Worker()
@@ -129,11 +132,12 @@ class Channel:
     @property
     def communicator(self) -> Communicator | None:
         """The one of the moment."""
-        return self._current[0] if self._current else None
+        return self._communicator
 
     @communicator.setter
     def communicator(self, communicator: Communicator | None) -> None:
-        self._current[:] = [] if communicator is None else [communicator]
+        self._communicator = communicator
+        self._current[:] = [] if communicator is None else [weakref.ref(communicator)]
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """Staging of the channel, grown where it is too small; one run at a time uses it."""

@@ -22,7 +22,8 @@ class Coordinator:
     def __init__(self, group: Any) -> None:
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self.store = dist.PrefixStore("tricomm", group.get_group_store())
+        self._base_store = group.get_group_store()  # one that is written in Python goes with its last reference here
+        self.store = dist.PrefixStore("tricomm", self._base_store)
         self.status = StatusStore(self.store, self.rank)
         self.monitor = Monitor(self.status)
         self.dead: dict[int, str] = {}

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.diagnosis import SILENT_BEATS, Observations, diagnose, diagnose_connecting
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
+from tricomm.transport.coordination.store import GroupOverError
 
 WATCHED_BEATS = 4.0
 """So many heartbeats before the deadline the monitor begins to watch those of other ranks."""
@@ -239,7 +240,11 @@ class Watcher:
                 self._attend(run, now, computing.deadline_of(run, now))
         except TransportError as lost:
             for run in runs:
-                if run.abort is not None and now >= computing.deadline_of(run, now):
+                if run.abort is None:
+                    continue
+                if isinstance(lost, GroupOverError):
+                    run.abort(str(lost))
+                elif now >= computing.deadline_of(run, now):
                     run.abort(f"{run.describe()} took longer than its timeout, and {lost}")
 
     def _attend(self, run: Run, now: float, deadline: float) -> None:

@@ -14,6 +14,10 @@ PAUSE_GROWTH = 1.25
 """Small, because what is waited for may come just after a pause has begun."""
 
 
+class GroupOverError(TransportError):
+    """The group of these ranks is over, and no call in it succeeds any more: one of separate jobs, that lost a rank."""
+
+
 @contextmanager
 def store_errors() -> Iterator[None]:
     """A store that cannot be reached is a TransportError."""

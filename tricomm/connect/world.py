@@ -1,0 +1,301 @@
+"""World: the ranks of separate jobs as one process group, from one meeting to the end of its epoch."""
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import NamedTuple, Self, Unpack
+
+import torch
+import torch.distributed as dist
+
+from tricomm.connect.client import Client
+from tricomm.connect.facts import join_of
+from tricomm.connect.handshake import checked_secret
+from tricomm.connect.join import MAX_NAME_BYTES, MAX_SIDE_RANKS, MAX_SIDES, Missing, Paired, Refused, Status
+from tricomm.connect.server import parse_address
+from tricomm.connect.store import EpochStore
+from tricomm.errors import ArgumentError, SpecError
+from tricomm.kinds import checks_kinds
+from tricomm.layout.topology import Rates, Topology
+from tricomm.options import Options
+from tricomm.transport.group import context_of
+
+OnWaiting = Callable[[Missing], object]
+
+
+class Appointment(NamedTuple):
+    """Where a rank meets others, and as whom: what stays the same from epoch to epoch.
+
+    Attributes:
+        address, secret: of the meeting.
+        side, side_rank: who it is.
+        side_sizes: of each side, in order; None is what that side says.
+        device: of the tensors.
+        host: what this machine is called.
+        name: tells meetings of the same sides apart.
+        timeout_seconds: for all to come, where a call does not say another.
+        on_waiting: called with whom it waits for.
+    """
+
+    address: str
+    secret: bytes
+    side: str
+    side_rank: int
+    side_sizes: Mapping[str, int | None]
+    device: torch.device
+    host: str | None
+    name: str
+    timeout_seconds: float
+    on_waiting: OnWaiting | None
+
+    def keep(self, client: Client | None, deadline: float) -> tuple[Client, Paired]:
+        """Return (client, epoch) when all are there; a client that is at the meeting already goes on.
+
+        Raises:
+            TransportError: they are not until the deadline, or say what contradicts this rank.
+        """
+        sides = tuple((name, size or 0) for name, size in self.side_sizes.items())
+        who = join_of(sides, self.side, self.side_rank, self.device, self.host, self.name)
+        if client is None or client.connection.broken:
+            client = Client(self.address, self.secret, deadline)
+        return client, client.join(who, deadline, self.on_waiting)
+
+
+class World(dist.ProcessGroup):
+    """The ranks of separate jobs as one process group, which every call of tricomm takes as ``group=``.
+
+    :func:`tricomm.connect` makes it. It is one *epoch*: ranks and sizes never change. When a rank dies or leaves, the
+    epoch is over, every call in it raises a TransportError that names that rank, and :meth:`renew` gives the next one,
+    for which Resharders are made anew. Neither the default group of the job nor its environment is used or changed.
+
+    torch.distributed takes it too, as an object: ``dist.all_reduce(tensor, group=world)`` works after
+    :meth:`enable_collectives`. It has no global ranks, so ask ``world.rank()``, not ``dist.get_rank(world)``, and write
+    ``group_src=``, not ``src=``.
+
+    Attributes:
+        side, side_rank: who this rank is.
+        side_sizes: of each side. The ranks of the first side come first, then those of the second, and so on.
+        epoch: 1 for the first of these sides at this meeting.
+        hosts: of each rank.
+
+    Example:
+        >>> from tricomm.connect.server import Meeting
+        >>> secret = "a secret of one example"
+        >>> meeting = Meeting("tcp://127.0.0.1:0", secret=secret)
+        >>> first = connect(meeting.address, side="trainer", side_rank=0, side_sizes={"trainer": 1}, secret=secret)
+        >>> second = first.renew()
+        >>> second.epoch, second.ranks_of("trainer")
+        (2, (0,))
+        >>> second.close(), meeting.close()
+        (None, None)
+    """
+
+    def __init__(self, appointment: Appointment, client: Client, paired: Paired) -> None:
+        self.side = appointment.side
+        self.side_rank = appointment.side_rank
+        self.side_sizes: dict[str, int] = dict(paired.sides)
+        self.epoch = paired.number
+        self.hosts = paired.hosts
+        self._appointment = appointment
+        self._client = client
+        self._store = EpochStore(client, paired.serial)
+        self._over = ""
+        super().__init__(self.ranks_of(self.side)[self.side_rank], len(paired.hosts))  # type: ignore[call-arg]
+        client.watch = _watcher(weakref.ref(self))
+
+    def get_group_store(self) -> EpochStore:
+        """Return the store of the epoch, as torch's groups do."""
+        return self._store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """Where tensors are expected, which torch's groups say so too."""
+        return [torch.device(self._appointment.device.type)]
+
+    @checks_kinds
+    def ranks_of(self, side: str) -> tuple[int, ...]:
+        """Return the ranks of a side.
+
+        Raises:
+            SpecError: there is no such side.
+        """
+        first = 0
+        for name, size in self.side_sizes.items():
+            if name == side:
+                return tuple(range(first, first + size))
+            first += size
+        raise SpecError(f"side {side!r} is none of {list(self.side_sizes)}; name one of them")
+
+    def topology(self, **rates: Unpack[Rates]) -> Topology:
+        """Return the hosts of all sides; the rates are those of :class:`tricomm.Topology`."""
+        return Topology(self.hosts, **rates)
+
+    @property
+    def over(self) -> str:
+        """Why the epoch is over, as far as this rank has heard, which takes up to a second; "" while it is not."""
+        return self._over or self._client.connection.broken
+
+    @checks_kinds
+    def renew(
+        self, timeout_seconds: float | timedelta | None = None, side_sizes: Mapping[str, int | None] | None = None
+    ) -> "World":
+        """Pair anew, and return the next epoch. All ranks of all sides must, those that started again by ``connect``.
+
+        This epoch is over then, if it was not before.
+
+        Args:
+            timeout_seconds: for all to come; None is what ``connect`` was told.
+            side_sizes: of the next epoch; None takes this side's, and what the others say.
+
+        Raises:
+            TransportError: they did not come, or say what contradicts this rank.
+        """
+        before = self._appointment
+        if side_sizes is None:
+            side_sizes = {name: size if name == self.side else None for name, size in before.side_sizes.items()}
+        seconds = (
+            before.timeout_seconds if timeout_seconds is None else Options(timeout_seconds=timeout_seconds).seconds
+        )
+        return _meet(before._replace(side_sizes=_checked_sizes(side_sizes, self.side)), self._client, seconds)
+
+    def enable_collectives(self) -> None:
+        """Connect all ranks for torch.distributed's own calls with ``group=world``; every rank calls it, once.
+
+        tricomm needs it not: its calls connect those ranks that exchange data.
+        """
+        timeout = timedelta(seconds=self._appointment.timeout_seconds)
+        store = dist.PrefixStore("collectives", self._store)
+        kinds = dist.ProcessGroup.BackendType
+        on_host = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank(), self.size(), timeout)
+        self._register_backend(torch.device("cpu"), kinds.GLOO, on_host)
+        self._set_default_backend(kinds.GLOO)
+        if self._appointment.device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            on_device = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank(), self.size(), options)
+            self._register_backend(self._appointment.device, kinds.NCCL, on_device)
+            self._set_default_backend(kinds.NCCL)
+
+    def close(self) -> None:
+        """Leave in peace: the other ranks finish what they are in, and may pair anew without this one."""
+        self._over = self._over or f"rank {self.rank()} has closed its group of epoch {self.epoch}"
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        sides = ", ".join(f"{name}: {size}" for name, size in self.side_sizes.items())
+        return f"<World of {sides}; epoch {self.epoch}, rank {self.rank()}: rank {self.side_rank} of {self.side!r}>"
+
+    def _hear(self, status: Status) -> None:
+        """Take what the meeting says, on the client's thread."""
+        if isinstance(status, Refused):
+            self._over = self._over or status.text
+        elif isinstance(status, Paired) and status.number == self.epoch:
+            for rank, text in status.left.items():
+                context_of(self).dead.setdefault(rank, text)
+
+
+def _watcher(reference: "weakref.ref[World]") -> Callable[[Status], None]:
+    def watch(status: Status) -> None:
+        world = reference()
+        if world is not None:
+            world._hear(status)
+
+    return watch
+
+
+@checks_kinds
+def connect(
+    address: str,
+    *,
+    side: str,
+    side_rank: int,
+    side_sizes: Mapping[str, int | None],
+    secret: str | bytes,
+    timeout_seconds: float | timedelta = 300.0,
+    device: torch.device | str | None = None,
+    name: str = "",
+    host: str | None = None,
+    on_waiting: Callable[[Missing], object] | None = None,
+) -> World:
+    """Meet the ranks of other jobs, and return the group of all.
+
+    Every rank of every side calls it, in any order and at any time within the timeout. Somebody listens at the address:
+    a :class:`tricomm.Meeting` in one of the processes, or ``python -m tricomm meet``. Versions of tricomm, torch and
+    NCCL, device and byte order are compared first. Sides are equal; a job that feeds several fleets meets each by a
+    call of its own, so that none waits for another, and a fleet may come late.
+
+    Args:
+        address: "tcp://host:port".
+        side: which job this rank is of.
+        side_rank: which rank of it, from 0.
+        side_sizes: how many ranks each side has, in the order in which their ranks follow each other in the group, the
+            same on all ranks. None is what that side says of itself.
+        secret: of the meeting.
+        timeout_seconds: for all to come.
+        device: where tensors live; None is host memory, or the current CUDA device where there is one.
+        name: tells meetings of the same sides apart.
+        host: what this machine is called in ``World.topology``; None is its own name.
+        on_waiting: called, from this thread, with whom it waits for, after two seconds, when that changes, and again
+            each time that it has waited twice as long. It is logged too.
+
+    Raises:
+        TransportError: a rank did not come in time, came twice, has other versions or says other sizes; the secret is
+            wrong; or nobody listens.
+        SpecError: a side or rank that is none; an ArgumentError where an argument is of the wrong kind.
+
+    Example:
+        >>> from tricomm.connect.server import Meeting
+        >>> secret = "a secret of one example"
+        >>> with Meeting("tcp://127.0.0.1:0", secret=secret) as meeting:
+        ...     sizes = {"trainer": 1}
+        ...     world = connect(meeting.address, side="trainer", side_rank=0, side_sizes=sizes, secret=secret)
+        ...     print(world)
+        ...     world.close()
+        <World of trainer: 1; epoch 1, rank 0: rank 0 of 'trainer'>
+    """
+    parse_address(address)
+    sizes = _checked_sizes(side_sizes, side)
+    own = sizes[side] or 0
+    if not 0 <= side_rank < own:
+        raise SpecError(f"side_rank={side_rank!r} is none of the {own} ranks of side {side!r}; use 0 to {own - 1}")
+    chosen = Options(timeout_seconds=timeout_seconds, device=device, name=name)
+    where = chosen.device if isinstance(chosen.device, torch.device) else _default_device()
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise SpecError(f'device={device!r}, and there is no CUDA device here; write "cpu", or look at the driver')
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    given = Appointment(
+        address, checked_secret(secret), side, side_rank, sizes, where, host, name, chosen.seconds, on_waiting
+    )
+    return _meet(given, None, chosen.seconds)
+
+
+def _meet(appointment: Appointment, client: Client | None, seconds: float) -> World:
+    return World(appointment, *appointment.keep(client, time.monotonic() + seconds))
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _checked_sizes(sizes: Mapping[str, int | None], side: str) -> dict[str, int | None]:
+    example = '{"trainer": 4, "server": 3}'
+    if not 0 < len(sizes) <= MAX_SIDES:
+        raise SpecError(f"side_sizes={sizes!r} has {len(sizes)} sides, and needs 1 to {MAX_SIDES}; write {example}")
+    for name, size in sizes.items():
+        if not name or len(name.encode()) > MAX_NAME_BYTES:
+            raise SpecError(f"side {name!r} needs a name of 1 to {MAX_NAME_BYTES} bytes; write {example}")
+        if size is not None and not 0 < size <= MAX_SIDE_RANKS:
+            raise SpecError(f"side_sizes={dict(sizes)!r}: {size} is no number of ranks; write {example}")
+    if side not in sizes:
+        raise SpecError(f"side={side!r} is none of side_sizes={dict(sizes)!r}; name this job's side in both")
+    if sizes[side] is None:
+        raise ArgumentError(f"side_sizes={dict(sizes)!r} leaves out the size of this side, {side!r}; only others may")
+    return dict(sizes)
