@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from tests.pipeline import models
-from tests.pipeline.chain import BATCH, CHAIN, MICROBATCHES, TIMEOUT_SECONDS, WIDTH, attempt, chain, data, linear
+from tests.pipeline.chain import CHAIN, MICROBATCHES, TIMEOUT_SECONDS, attempt, chain, data, linear
 from tests.pipeline.test_executor import MESHES, batch_of, case_of, reference, tied_of, typed
-from tricomm import Replicate, Shard, ShardingSpec
+from tricomm import Replicate, Shard
 from tricomm.launch import Ranks
 from tricomm.pipeline import (
-    EdgeTensor,
     Executor,
     Queues,
     Schedule,
@@ -98,59 +97,6 @@ def test_forwards_only_run_wherever_the_whole_does() -> None:
     assert str(forwards) == "0: 0F0 0F1\n1: 1F0 1F1"
     assert not forwards.has_backward
     assert [str(channel) for channel in forwards.channels] == ["0>1"]
-
-
-# ---- microbatches of unequal sizes
-
-ROWS = ((3, 3, 3, 1), (2, 2, 2, 2), (1, 4, 2, 3), (3, 3, 3, 1))
-
-
-def unequal(rank: int, schedule: Schedule) -> None:
-    stages, edges = chain(rank)
-    for (source, destination), tensors in edges.items():
-        ends = [ShardingSpec(CHAIN[stage], (Replicate(),), None, "float64") for stage in (source, destination)]
-        tensors[f"x{destination}"] = EdgeTensor(*ends, shape=("rows", WIDTH))
-    with Executor(schedule, stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
-        for rows in ROWS:
-            total = sum(rows)
-            given = {name: torch.cat(values)[:total].split(rows) for name, values in data().items()}
-            weights = [one / total for one in rows]
-            sizes = {"rows": rows} if rank == 0 else None
-            for stage in stages:
-                if stage.module is not None:
-                    stage.module.zero_grad()
-            loss = executor.step(given, sizes=sizes, loss_weights=weights)
-            again = executor.evaluate(given, sizes=sizes, loss_weights=weights).loss
-            net = nn.Sequential(*(linear(index) for index in range(4)))
-            whole = nn.functional.mse_loss(net(torch.cat(given["data"])), torch.cat(given["target"]))
-            whole.backward()
-            if loss is not None:
-                torch.testing.assert_close(loss, whole.detach())
-                torch.testing.assert_close(again, loss)
-            for stage, layer in zip(stages, net, strict=True):
-                if stage.module is not None:
-                    for found, wanted in zip(stage.module.parameters(), layer.parameters(), strict=True):
-                        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("depth", [0, 2])
-def test_rows_may_differ_from_microbatch_to_microbatch(ranks: Ranks, depth: int) -> None:
-    """10 rows as 3, 3, 3 and 1: the gradient of the mean over all rows, also where a ring of buffers is reused."""
-    ranks.run(unequal, eager_one_f_one_b(4, MICROBATCHES, depth=depth, split=True))
-
-
-def wrong_sizes(rank: int) -> tuple[str, str]:
-    stages, edges = chain(rank, meshes=CHAIN[:2])
-    ends = [ShardingSpec(mesh, (Replicate(),), None, "float64") for mesh in CHAIN[:2]]
-    edges[0, 1]["x1"] = EdgeTensor(*ends, shape=("rows", WIDTH))
-    with Executor(gpipe(2, MICROBATCHES), stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
-        return attempt(lambda: executor.step(data(), sizes={"rows": (BATCH, BATCH)}))
-
-
-def test_sizes_are_one_for_all_microbatches_or_one_for_each(ranks: Ranks) -> None:
-    for kind, text in ranks.run(wrong_sizes)[:2]:
-        assert kind in ("SpecError", "TransportError")
-        assert "gives 'rows' the sizes [6, 6], and a step has 4 microbatches; give one whole number for all" in text
 
 
 # ---- clipping

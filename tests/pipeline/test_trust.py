@@ -34,7 +34,6 @@ from tricomm.pipeline import (
     Tied,
     WithLoss,
     eager_one_f_one_b,
-    gpipe,
     in_turn,
     one_f_one_b,
 )
@@ -354,23 +353,3 @@ def test_after_a_failure_the_ranks_come_together_again(ranks: Ranks, victim: int
             assert "RuntimeError: out of paper" in blame[1], outcomes
         if in_backward:
             assert "returned" not in kinds[1:2]
-
-
-def rows(rank: int, named: bool) -> tuple[str, str, int]:
-    """10 rows in microbatches of 3, 3, 3 and 1, where all are said to have 3."""
-    stages, edges = chain(rank, meshes=PAIR)
-    ends = [ShardingSpec(mesh, (Replicate(),), None if named else (3, WIDTH), "float64") for mesh in PAIR]
-    edges[0, 1]["x1"] = EdgeTensor(*ends, shape=("rows", WIDTH) if named else ())
-    given = {name: torch.cat(values)[:10].split(3) for name, values in data().items()}
-    with executor_of(stages, edges, gpipe(2, 4)) as executor:
-        kind, text = attempt(lambda: executor.step(given, sizes={"rows": 3} if named else None))
-    touched = [one.grad is not None for stage in stages if stage.module for one in stage.module.parameters()]
-    return kind, text, sum(touched)
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_rows_that_differ_are_refused_before_anything_is_computed(ranks: Ranks, named: bool) -> None:
-    for kind, text, touched in ranks.run(rows, named)[:2]:
-        assert kind in ("SpecError", "TransportError")
-        assert "has [3, 3, 3, 1] rows in its microbatches, and edge 0-1 carries 3 rows in each; name that size" in text
-        assert touched == 0

@@ -1,23 +1,36 @@
 """Connections: all that one rank exchanges with the others in a step; made once, and again after a failure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from tricomm.errors import SpecError
+from tricomm.errors import SpecError, TransportError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
 from tricomm.pipeline.run.directed_link import Sizes, StepResharder
 from tricomm.pipeline.run.edge import EdgeTensor, Link
-from tricomm.pipeline.run.sizes import GivenSizes, SizeAgreement
+from tricomm.pipeline.run.rows import (
+    REMEDY,
+    Rows,
+    declared_rows,
+    row_counts,
+    rows_of,
+    size_name,
+    with_named_rows,
+)
+from tricomm.pipeline.run.sizes import GivenSizes, SizeAgreement, StepSizes, checked_sizes
 from tricomm.pipeline.run.stage import Stage, StageRun
 from tricomm.pipeline.run.tied import Tied, TiedGradients
-from tricomm.pipeline.run.wiring import EdgeTensors, fifo_of, make_links
+from tricomm.pipeline.run.wiring import EdgeTensors, data_names, fifo_of, make_links
 from tricomm.pipeline.schedule.actions import Edge
 from tricomm.pipeline.schedule.check import Queues
 from tricomm.pipeline.schedule.schedule import Schedule
+
+Compare = Callable[[dict[str, str], str], None]
+"""Given fields and a name of what is done: returns once all ranks have called it with the same fields."""
 
 
 class Connections:
@@ -53,14 +66,21 @@ class Connections:
         modules = {index: run.module for index, run in runs.items()}
         self.tied = [TiedGradients(one, modules, f"{name} tied {number}", options) for number, one in enumerate(tied)]
         fifo = fifo_of(queues)
-        self.links: dict[Edge, Link] = make_links(schedule, edges, rank, name, fifo, options) if runs else {}
+        named = with_named_rows(edges)
+        self.links: dict[Edge, Link] = make_links(schedule, named, rank, name, fifo, options) if runs else {}
+        tensors = [one for tensors in edges.values() for one in tensors.values()]
+        self._names = sorted({size for one in tensors for size in one.names})
+        self._inputs = {index: data_names(index, stage, edges) for index, stage in enumerate(stages)}
+        self._declared = declared_rows(edges)
         self._sizes: Sequence[Sizes] = ()
-        names = {size for tensors in edges.values() for tensor in tensors.values() for size in tensor.names}
+        self._compared: set[Rows] = set()
+        self.rows: Rows | None = None
+        """Of the microbatches of the last step, if they differ."""
         self._agreement: SizeAgreement | None = None
-        if names and runs:
+        if self._names and runs:
             first = stages[0].mesh.ranks[0]
             self._agreement = SizeAgreement(
-                tuple(names), schedule.microbatches, first, self._everybody.ranks, name, options
+                self._names, schedule.microbatches, first, self._everybody.ranks, name, options
             )
 
     def connect(self) -> None:
@@ -70,28 +90,75 @@ class Connections:
         if self._agreement is not None:
             self._agreement.resharder.connect()
         else:
-            self._sizes = [()] * self.schedule.microbatches
+            self._sizes = [self._sizes_in(StepSizes({}, None), 0)] * self.schedule.microbatches
             for link in self.links.values():
-                link.connect()
+                link.bind(self._sizes)
 
-    def use(self, sizes: GivenSizes | None) -> None:
+    def use(self, sizes: GivenSizes | None, data: Mapping[str, Any], compare: Compare) -> None:
         """Agree on the sizes of a step, and connect what is new to them.
 
+        Args:
+            sizes: as the step was given them.
+            data: of the step, whose rows say how the sizes differ between its microbatches.
+            compare: returns once all ranks of the pipeline have called it with the same.
+
         Raises:
-            SpecError: sizes that no edge names, or names without a size.
+            SpecError: sizes that no edge names, names without a size, or rows that do not fit them.
+            TransportError: another rank was given other rows.
         """
-        if self._agreement is None:
-            if sizes:
-                raise SpecError(f"sizes={dict(sizes)}, and no edge has a size with a name; leave them out")
-            return
-        agreed = self._agreement.agree(sizes)
+        step = self._step_sizes(sizes, data, compare)
+        agreed = [self._sizes_in(step, microbatch) for microbatch in range(self.schedule.microbatches)]
         if agreed != self._sizes:
             for link in self.links.values():
                 link.bind(agreed)
             self._sizes = agreed
+        self.rows = step.rows
+
+    def _step_sizes(self, sizes: GivenSizes | None, data: Mapping[str, Any], compare: Compare) -> StepSizes:
+        count = self.schedule.microbatches
+        if self._agreement is not None:
+            is_source = self._agreement.resharder.rank == self._agreement.source
+            return self._agreement.agree(self._found_sizes(sizes, data) if is_source else None)
+        if sizes:
+            raise SpecError(f"sizes={dict(sizes)}, and no edge has a size with a name; leave them out")
+        rows = rows_of(data, self._inputs, self.edges, count)
+        if rows is not None and rows not in self._compared:
+            try:
+                compare({"the rows of the microbatches": str(rows)}, f"a step whose microbatches have {rows} rows")
+            except TransportError as error:
+                raise TransportError(
+                    f"{error}; the microbatches of this rank have {rows} rows, and every rank must find the same in "
+                    f"the data that it is given, also in inputs of other stages; or {REMEDY}"
+                ) from error
+            self._compared.add(rows)
+        return StepSizes({}, rows)
+
+    def _found_sizes(self, given: GivenSizes | None, data: Mapping[str, Any]) -> StepSizes:
+        """Return the sizes that this rank tells to all: as given, and where one is given for all, as the data have."""
+        count = self.schedule.microbatches
+        named = checked_sizes(given, self._names, count, self._everybody.ranks[0])
+        assert given is not None
+        told = {name for name in self._names if not isinstance(given[name], int)}
+        fullest = {name: max(column) for name, column in named.items()}
+        followed: dict[tuple[int, int], dict[str, EdgeTensor]] = {}
+        for edge, tensors in self.edges.items():
+            followed[edge] = {name: one.bound(fullest) for name, one in tensors.items() if not told & {*one.shape[:1]}}
+        rows = rows_of(data, self._inputs, followed, count)
+        if rows is not None:
+            firsts = {one.shape[0] for tensors in self.edges.values() for one in tensors.values() if one.shape}
+            follow = [name for name in named if name in firsts - told and named[name][0] == rows.declared]
+            named.update((name, list(rows.each)) for name in follow)
+        return StepSizes(named, rows)
+
+    def _sizes_in(self, step: StepSizes, microbatch: int) -> Sizes:
+        """Return the sizes of a microbatch, of all names that the links know."""
+        sizes = self._declared | {name: column[microbatch] for name, column in step.named.items()}
+        if step.rows is not None and size_name(step.rows.declared) in sizes:
+            sizes[size_name(step.rows.declared)] = step.rows.each[microbatch]
+        return tuple(sorted(sizes.items()))
 
     def check_rows(self, stage: int, rank: int, inputs: Mapping[str, Sequence[torch.Tensor] | torch.Tensor]) -> None:
-        """Refuse microbatches that differ in their rows where what crosses the stage's edges is said not to.
+        """Refuse microbatches that differ in their rows otherwise than what crosses the stage's edges.
 
         Args:
             stage: of this rank.
@@ -99,22 +166,22 @@ class Connections:
             inputs: of the stage, by name, that no edge brings.
 
         Raises:
-            SpecError: an input has other rows in some microbatch than in the first, whose rows an edge expects of all.
+            SpecError: an input has as many rows as an edge expects in its fullest microbatch, and others elsewhere.
         """
         for name, values in inputs.items():
-            rows = [len(one) if one.ndim else 0 for one in values]
+            rows = row_counts(values)
             if len(set(rows)) < 2:
                 continue
             for edge, link in self.links.items():
                 for tensor in link.tensors if stage in edge else ():
-                    shapes = [
-                        tensor.bound(dict(sizes)).local_shape(rank, stage == edge.source) for sizes in self._sizes
-                    ]
-                    if all(shape[:1] == (rows[0],) for shape in shapes):
+                    bound = [tensor.bound(dict(sizes)) for sizes in self._sizes]
+                    shapes = [one.local_shape(rank, stage == edge.source) for one in bound]
+                    expected = [shape[0] for shape in shapes if shape]
+                    fullest = rows.index(max(rows))
+                    if expected and expected[fullest] == rows[fullest] and expected != rows:
                         raise SpecError(
                             f"input {name!r} of stage {stage} has {rows} rows in its microbatches, and edge {edge} "
-                            f"carries {rows[0]} rows in each; name that size, as EdgeTensor(..., shape=('rows', ...)), "
-                            f"and pass step(..., sizes={{'rows': {tuple(rows)}}})"
+                            f"carries {expected} rows in them; {REMEDY}"
                         )
 
     def bound_edges(self) -> dict[Edge, list[EdgeTensor]]:

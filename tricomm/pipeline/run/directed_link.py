@@ -190,6 +190,10 @@ class DirectedLink:
         """Those of the sizes that were bound last."""
         return next(reversed(self._bindings.values()))
 
+    def resharders_of(self, microbatch: int) -> list[StepResharder]:
+        """Those of the sizes of a microbatch."""
+        return self._bindings[self._sizes_of[microbatch]]
+
     @property
     def is_connected(self) -> bool:
         """Whether it was connected for some sizes."""
@@ -235,7 +239,7 @@ class DirectedLink:
     def send(self, tensors: Sequence[torch.Tensor], microbatch: int) -> SendHandle:
         """See Link.send."""
         number = self._next_call("send", microbatch)
-        resharders = self._bindings[self._sizes_of[microbatch]]
+        resharders = self.resharders_of(microbatch)
         if len(tensors) != len(resharders):
             raise SpecError(f"{self.name} carries {len(resharders)} tensors and got {len(tensors)}; pass each")
         self._drop_ended()
@@ -264,7 +268,7 @@ class DirectedLink:
             if handle.handles is None:
                 self._own[number] = (handle, None)
             return handle
-        resharders = self._bindings[self._sizes_of[microbatch]]
+        resharders = self.resharders_of(microbatch)
         slot = None if self.slots is None else number % self.slots
         handle = ReceiveHandle(self, microbatch, slot)
         if slot is None:

@@ -262,8 +262,8 @@ class Link:
         resharder.context.rendezvous.join(intent, resharder.timeout_seconds)
 
     def gradient_layouts(self) -> list[ShardingSpec]:
-        """Return the layout of each gradient that goes back, on the destination stage."""
-        return [] if self.backward is None else [one.plan.source for one in self.backward.resharders]
+        """Return the layout of each gradient of microbatch 0 that goes back, on the destination stage."""
+        return [] if self.backward is None else [one.plan.source for one in self.backward.resharders_of(0)]
 
     def send(self, x: Tensors, microbatch: int) -> SendHandle:
         """Start to send the activations of a microbatch; on ranks of the source mesh.

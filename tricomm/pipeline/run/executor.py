@@ -80,8 +80,9 @@ class Executor:
     In its first step the ranks of a stage that are said to compute equal gradients of an input, or an equal loss,
     compare them, and a stage that would train nothing is refused.
 
-    A step adds to the ``grad`` of the parameters the gradient of the mean of the losses of its microbatches. Zeroing
-    gradients and stepping optimisers is the caller's, as is whatever else the ranks of one stage owe each other.
+    A step adds to the ``grad`` of the parameters the gradient of the mean of the losses of its microbatches, each
+    weighted by its rows where these differ. Zeroing gradients and stepping optimisers is the caller's, as is whatever
+    else the ranks of one stage owe each other.
 
     After an error in a step the next one connects anew, if all ranks call it; gradients may then hold a part of the
     step that failed, and are to be zeroed.
@@ -116,7 +117,8 @@ class Executor:
         queues: PER_CHANNEL lets all hops of a rank run at once; PER_DIRECTION lets them take turns, and wants a
             schedule that was made for it (``tune`` says which is better: ``tuned.best.queues``).
         tied: parameters of which several stages hold copies.
-        loss_scale: the weight of each microbatch's loss; None is one over their number.
+        loss_scale: the weight of each microbatch's loss; None is its part of the rows, which is one over their number
+            if all have as many.
         name: tells executors of the same ranks apart.
         options: those of :class:`tricomm.Options` but ``channel`` and ``name``, which the Executor chooses. The
             timeout bounds how long a rank waits for another, the other's compute included.
@@ -168,7 +170,7 @@ class Executor:
             self.schedule = schedule if schedule.has_communication else with_communication(schedule)
             check_wiring(self.schedule, self.stages, edges)
             check(self.schedule, queues)
-            self._loss_scale = 1.0 / schedule.microbatches if loss_scale is None else loss_scale
+            self._loss_scale = loss_scale
             self.runs = {index: self._run_of(index) for index, stage in enumerate(stages) if self.rank in stage.mesh}
             """The stages of this rank."""
             self._training = Program(self.schedule, edges, self.runs)
@@ -189,11 +191,12 @@ class Executor:
 
         Args:
             data: the inputs that no edge brings, by name: one tensor for each microbatch, as this rank's module takes
-                it. Names that the stages of this rank do not take are ignored.
+                it. Microbatches may have fewer rows than the edges declare, as ``tensor.split`` leaves them: what
+                crosses has fewer then too. Every rank must see that, be it in an input that only another stage takes.
             sizes: the sizes of this step that the edges name: one number, or one for each microbatch where these
-                differ. The first rank of the first stage tells them to all others, and what those give is not looked
-                at. The first step with new sizes makes and connects the plans of all edges, for some milliseconds per
-                edge; those of the last 16 combinations are kept.
+                differ otherwise than the rows of the data do. The first rank of the first stage tells them to all
+                others, and what those give is not looked at. The first step with new sizes makes and connects the
+                plans of all edges, for some milliseconds per edge; those of the last 16 combinations are kept.
             loss_weights: one for each microbatch instead of ``loss_scale``, such as its part of the rows; on the ranks
                 of the loss.
 
@@ -277,11 +280,11 @@ class Executor:
                 self._connect_again()
             trains = program.schedule.has_backward
             self._check_arguments(program, data, loss_weights)
-            self._connections.use(sizes)
+            self._connections.use(sizes, data, self._compare)
             for index, names in program.data_names.items():
                 self._connections.check_rows(index, self.rank, {name: data[name] for name in names})
             for run in self.runs.values():
-                run.begin(loss_weights or [self._loss_scale] * self.schedule.microbatches)
+                run.begin(loss_weights or self._weights())
             check = self._check if trains else None
             step = Step(program, self._connections.links, data, check, self.observer, self._computing)
             step.run()
@@ -294,6 +297,18 @@ class Executor:
         if trains and self.on_step is not None:
             self.on_step(time.perf_counter() - began)
         return self._result(step)
+
+    def _weights(self) -> list[float]:
+        """What each microbatch's loss counts where the step was not told: its part of the rows, or the loss_scale."""
+        rows, count = self._connections.rows, self.schedule.microbatches
+        if self._loss_scale is None and rows is not None:
+            return rows.weights
+        return [1.0 / count if self._loss_scale is None else self._loss_scale] * count
+
+    def _compare(self, fields: dict[str, str], call: str) -> None:
+        """Return once all ranks have come with the same fields."""
+        intent = Intent(self.ranks, fields, digest_of(fields), f"executor {self.unique}, call {self._calls}", call)
+        self.context.rendezvous.join(intent, self.timeout_seconds)
 
     def _computing(self, action: Action) -> AbstractContextManager[None]:
         """Say what this rank computes: meanwhile nobody is late that it will wait for."""
