@@ -17,10 +17,7 @@ ROUNDING = 1e-12
 """Parts of a link or of a transfer that are no more than rounding."""
 
 Key = tuple[Channel, int]
-"""The transfer of a microbatch on a channel."""
-
-Queue = tuple[int, ...]
-"""The key of a queue; see ``Queues.key``."""
+"""The transfer of a microbatch on a channel. Within a clock transfers and queues have numbers: see ``Known``."""
 
 
 def run_clock(
@@ -43,26 +40,37 @@ def run_clock(
 
 
 class _Compute(NamedTuple):
-    """A compute action as the clock sees it: ``needs`` are the transfers whose data it uses."""
+    """A compute action as the clock sees it: ``needs`` are the numbers of the transfers whose data it uses."""
 
     action: Action
     seconds: float
-    needs: tuple[Key, ...]
+    needs: tuple[int, ...]
 
 
 class _Post(NamedTuple):
-    """A send or receive as the clock sees it: one end of a transfer comes to its queue."""
+    """A send or receive as the clock sees it: one end of a transfer, which has a number, comes to a queue."""
 
+    number: int
     key: Key
+    cost: TransferCost
     is_send: bool
-    queue: Queue
+    queue: int
 
 
 @dataclass(slots=True)
 class Known:
-    """What clocks of the same costs, edges and queues have worked out: of each action, and of channels that share."""
+    """What clocks of the same costs, edges and queues have worked out: of each action, and of channels that share.
+
+    Attributes:
+        entries: by action.
+        transfers: the number of each transfer.
+        queues: the number of each queue, by its key; see ``Queues.key``.
+        rates: of channels that share at one time.
+    """
 
     entries: dict[Action, _Compute | _Post] = field(default_factory=dict)
+    transfers: dict[Key, int] = field(default_factory=dict)
+    queues: dict[tuple[int, ...], int] = field(default_factory=dict)
     rates: dict[tuple[Channel, ...], list[float]] = field(default_factory=dict)
 
 
@@ -71,13 +79,15 @@ class _Moving:
     """A transfer on its way.
 
     Attributes:
+        number: of the transfer.
         ends: per queue that it stands in, its place there.
         sent, posted, begin: when the sender and the receiver came to it, and when it went on the wire; -1 is not yet.
     """
 
+    number: int
     key: Key
     cost: TransferCost
-    ends: dict[Queue, int] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
     sent: float = -1.0
     posted: float = -1.0
     begin: float = -1.0
@@ -89,10 +99,10 @@ class _Clock:
     """One simulation."""
 
     def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, known: Known) -> None:
-        self.schedule, self.costs, self.queues = schedule, costs, queues
+        self.schedule, self.costs, self.queues, self.known = schedule, costs, queues, known
         self.programs: list[list[_Compute | _Post]] = []
         for actions in schedule.lists:
-            self.programs.append([known.entries.get(action) or self.entry(action, known) for action in actions])
+            self.programs.append([known.entries.get(action) or self.entry(action) for action in actions])
         self.ranks_of = {
             channel: (schedule.pipeline_rank_of(channel.sender), schedule.pipeline_rank_of(channel.receiver))
             for channel in schedule.channels
@@ -100,10 +110,10 @@ class _Clock:
         self.now = 0.0
         self.next_index = [0] * schedule.pipeline_ranks
         self.busy_until = [0.0] * schedule.pipeline_ranks
-        self.blocking: list[list[Key]] = [[] for _ in schedule.lists]  # what compute waits for besides
+        self.blocking: list[list[int]] = [[] for _ in schedule.lists]  # what compute waits for besides
         self.spans: list[list[Span]] = [[] for _ in schedule.lists]
-        self.moving: dict[Key, _Moving] = {}
-        self.arrived: dict[Key, float] = {}
+        self.moving: dict[int, _Moving] = {}
+        self.arrived: dict[int, float] = {}
         self.off_wire: dict[Channel, float] = {}  # since when a channel carries nothing
         self.transfers: list[Transfer] = []
         self.alone: list[tuple[float, int, _Moving]] = []  # ends on the wire of those that share nothing
@@ -114,24 +124,30 @@ class _Clock:
         self.wakes: list[tuple[float, int]] = []  # when a pipeline rank may go on, each once
         self.is_pending: set[tuple[float, int]] = set()
         self.begun = 0
-        self.waiting: dict[Queue, deque[_Moving]] = {}
+        self.waiting: dict[int, deque[_Moving]] = {}
 
-    def entry(self, action: Action, known: Known) -> _Compute | _Post:
+    def entry(self, action: Action) -> _Compute | _Post:
         """Work out once what the clock needs of an action."""
-        known.entries[action] = found = self._entry(action)
+        self.known.entries[action] = found = self._entry(action)
         return found
 
     def _entry(self, action: Action) -> _Compute | _Post:
         if action.is_compute:
             needs = [
-                (channel, action.microbatch)
+                self.number_of((channel, action.microbatch))
                 for channel in self.schedule.inputs(action)
                 if channel in self.schedule.channels
             ]
             return _Compute(action, self.costs.seconds(action), tuple(needs))
-        channel = action.channel
-        queue = self.queues.key(self.schedule, channel, action.stage)
-        return _Post((channel, action.microbatch), action.kind.is_send, queue)
+        key = (action.channel, action.microbatch)
+        queue = self.queues.key(self.schedule, action.channel, action.stage)
+        number = self.known.queues.setdefault(queue, len(self.known.queues))
+        cost = self.costs.transfer(action.channel)
+        return _Post(self.number_of(key), key, cost, action.kind.is_send, number)
+
+    def number_of(self, key: Key) -> int:
+        """Return the number of a transfer."""
+        return self.known.transfers.setdefault(key, len(self.known.transfers))
 
     def timeline(self) -> Timeline:
         for pipeline_rank in range(self.schedule.pipeline_ranks):
@@ -177,52 +193,53 @@ class _Clock:
 
     def advance(self, pipeline_rank: int) -> None:
         """Go on with a pipeline rank's list as far as time and data allow."""
-        program = self.programs[pipeline_rank]
-        while self.next_index[pipeline_rank] < len(program):
-            entry = program[self.next_index[pipeline_rank]]
+        program, index = self.programs[pipeline_rank], self.next_index[pipeline_rank]
+        while index < len(program):
+            entry = program[index]
             if self.busy_until[pipeline_rank] > self.now:
                 self.wake(pipeline_rank, self.busy_until[pipeline_rank])
-                return
+                break
             if isinstance(entry, _Compute):
                 ready = self.ready(entry, pipeline_rank)
                 if ready is None:
-                    return  # woken when the data is on its way
+                    break  # woken when the data is on its way
                 if ready > self.now:
                     self.wake(pipeline_rank, ready)
-                    return
+                    break
                 end = self.now + entry.seconds
                 self.spans[pipeline_rank].append(Span(entry.action, self.now, end))
                 self.busy_until[pipeline_rank] = end
                 self.blocking[pipeline_rank].clear()
             else:
                 self.post(entry, pipeline_rank)
-            self.next_index[pipeline_rank] += 1
+            index += 1
+        self.next_index[pipeline_rank] = index
 
     def ready(self, entry: _Compute, pipeline_rank: int) -> float | None:
         """When the inputs of a compute action are there; None if that is not known yet."""
         latest = 0.0
-        for key in (*entry.needs, *self.blocking[pipeline_rank]):
-            arrival = self.arrived.get(key)
+        for number in (*entry.needs, *self.blocking[pipeline_rank]):
+            arrival = self.arrived.get(number)
             if arrival is None:
                 return None
             latest = max(latest, arrival)
         return latest
 
     def post(self, entry: _Post, pipeline_rank: int) -> None:
-        one = self.moving.get(entry.key)
+        one = self.moving.get(entry.number)
         if one is None:
-            one = self.moving[entry.key] = _Moving(entry.key, self.costs.transfer(entry.key[0]))
+            one = self.moving[entry.number] = _Moving(entry.number, entry.key, entry.cost)
         if entry.is_send:
             one.sent = self.now
         else:
             one.posted = self.now
         if self.queues is Queues.BLOCKING:
-            self.blocking[pipeline_rank].append(entry.key)
+            self.blocking[pipeline_rank].append(entry.number)
         self.enter(one, entry.queue)
 
     # ---- queues: who may begin
 
-    def enter(self, one: _Moving, queue: Queue) -> None:
+    def enter(self, one: _Moving, queue: int) -> None:
         """Let a transfer stand in a queue, and begin if it is its turn in both of its queues."""
         waiting = self.waiting.setdefault(queue, deque())
         one.ends[queue] = len(waiting)
@@ -295,7 +312,7 @@ class _Clock:
             channel, microbatch = one.key
             self.off_wire[channel] = self.now
             arrival = self.now + one.cost.latency_seconds
-            self.arrived[one.key] = arrival
+            self.arrived[one.number] = arrival
             self.transfers.append(Transfer(channel, microbatch, one.sent, one.posted, one.begin, self.now, arrival))
             for pipeline_rank in self.ranks_of[channel]:
                 self.wake(pipeline_rank, arrival)
@@ -308,11 +325,11 @@ class _UnorderedClock(_Clock):
 
     def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, known: Known) -> None:
         super().__init__(schedule, costs, queues, known)
-        self.entered: dict[Queue, int] = {}  # how many came to a queue
-        self.complete: dict[Queue, dict[_Moving, None]] = {}  # those of which both ends came, and that wait
-        self.occupied: set[Queue] = set()
+        self.entered: dict[int, int] = {}  # how many came to a queue
+        self.complete: dict[int, dict[_Moving, None]] = {}  # those of which both ends came, and that wait
+        self.occupied: set[int] = set()
 
-    def enter(self, one: _Moving, queue: Queue) -> None:
+    def enter(self, one: _Moving, queue: int) -> None:
         one.ends[queue] = self.entered[queue] = self.entered.get(queue, 0) + 1
         if len(one.ends) == 2:
             for end in one.ends:

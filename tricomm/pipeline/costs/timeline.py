@@ -1,6 +1,6 @@
 """Timeline: when a schedule's actions and transfers begin and end, and what follows from that."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import NamedTuple
@@ -129,7 +129,30 @@ class Timeline:
 
     def peaks(self) -> tuple[Peak, ...]:
         """Per pipeline rank, the most that it holds at once."""
-        return tuple(self._peak(pipeline_rank) for pipeline_rank in range(self.schedule.pipeline_ranks))
+        place = self.schedule.pipeline_rank_by_stage
+        freed = {
+            (span.action.stage, span.action.microbatch): span.end
+            for spans in self.compute
+            for span in spans
+            if self.schedule.ends_microbatch(span.action)
+        }
+        nbytes = {channel: self.costs.transfer(channel).nbytes for channel in self.schedule.channels}
+        receives: list[list[Held]] = [[] for _ in self.compute]
+        sends: list[list[Held]] = [[] for _ in self.compute]
+        for one in self.transfers:
+            sender, receiver = one.channel
+            until = freed[receiver, one.microbatch]
+            receives[place[receiver]].append((one.posted, until, nbytes[one.channel]))
+            sends[place[sender]].append((one.sent, one.end, nbytes[one.channel]))
+        peaks = []
+        for spans, received, sent in zip(self.compute, receives, sends, strict=True):
+            activations: list[Held] = []
+            for begin, action in ((span.begin, span.action) for span in spans if span.action.kind is Kind.FORWARD):
+                until = freed[action.stage, action.microbatch]
+                activations.append((begin, until, self.costs.stages[action.stage].activation_nbytes))
+            together = [*activations, *received, *sent]
+            peaks.append(Peak(_most(activations, False), _most(received, False), _most(together, True)))
+        return tuple(peaks)
 
     def critical_path(self) -> tuple[Step, ...]:
         """A chain of compute actions and transfers without a gap, from the start to the end: the end comes earlier
@@ -197,34 +220,18 @@ class Timeline:
         ]
         return max(found, key=lambda one: one.arrival, default=None)
 
-    def _peak(self, pipeline_rank: int) -> Peak:
-        freed = {
-            (span.action.stage, span.action.microbatch): span.end
-            for span in self.compute[pipeline_rank]
-            if self.schedule.ends_microbatch(span.action)
-        }
-        activations: list[tuple[float, float, int]] = []
-        for span in self.compute[pipeline_rank]:
-            if span.action.kind is Kind.FORWARD:
-                nbytes = self.costs.stages[span.action.stage].activation_nbytes
-                activations.append((span.begin, freed[span.action.stage, span.action.microbatch], nbytes))
-        receives: list[tuple[float, float, int]] = []
-        sends: list[tuple[float, float, int]] = []
-        for one in self.transfers:
-            nbytes = self.costs.transfer(one.channel).nbytes
-            if self.schedule.pipeline_rank_of(one.channel.receiver) == pipeline_rank:
-                receives.append((one.posted, freed[one.channel.receiver, one.microbatch], nbytes))
-            elif self.schedule.pipeline_rank_of(one.channel.sender) == pipeline_rank:
-                sends.append((one.sent, one.end, nbytes))
-        together = [*activations, *receives, *sends]
-        return Peak(_most(activations, False), _most(receives, False), _most(together, True))
-
     def __str__(self) -> str:
         return "\n".join(describe(self))
 
 
-def _most(held: Iterable[tuple[float, float, int]], in_bytes: bool) -> int:
+Held = tuple[float, float, int]
+"""From when until when so many bytes are held."""
+
+
+def _most(held: Sequence[Held], in_bytes: bool) -> int:
     """The most that is held at once; what ends at a moment is gone before what begins then."""
+    if in_bytes and not any(nbytes for *_, nbytes in held):
+        return 0
     changes: list[tuple[float, int]] = []
     for begin, end, nbytes in held:
         weight = nbytes if in_bytes else 1

@@ -12,16 +12,19 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
 from tricomm.pipeline.run.directed_link import Sizes, StepResharder
 from tricomm.pipeline.run.edge import EdgeTensor, Link
-from tricomm.pipeline.run.rows import (
+from tricomm.pipeline.run.sizes import (
     REMEDY,
+    GivenSizes,
     Rows,
+    SizeAgreement,
+    StepSizes,
+    checked_sizes,
     declared_rows,
     row_counts,
     rows_of,
     size_name,
     with_named_rows,
 )
-from tricomm.pipeline.run.sizes import GivenSizes, SizeAgreement, StepSizes, checked_sizes
 from tricomm.pipeline.run.stage import Stage, StageRun
 from tricomm.pipeline.run.tied import Tied, TiedGradients
 from tricomm.pipeline.run.wiring import EdgeTensors, data_names, fifo_of, make_links

@@ -1,11 +1,14 @@
 """Where sends and receives stand in a schedule: sends right after their producer, receives ahead of their consumer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tricomm.errors import PlanError
 from tricomm.kinds import checks_kinds
-from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
+from tricomm.pipeline.schedule.actions import Action, Channel, Kind, receive, send
 from tricomm.pipeline.schedule.schedule import Schedule
+
+_Crossing = dict[tuple[int, Kind], list[Channel]]
+"""By stage and kind of action."""
 
 
 @checks_kinds
@@ -39,13 +42,14 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
             "by which receives come first, usually 1"
         )
     schedule = schedule.compute_only()
-    received = _receives(schedule, receives_ahead)
+    outputs = _crossing(schedule, schedule.outputs)
+    received = _receives(schedule, outputs, receives_ahead)
     lists = []
     for pipeline_rank, actions in enumerate(schedule.lists):
         sent = [
             (index + 1, send(channel, action.microbatch))
             for index, action in enumerate(actions)
-            for channel in _crossing(schedule, schedule.outputs(action))
+            for channel in outputs[action.stage, action.kind]
         ]
         lists.append(interleave(actions, [*sent, *received[pipeline_rank]]))
     return schedule.with_lists(lists)
@@ -64,15 +68,16 @@ def interleave(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) 
     return (*out, *slots.get(len(actions), ()))
 
 
-def _receives(schedule: Schedule, ahead: int) -> list[list[tuple[int, Action]]]:
+def _receives(schedule: Schedule, outputs: _Crossing, ahead: int) -> list[list[tuple[int, Action]]]:
     """Per pipeline rank, (index of the compute action before which it stands, receive)."""
     sent: dict[Channel, list[int]] = {channel: [] for channel in schedule.channels}
     wanted: dict[tuple[Channel, int], int] = {}
+    inputs = _crossing(schedule, schedule.inputs)
     for actions in schedule.lists:
         for index, action in enumerate(actions):
-            for channel in _crossing(schedule, schedule.outputs(action)):
+            for channel in outputs[action.stage, action.kind]:
                 sent[channel].append(action.microbatch)
-            for channel in _crossing(schedule, schedule.inputs(action)):
+            for channel in inputs[action.stage, action.kind]:
                 wanted[channel, action.microbatch] = max(0, index - ahead)
     found: list[list[tuple[int, Action]]] = [[] for _ in schedule.lists]
     placed: list[tuple[int, int, Channel, int]] = []
@@ -87,9 +92,15 @@ def _receives(schedule: Schedule, ahead: int) -> list[list[tuple[int, Action]]]:
     return found
 
 
-def _crossing(schedule: Schedule, channels: tuple[Channel, ...]) -> list[Channel]:
-    """Those that leave their pipeline rank, the nearest stage first: it is the next to wait."""
-    crossing = [
-        one for one in channels if schedule.pipeline_rank_of(one.sender) != schedule.pipeline_rank_of(one.receiver)
-    ]
-    return sorted(crossing, key=lambda channel: abs(channel.sender - channel.receiver))
+def _crossing(schedule: Schedule, channels_of: Callable[[Action], tuple[Channel, ...]]) -> _Crossing:
+    """Return the channels of each compute action that leave their pipeline rank, the nearest stage first: it is the
+    next to wait.
+    """
+    place = schedule.pipeline_rank_by_stage
+    found: _Crossing = {}
+    for action in schedule.actions():
+        if (action.stage, action.kind) not in found:
+            crossing = (one for one in channels_of(action) if place[one.sender] != place[one.receiver])
+            ordered = sorted(crossing, key=lambda channel: abs(channel.sender - channel.receiver))
+            found[action.stage, action.kind] = ordered
+    return found

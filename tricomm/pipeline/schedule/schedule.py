@@ -114,6 +114,11 @@ class Schedule:
             raise PlanError(f"stage {stage} is not of this schedule, which has {count}; count from 0") from None
 
     @property
+    def pipeline_rank_by_stage(self) -> tuple[int, ...]:
+        """The pipeline rank of each stage."""
+        return self._pipeline_rank_of
+
+    @property
     def positions(self) -> int:
         """The old name of ``pipeline_ranks``, kept for one version."""
         return self.pipeline_ranks

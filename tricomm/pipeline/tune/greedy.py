@@ -83,6 +83,16 @@ class _Run:
         self.channel_free: dict[Channel, float] = {}
         self.arrivals: dict[Channel, list[float]] = {}
         self.own_forward: list[list[float]] = [[] for _ in range(count)]
+        firsts = [Action(stage, kind, 0) for stage in range(count) for kind in Kind if kind.is_compute]
+        self.seconds = {(action.stage, action.kind): costs.seconds(action) for action in firsts}
+        channels = [channel for edge in self.edges for channel in (edge.forward, edge.backward)]
+        self.outputs = {
+            (stage, forward): [
+                (one, costs.transfer(one)) for one in channels if one.sender == stage and one.is_forward == forward
+            ]
+            for stage in range(count)
+            for forward in (True, False)
+        }
         self.inputs = {
             (stage, forward): [
                 edge.forward if forward else edge.backward
@@ -155,15 +165,11 @@ class _Run:
         action = Action(stage, kind, self.done[stage][kind])
         self.lists[stage].append(action)
         self.done[stage][kind] += 1
-        end = self.free_at[stage] = now + self.costs.seconds(action)
+        end = self.free_at[stage] = now + self.seconds[stage, kind]
         again = [(stage, end)]
         if kind is Kind.WEIGHT_GRADIENT:
             return again
-        for edge in self.edges:
-            channel = edge.forward if kind is Kind.FORWARD else edge.backward
-            if channel.sender != stage:
-                continue
-            cost = self.costs.transfer(channel)
+        for channel, cost in self.outputs[stage, kind is Kind.FORWARD]:
             begin = max(end, self.channel_free.get(channel, 0.0))
             self.channel_free[channel] = begin + cost.busy_seconds
             arrival = begin + cost.seconds

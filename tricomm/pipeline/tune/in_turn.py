@@ -15,7 +15,7 @@ from tricomm.kinds import checks_kinds
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.simulate import check_stages
 from tricomm.pipeline.costs.timeline import Timeline
-from tricomm.pipeline.schedule.actions import Action, Channel, receive, send
+from tricomm.pipeline.schedule.actions import Action, Channel, Kind, receive, send
 from tricomm.pipeline.schedule.check import Queues
 from tricomm.pipeline.schedule.communication import interleave
 from tricomm.pipeline.schedule.schedule import Schedule
@@ -99,16 +99,15 @@ def _improved(schedule: Schedule, timeline: Timeline, simulator: Simulator, tria
 
 def _order_of(timeline: Timeline) -> Order:
     """In which order the transfers of a timeline took their turns."""
-    place = timeline.schedule.pipeline_rank_of
-    return {
-        (pipeline_rank, is_send): tuple(
-            (one.channel, one.microbatch)
-            for one in timeline.transfers
-            if place(one.channel.sender if is_send else one.channel.receiver) == pipeline_rank
-        )
-        for pipeline_rank in range(timeline.schedule.pipeline_ranks)
-        for is_send in (True, False)
+    place = timeline.schedule.pipeline_rank_by_stage
+    order: dict[tuple[int, bool], list[tuple[Channel, int]]] = {
+        (pipeline_rank, is_send): [] for pipeline_rank in range(len(timeline.compute)) for is_send in (True, False)
     }
+    for one in timeline.transfers:
+        turn = (one.channel, one.microbatch)
+        order[place[one.channel.sender], True].append(turn)
+        order[place[one.channel.receiver], False].append(turn)
+    return {queue: tuple(turns) for queue, turns in order.items()}
 
 
 def _swaps(order: Order, timeline: Timeline) -> Iterator[Order]:
@@ -135,10 +134,14 @@ def _all_posted(schedule: Schedule, order: Order) -> Schedule:
 
 def _sends(schedule: Schedule, sent: Sequence[tuple[Channel, int]], pipeline_rank: int) -> Iterator[tuple[int, Action]]:
     """(index of the compute action before which it stands, send), in order: after its producer and the send before."""
-    places = {action: index for index, action in enumerate(schedule.lists[pipeline_rank])}
+    producers = {
+        (action.stage, action.microbatch, action.kind is Kind.FORWARD): index
+        for index, action in enumerate(schedule.lists[pipeline_rank])
+        if action.kind is not Kind.WEIGHT_GRADIENT
+    }
     slot = 0
     for channel, microbatch in sent:
-        slot = max(slot, places[schedule.producer(channel, microbatch)] + 1)
+        slot = max(slot, producers[channel.sender, microbatch, channel.is_forward] + 1)
         yield slot, send(channel, microbatch)
 
 
