@@ -64,7 +64,7 @@ WITH_DISTRIBUTED = {
     "connect.store",
     "connect.world",
     "transport.group",
-    "transport.nccl",
+    "transport.accelerator",
     "launch",
     "interop",
     "pipeline.run.executor",

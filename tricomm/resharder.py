@@ -19,7 +19,7 @@ from tricomm.packing.tensor_checker import TensorChecker, check_casts
 from tricomm.plan import Plan, make_plan
 from tricomm.plan.arguments import check_ranks, check_spec
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
-from tricomm.transport.handle import Handle
+from tricomm.transport.handle import Ended, Handle
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, name_error, tell_all
 from tricomm.transport.streams import HostStreamContext
@@ -289,8 +289,8 @@ class Resharder(Gradients):
         session = self._session
         if session is None:
             self._off_meshes(tensor, out)
-            nothing: Future[tuple[torch.Tensor | None, Any]] = Future()
-            nothing.set_result((None, None))
+            nothing: Future[Ended] = Future()
+            nothing.set_result((None, None, None))
             return Handle(nothing, HostStreamContext())
         try:
             with session:
@@ -353,16 +353,16 @@ class Resharder(Gradients):
         depends_on: Sequence[Handle],
     ) -> Handle:
         assert self._session is not None
-        channel, number = self._session.channel, self._session.calls
+        session, channel, number = self._session, self._session.channel, self._session.calls
 
-        def run_in_background() -> tuple[torch.Tensor | None, Any]:
-            """On the channel's stream; returns (result, event at which it is there)."""
+        def run_in_background() -> Ended:
+            """On the channel's stream."""
             try:
                 with channel.stream_context.after(events, source, destination):
                     for handle in depends_on:
                         handle.wait_done()
                     self._run(source, destination, number)
-                    return destination, channel.stream_context.record_end()
+                    return destination, channel.stream_context.record_end(), session.last_run
             except Exception as error:
                 name_error(error, self.name)
                 raise

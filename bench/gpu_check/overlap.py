@@ -22,6 +22,7 @@ from tricomm import Mesh, Replicate, Resharder, ShardingSpec
 from tricomm.kernels.boxes import boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
 from tricomm.launch import Ranks
+from tricomm.transport.accelerator import accelerator_of
 from tricomm.transport.streams import stream_context_of
 
 REPEATS = 5
@@ -77,7 +78,7 @@ def in_one_process(setting: Setting) -> tuple[str, dict[str, Any]]:
     table = Table(boxes)
     staging = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     wire = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=not setting.is_rehearsal)
-    context, products = stream_context_of(device), Products(setting)
+    context, products = stream_context_of(accelerator_of(device), device), Products(setting)
 
     def move() -> Any:
         with context.after([context.record_event()], tensor):

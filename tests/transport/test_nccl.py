@@ -1,5 +1,7 @@
 """What is asked of NCCL, by a backend that writes it down: this torch may have none, and there is no GPU."""
 
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +14,7 @@ import torch.distributed as dist
 
 from tricomm import TransportError
 from tricomm.transport import nccl
+from tricomm.transport.accelerator import CUDA
 from tricomm.transport.base import Operation
 from tricomm.transport.communicator import CallId, Communicator
 from tricomm.transport.coordination.status import StatusStore
@@ -85,14 +88,14 @@ INDEX = {5: 0, 7: 1, 9: 2}
 
 def test_a_communicator_stands_before_anything_is_sent_and_has_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Backend, raising=False)
-    backend = nccl.connect(dist.HashStore(), 0, 2, DEVICE, timedelta(seconds=7))
+    backend = nccl.connect(CUDA, dist.HashStore(), 0, 2, DEVICE, timedelta(seconds=7))
     assert backend.lines == ["connect cuda:1"], "no collective, whose buffers would stay"
     assert backend.options.is_high_priority_stream
     assert backend.options._timeout == timedelta(seconds=7)
 
 
 def test_a_round_is_one_group_on_its_device(backend: Backend) -> None:
-    assert nccl.post_group(backend, DEVICE, INDEX, operations()) == "work"
+    assert nccl.post_group(CUDA, backend, DEVICE, INDEX, operations()) == "work"
     calls = ["start", "recv 5 from 0", "send 7 to 1", "send 9 to 2", "end"]
     assert backend.lines == ["enter cuda:1", *calls, "leave cuda:1"]
 
@@ -103,7 +106,9 @@ def connected(backend: Backend, rank: int, store: Any) -> Communicator:
     communicator = Communicator(coordinator, tuple(INDEX), "communicator/x", 1, torch.device("cpu"))
     communicator.call = CallId(3, 2, "Resharder 'a'")
     connections = object.__new__(nccl.NcclConnections)
-    connections._index, connections._device, connections.backend = INDEX, DEVICE, backend
+    connections._accelerator, connections._index, connections._device = CUDA, INDEX, DEVICE
+    connections.backend, connections.run = backend, object.__new__(nccl.DeviceRun)
+    connections._release = weakref.finalize(connections, int)
     communicator.connections = connections
     return communicator
 
@@ -121,7 +126,10 @@ def test_a_group_that_fails_is_closed_and_everybody_is_told(backend: Backend, ho
     with pytest.raises(TransportError, match=rule) as caught:
         communicator.post(operations())
     assert backend.depth == 0
-    assert backend.lines[-1] == "abort", "whoever waits for it is woken"
+    deadline = time.monotonic() + 5
+    while backend.lines[-1] != "abort" and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert backend.lines[-1] == "abort", "whoever waits for it is woken, by another thread"
     reason = StatusStore(store, 7).abort_of(communicator.place)
     assert communicator.abort_reason == reason
     assert reason is not None
@@ -131,7 +139,7 @@ def test_a_group_that_fails_is_closed_and_everybody_is_told(backend: Backend, ho
 def test_an_error_that_closing_the_group_raises_does_not_hide_the_first(backend: Backend) -> None:
     backend.lost, backend.ends_badly = 1, True
     with pytest.raises(RuntimeError, match="invalid usage"):
-        nccl.post_group(backend, DEVICE, INDEX, operations())
+        nccl.post_group(CUDA, backend, DEVICE, INDEX, operations())
     assert backend.depth == 0
 
 
@@ -178,6 +186,9 @@ class Untagged:
             if not operation.is_send:
                 operation.buffer.copy_(self.confirmed)
         return [(operation.peer, None) for operation in found]
+
+    def join(self, is_aborted: Any) -> None:
+        assert not is_aborted()
 
     def abort(self) -> None:
         self.is_aborted = True

@@ -34,6 +34,8 @@ class Reducer:
         self.op = op
         self.divisor = divisor
         self.contributions: torch.Tensor | None = None
+        self.result: torch.Tensor | None = None
+        """Of the last reduction: the same tensor every time."""
         if shape is None:
             return
         with torch.inference_mode(False):  # also calls outside of that mode write the buffers
@@ -41,18 +43,19 @@ class Reducer:
 
     def _make_buffers(self, op: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
         self.contributions = torch.empty(shape, dtype=dtype, device=device)
-        self.result = torch.empty(shape[1:], dtype=dtype, device=device)
+        result = torch.empty(shape[1:], dtype=dtype, device=device)
+        self.result = result
         wide = _accumulation_dtype(dtype)
         self.sum_in_place = wide == dtype
-        self.total = self.result if self.sum_in_place else torch.empty_like(self.result, dtype=wide)
+        self.total = result if self.sum_in_place else torch.empty_like(result, dtype=wide)
         self.flips_sign = op in ("max", "min") and dtype in _UNSIGNED_AS_SIGNED
         needs_addend = self.flips_sign or not self.sum_in_place
         self.addend = torch.empty_like(self.total) if needs_addend else None
 
-    def reduce(self) -> torch.Tensor | None:
-        """The reduction of ``contributions`` as they are now; the same tensor every time."""
-        if self.contributions is None:
-            return None
+    def reduce(self) -> None:
+        """Make ``result`` the reduction of ``contributions`` as they are now."""
+        if self.contributions is None or self.result is None:
+            return
         count = self.contributions.shape[0]
         self._load(self.contributions[0], self.total)
         for index in range(1, count):
@@ -67,7 +70,6 @@ class Reducer:
             self.total.div_(self.divisor)
         if not self.sum_in_place:
             self.result.copy_(self.total)
-        return self.result
 
     def _load(self, contribution: torch.Tensor, into: torch.Tensor) -> None:
         """Copy in the dtype of accumulation; unsigned integers, which torch cannot compare, with the top bit

@@ -1,6 +1,6 @@
 """What the runtime asks of a transport: post operations in order, wait for one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +50,10 @@ class Transport(Protocol):
         """
         ...
 
+    def launch(self, work: Callable[[], None]) -> None:
+        """Carry out work on buffers, after what was posted and waited for before, and before what is posted later."""
+        ...
+
 
 class ConnectionLostError(RuntimeError):
     """An operation with a rank could not be started.
@@ -65,6 +69,26 @@ class ConnectionLostError(RuntimeError):
         self.error = error
 
 
+class Pending(Protocol):
+    """What a run has queued on a device, which may go on when the call has returned."""
+
+    def is_begun(self) -> bool:
+        """Whether the device has come to it; before, it does what was queued earlier."""
+        ...
+
+    def awaited(self) -> tuple[int, ...] | None:
+        """The ranks whose messages it waits for now; () if for nobody, None if all of it is done.
+
+        Raises:
+            RuntimeError: the backend's, of a connection that is lost.
+        """
+        ...
+
+    def close(self) -> None:
+        """Nothing more is queued."""
+        ...
+
+
 class Connections(Protocol):
     """What a communicator asks of a backend: connections among some ranks, and nothing of calls or of blame."""
 
@@ -76,6 +100,18 @@ class Connections(Protocol):
     @property
     def has_tags(self) -> bool:
         """Whether messages of different tags never meet."""
+        ...
+
+    def begin(self) -> Pending | None:
+        """A run begins; returns what tells of its end, if that is not the end of the call."""
+        ...
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """See Transport."""
+        ...
+
+    def join(self, is_aborted: Callable[[], bool]) -> None:
+        """Return when all that the run has posted is done, or it is aborted. RuntimeError if a connection is lost."""
         ...
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 from tricomm.errors import SpecError, TransportError
+from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, CallId, Communicator
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.rendezvous import Intent
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
+from tricomm.transport.handle import Ended
 from tricomm.transport.nccl import NcclConnections
 from tricomm.transport.streams import StreamContext, stream_context_of
 
@@ -102,6 +104,7 @@ class Channel:
         device: where tensors live; decides the backend.
         name: channels of equal ranks with different names know nothing of each other.
         devices: gloo's, of the group.
+        accelerator: of the device; None if that is host memory.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Channel:
         device: torch.device,
         name: str,
         devices: GlooDevices,
+        accelerator: Accelerator | None,
     ) -> None:
         self.coordinator = coordinator
         self.participants = participants
@@ -119,11 +123,12 @@ class Channel:
         self._communicator: Communicator | None = None
         self._current: list[weakref.ref[Communicator]] = []
         """The same for the end of the process, which must not keep alive what keeps this channel alive."""
-        self.last_started: Future[tuple[torch.Tensor | None, Any]] | None = None
-        self.stream_context: StreamContext = stream_context_of(device)
+        self.last_started: Future[Ended] | None = None
+        self.stream_context: StreamContext = stream_context_of(accelerator, device)
         self.worker = Worker()
         weakref.finalize(self, _end_pending, self.worker, self._current, coordinator.rank)
         self._devices = devices
+        self._accelerator = accelerator
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
         self._turn = threading.Lock()
         key = repr((participants, device.type, name))
@@ -221,9 +226,9 @@ class Channel:
         rank, store = self.coordinator.rank, self.coordinator.store
         index = {rank: index for index, rank in enumerate(self.participants)}
         store.set(f"{found.place}/hello/{rank}", "1")
-        if self.device.type == "cuda":
+        if self._accelerator is not None:
             of_nccl = dist.PrefixStore(f"{found.place}/nccl", store)
-            return NcclConnections(of_nccl, rank, index, self.device, timeout_seconds)
+            return NcclConnections(self._accelerator, of_nccl, rank, index, self.device, timeout_seconds)
         of_gloo = dist.PrefixStore(f"{found.place}/gloo", store)
         return GlooConnections(of_gloo, rank, index, self._devices, timeout_seconds, found.interrupted)
 
@@ -233,7 +238,7 @@ class Channel:
         store = self.coordinator.store
         absent = [rank for rank in self.participants if not store.check([f"{found.place}/hello/{rank}"])]
         who = f"rank {absent[0]} did not connect" if absent else f"ranks {list(self.participants)} could not connect"
-        names = "NCCL_SOCKET_IFNAME" if self.device.type == "cuda" else "GLOO_SOCKET_IFNAME"
+        names = "GLOO_SOCKET_IFNAME" if self._accelerator is None else "NCCL_SOCKET_IFNAME"
         LOG.info("rank %d while it connects for %s: %s", self.coordinator.rank, call, error)
         return f"{who} in {call}; see whether a rank died, and on several hosts whether {names} names the right network"
 

@@ -21,7 +21,8 @@ made again.
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -63,6 +64,17 @@ class NoConnections:
 
     depth = (1, 2)
     has_tags = True
+
+    def begin(self) -> None:
+        """See Connections."""
+
+    @staticmethod
+    def launch(work: Callable[[], None]) -> None:
+        """See Transport."""
+        work()
+
+    def join(self, is_aborted: Callable[[], bool]) -> None:
+        """See Connections."""
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections."""
@@ -140,6 +152,9 @@ class Communicator:
         self.limit = timedelta(0)
         self._timeout_seconds = 0.0
         self._completed: dict[int, int] = {}
+        self._unfinished: deque[Run] = deque()
+        """Runs whose calls have returned while the device still has to do what they queued, in their order."""
+        self._has_failed_late = False
         self.connections: Connections = NoConnections()
         self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
@@ -169,6 +184,10 @@ class Communicator:
         except ConnectionLostError as error:
             raise self.lost(error.peer, error) from error
 
+    def launch(self, work: Callable[[], None]) -> None:
+        """See Transport."""
+        self.connections.launch(work)
+
     def confirm(self) -> None:
         """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
 
@@ -188,8 +207,21 @@ class Communicator:
             for work in self.post([Operation(False, back, theirs), Operation(True, to, ours)]):
                 work.wait()
             if not self.connections.has_tags:
+                self._join()
                 self._compare(back, theirs)
             reach *= 2
+
+    def _join(self) -> None:
+        """Return when the device has done all that this call has queued: nothing has been received before.
+
+        Raises:
+            TransportError: the call was aborted meanwhile, or a connection is lost.
+        """
+        try:
+            self.connections.join(lambda: self.abort_reason is not None)
+        except RuntimeError as error:
+            raise self.lost(None, error) from error
+        self.interrupted()
 
     def _compare(self, other: int, received: torch.Tensor) -> None:
         """Without tags: whether another rank confirms the same call."""
@@ -212,7 +244,8 @@ class Communicator:
             None,
             self.participants if is_connecting else (),
         )
-        run.abort = lambda text: self._abort_run(run, text)
+        run.abort = lambda text: self._abort_run(run, call, text)
+        run.pending = self.connections.begin()
         if timeout_seconds != self._timeout_seconds:
             self._timeout_seconds = timeout_seconds
             self.limit = timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + SPARE_BEATS * run.heartbeat_seconds)
@@ -222,9 +255,19 @@ class Communicator:
         return run
 
     def end(self, run: Run) -> None:
-        """End a call, well or badly."""
-        self.coordinator.monitor.release(run)
+        """End a call, well or badly. What it has queued on a device stays watched until it is done."""
         self.run = None
+        if run.pending is None:
+            self.coordinator.monitor.release(run)
+            return
+        run.pending.close()
+        with self._lock:
+            while self._unfinished and self._unfinished[0].is_done():
+                self.coordinator.monitor.release(self._unfinished.popleft())
+            if self.abort_reason is None:
+                self._unfinished.append(run)
+                return
+        self.coordinator.monitor.release(run)
 
     def complete(self) -> None:
         """Note that the call is over here: what fails later is another one."""
@@ -233,7 +276,12 @@ class Communicator:
     def is_past(self) -> bool:
         """Whether it was aborted in a call that is over on this rank, by ranks that may all come again."""
         reason = self.abort_reason
-        if reason is None or reason.lost is not None or (reason.tag, reason.call) == (self.call.tag, self.call.number):
+        if (
+            reason is None
+            or reason.lost is not None
+            or self._has_failed_late
+            or (reason.tag, reason.call) == (self.call.tag, self.call.number)
+        ):
             return False
         return self._completed.get(reason.tag, 0) >= reason.call > 0
 
@@ -261,6 +309,7 @@ class Communicator:
                 if reason.is_dead and reason.lost is not None:
                     self.coordinator.dead[reason.lost] = reason.text
                 self.abort_reason = reason
+                self._fail_unfinished(reason.text)
                 self.connections.abort()
             return TransportError(self.abort_reason.text)
 
@@ -294,11 +343,20 @@ class Communicator:
         return self.abort(text, None, lost, is_dead)
 
     def interrupted(self) -> None:
-        """Raise if somebody has aborted it while it connects."""
+        """Raise if somebody has aborted it."""
         if self.abort_reason is not None:
             raise TransportError(self.abort_reason.text)
 
-    def _abort_run(self, run: Run, text: str) -> None:
+    def _fail_unfinished(self, text: str) -> None:
+        """Calls have returned that the device does not carry out any more; called with the lock held."""
+        for run in self._unfinished:
+            if not run.is_done():
+                run.failure = text
+                self._has_failed_late = True
+            self.coordinator.monitor.release(run)
+        self._unfinished.clear()
+
+    def _abort_run(self, run: Run, call: CallId, text: str) -> None:
         """End a run, from the monitor's thread, unless it has ended by itself."""
-        if self.run is run:
-            self.abort(text)
+        if self.run is run or run in self._unfinished:
+            self.abort(text, call)

@@ -128,6 +128,17 @@ class GlooConnections:
             for way, of_way in zip(("down", "up"), devices.get(), strict=True)
         ]
 
+    def begin(self) -> None:
+        """See Connections."""
+
+    @staticmethod
+    def launch(work: Callable[[], None]) -> None:
+        """See Transport."""
+        work()
+
+    def join(self, is_aborted: Callable[[], bool]) -> None:
+        """See Connections. Works are waited for, each by itself."""
+
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections."""
         here, index, backends = self._rank, self._index, self._backends

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.transport.accelerator import Accelerator, accelerator_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.gloo import GlooDevices
@@ -36,6 +37,8 @@ class GroupContext(Coordinator):
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._counts: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
+        self.accelerator_of: Callable[[torch.device], Accelerator | None] = accelerator_of
+        """Of the device of a new channel."""
 
     def channel(self, participants: tuple[int, ...], device: torch.device, name: str) -> Channel:
         """Return the channel of some ranks; it lives as long as somebody holds it."""
@@ -43,7 +46,9 @@ class GroupContext(Coordinator):
         with self._lock:
             channel = self._channels.get(key)
             if channel is None:
-                channel = self._channels[key] = Channel(self, participants, device, name, self._devices)
+                channel = self._channels[key] = Channel(
+                    self, participants, device, name, self._devices, self.accelerator_of(device)
+                )
             return channel
 
     def count(self, digest: str) -> int:

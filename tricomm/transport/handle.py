@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 
+from tricomm.errors import TransportError
+from tricomm.transport.coordination.monitor import Run
 from tricomm.transport.streams import StreamContext
+
+Ended = tuple[torch.Tensor | None, Any, Run | None]
+"""A run that has ended on the host: its result, the event at which that is there, and what tells how the device fares.
+"""
 
 
 class Handle:
@@ -26,7 +32,7 @@ class Handle:
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, future: "Future[tuple[torch.Tensor | None, Any]]", stream_context: StreamContext) -> None:
+    def __init__(self, future: "Future[Ended]", stream_context: StreamContext) -> None:
         self._future = future
         self._stream_context = stream_context
 
@@ -36,7 +42,7 @@ class Handle:
 
     def check(self) -> None:
         """Raise what wait() would raise. It waits until the run has ended, but lets nothing on a GPU wait."""
-        self._future.result()
+        self._result()
 
     def wait_done(self) -> None:
         """Return when it has ended, well or badly. On a GPU what is queued afterwards on the current stream runs after
@@ -51,8 +57,16 @@ class Handle:
         On a GPU the host goes on at once, and what it queues afterwards on the current stream runs after the move.
 
         Raises:
-            TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage.
+            TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage. On a GPU
+                this may be known later only, and is raised by the next call at the latest.
         """
-        result, event = self._future.result()
+        result, event = self._result()
         self._stream_context.wait_event(event)
         return result
+
+    def _result(self) -> tuple[torch.Tensor | None, Any]:
+        result, event, run = self._future.result()
+        if run is not None and run.failure is not None:
+            run.is_told = True
+            raise TransportError(run.failure)
+        return result, event

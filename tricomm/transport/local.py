@@ -7,7 +7,7 @@ together, and only when all those of its earlier rounds are done.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,11 @@ class LocalEndpoint:
         if works:
             self.queue.append(works)
         return list(works)
+
+    @staticmethod
+    def launch(work: Callable[[], None]) -> None:
+        """See Transport."""
+        work()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,106 @@
-"""What torch's NCCL backend is asked for: a communicator among some ranks, and groups of sends and receives."""
+"""NCCL between some ranks, through torch's backend: connecting, groups of sends and receives, and what became of them.
 
+**Waiting orders streams; it never blocks the host.** A call ends when all its groups are queued, and what the device
+makes of them is told by a ``DeviceRun``, which the monitor watches to its end. torch's own watchdog, which counts from
+when something was queued, ends the process and leaves a key on the user's store, is not started.
+"""
+
+import logging
+import os
+import threading
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from tricomm.transport.accelerator import Accelerator, DeviceBackend, DeviceWork, Event
 from tricomm.transport.base import ConnectionLostError, Operation
 
+LOG = logging.getLogger("tricomm")
 DEPTH = (0, 2)
+WITHOUT_WATCHDOG = {
+    "TORCH_NCCL_BLOCKING_WAIT": "1",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+"""What torch reads when a backend is made, and at no other time."""
+
+FIRST_PAUSE_SECONDS = 20e-6
+LONGEST_PAUSE_SECONDS = 1e-3
+PAUSE_GROWTH = 1.5
+
+
+class DeviceRun:
+    """See Pending. The thread that runs appends to it, the monitor's thread takes away what is done.
+
+    Args:
+        accelerator: of the device.
+        device: on whose current stream it begins.
+    """
+
+    def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
+        self._accelerator = accelerator
+        self._device = device
+        self._begin: Event | None = self._here()
+        self._end: Event | None = None
+        self._groups: deque[tuple[tuple[int, ...], DeviceWork]] = deque()
+        self._posting: tuple[int, ...] = ()
+        self._lock = threading.Lock()
+
+    def _here(self) -> Event:
+        event: Event = self._accelerator.current_stream(self._device).record_event()
+        return event
+
+    @contextmanager
+    def posting(self, peers: tuple[int, ...]) -> Iterator[None]:
+        """Surround what may wait for ranks on the host: NCCL connects a pair when it is first used."""
+        self._posting = peers
+        try:
+            yield
+        finally:
+            self._posting = ()
+
+    def append(self, peers: tuple[int, ...], work: DeviceWork) -> None:
+        """Add a group that was queued, with the ranks that it is exchanged with."""
+        self._groups.append((peers, work))
+
+    def close(self) -> None:
+        """See Pending."""
+        self._end = self._here()
+
+    def is_begun(self) -> bool:
+        """See Pending."""
+        if self._begin is not None and self._begin.query():
+            self._begin = None
+        return self._begin is None
+
+    def awaited(self) -> tuple[int, ...] | None:
+        """See Pending."""
+        with self._lock:
+            while self._groups:
+                peers, work = self._groups[0]
+                if not work.is_completed():
+                    return peers
+                work.wait()
+                self._groups.popleft()
+        if self._posting:
+            return self._posting
+        return None if self._end is not None and self._end.query() else ()
+
+    def join(self, is_aborted: Callable[[], bool]) -> None:
+        """See Connections."""
+        event, pause = self._here(), FIRST_PAUSE_SECONDS
+        while not event.query() and not is_aborted():
+            self.awaited()
+            time.sleep(pause)
+            pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
+        self.awaited()
 
 
 class NcclConnections:
@@ -19,6 +108,7 @@ class NcclConnections:
     apart is what ``Communicator.confirm`` compares.
 
     Args:
+        accelerator: of the device.
         store: of these connections alone.
         rank: this rank.
         index: of each rank among those that connect.
@@ -33,45 +123,81 @@ class NcclConnections:
     has_tags = False
 
     def __init__(
-        self, store: Any, rank: int, index: Mapping[int, int], device: torch.device, timeout_seconds: float
+        self,
+        accelerator: Accelerator,
+        store: Any,
+        rank: int,
+        index: Mapping[int, int],
+        device: torch.device,
+        timeout_seconds: float,
     ) -> None:
+        self._accelerator = accelerator
         self._index = index
         self._device = device
-        self.backend = connect(store, index[rank], len(index), device, timedelta(seconds=timeout_seconds))
-        weakref.finalize(self, self.backend.shutdown).atexit = False
+        self.run: DeviceRun | None = None
+        self.backend = connect(accelerator, store, index[rank], len(index), device, timedelta(seconds=timeout_seconds))
+        self._release = weakref.finalize(self, self.backend.shutdown)
+        self._release.atexit = False
+
+    def begin(self) -> DeviceRun:
+        """See Connections."""
+        self.run = DeviceRun(self._accelerator, self._device)
+        return self.run
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """See Transport."""
+        self._accelerator.launch(work)
+
+    def join(self, is_aborted: Callable[[], bool]) -> None:
+        """See Connections."""
+        assert self.run is not None
+        self.run.join(is_aborted)
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections; the plan keeps a round under 256 operations."""
         group = list(operations)
         if not group:
             return []
+        assert self.run is not None
+        peers = tuple(dict.fromkeys(operation.peer for operation in group))
         try:
-            work = post_group(self.backend, self._device, self._index, group)
+            with self.run.posting(peers):
+                work = post_group(self._accelerator, self.backend, self._device, self._index, group)
         except RuntimeError as error:
             raise ConnectionLostError(None, error) from error
+        self.run.append(peers, work)
         return [(operation.peer, work) for operation in group]
 
     @staticmethod
-    def wait(work: Any, limit: timedelta) -> None:
-        """See Connections. It orders the stream; the host goes on."""
-        work.wait()
+    def wait(work: DeviceWork, limit: timedelta) -> None:
+        """See Connections. It orders the current stream; the host goes on."""
+        work.synchronize()
 
     def connected(self) -> None:
         """See Connections."""
 
     def abort(self) -> None:
-        """See Connections."""
-        self.backend.abort()
+        """See Connections. On a thread of its own: NCCL may wait until the device is idle, which it may not be before
+        other communicators, too, have been aborted.
+        """
+        if self._release.detach() is not None:
+            threading.Thread(target=_abort, args=(self.backend,), name="tricomm-abort", daemon=True).start()
 
 
-def connect(store: Any, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+def _abort(backend: DeviceBackend) -> None:
+    try:
+        backend.abort()
+    except RuntimeError as error:
+        LOG.info("while NCCL was aborted: %s", error)
+
+
+def connect(
+    accelerator: Accelerator, store: Any, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> DeviceBackend:
     """A backend whose communicator stands; returns when every rank has come.
 
-    Its stream has high priority, as that of the packing has: at normal priority a message that is ready would wait for
-    the blocks of a matrix product that are queued already. A receive that is posted early keeps a few multiprocessors
-    busy until its message comes; the environment's NCCL_MAX_CTAS bounds how many.
-
     Args:
+        accelerator: of the device.
         store: of these ranks alone.
         rank, size: among these ranks.
         device: this rank's, with its index.
@@ -80,18 +206,45 @@ def connect(store: Any, rank: int, size: int, device: torch.device, timeout: tim
     Raises:
         RuntimeError: torch's; a rank did not come, or NCCL could not connect.
     """
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timeout
-    backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    with _without_watchdog():
+        backend = accelerator.new_backend(store, rank, size, timeout)
     # A first collective would do it too, but does not say when the others are there, and its buffers would stay.
     backend.eager_connect_single_device(device)
     return backend
 
 
-def post_group(backend: Any, device: torch.device, index: Mapping[int, int], operations: Sequence[Operation]) -> Any:
+@cache
+def _environment() -> threading.Lock:
+    return threading.Lock()
+
+
+@contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """Within it backends are made of which torch watches nothing by itself; the user's own are as they were."""
+    with _environment():
+        before = {name: os.environ.get(name) for name in WITHOUT_WATCHDOG}
+        os.environ.update(WITHOUT_WATCHDOG)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def post_group(
+    accelerator: Accelerator,
+    backend: DeviceBackend,
+    device: torch.device,
+    index: Mapping[int, int],
+    operations: Sequence[Operation],
+) -> DeviceWork:
     """Queue sends and receives as one group on the current stream; torch's work for all of them.
 
     Args:
+        accelerator: of the device.
         backend: of ``connect``.
         device: where the buffers are.
         index: of each rank in the backend.
@@ -100,7 +253,7 @@ def post_group(backend: Any, device: torch.device, index: Mapping[int, int], ope
     Raises:
         RuntimeError: torch's; the group is closed, what of it was queued may run, and the backend is of no more use.
     """
-    with torch.cuda.device(device):
+    with accelerator.on_device(device):
         backend._start_coalescing()
         try:
             for is_send, peer, buffer in operations:
@@ -110,4 +263,5 @@ def post_group(backend: Any, device: torch.device, index: Mapping[int, int], ope
             with suppress(RuntimeError):
                 backend._end_coalescing()
             raise
-        return backend._end_coalescing()
+        work: DeviceWork = backend._end_coalescing()
+        return work

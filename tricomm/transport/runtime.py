@@ -47,7 +47,7 @@ def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
                     if transfer.relay:
                         yield arrivals[transfer.key]
             early = range(len(received), min(index + program.receives_ahead + 1, count))
-            works = transport.post(_operations(binding, index, early))
+            works = transport.post(_operations(binding, transport, index, early))
             first = 0
             for step in early:
                 end = first + len(program.receives[step])
@@ -60,22 +60,22 @@ def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
                 first = end
             sent.append(works[first:])
         if index == 0:
-            binding.local.run()
+            transport.launch(binding.local.run)
         done = index - program.rounds_open
         if 0 <= done < count:
             for work, bound in zip(received[done], binding.receives[done], strict=True):
                 yield work
-                bound.copies.run()
+                transport.launch(bound.copies.run)
             yield from sent[done]
 
 
-def _operations(binding: Binding, index: int, early: range) -> Iterator[Operation]:
+def _operations(binding: Binding, transport: Transport, index: int, early: range) -> Iterator[Operation]:
     """The receives of the rounds ``early``, then the sends of round ``index``, packed as they are asked for."""
     for step in early:
         for transfer in binding.receives[step]:
             yield Operation(False, transfer.peer, transfer.buffer)
     for transfer in binding.sends[index]:
-        transfer.copies.run()
+        transport.launch(transfer.copies.run)
         yield Operation(True, transfer.peer, transfer.buffer)
 
 
@@ -136,7 +136,8 @@ class PlanExecution:
     ) -> Iterator[Work]:
         stacked = None if source is None else source.unsqueeze(0)
         yield from self._move(0, stacked, reducer.contributions, staging, transport)
-        yield from self._move(1, reducer.reduce(), destination, staging, transport)
+        transport.launch(reducer.reduce)
+        yield from self._move(1, reducer.result, destination, staging, transport)
 
     def _move(
         self,

@@ -22,6 +22,7 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import CallId, Communicator
+from tricomm.transport.coordination.monitor import Run
 from tricomm.transport.coordination.rendezvous import Intent, MismatchError, describe_refusal
 from tricomm.transport.group import GroupContext
 from tricomm.transport.runtime import PlanExecution
@@ -98,6 +99,8 @@ class Session:
         self._met_in_call = 0
         self._closed: weakref.ref[Communicator] | None = None
         self._is_closed = False
+        self.last_run: Run | None = None
+        """Of the last call that returned, which a device may still have to carry out."""
         self._told: BaseException | None = None
         """An error that the others know of already."""
 
@@ -145,6 +148,7 @@ class Session:
         try:
             if self._is_closed:
                 raise SpecError(CLOSED_TEXT)
+            self._raise_late()
             self.channel.enter()
         except SpecError as error:
             self.tell(error)
@@ -188,6 +192,7 @@ class Session:
             TransportError: a rank failed.
         """
         deadline = time.monotonic() + self._timeout_seconds
+        self._raise_late()
         communicator = self._communicator
         self._require_all(communicator)
         if (
@@ -210,6 +215,19 @@ class Session:
             except TransportError as error:
                 raise TransportError(f"{error}; before that, {before.text if before else ''}") from error
             self._carry_out(communicator, execution, source, destination, number, deadline - time.monotonic())
+
+    def _raise_late(self) -> None:
+        """Raise, once, what became of a call that had returned before the device was done with it. The others wait for
+        this rank no longer.
+        """
+        last = self.last_run
+        if last is None or last.failure is None:
+            return
+        self.last_run = None
+        if not last.is_told:
+            if not self._stays_broken:
+                self._context.rendezvous.abort(self._participants, last.failure, self._channel_name)
+            raise TransportError(last.failure)
 
     def _require_all(self, communicator: Communicator | None) -> None:
         """Do not wait for a rank that does not come to this one again, as it or others said."""
@@ -234,7 +252,9 @@ class Session:
             if self._confirm:
                 communicator.confirm()
             communicator.complete()
+            self.last_run = None if run.pending is None else run
         except TransportError:
+            self.last_run = None
             raise
         except BaseException as error:
             communicator.abort(describe_failure(self._context.rank, str(call), error))
@@ -332,7 +352,7 @@ class Session:
     def _release(self) -> None:
         if self._communicator is not None:
             self._closed = weakref.ref(self._communicator)
-        self._communicator = self._channel = None
+        self._communicator = self._channel = self.last_run = None
 
 
 def describe_failure(rank: int, what: str, error: BaseException) -> str:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tricomm.transport.accelerator import Accelerator
+
 
 class StreamContext(Protocol):
     """Where the background runs of a communicator happen, ordered by events against the caller's stream."""
@@ -49,42 +51,44 @@ class HostStreamContext:
         """See StreamContext."""
 
 
-class CudaStreamContext:
-    """A stream of high priority, so that its small kernels are not held up behind those of the compute stream.
+class DeviceStreamContext:
+    """A stream of high priority beside the compute stream.
 
     Args:
-        device: a CUDA device.
+        accelerator: of the device.
+        device: with its index.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
+        self.accelerator = accelerator
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.stream = accelerator.new_stream(device)
 
     def record_event(self) -> Any:
         """See StreamContext."""
-        return torch.cuda.current_stream(self.device).record_event()
+        return self.accelerator.current_stream(self.device).record_event()
 
     @contextmanager
-    def after(self, events: Sequence[torch.cuda.Event], *tensors: torch.Tensor | None) -> Iterator[None]:
+    def after(self, events: Sequence[Any], *tensors: torch.Tensor | None) -> Iterator[None]:
         """See StreamContext."""
-        with torch.cuda.stream(self.stream):
+        with self.accelerator.on_stream(self.stream):
             for event in events:
                 self.stream.wait_event(event)
             for tensor in tensors:
                 if tensor is not None:
                     # It was allocated for another stream, where its memory must not be used again before this one ends.
-                    tensor.record_stream(self.stream)
+                    self.accelerator.keep(tensor, self.stream)
             yield
 
     def record_end(self) -> Any:
         """See StreamContext."""
         return self.stream.record_event()
 
-    def wait_event(self, event: torch.cuda.Event) -> None:
+    def wait_event(self, event: Any) -> None:
         """See StreamContext."""
-        torch.cuda.current_stream(self.device).wait_event(event)
+        self.accelerator.current_stream(self.device).wait_event(event)
 
 
-def stream_context_of(device: torch.device) -> StreamContext:
+def stream_context_of(accelerator: Accelerator | None, device: torch.device) -> StreamContext:
     """The stream context of a new communicator."""
-    return CudaStreamContext(device) if device.type == "cuda" else HostStreamContext()
+    return HostStreamContext() if accelerator is None else DeviceStreamContext(accelerator, device)

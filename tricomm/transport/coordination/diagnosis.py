@@ -58,6 +58,25 @@ def diagnose_connecting(rank: int, call: str, participants: Sequence[int], silen
     )
 
 
+def describe_lost(rank: int, call: str, suspects: Sequence[int], error: str) -> str:
+    """Say who is at fault if a backend lost a connection to one of some ranks, of which it does not say which.
+
+    Args:
+        rank: the one that waited.
+        call: in words.
+        suspects: the ranks; those that are silent, if any is.
+        error: what the backend says.
+    """
+    said = error.strip().splitlines()[0] if error.strip() else "no reason given"
+    if len(suspects) == 1:
+        who = f"rank {suspects[0]} died or hangs: rank {rank} lost its connection to it"
+    elif suspects:
+        who = f"one of ranks {list(suspects)} died or hangs: rank {rank} lost its connection to it"
+    else:
+        who = f"rank {rank} could not go on"
+    return f"{who} in {call}; see that rank's log ({said})"
+
+
 def reachable(me: int, first: Sequence[int], heartbeat_of: Mapping[int, Heartbeat] | StatusStore) -> Iterator[int]:
     """The ranks ``first``, then those for whom they wait anywhere, and so on, but not this rank."""
     seen, ahead = {me}, list(first)

@@ -5,6 +5,9 @@ whether somebody has aborted it. In the last heartbeats before the deadline it w
 waited for; at the deadline it diagnoses, and ends the run with what it found. So a wait lasts until its timeout, and
 its error is there at once.
 
+On a device a call returns when all is queued, and its run is watched until the device has done it. A run's time begins
+when the device comes to it: what it does before is nobody's fault, however long it takes.
+
 A pipeline computes while what it has posted waits in the background. For that time nobody else is at fault: deadlines
 move on by it, and heartbeats say that the rank computes.
 """
@@ -17,7 +20,14 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from tricomm.errors import TransportError
-from tricomm.transport.coordination.diagnosis import SILENT_BEATS, Observations, diagnose, diagnose_connecting
+from tricomm.transport.base import Pending
+from tricomm.transport.coordination.diagnosis import (
+    SILENT_BEATS,
+    Observations,
+    describe_lost,
+    diagnose,
+    diagnose_connecting,
+)
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
 
@@ -26,15 +36,18 @@ WATCHED_BEATS = 4.0
 
 MAX_HEARTBEAT_SECONDS = 1.0
 
+LOST_BEATS = 2.0
+"""So many heartbeats the monitor looks who is silent after a backend has said that it lost some connection."""
+
 
 def heartbeat_seconds(timeout_seconds: float) -> float:
     """Return the time between two heartbeats: a tenth of the timeout, at most a second."""
     return min(MAX_HEARTBEAT_SECONDS, timeout_seconds / 10)
 
 
-def deadline_after(timeout_seconds: float) -> float:
+def deadline_after(timeout_seconds: float, now: float | None = None) -> float:
     """Return when a wait that begins now must end: a little early, so that its error is there within the timeout."""
-    return time.monotonic() + timeout_seconds - min(0.25, 0.05 * timeout_seconds)
+    return (time.monotonic() if now is None else now) + timeout_seconds - min(0.25, 0.05 * timeout_seconds)
 
 
 class Run:
@@ -54,13 +67,19 @@ class Run:
 
     __slots__ = (
         "abort",
+        "awaited",
         "began",
         "computed_before",
         "deadline",
         "describe",
+        "failure",
         "heartbeat_seconds",
+        "is_told",
+        "lost",
         "participants",
+        "pending",
         "place",
+        "timeout_seconds",
         "waiting_for",
     )
 
@@ -81,10 +100,55 @@ class Run:
         self.participants = participants
         self.waiting_for: int | None = None
         self.computed_before = 0.0
+        self.timeout_seconds = timeout_seconds
+        self.pending: Pending | None = None
+        """What of it goes on on a device."""
+        self.awaited: tuple[int, ...] | None = ()
+        """The ranks whose messages the device waits for, one of which is at fault; None before it comes to the run."""
+        self.lost: tuple[float, RuntimeError] | None = None
+        """When the backend said that it lost some connection, and what it said."""
+        self.failure: str | None = None
+        """Why it failed on the device, after its call had returned."""
+        self.is_told = False
+        """Whether somebody has raised that failure."""
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The ranks that it waits for: one, or some of which one is at fault."""
+        return (self.awaited or ()) if self.waiting_for is None else (self.waiting_for,)
 
     def wait(self) -> Wait:
         """Return what the run waits for now."""
-        return Wait(self.place, self.waiting_for, self.describe())
+        return Wait(self.place, next(iter(self.candidates), None), self.describe())
+
+    def is_done(self) -> bool:
+        """Whether the device has done all of it; for the thread that runs."""
+        try:
+            return self.pending is not None and self.pending.is_begun() and self.pending.awaited() is None
+        except RuntimeError:
+            return False  # the monitor finds the same
+
+    def end(self, text: str) -> None:
+        """End it for a reason, unless it has ended by itself."""
+        abort = self.abort
+        if abort is not None:
+            abort(text)
+
+    def follow(self, now: float) -> bool:
+        """Look how far the device is; true when it has done all. For the monitor's thread."""
+        if self.pending is None or self.lost is not None:
+            return False
+        try:
+            if not self.pending.is_begun():
+                self.awaited = None
+                self.deadline = deadline_after(self.timeout_seconds, now)
+                return False
+            awaited = self.pending.awaited()
+        except RuntimeError as error:
+            self.lost = (now, error)
+            return False
+        self.awaited = awaited or ()
+        return awaited is None
 
 
 class Computing(NamedTuple):
@@ -158,6 +222,7 @@ class Monitor:
     def release(self, run: Run) -> None:
         """End to watch a run."""
         self._shared.runs.pop(id(run), None)
+        run.abort = None  # it may be kept, and what it would abort must not
 
     @contextmanager
     def computing(self, what: str, timeout_seconds: float) -> Iterator[None]:
@@ -201,7 +266,9 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
             return
         shared.hurry.clear()
         runs = list(shared.runs.values())
-        watcher.look(runs, time.monotonic(), shared.computing)
+        for run in watcher.look(runs, time.monotonic(), shared.computing):
+            shared.runs.pop(id(run), None)
+            run.abort = None
         shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.heartbeat_seconds for run in runs)])
         if not runs and not shared.computing.what:
             shared.busy.clear()
@@ -223,8 +290,14 @@ class Watcher:
         self._observations = Observations(status)
         self._heartbeats = 0
 
-    def look(self, runs: Sequence[Run], now: float, computing: Computing = Computing()) -> None:  # noqa: B008
-        """Post a heartbeat for the runs that are slow, end those that were aborted, and those whose time is over."""
+    def look(self, runs: Sequence[Run], now: float, computing: Computing = Computing()) -> list[Run]:  # noqa: B008
+        """Post a heartbeat for the runs that are slow, end those that were aborted, and those whose time is over.
+
+        Returns:
+            The runs that a device has done.
+        """
+        done = [run for run in runs if run.follow(now)]
+        runs = [run for run in runs if run not in done]
         slow = [run for run in runs if now - run.began >= 0.9 * run.heartbeat_seconds]
         is_slow = bool(computing.what) and now - computing.since >= 0.9 * computing.heartbeat_seconds
         if not slow:
@@ -232,7 +305,9 @@ class Watcher:
         try:
             if slow or is_slow:
                 self._heartbeats += 1
-                waits = tuple(run.wait() for run in slow)
+                waits = tuple(run.wait() for run in slow if run.awaited is not None)
+                if slow and not waits:  # the device does something else
+                    waits = (Wait("", None, f"the computation that was queued before {slow[0].describe()}"),)
                 if computing.what:  # that, and none of the ranks that it will need, keeps it
                     waits = (Wait("", None, computing.what), *(wait._replace(peer=None) for wait in waits))
                 self.status.post_heartbeat(Heartbeat(self._heartbeats, waits))
@@ -240,32 +315,38 @@ class Watcher:
                 self._attend(run, now, computing.deadline_of(run, now))
         except TransportError as lost:
             for run in runs:
-                if run.abort is None:
-                    continue
                 if isinstance(lost, GroupOverError):
-                    run.abort(str(lost))
+                    run.end(str(lost))
                 elif now >= computing.deadline_of(run, now):
-                    run.abort(f"{run.describe()} took longer than its timeout, and {lost}")
+                    run.end(f"{run.describe()} took longer than its timeout, and {lost}")
+        return done
 
     def _attend(self, run: Run, now: float, deadline: float) -> None:
         if run.abort is None:
             return
         reason = self.status.abort_of(run.place)
         if reason is not None:
-            run.abort(reason.text)
+            run.end(reason.text)
             return
-        if now < deadline - WATCHED_BEATS * run.heartbeat_seconds:
+        if run.lost is None and now < deadline - WATCHED_BEATS * run.heartbeat_seconds:
             return
-        wait = run.wait()
-        first = list(run.participants) if wait.peer is None else [wait.peer]
-        if not first:
+        first = run.candidates or tuple(run.participants)
+        if not first and run.lost is None:
             return  # busy with its own part; if it waits at the next look, its time is over then
         heartbeats = self._observations.look(first, now)
-        if now >= deadline:
-            silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.heartbeat_seconds)
-            run.abort(self._diagnose(run, wait, heartbeats, silent))
+        silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.heartbeat_seconds)
+        if run.lost is not None and now >= run.lost[0] + LOST_BEATS * run.heartbeat_seconds:
+            suspects = [rank for rank in first if rank in silent] or list(first)
+            run.end(describe_lost(self.status.rank, run.describe(), suspects, str(run.lost[1])))
+        elif run.lost is None and now >= deadline:
+            run.end(self._diagnose(run, heartbeats, silent))
 
-    def _diagnose(self, run: Run, wait: Wait, heartbeats: dict[int, Heartbeat], silent: Collection[int]) -> str:
-        if wait.peer is not None:
-            return diagnose(self.status.rank, wait, heartbeats, silent)
-        return diagnose_connecting(self.status.rank, wait.call, run.participants, silent)
+    def _diagnose(self, run: Run, heartbeats: dict[int, Heartbeat], silent: Collection[int]) -> str:
+        wait = run.wait()
+        if wait.peer is None:
+            return diagnose_connecting(self.status.rank, wait.call, run.participants, silent)
+        # Of several, one that is silent, else one that is not here.
+        culprits = [rank for rank in run.candidates if rank in silent]
+        culprits += [rank for rank in run.candidates if heartbeats[rank].wait_in(run.place) is None]
+        peer = next(iter(culprits), wait.peer)
+        return diagnose(self.status.rank, wait._replace(peer=peer), heartbeats, silent)

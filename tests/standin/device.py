@@ -1,0 +1,284 @@
+"""A device: streams, events, kernels, and a limited number of hardware queues.
+
+Rules:
+1. What a stream has to do happens in order; streams are ordered against each other by events alone.
+2. Every stream has one of a few hardware queues. A queue hands out what stands in it in the order in which the host
+   queued it, whatever the stream, and not before its turn in its stream has come: what stands behind it waits, too.
+3. One computing kernel runs at a time, and none of any kind begins beside it. Then the one of the highest priority
+   begins.
+4. Kernels that wait for messages stay on the device, beside others. There is room for so many.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+HIGH, NORMAL = -1, 0
+POOL = 32
+"""torch makes so many streams of a priority on a device, and gives them out in turn."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device has.
+
+    Attributes:
+        queues: hardware queues (CUDA_DEVICE_MAX_CONNECTIONS; CUDA's default is 8).
+        room: for kernels that wait for messages.
+        error_seconds: after which NCCL notices that a rank is gone; None is never.
+    """
+
+    queues: int = 32
+    room: int = 32
+    error_seconds: float | None = 0.2
+
+
+class Command:
+    """Something that a stream has to do. Subclasses say when it can begin."""
+
+    def __init__(self, stream: "Stream") -> None:
+        self.stream = stream
+        self.before = stream.tail
+        self.done = False
+        stream.tail = self
+
+    @property
+    def is_next(self) -> bool:
+        """Whether all before it in its stream is done."""
+        if self.before is not None and self.before.done:
+            self.before = None  # or every command of a stream would be kept
+        return self.before is None
+
+    def is_ready(self) -> bool:
+        """Whether it can leave its queue."""
+        return self.is_next
+
+    def leave(self) -> None:
+        """Leave the queue."""
+        self.done = True
+
+
+class Event(Command):
+    """A place in a stream."""
+
+    def query(self) -> bool:
+        """Whether the device has come past it."""
+        with self.stream.device.world.moved:
+            return self.done
+
+
+class Wait(Command):
+    """What follows in the stream begins after an event."""
+
+    def __init__(self, stream: "Stream", event: Event) -> None:
+        super().__init__(stream)
+        self.event = event
+
+    def is_ready(self) -> bool:
+        return self.is_next and self.event.done
+
+
+class Kernel(Command):
+    """Computes: carries out some work, at its end.
+
+    Args:
+        stream: on which.
+        work: what it computes.
+        gate: if not None, it ends when that is opened.
+    """
+
+    is_computing = True
+
+    def __init__(self, stream: "Stream", work: Callable[[], object], gate: "Gate | None" = None) -> None:
+        super().__init__(stream)
+        self.work = work
+        self.gate = gate
+
+    def leave(self) -> None:
+        self.stream.device.ready.append(self)
+
+    def begin(self) -> None:
+        """It has the device."""
+        device = self.stream.device
+        if self.gate is None or self.gate.is_open:
+            self.work()
+            self.done = True
+        else:
+            self.gate.kernels.append(self)
+            device.running.append(self)
+
+    def end(self) -> None:
+        """It is done."""
+        self.stream.device.running.remove(self)
+        self.work()
+        self.done = True
+
+
+class Gate:
+    """Kernels end when it is opened: how long a computation takes, without a clock.
+
+    Args:
+        world: in which.
+    """
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.is_open = False
+        self.kernels: list[Kernel] = []
+
+    def open(self) -> None:
+        """Let those that wait end, and those to come."""
+        with self.world.moved:
+            self.is_open = True
+            for kernel in self.kernels:
+                kernel.end()
+            self.world.pump()
+
+    def open_after(self, seconds: float) -> None:
+        """Open it later."""
+        timer = threading.Timer(seconds, self.open)
+        timer.daemon = True
+        timer.start()
+
+
+class Stream:
+    """See Accelerator's.
+
+    Args:
+        device: on which.
+        priority: of its kernels.
+    """
+
+    def __init__(self, device: "Device", priority: int) -> None:
+        self.device = device
+        self.priority = priority
+        self.tail: Command | None = None
+        self.queue = device.queues[device.streams % len(device.queues)]
+        device.streams += 1
+
+    def push(self, command: Command) -> None:
+        """Queue it; with the world's lock held."""
+        self.queue.append(command)
+        self.device.world.pump()
+
+    def record_event(self) -> Event:
+        """See Accelerator's."""
+        with self.device.world.moved:
+            event = Event(self)
+            self.push(event)
+            return event
+
+    def wait_event(self, event: Event) -> None:
+        """See Accelerator's."""
+        with self.device.world.moved:
+            self.push(Wait(self, event))
+
+    def launch(self, work: Callable[[], object], gate: Gate | None = None) -> None:
+        """Queue a kernel that computes."""
+        with self.device.world.moved:
+            self.push(Kernel(self, work, gate))
+
+
+class Device:
+    """One rank's.
+
+    Args:
+        world: of all.
+        limits: what it has.
+    """
+
+    def __init__(self, world: "World", limits: Limits) -> None:
+        self.world = world
+        self.limits = limits
+        self.queues: list[deque[Command]] = [deque() for _ in range(limits.queues)]
+        self.streams = 0
+        self.ready: list[Any] = []
+        self.running: list[Any] = []
+        self.default = Stream(self, NORMAL)
+        self._pool: list[Stream] = []
+        self._given = 0
+        self._current = threading.local()
+
+    def new_stream(self, priority: int = HIGH) -> Stream:
+        """One of the pool's high priority streams, or a new one."""
+        if priority != HIGH:
+            with self.world.moved:
+                return Stream(self, priority)
+        with self.world.moved:
+            if len(self._pool) < POOL:
+                self._pool.append(Stream(self, HIGH))
+            self._given += 1
+            return self._pool[(self._given - 1) % POOL]
+
+    @property
+    def current(self) -> Stream:
+        """The current stream of this thread."""
+        return getattr(self._current, "stream", self.default)
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """Make a stream the current one of this thread."""
+        before = self.current
+        self._current.stream = stream
+        try:
+            yield
+        finally:
+            self._current.stream = before
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs."""
+        return not self.running
+
+    def advance(self) -> bool:
+        """Let go what can go; whether anything did."""
+        moved = False
+        for queue in self.queues:
+            while queue and queue[0].is_ready():
+                queue.popleft().leave()
+                moved = True
+        while self.ready:
+            if any(kernel.is_computing for kernel in self.running):
+                break
+            first = min(self.ready, key=lambda kernel: kernel.stream.priority)
+            if not first.is_computing and sum(not one.is_computing for one in self.running) >= self.limits.room:
+                first = next((one for one in self.ready if one.is_computing), None)
+                if first is None:
+                    break
+            self.ready.remove(first)
+            first.begin()
+            moved = True
+        return moved
+
+
+class World:
+    """All devices, and the lock under which anything happens.
+
+    Args:
+        size: how many.
+        limits: of each.
+    """
+
+    def __init__(self, size: int, limits: Limits) -> None:
+        self.moved = threading.Condition(threading.RLock())
+        self.limits = limits
+        self.devices = [Device(self, limits) for _ in range(size)]
+        self._is_pumping = False
+
+    def pump(self) -> None:
+        """Let everything happen that can, and wake who waits for it; with the lock held."""
+        if self._is_pumping:
+            return
+        self._is_pumping = True
+        try:
+            moved = True
+            while moved:
+                moved = False
+                for device in self.devices:
+                    moved |= device.advance()
+        finally:
+            self._is_pumping = False
+        self.moved.notify_all()

@@ -1,0 +1,160 @@
+"""Accelerator: streams, events and NCCL of a kind of device, as far as they are used: the one way to torch.cuda.
+
+A stand-in that has the same methods, and keeps NCCL's rules without a GPU, runs everything above it in tests.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Event(Protocol):
+    """A place in what a stream has to do."""
+
+    def query(self) -> bool:
+        """Whether the device has come past it."""
+        ...
+
+
+class Stream(Protocol):
+    """What a device does one after the other."""
+
+    def record_event(self) -> Any:
+        """An event after all that was queued so far."""
+        ...
+
+    def wait_event(self, event: Any) -> None:
+        """Let what is queued from now on begin after an event; the host goes on."""
+        ...
+
+
+class DeviceWork(Protocol):
+    """A group of sends and receives that was queued."""
+
+    def synchronize(self) -> None:
+        """Let the current stream go on after it; the host goes on."""
+        ...
+
+    def is_completed(self) -> bool:
+        """Whether it is done, or has failed."""
+        ...
+
+    def wait(self) -> Any:
+        """RuntimeError if it has failed; it is called only once it is completed."""
+        ...
+
+
+class DeviceBackend(Protocol):
+    """ProcessGroupNCCL, as far as it is used: communicators between some ranks."""
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        """Return when every rank has come."""
+        ...
+
+    def _start_coalescing(self) -> None: ...
+
+    def _end_coalescing(self) -> Any: ...
+
+    def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> Any:
+        """Send, within a group."""
+        ...
+
+    def recv(self, tensors: list[torch.Tensor], rank: int, tag: int) -> Any:
+        """Receive, within a group."""
+        ...
+
+    def abort(self) -> None:
+        """End whatever waits, on this rank; may wait for other kernels of the device to end."""
+        ...
+
+    def shutdown(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class Accelerator(Protocol):
+    """See above."""
+
+    def current_stream(self, device: torch.device) -> Stream:
+        """That of this thread."""
+        ...
+
+    def new_stream(self, device: torch.device) -> Stream:
+        """A stream of high priority, so that its small kernels are not held up behind those of a compute stream."""
+        ...
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """A context in which the stream is the current one of this thread."""
+        ...
+
+    def on_device(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which the device is the current one of this thread."""
+        ...
+
+    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
+        """Do not give the tensor's memory to anybody before the stream has done what is queued on it so far."""
+        ...
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Queue work on the current stream."""
+        ...
+
+    def new_backend(self, store: Any, rank: int, size: int, timeout: timedelta) -> DeviceBackend:
+        """An NCCL backend whose kernels run at high priority; not connected yet."""
+        ...
+
+
+class Cuda:
+    """torch.cuda, and NCCL through torch.distributed."""
+
+    @staticmethod
+    def current_stream(device: torch.device) -> Any:
+        """See Accelerator."""
+        return torch.cuda.current_stream(device)
+
+    @staticmethod
+    def new_stream(device: torch.device) -> Any:
+        """See Accelerator."""
+        return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def on_stream(stream: Any) -> AbstractContextManager[Any]:
+        """See Accelerator."""
+        return torch.cuda.stream(stream)
+
+    @staticmethod
+    def on_device(device: torch.device) -> AbstractContextManager[Any]:
+        """See Accelerator."""
+        return torch.cuda.device(device)
+
+    @staticmethod
+    def keep(tensor: torch.Tensor, stream: Any) -> None:
+        """See Accelerator."""
+        tensor.record_stream(stream)
+
+    @staticmethod
+    def launch(work: Callable[[], None]) -> None:
+        """See Accelerator. Kernels are queued by whoever starts them."""
+        work()
+
+    @staticmethod
+    def new_backend(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        """See Accelerator. At normal priority a message that is ready would wait for the blocks of a matrix product
+        that are queued already. A receive that is posted early keeps a few multiprocessors busy until its message
+        comes; the environment's NCCL_MAX_CTAS bounds how many.
+        """
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+CUDA: Accelerator = Cuda()
+
+
+def accelerator_of(device: torch.device) -> Accelerator | None:
+    """The accelerator of a device; None is host memory."""
+    return CUDA if device.type == "cuda" else None
