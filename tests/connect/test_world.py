@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ import tricomm
 from tests.connect.jobs import SECRET, join, raised, together, usage, worlds_of
 from tests.oracle import pick, require_equal
 from tricomm import Meeting, Mesh, Missing, Resharder, Shard, ShardingSpec, SpecError, TransportError, World
+from tricomm.connect.exchange import Exchange
 
 SIZES = {"trainer": 2, "server": 3}
 FULL = torch.arange(60.0).reshape(10, 6)
@@ -113,6 +115,50 @@ def test_hosts_of_all_sides_are_one_topology(meeting: Meeting) -> None:
     )
     assert found[0].topology().hosts == ("north", "south")
     assert found[1].topology(nics_per_host=2, nic_bytes_per_second=25e9).nics_per_host == 2
+
+
+# ---- what they tell each other
+
+OWN_ROWS = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (10, 6), "float32")
+OWN_COLUMNS = ShardingSpec(Mesh([0, 1, 2], ("tp",)), (Shard(1),))
+
+
+def exchange(world: World, specs: dict[str, ShardingSpec] | None = None, seconds: float = 10.0) -> Any:
+    own = {"trainer": {"w": OWN_ROWS}, "server": {"w": OWN_COLUMNS}}[world.side]
+    return world.exchange(own if specs is None else specs, seconds)
+
+
+def test_each_side_tells_its_layouts_and_needs_no_others(meeting: Meeting) -> None:
+    worlds = worlds_of(meeting, SIZES)
+    for found in raised(together(*(lambda w=w: exchange(w) for w in worlds))):
+        assert found == {"trainer": {"w": ROWS}, "server": {"w": replace(COLUMNS, shape=None, dtype=None)}}
+    worlds = raised(together(*(w.renew for w in worlds)))
+    fetched: list[str] = []
+    real = Exchange._fetch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "_fetch", lambda self, side, *rest: fetched.append(side) or real(self, side, *rest))
+        raised(together(*(lambda w=w: exchange(w) for w in worlds)))
+        assert fetched == [], "known by their digests"
+        for found in raised(together(*(lambda w=w: exchange(w, {}) for w in worlds))):
+            assert found == {"trainer": {}, "server": {}}
+
+
+def test_a_rank_that_says_other_layouts_than_its_side_is_named_to_all(meeting: Meeting) -> None:
+    worlds = worlds_of(meeting, SIZES)
+    odd = {"w": replace(OWN_COLUMNS, dtype="bfloat16")}
+    errors = together(*(lambda w=w: exchange(w, odd if w.rank() == 3 else None) for w in worlds))
+    assert all("rank 1 of side 'server' says other layouts than its rank 0" in str(error) for error in errors)
+    raised(together(*(lambda w=w: exchange(w) for w in worlds)))
+
+
+def test_a_side_that_does_not_exchange_is_named_in_time(meeting: Meeting) -> None:
+    worlds = worlds_of(meeting, SIZES)
+    began = time.monotonic()
+    errors = together(*(lambda w=w: exchange(w, seconds=1.0) for w in worlds[:2]))
+    assert time.monotonic() - began < 2.0
+    assert all("until rank 0 of side 'server' tells its layouts" in str(error) for error in errors)
+    with pytest.raises(SpecError, match="the side has 2 ranks"):
+        worlds[0].exchange({"w": OWN_COLUMNS})
 
 
 # ---- who does not come, and what is wrong with those that do

@@ -10,16 +10,23 @@ import torch
 import torch.distributed as dist
 
 from tricomm.connect.client import Client
+from tricomm.connect.exchange import Exchange, Known
 from tricomm.connect.facts import join_of
 from tricomm.connect.handshake import checked_secret
 from tricomm.connect.join import MAX_NAME_BYTES, MAX_SIDE_RANKS, MAX_SIDES, Missing, Paired, Refused, Status
 from tricomm.connect.server import parse_address
+from tricomm.connect.specs import placed
 from tricomm.connect.store import EpochStore
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.kinds import checks_kinds
+from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Rates, Topology
 from tricomm.options import Options
+from tricomm.transport.coordination.store import store_errors
 from tricomm.transport.group import context_of
+
+MAX_KNOWN = 16
+"""Layouts of so many exchanges are remembered for the next epoch."""
 
 OnWaiting = Callable[[Missing], object]
 
@@ -101,6 +108,8 @@ class World(dist.ProcessGroup):
         self._client = client
         self._store = EpochStore(client, paired.serial)
         self._over = ""
+        self._exchanges = 0
+        self._known: Known = {}
         super().__init__(self.ranks_of(self.side)[self.side_rank], len(paired.hosts))  # type: ignore[call-arg]
         client.watch = _watcher(weakref.ref(self))
 
@@ -154,10 +163,51 @@ class World(dist.ProcessGroup):
         before = self._appointment
         if side_sizes is None:
             side_sizes = {name: size if name == self.side else None for name, size in before.side_sizes.items()}
-        seconds = (
-            before.timeout_seconds if timeout_seconds is None else Options(timeout_seconds=timeout_seconds).seconds
+        again = before._replace(side_sizes=_checked_sizes(side_sizes, self.side))
+        found = _meet(again, self._client, self._seconds(timeout_seconds))
+        found._known = dict(list(self._known.items())[-MAX_KNOWN:])
+        return found
+
+    @checks_kinds
+    def exchange(
+        self, specs: Mapping[str, ShardingSpec], timeout_seconds: float | timedelta | None = None
+    ) -> dict[str, dict[str, ShardingSpec]]:
+        """Tell the other sides the layouts of this side's tensors, and return those of all, on ranks of the group.
+
+        Every rank of every side calls it, so that nobody needs the configuration of another job. A side with no tensors
+        gives {}. After ``renew``, layouts that were known before are not sent again.
+
+        Args:
+            specs: by name, on the ranks of this side from 0, as if there were no other; equal on all ranks of it.
+            timeout_seconds: for all to call; None is what ``connect`` was told.
+
+        Returns:
+            {side: {name: spec}}, this side's too.
+
+        Raises:
+            SpecError: a layout names a rank that the side has not.
+            TransportError: a rank says other layouts than its side's rank 0, or did not come in time.
+        """
+        own = self.ranks_of(self.side)
+        placed(specs, own[0], self.side, len(own))
+        seconds = self._seconds(timeout_seconds)
+        self._exchanges += 1
+        exchange = Exchange(
+            self._store,
+            self._exchanges,
+            self.side,
+            self.side_rank,
+            self.side_sizes,
+            time.monotonic() + seconds,
         )
-        return _meet(before._replace(side_sizes=_checked_sizes(side_sizes, self.side)), self._client, seconds)
+        with store_errors():
+            found = exchange.run(specs, self._known)
+        return {side: placed(told, self.ranks_of(side)[0], side, self.side_sizes[side]) for side, told in found.items()}
+
+    def _seconds(self, timeout_seconds: float | timedelta | None) -> float:
+        """Return a timeout as a number; None is what ``connect`` was told."""
+        given = self._appointment.timeout_seconds if timeout_seconds is None else timeout_seconds
+        return Options(timeout_seconds=given).seconds
 
     def enable_collectives(self) -> None:
         """Connect all ranks for torch.distributed's own calls with ``group=world``; every rank calls it, once.
