@@ -15,6 +15,7 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.choice import WORTH_IT
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
+from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.pieces import Cutting
 from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
@@ -148,6 +149,12 @@ class ProductMove:
             participants,
         )
 
+    def loads(self, messages: int, children: int) -> Loads:
+        """What the hosts of a tile carry if it comes in so many messages."""
+        if self.shared is not None:
+            return Loads.among(self.shared, messages, children)
+        return Loads.apart(self.rings.most_hosts, messages, children)
+
     def routes(self, rank: int | None) -> Routes:
         """What all ranks do, or what one has part in."""
         way = best_way(self)
@@ -255,10 +262,11 @@ def best_way(move: ProductMove) -> Way:
 def direct_way(move: ProductMove, shares: int) -> Way:
     """Every replica hears from holders."""
     topology, copies = move.context.topology, move.rings.replicas
-    load = Load.of(move, copies, shares)
+    load, loads = Load.of(move, copies, shares), move.loads(1, 1)
+    of_nic = move.rings.tiles_of_nic * _tile_nbytes(move)
     entering = move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
-    busiest = max(load.nic_nbytes / move.sending.send, entering)
-    seconds = max(busiest, load.messages * topology.overhead_seconds)
+    leaving = max(load.nic_nbytes * loads.free, loads.directly * of_nic) / move.sending.send
+    seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
     return Way(move.context, 0, shares, 1, move.context.staging_nbytes, None, seconds + each)
 
@@ -267,32 +275,29 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     """Holders send each cell once, and replicas hand it on, in chains or trees of hosts."""
     context, topology, rings = move.context, move.context.topology, move.rings
     load, tile = Load.of(move, 1, shares), _tile_nbytes(move)
-    hosts = rings.most_hosts
-    leaving = load.nic_nbytes / move.sending.send
-    of_nic = move.receiving.ranks / rings.of_host * tile
-    entering = of_nic / move.receiving.receive
-    handed_on = of_nic / move.receiving.send * (hosts - 1) / hosts
     messages = max(round(tile / load.piece_nbytes), 1)
-    if children == 2:
-        # Half of the hosts of a tree hand on, twice: level from two messages for each place on.
-        handed_on *= max(1.0, 2 * _places(move) / hosts / messages)
-    busiest = max(leaving, entering, handed_on)
+    loads = move.loads(messages, children)
+    of_nic = rings.tiles_of_nic * tile
+    leaving = load.nic_nbytes * loads.free / move.sending.send
+    entering = loads.heard * of_nic / move.receiving.receive
+    busiest = max(leaving, entering, loads.handed_on * of_nic / move.receiving.send)
     # In one chunk each, a NIC receives in each step the messages that entered a ring at one place.
-    at_once = -(-messages // _places(move))
-    step = at_once * tile / messages * max(move.receiving.ranks / rings.of_host, 1.0) / move.receiving.receive
-    depth = hosts if children == 1 else hosts.bit_length()
+    rails = max(rings.of_host // move.receiving.ranks, 1)
+    at_once = max(loads.first / rails, 1 / messages)
+    step = at_once * max(rails * rings.tiles_of_nic, 1.0) * tile / move.receiving.receive
+    depth = max(loads.hosts if children == 1 else loads.hosts.bit_length(), 1)
     if children == 1:
-        fill = max(max(leaving, step) + (hosts - 1) * step - busiest, 0.0)
+        fill = max(max(leaving, step) + (depth - 1) * step - busiest, 0.0)
     else:
-        fill = depth * min(leaving, busiest)
+        fill = depth * min(max(leaving, step), busiest)
     chunk_bytes = None if isinstance(move.strategy, Auto) else move.strategy.chunk_bytes
-    chunks = best_chunk_count(fill, busiest, messages, topology)
+    chunks = best_chunk_count(fill, busiest, messages, topology) if busiest else 1
     chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
     if chunk_bytes is not None:
         chunks = max(-(-int(load.piece_nbytes) // chunk_bytes), 1)
-    together = messages if chunks > 1 or children > 1 else at_once
+    together = messages if chunks > 1 or children > 1 else round(at_once * messages)
     limit = context.chunk_limit_nbytes(min(together, MAX_PEERS_PER_ROUND))
-    posts = max(load.messages, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
+    posts = max(load.messages * loads.free, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
     each = topology.overhead_seconds + topology.latency_seconds
     filling = fill / chunks if children == 1 else fill / depth * min(depth, chunks) / chunks
     seconds = max(busiest, posts * topology.overhead_seconds) + filling + (depth + rings.of_host - 1) * each

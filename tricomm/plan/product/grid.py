@@ -75,6 +75,7 @@ class Rings:
         firsts: int array (tiles, hosts + 1): where the replicas on each host begin; behind its last host all replicas.
         hosts: int array (tiles,): how many hosts have replicas of a tile.
         host_numbers: int array (tiles, hosts): the topology's numbers of those hosts; -1 behind the last.
+        nics: int array (tiles, replicas): the topology's numbers of their NICs.
     """
 
     ranks: np.ndarray
@@ -82,6 +83,7 @@ class Rings:
     firsts: np.ndarray
     hosts: np.ndarray
     host_numbers: np.ndarray
+    nics: np.ndarray
 
     @classmethod
     def of(cls, grid: Grid, topology: Topology) -> "Rings":
@@ -98,7 +100,7 @@ class Rings:
         firsts[tile, place[tile, at]] = at
         numbers = np.full((len(ranks), int(count.max())), -1)
         numbers[tile, place[tile, at]] = hosts[tile, at]
-        return cls(ranks, place, firsts, count, numbers)
+        return cls(ranks, place, firsts, count, numbers, topology.nic_numbers[ranks])
 
     @property
     def replicas(self) -> int:
@@ -114,6 +116,13 @@ class Rings:
     def most_hosts(self) -> int:
         """The most hosts that have replicas of a tile."""
         return int(self.hosts.max())
+
+    @property
+    def tiles_of_nic(self) -> float:
+        """How many tiles the busiest NIC carries, if the replicas of a tile on a host have equal parts of it."""
+        tiles = np.arange(len(self.ranks)).repeat(self.replicas)
+        parts = 1 / self.count(tiles, self.place.reshape(-1))
+        return float(np.bincount(self.nics.reshape(-1), parts).max())
 
     def count(self, tiles: np.ndarray, places: np.ndarray) -> np.ndarray:
         """How many replicas of some tiles are on some of their hosts."""

@@ -151,15 +151,19 @@ class SharedHosts:
             found.append((rows if held is None else rows[cutting.tiles_of(rows)[0] != held[0]], None))
         return found
 
-    def _arcs(self, rows: np.ndarray, rank: int | None, is_held: bool) -> tuple[Arcs, np.ndarray]:
-        """The arcs of cells, of those that a rank holds only what begins on its host; and which cells have none."""
-        source, tile = self.cutting.tiles_of(rows)
-        arcs = arcs_of(source, tile, self.holders, self.rings)
+    def arcs(self, rows: np.ndarray) -> tuple[Arcs, np.ndarray]:
+        """The arcs of some cells, and which cells have none."""
+        arcs = arcs_of(*self.cutting.tiles_of(rows), self.holders, self.rings)
         free = np.ones(len(rows), bool)
         free[arcs.cell] = False
+        return arcs, np.flatnonzero(free)
+
+    def _arcs(self, rows: np.ndarray, rank: int | None, is_held: bool) -> tuple[Arcs, np.ndarray]:
+        """The same; of cells that a rank holds only arcs that begin on its host."""
+        arcs, free = self.arcs(rows)
         if is_held:
             arcs = arcs.take(np.flatnonzero(self.rings.host_numbers[arcs.tile, arcs.place] == self.hosts[rank]))
-        return arcs, np.flatnonzero(free)
+        return arcs, free
 
     def _onward(self, rows: np.ndarray, arcs: Arcs, shares: int) -> Visits:
         """What goes on to the hosts of arcs."""
