@@ -70,6 +70,7 @@ class Mesh:
     axis_names: tuple[str, ...]
     ranks: tuple[int, ...]
     _index: dict[int, int] = field(compare=False)
+    _hash: int = field(compare=False)
 
     def __init__(self, ranks: NestedRanks, axis_names: Sequence[str]) -> None:
         shape, flat = _flatten(ranks)
@@ -98,6 +99,10 @@ class Mesh:
         object.__setattr__(self, "axis_names", names)
         object.__setattr__(self, "ranks", flat)
         object.__setattr__(self, "_index", index)
+        object.__setattr__(self, "_hash", hash((shape, names, flat)))  # once, for caches look up large meshes often
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def of(cls, device_mesh: Any, *, group: Any = None, **coordinates: int) -> "Mesh":

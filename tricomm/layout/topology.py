@@ -223,7 +223,8 @@ class Topology:
         Raises:
             SpecError: a rank beyond the list of hosts.
         """
-        if isinstance(ranks, str) or not isinstance(ranks, Sequence) or not all(isinstance(r, int) for r in ranks):
+        kinds = {*map(type, ranks)} if isinstance(ranks, Sequence) and not isinstance(ranks, str) else {str}
+        if not all(issubclass(kind, int) for kind in kinds):
             raise ArgumentError(f"ranks={ranks!r} is not a sequence of ranks; write [0, 1]")
         highest = max(ranks, default=-1)
         if highest >= len(self.hosts):

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from tricomm.errors import SpecError
 from tricomm.layout.dtype import ITEMSIZE, check_cast
+from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial
 from tricomm.layout.sides import Side, as_specs
 from tricomm.layout.spec import ShardingSpec
@@ -111,7 +112,7 @@ def _checked_plan(
             "reshard to Replicate() or Shard(dim)"
         )
     check_cast(source.element_type, destination.element_type)
-    participants = sorted({*source.mesh.ranks, *destination.mesh.ranks})
+    participants = _participants(source.mesh, destination.mesh)
     if topology is None:
         topology = Topology.flat(participants[-1] + 1)
     topology.check_covers(participants)
@@ -130,7 +131,7 @@ def _make_plan(
 ) -> Plan:
     reduction = reduction_of(source, destination)
     specs = phases(source, destination, reduction)
-    participants = tuple(sorted({*source.mesh.ranks, *destination.mesh.ranks}))
+    participants = _participants(source.mesh, destination.mesh)
     drafts = [_Draft.of(*phase, participants, topology, strategy, balance, staging_nbytes) for phase in specs]
     known_rank = rank if all(draft.is_known_to_each_rank for draft in drafts) else None
     moves = tuple(draft.made(known_rank) for draft in drafts)
@@ -145,6 +146,12 @@ def _make_plan(
         reduction,
         moves,
     )
+
+
+@lru_cache(maxsize=64)
+def _participants(source: Mesh, destination: Mesh) -> tuple[int, ...]:
+    """All ranks of either mesh, sorted."""
+    return tuple(sorted({*source.ranks, *destination.ranks}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.choice import WORTH_IT
-from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
+from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, ranks_of
 from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.pieces import Cutting
 from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
@@ -29,7 +29,7 @@ from tricomm.plan.routes.chunks import (
     RouteContext,
     best_chunk_count,
     chunk_counts,
-    even_chunks,
+    cut_evenly,
     stepped_chunks,
     unicast,
 )
@@ -53,7 +53,7 @@ class Nics(NamedTuple):
 @lru_cache(maxsize=64)
 def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
     """The NICs of a mesh; None if they are not all equally fast."""
-    nics, of_nic = np.unique(topology.nic_numbers[np.array(mesh.ranks, np.int64)], return_counts=True)
+    nics, of_nic = np.unique(topology.nic_numbers[ranks_of(mesh)], return_counts=True)
     send, receive = topology.nic_send_rates[nics], topology.nic_receive_rates[nics]
     if (send != send[0]).any() or (receive != receive[0]).any():
         return None
@@ -63,7 +63,7 @@ def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
 @lru_cache(maxsize=64)
 def share_hosts(first: Mesh, second: Mesh, topology: Topology) -> bool:
     """Whether a host has ranks of both meshes."""
-    here, there = (topology.host_numbers[np.array(mesh.ranks, np.int64)] for mesh in (first, second))
+    here, there = (topology.host_numbers[ranks_of(mesh)] for mesh in (first, second))
     return bool(np.isin(here, there).any())
 
 
@@ -214,7 +214,7 @@ class Way:
             most = max(1, self.chunk_bytes // self.context.itemsize)
             return {row: stepped_chunks(regions[row], most) for row in np.flatnonzero(numel > most).tolist()}
         parts = chunk_counts(numel * self.context.itemsize, self.chunks, self.limit_nbytes)
-        return {row: even_chunks(regions[row], int(parts[row])) for row in np.flatnonzero(parts > 1).tolist()}
+        return cut_evenly(regions, parts)
 
 
 class Load(NamedTuple):
@@ -249,7 +249,7 @@ def best_way(move: ProductMove) -> Way:
         # As many messages as places to enter at, so that all NICs are busy from the first step to the last.
         messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).piece_nbytes), 1)
         places = _places(move)
-        level = {0, 1, -(-places // messages), places // gcd(places, messages)}
+        level = {0, 1, -(-places // messages), places // gcd(places, messages), -(-2 * _rails(move) // messages)}
         kinds = (1, 2) if isinstance(move.strategy, Auto) and move.rings.most_hosts > 2 else (1,)
         ways += [round_way(move, shares, children) for children in kinds for shares in sorted(level)]
     best = ways[0]
@@ -276,13 +276,13 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     context, topology, rings = move.context, move.context.topology, move.rings
     load, tile = Load.of(move, 1, shares), _tile_nbytes(move)
     messages = max(round(tile / load.piece_nbytes), 1)
-    loads = move.loads(messages, children)
+    rails = _rails(move)
+    loads = move.loads(max(messages // rails, 1), children)
     of_nic = rings.tiles_of_nic * tile
     leaving = load.nic_nbytes * loads.free / move.sending.send
     entering = loads.heard * of_nic / move.receiving.receive
     busiest = max(leaving, entering, loads.handed_on * of_nic / move.receiving.send)
     # In one chunk each, a NIC receives in each step the messages that entered a ring at one place.
-    rails = max(rings.of_host // move.receiving.ranks, 1)
     at_once = max(loads.first / rails, 1 / messages)
     step = at_once * max(rails * rings.tiles_of_nic, 1.0) * tile / move.receiving.receive
     depth = max(loads.hosts if children == 1 else loads.hosts.bit_length(), 1)
@@ -306,7 +306,12 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
 
 def _places(move: ProductMove) -> int:
     """Places where a message can enter a ring that differ for the network: a NIC each."""
-    return move.rings.most_hosts * max(move.rings.of_host // move.receiving.ranks, 1)
+    return move.rings.most_hosts * _rails(move)
+
+
+def _rails(move: ProductMove) -> int:
+    """NICs of a host through which the replicas of a tile hear."""
+    return max(move.rings.of_host // move.receiving.ranks, 1)
 
 
 def _tile_nbytes(move: ProductMove) -> int:

@@ -57,10 +57,16 @@ def grid_of(spec: ShardingSpec) -> Grid:
 
 
 @lru_cache(maxsize=64)
+def ranks_of(mesh: Mesh) -> np.ndarray:
+    """The ranks of a mesh, as an array."""
+    return np.array(mesh.ranks, np.int64)
+
+
+@lru_cache(maxsize=64)
 def _grid(mesh: Mesh, axes: tuple[tuple[int, ...], ...]) -> Grid:
     cutting = [axis for of_dim in axes for axis in of_dim]
     replicating = [axis for axis in range(mesh.ndim) if axis not in cutting]
-    ranks = np.array(mesh.ranks, np.int64).reshape(mesh.shape).transpose(cutting + replicating)
+    ranks = ranks_of(mesh).reshape(mesh.shape).transpose(cutting + replicating)
     parts = tuple(int(np.prod([mesh.shape[axis] for axis in of_dim], dtype=np.int64)) for of_dim in axes)
     return Grid(parts, ranks.reshape(int(np.prod(parts, dtype=np.int64)), -1))
 
@@ -75,7 +81,8 @@ class Rings:
         firsts: int array (tiles, hosts + 1): where the replicas on each host begin; behind its last host all replicas.
         hosts: int array (tiles,): how many hosts have replicas of a tile.
         host_numbers: int array (tiles, hosts): the topology's numbers of those hosts; -1 behind the last.
-        nics: int array (tiles, replicas): the topology's numbers of their NICs.
+        of_host: the most replicas of a tile on one host.
+        tiles_of_nic: how many tiles the busiest NIC carries, if a tile's replicas on a host hear equal parts of it.
     """
 
     ranks: np.ndarray
@@ -83,7 +90,8 @@ class Rings:
     firsts: np.ndarray
     hosts: np.ndarray
     host_numbers: np.ndarray
-    nics: np.ndarray
+    of_host: int
+    tiles_of_nic: float
 
     @classmethod
     def of(cls, grid: Grid, topology: Topology) -> "Rings":
@@ -100,7 +108,10 @@ class Rings:
         firsts[tile, place[tile, at]] = at
         numbers = np.full((len(ranks), int(count.max())), -1)
         numbers[tile, place[tile, at]] = hosts[tile, at]
-        return cls(ranks, place, firsts, count, numbers, topology.nic_numbers[ranks])
+        counts = np.diff(firsts, axis=1)
+        parts = 1 / counts[np.arange(len(ranks))[:, None], place]
+        of_nic = np.bincount(topology.nic_numbers[ranks].reshape(-1), parts.reshape(-1))
+        return cls(ranks, place, firsts, count, numbers, int(counts.max()), float(of_nic.max()))
 
     @property
     def replicas(self) -> int:
@@ -108,21 +119,9 @@ class Rings:
         return int(self.ranks.shape[1])
 
     @property
-    def of_host(self) -> int:
-        """The most replicas of a tile on one host."""
-        return int(np.diff(self.firsts, axis=1).max())
-
-    @property
     def most_hosts(self) -> int:
         """The most hosts that have replicas of a tile."""
         return int(self.hosts.max())
-
-    @property
-    def tiles_of_nic(self) -> float:
-        """How many tiles the busiest NIC carries, if the replicas of a tile on a host have equal parts of it."""
-        tiles = np.arange(len(self.ranks)).repeat(self.replicas)
-        parts = 1 / self.count(tiles, self.place.reshape(-1))
-        return float(np.bincount(self.nics.reshape(-1), parts).max())
 
     def count(self, tiles: np.ndarray, places: np.ndarray) -> np.ndarray:
         """How many replicas of some tiles are on some of their hosts."""

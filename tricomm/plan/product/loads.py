@@ -8,7 +8,7 @@ from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.shared import Arcs, SharedHosts
 
 FEW_HOSTS = 256
-"""Up to so many hosts of a tile the loads of a tree are summed up host by host; with more they are taken for level."""
+"""Up to so many hosts and messages of a tile the loads of trees are summed up; with more they are bounded."""
 
 SAMPLED_TILES = 2
 
@@ -35,12 +35,15 @@ class Loads(NamedTuple):
     @classmethod
     def apart(cls, hosts: int, messages: int, children: int) -> "Loads":
         """Where all of a tile comes from other hosts, in equal messages that enter all round."""
+        first = -(-messages // hosts) / messages
+        if children == 1:
+            return cls(hosts, 1.0, 1.0, 1 - messages // hosts / messages, first, 0.0)
+        if hosts > FEW_HOSTS or messages > FEW_HOSTS:
+            # Half of the hosts of a tree hand on, twice, and the other half that of the next message.
+            return cls(hosts, 1.0, 1.0, 2 * -(-messages // 2) / messages, first, 0.0)
         entries = np.bincount((2 * np.arange(messages) + 1) * hosts // (2 * messages) % hosts, minlength=hosts)
-        if children == 1 or hosts > FEW_HOSTS:
-            sent = messages - messages // hosts
-        else:
-            sent = int(_handed_on(entries, hosts, children).max())
-        return cls(hosts, 1.0, 1.0, sent / messages, float(entries.max() / messages), 0.0)
+        sent = int(_handed_on(entries, hosts, children).max())
+        return cls(hosts, 1.0, 1.0, sent / messages, first, 0.0)
 
     @classmethod
     def among(cls, shared: SharedHosts, messages: int, children: int) -> "Loads":

@@ -240,7 +240,7 @@ def ring_hops(
     of_sender = np.array([senders[one] for one in visits.senders.tolist()], np.int64)
     distance = ((visits.tiles - of_sender) % circle * shares + visits.shares)[message]
     depth = host if messages.children == 1 else np.frexp((host + 1).astype(np.float64))[1] - 1
-    step = depth + (turn > 0)
+    step = depth + turn
     # Of a step: what enters first, what is handed on from host to host, within hosts, and to single replicas.
     inside = messages.children + 1
     within = np.where(turn > 0, inside + turn, np.where(host > 0, 1 + (host - 1) % messages.children, 0))

@@ -5,11 +5,11 @@ hop; a relay forwards a chunk once it has it. A message to one receiver is a cha
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod, sqrt
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -119,6 +119,42 @@ def even_parts(regions: Sequence[Region], count: int) -> list[Chunk]:
 def even_chunks(regions: Sequence[Region], count: int) -> Chunks:
     """Cut regions as :func:`even_parts` does, and leave out empty parts."""
     return Chunks(regions, _even_pattern(tuple(map(region_shape, regions)), count))
+
+
+class _Row(Sequence[Region]):
+    """The regions of one group, made when somebody looks at them."""
+
+    __slots__ = ("_groups", "_row")
+
+    def __init__(self, groups: Groups, row: int) -> None:
+        self._groups, self._row = groups, row
+
+    @overload
+    def __getitem__(self, index: int) -> Region: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Region, ...]: ...
+    def __getitem__(self, index: int | slice) -> Region | tuple[Region, ...]:
+        return self._groups[self._row][index]
+
+    def __len__(self) -> int:
+        return int(self._groups.offsets[self._row + 1] - self._groups.offsets[self._row])
+
+
+def cut_evenly(regions: Groups | tuple[tuple[Region, ...], ...], parts: np.ndarray) -> dict[int, Chunks]:
+    """Cut each group into as many parts as ``parts`` says; groups of one part are left out.
+
+    Where groups are one region each, shapes are taken from columns, and equal ones are cut once.
+    """
+    rows = np.flatnonzero(parts > 1)
+    if not isinstance(regions, Groups) or not regions.single:
+        return {row: even_chunks(regions[row], int(parts[row])) for row in rows.tolist()}
+    every = regions.regions
+    lengths = [lists.lengths[every.rows[rows, dim]].tolist() for dim, lists in enumerate(every.dims)]
+    shapes = zip(*lengths, strict=True)
+    return {
+        row: Chunks(_Row(regions, row), _even_pattern((shape,), count))
+        for row, count, shape in zip(rows.tolist(), parts[rows].tolist(), shapes, strict=True)
+    }
 
 
 def stepped_chunks(regions: Sequence[Region], most: int) -> Chunks:
@@ -252,12 +288,6 @@ class Unicasts(MessageTable):
         """See MessageTable."""
         return (int(self.pairs.receivers[row]),)
 
-    @classmethod
-    def of(cls, pairs: PairColumns, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
-        """Cut each message into as many parts as ``parts`` says, and leave out empty ones."""
-        rows = np.flatnonzero(parts > 1).tolist()
-        return cls(pairs, {row: cutter(pairs.regions[row], int(parts[row])) for row in rows})
-
     def touching(self, rank: int) -> "Unicasts":
         """Take the messages that a rank sends or receives."""
         rows = np.flatnonzero((self.pairs.senders == rank) | (self.pairs.receivers == rank))
@@ -347,7 +377,8 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
     topology, peers = context.topology, context.peers
     if chunk_bytes is not None:
         most = max(1, chunk_bytes // context.itemsize)
-        return Unicasts.of(pairs, -(-pairs.numel // most), lambda regions, _: stepped_chunks(regions, most))
+        rows = np.flatnonzero(pairs.numel > most).tolist()
+        return Unicasts(pairs, {row: stepped_chunks(pairs.regions[row], most) for row in rows})
     limit = min(MAX_UNICAST_CHUNK_NBYTES, context.chunk_limit_nbytes(min(peers, MAX_PEERS_PER_ROUND)))
     # A round is worth its cost if it takes much longer.
     round_seconds = ROUND_COSTS * (topology.latency_seconds + peers * topology.overhead_seconds) / peers
@@ -358,7 +389,7 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
         wanted = np.minimum(nbytes / np.maximum(rates * round_seconds, MIN_CHUNK_NBYTES), UNICAST_CHUNKS)
     parts = np.maximum(np.maximum(wanted.astype(np.int64), -(-nbytes // limit)), 1)
     _, doublings = np.frexp((parts - 1).astype(np.float64))
-    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
+    return Unicasts(pairs, cut_evenly(pairs.regions, 1 << doublings.astype(np.int64)))
 
 
 def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int) -> np.ndarray:
