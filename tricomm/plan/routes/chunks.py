@@ -13,7 +13,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy, numbers
+from tricomm.layout.columns import Groups, Lazy, numbers, offsets_of
 from tricomm.layout.intervals import Piece, Region, cut_shapes, region_numel, region_shape
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings
@@ -229,7 +229,7 @@ class MessageTable(Lazy[Message]):
         chunk_counts: (messages,).
     """
 
-    __slots__ = ("chunk_counts", "cut", "numel", "regions", "senders")
+    __slots__ = ("_spans", "chunk_counts", "cut", "numel", "regions", "senders")
 
     def __init__(
         self,
@@ -241,6 +241,22 @@ class MessageTable(Lazy[Message]):
         self.senders, self.regions, self.numel, self.cut = senders, regions, numel, cut
         self.chunk_counts = np.ones(len(senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
+        self._spans: tuple[np.ndarray, np.ndarray] | None = None
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The spans of the chunks of all messages that have several (see Pattern), and where each message's begin
+        among them; None if one of these chunks is more than one box of places.
+        """
+        if self._spans is None:
+            tables = [chunks.spans for chunks in self.cut.values()]
+            known = [table for table in tables if table is not None]
+            if not known or len(known) < len(tables):
+                return None
+            first = np.zeros(len(self), np.int64)
+            rows = numbers(self.cut, len(self.cut))
+            first[rows] = offsets_of(self.chunk_counts[rows])[:-1]
+            self._spans = first, np.concatenate(known)
+        return self._spans
 
     @property
     @abstractmethod
