@@ -169,25 +169,7 @@ def _kept(move: Move, rank: int) -> Iterator[Region]:
 
 
 def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
-    """Find what a rank sends or receives in each round; see :func:`_transfers`."""
-    numbers, found = _transfers(move, rank, end, holding)
-    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-    rounds = [(int(numbers[start]), start, stop) for start, stop in pairwise(edges) if start < stop]
-    if isinstance(found, BoxTransfers):
-        return {number: found.between(start, stop) for number, start, stop in rounds}
-    return {number: tuple(found[start:stop]) for number, start, stop in rounds}
-
-
-def transfers(move: Move, rank: int, is_send: bool) -> tuple[np.ndarray, Sequence[Transfer]]:
-    """List what a rank sends or receives in a move, with the round of each: what its program divides into rounds."""
-    spec, end = (move.source, _SENDS) if is_send else (move.destination, _RECEIVES)
-    return _transfers(move, rank, end, spec.holding(rank) if rank in spec.mesh else None)
-
-
-def _transfers(
-    move: Move, rank: int, end: int, holding: Holding | None
-) -> tuple[np.ndarray, BoxTransfers | list[Transfer]]:
-    """List what a rank sends or receives, with the round of each.
+    """Find what a rank sends or receives in each round.
 
     Args:
         move: all of it.
@@ -196,13 +178,15 @@ def _transfers(
         holding: what it holds at that end, or None.
     """
     hops = hops_of_rank(move.hops, rank, end)
+    edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
+    rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
     peers = hops[:, _SENDS + _RECEIVES - end]
     sender = rank if end == _SENDS else None
     boxes = _boxes(move.messages, hops[:, 3], hops[:, 4], peers, holding, sender)
     if boxes is not None:
-        return hops[:, 0], boxes
-    keys = [*zip(*hops[:, 3:].T.tolist(), strict=True)]
-    return hops[:, 0], _chunks(move.messages, keys, peers.tolist(), holding, sender)
+        return {number: boxes.between(start, stop) for number, start, stop in rounds}
+    transfers = _chunks(move.messages, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holding, sender)
+    return {number: tuple(transfers[start:stop]) for number, start, stop in rounds}
 
 
 def _boxes(
@@ -278,19 +262,14 @@ def _spans(
     for dim, lists in enumerate(regions.dims):
         ends[:, dim] = lists.lengths[rows[:, dim]]
     of_cut = np.flatnonzero(messages.chunk_counts[indices] > 1)
-    if not len(of_cut):
+    used, place = np.unique(indices[of_cut], return_inverse=True)
+    if not len(used):
         return begins, ends
-    every = messages.spans()
-    if every is not None:
-        first, table = every
-        spans = table[first[indices[of_cut]] + chunks[of_cut]]
-    else:
-        used, place = np.unique(indices[of_cut], return_inverse=True)
-        tables = [messages.cut[row].spans for row in used.tolist()]
-        if any(table is None for table in tables):
-            return None
-        firsts = offsets_of(messages.chunk_counts[used])[:-1]
-        spans = np.concatenate([table for table in tables if table is not None])[firsts[place] + chunks[of_cut]]
+    tables = [messages.cut[row].spans for row in used.tolist()]
+    if any(table is None for table in tables):
+        return None
+    firsts = offsets_of(messages.chunk_counts[used])[:-1]
+    spans = np.concatenate([table for table in tables if table is not None])[firsts[place] + chunks[of_cut]]
     begins[of_cut], ends[of_cut] = spans[:, :, 0], spans[:, :, 1]
     return begins, ends
 

@@ -29,7 +29,8 @@ from tricomm.plan.routes.chunks import (
     RouteContext,
     best_chunk_count,
     chunk_counts,
-    cut_evenly,
+    cut_where,
+    even_chunks,
     stepped_chunks,
     unicast,
 )
@@ -212,9 +213,9 @@ class Way:
         """The chunks of those messages that have more than one, given their regions and elements."""
         if self.chunk_bytes is not None:
             most = max(1, self.chunk_bytes // self.context.itemsize)
-            return {row: stepped_chunks(regions[row], most) for row in np.flatnonzero(numel > most).tolist()}
+            return cut_where(regions, -(-numel // most), lambda of_row, _: stepped_chunks(of_row, most))
         parts = chunk_counts(numel * self.context.itemsize, self.chunks, self.limit_nbytes)
-        return cut_evenly(regions, parts)
+        return cut_where(regions, parts, even_chunks)
 
 
 class Load(NamedTuple):

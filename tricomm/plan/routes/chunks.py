@@ -5,15 +5,15 @@ hop; a relay forwards a chunk once it has it. A message to one receiver is a cha
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod, sqrt
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy, numbers, offsets_of
+from tricomm.layout.columns import Groups, Lazy, numbers
 from tricomm.layout.intervals import Piece, Region, cut_shapes, region_numel, region_shape
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings
@@ -121,42 +121,6 @@ def even_chunks(regions: Sequence[Region], count: int) -> Chunks:
     return Chunks(regions, _even_pattern(tuple(map(region_shape, regions)), count))
 
 
-class _Row(Sequence[Region]):
-    """The regions of one group, made when somebody looks at them."""
-
-    __slots__ = ("_groups", "_row")
-
-    def __init__(self, groups: Groups, row: int) -> None:
-        self._groups, self._row = groups, row
-
-    @overload
-    def __getitem__(self, index: int) -> Region: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Region, ...]: ...
-    def __getitem__(self, index: int | slice) -> Region | tuple[Region, ...]:
-        return self._groups[self._row][index]
-
-    def __len__(self) -> int:
-        return int(self._groups.offsets[self._row + 1] - self._groups.offsets[self._row])
-
-
-def cut_evenly(regions: Groups | tuple[tuple[Region, ...], ...], parts: np.ndarray) -> dict[int, Chunks]:
-    """Cut each group into as many parts as ``parts`` says; groups of one part are left out.
-
-    Where groups are one region each, shapes are taken from columns, and equal ones are cut once.
-    """
-    rows = np.flatnonzero(parts > 1)
-    if not isinstance(regions, Groups) or not regions.single:
-        return {row: even_chunks(regions[row], int(parts[row])) for row in rows.tolist()}
-    every = regions.regions
-    lengths = [lists.lengths[every.rows[rows, dim]].tolist() for dim, lists in enumerate(every.dims)]
-    shapes = zip(*lengths, strict=True)
-    return {
-        row: Chunks(_Row(regions, row), _even_pattern((shape,), count))
-        for row, count, shape in zip(rows.tolist(), parts[rows].tolist(), shapes, strict=True)
-    }
-
-
 def stepped_chunks(regions: Sequence[Region], most: int) -> Chunks:
     """Cut regions into parts of ``most`` elements; the last may have less."""
     return Chunks(regions, _stepped_pattern(tuple(map(region_shape, regions)), most))
@@ -229,7 +193,7 @@ class MessageTable(Lazy[Message]):
         chunk_counts: (messages,).
     """
 
-    __slots__ = ("_spans", "chunk_counts", "cut", "numel", "regions", "senders")
+    __slots__ = ("chunk_counts", "cut", "numel", "regions", "senders")
 
     def __init__(
         self,
@@ -241,22 +205,6 @@ class MessageTable(Lazy[Message]):
         self.senders, self.regions, self.numel, self.cut = senders, regions, numel, cut
         self.chunk_counts = np.ones(len(senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
-        self._spans: tuple[np.ndarray, np.ndarray] | None = None
-
-    def spans(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The spans of the chunks of all messages that have several (see Pattern), and where each message's begin
-        among them; None if one of these chunks is more than one box of places.
-        """
-        if self._spans is None:
-            tables = [chunks.spans for chunks in self.cut.values()]
-            known = [table for table in tables if table is not None]
-            if not known or len(known) < len(tables):
-                return None
-            first = np.zeros(len(self), np.int64)
-            rows = numbers(self.cut, len(self.cut))
-            first[rows] = offsets_of(self.chunk_counts[rows])[:-1]
-            self._spans = first, np.concatenate(known)
-        return self._spans
 
     @property
     @abstractmethod
@@ -304,6 +252,11 @@ class Unicasts(MessageTable):
         """See MessageTable."""
         return (int(self.pairs.receivers[row]),)
 
+    @classmethod
+    def of(cls, pairs: PairColumns, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
+        """Cut each message into as many parts as ``parts`` says, and leave out empty ones."""
+        return cls(pairs, cut_where(pairs.regions, parts, cutter))
+
     def touching(self, rank: int) -> "Unicasts":
         """Take the messages that a rank sends or receives."""
         rows = np.flatnonzero((self.pairs.senders == rank) | (self.pairs.receivers == rank))
@@ -311,6 +264,19 @@ class Unicasts(MessageTable):
             return self
         at = {row: index for index, row in enumerate(rows.tolist())}
         return Unicasts(self.pairs.take(rows), {at[row]: chunks for row, chunks in self.cut.items() if row in at})
+
+
+def cut_where(
+    regions: Groups | tuple[tuple[Region, ...], ...],
+    parts: np.ndarray,
+    cutter: Callable[[Sequence[Region], int], Chunks],
+) -> dict[int, Chunks]:
+    """Cut the groups of which ``parts`` says that they have several."""
+    rows = np.flatnonzero(parts > 1)
+    wholes = regions._items(rows) if isinstance(regions, Groups) else [regions[row] for row in rows.tolist()]
+    return {
+        row: cutter(whole, count) for row, count, whole in zip(rows.tolist(), parts[rows].tolist(), wholes, strict=True)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,8 +359,7 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
     topology, peers = context.topology, context.peers
     if chunk_bytes is not None:
         most = max(1, chunk_bytes // context.itemsize)
-        rows = np.flatnonzero(pairs.numel > most).tolist()
-        return Unicasts(pairs, {row: stepped_chunks(pairs.regions[row], most) for row in rows})
+        return Unicasts.of(pairs, -(-pairs.numel // most), lambda regions, _: stepped_chunks(regions, most))
     limit = min(MAX_UNICAST_CHUNK_NBYTES, context.chunk_limit_nbytes(min(peers, MAX_PEERS_PER_ROUND)))
     # A round is worth its cost if it takes much longer.
     round_seconds = ROUND_COSTS * (topology.latency_seconds + peers * topology.overhead_seconds) / peers
@@ -405,7 +370,7 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
         wanted = np.minimum(nbytes / np.maximum(rates * round_seconds, MIN_CHUNK_NBYTES), UNICAST_CHUNKS)
     parts = np.maximum(np.maximum(wanted.astype(np.int64), -(-nbytes // limit)), 1)
     _, doublings = np.frexp((parts - 1).astype(np.float64))
-    return Unicasts(pairs, cut_evenly(pairs.regions, 1 << doublings.astype(np.int64)))
+    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
 
 
 def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int) -> np.ndarray:
