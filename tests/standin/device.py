@@ -10,6 +10,7 @@ Rules:
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,12 +128,13 @@ class Gate:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.is_open = False
+        self.opened = 0.0
         self.kernels: list[Kernel] = []
 
     def open(self) -> None:
         """Let those that wait end, and those to come."""
         with self.world.moved:
-            self.is_open = True
+            self.is_open, self.opened = True, time.monotonic()
             for kernel in self.kernels:
                 kernel.end()
             self.world.pump()

@@ -214,8 +214,9 @@ class Backend:
 
     def _watch(self, work: Work) -> None:
         def look() -> None:
-            if not work.is_completed():
-                self.accelerator.store.set("exception_dump", b"")
+            ranks = self.accelerator.ranks
+            if not work.is_completed() and not ranks.is_closed and self.accelerator.rank not in ranks.frozen:
+                ranks.store.set("exception_dump", b"")
                 self.accelerator.ranks.kill(self.accelerator.rank)
 
         timer = threading.Timer(self.timeout.total_seconds(), look)
@@ -240,7 +241,7 @@ class Backend:
             for kernel in [one for one in self.device.running if isinstance(one, Group) and one.backend is self]:
                 kernel.drop()
             self.world.pump()
-            while not self.device.is_idle:
+            while not self.device.is_idle and not self.accelerator.ranks.is_closed:
                 self.world.moved.wait()
 
     def die(self) -> None:

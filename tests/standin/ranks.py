@@ -1,6 +1,7 @@
 """Threads as ranks: a process group whose store, device and NCCL are stand-ins, and ranks that die or stop."""
 
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -149,7 +150,7 @@ class Threads:
             monitor = context_of(group).monitor
             monitor._shared.end()
             if monitor._thread is not None:
-                monitor._thread.join(5)  # at the end of the interpreter nobody may be inside of a store
+                monitor._thread.join(2)  # at the end of the interpreter nobody may be inside of a store
 
     def options(self, rank: int) -> dict[str, Any]:
         """What a Resharder needs to know of its rank."""
@@ -166,11 +167,22 @@ class Threads:
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> list["Result"]:
         """Begin ``function(rank, *arguments)`` on every rank."""
-        return [Result(rank, function, arguments) for rank in range(self.size)]
+        self.barrier.reset()
+        return [Result(rank, self.barrier, function, arguments) for rank in range(self.size)]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The results of all ranks, in order; the first error of any."""
-        return [result.get(self.timeout_seconds) for result in self.start(function, *arguments)]
+        results = self.start(function, *arguments)
+        deadline = time.monotonic() + self.timeout_seconds
+        while any(result.is_running for result in results) and time.monotonic() < deadline:
+            if any(result.error for result in results):
+                time.sleep(0.1)  # for others to fail by themselves
+                break
+            time.sleep(0.002)
+        errors = [f"rank {result.rank}: {result.error}" for result in results if result.error]
+        errors += [f"rank {result.rank} did not come to its end" for result in results if result.is_running]
+        assert not errors, "\n".join(errors)
+        return [result.value for result in results]
 
     def gate(self) -> Gate:
         """A new one."""
@@ -207,22 +219,24 @@ class Threads:
 class Result:
     """What a rank's thread gives."""
 
-    def __init__(self, rank: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, rank: int, barrier: threading.Barrier, function: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> None:
         self.rank = rank
-        self._value: Any = None
-        self._error: str | None = None
+        self._barrier = barrier
+        self.value: Any = None
+        self.error = ""
         self._thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not come to its end."""
+        return self._thread.is_alive()
+
     def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         try:
-            self._value = function(self.rank, *arguments)
+            self.value = function(self.rank, *arguments)
         except BaseException:
-            self._error = traceback.format_exc()
-
-    def get(self, seconds: float) -> Any:
-        """The value, when it is there."""
-        self._thread.join(seconds)
-        assert not self._thread.is_alive(), f"rank {self.rank} did not come to its end in {seconds} s"
-        assert self._error is None, f"rank {self.rank}: {self._error}"
-        return self._value
+            self.error = traceback.format_exc()
+            self._barrier.abort()

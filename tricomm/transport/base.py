@@ -111,7 +111,7 @@ class Connections(Protocol):
         ...
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
-        """Return when all that the run has posted is done, or it is aborted. RuntimeError if a connection is lost."""
+        """Return when all that the run has posted is done, or it is aborted."""
         ...
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:

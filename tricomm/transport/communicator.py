@@ -215,12 +215,9 @@ class Communicator:
         """Return when the device has done all that this call has queued: nothing has been received before.
 
         Raises:
-            TransportError: the call was aborted meanwhile, or a connection is lost.
+            TransportError: the call was aborted meanwhile.
         """
-        try:
-            self.connections.join(lambda: self.abort_reason is not None)
-        except RuntimeError as error:
-            raise self.lost(None, error) from error
+        self.connections.join(lambda: self.abort_reason is not None)
         self.interrupted()
 
     def _compare(self, other: int, received: torch.Tensor) -> None:

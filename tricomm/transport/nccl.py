@@ -94,13 +94,13 @@ class DeviceRun:
         return None if self._end is not None and self._end.query() else ()
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
-        """See Connections."""
+        """See Connections. Where a connection is lost nothing ever comes; who is at fault the monitor finds out, which
+        then aborts.
+        """
         event, pause = self._here(), FIRST_PAUSE_SECONDS
         while not event.query() and not is_aborted():
-            self.awaited()
             time.sleep(pause)
             pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
-        self.awaited()
 
 
 class NcclConnections:

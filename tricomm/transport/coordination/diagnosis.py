@@ -33,18 +33,42 @@ def diagnose(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[i
 rank must make the same calls in the same order
     """
     assert wait.peer is not None
-    followed = {rank: wait}
-    at = wait.peer
-    while at not in followed:
+    ends = find_ends(rank, wait, heartbeats, silent)
+    if ends:
+        at = next((end for end in ends if end in silent), ends[0])
         here = heartbeats[at].wait_in(wait.place) if at not in silent else None
         if here is None:
             return _describe_end(rank, wait, at, heartbeats, silent)
-        if here.peer is None:
-            return _describe_busy(rank, wait, at, heartbeats[at].waits[:1] if _computes(heartbeats[at]) else ())
+        return _describe_busy(rank, wait, at, heartbeats[at].waits[:1] if _computes(heartbeats[at]) else ())
+    followed, at = {rank: wait}, wait.peer
+    while at not in followed:
+        here = heartbeats[at].wait_in(wait.place)
+        assert here is not None
+        assert here.peer is not None
         followed[at] = here
         at = here.peer
     circle = list(followed)[list(followed).index(at) :]
     return _describe_circle({member: followed[member] for member in circle}, followed[rank])
+
+
+def find_ends(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[int]) -> list[int]:
+    """Return the ranks that are waited for in the end, and wait for nobody in the same place; none in a circle.
+
+    Args:
+        rank, wait, heartbeats, silent: as for ``diagnose``.
+    """
+    seen, ahead, ends = {rank}, list(wait.peers), []
+    while ahead:
+        at = ahead.pop(0)
+        if at in seen or at not in heartbeats:
+            continue
+        seen.add(at)
+        here = heartbeats[at].wait_in(wait.place) if at not in silent else None
+        if here is None or here.peer is None:
+            ends.append(at)
+        else:
+            ahead.extend(here.peers)
+    return ends
 
 
 def diagnose_connecting(rank: int, call: str, participants: Sequence[int], silent: Collection[int]) -> str:
@@ -87,7 +111,7 @@ def reachable(me: int, first: Sequence[int], heartbeat_of: Mapping[int, Heartbea
         seen.add(rank)
         yield rank
         beat = heartbeat_of.heartbeat_of(rank) if isinstance(heartbeat_of, StatusStore) else heartbeat_of[rank]
-        ahead.extend(sorted(wait.peer for wait in beat.waits if wait.peer is not None))
+        ahead.extend(sorted(peer for wait in beat.waits for peer in wait.peers))
 
 
 class Observations:

@@ -27,6 +27,7 @@ from tricomm.transport.coordination.diagnosis import (
     describe_lost,
     diagnose,
     diagnose_connecting,
+    find_ends,
 )
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
@@ -119,7 +120,8 @@ class Run:
 
     def wait(self) -> Wait:
         """Return what the run waits for now."""
-        return Wait(self.place, next(iter(self.candidates), None), self.describe())
+        peer, *others = self.candidates or (None,)
+        return Wait(self.place, peer, self.describe(), tuple(rank for rank in others if rank is not None))
 
     def is_done(self) -> bool:
         """Whether the device has done all of it; for the thread that runs."""
@@ -309,7 +311,7 @@ class Watcher:
                 if slow and not waits:  # the device does something else
                     waits = (Wait("", None, f"the computation that was queued before {slow[0].describe()}"),)
                 if computing.what:  # that, and none of the ranks that it will need, keeps it
-                    waits = (Wait("", None, computing.what), *(wait._replace(peer=None) for wait in waits))
+                    waits = (Wait("", None, computing.what), *(wait._replace(peer=None, others=()) for wait in waits))
                 self.status.post_heartbeat(Heartbeat(self._heartbeats, waits))
             for run in slow:
                 self._attend(run, now, computing.deadline_of(run, now))
@@ -336,7 +338,8 @@ class Watcher:
         heartbeats = self._observations.look(first, now)
         silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.heartbeat_seconds)
         if run.lost is not None and now >= run.lost[0] + LOST_BEATS * run.heartbeat_seconds:
-            suspects = [rank for rank in first if rank in silent] or list(first)
+            ends = find_ends(self.status.rank, run.wait(), heartbeats, silent)
+            suspects = [rank for rank in ends if rank in silent] or ends or list(first)
             run.end(describe_lost(self.status.rank, run.describe(), suspects, str(run.lost[1])))
         elif run.lost is None and now >= deadline:
             run.end(self._diagnose(run, heartbeats, silent))
@@ -345,8 +348,4 @@ class Watcher:
         wait = run.wait()
         if wait.peer is None:
             return diagnose_connecting(self.status.rank, wait.call, run.participants, silent)
-        # Of several, one that is silent, else one that is not here.
-        culprits = [rank for rank in run.candidates if rank in silent]
-        culprits += [rank for rank in run.candidates if heartbeats[rank].wait_in(run.place) is None]
-        peer = next(iter(culprits), wait.peer)
-        return diagnose(self.status.rank, wait._replace(peer=peer), heartbeats, silent)
+        return diagnose(self.status.rank, wait, heartbeats, silent)

@@ -23,11 +23,18 @@ class Wait(NamedTuple):
         place: a communicator or rendezvous.
         peer: the rank that it waits for; None if it waits for nobody or for nobody in particular.
         call: in words.
+        others: ranks that it waits for at the same time, in one group of messages.
     """
 
     place: str
     peer: int | None
     call: str
+    others: tuple[int, ...] = ()
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """All ranks that it waits for."""
+        return () if self.peer is None else (self.peer, *self.others)
 
 
 class Heartbeat(NamedTuple):
