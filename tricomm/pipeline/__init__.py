@@ -7,9 +7,10 @@ from tricomm.pipeline.costs.workload import Workload
 from tricomm.pipeline.run.clip import clip_gradients
 from tricomm.pipeline.run.directed_link import PerDirectionFifo
 from tricomm.pipeline.run.edge import EdgeTensor, Link
-from tricomm.pipeline.run.executor import Evaluation, Executor
+from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.run.measure import Measurement, StepComparison
 from tricomm.pipeline.run.stage import Stage, WithLoss
+from tricomm.pipeline.run.step import Evaluation
 from tricomm.pipeline.run.tied import Tied
 from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
 from tricomm.pipeline.schedule.check import Queues, check, receive_ring

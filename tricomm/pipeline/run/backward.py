@@ -147,7 +147,7 @@ def _run(node_inputs: Iterable[NodeInput], gradients: Iterable[torch.Tensor | No
 
 def _parameter_groups(roots: Sequence[NodeInput], inputs: set[Node]) -> tuple[list[NodeInput], list[ParameterGroup]]:
     """(parameters whose gradient is computed in the first step, groups of those left to the second)."""
-    order = _children_first(node for node, _ in roots)
+    order = nodes_below(node for node, _ in roots)
     inputs_closure: set[Node] = set()
     for node in order:
         if node in inputs or any(child in inputs_closure for child, _ in node.next_functions):
@@ -186,7 +186,7 @@ def _parameter_groups(roots: Sequence[NodeInput], inputs: set[Node]) -> tuple[li
     return leaves, list(groups.values())
 
 
-def _children_first(roots: Iterable[Node]) -> list[Node]:
+def nodes_below(roots: Iterable[Node]) -> list[Node]:
     """All nodes below the roots, each after those that it leads to."""
     order: dict[Node, None] = {}
     seen: set[Node] = set()

@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self, Unpack
 
@@ -24,15 +23,15 @@ import torch
 from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import refuse_wrong_kinds
 from tricomm.options import LinkOptions, Options
-from tricomm.pipeline.run.connections import Connections
+from tricomm.pipeline.run.connections import Connections, await_all
 from tricomm.pipeline.run.edge import EdgeTensor
-from tricomm.pipeline.run.recovery import await_all
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.sizes import GivenSizes
 from tricomm.pipeline.run.stage import LOSS, Stage, StageRun
-from tricomm.pipeline.run.step import Data, Observer, Program, Step
+from tricomm.pipeline.run.step import Data, Evaluation, Observer, Program, Step
 from tricomm.pipeline.run.tied import Tied
-from tricomm.pipeline.run.wiring import EdgeTensors, check_data, check_queues, check_wiring, gradient_names
+from tricomm.pipeline.run.unused import GradientUse
+from tricomm.pipeline.run.wiring import EdgeTensors, check_data, check_queues, check_step, check_wiring, gradient_names
 from tricomm.pipeline.schedule.actions import Action, Edge
 from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
@@ -51,25 +50,6 @@ class State(Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What an evaluation gives, on this rank.
-
-    >>> evaluation = Evaluation(torch.tensor(0.5), (torch.tensor(0.25), torch.tensor(0.75)))
-    >>> evaluation.loss, len(evaluation.losses)  # the mean, and one a microbatch
-    (tensor(0.5000), 2)
-
-    Attributes:
-        loss: of all microbatches together, weighted as in a step; None on ranks without a loss.
-        losses: of each microbatch, as the module gave it.
-        outputs: by name, those that no edge carries, one tensor for each microbatch.
-    """
-
-    loss: torch.Tensor | None = None
-    losses: tuple[torch.Tensor, ...] = ()
-    outputs: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-
-
 class Executor:
     """Run the steps of a pipeline on this rank.
 
@@ -78,7 +58,8 @@ class Executor:
     resharded from the layout of the one stage to that of the other, and gradients back.
 
     In its first step the ranks of a stage that are said to compute equal gradients of an input, or an equal loss,
-    compare them, and a stage that would train nothing is refused.
+    compare them, and a stage that would train nothing is refused. Parameters that no loss depends on get no gradient,
+    as in one process, also where another stage is the one that makes no use of them.
 
     A step adds to the ``grad`` of the parameters the gradient of the mean of the losses of its microbatches, each
     weighted by its rows where these differ. Zeroing gradients and stepping optimisers is the caller's, as is whatever
@@ -183,6 +164,7 @@ class Executor:
         self.unique = self._connect() if self.runs else ""
         """A name that no other executor has, on all ranks of the meshes."""
         self._check = self._new_check()
+        self._use = self._new_use()
 
     def step(
         self, data: Data, *, sizes: GivenSizes | None = None, loss_weights: Sequence[float] | None = None
@@ -279,12 +261,18 @@ class Executor:
             if self.state is State.FAILED:
                 self._connect_again()
             trains = program.schedule.has_backward
-            self._check_arguments(program, data, loss_weights)
+            check_step(trains, loss_weights, self.schedule.microbatches)
+            for index, names in program.data_names.items():
+                check_data(index, self.rank, names, data, self.schedule.microbatches)
             self._connections.use(sizes, data, self._compare)
             for index, names in program.data_names.items():
                 self._connections.check_rows(index, self.rank, {name: data[name] for name in names})
             for run in self.runs.values():
                 run.begin(loss_weights or self._weights())
+                run.recorder = None
+            if trains:
+                for index, recorder in self._use.begin({key: run.module for key, run in self.runs.items()}).items():
+                    self.runs[index].recorder = recorder
             check = self._check if trains else None
             step = Step(program, self._connections.links, data, check, self.observer, self._computing)
             step.run()
@@ -296,7 +284,7 @@ class Executor:
             raise
         if trains and self.on_step is not None:
             self.on_step(time.perf_counter() - began)
-        return self._result(step)
+        return step.result()
 
     def _weights(self) -> list[float]:
         """What each microbatch's loss counts where the step was not told: its part of the rows, or the loss_scale."""
@@ -315,23 +303,9 @@ class Executor:
         what = f"the computation of {action} of executor {self.name!r}"
         return self.context.monitor.computing(what, self.timeout_seconds)
 
-    def _check_arguments(self, program: Program, data: Data, loss_weights: Sequence[float] | None) -> None:
-        """Refuse what this rank was given, before anything is sent."""
-        if program.schedule.has_backward and not torch.is_grad_enabled():
-            raise SpecError(
-                "a step trains, and was called where gradients are disabled (torch.no_grad or inference_mode); call "
-                "executor.evaluate(data), or leave that block"
-            )
-        if loss_weights is not None and len(loss_weights) != self.schedule.microbatches:
-            raise SpecError(
-                f"loss_weights={list(loss_weights)} are {len(loss_weights)}, and the schedule has "
-                f"{self.schedule.microbatches} microbatches; pass one for each"
-            )
-        for index, names in program.data_names.items():
-            check_data(index, self.rank, names, data, self.schedule.microbatches)
-
     def _finish(self) -> None:
         """What follows the last action of a step that trains."""
+        self._use.settle()
         if self._check is not None:
             for index, run in self.runs.items():
                 if LOSS in run.stage.outputs:
@@ -344,12 +318,6 @@ class Executor:
                 run.stage.after_backward(run.module)
         for one in self._connections.tied:
             one.add()
-
-    def _result(self, step: Step) -> Evaluation:
-        weighted = [loss for run in self.runs.values() for loss in run.weighted_losses()]
-        losses = [run.losses[one] for run in self.runs.values() for one in sorted(run.losses)]
-        outputs = {name: tuple(one[number] for number in sorted(one)) for name, one in step.outputs.items()}
-        return Evaluation(torch.stack(weighted).sum() if weighted else None, tuple(losses), outputs)
 
     # ---- connecting and failing
 
@@ -393,6 +361,12 @@ class Executor:
         """Make what compares gradients and losses in the next step, which is the first one or follows a failure."""
         return ReplicaCheck(self.context.store, self.rank, f"{self.unique}/{self._calls}", self.timeout_seconds)
 
+    def _new_use(self) -> GradientUse:
+        """Make what asks which inputs have a gradient."""
+        edges = {(edge[0], edge[1]): gradient_names(self.schedule, one) for edge, one in self.edges.items()}
+        name = f"{self.unique}/{self._calls}"
+        return GradientUse(self.context.store, self.rank, name, self.stages, edges, self.timeout_seconds)
+
     def _connect_again(self) -> None:
         """After a failure: wait until all ranks are in this call, and connect anew."""
         await_all(self.context.store, self.unique, self.rank, self.ranks, self._calls, self.timeout_seconds)
@@ -400,6 +374,7 @@ class Executor:
         self._connections = self._new_connections()
         self._connect()
         self._check = self._new_check()
+        self._use = self._new_use()
         self.state = State.READY
 
     def _fail(self, error: BaseException, action: Action | None) -> None:
@@ -410,4 +385,5 @@ class Executor:
             place = "" if action is None else f" in {action}"
             reason = f"rank {self.rank} failed{place}: {type(error).__name__}: {error}"
         self.state = State.FAILED
+        self._use.abort(reason)
         self._connections.abort(reason)

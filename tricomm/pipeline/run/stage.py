@@ -111,7 +111,7 @@ class WithLoss(nn.Module):
         return self.loss(self.module(*inputs[:-1]), inputs[-1])
 
 
-class _Entry(torch.autograd.Function):
+class Entry(torch.autograd.Function):
     """Hand a leaf to a module as a tensor that the module may change in place, which no leaf may be.
 
     Both share memory and version counter, so autograd still refuses a change that would spoil a backward.
@@ -119,10 +119,12 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        """Return the same memory."""
         return leaf.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """Return the gradient as it is."""
         return gradients[0]
 
 
@@ -156,6 +158,15 @@ class Meter(Protocol):
         """Surround the computation of one action; a forward says what it reads."""
 
 
+class GraphRecorder(Protocol):
+    """Looks at the graphs of a stage; see :mod:`tricomm.pipeline.run.unused`."""
+
+    inputs_with_gradient: set[str]
+
+    def record(self, outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> None:
+        """Look at the graph of a microbatch."""
+
+
 class StageRun:
     """Compute the microbatches of one stage on one of its ranks.
 
@@ -178,6 +189,8 @@ class StageRun:
         """Per microbatch, as the module gave it."""
         self.meter: Meter | None = None
         """Told of every computation while it is there."""
+        self.recorder: GraphRecorder | None = None
+        """Told of every graph and gradient while it is there."""
         self._gradient_inputs = frozenset(gradient_inputs)
         self._roots = tuple(name for name in stage.outputs if name in gradient_outputs or name == LOSS)
         self._saved: dict[int, SavedForward] = {}
@@ -205,7 +218,7 @@ class StageRun:
         given = {name: tensor.detach() for name, tensor in inputs.items()}
         leaves = {name: tensor.requires_grad_() for name, tensor in given.items() if name in self._gradient_inputs}
         with torch.enable_grad(), self._metered(Kind.FORWARD, given.values()):
-            entries = {name: _Entry.apply(leaf) for name, leaf in leaves.items()}  # type: ignore[no-untyped-call]
+            entries = {name: Entry.apply(leaf) for name, leaf in leaves.items()}  # type: ignore[no-untyped-call]
             returned = self.module(*({**given, **entries}[name] for name in self.stage.inputs))
         outputs = self._named(returned)
         roots = [outputs[name] for name in self._roots]
@@ -213,6 +226,8 @@ class StageRun:
             self._check_trains(roots, bool(leaves))
         if LOSS in outputs:
             self.losses[microbatch] = outputs[LOSS].detach()
+        if self.recorder is not None:
+            self.recorder.record(dict(zip(self._roots, roots, strict=True)), leaves)
         self._saved[microbatch] = SavedForward(leaves, StageBackward(list(leaves.values()), roots))
         return {name: _unaliased(tensor.detach(), inputs.values()) for name, tensor in outputs.items()}
 
@@ -242,6 +257,9 @@ class StageRun:
                 del self._saved[microbatch]
             else:
                 found = saved.backward.input_gradients(given)
+        if self.recorder is not None:
+            pairs_found = zip(saved.inputs, found, strict=True)
+            self.recorder.inputs_with_gradient |= {name for name, one in pairs_found if one is not None}
         pairs = zip(saved.inputs.items(), found, strict=True)
         # What nobody used still owes a gradient to the stage that waits for it.
         return {name: torch.zeros_like(leaf) if one is None else _unaliased(one, given) for (name, leaf), one in pairs}

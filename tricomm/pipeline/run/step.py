@@ -54,6 +54,25 @@ class Program:
         return tuple(name for name in self.runs[stage].stage.outputs if name not in carried and name != LOSS)
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation gives, on this rank.
+
+    >>> evaluation = Evaluation(torch.tensor(0.5), (torch.tensor(0.25), torch.tensor(0.75)))
+    >>> evaluation.loss, len(evaluation.losses)  # the mean, and one a microbatch
+    (tensor(0.5000), 2)
+
+    Attributes:
+        loss: of all microbatches together, weighted as in a step; None on ranks without a loss.
+        losses: of each microbatch, as the module gave it.
+        outputs: by name, those that no edge carries, one tensor for each microbatch.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: tuple[torch.Tensor, ...] = ()
+    outputs: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Step:
     """Carry out the actions of one step in order.
@@ -97,6 +116,14 @@ class Step:
         self.action = None
         for link in self.links.values():
             link.flush()
+
+    def result(self) -> Evaluation:
+        """Return what the stages of this rank gave."""
+        runs = self.program.runs.values()
+        weighted = [loss for run in runs for loss in run.weighted_losses()]
+        losses = [run.losses[one] for run in runs for one in sorted(run.losses)]
+        outputs = {name: tuple(one[number] for number in sorted(one)) for name, one in self.outputs.items()}
+        return Evaluation(torch.stack(weighted).sum() if weighted else None, tuple(losses), outputs)
 
     def _compute(self, action: Action) -> None:
         run = self.program.runs[action.stage]

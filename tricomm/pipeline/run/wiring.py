@@ -197,3 +197,21 @@ def check_data(index: int, rank: int, names: Sequence[str], data: Mapping[str, A
                 f"and the schedule has {microbatches} microbatches; pass one tensor for each, such as "
                 f"{{{name!r}: tensor.chunk({microbatches})}}"
             )
+
+
+def check_step(trains: bool, loss_weights: Sequence[float] | None, microbatches: int) -> None:
+    """Refuse a step that cannot train, or weights that are not one for each microbatch.
+
+    Raises:
+        SpecError: if it is so.
+    """
+    if trains and not torch.is_grad_enabled():
+        raise SpecError(
+            "a step trains, and was called where gradients are disabled (torch.no_grad or inference_mode); call "
+            "executor.evaluate(data), or leave that block"
+        )
+    if loss_weights is not None and len(loss_weights) != microbatches:
+        raise SpecError(
+            f"loss_weights={list(loss_weights)} are {len(loss_weights)}, and the schedule has {microbatches} "
+            "microbatches; pass one for each"
+        )
