@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite, prod
+from typing import Any
 
 from tricomm.errors import PlanError
-from tricomm.kinds import checks_kinds, explains_fields, explains_kinds
+from tricomm.kinds import checks_kinds, explains_fields, explains_kinds, refuse_wrong_kinds
 from tricomm.layout.topology import Topology
 from tricomm.pipeline.schedule.actions import MAX_STAGES, Action, Channel, Kind
 from tricomm.plan import Plan
@@ -154,11 +155,11 @@ class Costs:
 
     Attributes:
         stages: one cost per stage.
-        transfers: per channel, as a mapping or pairs; channels that are left out cost ``other``.
+        transfers: a mapping of channels, which is kept as sorted pairs; channels that are left out cost ``other``.
         other: the transfers of all other channels.
 
     Raises:
-        PlanError: no stages.
+        PlanError: no stages, or a channel that is not between two.
 
     Example:
         >>> costs = Costs.uniform(4, 1.0, 1.0, 1.0, hop=0.5)
@@ -172,8 +173,16 @@ class Costs:
     _by_channel: dict[Channel, TransferCost] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
-        given = self.transfers.items() if isinstance(self.transfers, Mapping) else self.transfers
-        by_channel = {Channel(*channel): cost for channel, cost in given}
+        if isinstance(self.transfers, Mapping):
+            object.__setattr__(self, "transfers", tuple((_channel(one), cost) for one, cost in self.transfers.items()))
+        refuse_wrong_kinds(Costs.__init__, stages=self.stages, transfers=self.transfers, other=self.other)
+        by_channel: dict[Channel, TransferCost] = dict(self.transfers)  # of pairs: a mapping was made into them
+        for channel in by_channel:
+            if channel.sender == channel.receiver or min(channel.sender, channel.receiver) < 0:
+                raise PlanError(
+                    f"transfers has a cost of {channel!r}, which is no channel between two stages; write "
+                    "Channel(sender, receiver) for each direction of an edge"
+                )
         if not self.stages:
             raise PlanError("stages is empty; give one StageCost per stage")
         if not any(stage.total_seconds for stage in self.stages):
@@ -235,6 +244,11 @@ class Costs:
     def with_transfers(self, channels: Iterable[Channel], cost: TransferCost) -> "Costs":
         """The same costs, but for some channels."""
         return replace(self, transfers={**self._by_channel, **dict.fromkeys(channels, cost)})
+
+
+def _channel(given: Any) -> Any:
+    """Return a plain pair of stages as a Channel, and all else as it is."""
+    return Channel(*given) if type(given) is tuple and len(given) == 2 else given
 
 
 def _nic_seconds(plan: Plan, topology: Topology) -> dict[str, float]:

@@ -25,7 +25,7 @@ import torch
 
 from tricomm.autograd import gradient_scale, gradient_specs
 from tricomm.errors import SpecError
-from tricomm.kinds import checks_kinds, explains_fields
+from tricomm.kinds import checks_kinds, explains_fields, refuse_wrong_kinds
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions, Options
@@ -82,6 +82,11 @@ class EdgeTensor:
     shape: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
+        fields = {"source": self.source, "destination": self.destination, "gradient": self.gradient}
+        refuse_wrong_kinds(EdgeTensor.__init__, **fields, shape=self.shape)
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if any(size == "" or (isinstance(size, int) and size < 0) for size in self.shape):
+            raise SpecError(f"shape={self.shape} of an EdgeTensor must be of sizes from 0 and of names; give each one")
         object.__setattr__(self, "destination", self.destination.resolved(self.source))
         if (self.source.shape is None) != bool(self.shape):
             raise SpecError(

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tricomm.kinds import explains_fields, explains_kinds
+from tricomm.errors import PlanError
+from tricomm.kinds import explains_fields, explains_kinds, refuse_wrong_kinds
 from tricomm.pipeline.costs.clock import Known, run_clock
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.timeline import Timeline
@@ -25,10 +26,20 @@ class Limits:
     Attributes:
         activations: microbatches between forward and the end of the backward.
         nbytes: activations, receive buffers and sends under way, as the costs give their bytes.
+
+    Raises:
+        PlanError: a limit that leaves room for nothing.
     """
 
     activations: int | None = None
     nbytes: int | None = None
+
+    def __post_init__(self) -> None:
+        refuse_wrong_kinds(Limits.__init__, activations=self.activations, nbytes=self.nbytes)
+        for name in ("activations", "nbytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PlanError(f"{name}={value} leaves room for nothing; give at least 1, or None for no limit")
 
     @explains_kinds
     def allow(self, activations: int, nbytes: int) -> bool:
