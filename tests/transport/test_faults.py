@@ -311,7 +311,7 @@ def test_a_rank_that_was_killed_is_named_and_not_waited_for_again(when: str) -> 
 
 
 SCRIPT = """
-import os, sys, torch, torch.distributed as dist
+import gc, os, sys, torch, torch.distributed as dist
 from tricomm import Mesh, Replicate, Resharder, ShardingSpec
 rank, port, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -320,21 +320,31 @@ mover = Resharder(ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (8,), "float32
 mover(torch.ones(8) if rank == 0 else None)
 mover.start(torch.ones(8) if rank == 0 else None).wait()
 if rank == 0:
+    if how == "fork while pending":
+        dist.barrier()
+        mover(torch.full((8,), 2.0))
     sys.stdin.read()
     os._exit(0)
-if how == "fork":
+if how != "fork":
+    pending = mover.start(None)
+if how != "pending":
     child = os.fork()
     if child == 0:
+        if how == "fork while pending":
+            del mover
+            gc.collect()
         sys.exit(7)
     print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    if how == "fork while pending":
+        dist.barrier()
+        print(pending.wait().sum().item(), flush=True)
     os._exit(0)
-pending = mover.start(None)
 raise ValueError("a bug in user code")
 """
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("how", ["pending", "fork"])
+@pytest.mark.parametrize("how", ["pending", "fork", "fork while pending"])
 def test_a_process_ends_with_a_run_pending_and_after_a_fork(how: str) -> None:
     port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
@@ -346,8 +356,9 @@ def test_a_process_ends_with_a_run_pending_and_after_a_fork(how: str) -> None:
     finally:
         first.kill()
         first.communicate()
-    if how == "fork":
-        assert second.stdout.strip() == "child 7", second
+    if how != "pending":
+        said = {"fork": ["child 7"], "fork while pending": ["child 7", "16.0"]}[how]
+        assert second.stdout.splitlines() == said, second
     else:
         assert second.returncode == 1
         assert "a bug in user code" in second.stderr

@@ -1,6 +1,7 @@
 """Channel: what the Resharders of the same ranks, device and channel name share, as long as one of them is there."""
 
 import hashlib
+import os
 import threading
 import time
 import weakref
@@ -82,13 +83,14 @@ def _work(tasks: "SimpleQueue[Task | None]", ended: threading.Semaphore) -> None
         del given, future, task
 
 
-def _end_pending(worker: Worker, current: "list[weakref.ref[Communicator]]", rank: int) -> None:
+def _end_pending(worker: Worker, current: "list[weakref.ref[Communicator]]", rank: int, process: int) -> None:
     """At the end of the process, end what is still running in the background.
 
     A thread that is inside of the backend when the interpreter goes would end the process by a signal. Before the end
-    of the process a channel goes when nothing uses it, perhaps in the last task of its worker.
+    of the process a channel goes when nothing uses it, perhaps in the last task of its worker. A finalizer lives until
+    then, so it must not hold what leads back to the channel. In a forked child nothing runs, whatever was pending.
     """
-    communicator = current[0]() if current else None
+    communicator = current[0]() if current and os.getpid() == process else None
     if communicator is not None and not worker.is_this_thread and not worker.wait_idle(0):
         call = communicator.call
         communicator.abort(f"the process of rank {rank} ended while {call} was pending", call, rank)
@@ -126,7 +128,7 @@ class Channel:
         self.last_started: Future[Ended] | None = None
         self.stream_context: StreamContext = stream_context_of(accelerator, device)
         self.worker = Worker()
-        weakref.finalize(self, _end_pending, self.worker, self._current, coordinator.rank)
+        weakref.finalize(self, _end_pending, self.worker, self._current, coordinator.rank, os.getpid())
         self._devices = devices
         self._accelerator = accelerator
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
@@ -206,7 +208,7 @@ class Channel:
                     found.connect(self._connect(found, timeout_seconds))
         finally:
             found.end(run)
-        weakref.finalize(found, _post_closed, self.coordinator.status, found.place).atexit = False
+        weakref.finalize(found, _post_closed, self.coordinator.status, found.place, os.getpid()).atexit = False
         return found
 
     @contextmanager
@@ -243,8 +245,12 @@ class Channel:
         return f"{who} in {call}; see whether a rank died, and on several hosts whether {names} names the right network"
 
 
-def _post_closed(status: Any, place: str) -> None:
-    """Say that connections close on purpose; nothing to do if nobody can be told any more."""
+def _post_closed(status: Any, place: str, process: int) -> None:
+    """Say that connections close on purpose; nothing to do if nobody can be told any more, or a forked child drops
+    what is its parent's.
+    """
+    if os.getpid() != process:
+        return
     try:
         status.post_closed(place)
     except (TransportError, RuntimeError):

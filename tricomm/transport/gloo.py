@@ -9,10 +9,13 @@ bytes move before both sides have asked for that tag. So messages of different R
 sizes and in whatever order they are asked for; those of one Resharder follow each other.
 """
 
+import ctypes
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,6 +89,7 @@ class GlooDevices:
     def get(self) -> tuple[list[Any], list[Any]]:
         """Return (down, up)."""
         if self._devices is None:
+            _of_this_process().add(self)
             self._devices = (_new_devices(), _new_devices())
         return self._devices
 
@@ -121,6 +125,7 @@ class GlooConnections:
         self._index = index
         self._store = PatientStore(store, interrupted)
         timeout = timedelta(seconds=timeout_seconds)
+        _of_this_process().add(self)
         self._backends: list[Any] = [
             dist.ProcessGroupGloo(
                 dist.PrefixStore(way, self._store), index[rank], len(index), _options(of_way, timeout)
@@ -174,6 +179,23 @@ class GlooConnections:
                     backend.recv([nothing], index, CLOSING_TAG).wait(timedelta(milliseconds=1))
                 except RuntimeError:
                     continue  # closed, which is what was wanted
+
+
+@cache
+def _of_this_process() -> "weakref.WeakSet[Any]":
+    """What has gloo's threads, which a forked child does not have.
+
+    There gloo would wait for them for ever when it ends. So a child never ends what it has of its parent's.
+    """
+    found: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def keep_for_ever() -> None:
+        for one in list(found):
+            # Nothing in Python outlives the end of the interpreter but what has a reference that nobody gives back.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+
+    os.register_at_fork(after_in_child=keep_for_ever)
+    return found
 
 
 def _new_devices() -> list[Any]:

@@ -258,12 +258,7 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
     watcher = Watcher(status)
     while True:
         shared.busy.wait()
-        now = time.monotonic()
-        runs = list(shared.runs.values())
-        computing = shared.computing
-        shared.seconds = min(shared.seconds, computing.heartbeat_seconds)
-        until = min([shared.seconds, *(run.deadline - now for run in runs if run.deadline > now)])
-        shared.hurry.wait(max(until, 0.001))
+        shared.hurry.wait(_seconds_to_next_look(shared))
         if shared.is_ended:
             return
         shared.hurry.clear()
@@ -278,6 +273,16 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
             if shared.runs or shared.computing.what:
                 shared.busy.set()
         del runs
+
+
+def _seconds_to_next_look(shared: _Shared) -> float:
+    """Return the time to the next heartbeat or deadline; the caller holds no run while it waits, which would keep the
+    connections of a group that is gone.
+    """
+    now = time.monotonic()
+    shared.seconds = min(shared.seconds, shared.computing.heartbeat_seconds)
+    deadlines = [run.deadline - now for run in list(shared.runs.values()) if run.deadline > now]
+    return max(min([shared.seconds, *deadlines]), 0.001)
 
 
 class Watcher:
