@@ -143,7 +143,8 @@ class Resharder(Gradients):
         check_casts(self.plan)
         self.participants = self.plan.participants
         # Only ranks that are all on both meshes can ask for gradients, and then all must.
-        self._gradient_ranks_agree = set(self.plan.source.mesh.ranks) == set(self.plan.destination.mesh.ranks)
+        is_same = set(self.plan.source.mesh.ranks) == set(self.plan.destination.mesh.ranks)
+        self._call_fields = [{GRADIENT_FIELD: str(asked)} if is_same else {} for asked in (False, True)]
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
         if self.rank in self.participants:
@@ -239,11 +240,10 @@ class Resharder(Gradients):
             self._off_meshes(tensor, out)
             return None
         try:
-            with session:
-                source, destination = self._check(tensor, out)
-                channel = session.channel
-                if self._gradient_ranks_agree:
-                    session.call_fields = {GRADIENT_FIELD: str(requires_grad)}
+            with session as channel:
+                source = self._checker.check_source(tensor)
+                destination = self._checker.check_out(out, source)
+                session.call_fields = self._call_fields[requires_grad]
                 last = channel.last_started
                 if last is not None and (not last.done() or last.exception() is not None):
                     # What was started on the same channel is still under way: wait in line behind it.
@@ -293,7 +293,7 @@ class Resharder(Gradients):
             nothing.set_result((None, None, None))
             return Handle(nothing, HostStreamContext())
         try:
-            with session:
+            with session as channel:
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
                     raise SpecError(
                         "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call "
@@ -306,7 +306,7 @@ class Resharder(Gradients):
                 source, destination = self._check(tensor, out)
                 events = [] if after is None else [after]
                 if after is None or (out is None and destination is not None):
-                    events.append(session.channel.stream_context.record_event())
+                    events.append(channel.stream_context.record_event())
                 if session.meets_always:
                     session.connect()
                 if out is not None and not out.is_inference():
@@ -339,11 +339,12 @@ class Resharder(Gradients):
 
     def _run(self, source: torch.Tensor | None, destination: torch.Tensor | None, number: int) -> None:
         """Carry one call out on this thread."""
-        assert self._execution is not None
-        assert self._session is not None
-        self._session.run(self._execution, source, destination, number)
-        if self._session.meets_always:
-            self._execution.release()  # nobody says when a one-shot call was the last
+        session, execution = self._session, self._execution
+        assert session is not None
+        assert execution is not None
+        session.run(execution, source, destination, number)
+        if session.meets_always:
+            execution.release()  # nobody says when a one-shot call was the last
 
     def _start(
         self,

@@ -32,16 +32,19 @@ class TorchCopies(NamedTuple):
 
     def run(self) -> None:
         """See Copies."""
-        if self.pairs and self.pairs[0][0].is_inference():
-            # Made in inference mode, which is a matter of threads: it may be written in that mode only.
-            with torch.inference_mode():
-                self._copy()
-        else:
-            self._copy()
-
-    def _copy(self) -> None:
         for into, out_of in self.pairs:
             into.copy_(out_of)
+
+
+class InferenceCopies(NamedTuple):
+    """Copies into what inference mode has made: it is written in that mode only, which is a matter of threads."""
+
+    copies: TorchCopies
+
+    def run(self) -> None:
+        """See Copies."""
+        with torch.inference_mode():
+            self.copies.run()
 
 
 class KernelCopies(NamedTuple):
@@ -67,6 +70,11 @@ class KernelCopies(NamedTuple):
 
 
 NOTHING = TorchCopies(())
+
+
+def _copies_of(pairs: Pairs) -> Copies:
+    copies = TorchCopies(pairs)
+    return InferenceCopies(copies) if pairs and pairs[0][0].is_inference() else copies
 
 
 class BoundTransfer(NamedTuple):
@@ -152,7 +160,7 @@ def _copies(
         for step in steps:
             pairs = [paired_views(of_tensor, t.boxes, of_staging, t.staging_offset or 0) for t in step]
             yield tuple(
-                TorchCopies(tuple((packed, part) if packs else (part, packed) for part, packed in of_transfer))
+                _copies_of(tuple((packed, part) if packs else (part, packed) for part, packed in of_transfer))
                 for of_transfer in pairs
             )
 
@@ -163,4 +171,4 @@ def _local(program: CopyProgram, source: torch.Tensor | None, destination: torch
     if kernels.serves(source.device, source.dtype, destination.dtype):
         return KernelCopies(program.kernel_tables[2], True, source, destination)
     pairs = paired_views(InWords(source), program.copies, InWords(destination))
-    return TorchCopies(tuple((into, out_of) for out_of, into in pairs))
+    return _copies_of(tuple((into, out_of) for out_of, into in pairs))

@@ -8,6 +8,11 @@ from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.overlap import has_shared_elements, share_memory
 from tricomm.plan import Plan
 
+IN_A_TRANSFORM = (
+    "tricomm was called inside of a torch.func transform (vmap, grad, jvp), where tensors have no memory of their own; "
+    "call it outside, or use torch.autograd for gradients"
+)
+
 
 class TensorChecker:
     """What one rank passes in and gets out of a plan, computed once, checked on every call.
@@ -34,9 +39,8 @@ class TensorChecker:
         Raises:
             SpecError: missing on a source rank, given elsewhere, or of another kind, shape, dtype or device.
         """
-        problem = describe_transform()
-        if problem is not None:
-            raise SpecError(problem)
+        if torch._C._are_functorch_transforms_active():
+            raise SpecError(IN_A_TRANSFORM)
         if self.source_shape is None:
             if tensor is not None:
                 raise SpecError(
@@ -79,7 +83,7 @@ class TensorChecker:
                 f"out of rank {self.rank} requires grad and would be written in place; call under torch.no_grad() or "
                 "pass out.detach()"
             )
-        if has_shared_elements(out):
+        if not out.is_contiguous() and has_shared_elements(out):
             raise SpecError(
                 f"out of rank {self.rank} is expanded or overlaps itself (strides {out.stride()}), so several elements "
                 "share memory; pass a tensor of its own, e.g. out.contiguous()"
@@ -125,12 +129,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def describe_transform() -> str | None:
     """Say that a transform of torch.func is at work, in which a tensor has no memory to move; None if none is."""
-    if not torch._C._are_functorch_transforms_active():
-        return None
-    return (
-        "tricomm was called inside of a torch.func transform (vmap, grad, jvp), where "
-        "tensors have no memory of their own; call it outside, or use torch.autograd for gradients"
-    )
+    return IN_A_TRANSFORM if torch._C._are_functorch_transforms_active() else None
 
 
 def check_casts(plan: Plan) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import TransportError
 from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, CallId, Communicator
 from tricomm.transport.coordination.coordinator import Coordinator
@@ -132,7 +132,8 @@ class Channel:
         self._devices = devices
         self._accelerator = accelerator
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
+        """Held by the thread that is in a call; taken without waiting, see ``describe_two_threads``."""
         key = repr((participants, device.type, name))
         self._place = f"communicator/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -152,22 +153,13 @@ class Channel:
             self._staging = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self._staging
 
-    def enter(self) -> None:
-        """Take the turn of this thread.
-
-        Raises:
-            SpecError: another thread is in a call; ``leave`` must not be called then.
-        """
-        if not self._turn.acquire(blocking=False):
-            channel = f"channel {self.name!r}" if self.name else "the shared channel"
-            raise SpecError(
-                f"two threads of rank {self.coordinator.rank} call at once between ranks {list(self.participants)} on "
-                f"{channel}, so ranks cannot know which call comes first; give each thread a channel=... of its own"
-            )
-
-    def leave(self) -> None:
-        """Give the turn back."""
-        self._turn.release()
+    def describe_two_threads(self) -> str:
+        """Say that the turn is another thread's."""
+        channel = f"channel {self.name!r}" if self.name else "the shared channel"
+        return (
+            f"two threads of rank {self.coordinator.rank} call at once between ranks {list(self.participants)} on "
+            f"{channel}, so ranks cannot know which call comes first; give each thread a channel=... of its own"
+        )
 
     @property
     def is_connected(self) -> bool:

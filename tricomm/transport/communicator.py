@@ -156,6 +156,8 @@ class Communicator:
         """Runs whose calls have returned while the device still has to do what they queued, in their order."""
         self._has_failed_late = False
         self.connections: Connections = NoConnections()
+        self.depth, self.launch = self.connections.depth, self.connections.launch
+        """See Transport."""
         self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
 
@@ -166,16 +168,12 @@ class Communicator:
         connection to it, which would fail there. Called in a run.
         """
         self.connections = connections
+        self.depth, self.launch = connections.depth, connections.launch
         if connections.has_tags:
             self.confirm()  # else to connect is to meet already
         connections.connected()
 
     # ---- Transport
-
-    @property
-    def depth(self) -> tuple[int, int]:
-        """See Transport."""
-        return self.connections.depth
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:
         """See Transport."""
@@ -183,10 +181,6 @@ class Communicator:
             return [PostedWork(self, *posted) for posted in self.connections.post(operations, self.call.tag)]
         except ConnectionLostError as error:
             raise self.lost(error.peer, error) from error
-
-    def launch(self, work: Callable[[], None]) -> None:
-        """See Transport."""
-        self.connections.launch(work)
 
     def confirm(self) -> None:
         """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
@@ -251,8 +245,13 @@ class Communicator:
         self.coordinator.monitor.watch(run)
         return run
 
-    def end(self, run: Run) -> None:
-        """End a call, well or badly. What it has queued on a device stays watched until it is done."""
+    def end(self, run: Run, is_complete: bool = False) -> None:
+        """End a call, badly or well: then it is over here, and what fails later is another one.
+
+        What it has queued on a device stays watched until it is done.
+        """
+        if is_complete:
+            self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:
             self.coordinator.monitor.release(run)
@@ -265,10 +264,6 @@ class Communicator:
                 self._unfinished.append(run)
                 return
         self.coordinator.monitor.release(run)
-
-    def complete(self) -> None:
-        """Note that the call is over here: what fails later is another one."""
-        self._completed[self.call.tag] = self.call.number
 
     def is_past(self) -> bool:
         """Whether it was aborted in a call that is over on this rank, by ranks that may all come again."""

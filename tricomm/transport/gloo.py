@@ -10,6 +10,7 @@ sizes and in whatever order they are asked for; those of one Resharder follow ea
 """
 
 import ctypes
+import operator
 import os
 import time
 import weakref
@@ -136,10 +137,7 @@ class GlooConnections:
     def begin(self) -> None:
         """See Connections."""
 
-    @staticmethod
-    def launch(work: Callable[[], None]) -> None:
-        """See Transport."""
-        work()
+    launch: Any = staticmethod(operator.call)
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Works are waited for, each by itself."""
@@ -159,10 +157,7 @@ class GlooConnections:
             works.append((peer, work))
         return works
 
-    @staticmethod
-    def wait(work: Any, limit: timedelta) -> None:
-        """See Connections."""
-        work.wait(limit)
+    wait = staticmethod(dist.Work.wait)
 
     def connected(self) -> None:
         """See Connections."""

@@ -6,14 +6,15 @@ copies while the network works, and unpack in the order of the rounds.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing.arithmetic import Reducer
-from tricomm.packing.binding import Binding, bind
+from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, bind
 from tricomm.packing.copy_program import CopyProgram, make_copy_program, torch_dtype
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
@@ -21,11 +22,39 @@ from tricomm.transport.base import Operation, Transport, Work
 MAX_COPY_PROGRAMS = 16
 """Combinations of strides and alignments that one Resharder keeps copy programs for."""
 
+Address = tuple[int, tuple[int, ...]]
+"""Where a tensor's elements are, and its strides; both may change under the same object (set_, data)."""
+
 StagingProvider = Callable[[int], torch.Tensor]
 """Gives the staging buffer: a uint8 tensor of at least so many bytes, valid until the next call."""
 
 
-def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
+Step = tuple[Operation, Copies]
+"""A transfer of a round: the operation, and what is to be packed before it or unpacked after it."""
+
+
+class Bound(NamedTuple):
+    """A binding as operations, made once.
+
+    Attributes:
+        sends, receives: per round.
+    """
+
+    binding: Binding
+    sends: tuple[tuple[Step, ...], ...]
+    receives: tuple[tuple[Step, ...], ...]
+
+
+def as_operations(binding: Binding) -> Bound:
+    """Return what a run of a binding posts and copies."""
+
+    def steps(rounds: Sequence[Sequence[BoundTransfer]], is_send: bool) -> tuple[tuple[Step, ...], ...]:
+        return tuple(tuple((Operation(is_send, t.peer, t.buffer), t.copies) for t in one) for one in rounds)
+
+    return Bound(binding, steps(binding.sends, True), steps(binding.receives, False))
+
+
+def run_move(bound: Bound, transport: Transport) -> Iterator[Work]:
     """Run one move of one rank; each yielded work must be done before the generator is resumed.
 
     Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for and
@@ -33,10 +62,11 @@ def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
     far ahead as the transport likes.
 
     Args:
-        binding: the rank's copy program, bound to tensors and a staging buffer; read and written until the run ends.
+        bound: the rank's copy program, bound to tensors and a staging buffer; read and written until the run ends.
         transport: the rank's end of the network.
     """
-    program, count = binding.program, len(binding.sends)
+    binding, sends, receives = bound
+    program, count, launch = binding.program, len(sends), transport.launch
     received: list[list[Work]] = []
     sent: list[list[Work]] = []
     arrivals: dict[tuple[int, int], Work] = {}
@@ -47,7 +77,7 @@ def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
                     if transfer.relay:
                         yield arrivals[transfer.key]
             early = range(len(received), min(index + program.receives_ahead + 1, count))
-            works = transport.post(_operations(binding, transport, index, early))
+            works = transport.post(_operations(sends[index], receives, early, launch))
             first = 0
             for step in early:
                 end = first + len(program.receives[step])
@@ -59,24 +89,30 @@ def run_move(binding: Binding, transport: Transport) -> Iterator[Work]:
                     )
                 first = end
             sent.append(works[first:])
-        if index == 0:
-            transport.launch(binding.local.run)
+        if index == 0 and binding.local is not NOTHING:
+            launch(binding.local.run)
         done = index - program.rounds_open
         if 0 <= done < count:
-            for work, bound in zip(received[done], binding.receives[done], strict=True):
+            for work, (_, copies) in zip(received[done], receives[done], strict=True):
                 yield work
-                transport.launch(bound.copies.run)
+                if copies is not NOTHING:
+                    launch(copies.run)
             yield from sent[done]
 
 
-def _operations(binding: Binding, transport: Transport, index: int, early: range) -> Iterator[Operation]:
-    """The receives of the rounds ``early``, then the sends of round ``index``, packed as they are asked for."""
+def _operations(
+    sends: Sequence[Step],
+    receives: Sequence[Sequence[Step]],
+    early: range,
+    launch: Callable[[Callable[[], None]], None],
+) -> Iterator[Operation]:
+    """The receives of the rounds ``early``, then the sends of one round, packed as they are asked for."""
     for step in early:
-        for transfer in binding.receives[step]:
-            yield Operation(False, transfer.peer, transfer.buffer)
-    for transfer in binding.sends[index]:
-        transport.launch(transfer.copies.run)
-        yield Operation(True, transfer.peer, transfer.buffer)
+        for operation, _ in receives[step]:
+            yield operation
+    for operation, copies in sends:
+        launch(copies.run)
+        yield operation
 
 
 class PlanExecution:
@@ -151,7 +187,7 @@ class PlanExecution:
         cached = self._bindings.get(index)
         if cached is None or not cached.is_of(source, destination, staging, transport.depth):
             cached = self._bind(index, source, destination, staging, transport.depth)
-        return run_move(cached.binding, transport)
+        return run_move(cached.bound, transport)
 
     def _bind(
         self,
@@ -173,10 +209,12 @@ class PlanExecution:
         cached = CachedBinding(
             None if source is None else weakref.ref(source, forget),
             None if destination is None else weakref.ref(destination, forget),
-            (_address(source), _address(destination)),
+            None if source is None else (source.data_ptr(), source.stride()),
+            None if destination is None else (destination.data_ptr(), destination.stride()),
             buffer,
+            program.staging_nbytes,
             depth,
-            binding,
+            as_operations(binding),
         )
         bindings[index] = cached
         return cached
@@ -212,10 +250,12 @@ class CachedBinding:
 
     source: "weakref.ref[torch.Tensor] | None"
     destination: "weakref.ref[torch.Tensor] | None"
-    addresses: tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]
+    from_address: Address | None
+    to_address: Address | None
     staging: torch.Tensor
+    staging_nbytes: int
     depth: tuple[int, int]
-    binding: Binding
+    bound: Bound
 
     def is_of(
         self,
@@ -228,9 +268,10 @@ class CachedBinding:
         return (
             (None if self.source is None else self.source()) is source
             and (None if self.destination is None else self.destination()) is destination
-            and self.addresses == (_address(source), _address(destination))
+            and (source is None or self.from_address == (source.data_ptr(), source.stride()))
+            and (destination is None or self.to_address == (destination.data_ptr(), destination.stride()))
             and self.depth == depth
-            and staging(self.binding.program.staging_nbytes) is self.staging
+            and staging(self.staging_nbytes) is self.staging
         )
 
 
@@ -242,8 +283,3 @@ def _alignment(tensor: torch.Tensor | None) -> int:
 def _alias(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Another tensor of the same memory. The one given may go while this stands (a view would keep its base alive)."""
     return None if tensor is None else tensor.detach()
-
-
-def _address(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Where a tensor's elements are, which may change under the same object (set_, data)."""
-    return (0, ()) if tensor is None else (tensor.data_ptr(), tensor.stride())

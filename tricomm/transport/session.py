@@ -89,7 +89,7 @@ class Session:
         self._participants = channel.participants
         self._fields = dict(fields)
         self._digest = digest_of(self._fields)
-        self._number = context.count(self._digest) if is_counted else 0
+        self._number_it(context.count(self._digest) if is_counted else 0)
         self._is_counted = is_counted
         self._stays_broken = stays_broken
         self._timeout_seconds = timeout_seconds
@@ -121,10 +121,10 @@ class Session:
         is_current = communicator is self.channel.communicator
         return State.CONNECTED if is_current and communicator.abort_reason is None else State.BROKEN
 
-    @property
-    def label(self) -> str:
-        """It in words, for errors."""
-        return self._label.replace(NUMBER, f"number {self._number}")
+    def _number_it(self, number: int) -> None:
+        """Say which of its fields it is; that stands in its label too."""
+        self._number = number
+        self.label = self._label.replace(NUMBER, f"number {number}")
 
     @property
     def identity(self) -> str:
@@ -138,28 +138,32 @@ class Session:
 
     # ---- a call: "with session: check, then run or start"
 
-    def __enter__(self) -> None:
-        """Begin a call on this thread.
+    def __enter__(self) -> Channel:
+        """Begin a call on this thread, which has the channel's turn from now on.
 
         Raises:
             SpecError: it was closed, or another thread is in a call. The other ranks are told.
         """
         self.calls += 1
+        channel = self._channel
         try:
-            if self._is_closed:
+            if self._is_closed or channel is None:
                 raise SpecError(CLOSED_TEXT)
-            self._raise_late()
-            self.channel.enter()
+            if self.last_run is not None:
+                self._raise_late(self.last_run)
+            if not channel.turn.acquire(blocking=False):
+                raise SpecError(channel.describe_two_threads())
         except SpecError as error:
             self.tell(error)
             raise
+        return channel
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the call on this thread; what stopped it reaches the other ranks."""
         if self._channel is not None:
-            self._channel.leave()
+            self._channel.turn.release()
         if error is not None and error is not self._told and not isinstance(error, TransportError):
             self.tell(error)
         self._told = None
@@ -192,15 +196,16 @@ class Session:
             TransportError: a rank failed.
         """
         deadline = time.monotonic() + self._timeout_seconds
-        self._raise_late()
+        if self.last_run is not None:
+            self._raise_late(self.last_run)
         communicator = self._communicator
-        self._require_all(communicator)
         if (
             communicator is None
             or communicator.abort_reason is not None
             or communicator is not self.channel.communicator
             or (self.meets_always and self._met_in_call != number)
         ):
+            self._require_all(communicator)
             communicator = self._connect(number, self._timeout_seconds)
         try:
             self._carry_out(communicator, execution, source, destination, number, self._timeout_seconds)
@@ -216,12 +221,11 @@ class Session:
                 raise TransportError(f"{error}; before that, {before.text if before else ''}") from error
             self._carry_out(communicator, execution, source, destination, number, deadline - time.monotonic())
 
-    def _raise_late(self) -> None:
+    def _raise_late(self, last: Run) -> None:
         """Raise, once, what became of a call that had returned before the device was done with it. The others wait for
         this rank no longer.
         """
-        last = self.last_run
-        if last is None or last.failure is None:
+        if last.failure is None:
             return
         self.last_run = None
         if not last.is_told:
@@ -246,12 +250,13 @@ class Session:
     ) -> None:
         call = CallId(self._tag, number, self.label)
         run = communicator.begin(call, timeout_seconds)
+        is_complete = False
         try:
             for work in execution.steps(source, destination, self.channel.staging, communicator):
                 work.wait()
             if self._confirm:
                 communicator.confirm()
-            communicator.complete()
+            is_complete = True
             self.last_run = None if run.pending is None else run
         except TransportError:
             self.last_run = None
@@ -261,14 +266,14 @@ class Session:
             self._told = error
             raise
         finally:
-            communicator.end(run)
+            communicator.end(run, is_complete)
 
     def _connect(self, number: int, timeout_seconds: float) -> Communicator:
         communicator = self._communicator
         if self._stays_broken and communicator is not None and communicator.abort_reason is not None:
             raise TransportError(communicator.abort_reason.text)
         if self._is_counted and not self._number:
-            self._number = self._context.count(self._digest)
+            self._number_it(self._context.count(self._digest))
         fields = dict(self._fields)
         if self._is_counted:
             fields[NUMBER_FIELD] = f"number {self._number}"
@@ -302,7 +307,7 @@ class Session:
             self.calls = 0
         if self._is_counted and self._number:
             self._context.uncount(self._digest, self._number)
-            self._number = 0
+            self._number_it(0)
 
     # ---- the end
 

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 from tricomm.errors import TransportError
@@ -41,14 +42,21 @@ LOST_BEATS = 2.0
 """So many heartbeats the monitor looks who is silent after a backend has said that it lost some connection."""
 
 
+@lru_cache(maxsize=64)
 def heartbeat_seconds(timeout_seconds: float) -> float:
     """Return the time between two heartbeats: a tenth of the timeout, at most a second."""
     return min(MAX_HEARTBEAT_SECONDS, timeout_seconds / 10)
 
 
-def deadline_after(timeout_seconds: float, now: float | None = None) -> float:
-    """Return when a wait that begins now must end: a little early, so that its error is there within the timeout."""
-    return (time.monotonic() if now is None else now) + timeout_seconds - min(0.25, 0.05 * timeout_seconds)
+@lru_cache(maxsize=64)
+def waiting_seconds(timeout_seconds: float) -> float:
+    """Return how long a wait lasts: a little less than its timeout, within which its error is to be there."""
+    return timeout_seconds - min(0.25, 0.05 * timeout_seconds)
+
+
+def deadline_after(timeout_seconds: float) -> float:
+    """Return when a wait that begins now must end."""
+    return time.monotonic() + waiting_seconds(timeout_seconds)
 
 
 class Run:
@@ -95,7 +103,7 @@ class Run:
         self.place = place
         self.describe = describe
         self.began = time.monotonic()
-        self.deadline = deadline_after(timeout_seconds)
+        self.deadline = self.began + waiting_seconds(timeout_seconds)
         self.heartbeat_seconds = heartbeat_seconds(timeout_seconds)
         self.abort = abort
         self.participants = participants
@@ -143,7 +151,7 @@ class Run:
         try:
             if not self.pending.is_begun():
                 self.awaited = None
-                self.deadline = deadline_after(self.timeout_seconds, now)
+                self.deadline = now + waiting_seconds(self.timeout_seconds)
                 return False
             awaited = self.pending.awaited()
         except RuntimeError as error:
@@ -185,8 +193,14 @@ class _Shared:
         self.seconds = MAX_HEARTBEAT_SECONDS
         self.busy = threading.Event()
         self.hurry = threading.Event()
+        self.is_idle = True
+        """Whether the thread waits for ``busy``, or is about to; asking the event itself takes longer."""
         self.computing = Computing()  # written by the thread that computes alone
         self.is_ended = False
+
+    def wake(self) -> None:
+        self.is_idle = False
+        self.busy.set()
 
     def end(self) -> None:
         self.is_ended = True
@@ -211,15 +225,16 @@ class Monitor:
     def watch(self, run: Run) -> None:
         """Begin to watch a run."""
         shared = self._shared
-        run.computed_before = shared.computing.seconds(run.began)
+        computing = shared.computing
+        run.computed_before = computing.seconds(run.began) if computing.what else computing.seconds_before
         shared.runs[id(run)] = run
         if run.heartbeat_seconds < shared.seconds:
             shared.seconds = run.heartbeat_seconds
             shared.hurry.set()
         if self._thread is None:
             self._start()
-        if not shared.busy.is_set():
-            shared.busy.set()
+        if shared.is_idle:
+            shared.wake()
 
     def release(self, run: Run) -> None:
         """End to watch a run."""
@@ -238,8 +253,8 @@ class Monitor:
         shared.computing = Computing(what, began, shared.computing.seconds_before, heartbeat_seconds(timeout_seconds))
         if self._thread is None:
             self._start()
-        if not shared.busy.is_set():
-            shared.busy.set()
+        if shared.is_idle:
+            shared.wake()
         try:
             yield
         finally:
@@ -268,10 +283,11 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
             run.abort = None
         shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.heartbeat_seconds for run in runs)])
         if not runs and not shared.computing.what:
+            shared.is_idle = True
             shared.busy.clear()
             # A run may have begun between the lines above.
             if shared.runs or shared.computing.what:
-                shared.busy.set()
+                shared.wake()
         del runs
 
 
