@@ -5,7 +5,9 @@ import inspect
 import signal
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -69,6 +71,34 @@ def at_a_meeting() -> tricomm.World:
     return world
 
 
+@cache
+def two_sides() -> dict[str, tricomm.World]:
+    """Two jobs of one rank each."""
+    meeting = tricomm.Meeting("tcp://127.0.0.1:0", secret=SECRET)
+    sizes = {"a": 1, "b": 1}
+
+    def come(side: str) -> tricomm.World:
+        return tricomm.connect(
+            meeting.address, side=side, side_rank=0, side_sizes=sizes, secret=SECRET, timeout_seconds=20, device="cpu"
+        )
+
+    with ThreadPoolExecutor() as jobs:
+        first, second = jobs.map(come, sizes)
+    weakref.finalize(first, meeting.close)
+    return {"a": first, "b": second}
+
+
+def make_feed(side: str = "a", **given: Any) -> tricomm.Feed:
+    there = replace(ROWS, mesh=Mesh([1], ("x",)))
+    chosen = {"specs": {"a": {"w": ROWS}, "b": {"w": there}}, "source": "a", "destination": "b", "name": f"of {side}"}
+    return tricomm.Feed(two_sides()[side], **{**chosen, **given})
+
+
+def wait_newer(**given: Any) -> None:
+    with suppress(tricomm.TransportError):
+        make_feed("a").wait_newer(**given, timeout_seconds=0.01)
+
+
 OPEN = ShardingSpec(ONE, (Shard(0),), dtype="float32")
 LAYER = pl.EdgeTensor(WHOLE, ROWS)
 TOPOLOGY = Topology(("a",))
@@ -81,6 +111,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Auto": (tricomm.Auto, {}),
     "Broadcast": (tricomm.Broadcast, {"chunk_bytes": 64}),
     "Ensemble": (tricomm.Ensemble, {}),
+    "Feed": (make_feed, {
+        "specs": {"a": {"w": ROWS}, "b": {"w": ROWS}}, "source": "a", "destination": "b", "before": None, "name": "f",
+        "timeout_seconds": 3}),
+    "Feed.pull": (lambda **given: make_feed("b").pull(**given, timeout_seconds=0.01), {
+        "out": {"w": torch.zeros(4, 4)}}),
+    "Feed.push": (lambda **given: make_feed("a").push(**given), {
+        "tensors": {"w": torch.zeros(4, 4)}, "version": 1, "base_version": None, "beside": "fence"}),
+    "Feed.wait_newer": (wait_newer, {"than": None}),
     "GlobalAllGather": (tricomm.GlobalAllGather, {"chunk_bytes": 64}),
     "LeastLoaded": (tricomm.LeastLoaded, {}),
     "LocalAllGather": (tricomm.LocalAllGather, {"chunk_bytes": 64}),
@@ -251,8 +289,8 @@ PIPELINE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 # Values and results, which the library makes; and what torch or Python calls.
 NOT_CALLED = {
-    "Candidate", "Channel", "Missing", "World", "Edge", "Evaluation", "Handle", "Plan", "Stats", "StepComparison",
-    "Timeline", "Timeline.busy_seconds",
+    "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Push", "Stats",
+    "StepComparison", "World", "Timeline", "Timeline.busy_seconds",
     "Tuned", "Resharder.made", "Resharder.forward",
     "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """tricomm moves a sharded tensor from one device mesh to another with a different layout."""
 
-from tricomm.connect.join import Missing
-from tricomm.connect.server import Meeting
+from tricomm.connect.feed import Feed
+from tricomm.connect.meeting.join import Missing
+from tricomm.connect.meeting.server import Meeting
+from tricomm.connect.push import Latest, Push
 from tricomm.connect.version import __version__ as __version__
 from tricomm.connect.world import World, connect
 from tricomm.errors import ArgumentError, PlanError, SpecError, TransportError, TricommError
@@ -38,8 +40,10 @@ __all__ = [
     "Auto",
     "Broadcast",
     "Ensemble",
+    "Feed",
     "GlobalAllGather",
     "Handle",
+    "Latest",
     "LeastLoaded",
     "LocalAllGather",
     "LocalTransport",
@@ -51,6 +55,7 @@ __all__ = [
     "Partial",
     "Plan",
     "PlanError",
+    "Push",
     "RandomizedGreedy",
     "Replicate",
     "Resharder",

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tricomm.connect.server import Meeting
+from tricomm.connect.meeting.server import Meeting
 from tricomm.draw import plan_svg, timeline_perfetto, timeline_svg
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.mesh import Mesh

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec
-from tricomm.connect import handshake, host
-from tricomm.connect.handshake import Seals
-from tricomm.connect.host import Host
-from tricomm.connect.join import Join, Missing, Paired, Refused, Status, decode_status, encode_status
+from tricomm.connect.meeting import handshake, host
+from tricomm.connect.meeting.handshake import Seals
+from tricomm.connect.meeting.host import Host
+from tricomm.connect.meeting.join import Join, Missing, Paired, Refused, Status, decode_status, encode_status
+from tricomm.connect.meeting.table import MAX_TABLE_BYTES, Table
+from tricomm.connect.meeting.wire import MAX_BODY_BYTES, MAX_VALUE_BYTES, FrameReader, Reader, WireError, Writer, framed
 from tricomm.connect.specs import decode_specs, encode_specs, placed
-from tricomm.connect.table import MAX_TABLE_BYTES, Table
-from tricomm.connect.wire import MAX_BODY_BYTES, MAX_VALUE_BYTES, FrameReader, Reader, WireError, Writer, framed
 from tricomm.errors import SpecError, TransportError, TricommError
 
 SECRET = b"a secret of the tests"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tricomm.connect.join import Join, Missing, Paired, Refused
-from tricomm.connect.room import (
+from tricomm.connect.meeting.join import Join, Missing, Paired, Refused
+from tricomm.connect.meeting.room import (
     TWICE_SECONDS,
     Room,
     find_difference,

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tricomm.connect.meeting.wire import Reader, Writer
 from tricomm.connect.specs import MAX_SPECS_BYTES, Specs, decode_specs, encode_specs
-from tricomm.connect.wire import Reader, Writer
 from tricomm.errors import TransportError
 
 PIECE_BYTES = 512 << 10

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tricomm.connect.join import Join
+from tricomm.connect.meeting.join import Join
 from tricomm.connect.version import __version__
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tricomm.connect.wire import Reader, WireError, Writer
+from tricomm.connect.meeting.wire import Reader, WireError, Writer
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial, Placement, Replicate, Shard

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from tricomm.connect import host
-from tricomm.connect.client import Client
-from tricomm.connect.wire import Writer
+from tricomm.connect.meeting import host
+from tricomm.connect.meeting.client import Client
+from tricomm.connect.meeting.wire import Writer
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.store import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, PAUSE_GROWTH
 

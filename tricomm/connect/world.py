@@ -9,12 +9,12 @@ from typing import NamedTuple, Self, Unpack
 import torch
 import torch.distributed as dist
 
-from tricomm.connect.client import Client
 from tricomm.connect.exchange import Exchange, Known
 from tricomm.connect.facts import join_of
-from tricomm.connect.handshake import checked_secret
-from tricomm.connect.join import MAX_NAME_BYTES, MAX_SIDE_RANKS, MAX_SIDES, Missing, Paired, Refused, Status
-from tricomm.connect.server import parse_address
+from tricomm.connect.meeting.client import Client
+from tricomm.connect.meeting.handshake import checked_secret
+from tricomm.connect.meeting.join import MAX_NAME_BYTES, MAX_SIDE_RANKS, MAX_SIDES, Missing, Paired, Refused, Status
+from tricomm.connect.meeting.server import parse_address
 from tricomm.connect.specs import placed
 from tricomm.connect.store import EpochStore
 from tricomm.errors import ArgumentError, SpecError
@@ -87,7 +87,7 @@ class World(dist.ProcessGroup):
         hosts: of each rank.
 
     Example:
-        >>> from tricomm.connect.server import Meeting
+        >>> from tricomm.connect.meeting.server import Meeting
         >>> secret = "a secret of one example"
         >>> meeting = Meeting("tcp://127.0.0.1:0", secret=secret)
         >>> first = connect(meeting.address, side="trainer", side_rank=0, side_sizes={"trainer": 1}, secret=secret)
@@ -301,7 +301,7 @@ def connect(
         SpecError: a side or rank that is none; an ArgumentError where an argument is of the wrong kind.
 
     Example:
-        >>> from tricomm.connect.server import Meeting
+        >>> from tricomm.connect.meeting.server import Meeting
         >>> secret = "a secret of one example"
         >>> with Meeting("tcp://127.0.0.1:0", secret=secret) as meeting:
         ...     sizes = {"trainer": 1}

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from tricomm.connect.join import MAX_MISSING, Join, Missing, Paired, Place, Refused, Status
+from tricomm.connect.meeting.join import MAX_MISSING, Join, Missing, Paired, Place, Refused, Status
 
 T = TypeVar("T")
 

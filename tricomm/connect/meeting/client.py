@@ -7,11 +7,11 @@ import time
 import weakref
 from collections.abc import Callable
 
-from tricomm.connect import handshake, host
-from tricomm.connect.handshake import Seals
-from tricomm.connect.join import Join, Missing, Paired, Refused, Status, decode_status
-from tricomm.connect.server import close_in_children, format_address, parse_address
-from tricomm.connect.wire import LENGTH, MAX_BODY_BYTES, SEAL_BYTES, Reader, WireError, Writer, framed
+from tricomm.connect.meeting import handshake, host
+from tricomm.connect.meeting.handshake import Seals
+from tricomm.connect.meeting.join import Join, Missing, Paired, Refused, Status, decode_status
+from tricomm.connect.meeting.server import close_in_children, format_address, parse_address
+from tricomm.connect.meeting.wire import LENGTH, MAX_BODY_BYTES, SEAL_BYTES, Reader, WireError, Writer, framed
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.store import GroupOverError
 
@@ -116,6 +116,11 @@ class Connection:
                 )
                 self._socket.close()
                 raise GroupOverError(self.broken) from error
+            except BaseException:
+                # The answer is still to come, and would be taken for that of the next question.
+                self.broken = f"this process was interrupted while it asked the meeting at {self.name}; connect() anew"
+                self._socket.close()
+                raise
 
     def end(self) -> None:
         """Leave in peace and close. May be called again, and at the end of the process."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tricomm.connect.wire import Reader, WireError, Writer
+from tricomm.connect.meeting.wire import Reader, WireError, Writer
 
 MAX_SIDES = 64
 MAX_SIDE_RANKS = 1 << 20

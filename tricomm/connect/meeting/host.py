@@ -15,12 +15,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tricomm.connect import handshake
-from tricomm.connect.handshake import Seals
-from tricomm.connect.join import Join, encode_status
-from tricomm.connect.room import Room, join, leave, lose, over_reason, settle, status_of
-from tricomm.connect.table import FINAL, Table
-from tricomm.connect.wire import (
+from tricomm.connect.meeting import handshake
+from tricomm.connect.meeting.handshake import Seals
+from tricomm.connect.meeting.join import Join, encode_status
+from tricomm.connect.meeting.room import Room, join, leave, lose, over_reason, settle, status_of
+from tricomm.connect.meeting.table import FINAL, Table
+from tricomm.connect.meeting.wire import (
     MAX_BODY_BYTES,
     MAX_KEY_BYTES,
     SEAL_BYTES,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from tricomm.connect.handshake import checked_secret
-from tricomm.connect.host import Host
+from tricomm.connect.meeting.handshake import checked_secret
+from tricomm.connect.meeting.host import Host
 from tricomm.errors import ArgumentError, SpecError
 
 LOG = logging.getLogger("tricomm")

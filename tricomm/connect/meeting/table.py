@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tricomm.connect.wire import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from tricomm.connect.meeting.wire import MAX_KEY_BYTES, MAX_VALUE_BYTES
 from tricomm.errors import TransportError
 
 FINAL = "final/"

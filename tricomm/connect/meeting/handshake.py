@@ -11,7 +11,7 @@ connection and direction: nothing can be changed, repeated, left out or put in o
 import hmac
 import os
 
-from tricomm.connect.wire import INTEGER, SEAL_BYTES, WireError
+from tricomm.connect.meeting.wire import INTEGER, SEAL_BYTES, WireError
 from tricomm.errors import ArgumentError, SpecError
 
 MAGIC = b"tricomm meeting 1\n"

@@ -1,0 +1,113 @@
+"""What the calls of a feed return, and how its moves end."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from tricomm.errors import TransportError, TricommError
+from tricomm.transport.handle import Handle
+
+
+class Latest(NamedTuple):
+    """What the destination of a feed holds.
+
+    Attributes:
+        version: that was published last; None is none.
+        dirty: why its tensors are not that version now: a push is under way, or failed. "" if they are.
+
+    Example:
+        >>> Latest(7, "the push of version 8 is under way").version
+        7
+    """
+
+    version: int | None
+    dirty: str
+
+
+class Push:
+    """A call of :meth:`Feed.push` on a rank of the source.
+
+    Attributes:
+        version: that it brings.
+        is_started: whether it began. One that did is never skipped.
+        skipped: why it did not begin; "" if it did.
+        snapshot_nbytes: memory of this rank that holds a copy of its tensors, kept by the feed for the next push.
+
+    Example:
+        >>> push = Push(7, "1 of 3 ranks are ready")
+        >>> push.is_started, push.wait()
+        (False, False)
+    """
+
+    def __init__(
+        self,
+        version: int,
+        skipped: str,
+        handles: tuple[Handle, ...] = (),
+        outcome: "Future[str] | None" = None,
+        snapshot_nbytes: int = 0,
+    ) -> None:
+        self.version = version
+        self.skipped = skipped
+        self.is_started = not skipped
+        self.snapshot_nbytes = snapshot_nbytes
+        self._handles = () if snapshot_nbytes else handles
+        self._outcome = outcome
+
+    def wait_source(self) -> None:
+        """Return when the tensors that were pushed may change: at once after a snapshot, else when all is sent.
+
+        On a GPU the host goes on before, and what it queues on the current stream runs afterwards.
+        """
+        for handle in self._handles:
+            handle.wait_done()
+
+    def done(self) -> bool:
+        """Whether wait() would return, or raise, at once."""
+        return self._outcome is None or self._outcome.done()
+
+    def wait(self) -> bool:
+        """Return when it is published, true; or false at once if it was skipped.
+
+        Raises:
+            TransportError: it failed. The destination's tensors are a mix until another push is published.
+        """
+        if self._outcome is None:
+            return False
+        failure = self._outcome.result()
+        if failure:
+            raise TransportError(f"the push of version {self.version} failed: {failure}")
+        return True
+
+
+class Telling:
+    """Fails the push for everybody if its block ends by an exception.
+
+    Args:
+        settle: votes against it, for a reason.
+        rank: this one.
+    """
+
+    def __init__(self, settle: Callable[[str], str], rank: int) -> None:
+        self._settle = settle
+        self._rank = rank
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._settle(f"rank {self._rank}: {type(error).__name__}: {error}")
+
+
+def failure_of(handles: tuple[Handle, ...]) -> str | None:
+    """Wait until all have ended, and return why the first that failed did."""
+    found = None
+    for handle in handles:
+        try:
+            handle.check()
+        except TricommError as error:
+            found = found or str(error)
+        except Exception as error:
+            found = found or f"{type(error).__name__}: {error}"
+    return found
