@@ -30,7 +30,8 @@ ANNOUNCED = State(Phase.ANNOUNCED)
 
 
 def note(rank: int = 0, **changes: object) -> Note:
-    return Note(EPOCH, (0, 1, 2), "", f"call 3 of Resharder {rank}", {"layout": "S0"})._replace(**changes)
+    told = Note(EPOCH, ((0, 2, 1),), "", f"call 3 of Resharder {rank}", "S0", fields={"layout": "S0"})
+    return told._replace(**changes)
 
 
 ALIKE = {rank: note(rank) for rank in (0, 1, 2)}
@@ -117,7 +118,7 @@ def test_calls_of_other_numbers_are_a_mismatch() -> None:
 
 
 def test_a_refusal_is_no_mismatch_and_comes_first() -> None:
-    refused = note(2, fields=None, refusal="rank 2 refused the call: SpecError: no", epoch=CallEpoch("all", 1))
+    refused = note(2, digest=None, refusal="rank 2 refused the call: SpecError: no", epoch=CallEpoch("all", 1))
     notes = {0: note(0), 1: note(1, fields={"layout": "S1"}), 2: refused}
     _, action = advance(ANNOUNCED, View(101.0, notes=notes), TERMS)
     expected = ("rank 2 refused the call: SpecError: no", 2, (EPOCH, CallEpoch("all", 1)), (), False)

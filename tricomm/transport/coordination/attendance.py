@@ -32,24 +32,47 @@ class CallEpoch(NamedTuple):
     number: int
 
 
+def runs_of(ranks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Write ranks as few (first, last, distance), for a fleet has thousands.
+
+    Example:
+        >>> runs_of([0, 1, 2, 3, 8, 16, 24])
+        [(0, 3, 1), (8, 24, 8)]
+    """
+    found: list[tuple[int, int, int]] = []
+    for rank in sorted(ranks):
+        first, last, distance = found[-1] if found else (rank, rank, 0)
+        if found and rank - last == (distance or rank - last):
+            found[-1] = (first, rank, rank - last)
+        else:
+            found.append((rank, rank, 0))
+    return found
+
+
 class Note(NamedTuple):
     """What a rank tells the others who may wait for it.
 
     Attributes:
         epoch: at which it is.
-        participants: who must come there.
+        participants: who must come there, as ``runs_of`` writes them.
         channel: of the call.
         call: in words.
-        fields: what it is about to do, by name; None if it refused.
+        digest: of what it is about to do; None if it refused.
         refusal: why it does not come.
+        fields: what it is about to do, by name; None if it refused, or as long as nobody has looked.
     """
 
     epoch: CallEpoch
-    participants: Sequence[int]
+    participants: Sequence[tuple[int, int, int]]
     channel: str
     call: str
-    fields: Mapping[str, str] | None
+    digest: str | None
     refusal: str = ""
+    fields: Mapping[str, str] | None = None
+
+    def awaits(self, rank: int) -> bool:
+        """True if a rank must come there."""
+        return any(rank in range(first, last + 1, max(step, 1)) for first, last, step in self.participants)
 
     @classmethod
     def of(cls, value: Sequence[Any]) -> "Note":
@@ -195,7 +218,7 @@ def find_mismatch(notes: Mapping[int, Note], participants: Sequence[int]) -> tup
     The first rank that refused, or else the first that says another thing than the lowest rank.
     """
     for rank in participants:
-        if rank in notes and notes[rank].fields is None:
+        if rank in notes and notes[rank].digest is None:
             return notes[rank].refusal, rank
     speaking = [rank for rank in participants if rank in notes]
     for rank in speaking[1:]:

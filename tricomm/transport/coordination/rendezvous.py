@@ -10,11 +10,18 @@ another failed, and a call that failed may simply be made again.
 | rendezvous/NAME/EPOCH/DIGEST | every rank (add) | it arrives | itself: the last knows | the last, an epoch later |
 | rendezvous/NAME/EPOCH/reconnect | a rank without connections | before it arrives | the last | likewise |
 | rendezvous/NAME/EPOCH/outcome | the last, or who sees a problem | once (compare_set) | all who came | likewise |
-| now/RANK | RANK | PATIENCE after it arrived, or it refused | who waits for it | never: one per rank |
+| rendezvous/NAME/EPOCH/waiting | every rank (add) | it announces itself | itself: the first two watch | likewise |
+| rendezvous/NAME/EPOCH/DIGEST/fields | a rank | it announces itself | watchers, if digests differ | likewise |
+| now/RANK | RANK | PATIENCE after it arrived, or it refused | watchers | never: one per rank |
 
 NAME is a hash of the participants and the channel. On the fast path a rank adds one to a counter and looks at the
 outcome; what it is about to do it tells in detail only if somebody is slow. What a rank does while it waits, the state
 machine in ``attendance`` says; what an outcome means for it, ``Rendezvous._take`` says.
+
+Of thousands of ranks few are ever as quick as PATIENCE, so waiting must be cheap too. A rank that waits writes one
+short note, and looks at the outcome at growing distances. The notes of the others are read by watchers alone, the first
+two that wait, and by a rank whose time is over before a watcher has decided anything. What a rank is about to do stands
+in its note as a digest; fields, which name all ranks and hosts, are written once per digest.
 """
 
 import hashlib
@@ -40,14 +47,21 @@ from tricomm.transport.coordination.attendance import (
     Terms,
     View,
     advance,
+    runs_of,
 )
 from tricomm.transport.coordination.monitor import Monitor, Run, deadline_after
-from tricomm.transport.coordination.store import store_errors, wait_for_key
+from tricomm.transport.coordination.store import LONGEST_PAUSE_SECONDS, store_errors, wait_for_key
 
 DONE = "done "
 
 MAX_NOTES = 16
 """Notes of so many channels are kept, the latest."""
+
+WATCHERS = 2
+"""Ranks of a rendezvous that read what the others tell; two, so that one may die."""
+
+RANKS_AT_ONCE = 64
+"""With more ranks, watchers look as many times more seldom, and all ranks ask for the outcome more seldom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +175,7 @@ class Rendezvous:
             self._end(reason, self.rank, [epoch])
             # For ranks that expect it in a call of other participants.
             told = tuple(participants if audience is None else audience)
-            self._announce(Note(epoch, told, channel, "", None, reason))
+            self._announce(Note(epoch, runs_of(told), channel, "", None, reason))
 
     def abort_awaited(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
         """As ``abort``, if others wait for this rank in a rendezvous by now; else nothing."""
@@ -230,7 +244,8 @@ class Rendezvous:
         terms = Terms(epoch, intent.participants, time.monotonic(), deadline, dict(self._dead))
         state, view = State(), View(terms.arrived, is_last=is_last)
         run = Run(f"rendezvous/{epoch.name}", lambda: intent.call, timeout_seconds, None)
-        before: dict[int, int] = {}
+        crowd = max(len(intent.participants) / RANKS_AT_ONCE, 1.0)
+        watches, before = False, dict[int, int]()
         try:
             while True:
                 state, action = advance(state, view, terms)
@@ -243,11 +258,19 @@ class Rendezvous:
                         return self._end(*action)
                     case Announce():
                         self._monitor.watch(run)
+                        self._tell_fields(epoch, intent)
                         self._announce(_note_of(intent, epoch))
-                        before = {rank: self._monitor.status.heartbeat_of(rank).number for rank in intent.participants}
-                        view = self._view(epoch, intent, before)
+                        watches = self.store.add(_waiting_key(epoch), 1) <= WATCHERS
+                        if watches:
+                            status = self._monitor.status
+                            before = {rank: status.heartbeat_of(rank).number for rank in intent.participants}
+                        view = self._view(epoch, intent, before) if watches else View(time.monotonic())
                     case Look():
-                        if wait_for_key(self.store, _outcome_key(epoch), action.seconds):
+                        seconds = action.seconds
+                        if state.phase is not Phase.ARRIVED:
+                            left = deadline - time.monotonic()
+                            seconds = min(seconds * crowd, left) if watches else left
+                        if wait_for_key(self.store, _outcome_key(epoch), seconds, LONGEST_PAUSE_SECONDS * crowd):
                             view = View(time.monotonic(), bytes(self.store.get(_outcome_key(epoch))).decode())
                         elif state.phase is Phase.ARRIVED:
                             view = View(time.monotonic())
@@ -259,8 +282,9 @@ class Rendezvous:
     def _view(self, epoch: CallEpoch, intent: Intent, before: Mapping[int, int]) -> View:
         """Look at what the others say, and where those are that say nothing."""
         notes = self._read_notes(epoch, intent.participants, intent.channel)
+        notes = {rank: note._replace(fields=self._fields_of(note, intent)) for rank, note in notes.items()}
         elsewhere = {}
-        for rank in intent.participants:
+        for rank in before:
             if rank not in notes:
                 beat = self._monitor.status.heartbeat_of(rank)
                 if beat.waits and beat.number != before.get(rank):
@@ -273,7 +297,8 @@ class Rendezvous:
         digest = self._last_digest.pop(epoch.name, None)
         if digest is not None:
             before = epoch._replace(number=epoch.number - 1)
-            for key in (_outcome_key(before), _count_key(before, digest), _reconnect_key(before)):
+            count = _count_key(before, digest)
+            for key in (_outcome_key(before), count, f"{count}/fields", _reconnect_key(before), _waiting_key(before)):
                 self.store.delete_key(key)
         return outcome
 
@@ -303,6 +328,22 @@ class Rendezvous:
                 self._conclude(epoch, outcome)
         return outcome
 
+    def _tell_fields(self, epoch: CallEpoch, intent: Intent) -> None:
+        """Write what this rank is about to do, unless somebody has."""
+        key = f"{_count_key(epoch, intent.digest)}/fields"
+        if not self.store.check([key]):
+            self.store.set(key, json.dumps(dict(intent.fields)))
+
+    def _fields_of(self, note: Note, intent: Intent) -> Mapping[str, str] | None:
+        """What the rank that wrote a note is about to do; None if it refused."""
+        if note.digest in (None, intent.digest):
+            return None if note.digest is None else intent.fields
+        key = f"{_count_key(note.epoch, note.digest)}/fields"
+        if not self.store.check([key]):
+            return {"digest": note.digest}  # it is past that call by now
+        fields: dict[str, str] = json.loads(self.store.get(key))
+        return fields
+
     def _announce(self, note: Note) -> None:
         """Tell the others where this rank is, on each of its channels."""
         with self._lock:
@@ -320,7 +361,7 @@ class Rendezvous:
             if not self.store.check([key]):
                 continue
             for note in map(Note.of, json.loads(self.store.get(key))):
-                is_ahead = note.epoch.number > self._epochs.get(note.epoch.name, 0) and self.rank in note.participants
+                is_ahead = note.epoch.number > self._epochs.get(note.epoch.name, 0) and note.awaits(self.rank)
                 if note.channel == channel and (note.epoch == epoch or is_ahead):
                     found[rank] = note
         return found
@@ -332,7 +373,7 @@ def _name_of(participants: Sequence[int], channel: str) -> str:
 
 
 def _note_of(intent: Intent, epoch: CallEpoch) -> Note:
-    return Note(epoch, intent.participants, intent.channel, intent.call, dict(intent.fields))
+    return Note(epoch, runs_of(intent.participants), intent.channel, intent.call, intent.digest)
 
 
 def _outcome_key(epoch: CallEpoch) -> str:
@@ -341,6 +382,10 @@ def _outcome_key(epoch: CallEpoch) -> str:
 
 def _reconnect_key(epoch: CallEpoch) -> str:
     return f"rendezvous/{epoch.name}/{epoch.number}/reconnect"
+
+
+def _waiting_key(epoch: CallEpoch) -> str:
+    return f"rendezvous/{epoch.name}/{epoch.number}/waiting"
 
 
 def _count_key(epoch: CallEpoch, digest: str) -> str:

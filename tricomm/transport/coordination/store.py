@@ -32,7 +32,7 @@ def store_errors() -> Iterator[None]:
         ) from error
 
 
-def wait_for_key(store: Any, key: str, seconds: float) -> bool:
+def wait_for_key(store: Any, key: str, seconds: float, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> bool:
     """Whether the key appears within some seconds.
 
     Asked for again and again, at growing distances: a store's own wait logs a warning for every wait that ends
@@ -43,8 +43,8 @@ def wait_for_key(store: Any, key: str, seconds: float) -> bool:
     while not store.check([key]):
         if time.monotonic() > deadline:
             return False
-        time.sleep(pause)
-        pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
+        time.sleep(min(pause, max(deadline - time.monotonic(), FIRST_PAUSE_SECONDS)))
+        pause = min(PAUSE_GROWTH * pause, longest_pause_seconds)
     return True
 
 
