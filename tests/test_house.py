@@ -27,6 +27,8 @@ LAYERS = [
     ["options", "packing"],
     ["autograd"],
     ["transport"],
+    ["tape"],
+    ["gradients"],
     ["resharder"],
     ["reshard"],
     ["redistribute"],

@@ -136,7 +136,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Naive": (tricomm.Naive, {}),
     "Options": (tricomm.Options, {
         "strategy": tricomm.Auto(), "balance": tricomm.Split(), "topology": TOPOLOGY, "staging_bytes": 64,
-        "device": "cpu", "timeout_seconds": 3, "confirm": True, "channel": "a", "name": "b"}),
+        "device": "cpu", "timeout_seconds": 3, "confirm": True, "channel": "a", "name": "b", "differentiable": True,
+        "grad_placements": (Replicate(),)}),
     "Partial": (Partial, {"op": "sum"}),
     "Plan.lower_bound_seconds": (PLAN.lower_bound_seconds, {"topology": None}),
     "Plan.simulated_seconds": (PLAN.simulated_seconds, {"topology": None}),
@@ -192,6 +193,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "connect": (call_connect, {
         "address": "here", "side": "a", "side_rank": 0, "side_sizes": {"a": 1}, "secret": SECRET, "timeout_seconds": 3,
         "device": "cpu", "name": "b", "host": None, "on_waiting": None}),
+    "backward": (tricomm.backward, {
+        "group": None, "channels": ("a",), "retain_graph": False, "create_graph": False}),
     "local_shard": (tricomm.local_shard, {"tensor": torch.zeros(4, 4), "spec": ROWS, "rank": 0}),
     "make_plan": (tricomm.make_plan, {
         "source": WHOLE, "destination": ROWS, "topology": None, "strategy": tricomm.Auto(),

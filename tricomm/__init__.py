@@ -32,6 +32,7 @@ from tricomm.redistribute import redistribute
 from tricomm.reshard import reshard, reshard_async
 from tricomm.resharder import Resharder
 from tricomm.stats import Stats
+from tricomm.tape import backward
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle
 
@@ -70,6 +71,7 @@ __all__ = [
     "TransportError",
     "TricommError",
     "World",
+    "backward",
     "connect",
     "local_shard",
     "make_plan",

@@ -1,24 +1,27 @@
-"""Gradients through a reshard: the gradient of a move is the move back."""
+"""The layouts of gradients: the gradient of a move is the move back."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import torch
 
-from tricomm.errors import SpecError, TricommError
+from tricomm.errors import SpecError
 from tricomm.layout.intervals import without_repeats
 from tricomm.layout.placement import Partial, Placement, Replicate
 from tricomm.layout.spec import ShardingSpec
-from tricomm.packing.tensor_checker import describe_transform
-from tricomm.plan import Plan
+from tricomm.layout.torch_layout import read_placements
+from tricomm.packing.copy_program import torch_dtype
 
 
-def gradient_specs(source: ShardingSpec, destination: ShardingSpec) -> tuple[ShardingSpec, ShardingSpec]:
+def gradient_specs(
+    source: ShardingSpec, destination: ShardingSpec, grad_placements: Sequence[Any] | None = None
+) -> tuple[ShardingSpec, ShardingSpec]:
     """(layout of the incoming gradient, layout of the outgoing one).
 
     The gradient of the result has the result's layout; replicas of the result have equal gradients, as in
-    DTensor. The gradient of each contribution to a sum is the whole gradient, so Partial axes become replicated.
+    DTensor, unless ``grad_placements`` say that they are to be added up. The gradient of each contribution to a sum is
+    the whole gradient, so Partial axes become replicated.
 
     Raises:
         SpecError: a maximum or minimum, whose gradient needs to know who won; a result that holds an element in two
@@ -38,7 +41,44 @@ def gradient_specs(source: ShardingSpec, destination: ShardingSpec) -> tuple[Sha
                 f"{placement!r} has no gradient that its layout determines; reduce it yourself and detach the result"
             )
         placements.append(Replicate() if isinstance(placement, Partial) else placement)
-    return destination, replace(source, placements=tuple(placements))
+    incoming = destination if grad_placements is None else _incoming(destination, grad_placements)
+    return incoming, replace(source, placements=tuple(placements))
+
+
+def _incoming(destination: ShardingSpec, grad_placements: Sequence[Any]) -> ShardingSpec:
+    """The layout of the gradient of a result, of which replicas may be contributions."""
+    read = read_placements(destination.mesh, grad_placements, destination.shape)
+    for axis, (one, of_result) in enumerate(zip(read.placements, destination.placements, strict=False)):
+        is_sum = isinstance(one, Partial) and one.op in ("sum", "avg") and isinstance(of_result, Replicate)
+        if one != of_result and not is_sum:
+            raise SpecError(
+                f"grad_placements={tuple(grad_placements)} have {one!r} on axis {destination.mesh.axis_names[axis]!r}, "
+                f"where the result is {of_result!r}; a gradient lies as the result does, or is Partial() where that is "
+                "replicated"
+            )
+    if len(read.placements) != len(destination.placements):
+        raise SpecError(
+            f"grad_placements={tuple(grad_placements)} cannot be those of {destination}; leave them out for a result "
+            "with explicit holdings"
+        )
+    return replace(destination, placements=read.placements)
+
+
+def check_differentiable_layouts(
+    source: ShardingSpec, destination: ShardingSpec, grad_placements: Sequence[Any] | None
+) -> None:
+    """Refuse at once what has no gradient.
+
+    Raises:
+        SpecError: a dtype without derivatives, or see :func:`gradient_specs`.
+    """
+    for spec in (source, destination):
+        if not torch_dtype(spec.element_type).is_floating_point and not torch_dtype(spec.element_type).is_complex:
+            raise SpecError(
+                f"differentiable=True for {spec}, and {spec.element_type} has no gradients; leave differentiable out, "
+                "or move floating-point numbers"
+            )
+    gradient_specs(source, destination, grad_placements)
 
 
 def describe_undifferentiable(source: ShardingSpec, destination: ShardingSpec, out: torch.Tensor | None) -> str | None:
@@ -48,8 +88,7 @@ def describe_undifferentiable(source: ShardingSpec, destination: ShardingSpec, o
     if set(source.mesh.ranks) != set(destination.mesh.ranks):
         return (
             f"the tensor requires grad, but {source.mesh} and {destination.mesh} are different ranks, so autograd on "
-            "one rank cannot reach the other; pass tensor.detach(), and in the backward pass call "
-            "Resharder.gradient() on all ranks"
+            "one rank cannot reach the other; pass differentiable=True on all ranks, or tensor.detach()"
         )
     return None
 
@@ -62,70 +101,3 @@ def gradient_scale(source: ShardingSpec) -> float:
         if isinstance(placement, Partial) and placement.op == "avg":
             scale /= source.mesh.shape[axis]
     return scale
-
-
-class Gradients(ABC):
-    """The half of a Resharder that is about gradients."""
-
-    plan: Plan
-    _gradient: Any = None
-
-    @abstractmethod
-    def _refuse(self, error: TricommError) -> NoReturn:
-        """End a call that this rank does not make, and tell the others."""
-
-    @abstractmethod
-    def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> Any:
-        """Make the Resharder of the way back."""
-
-    @abstractmethod
-    def _move(self, tensor: torch.Tensor | None, out: torch.Tensor | None, *, requires_grad: bool) -> Any:
-        """Move a tensor."""
-
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Reshard a detached tensor whose gradient is going to be asked for."""
-        moved: torch.Tensor | None = self._move(tensor, None, requires_grad=True)
-        return moved
-
-    def gradient(self) -> Self:
-        """The Resharder that brings the gradient of the result back to the layout of the source.
-
-        Where a source is Partial its contributions all get the same gradient, which for an average is still to
-        be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
-        backward pass, with the gradient on the destination's ranks and None on the others.
-        """
-        if self._gradient is None:
-            self._gradient = self._mover_of_gradient(*gradient_specs(self.plan.source, self.plan.destination))
-        found: Self = self._gradient
-        return found
-
-    @property
-    def gradient_scale(self) -> float:
-        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
-        return gradient_scale(self.plan.source)
-
-    def _differentiated(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
-        """Reshard such that gradients come back."""
-        source, destination = self.plan.source, self.plan.destination
-        problem = describe_transform() or describe_undifferentiable(source, destination, out)
-        if problem is not None:
-            self._refuse(SpecError(problem))
-        result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
-        return result
-
-
-class ReshardFunction(torch.autograd.Function):
-    """A reshard of ranks that are all on both meshes, so that each of them takes part in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, mover: "Gradients") -> torch.Tensor | None:
-        """Move."""
-        ctx.mover = mover
-        return mover.forward(tensor.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, None]:
-        """Move back."""
-        moved = ctx.mover.gradient()(gradients[0])
-        scale = ctx.mover.gradient_scale
-        return (moved if scale == 1.0 or moved is None else moved * scale), None

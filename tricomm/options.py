@@ -4,7 +4,7 @@ Each of them takes its options by keyword, typed, so that mypy and editors refus
 mypy is told the nearest right name. What was given becomes one value, :class:`Options`, checked once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, TypedDict, cast, get_type_hints
@@ -51,6 +51,8 @@ class ReshardOptions(LinkOptions, total=False):
 
     channel: str
     name: str
+    differentiable: bool
+    grad_placements: Sequence[Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,10 @@ class Options:
         channel: Resharders between the same ranks that name different channels have communicators and a background
             thread of their own: their runs neither wait for each other nor need one order on all ranks.
         name: what the calls are about, such as "layer 3"; stands in errors, and tells apart what is otherwise alike.
+        differentiable: whether gradients come back between ranks that hold different things: all ranks of either mesh
+            make the calls with gradients on, in one order, and end with :func:`tricomm.backward`.
+        grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
+            default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.
 
     Raises:
         SpecError: a value that breaks a rule; an ArgumentError if it is of the wrong kind.
@@ -90,6 +96,8 @@ class Options:
     confirm: bool | None = None
     channel: str = ""
     name: str = ""
+    differentiable: bool = False
+    grad_placements: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy)
@@ -102,6 +110,9 @@ class Options:
             text = getattr(self, option)
             if not isinstance(text, str):
                 raise ArgumentError(f'{option}={text!r} must be a string such as "layer 3"; leave it out for none')
+        if not isinstance(self.differentiable, bool):
+            raise ArgumentError(f"differentiable={self.differentiable!r} is no truth value; pass True or False")
+        object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))
         object.__setattr__(self, "device", _checked_device(self.device))
         object.__setattr__(self, "timeout_seconds", _checked_seconds(self.timeout_seconds))
 
@@ -162,6 +173,16 @@ def _checked_seconds(timeout: object) -> float:
             "which is some 31 years; give a time after which a rank that stays away is known to be lost"
         )
     return float(timeout)
+
+
+def _checked_grad_placements(placements: object) -> tuple[Any, ...] | None:
+    if placements is None:
+        return None
+    if isinstance(placements, str | bytes) or not isinstance(placements, Sequence):
+        raise ArgumentError(
+            f"grad_placements={placements!r} is not a sequence of placements; write one per mesh axis of the result"
+        )
+    return tuple(placements)
 
 
 def _checked_device(device: object) -> torch.device | None:

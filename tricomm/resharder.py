@@ -4,12 +4,13 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, ClassVar, NoReturn, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 
-from tricomm.autograd import Gradients
+from tricomm.autograd import check_differentiable_layouts
 from tricomm.errors import ArgumentError, SpecError, TricommError
+from tricomm.gradients import Gradients
 from tricomm.interop import is_dtensor
 from tricomm.kinds import checks_kinds
 from tricomm.layout.sides import Side, as_specs, shards_of
@@ -142,9 +143,11 @@ class Resharder(Gradients):
         )
         check_casts(self.plan)
         self.participants = self.plan.participants
-        # Only ranks that are all on both meshes can ask for gradients, and then all must.
-        is_same = set(self.plan.source.mesh.ranks) == set(self.plan.destination.mesh.ranks)
-        self._call_fields = [{GRADIENT_FIELD: str(asked)} if is_same else {} for asked in (False, True)]
+        if chosen.differentiable:
+            check_differentiable_layouts(self.plan.source, self.plan.destination, chosen.grad_placements)
+        # Ranks that are all on both meshes can ask for gradients, and then all must.
+        agree = chosen.differentiable or self._is_everywhere
+        self._call_fields = [{GRADIENT_FIELD: str(asked)} if agree else {} for asked in (False, True)]
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
         if self.rank in self.participants:
@@ -160,6 +163,8 @@ class Resharder(Gradients):
             "confirm": str(self.confirm),
             "channel": self.channel,
             "name": self.name,
+            "differentiable": str(self.options.differentiable),
+            "grad_placements": str(self.options.grad_placements),
         }
         is_counted = self._is_counted and not meets_always and parent is None
         layouts = f"{self.plan.source} -> {self.plan.destination}"
@@ -188,7 +193,7 @@ class Resharder(Gradients):
         if group is None:
             raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
         meets_always = self._session is not None and self._session.meets_always
-        options = replace(self.options, group=group).given()
+        options = replace(self.options, group=group, differentiable=False, grad_placements=None).given()
         return Resharder._made(source, destination, options, parent=self, meets_always=meets_always)
 
     def _shards(self, tensor: Any, out: Any) -> tuple[Any, Any]:
@@ -198,14 +203,6 @@ class Resharder(Gradients):
             return shards_of(tensor, out, self.plan.source, self.plan.destination, self.rank, group)
         except SpecError as error:
             self._refuse(error)
-
-    def _refuse(self, error: TricommError) -> NoReturn:
-        """End a call that this rank does not make, and tell the others."""
-        name_error(error, self.name)
-        if self._session is not None:
-            self._session.calls += 1
-            self._session.tell(error)
-        raise error
 
     @property
     def state(self) -> State:
@@ -228,8 +225,11 @@ class Resharder(Gradients):
                 return moved
             torch.autograd.graph.increment_version(out)
             return out
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-            return self._differentiated(tensor, out)
+        if torch.is_grad_enabled():
+            if self.options.differentiable and self._session is not None:
+                return self._recorded(tensor, out)
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                return self._differentiated(tensor, out)
         return self._move(tensor, out, requires_grad=False)
 
     def _move(
@@ -294,10 +294,11 @@ class Resharder(Gradients):
             return Handle(nothing, HostStreamContext())
         try:
             with session as channel:
-                if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+                asks = self.options.differentiable or (isinstance(tensor, torch.Tensor) and tensor.requires_grad)
+                if asks and torch.is_grad_enabled():
                     raise SpecError(
-                        "a tensor that requires grad cannot be moved in the background; pass tensor.detach(), or call "
-                        "the Resharder directly"
+                        "what has gradients cannot be moved in the background; pass tensor.detach(), call the "
+                        "Resharder directly, or use torch.no_grad()"
                     )
                 if not isinstance(depends_on, Sequence) or not all(isinstance(one, Handle) for one in depends_on):
                     raise ArgumentError(

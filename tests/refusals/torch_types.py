@@ -1,5 +1,6 @@
 """torch's meshes, placements and DTensors that are refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.placement_types import _MaskPartial, _StridedShard
 
 import tricomm
-from tests.refusals.common import GRID, ROWS, Refusal
-from tricomm import ArgumentError, Mesh, Partial, Shard, ShardingSpec, SpecError
+from tests.refusals.common import COLUMNS, GRID, ROWS, Refusal
+from tricomm import ArgumentError, Mesh, Options, Partial, Replicate, Shard, ShardingSpec, SpecError, autograd
 from tricomm.layout.sides import as_spec, shards_of
 from tricomm.layout.torch_layout import read_placements
 
@@ -85,8 +86,28 @@ REFUSALS: dict[str, Refusal] = {
         "replicated", "partial where the other", "redistribute it"),
     "a learned DTensor as out": (lambda: shards(TORCH_ROWS, LEARNED), SpecError,
         "out of rank 0", "requires grad", "torch.no_grad()"),
+    # autograd.py
+    "gradients cut otherwise": (lambda: gradients(Shard(0)), SpecError,
+        "Shard(0)", "lies as the result does", "or is Partial()"),
+    "gradients of a maximum of replicas": (lambda: gradients(Partial("max")), SpecError,
+        "Partial('max')", "on axis 'x'", "or is Partial()"),
+    "gradients of an explicit result": (lambda: autograd.gradient_specs(
+        ROWS, ShardingSpec.explicit({2: (((0, 8),), ((0, 4),))}, (8, 4), "float32"), (Replicate(),)), SpecError,
+        "Replicate()", "cannot be those of", "leave them out"),
+    "differentiable": (lambda: Options(differentiable=1), ArgumentError,
+        "differentiable=1", "no truth value", "pass True or False"),
+    "grad_placements": (lambda: Options(grad_placements="Partial"), ArgumentError,
+        "'Partial'", "not a sequence", "one per mesh axis"),
+    "gradients of integers": (lambda: autograd.check_differentiable_layouts(
+        replace(ROWS, dtype="int32"), COLUMNS.resolved(replace(ROWS, dtype="int32")), None), SpecError,
+        "int32", "has no gradients", "leave differentiable out"),
 }
 # fmt: on
+
+
+def gradients(placement: Any) -> Any:
+    whole = ShardingSpec(Mesh([2, 3], ("x",)), (Replicate(),), (8, 4), "float32")
+    return autograd.gradient_specs(ROWS, whole, (placement,))
 
 
 def on_grid_of(placements: Any) -> Any:

@@ -36,6 +36,8 @@ class GroupContext(Coordinator):
         self._devices = GlooDevices()
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._counts: OrderedDict[str, int] = OrderedDict()
+        self.tapes: dict[str, Any] = {}
+        """Of differentiable moves, by channel; see tricomm.tape."""
         self._lock = threading.Lock()
         self.accelerator_of: Callable[[torch.device], Accelerator | None] = accelerator_of
         """Of the device of a new channel."""

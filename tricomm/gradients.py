@@ -1,0 +1,176 @@
+"""Gradients of a Resharder: the half of it that moves them back."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NoReturn, Self
+
+import torch
+
+from tricomm.autograd import describe_undifferentiable, gradient_scale, gradient_specs
+from tricomm.errors import SpecError, TricommError
+from tricomm.layout.spec import ShardingSpec
+from tricomm.options import Options
+from tricomm.packing.tensor_checker import describe_transform
+from tricomm.plan import Plan
+from tricomm.tape import is_in_backward, tape_of
+from tricomm.transport.group import GroupContext
+from tricomm.transport.session import Session, name_error
+
+
+class Gradients(ABC):
+    """The half of a Resharder that is about gradients."""
+
+    context: GroupContext
+    device: torch.device
+    options: Options
+    plan: Plan
+    channel: str
+    name: str
+    _session: Session | None
+    _gradient: Any = None
+
+    @abstractmethod
+    def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Reshard."""
+
+    @property
+    def label(self) -> str:
+        """The Resharder in words, for errors."""
+        layouts = f"{self.plan.source} -> {self.plan.destination}"
+        return f"Resharder of {layouts}" if self._session is None else self._session.label
+
+    def _tell(self, error: BaseException) -> None:
+        """Count a call that this rank does not make, and tell the others why."""
+        name_error(error, self.name)
+        if self._session is not None:
+            self._session.calls += 1
+            self._session.tell(error)
+
+    def _refuse(self, error: TricommError) -> NoReturn:
+        """End a call that this rank does not make."""
+        self._tell(error)
+        raise error
+
+    @abstractmethod
+    def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> Any:
+        """Make the Resharder of the way back."""
+
+    @abstractmethod
+    def _move(self, tensor: torch.Tensor | None, out: torch.Tensor | None, *, requires_grad: bool) -> Any:
+        """Move a tensor."""
+
+    def forward(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Reshard a detached tensor whose gradient is going to be asked for."""
+        moved: torch.Tensor | None = self._move(tensor, None, requires_grad=True)
+        return moved
+
+    def gradient(self) -> Self:
+        """The Resharder that brings the gradient of the result back to the layout of the source.
+
+        Where a source is Partial its contributions all get the same gradient, which for an average is still to
+        be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
+        backward pass, with the gradient on the destination's ranks and None on the others.
+        """
+        if self._gradient is None:
+            self._gradient = self._mover_of_gradient(
+                *gradient_specs(self.plan.source, self.plan.destination, self.options.grad_placements)
+            )
+        found: Self = self._gradient
+        return found
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
+        return gradient_scale(self.plan.source)
+
+    def _differentiated(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+        """Reshard such that gradients come back."""
+        source, destination = self.plan.source, self.plan.destination
+        problem = describe_transform() or describe_undifferentiable(source, destination, out)
+        if problem is not None:
+            self._refuse(SpecError(problem))
+        result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return result
+
+    # ---- between ranks that hold different things: what a tape asks for
+
+    @property
+    def _is_everywhere(self) -> bool:
+        """Whether all ranks are on both meshes, so that each of them takes part in both directions."""
+        return set(self.plan.source.mesh.ranks) == set(self.plan.destination.mesh.ranks)
+
+    def _recorded(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
+        """Reshard, and have the gradient moved back by whichever backward comes."""
+        try:
+            problem = describe_transform()
+            if out is not None:
+                problem = "a differentiable move cannot go into out; leave out=None, or call under torch.no_grad()"
+            if problem is not None:
+                raise SpecError(problem)
+            if is_in_backward():
+                return self._recomputed(tensor)
+            tape = tape_of(self.context.tapes, self.channel)
+        except SpecError as error:
+            self._refuse(error)
+        return tape.record(self, tensor, self.device)
+
+    def _recomputed(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Reshard once more, in a backward: a checkpoint computes again what it did not keep.
+
+        Raises:
+            SpecError: not all ranks are on both meshes, so that some wait for the gradient and not for this.
+        """
+        if not self._is_everywhere:
+            raise SpecError(
+                f"{self.label} is called again inside of a backward, as in a checkpoint, and other ranks do not "
+                "compute it again; leave the move out of the checkpointed function"
+            )
+        if tensor is None or not tensor.requires_grad:
+            return self.forward(tensor)
+        result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def backward(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Move the gradient of a result back to the source."""
+        moved = self.gradient()(gradient)
+        scale = self.gradient_scale
+        return moved if scale == 1.0 or moved is None else moved * scale
+
+    def check_second_backward(self) -> None:
+        """Refuse gradients of gradients where not all ranks would take part.
+
+        Raises:
+            SpecError: some ranks are on one mesh only.
+        """
+        if not self._is_everywhere:
+            raise SpecError(
+                f"create_graph=True asks for gradients of the gradient of {self.label}, in which ranks on one mesh "
+                "only would not take part; leave create_graph out"
+            )
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All that take part."""
+        return self.plan.participants
+
+    def forget_gradient(self) -> None:
+        """Make what moves gradients anew: after a failure the ranks have not made equally many calls of it."""
+        self._gradient = None
+
+    def tell_of_gradient(self, error: BaseException) -> None:
+        """Tell those who wait for the gradient that it does not come."""
+        self.gradient()._tell(error)
+
+
+class ReshardFunction(torch.autograd.Function):
+    """A reshard of ranks that are all on both meshes, so that each of them takes part in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, mover: "Gradients") -> torch.Tensor | None:
+        """Move."""
+        ctx.mover = mover
+        return mover.forward(tensor.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, None]:
+        """Move back."""
+        return ctx.mover.backward(gradients[0]), None
