@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.refusals import calls, layouts, torch_types
-from tricomm import ArgumentError, PlanError, SpecError, TransportError, TricommError, autograd
+from tricomm import ArgumentError, PlanError, SpecError, TransportError, TricommError
 from tricomm import options as option_types
+from tricomm.autograd import layouts as autograd
 from tricomm.layout import dtype as dtypes
 from tricomm.layout import mesh, notation, placement, sides, spec_checks, topology, torch_layout
 from tricomm.layout import spec as sharding

@@ -25,10 +25,8 @@ LAYERS = [
     ["rules"],
     ["plan"],
     ["options", "packing"],
-    ["autograd"],
     ["transport"],
-    ["tape"],
-    ["gradients"],
+    ["autograd"],
     ["resharder"],
     ["reshard"],
     ["redistribute"],
@@ -40,6 +38,7 @@ LAYERS = [
 ]
 # The same inside of a package.
 LAYERS_WITHIN = {
+    "autograd": [["layouts"], ["tape"], ["gradients"]],
     "pipeline": [["schedule"], ["costs"], ["tune"], ["run"], ["torch_checks"], ["torch_adapter"]],
     "plan": [
         ["network", "reduction", "refine"],

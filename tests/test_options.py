@@ -29,7 +29,12 @@ CHOSEN: dict[str, Any] = {
 
 def test_every_option_has_a_type_and_a_field() -> None:
     assert set(get_type_hints(ReshardOptions)) == {field.name for field in fields(Options)} | {"timeout"}
-    assert set(get_type_hints(ReshardOptions)) - set(get_type_hints(LinkOptions)) == {"channel", "name", "differentiable", "grad_placements"}
+    assert set(get_type_hints(ReshardOptions)) - set(get_type_hints(LinkOptions)) == {
+        "channel",
+        "name",
+        "differentiable",
+        "grad_placements",
+    }
     assert set(get_type_hints(LinkOptions)) - set(get_type_hints(StageOptions)) == {"device"}
 
 

@@ -1,5 +1,6 @@
 """tricomm moves a sharded tensor from one device mesh to another with a different layout."""
 
+from tricomm.autograd.tape import backward
 from tricomm.connect.feed import Feed
 from tricomm.connect.meeting.join import Missing
 from tricomm.connect.meeting.server import Meeting
@@ -32,7 +33,6 @@ from tricomm.redistribute import redistribute
 from tricomm.reshard import reshard, reshard_async
 from tricomm.resharder import Resharder
 from tricomm.stats import Stats
-from tricomm.tape import backward
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle
 

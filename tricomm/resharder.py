@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self, Unpack
 
 import torch
 
-from tricomm.autograd import check_differentiable_layouts
+from tricomm.autograd.gradients import Gradients
+from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.errors import ArgumentError, SpecError, TricommError
-from tricomm.gradients import Gradients
 from tricomm.interop import is_dtensor
 from tricomm.kinds import checks_kinds
 from tricomm.layout.sides import Side, as_specs, shards_of

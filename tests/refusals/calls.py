@@ -20,10 +20,10 @@ from tricomm import (
     Shard,
     ShardingSpec,
     SpecError,
-    autograd,
     local_shard,
     make_plan,
 )
+from tricomm.autograd import layouts as autograd
 from tricomm.options import LinkOptions
 from tricomm.packing import copy_program, tensor_checker
 from tricomm.plan import arguments

@@ -12,7 +12,8 @@ from torch.distributed.tensor.placement_types import _MaskPartial, _StridedShard
 
 import tricomm
 from tests.refusals.common import COLUMNS, GRID, ROWS, Refusal
-from tricomm import ArgumentError, Mesh, Options, Partial, Replicate, Shard, ShardingSpec, SpecError, autograd
+from tricomm import ArgumentError, Mesh, Options, Partial, Replicate, Shard, ShardingSpec, SpecError
+from tricomm.autograd import layouts as autograd
 from tricomm.layout.sides import as_spec, shards_of
 from tricomm.layout.torch_layout import read_placements
 

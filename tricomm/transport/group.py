@@ -37,7 +37,7 @@ class GroupContext(Coordinator):
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._counts: OrderedDict[str, int] = OrderedDict()
         self.tapes: dict[str, Any] = {}
-        """Of differentiable moves, by channel; see tricomm.tape."""
+        """Of differentiable moves, by channel; see tricomm.autograd.tape."""
         self._lock = threading.Lock()
         self.accelerator_of: Callable[[torch.device], Accelerator | None] = accelerator_of
         """Of the device of a new channel."""

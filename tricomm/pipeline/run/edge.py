@@ -23,7 +23,7 @@ from typing import Self, Unpack
 
 import torch
 
-from tricomm.autograd import gradient_scale, gradient_specs
+from tricomm.autograd.layouts import gradient_scale, gradient_specs
 from tricomm.errors import SpecError
 from tricomm.kinds import checks_kinds, explains_fields, refuse_wrong_kinds
 from tricomm.layout.placement import Placement, Shard

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tricomm.autograd import gradient_scale
+from tricomm.autograd.layouts import gradient_scale
 from tricomm.errors import SpecError
 from tricomm.kinds import explains_fields
 from tricomm.layout.mesh import Mesh

@@ -5,13 +5,13 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from tricomm.autograd import describe_undifferentiable, gradient_scale, gradient_specs
+from tricomm.autograd.layouts import describe_undifferentiable, gradient_scale, gradient_specs
+from tricomm.autograd.tape import is_in_backward, tape_of
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options
 from tricomm.packing.tensor_checker import describe_transform
 from tricomm.plan import Plan
-from tricomm.tape import is_in_backward, tape_of
 from tricomm.transport.group import GroupContext
 from tricomm.transport.session import Session, name_error
 
