@@ -7,7 +7,7 @@ is decorated with :func:`checks_kinds`: what it is given is compared with its an
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -106,7 +106,7 @@ def refuse_wrong_kinds(function: Callable[..., Any], **given: Any) -> None:
     Raises:
         ArgumentError: there is one.
     """
-    error = _WrongKind(function).first(given)
+    error = _wrong_kind_of(function).first(given)
     if error is not None:
         raise error
 
@@ -149,6 +149,11 @@ def describe_kind(caller: str, name: str, value: object, words: str) -> str:
     shown = repr(value)
     shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
     return f"{caller}({name}={shown}): {name} must be {words}; give one"
+
+
+@lru_cache(maxsize=256)
+def _wrong_kind_of(function: Callable[..., Any]) -> _WrongKind:
+    return _WrongKind(function)
 
 
 ANYTHING = Expected(lambda _: True, "anything")

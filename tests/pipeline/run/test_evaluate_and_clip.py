@@ -91,6 +91,22 @@ def test_an_evaluation_keeps_to_turns(ranks: Ranks) -> None:
     ranks.run(evaluated, schedule, Queues.PER_DIRECTION)
 
 
+def in_inference_mode(rank: int, split: bool) -> None:
+    """Receive buffers that an evaluation makes serve the steps after it."""
+    stages, edges = chain(rank, meshes=CHAIN[:2])
+    schedule = eager_one_f_one_b(2, MICROBATCHES, split=split)
+    with Executor(schedule, stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        for _ in range(2):
+            with torch.inference_mode():
+                before = executor.evaluate(data()).loss
+            assert executor.step(data()) == before
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_evaluation_in_inference_mode_comes_before_a_step(ranks: Ranks, split: bool) -> None:
+    ranks.run(in_inference_mode, split)
+
+
 def test_forwards_only_run_wherever_the_whole_does() -> None:
     schedule = Schedule.parse(["0F0 0F1 0I0 0W0 0I1 0W1", "1F0 1I0 1F1 1W0 1I1 1W1"])
     forwards = schedule.forward_only()

@@ -1,13 +1,15 @@
 """Arguments of pipelines have one form, which their documentation names; what is near it is refused by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import torch
 
-from tests.pipeline.chain import CHAIN
+from tests.pipeline.chain import BATCH, CHAIN, MICROBATCHES, TIMEOUT_SECONDS, WIDTH, attempt, chain, data
 from tricomm import ArgumentError, Partial, PlanError, Replicate, ShardingSpec, SpecError
-from tricomm.pipeline import Channel, Costs, Edge, EdgeTensor, Limits, StageCost, TransferCost
+from tricomm.launch import Ranks
+from tricomm.pipeline import Channel, Costs, Edge, EdgeTensor, Executor, Limits, StageCost, TransferCost, gpipe
 
 SOURCE = ShardingSpec(CHAIN[0], (Replicate(),), (2, 3), "float32")
 UNSIZED = ShardingSpec(CHAIN[0], (Replicate(),), None, "float32")
@@ -50,3 +52,34 @@ def test_costs_and_limits_are_what_they_say(make: Callable[[], object], error: t
 
 def test_pairs_of_stages_are_channels() -> None:
     assert Costs(STAGES, {(0, 1): HOP}) == Costs(STAGES, {Channel(0, 1): HOP})
+
+
+def step_with(rank: int, given: Mapping[str, Any]) -> tuple[str, str]:
+    """A step with arguments of a wrong kind on all ranks, then one that is right."""
+    stages, edges = chain(rank, meshes=CHAIN[:2])
+    ends = [ShardingSpec(mesh, (Replicate(),), None, "float64") for mesh in CHAIN[:2]]
+    edges[0, 1]["x1"] = EdgeTensor(*ends, shape=("rows", WIDTH))
+    with Executor(gpipe(2, MICROBATCHES), stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        right = {"data": data(), "sizes": {"rows": BATCH}}
+        outcome = attempt(lambda: executor.step(**{**right, **given}))
+        executor.step(**{**right, "sizes": {"rows": torch.tensor(BATCH)}})
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"data": None}, "data of a step are a NoneType, and inputs have names"),
+        ({"data": [torch.ones(1)]}, "data of a step are a list, and inputs have names"),
+        ({"sizes": 3}, "sizes must be a mapping of strings to (an integer or a sequence of integers) or None"),
+        ({"sizes": {"rows": 6.0}}, "sizes must be a mapping of strings to (an integer or a sequence of integers)"),
+        ({"sizes": {"rows": True}}, "sizes must be a mapping of strings to (an integer or a sequence of integers)"),
+        ({"loss_weights": 1.0}, "loss_weights must be a sequence of numbers or None"),
+        ({"loss_weights": ["a"] * MICROBATCHES}, "loss_weights must be a sequence of numbers or None"),
+        ({"loss_weights": torch.ones(MICROBATCHES)}, "loss_weights must be a sequence of numbers or None"),
+    ],
+)
+def test_arguments_of_a_step_are_refused_by_name_and_the_next_one_works(ranks: Ranks, given, text: str) -> None:
+    for kind, found in ranks.run(step_with, given)[:2]:
+        assert kind in ("ArgumentError", "TransportError")
+        assert text in found

@@ -153,7 +153,7 @@ class Connections:
         count = self.schedule.microbatches
         named = checked_sizes(given, self._names, count, self._everybody.ranks[0])
         assert given is not None
-        told = {name for name in self._names if not isinstance(given[name], int)}
+        told = {name for name in self._names if isinstance(given[name], Sequence)}
         fullest = {name: max(column) for name, column in named.items()}
         followed: dict[tuple[int, int], dict[str, EdgeTensor]] = {}
         for edge, tensors in self.edges.items():

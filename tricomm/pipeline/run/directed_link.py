@@ -355,7 +355,8 @@ class DirectedLink:
         memory = self._memory.get((slot, index))
         if memory is None or memory.numel() < numel:
             dtype = torch_dtype(destination.element_type)
-            memory = self._memory[slot, index] = torch.empty(numel, dtype=dtype, device=resharder.device)
+            with torch.inference_mode(False):  # a later step may train with the same memory
+                memory = self._memory[slot, index] = torch.empty(numel, dtype=dtype, device=resharder.device)
             self._freed[slot] = None  # nobody has read this memory yet; its last user has queued what it does
         return memory[:numel].view(shape)
 

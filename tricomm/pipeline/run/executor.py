@@ -261,7 +261,8 @@ class Executor:
             if self.state is State.FAILED:
                 self._connect_again()
             trains = program.schedule.has_backward
-            check_step(trains, loss_weights, self.schedule.microbatches)
+            refuse_wrong_kinds(Executor.step, sizes=sizes, loss_weights=loss_weights)
+            check_step(trains, data, loss_weights, self.schedule.microbatches)
             for index, names in program.data_names.items():
                 check_data(index, self.rank, names, data, self.schedule.microbatches)
             self._connections.use(sizes, data, self._compare)

@@ -10,6 +10,7 @@ an input of the stage at either end has so many in its fullest microbatch; it th
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from operator import index
 from typing import Any
 
 import torch
@@ -97,10 +98,10 @@ def rows_of(
         SpecError: inputs have different rows, or it cannot be told what they mean for an edge.
     """
     found: dict[str, tuple[list[int], set[int]]] = {}
-    for index, names in inputs.items():
+    for stage, names in inputs.items():
         for name in names:
             counts = row_counts(data.get(name, ()))
-            declared = set(_declared(index, edges, max(counts, default=0)))
+            declared = set(_declared(stage, edges, max(counts, default=0)))
             if len(counts) == microbatches and declared:
                 known = found.setdefault(name, (counts, set()))[1]
                 known |= declared
@@ -183,8 +184,8 @@ def checked_sizes(given: GivenSizes | None, names: Sequence[str], microbatches: 
         )
     columns = {}
     for name, size in given.items():
-        column = [size] * microbatches if isinstance(size, int) else list(size)
-        if len(column) != microbatches or not all(isinstance(one, int) and one >= 0 for one in column):
+        column = [index(one) for one in (size if isinstance(size, Sequence) else [size] * microbatches)]
+        if len(column) != microbatches or min(column) < 0:
             raise SpecError(
                 f"sizes={dict(given)} gives {name!r} the sizes {column}, and a step has {microbatches} "
                 "microbatches; give one whole number for all of them, or one for each"

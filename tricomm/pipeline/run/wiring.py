@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tricomm.errors import PlanError, SpecError
+from tricomm.errors import ArgumentError, PlanError, SpecError
 from tricomm.layout.mesh import format_ranks
 from tricomm.options import LinkOptions
 from tricomm.pipeline.run.directed_link import PerDirectionFifo
@@ -199,8 +199,8 @@ def check_data(index: int, rank: int, names: Sequence[str], data: Mapping[str, A
             )
 
 
-def check_step(trains: bool, loss_weights: Sequence[float] | None, microbatches: int) -> None:
-    """Refuse a step that cannot train, or weights that are not one for each microbatch.
+def check_step(trains: bool, data: Mapping[str, Any], loss_weights: Sequence[float] | None, microbatches: int) -> None:
+    """Refuse a step that cannot train, data without names, or weights that are not one for each microbatch.
 
     Raises:
         SpecError: if it is so.
@@ -209,6 +209,11 @@ def check_step(trains: bool, loss_weights: Sequence[float] | None, microbatches:
         raise SpecError(
             "a step trains, and was called where gradients are disabled (torch.no_grad or inference_mode); call "
             "executor.evaluate(data), or leave that block"
+        )
+    if not isinstance(data, Mapping):
+        raise ArgumentError(
+            f"data of a step are a {type(data).__name__}, and inputs have names; pass {{name: tensor.chunk("
+            f"{microbatches})}}, or {{}} where a rank has none"
         )
     if loss_weights is not None and len(loss_weights) != microbatches:
         raise SpecError(
