@@ -64,19 +64,20 @@ class Part:
     is_long: bool = False
 
 
-HOST = Part("versions", "host:versions", 40)
+HOST = Part("versions", "host:versions", 30)
 """Always the first: what it finds is what all figures belong to."""
 
 PARTS = (
     HOST,
     Part("lane", "transport:one_move", 30),
-    Part("boxes", "kernels:boxes", 25),
+    Part("boxes", "kernels:boxes", 20),
     Part("casts", "kernels:casts", 25),
     Part("graphs", "kernels:graphs", 10),
     Part("local", "local:moves", 15),
-    Part("nccl", "transport:moves", 35),
-    Part("pipeline", "pipeline:two_stages", 30),
-    Part("throughput", "throughput:some", 30),
+    Part("nccl", "transport:moves", 30),
+    Part("rules", "conformance:rules", 30),
+    Part("pipeline", "pipeline:two_stages", 25),
+    Part("throughput", "throughput:some", 25),
     Part("geometries", "throughput:every", 240, is_long=True),
     Part("overlap", "overlap:visible", 60, is_long=True),
     Part("sanitizer", "sanitizer:memcheck", 150, is_long=True),

@@ -6,8 +6,9 @@ over sockets. So this shows that the transport is right, and nothing about the s
 
 import faulthandler
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 
@@ -33,20 +34,22 @@ LEAVE_SECONDS = 4.0
 """Before a part's own end: the ranks' calls end by then, so that their errors are told."""
 
 
-def prepare_rank(rank: int, dump_seconds: float, debug: str) -> None:
+def prepare_rank(rank: int, dump_seconds: float, debug: str, environment: Mapping[str, str]) -> None:
     """In a new process, before torch looks at anything."""
-    os.environ.update(SHARED_GPU, NCCL_HOSTID=f"tricomm-{rank}", NCCL_DEBUG=debug)
+    os.environ.update({**SHARED_GPU, "NCCL_HOSTID": f"tricomm-{rank}", "NCCL_DEBUG": debug, **environment})
     faulthandler.enable()
     faulthandler.dump_traceback_later(dump_seconds)
 
 
-def ranks_of(setting: Setting, size: int, debug: str = "WARN") -> Ranks:
-    """Ranks that share the GPU, with a group of gloo beside it."""
+def ranks_of(
+    setting: Setting, size: int, debug: str = "WARN", environment: Mapping[str, str] = MappingProxyType({})
+) -> Ranks:
+    """Ranks that share the GPU, with a group of gloo beside it, and more in their environment."""
     seconds = max(setting.seconds - LEAVE_SECONDS, 0.7 * setting.seconds)
     return Ranks(
         size,
         timeout_seconds=seconds,
-        wrap=partial(prepare_rank, dump_seconds=0.9 * seconds, debug=debug),
+        wrap=partial(prepare_rank, dump_seconds=0.9 * seconds, debug=debug, environment=dict(environment)),
     )
 
 

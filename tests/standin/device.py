@@ -89,14 +89,18 @@ class Kernel(Command):
         stream: on which.
         work: what it computes.
         gate: if not None, it ends when that is opened.
+        seconds: if not 0, it takes so long.
     """
 
     is_computing = True
 
-    def __init__(self, stream: "Stream", work: Callable[[], object], gate: "Gate | None" = None) -> None:
+    def __init__(
+        self, stream: "Stream", work: Callable[[], object], gate: "Gate | None" = None, seconds: float = 0.0
+    ) -> None:
         super().__init__(stream)
         self.work = work
         self.gate = gate
+        self.seconds = seconds
 
     def leave(self) -> None:
         self.stream.device.ready.append(self)
@@ -104,6 +108,9 @@ class Kernel(Command):
     def begin(self) -> None:
         """It has the device."""
         device = self.stream.device
+        if self.seconds:
+            self.gate = Gate(device.world)
+            self.gate.open_after(self.seconds)
         if self.gate is None or self.gate.is_open:
             self.work()
             self.done = True
@@ -178,10 +185,10 @@ class Stream:
         with self.device.world.moved:
             self.push(Wait(self, event))
 
-    def launch(self, work: Callable[[], object], gate: Gate | None = None) -> None:
+    def launch(self, work: Callable[[], object], gate: Gate | None = None, seconds: float = 0.0) -> None:
         """Queue a kernel that computes."""
         with self.device.world.moved:
-            self.push(Kernel(self, work, gate))
+            self.push(Kernel(self, work, gate, seconds))
 
 
 class Device:

@@ -104,7 +104,7 @@ class StandIn:
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         """The closures that are queued keep their tensors."""
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         self.device.current.launch(work)
 
     def new_backend(self, store: Any, rank: int, size: int, timeout: timedelta) -> Backend:

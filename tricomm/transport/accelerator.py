@@ -99,7 +99,7 @@ class Accelerator(Protocol):
         """Do not give the tensor's memory to anybody before the stream has done what is queued on it so far."""
         ...
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         """Queue work on the current stream."""
         ...
 
@@ -137,7 +137,7 @@ class Cuda:
         tensor.record_stream(stream)
 
     @staticmethod
-    def launch(work: Callable[[], None]) -> None:
+    def launch(work: Callable[[], object]) -> None:
         """See Accelerator. Kernels are queued by whoever starts them."""
         work()
 

@@ -50,7 +50,7 @@ class Transport(Protocol):
         """
         ...
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         """Carry out work on buffers, after what was posted and waited for before, and before what is posted later."""
         ...
 
@@ -106,7 +106,7 @@ class Connections(Protocol):
         """A run begins; returns what tells of its end, if that is not the end of the call."""
         ...
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         """See Transport."""
         ...
 

@@ -69,7 +69,7 @@ class NoConnections:
         """See Connections."""
 
     @staticmethod
-    def launch(work: Callable[[], None]) -> None:
+    def launch(work: Callable[[], object]) -> None:
         """See Transport."""
         work()
 

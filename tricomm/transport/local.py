@@ -107,7 +107,7 @@ class LocalEndpoint:
         return list(works)
 
     @staticmethod
-    def launch(work: Callable[[], None]) -> None:
+    def launch(work: Callable[[], object]) -> None:
         """See Transport."""
         work()
 

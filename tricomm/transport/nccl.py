@@ -144,7 +144,7 @@ class NcclConnections:
         self.run = DeviceRun(self._accelerator, self._device)
         return self.run
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         """See Transport."""
         self._accelerator.launch(work)
 
