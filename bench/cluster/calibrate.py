@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from bench.cluster.cluster import Cluster
-from bench.cluster.flows import Flow, elapsed_seconds, ping, relay, run_flows
+from bench.cluster.flows import Flow, elapsed_seconds, ping, post, relay, run_flows
 from bench.cluster.network import ClusterError, Port
 from bench.cluster.shaping import ETHERNET_BYTES, HEADER_BYTES, MTU_BYTES
 from tricomm.launch import Ranks
@@ -60,7 +60,8 @@ class Calibration:
             slowest of them had.
         duplex: two ranks that send to each other at once, over a process group for each direction.
         chain: from host to host through all of them, relayed in chunks.
-        latency_seconds: of a message of 4 bytes between two hosts.
+        latency_seconds: from when a message of 4 bytes is sent to when it is there, between two hosts.
+        overhead_seconds: for which a message keeps the rank that sends it busy.
         intra_bytes_per_second: between two ranks of one host; None where no host has two.
     """
 
@@ -69,6 +70,7 @@ class Calibration:
     duplex: Rate
     chain: Rate
     latency_seconds: float
+    overhead_seconds: float
     intra_bytes_per_second: float | None
 
     @property
@@ -79,6 +81,7 @@ class Calibration:
     def __str__(self) -> str:
         lines = [*map(str, self.hops), str(self.together), str(self.duplex), str(self.chain)]
         lines.append(f"{'latency':<28}{self.latency_seconds * 1e6:>9.0f} us")
+        lines.append(f"{'overhead':<28}{self.overhead_seconds * 1e6:>9.0f} us")
         if self.intra_bytes_per_second is not None:
             lines.append(f"{'inside of a host':<28}{self.intra_bytes_per_second / 1e6:>9.0f} MB/s")
         return "\n".join(lines)
@@ -110,12 +113,15 @@ def calibrate(
     alone = tuple(_measure_together(sampler, ranks, hop.name, [hop], HOP_TOLERANCE) for hop in hops)
     there = hops[0].flow
     both_ways = [hop_between(cluster, *pair, seconds) for pair in (there.ranks, there.ranks[::-1])]
+    overhead_seconds = statistics.median(ranks.run(post, *there.ranks)[there.source] for _ in range(repeats))
+    half_round_trip_seconds = ranks.run(ping, *there.ranks)[there.source]
     return Calibration(
         hops=alone,
         together=_measure_together(sampler, ranks, f"all {len(hops)} hops at once", hops, TOGETHER_TOLERANCE),
         duplex=_measure_together(sampler, ranks, "two ranks to each other", both_ways, TOGETHER_TOLERANCE),
         chain=_measure_chain(sampler, ranks, cluster, seconds),
-        latency_seconds=ranks.run(ping, *there.ranks)[there.source],
+        latency_seconds=max(half_round_trip_seconds - overhead_seconds, 0.0),
+        overhead_seconds=overhead_seconds,
         intra_bytes_per_second=_intra_rate(cluster, ranks, repeats),
     )
 

@@ -208,9 +208,8 @@ def shaping_commands(name: str, port: Port, ports: Sequence[Port]) -> tuple[Batc
 
 def apply_settings(port: Port) -> None:
     """Write the kernel's settings; one that this kernel does not have needs no writing."""
-    fastest = max(port.nic.send_bits_per_second, port.nic.receive_bits_per_second)
     with inside(port.namespace):
-        for name, value in kernel_settings(fastest).items():
+        for name, value in kernel_settings().items():
             path = Path("/proc/sys", name)
             if path.exists():
                 path.write_text(value)

@@ -9,11 +9,7 @@ HEADER_BYTES = 20 + 32
 # How late the shaper's timer may come without loss of rate. On a busy virtual machine that is a millisecond; more
 # would let short transfers exceed the rate, since what was not sent in that time is sent at once.
 BURST_SECONDS = 2e-3
-# A switch that never drops: every connection keeps less than SOCKET_SECONDS of its NIC's time under way, so that no
-# queue overflows, and connections into one NIC share it evenly. Where packets are dropped they do neither.
-QUEUE_BYTES = 16_000_000
-SOCKET_SECONDS = 2.6e-3
-LEAST_SOCKET_BYTES = 131_072
+QUEUE_BYTES = 1_000_000
 CONTROL_SHARE = 0.1
 
 
@@ -22,8 +18,8 @@ def shaping_lines(
 ) -> tuple[str, ...]:
     """What limits the traffic that leaves an interface.
 
-    Small packets go ahead of the bulk: TCP's acknowledgements and gloo's announcements of what is ready. Behind a
-    full queue they would slow the other direction down.
+    TCP's acknowledgements go ahead of the bulk, for behind a full queue they would slow the other direction down.
+    Packets with any payload do not: those of a connection that overtake each other are taken for lost and sent again.
 
     Args:
         interface: whose queue is shaped.
@@ -39,13 +35,13 @@ def shaping_lines(
 
 
 def _link_lines(on: str, base: int, bits_per_second: int, match: str) -> list[str]:
-    """One link: a class at its rate, with a class for small packets and one, by default, for the rest."""
+    """One link: a class at its rate, with a class for acknowledgements and one, by default, for the rest."""
     burst_bytes = max(MTU_BYTES + ETHERNET_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
     control = round(bits_per_second * CONTROL_SHARE)
     limits = f"ceil {bits_per_second}bit burst {burst_bytes} cburst {burst_bytes} quantum {MTU_BYTES + ETHERNET_BYTES}"
     link, small, bulk = (f"{base + part:x}" for part in (0x1, 0x10, 0x20))
-    # IP packets shorter than 128 bytes.
-    is_small = " ".join([*([match] if match else []), "match u16 0x0000 0xff80 at 2"])
+    # IP packets shorter than 64 bytes: headers are 52 of them.
+    is_small = " ".join([*([match] if match else []), "match u16 0x0000 0xffc0 at 2"])
     lines = [
         f"class add {on} parent 1: classid 1:{link} htb rate {bits_per_second}bit {limits}",
         f"class add {on} parent 1:{link} classid 1:{small} htb rate {control}bit {limits} prio 0",
@@ -59,15 +55,7 @@ def _link_lines(on: str, base: int, bits_per_second: int, match: str) -> list[st
     return lines
 
 
-def kernel_settings(bits_per_second: int) -> dict[str, str]:
-    """What to write below /proc/sys in the namespace of a NIC of this rate."""
-    socket_bytes = max(LEAST_SOCKET_BYTES, round(bits_per_second / 8 * SOCKET_SECONDS))
-    return {
-        # IPv6 would only add its own chatter.
-        "net/ipv6/conf/all/disable_ipv6": "1",
-        "net/ipv6/conf/default/disable_ipv6": "1",
-        "net/ipv4/tcp_rmem": f"4096 {socket_bytes} {socket_bytes}",
-        "net/ipv4/tcp_wmem": f"4096 {socket_bytes} {socket_bytes}",
-        # A network for training has no slow start; here a pause between two measurements would bring it back.
-        "net/ipv4/tcp_slow_start_after_idle": "0",
-    }
+def kernel_settings() -> dict[str, str]:
+    """What to write below /proc/sys in the namespace of a NIC. Windows and queues of sockets are the kernel's own."""
+    # IPv6 would only add its own chatter.
+    return {"net/ipv6/conf/all/disable_ipv6": "1", "net/ipv6/conf/default/disable_ipv6": "1"}

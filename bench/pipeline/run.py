@@ -195,6 +195,7 @@ def run(options: Any) -> tuple[list[Row], Setting, str]:
             calibration.hop_bytes_per_second,
             intra_bytes_per_second=calibration.intra_bytes_per_second or calibration.hop_bytes_per_second * 10,
             latency_seconds=calibration.latency_seconds,
+            overhead_seconds=calibration.overhead_seconds,
         )
         milliseconds = [one / 1e3 for one in options.sleep]
         setting = Setting(

@@ -69,8 +69,6 @@ NEAR = 1.5
 PART = 4
 """Peers that take many times the bound move a tensor of a PART of the rows, with a bound of its own."""
 
-OVERHEAD_SECONDS = 2e-4
-"""Of a message on this machine: a gloo send, its wait and the Python around them, with more ranks than cores."""
 ROW_MULTIPLE = 240
 
 
@@ -154,7 +152,7 @@ def topology_of(cluster: Cluster, shape: Shape, calibration: Calibration) -> Top
         nics_per_host=shape.nics,
         intra_bytes_per_second=calibration.intra_bytes_per_second or nominal * 10,
         latency_seconds=calibration.latency_seconds,
-        overhead_seconds=OVERHEAD_SECONDS,
+        overhead_seconds=calibration.overhead_seconds,
     )
 
 

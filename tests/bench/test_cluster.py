@@ -66,7 +66,7 @@ def test_a_nic_is_shaped_in_both_directions_and_small_packets_go_first() -> None
         "class add dev nic0 parent 1:1 classid 1:20 htb rate 180000000bit ceil 200000000bit burst 50000 "
         "cburst 50000 quantum 1514 prio 1",
     )
-    assert sends.lines[-1].endswith("u32 match u16 0x0000 0xff80 at 2 flowid 1:10")
+    assert sends.lines[-1].endswith("u32 match u16 0x0000 0xffc0 at 2 flowid 1:10")
     assert receives.namespace == "name-switch"
     assert "dev d0n0 parent 1: classid 1:1 htb rate 100000000bit" in receives.lines[1]
 
@@ -78,9 +78,9 @@ def test_links_have_the_rate_each() -> None:
     for batch, side in ((sends, "dst"), (receives, "src")):
         assert sum("htb rate 400000000bit" in line for line in batch.lines) == len(peers)
         assert [line.split("prio ")[1] for line in batch.lines if line.startswith("filter")] == [
-            f"1 u32 match ip {side} {peers[0]}/32 match u16 0x0000 0xff80 at 2 flowid 1:10",
+            f"1 u32 match ip {side} {peers[0]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:10",
             f"2 u32 match ip {side} {peers[0]}/32 flowid 1:20",
-            f"1 u32 match ip {side} {peers[1]}/32 match u16 0x0000 0xff80 at 2 flowid 1:110",
+            f"1 u32 match ip {side} {peers[1]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:110",
             f"2 u32 match ip {side} {peers[1]}/32 flowid 1:120",
         ]
 
