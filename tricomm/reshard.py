@@ -88,7 +88,7 @@ def reshard(
         >>> dist.destroy_process_group()
     """
     if torch.compiler.is_compiling():
-        from tricomm.compiled import run_eagerly
+        from tricomm.compiled.graph import run_eagerly
 
         result: torch.Tensor | None = run_eagerly(reshard, tensor, source, destination, out=out, **options)
         return result
@@ -123,7 +123,7 @@ def reshard_async(
         >>> dist.destroy_process_group()
     """
     if torch.compiler.is_compiling():
-        from tricomm.compiled import run_eagerly
+        from tricomm.compiled.graph import run_eagerly
 
         handle: Handle = run_eagerly(reshard_async, tensor, source, destination, out=out, **options)
         return handle

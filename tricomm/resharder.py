@@ -10,6 +10,7 @@ import torch
 
 from tricomm.autograd.gradients import Gradients
 from tricomm.autograd.layouts import check_differentiable_layouts
+from tricomm.compiled.registry import is_traced
 from tricomm.errors import ArgumentError, SpecError, TricommError
 from tricomm.interop import is_dtensor
 from tricomm.kinds import checks_kinds
@@ -148,6 +149,7 @@ class Resharder(Gradients):
         # Ranks that are all on both meshes can ask for gradients, and then all must.
         agree = chosen.differentiable or self._is_everywhere
         self._call_fields = [{GRADIENT_FIELD: str(asked)} if agree else {} for asked in (False, True)]
+        self.in_graph = self._facts_for_graphs()
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
         if self.rank in self.participants:
@@ -213,18 +215,17 @@ class Resharder(Gradients):
 
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Reshard. Arguments and result as for :func:`reshard`."""
-        if torch.compiler.is_compiling():
-            from tricomm.compiled import run_eagerly
+        plain = out is None and not self.options.differentiable
+        if torch.compiler.is_compiling() or (plain and is_traced(tensor)):
+            from tricomm.compiled.graph import call_in_graph
 
-            result: torch.Tensor | None = run_eagerly(self, tensor, out=out)
-            return result
+            return call_in_graph(self, tensor, out)
         if is_dtensor(tensor) or is_dtensor(out):
             shard, place = self._shards(tensor, out)
             moved = self(shard, out=place)
-            if out is None:
-                return moved
-            torch.autograd.graph.increment_version(out)
-            return out
+            if out is not None:
+                torch.autograd.graph.increment_version(out)
+            return moved if out is None else out
         if torch.is_grad_enabled():
             if self.options.differentiable and self._session is not None:
                 return self._recorded(tensor, out)
@@ -280,7 +281,7 @@ class Resharder(Gradients):
             depends_on: runs of this rank, whatever they move, that end before this one begins.
         """
         if torch.compiler.is_compiling():
-            from tricomm.compiled import run_eagerly
+            from tricomm.compiled.graph import run_eagerly
 
             handle: Handle = run_eagerly(self.start, tensor, out=out, after=after, depends_on=depends_on)
             return handle

@@ -7,9 +7,11 @@ import torch
 
 from tricomm.autograd.layouts import describe_undifferentiable, gradient_scale, gradient_specs
 from tricomm.autograd.tape import is_in_backward, tape_of
+from tricomm.compiled.registry import InGraph, register
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options
+from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.tensor_checker import describe_transform
 from tricomm.plan import Plan
 from tricomm.transport.group import GroupContext
@@ -23,6 +25,8 @@ class Gradients(ABC):
     device: torch.device
     options: Options
     plan: Plan
+    rank: int
+    in_graph: InGraph
     channel: str
     name: str
     _session: Session | None
@@ -31,6 +35,28 @@ class Gradients(ABC):
     @abstractmethod
     def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Reshard."""
+
+    def move_in_graph(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Move what the operator of a graph is given: an empty tensor off the source mesh."""
+        given = tensor if self.in_graph.has_source else None
+        moved: torch.Tensor | None = self._move(given, None, requires_grad=self.in_graph.has_gradient)
+        return moved
+
+    def _facts_for_graphs(self) -> InGraph:
+        """What a graph has to know of it."""
+        source, destination = self.plan.source, self.plan.destination
+        has_result = self.rank in destination.mesh
+        return InGraph(
+            register(self),
+            self.rank in source.mesh,
+            has_result,
+            self._is_everywhere,
+            destination.local_shape(self.rank) if has_result else (0,),
+            torch_dtype(destination.element_type),
+            self.device,
+            torch_dtype(source.element_type),
+            self.options.differentiable,
+        )
 
     @property
     def label(self) -> str:

@@ -1,0 +1,156 @@
+"""A Resharder in compiled functions, exported programs, fake tensors and selective checkpoints."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import tricomm
+from tests.cases import RANKS
+from tests.oracle import pick
+from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError
+from tricomm.launch import Ranks
+
+ALL = Mesh(list(range(RANKS)), ("x",))
+ROWS = ShardingSpec(ALL, (Shard(0),), (16, 8), "float32")
+COLUMNS = ShardingSpec(ALL, (Shard(1),), (16, 8), "float32")
+AVERAGE = ShardingSpec(ALL, (Partial("avg"),), (16, 8), "float32")
+PAIR = ShardingSpec(Mesh([0, 1], ("a",)), (Shard(0),), (16, 8), "float32")
+OTHERS = ShardingSpec(Mesh([1, 2], ("b",)), (Replicate(),), (16, 8), "bfloat16")
+FULL = torch.arange(128.0).reshape(16, 8)
+
+
+def forward_and_backward(rank: int, backend: str) -> None:
+    """Two equal moves are not made one, and one whose result nobody uses is made: else ranks would wait for ever."""
+    mover = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+    averages = Resharder(AVERAGE, COLUMNS, timeout_seconds=60)
+    before = mover._session.calls
+
+    def step(x: torch.Tensor, contribution: torch.Tensor) -> torch.Tensor:
+        mover(x * 2)
+        return mover(x * 2) + mover(x * 2) + averages(contribution)
+
+    torch.compiler.reset()
+    x = pick(FULL, ROWS, rank).requires_grad_()
+    contribution = FULL.clone().requires_grad_()
+    result = torch.compile(step, backend=backend, fullgraph=True)(x, contribution)
+    torch.testing.assert_close(result, 5 * pick(FULL, COLUMNS, rank))
+    assert mover._session.calls == before + 3
+    (result * pick(FULL, COLUMNS, rank)).sum().backward()
+    torch.testing.assert_close(x.grad, 4 * pick(FULL, ROWS, rank))
+    torch.testing.assert_close(contribution.grad, FULL / RANKS)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_resharder_stands_in_a_full_graph(ranks: Ranks, backend: str) -> None:
+    ranks.run(forward_and_backward, backend)
+
+
+def between_meshes(rank: int) -> None:
+    mover = Resharder(PAIR, OTHERS, timeout_seconds=60)
+
+    def step(x: torch.Tensor | None) -> torch.Tensor | None:
+        moved = mover(None if x is None else x + 1)
+        return None if moved is None else moved * 2
+
+    torch.compiler.reset()
+    given = pick(FULL, PAIR, rank) if rank in (0, 1) else None
+    result = torch.compile(step, backend="aot_eager", fullgraph=True)(given)
+    assert (result is None) == (rank not in (1, 2))
+    if result is not None:
+        assert torch.equal(result, (FULL + 1).bfloat16() * 2)
+
+
+def test_meshes_of_other_ranks_in_a_full_graph(ranks: Ranks) -> None:
+    ranks.run(between_meshes)
+
+
+def with_a_tape(rank: int) -> None:
+    """Gradients between ranks that hold different things break the graph, and are right."""
+    mover = Resharder(ROWS, COLUMNS, differentiable=True, timeout_seconds=60)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return mover(x * 2) + 1
+
+    torch.compiler.reset()
+    x = pick(FULL, ROWS, rank).requires_grad_()
+    tricomm.backward(torch.compile(step, backend="aot_eager")(x).sum())
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="without out= and differentiable="):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_a_taped_move_is_one_explained_break(ranks: Ranks) -> None:
+    ranks.run(with_a_tape)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, mover: Any) -> None:
+        super().__init__()
+        self.mover = mover
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mover(x * 2) + 1
+
+
+def without_data(rank: int) -> None:
+    """Shapes alone: nobody is asked for anything, so that one rank may do it by itself."""
+    mover = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+    if rank:
+        return
+    shape, dtype = (16, 1), torch.float32
+    on_meta = mover(torch.empty(2, 8, device="meta"))
+    assert on_meta is not None
+    assert (on_meta.shape, on_meta.dtype, on_meta.device.type) == (shape, dtype, "meta")
+    with FakeTensorMode() as mode:
+        fake = mover(torch.empty(2, 8))
+        assert fake is not None
+        assert (fake.shape, fake.dtype) == (shape, dtype)
+    assert mover(mode.from_tensor(torch.empty(2, 8))).shape == shape
+    for strict in (False, True):
+        program = torch.export.export(Layer(mover), (torch.empty(2, 8),), strict=strict)
+        assert "tricomm.move.default" in str(program.graph)
+        (output,) = (node for node in program.graph.nodes if node.op == "output")
+        assert output.args[0][-1].meta["val"].shape == shape
+
+
+def test_export_fake_and_meta_tensors_give_shapes(ranks: Ranks) -> None:
+    ranks.run(without_data)
+
+
+def kept_by_a_checkpoint(rank: int) -> None:
+    from tricomm.compiled.graph import move_op
+
+    mover = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+    x = pick(FULL, ROWS, rank).requires_grad_()
+
+    def region(one: torch.Tensor) -> torch.Tensor:
+        return torch.sin(mover(torch.sin(one)))
+
+    contexts = partial(create_selective_checkpoint_contexts, [move_op])
+    checkpoint(region, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert mover._session.calls == 1  # and not 2, as with a checkpoint that keeps nothing
+    plain = x.detach().clone().requires_grad_()
+    region(plain).sum().backward()
+    assert torch.equal(x.grad, plain.grad)
+
+
+def test_a_selective_checkpoint_keeps_what_was_moved(ranks: Ranks) -> None:
+    ranks.run(kept_by_a_checkpoint)
+
+
+def refused(rank: int) -> None:
+    mover = Resharder(PAIR, OTHERS, timeout_seconds=60)
+    torch.compiler.reset()
+    if rank == 0:
+        x = pick(FULL, PAIR, rank).requires_grad_()
+        with pytest.raises(SpecError, match="pass differentiable=True on all ranks"):
+            torch.compile(lambda one: mover(one * 2), backend="eager")(x)
+
+
+def test_gradients_that_would_get_lost_are_refused(ranks: Ranks) -> None:
+    ranks.run(refused)

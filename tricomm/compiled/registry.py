@@ -1,0 +1,67 @@
+"""The Resharders of this process by a text that a graph can hold."""
+
+import weakref
+from functools import cache
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+
+
+class InGraph(NamedTuple):
+    """What a graph has to know of a Resharder; constants, which torch.compile guards.
+
+    Attributes:
+        key: which one it is in this process.
+        has_source: whether this rank is on the source mesh.
+        has_result: whether this rank is on the destination mesh.
+        has_gradient: whether all ranks are on both meshes, so that each has a part in the way back.
+        shape, dtype, device: of this rank's result, or of an empty one.
+        source_dtype: of what it gives.
+        is_taped: whether its calls stand on a tape.
+    """
+
+    key: str
+    has_source: bool
+    has_result: bool
+    has_gradient: bool
+    shape: tuple[int, ...]
+    dtype: Any
+    device: Any
+    source_dtype: Any
+    is_taped: bool
+
+
+@cache
+def _movers() -> "weakref.WeakValueDictionary[str, Any]":
+    return weakref.WeakValueDictionary()
+
+
+@cache
+def _numbers() -> "count[int]":
+    return count()
+
+
+def register(mover: Any) -> str:
+    """Give a Resharder a key; it is forgotten with the Resharder."""
+    key = f"mover {next(_numbers())}"
+    _movers()[key] = mover
+    return key
+
+
+def find(key: str) -> Any:
+    """The Resharder of a key.
+
+    Raises:
+        KeyError: it is gone; whoever compiled the graph is to keep it.
+    """
+    return _movers()[key]
+
+
+def is_traced(tensor: Any) -> bool:
+    """Whether a call is to go through the operator though nothing is compiled: its tensor has no memory, or a mode of
+    torch watches operators, as fake tensors and selective checkpoints do.
+    """
+    return bool(torch._C._len_torch_dispatch_stack()) or (
+        isinstance(tensor, torch.Tensor) and (tensor.is_meta or type(tensor).__name__ == "FakeTensor")
+    )
