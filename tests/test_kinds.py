@@ -54,11 +54,27 @@ def call_resharder(**given: Any) -> Any:
 SECRET = "a secret of the tests"
 
 
-def call_connect(**given: Any) -> None:
-    """At a meeting that begins and ends with it, unless another address is given."""
-    with tricomm.Meeting("tcp://127.0.0.1:0", secret=SECRET) as meeting:
-        address = meeting.address if given["address"] == "here" else given["address"]
-        tricomm.connect(**{**given, "address": address}).close()
+def at_an_address(function: Callable[..., Any]) -> Callable[..., None]:
+    """Call it with a meeting that begins and ends with it, unless another address is given."""
+
+    def call(**given: Any) -> None:
+        with tricomm.Meeting("tcp://127.0.0.1:0", secret=SECRET) as meeting:
+            address = meeting.address if given["address"] == "here" else given["address"]
+            function(**{**given, "address": address}).close()
+
+    return call
+
+
+def push(**given: Any) -> None:
+    def call(address: str) -> tricomm.Publisher:
+        made = tricomm.Publisher(
+            address, side="a", side_rank=0, side_size=1, fleets=["b"], specs={"w": ROWS}, secret=SECRET, device="cpu"
+        )
+        with made:
+            made.push(**given)
+        return made
+
+    at_an_address(call)(address="here")
 
 
 @cache
@@ -143,6 +159,12 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Plan.simulated_seconds": (PLAN.simulated_seconds, {"topology": None}),
     "Plan.nic_seconds": (PLAN.nic_seconds, {"topology": None}),
     "Plan.for_rank": (PLAN.for_rank, {"rank": 0}),
+    "Publisher": (at_an_address(tricomm.Publisher), {
+        "address": "here", "side": "a", "side_rank": 0, "side_size": 1, "fleets": ["b"], "specs": {"w": ROWS},
+        "secret": SECRET, "host": None, "timeout_seconds": 3, "device": "cpu", "name": "b"}),
+    "Publisher.push": (push, {
+        "tensors": {"w": torch.zeros(4, 4)}, "version": 1, "base_version": None, "beside": "fence",
+        "wait_seconds": 0.0}),
     "RandomizedGreedy": (tricomm.RandomizedGreedy, {"trials": 3, "seed": 0}),
     "Replicate": (Replicate, {}),
     "Resharder": (tricomm.Resharder, {
@@ -174,6 +196,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ShardingSpec.holding": (ROWS.holding, {"rank": 0}),
     "ShardingSpec.local_shape": (ROWS.local_shape, {"rank": 0}),
     "Split": (tricomm.Split, {}),
+    "Subscriber": (at_an_address(tricomm.Subscriber), {
+        "address": "here", "side": "a", "side_rank": 0, "side_size": 1, "source": "b", "specs": {"w": ROWS},
+        "out": {"w": torch.zeros(4, 4)}, "secret": SECRET, "host": None, "timeout_seconds": 3, "device": "cpu"}),
     "Topology": (Topology, {
         "hosts": ("a",), "nic_bytes_per_second": 1e9, "nics_per_host": 1, "intra_bytes_per_second": 1e9,
         "latency_seconds": 0.0, "overhead_seconds": 0.0}),
@@ -186,11 +211,12 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Topology.nic_rate": (TOPOLOGY.nic_rate, {"nic": 0}),
     "Topology.check_covers": (TOPOLOGY.check_covers, {"ranks": [0]}),
     "World.exchange": (lambda **given: at_a_meeting().exchange(**given), {"specs": {"w": WHOLE}, "timeout_seconds": 3}),
+    "World.peek": (lambda **given: at_a_meeting().peek(**given), {"side_sizes": {"a": 1, "b": None}, "name": "c"}),
     "World.ranks_of": (lambda **given: at_a_meeting().ranks_of(**given), {"side": "a"}),
     "World.renew": (lambda **given: at_a_meeting().renew(**given).close(), {
         "timeout_seconds": 3, "side_sizes": {"a": 1}}),
     "World.topology": (lambda **given: at_a_meeting().topology(**given), {"nics_per_host": 1}),
-    "connect": (call_connect, {
+    "connect": (at_an_address(tricomm.connect), {
         "address": "here", "side": "a", "side_rank": 0, "side_sizes": {"a": 1}, "secret": SECRET, "timeout_seconds": 3,
         "device": "cpu", "name": "b", "host": None, "on_waiting": None}),
     "backward": (tricomm.backward, {
@@ -293,7 +319,7 @@ PIPELINE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 # Values and results, which the library makes; and what torch or Python calls.
 NOT_CALLED = {
     "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Push", "Stats",
-    "StepComparison", "World", "Timeline", "Timeline.busy_seconds",
+    "StepComparison", "World", "Subscriber.wait", "Timeline", "Timeline.busy_seconds",
     "Tuned", "Resharder.made", "Resharder.forward",
     "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
 }  # fmt: skip

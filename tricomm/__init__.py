@@ -4,7 +4,9 @@ from tricomm.autograd.tape import backward
 from tricomm.connect.feed import Feed
 from tricomm.connect.meeting.join import Missing
 from tricomm.connect.meeting.server import Meeting
+from tricomm.connect.publisher import Publisher
 from tricomm.connect.push import Latest, Push
+from tricomm.connect.subscriber import Subscriber
 from tricomm.connect.version import __version__ as __version__
 from tricomm.connect.world import World, connect
 from tricomm.errors import ArgumentError, PlanError, SpecError, TransportError, TricommError
@@ -56,6 +58,7 @@ __all__ = [
     "Partial",
     "Plan",
     "PlanError",
+    "Publisher",
     "Push",
     "RandomizedGreedy",
     "Replicate",
@@ -67,6 +70,7 @@ __all__ = [
     "SpecError",
     "Split",
     "Stats",
+    "Subscriber",
     "Topology",
     "TransportError",
     "TricommError",

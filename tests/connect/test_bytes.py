@@ -76,6 +76,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
         request,
         [
             b"1" + bytes([host.JOIN]) + JOIN.encoded(),
+            b"1" + bytes([host.PEEK]) + JOIN.encoded(),
             b"1" + bytes([host.POLL]),
             b"1" + Writer(host.SET).integer(1).text("key").octets(b"value").done(),
             b"1" + Writer(host.GET).integer(1).text("key").done(),

@@ -19,6 +19,7 @@ from tricomm.connect.meeting.room import (
     over_reason,
     settle,
     status_of,
+    who_is_missing,
 )
 
 SIDES = (("trainer", 2), ("server", 1))
@@ -62,6 +63,14 @@ def test_when_all_are_there_they_are_one_group_in_the_order_of_the_sides() -> No
             assert status_of(room, connection, 9.0) == Paired(1, 1, SIDES, ("a", "a", "b"), {})
             assert over_reason(room, connection, 1) is None
         assert over_reason(room, 4, 1) == "this process is not in epoch 1"
+
+
+def test_one_that_only_looks_sees_who_waits() -> None:
+    names = ("trainer", "server")
+    assert who_is_missing(Room(), names) == Missing(0.0, (("trainer", -1), ("server", -1)))
+    room = come(Room(), {3: SERVER})
+    assert who_is_missing(room, names).places == (("trainer", 0), ("trainer", 1))
+    assert who_is_missing(come(Room(), ALL), names).places == (("trainer", -1), ("server", -1)), "nobody waits"
 
 
 def test_a_side_says_its_own_size() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Unpack
 
@@ -85,8 +86,9 @@ class Feed:
         if odd:
             side = source if odd[0] in here else destination
             raise SpecError(f"only side {side!r} has tensor {odd[0]!r}; give both sides the same names")
+        chosen = Options.of({**options, "group": world}, "Feed")
         # Confirmed, so that all ranks give up the same move and none waits for one that has done its part.
-        chosen = Options.of({"confirm": True, **options, "group": world}, "Feed")
+        chosen = replace(chosen, confirm=chosen.confirm is not False)
         self.world = world
         self.dirty: str = before.dirty if before is not None else ""
         """On the destination: why its tensors are a mix; "" if they are the version that it holds."""

@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple, Self, Unpack
 
@@ -13,11 +14,20 @@ from tricomm.connect.exchange import Exchange, Known
 from tricomm.connect.facts import join_of
 from tricomm.connect.meeting.client import Client
 from tricomm.connect.meeting.handshake import checked_secret
-from tricomm.connect.meeting.join import MAX_NAME_BYTES, MAX_SIDE_RANKS, MAX_SIDES, Missing, Paired, Refused, Status
+from tricomm.connect.meeting.join import (
+    MAX_NAME_BYTES,
+    MAX_SIDE_RANKS,
+    MAX_SIDES,
+    Join,
+    Missing,
+    Paired,
+    Refused,
+    Status,
+)
 from tricomm.connect.meeting.server import parse_address
 from tricomm.connect.specs import placed
 from tricomm.connect.store import EpochStore
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Rates, Topology
@@ -56,17 +66,20 @@ class Appointment(NamedTuple):
     timeout_seconds: float
     on_waiting: OnWaiting | None
 
+    def join(self) -> Join:
+        """Return what this rank says when it comes."""
+        sides = tuple((name, size or 0) for name, size in self.side_sizes.items())
+        return join_of(sides, self.side, self.side_rank, self.device, self.host, self.name)
+
     def keep(self, client: Client | None, deadline: float) -> tuple[Client, Paired]:
         """Return (client, epoch) when all are there; a client that is at the meeting already goes on.
 
         Raises:
             TransportError: they are not until the deadline, or say what contradicts this rank.
         """
-        sides = tuple((name, size or 0) for name, size in self.side_sizes.items())
-        who = join_of(sides, self.side, self.side_rank, self.device, self.host, self.name)
         if client is None or client.connection.broken:
             client = Client(self.address, self.secret, deadline)
-        return client, client.join(who, deadline, self.on_waiting)
+        return client, client.join(self.join(), deadline, self.on_waiting)
 
 
 class World(dist.ProcessGroup):
@@ -208,6 +221,25 @@ class World(dist.ProcessGroup):
         """Return a timeout as a number; None is what ``connect`` was told."""
         given = self._appointment.timeout_seconds if timeout_seconds is None else timeout_seconds
         return Options(timeout_seconds=given).seconds
+
+    def refresh(self) -> str:
+        """Ask the meeting how the epoch stands now, and return ``over``."""
+        with suppress(TransportError):
+            self._hear(self._client.poll())
+        return self.over
+
+    @checks_kinds
+    def peek(self, side_sizes: Mapping[str, int | None], name: str = "") -> Missing:
+        """Return who of other sides is not waiting for this rank at the meeting now, without coming there itself.
+
+        Args:
+            side_sizes, name: as ``connect`` would be told.
+
+        Raises:
+            TransportError: the meeting is gone.
+        """
+        sizes = _checked_sizes(side_sizes, self.side)
+        return self._client.peek(self._appointment._replace(side_sizes=sizes, name=name).join())
 
     def enable_collectives(self) -> None:
         """Connect all ranks for torch.distributed's own calls with ``group=world``; every rank calls it, once.

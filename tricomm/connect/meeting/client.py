@@ -28,6 +28,10 @@ FIRST_TOLD_SECONDS = 2.0
 """A rank that waits for so long says for whom, and again whenever it has waited twice as long, or that changes."""
 
 
+class AbsentError(TransportError):
+    """Not all have come in time."""
+
+
 class Connection:
     """A socket to a meeting whose two ends have shown each other that they know the secret.
 
@@ -183,7 +187,7 @@ class Client:
             now = time.monotonic()
             if now >= deadline:
                 self._withdraw()
-                raise TransportError(
+                raise AbsentError(
                     f"{who} gave up after {now - began:.1f} s at the meeting {self.connection.name}, {answer}; see "
                     "whether they were started, with this address, these sides and this secret"
                 )
@@ -207,6 +211,12 @@ class Client:
     def poll(self) -> Status:
         """Ask how it stands."""
         return self._status(self.connection.ask(bytes([host.POLL])))
+
+    def peek(self, who: Join) -> Missing:
+        """Ask who of those that somebody wants to meet is not waiting for him, without coming."""
+        found = self._status(self.connection.ask(bytes([host.PEEK]) + who.encoded()))
+        assert isinstance(found, Missing)
+        return found
 
     def _status(self, answer: bytes) -> Status:
         return decode_status(bytes(self._accepted(answer)))

@@ -5,6 +5,7 @@
 | JOIN | a Join | OK and a Status; ERROR and why |
 | POLL | | OK and a Status |
 | LEAVE | | OK |
+| PEEK | a Join | OK and the Status of those that wait to meet him; he does not come |
 | SET, GET, ADD, CHECK, COMPARE_SET, DELETE, COUNT | serial of the epoch, ... | OK and a value; ABSENT; OVER; ERROR |
 
 Every request has one answer, at once. A store belongs to an epoch, and only its members reach it; when it is over,
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from tricomm.connect.meeting import handshake
 from tricomm.connect.meeting.handshake import Seals
 from tricomm.connect.meeting.join import Join, encode_status
-from tricomm.connect.meeting.room import Room, join, leave, lose, over_reason, settle, status_of
+from tricomm.connect.meeting.room import Room, join, leave, lose, over_reason, settle, status_of, who_is_missing
 from tricomm.connect.meeting.table import FINAL, Table
 from tricomm.connect.meeting.wire import (
     MAX_BODY_BYTES,
@@ -34,7 +35,7 @@ from tricomm.errors import TransportError
 
 LOG = logging.getLogger("tricomm")
 
-JOIN, POLL, LEAVE = 1, 2, 3
+JOIN, POLL, LEAVE, PEEK = 1, 2, 3, 4
 SET, GET, ADD, CHECK, COMPARE_SET, DELETE, COUNT = range(10, 17)
 OK, ABSENT, OVER, ERROR = 0, 1, 2, 3
 
@@ -175,6 +176,11 @@ class Host:
             if operation in (POLL, LEAVE):
                 reader.end()
                 return self._attend(connection, peer, operation, now)
+            if operation == PEEK:
+                who = Join.read(reader)
+                reader.end()
+                room = self._rooms.get(who.room, Room())
+                return bytes([OK]) + encode_status(who_is_missing(room, who.names))
             return self._store(connection, peer, operation, reader)
         except WireError:
             raise

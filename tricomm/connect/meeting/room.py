@@ -196,6 +196,13 @@ def status_of(room: Room, connection: int, now: float, note: str = "") -> Status
     return Paired(epoch.serial, epoch.number, epoch.sides, hosts, left)
 
 
+def who_is_missing(room: Room, names: tuple[str, ...]) -> Missing:
+    """Return what those that wait are told, to somebody who only looks; all are missing where nobody waits."""
+    if room.waiting:
+        return _missing(room, 0.0, "")
+    return Missing(0.0, tuple((name, -1) for name in names))
+
+
 def over_reason(room: Room, connection: int, serial: int) -> str | None:
     """Return why a connection may not use the store of an epoch; None if it may."""
     epoch = room.epoch

@@ -1,0 +1,52 @@
+"""What the ranks of one side do next, decided by their rank 0, so that all do it in the same call."""
+
+import time
+from collections.abc import Callable
+
+from tricomm.connect.world import World
+from tricomm.errors import TransportError
+
+MAX_KEPT = 4096
+"""So many decisions are kept for ranks that are behind."""
+
+FIRST_PAUSE_SECONDS = 0.0005
+LONGEST_PAUSE_SECONDS = 0.02
+
+
+class Agreement:
+    """Decisions of the ranks of one side.
+
+    Args:
+        world: of that side alone.
+        timeout_seconds: how long a rank waits for rank 0 to decide.
+    """
+
+    def __init__(self, world: World, timeout_seconds: float) -> None:
+        self.world = world
+        self._seconds = timeout_seconds
+        self._number = 0
+
+    def decide(self, make: Callable[[], str]) -> str:
+        """Return what rank 0 makes of it, on all ranks.
+
+        Raises:
+            TransportError: rank 0 has not decided in time, or a rank of the side died.
+        """
+        self._number += 1
+        key, store = f"decision/{self._number}", self.world.get_group_store()
+        if self.world.rank() == 0:
+            text = make()
+            store.set(key, text)
+            if self._number > MAX_KEPT:
+                store.delete_key(f"decision/{self._number - MAX_KEPT}")
+            return text
+        deadline, pause = time.monotonic() + self._seconds, FIRST_PAUSE_SECONDS
+        while (found := store.find(key)) is None:
+            if time.monotonic() > deadline:
+                raise TransportError(
+                    f"rank 0 of side {self.world.side!r} did not make its call number {self._number} within "
+                    f"{self._seconds:.0f} s; all ranks of a side make the same calls"
+                )
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
+        return found.decode()

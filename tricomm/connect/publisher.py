@@ -1,0 +1,201 @@
+"""Publisher: what a trainer pushes its weights with, to fleets that come, go and start again as they like."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self, Unpack
+
+import torch
+
+from tricomm.connect.agreement import Agreement
+from tricomm.connect.feed import FENCE, Feed
+from tricomm.connect.push import Push
+from tricomm.connect.world import connect
+from tricomm.errors import SpecError, TransportError
+from tricomm.kinds import checks_kinds
+from tricomm.layout.spec import ShardingSpec
+from tricomm.options import Options, ReshardOptions
+from tricomm.transport.group import context_of
+
+LOG = logging.getLogger("tricomm")
+OWN = "of one side"
+"""Name of the meeting of the ranks of one side."""
+
+MEET_SECONDS = 15.0
+"""In which a fleet of which all ranks wait is met, or is not."""
+
+MEET, PUSH, SKIP = "meet", "push", "skip"
+
+
+@dataclass(slots=True)
+class _Fleet:
+    """A fleet as this rank of the trainer knows it."""
+
+    name: str
+    feed: Feed | None = None
+    push: Push | None = None
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether all of it are there, as far as is known here."""
+        feed = self.feed
+        return feed is not None and not feed.world.over and not context_of(feed.world).dead
+
+
+class Publisher:
+    """Push versions of this job's tensors to fleets, none of which it ever waits for.
+
+    Every rank of the job makes one and calls it as often as the others. A fleet is met when all its ranks have come
+    (see :class:`tricomm.Subscriber`), at a call of ``push``, and skipped while it is not there, starts again or is not
+    ready.
+
+    Args:
+        address, secret: of the meeting.
+        side: this job's.
+        side_rank, side_size: this rank, and how many there are.
+        fleets: the sides that it pushes to; they may come late, or never.
+        specs: of the tensors, on the ranks of this job.
+        timeout_seconds: for the ranks of this job to come, and for each move.
+        device, host: see ``connect``.
+        options: of the moves: those of :class:`tricomm.Options`.
+
+    Raises:
+        TransportError: a rank of this job did not come in time.
+
+    Example:
+        >>> from tricomm import Mesh, Shard
+        >>> from tricomm.connect.meeting.server import Meeting
+        >>> secret = "a secret of one example"
+        >>> specs = {"w": ShardingSpec(Mesh([0], ("x",)), (Shard(0),), (4,), "float32")}
+        >>> with Meeting("tcp://127.0.0.1:0", secret=secret) as meeting, Publisher(
+        ...     meeting.address, side="trainer", side_rank=0, side_size=1, fleets=["server"], specs=specs,
+        ...     secret=secret, device="cpu"
+        ... ) as publisher:
+        ...     publisher.push({"w": torch.ones(4)}, version=1)["server"].skipped
+        "side 'server' is not there: waiting for all of side 'trainer' and all of side 'server' since 0.0 s"
+    """
+
+    @checks_kinds
+    def __init__(
+        self,
+        address: str,
+        *,
+        side: str,
+        side_rank: int,
+        side_size: int,
+        fleets: Sequence[str],
+        specs: Mapping[str, ShardingSpec],
+        secret: str | bytes,
+        host: str | None = None,
+        **options: Unpack[ReshardOptions],
+    ) -> None:
+        if not fleets or side in fleets or len(set(fleets)) != len(fleets):
+            raise SpecError(f"fleets={list(fleets)!r} must be other sides than {side!r}, each once; name one or more")
+        chosen = Options.of(options, "Publisher")
+        self._connect = partial(
+            connect, address, side=side, side_rank=side_rank, secret=secret, host=host, device=chosen.device
+        )
+        self._size = side_size
+        self._options = replace(chosen, device=None)
+        self._specs = dict(specs)
+        own = self._connect(side_sizes={side: side_size}, name=OWN, timeout_seconds=chosen.seconds)
+        self._agreement = Agreement(own, chosen.seconds)
+        self._side = side
+        self._fleets = [_Fleet(name) for name in fleets]
+
+    @checks_kinds
+    def push(
+        self,
+        tensors: Mapping[str, torch.Tensor | None],
+        version: int,
+        *,
+        base_version: int | None = None,
+        beside: str = FENCE,
+        wait_seconds: float = 0.0,
+    ) -> dict[str, Push]:
+        """Push a version to every fleet that is there and ready; see :meth:`tricomm.Feed.push`.
+
+        Nothing that a fleet does raises: what was skipped or lost stands in ``Push.skipped``.
+
+        Raises:
+            SpecError: tensors that do not fit, or a version that is not higher than those before.
+            TransportError: a rank of this job died, or made another call.
+        """
+        found = {}
+        for fleet in self._fleets:
+            found[fleet.name] = fleet.push = self._pushed(
+                fleet, tensors, version, base_version=base_version, beside=beside, wait_seconds=wait_seconds
+            )
+        return found
+
+    def wait_source(self) -> None:
+        """Return when the tensors that were pushed last may change; see ``Push.wait_source``."""
+        for fleet in self._fleets:
+            if fleet.push is not None:
+                fleet.push.wait_source()
+
+    def _pushed(self, fleet: _Fleet, tensors: Mapping[str, Any], version: int, **how: Any) -> Push:
+        what, _, why = self._agreement.decide(lambda: self._choice(fleet)).partition(" ")
+        if what == MEET:
+            try:
+                self._meet(fleet)
+            except TransportError as error:
+                return self._lost(fleet, version, error)
+        if what == SKIP or fleet.feed is None:
+            return Push(version, why or f"this rank has not met side {fleet.name!r}")
+        try:
+            return fleet.feed.push(tensors, version, **how)
+        except TransportError as error:
+            return self._lost(fleet, version, error)
+
+    def _lost(self, fleet: _Fleet, version: int, error: TransportError) -> Push:
+        LOG.warning("%s: %s", fleet.name, error)
+        if fleet.feed is not None:
+            fleet.feed.world.refresh()
+        return Push(version, str(error))
+
+    def _choice(self, fleet: _Fleet) -> str:
+        """As rank 0: what to do with a fleet now."""
+        if fleet.is_paired:
+            return PUSH
+        sizes: dict[str, int | None] = {self._side: self._size, fleet.name: None}
+        own = self._agreement.world
+        missing = own.peek(sizes)
+        if any(side == fleet.name for side, _ in missing.places):
+            return f"{SKIP} side {fleet.name!r} is not there: {missing}"
+        return MEET
+
+    def _meet(self, fleet: _Fleet) -> None:
+        """Meet a fleet whose ranks are all there; on any failure it is met anew later."""
+        before, fleet.feed = fleet.feed, None
+        if before is not None:
+            before.close()
+            before.world.close()
+        sizes: dict[str, int | None] = {self._side: self._size, fleet.name: None}
+        world = self._connect(side_sizes=sizes, timeout_seconds=MEET_SECONDS)
+        try:
+            specs = world.exchange(self._specs)
+            fleet.feed = Feed(world, specs, source=self._side, destination=fleet.name, **self._options.given())
+        except BaseException:
+            world.close()
+            raise
+
+    def close(self) -> None:
+        """Leave in peace, when what was pushed is over."""
+        for fleet in self._fleets:
+            if fleet.push is not None:
+                try:
+                    fleet.push.wait()
+                except TransportError as error:
+                    LOG.warning("%s: %s", fleet.name, error)
+            if fleet.feed is not None:
+                fleet.feed.close()
+                fleet.feed.world.close()
+        self._agreement.world.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

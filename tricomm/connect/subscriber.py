@@ -1,0 +1,210 @@
+"""Subscriber: what a server takes weights with, from a trainer that comes, goes and starts again as it likes."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import Self, Unpack
+
+import torch
+
+from tricomm.connect.agreement import Agreement
+from tricomm.connect.feed import Feed
+from tricomm.connect.meeting.client import AbsentError
+from tricomm.connect.publisher import OWN
+from tricomm.connect.world import connect
+from tricomm.errors import TransportError
+from tricomm.kinds import checks_kinds
+from tricomm.layout.spec import ShardingSpec
+from tricomm.options import Options, ReshardOptions
+
+LOG = logging.getLogger("tricomm")
+PULL, ADOPT, LOST, NOTHING = "pull", "adopt", "lost", "nothing"
+LONGEST_PAUSE_SECONDS = 0.05
+PATIENCE_SECONDS = 30.0
+"""After which a server that waits for its trainer begins anew, unless it was closed."""
+
+ADOPT_SECONDS = 10.0
+"""In which a rank has met a trainer that rank 0 has met, or has failed to."""
+
+
+class Subscriber:
+    """Take versions of tensors from a trainer, in place, between two batches.
+
+    Every rank of the job makes one, and calls ``poll`` as often as the others: rank 0 decides, so that all take a
+    version in the same call. The trainer is met in the background, and met anew when it or this job has started again.
+
+    Args:
+        address, secret: of the meeting.
+        side: this job's.
+        side_rank, side_size: this rank, and how many there are.
+        source: the trainer's side (see :class:`tricomm.Publisher`).
+        specs: of the tensors, on the ranks of this job; shape and dtype may be left out.
+        out: this rank's tensors by name, which are written.
+        timeout_seconds: for the ranks of this job to come, and for each move.
+        device, host: see ``connect``.
+        options: of the moves: those of :class:`tricomm.Options`.
+
+    Raises:
+        TransportError: a rank of this job did not come in time.
+
+    Example:
+        >>> from tricomm import Mesh, Shard
+        >>> from tricomm.connect.meeting.server import Meeting
+        >>> secret = "a secret of one example"
+        >>> specs, out = {"w": ShardingSpec(Mesh([0], ("x",)), (Shard(0),))}, {"w": torch.zeros(4)}
+        >>> with Meeting("tcp://127.0.0.1:0", secret=secret) as meeting, Subscriber(
+        ...     meeting.address, side="server", side_rank=0, side_size=1, source="trainer", specs=specs, out=out,
+        ...     secret=secret, device="cpu"
+        ... ) as subscriber:
+        ...     print(subscriber.poll(), subscriber.version)
+        None None
+    """
+
+    @checks_kinds
+    def __init__(
+        self,
+        address: str,
+        *,
+        side: str,
+        side_rank: int,
+        side_size: int,
+        source: str,
+        specs: Mapping[str, ShardingSpec],
+        out: Mapping[str, torch.Tensor | None],
+        secret: str | bytes,
+        host: str | None = None,
+        **options: Unpack[ReshardOptions],
+    ) -> None:
+        chosen = Options.of(options, "Subscriber")
+        self._connect = partial(
+            connect, address, side=side, side_rank=side_rank, secret=secret, host=host, device=chosen.device
+        )
+        self._side, self._source = side, source
+        self._sizes: dict[str, int | None] = {source: None, side: side_size}
+        self._specs, self._out = dict(specs), dict(out)
+        self._options = replace(chosen, device=None)
+        self.version: int | None = None
+        """That this rank's tensors are; None is none, or a mix."""
+        self.dirty = ""
+        """Why they are a mix; "" if they are not."""
+        own = self._connect(side_sizes={side: side_size}, name=OWN, timeout_seconds=chosen.seconds)
+        self._agreement = Agreement(own, chosen.seconds)
+        self._feed: Feed | None = None
+        self._is_closed = threading.Event()
+        self._coming: Future[Feed] = self._meet(None)
+
+    def poll(self) -> int | None:
+        """Take the version that the trainer pushes, if it has started to push one; return it, or None. Does not wait
+        for a trainer that does nothing.
+
+        Raises:
+            TransportError: the push failed, and the tensors are a mix until another is taken; or a rank of this job
+                died; or the trainer cannot be met, as it has other versions.
+        """
+        what = self._agreement.decide(self._choice)
+        if what == ADOPT:
+            with suppress(FutureTimeoutError):  # it failed here, and the epoch is over
+                self._feed = self._coming.result(timeout=ADOPT_SECONDS)
+        elif what == LOST:
+            self._drop()
+        elif what == PULL and self._feed is not None:
+            return self._pull(self._feed)
+        return None
+
+    def wait(self, timeout_seconds: float | timedelta) -> int:
+        """Poll until a version has been taken; return it.
+
+        Raises:
+            TransportError: as ``poll``, or none came in time.
+        """
+        seconds = Options(timeout_seconds=timeout_seconds).seconds
+        deadline, pause = time.monotonic() + seconds, 0.001
+        while (version := self.poll()) is None:
+            if self._agreement.decide(lambda: str(time.monotonic() > deadline)) == "True":
+                raise TransportError(f"side {self._source!r} pushed no version within {seconds:.1f} s")
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
+        return version
+
+    def _choice(self) -> str:
+        """As rank 0: what to do now."""
+        if self._feed is None:
+            return ADOPT if self._coming.done() else NOTHING
+        try:
+            return NOTHING if self._feed.offered() is None else PULL
+        except TransportError as error:
+            LOG.warning("%s", error)
+            return LOST
+
+    def _pull(self, feed: Feed) -> int | None:
+        try:
+            offer = feed.pull(self._out)
+            return None if offer is None else offer.version
+        finally:
+            self.version, self.dirty = feed.held, feed.dirty
+            with suppress(TransportError):
+                feed.ready()
+
+    def _drop(self) -> None:
+        """Forget a trainer that is gone, and wait for the next one."""
+        before, self._feed = self._feed, None
+        if before is not None:
+            self._coming = self._meet(before)
+
+    def _meet(self, before: Feed | None) -> "Future[Feed]":
+        """Begin to wait for the trainer, on a thread of its own."""
+        found: Future[Feed] = Future()
+
+        def run() -> None:
+            try:
+                found.set_result(self._met(before))
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=run, name="tricomm-meet", daemon=True).start()
+        return found
+
+    def _met(self, before: Feed | None) -> Feed:
+        if before is not None:
+            before.close()
+            before.world.close()
+        while True:
+            try:
+                world = self._connect(side_sizes=self._sizes, timeout_seconds=PATIENCE_SECONDS)
+            except AbsentError:
+                if self._is_closed.is_set():
+                    raise
+                continue
+            try:
+                specs = world.exchange(self._specs, self._options.seconds)
+                options = self._options.given()
+                feed = Feed(world, specs, source=self._source, destination=self._side, before=before, **options)
+                feed.ready()
+            except TransportError as error:
+                world.close()
+                if self._is_closed.is_set():
+                    raise
+                LOG.warning("%s", error)
+            else:
+                return feed
+
+    def close(self) -> None:
+        """Leave in peace."""
+        self._is_closed.set()
+        if self._feed is not None:
+            self._feed.close()
+            self._feed.world.close()
+        self._agreement.world.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
