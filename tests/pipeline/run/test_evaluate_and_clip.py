@@ -1,5 +1,6 @@
 """Evaluation, microbatches of unequal sizes and clipping, each against the model in one process."""
 
+import time
 from functools import partial
 
 import pytest
@@ -174,3 +175,92 @@ def test_clipping_finds_what_is_cut_and_not_said_to_be(ranks: Ranks) -> None:
     for kind, text in outcomes:
         assert kind == "SpecError"
         assert "are said to hold the same gradients, and the norms of theirs are" in text
+
+
+def clip_refused(rank: int, how: str) -> tuple[str, str]:
+    """Rank 1 calls differently; all hear of it at once, nothing is changed, and the next call works."""
+    stages, edges = chain(rank, meshes=CHAIN[:2])
+    with Executor(gpipe(2, MICROBATCHES), stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        executor.step(data())
+        parameters = [one for stage in stages if stage.module for one in stage.module.parameters()]
+        before = [one.grad.clone() for one in parameters]
+        norm = {"negative": -1.0, "a word": "1", "another": 2e-3}.get(how, 1e-3) if rank == 1 else 1e-3
+        began = time.monotonic()
+        outcome = attempt(lambda: clip_gradients(executor, norm))
+        assert time.monotonic() - began < TIMEOUT_SECONDS / 2
+        for one, other in zip(parameters, before, strict=True):
+            assert torch.equal(one.grad, other)
+        clip_gradients(executor, 1e-3)
+        executor.step(data())
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("how", "kinds", "text"),
+    [
+        ("negative", ["TransportError", "SpecError"], "max_norm=-1.0 must be above 0"),
+        ("a word", ["TransportError", "ArgumentError"], "max_norm must be a number"),
+        ("another", ["SpecError", "SpecError"], "rank 0 was given max_norm=0.001"),
+    ],
+)
+def test_a_rank_that_clips_otherwise_is_heard_of(ranks: Ranks, how: str, kinds: list[str], text: str) -> None:
+    for (kind, found), wanted in zip(ranks.run(clip_refused, how)[:2], kinds, strict=True):
+        assert kind == wanted, found
+        assert text in found
+
+
+def clip_when_closed(rank: int) -> tuple[tuple[str, str], tuple[str, str]]:
+    stages, edges = chain(rank, meshes=CHAIN[:2])
+    executor = Executor(gpipe(2, MICROBATCHES), stages, edges, timeout_seconds=TIMEOUT_SECONDS)
+    executor.step(data())
+    executor.close()
+    return attempt(lambda: clip_gradients(executor, 1.0)), attempt(lambda: executor.evaluate(data()))
+
+
+def test_a_closed_executor_clips_nothing_and_stays_closed(ranks: Ranks) -> None:
+    for clipped, evaluated in ranks.run(clip_when_closed)[:2]:
+        assert clipped == ("SpecError", "the ranks of executor 'pipeline' cannot tell each other numbers: closed")
+        assert evaluated[0] == "SpecError"
+
+
+class Some(nn.Module):
+    """A frozen layer, one without a gradient and one that trains."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.layer, self.frozen, self.unused = linear(seed), linear(seed + 7), linear(seed + 8)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.layer(self.frozen(x))
+
+
+def clip_as_torch(rank: int, max_norm: float, spoiled: float | None) -> None:
+    """Norms that are infinite, gradients that are not finite, frozen and unused parameters."""
+    stages, edges = chain(rank, Some, CHAIN[:2])
+    with Executor(gpipe(2, MICROBATCHES), stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
+        executor.step(data())
+        layers = [Some(0), Some(1)]
+        for x, target in zip(*data().values(), strict=True):
+            (nn.functional.mse_loss(layers[1](layers[0](x)), target) / MICROBATCHES).backward()
+        for module in (stages[0].module, layers[0]):
+            if module is not None and spoiled is not None:
+                module.layer.weight.grad[0, 0] = spoiled
+        norm = clip_gradients(executor, max_norm)
+    if rank > 1:
+        return
+    parameters = [one for layer in layers for one in layer.parameters()]
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(parameters, max_norm), equal_nan=True)
+    for stage, layer in zip(stages, layers, strict=True):
+        pairs = zip(stage.module.parameters(), layer.parameters(), strict=True) if stage.module is not None else ()
+        for one, other in pairs:
+            assert (one.grad is None) == (other.grad is None)
+            if one.grad is not None:
+                torch.testing.assert_close(one.grad, other.grad, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "spoiled"), [(1e-2, None), (float("inf"), None), (1.0, float("inf")), (1.0, float("nan"))]
+)
+def test_clipping_does_what_torch_does(ranks: Ranks, max_norm: float, spoiled: float | None) -> None:
+    ranks.run(clip_as_torch, max_norm, spoiled)

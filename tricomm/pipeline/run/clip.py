@@ -5,11 +5,12 @@ from math import prod
 
 import torch
 
-from tricomm.errors import SpecError
-from tricomm.kinds import checks_kinds
+from tricomm.errors import SpecError, TransportError
+from tricomm.kinds import refuse_wrong_kinds
 from tricomm.layout.placement import Placement, Replicate
 from tricomm.layout.spec import ShardingSpec
 from tricomm.pipeline.run.executor import Executor
+from tricomm.transport.coordination.store import awaited_note, post_note
 
 LayoutOf = Callable[[int, str], tuple[Placement, ...]]
 """Of a stage's index and the name of one of its parameters: its layout, one placement per axis of the stage's mesh."""
@@ -17,11 +18,13 @@ LayoutOf = Callable[[int, str], tuple[Placement, ...]]
 EPSILON = 1e-6
 """Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
 
+HEADER = 2
+"""Before its sums of squares each rank tells whether it refuses the call, and the norm that it was given."""
+
 TOLERANCE = 0.05
 """Sums of squares that ranks hold copies of may differ by this part; shares of a gradient differ by far more."""
 
 
-@checks_kinds
 def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf | None = None) -> torch.Tensor:
     """Scale the gradients of all stages together so that their norm is at most ``max_norm``.
 
@@ -51,21 +54,60 @@ def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf |
         The norm before, a float64 scalar, the same on all ranks.
 
     Raises:
-        SpecError: a norm that is not positive, a layout that does not fit its mesh or is Partial, or ranks that are
-            said to hold the same gradients and do not.
-        TransportError: another rank failed.
+        SpecError: a norm that is not positive or not the same on all ranks, a layout that does not fit its mesh or is
+            Partial, or ranks that are said to hold the same gradients and do not. No gradient is changed.
+        TransportError: another rank refused or failed.
     """
-    if not max_norm > 0:
-        raise SpecError(f"max_norm={max_norm!r} must be above 0; it is the largest norm that gradients may have")
+    refuse_wrong_kinds(clip_gradients, executor=executor)
     if not executor.runs:
         return torch.zeros((), dtype=torch.float64)
-    table = executor.gather(_sums_of_squares(executor, layout_of))
+    row = torch.zeros(HEADER + 1 + len(executor.stages), dtype=torch.float64, device=executor.device)
+    problem: Exception | None = None
+    try:
+        _check_norm(max_norm, layout_of)
+        row[1] = max_norm
+        row[HEADER:] = _sums_of_squares(executor, layout_of)
+    except Exception as error:  # whatever it is, the other ranks wait for this one
+        problem, row[0] = error, 1.0
+        post_note(executor.context.store, _refusal_key(executor, executor.rank), f"{type(error).__name__}: {error}")
+    table = executor.gather(row)
+    if problem is not None:
+        raise problem
+    _check_agreement(executor, table)
+    table = table[:, HEADER:]
     _check_copies(executor, table)
     norm = table[:, 0].sum().sqrt()
     factor = torch.clamp(max_norm / (norm + EPSILON), max=1.0)
     for _, _, gradient in _gradients(executor):
         gradient.mul_(factor.to(gradient.dtype))
     return norm
+
+
+def _check_norm(max_norm: float, layout_of: LayoutOf | None) -> None:
+    refuse_wrong_kinds(clip_gradients, max_norm=max_norm, layout_of=layout_of)
+    if not max_norm > 0:
+        raise SpecError(f"max_norm={max_norm!r} must be above 0; it is the largest norm that gradients may have")
+
+
+def _refusal_key(executor: Executor, rank: int) -> str:
+    """Name where a rank says why it refused the call."""
+    return f"executor/{executor.unique}/refused to clip/{rank}"
+
+
+def _check_agreement(executor: Executor, table: torch.Tensor) -> None:
+    """Raise what another rank refused, or where the ranks were given different norms."""
+    for rank, (refused, max_norm) in zip(executor.ranks, table[:, :HEADER].tolist(), strict=True):
+        if refused:
+            absent = f"rank {rank} refused to clip gradients"
+            reason = awaited_note(
+                executor.context.store, _refusal_key(executor, rank), executor.timeout_seconds, absent
+            )
+            raise TransportError(f"rank {rank} refused to clip gradients: {reason}")
+        if max_norm != float(table[0, 1]):
+            raise SpecError(
+                f"rank {executor.ranks[0]} was given max_norm={float(table[0, 1]):.17g} and rank {rank} "
+                f"max_norm={max_norm:.17g}; clip by one norm on all ranks, or they train different models"
+            )
 
 
 def _sums_of_squares(executor: Executor, layout_of: LayoutOf | None) -> torch.Tensor:

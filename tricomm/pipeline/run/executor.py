@@ -217,8 +217,11 @@ class Executor:
             row: shape (n,), float64, n the same on all ranks.
 
         Raises:
+            SpecError: the executor was closed, or its last step failed.
             TransportError: another rank failed.
         """
+        if self.state is not State.READY:
+            raise SpecError(f"the ranks of executor {self.name!r} cannot tell each other numbers: {self.state.value}")
         try:
             return self._connections.gather(row)
         except BaseException as error:
