@@ -175,13 +175,14 @@ def test_a_server_waits_for_its_first_version(meeting: Meeting) -> None:
         ) as subscriber:  # fmt: skip
             with pytest.raises(SpecError, match="must be a number of seconds"):
                 subscriber.wait("long")  # type: ignore[arg-type]
-            with pytest.raises(TransportError, match=r"side 'trainer' pushed no version within 0\.3 s"):
-                subscriber.wait(0.3)
+            with pytest.raises(TransportError, match=r"side 'trainer' pushed no version within 0\.2 s"):
+                subscriber.wait(0.2)
             version = subscriber.wait(20.0)
             assert (subscriber.version, subscriber.dirty) == (version, "")
             return version
 
     def train() -> None:
+        time.sleep(1.0)
         trainer = Trainer(meeting, ["server"])
         trainer.until(lambda: bool(out["w"].sum() != 0))
         trainer.close()
