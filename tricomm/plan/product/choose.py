@@ -150,11 +150,11 @@ class ProductMove:
             participants,
         )
 
-    def loads(self, messages: int, children: int) -> Loads:
-        """What the hosts of a tile carry if it comes in so many messages."""
+    def loads(self, messages: int, shares: int, children: int) -> Loads:
+        """What the NICs of a tile's replicas carry if it comes in so many messages, so many shares of a holder."""
         if self.shared is not None:
-            return Loads.among(self.shared, messages, children)
-        return Loads.apart(self.rings.most_hosts, messages, children)
+            return Loads.among(self.shared, _rails(self), messages, shares, children)
+        return Loads.apart(self.rings.most_hosts, _rails(self), messages, children)
 
     def routes(self, rank: int | None) -> Routes:
         """What all ranks do, or what one has part in."""
@@ -263,7 +263,7 @@ def best_way(move: ProductMove) -> Way:
 def direct_way(move: ProductMove, shares: int) -> Way:
     """Every replica hears from holders."""
     topology, copies = move.context.topology, move.rings.replicas
-    load, loads = Load.of(move, copies, shares), move.loads(1, 1)
+    load, loads = Load.of(move, copies, shares), move.loads(1, 1, 1)
     of_nic = move.rings.tiles_of_nic * _tile_nbytes(move)
     entering = move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
     leaving = max(load.nic_nbytes * loads.free, loads.directly * of_nic) / move.sending.send
@@ -277,15 +277,13 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     context, topology, rings = move.context, move.context.topology, move.rings
     load, tile = Load.of(move, 1, shares), _tile_nbytes(move)
     messages = max(round(tile / load.piece_nbytes), 1)
-    rails = _rails(move)
-    loads = move.loads(max(messages // rails, 1), children)
+    loads = move.loads(messages, shares, children)
     of_nic = rings.tiles_of_nic * tile
     leaving = load.nic_nbytes * loads.free / move.sending.send
     entering = loads.heard * of_nic / move.receiving.receive
     busiest = max(leaving, entering, loads.handed_on * of_nic / move.receiving.send)
     # In one chunk each, a NIC receives in each step the messages that entered a ring at one place.
-    at_once = max(loads.first / rails, 1 / messages)
-    step = at_once * max(rails * rings.tiles_of_nic, 1.0) * tile / move.receiving.receive
+    step = loads.first * of_nic / move.receiving.receive
     depth = max(loads.hosts if children == 1 else loads.hosts.bit_length(), 1)
     if children == 1:
         fill = max(max(leaving, step) + (depth - 1) * step - busiest, 0.0)
@@ -296,7 +294,7 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
     if chunk_bytes is not None:
         chunks = max(-(-int(load.piece_nbytes) // chunk_bytes), 1)
-    together = messages if chunks > 1 or children > 1 else round(at_once * messages)
+    together = messages if chunks > 1 or children > 1 else round(loads.first * messages / _rails(move))
     limit = context.chunk_limit_nbytes(min(together, MAX_PEERS_PER_ROUND))
     posts = max(load.messages * loads.free, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
     each = topology.overhead_seconds + topology.latency_seconds

@@ -128,6 +128,12 @@ class Rings:
         found: np.ndarray = self.firsts[tiles, places + 1] - self.firsts[tiles, places]
         return found
 
+    def before(self, tiles: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """How many replicas are on the hosts before some, going on behind the last with the first."""
+        laps, places = np.divmod(places, self.hosts[tiles])
+        found: np.ndarray = laps * self.replicas + self.firsts[tiles, places]
+        return found
+
     def at(self, tiles: np.ndarray, places: np.ndarray, turns: np.ndarray) -> np.ndarray:
         """The replicas of some tiles on some of their hosts, counted round the host."""
         ranks: np.ndarray = self.ranks[tiles, self.firsts[tiles, places] + turns % self.count(tiles, places)]

@@ -1,4 +1,4 @@
-"""What the replicas of a tile carry: the shares of it that the busiest of its hosts hears, hands on and hears first."""
+"""What the NICs of a tile's replicas carry, as multiples of what each would if all were level."""
 
 from typing import NamedTuple
 
@@ -10,19 +10,22 @@ from tricomm.plan.product.shared import Arcs, SharedHosts
 FEW_HOSTS = 256
 """Up to so many hosts and messages of a tile the loads of trees are summed up; with more they are bounded."""
 
+FEW_VISITS = 1 << 14
+"""The same where hosts have ranks of both meshes: visits of a message to a host; with more, trees count as chains."""
+
 SAMPLED_TILES = 2
 
 
 class Loads(NamedTuple):
-    """Shares of a tile's elements.
+    """Loads of the busiest NIC; 1 is a tile's elements divided by the NICs by which its replicas on a host hear.
 
     Attributes:
         hosts: of the longest way.
-        free: of cells without holders on the tile's hosts.
-        heard: by the host that hears most.
-        handed_on: by the host that sends most to others of the tile, in chains or trees.
-        first: what enters at one host first.
-        directly: what holders on the tile's hosts send if each replica hears from one.
+        free: share of the tile in cells without holders on its hosts.
+        heard: of what comes in.
+        handed_on: of what is sent to others of the tile, in chains or trees.
+        first: of what enters a host as the first one.
+        directly: of what holders on the tile's hosts send if each replica hears from one.
     """
 
     hosts: int
@@ -33,74 +36,115 @@ class Loads(NamedTuple):
     directly: float
 
     @classmethod
-    def apart(cls, hosts: int, messages: int, children: int) -> "Loads":
-        """Where all of a tile comes from other hosts, in equal messages that enter all round."""
-        first = -(-messages // hosts) / messages
+    def apart(cls, hosts: int, rails: int, messages: int, children: int) -> "Loads":
+        """Where all of a tile comes from other hosts, in equal messages that enter all round.
+
+        Args:
+            hosts: that have replicas of the tile.
+            rails: NICs of a host by which they hear; every message keeps to one.
+            messages: how many.
+            children: of the trees that they follow; 1 is a chain.
+        """
+        of_rail = -(-messages // rails)
+        heard = of_rail * rails / messages
+        first = -(-of_rail // hosts) * rails / messages
         if children == 1:
-            return cls(hosts, 1.0, 1.0, 1 - messages // hosts / messages, first, 0.0)
-        if hosts > FEW_HOSTS or messages > FEW_HOSTS:
+            return cls(hosts, 1.0, heard, heard * (1 - of_rail // hosts / of_rail), first, 0.0)
+        if hosts > FEW_HOSTS or of_rail > FEW_HOSTS:
             # Half of the hosts of a tree hand on, twice, and the other half that of the next message.
-            return cls(hosts, 1.0, 1.0, 2 * -(-messages // 2) / messages, first, 0.0)
-        entries = np.bincount((2 * np.arange(messages) + 1) * hosts // (2 * messages) % hosts, minlength=hosts)
-        sent = int(_handed_on(entries, hosts, children).max())
-        return cls(hosts, 1.0, 1.0, sent / messages, first, 0.0)
+            return cls(hosts, 1.0, heard, 2 * -(-of_rail // 2) * rails / messages, first, 0.0)
+        entries = np.arange(hosts)[(2 * np.arange(of_rail) + 1) * hosts // (2 * of_rail) % hosts]
+        sent = np.zeros(hosts, np.int64)
+        np.add.at(sent, (entries[:, None] + np.arange(hosts)) % hosts, _given_on(hosts, children)[None, :])
+        return cls(hosts, 1.0, heard, float(sent.max()) * rails / messages, first, 0.0)
 
     @classmethod
-    def among(cls, shared: SharedHosts, messages: int, children: int) -> "Loads":
+    def among(cls, shared: SharedHosts, rails: int, messages: int, shares: int, children: int) -> "Loads":
         """Where hosts have ranks of both meshes: of a few tiles, in the place of all."""
         tiles = len(shared.rings.ranks)
         sampled = sorted({tiles * index // SAMPLED_TILES for index in range(SAMPLED_TILES)})
-        found = [cls._of_tile(shared, tile, messages, children) for tile in sampled]
+        apart = cls.apart(shared.rings.most_hosts, rails, messages, children)
+        found = [cls._of_tile(shared, tile, rails, shares, children, apart) for tile in sampled]
         return cls._make(map(max, zip(*found, strict=True)))
 
     @classmethod
-    def _of_tile(cls, shared: SharedHosts, tile: int, messages: int, children: int) -> "Loads":
+    def _of_tile(
+        cls, shared: SharedHosts, tile: int, rails: int, shares: int, children: int, apart: "Loads"
+    ) -> "Loads":
         rings, cutting = shared.rings, shared.cutting
-        hosts = int(rings.hosts[tile])
         rows = cutting.needed_in(tile)
         numel = cutting.numel(rows)
         arcs, free = shared.arcs(rows)
-        weights, total = numel[arcs.cell], max(int(numel.sum()), 1)
+        total = max(int(numel.sum()), 1)
         part = float(numel[free].sum() / total)
-        apart = cls.apart(hosts, messages, children)
-        heard, sent, first = (np.zeros(hosts) for _ in range(3))
-        for span in np.unique(arcs.spans[arcs.spans > 0]).tolist():
-            of_span = arcs.spans == span
-            begins = np.bincount(arcs.place[of_span], weights[of_span], hosts).astype(np.int64)
-            entries = np.roll(begins, 1)
-            first += entries
-            heard += _ranges(entries, span)
-            if children == 1 or hosts > FEW_HOSTS:
-                sent += _ranges(begins, span)
-            else:
-                sent += begins + _handed_on(entries, span, children)
-        longest = max(int(arcs.spans.max(initial=0)), hosts if len(free) else 0)
+        pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares)
+        heard, sent, first = pieces.loads(int(rings.hosts[tile]), rails, children)
         return cls(
-            longest,
+            max(int(arcs.spans.max(initial=0)), rings.most_hosts if len(free) else 0),
             part,
-            float(heard.max() / total) + part,
-            float(sent.max() / total) + part * apart.handed_on,
-            float(first.max() / total) + part * apart.first,
-            _directly(rings, arcs, weights) / total,
+            heard * rails / total + part * apart.heard,
+            sent * rails / total + part * apart.handed_on,
+            first * rails / total + part * apart.first,
+            _directly(rings, arcs, numel[arcs.cell]) / total,
         )
 
 
-def _ranges(entries: np.ndarray, span: int) -> np.ndarray:
-    """Of a circle, what enters each place and goes on to ``span`` places in all, summed up at each."""
-    twice = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([entries, entries]))])
-    at = np.arange(len(entries)) + len(entries) + 1
-    found: np.ndarray = twice[at] - twice[at - span]
-    return found
+class Onward(NamedTuple):
+    """Pieces of a tile that go on from holders on its hosts, as columns.
+
+    Attributes:
+        weight: elements.
+        place: the host from which each comes.
+        span, offset, turn: see Visits.
+    """
+
+    weight: np.ndarray
+    place: np.ndarray
+    span: np.ndarray
+    offset: np.ndarray
+    turn: np.ndarray
+
+    @classmethod
+    def of(cls, shared: SharedHosts, rows: np.ndarray, arcs: Arcs, shares: int) -> "Onward":
+        """Those of some arcs; cells are taken for one run of elements of their tile."""
+        arc, part, count = shared.parts(arcs, shares)
+        chosen = arcs.take(arc)
+        cells = rows[chosen.cell]
+        numel = shared.cutting.numel(cells)
+        middles = shared.cutting.destination_places(cells) + numel * (2 * part + 1) // (2 * count)
+        turns = shared.turns(chosen, part)
+        return cls(numel / count, chosen.place, chosen.spans, shared.offsets(chosen, middles), turns)
+
+    def loads(self, hosts: int, rails: int, children: int) -> tuple[float, float, float]:
+        """(heard, sent, heard first) by the busiest NIC of so many hosts with so many NICs each, in elements."""
+        if not len(self.weight):
+            return 0.0, 0.0, 0.0
+        rail = self.turn % rails
+        begin = (self.place + 1) % hosts
+        heard = np.zeros((rails, 2 * hosts + 1))
+        np.add.at(heard, (rail, begin), self.weight)
+        np.add.at(heard, (rail, begin + self.span), -self.weight)
+        heard = np.cumsum(heard, 1)[:, :-1]
+        heard = heard[:, :hosts] + heard[:, hosts:]
+        first = np.zeros((rails, hosts))
+        np.add.at(first, (rail, (begin + self.offset) % hosts), self.weight)
+        sent = np.bincount(self.place, self.weight / rails, hosts) + np.zeros((rails, 1))
+        if children == 1 or self.span.sum() > FEW_VISITS:
+            sent += heard
+            np.add.at(sent, (rail, (begin + (self.offset - 1) % self.span) % hosts), -self.weight)
+        else:
+            for span in np.unique(self.span).tolist():
+                of_span = np.flatnonzero(self.span == span)
+                far = (self.offset[of_span, None] + np.arange(span)) % span
+                at = (begin[of_span, None] + far) % hosts
+                given = self.weight[of_span, None] * _given_on(span, children)
+                np.add.at(sent, (rail[of_span, None].repeat(span, 1), at), given)
+        return float(heard.max()), float(sent.max()), float(first.max())
 
 
-def _handed_on(entries: np.ndarray, span: int, children: int) -> np.ndarray:
-    """Of a circle, what each place hands on, if what enters goes through trees of ``span`` places."""
-    givers = np.maximum(np.arange(1, span) - 1, 0) // children
-    counts = np.bincount(givers, minlength=span)
-    sent = np.convolve(entries, counts)
-    found = np.zeros(len(entries), np.int64)
-    np.add.at(found, np.arange(len(sent)) % len(entries), sent)
-    return found
+def _given_on(hosts: int, children: int) -> np.ndarray:
+    """To how many others each host of a tree gives a message, by its place in the tree."""
+    return np.bincount((np.arange(1, hosts) - 1) // children, minlength=hosts)
 
 
 def _directly(rings: Rings, arcs: Arcs, weights: np.ndarray) -> float:
@@ -108,8 +152,5 @@ def _directly(rings: Rings, arcs: Arcs, weights: np.ndarray) -> float:
     if not len(arcs.cell):
         return 0.0
     tile = arcs.tile
-    begin, behind = arcs.place + 1, arcs.place + arcs.spans + 1
-    hosts = rings.hosts[tile]
-    replicas = behind // hosts * rings.replicas + rings.firsts[tile, behind % hosts]
-    replicas -= begin // hosts * rings.replicas + rings.firsts[tile, begin % hosts]
+    replicas = rings.before(tile, arcs.place + arcs.spans + 1) - rings.before(tile, arcs.place + 1)
     return float(np.bincount(arcs.place, weights * replicas).max())

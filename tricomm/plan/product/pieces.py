@@ -137,6 +137,10 @@ class Cutting:
         """Elements of each cell."""
         return _product(self.lengths, rows)
 
+    def destination_places(self, rows: np.ndarray) -> np.ndarray:
+        """Elements of its destination tile before each cell, were the tile cut as the cells are."""
+        return self.destination_line.place(rows, self.lengths, _columns(self.needed, rows))
+
     def whole(self, rows: np.ndarray) -> Groups:
         """Cells as regions."""
         return Groups(Regions(tuple(cells.intervals for cells in self.cells), rows), np.arange(len(rows) + 1))
@@ -230,7 +234,7 @@ class Cutting:
         low, high = parts.span(extents.prod(1), extent)
         kept = np.flatnonzero(low < high)
         rows, dim, low, high, extent = rows[kept], dim[kept], low[kept], high[kept], extent[kept]
-        places = self.destination_line.place(rows, self.lengths, _columns(self.needed, rows))
+        places = self.destination_places(rows)
         places += _product(self.lengths, rows) * (low + high) // (2 * extent)
         lists, columns = [], []
         for at, cells in enumerate(self.cells):

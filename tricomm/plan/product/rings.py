@@ -20,16 +20,17 @@ too many messages."""
 
 
 class Visits(NamedTuple):
-    """Which replicas each message visits, as columns: on some hosts of its tile's ring, one after the other, all of
-    them; or one replica.
+    """Which replicas each message visits, as columns: on a stretch of its tile's ring of hosts, round which it goes from
+    somewhere within, all of them; or one replica.
 
     Attributes:
         senders: rank that each comes from.
         tiles: of each.
         shares: tells apart messages of one tile from one sender.
-        places: the host that each enters first, as ``Rings`` counts them.
+        begins: the first host of the stretch, as ``Rings`` counts them.
+        spans: how many hosts it has.
+        offsets: which of them, counted from the first, each enters first.
         turns: which replica on every host it enters at.
-        spans: how many hosts it visits.
         only: -1; or, of a message to the one replica where it enters, a number that tells it from others of its tile.
         regions: one product of intervals each.
     """
@@ -37,9 +38,10 @@ class Visits(NamedTuple):
     senders: np.ndarray
     tiles: np.ndarray
     shares: np.ndarray
-    places: np.ndarray
-    turns: np.ndarray
+    begins: np.ndarray
     spans: np.ndarray
+    offsets: np.ndarray
+    turns: np.ndarray
     only: np.ndarray
     regions: Groups
 
@@ -50,17 +52,10 @@ class Visits(NamedTuple):
         Where a piece lies in its tile says where it enters, so each replica has equally much to forward.
         """
         hosts = rings.hosts[pieces.tiles]
-        entries = pieces.places * rings.replicas // tile_sizes + pieces.tiles
-        return cls(
-            pieces.senders,
-            pieces.tiles,
-            pieces.shares,
-            entries % hosts,
-            entries // hosts,
-            hosts,
-            np.full(len(hosts), -1),
-            pieces.regions,
-        )
+        entries = pieces.places * (hosts * rings.of_host) // tile_sizes + pieces.tiles
+        zeros = np.zeros_like(hosts)
+        columns = (pieces.senders, pieces.tiles, pieces.shares, zeros, hosts, entries % hosts, entries // hosts)
+        return cls(*columns, zeros - 1, pieces.regions)
 
     @classmethod
     def joined(cls, parts: "Sequence[Visits]") -> "Visits":
@@ -109,11 +104,9 @@ class RingMessages(MessageTable):
     def __init__(self, rings: Rings, visits: Visits, children: int, cut: Mapping[int, Chunks]) -> None:
         super().__init__(visits.senders, visits.regions, visits.regions.numel, cut)
         self.rings, self.visits, self.children = rings, visits, children
-        hosts, firsts, tiles = rings.hosts[visits.tiles], rings.firsts, visits.tiles
-        behind = visits.places + visits.spans
-        laps, behind = behind // hosts * rings.replicas, behind % hosts
-        lengths = laps + firsts[tiles, behind] - firsts[tiles, visits.places]
-        self.lengths = np.where(visits.only >= 0, 1, lengths)
+        ends = (rings.before(visits.tiles, at) for at in (visits.begins, visits.begins + visits.spans))
+        begin, end = ends
+        self.lengths = np.where(visits.only >= 0, 1, end - begin)
 
     @classmethod
     def of(
@@ -139,11 +132,14 @@ class RingMessages(MessageTable):
         """Every replica that hears every message, message after message."""
         message = np.arange(len(self)).repeat(self.lengths)
         ahead = np.arange(len(message)) - offsets_of(self.lengths)[message]
-        tiles, places = self.visits.tiles[message], self.visits.places[message]
-        at = (self.rings.firsts[tiles, places] + ahead) % self.rings.replicas
-        place = self.rings.place[tiles, at]
-        host = (place - places) % self.rings.hosts[tiles]
-        return Hearers(message, host, at - self.rings.firsts[tiles, place])
+        visits, rings = self.visits, self.rings
+        tiles, begins = visits.tiles[message], visits.begins[message]
+        # From where it enters to the end of the stretch, and then from its beginning.
+        entry = rings.before(tiles, begins + visits.offsets[message]) - rings.before(tiles, begins)
+        at = (rings.before(tiles, begins) + (entry + ahead) % self.lengths[message]) % rings.replicas
+        place = rings.place[tiles, at]
+        host = ((place - begins) % rings.hosts[tiles] - visits.offsets[message]) % visits.spans[message]
+        return Hearers(message, host, at - rings.firsts[tiles, place])
 
     def ends(self, hearers: Hearers) -> tuple[np.ndarray, np.ndarray]:
         """(who gives each, who hears it), ranks."""
@@ -156,7 +152,8 @@ class RingMessages(MessageTable):
     def _at(self, message: np.ndarray, host: np.ndarray, turn: np.ndarray) -> np.ndarray:
         visits = self.visits
         tiles = visits.tiles[message]
-        places = (visits.places[message] + host) % self.rings.hosts[tiles]
+        far = (visits.offsets[message] + host) % visits.spans[message]
+        places = (visits.begins[message] + far) % self.rings.hosts[tiles]
         return self.rings.at(tiles, places, visits.turns[message] + turn)
 
     @property
@@ -194,9 +191,10 @@ class RingMessages(MessageTable):
         replica -= int(rings.firsts[tile, place])
         here = int(rings.count(np.array([tile]), np.array([place]))[0])
         message = np.flatnonzero((visits.tiles == tile) & (visits.senders != rank))
-        host = (place - visits.places[message]) % int(rings.hosts[tile])
+        far = (place - visits.begins[message]) % int(rings.hosts[tile])
+        host = (far - visits.offsets[message]) % visits.spans[message]
         turn = (replica - visits.turns[message]) % here
-        heard = (host < visits.spans[message]) & ((visits.only[message] < 0) | (turn == 0))
+        heard = (far < visits.spans[message]) & ((visits.only[message] < 0) | (turn == 0))
         own = Hearers(message[heard], host[heard], turn[heard])
         goes_on = visits.only[own.message] < 0
         beside = own.take(np.flatnonzero(goes_on & (own.turn < here - 1)))

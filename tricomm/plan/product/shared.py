@@ -167,24 +167,40 @@ class SharedHosts:
 
     def _onward(self, rows: np.ndarray, arcs: Arcs, shares: int) -> Visits:
         """What goes on to the hosts of arcs."""
-        arc, part = _numbered(arcs.holders * shares if shares else np.ones(len(arcs.cell), np.int64))
+        arc, part, count = self.parts(arcs, shares)
         chosen = arcs.take(arc)
         cells = rows[chosen.cell]
-        count = chosen.holders * shares if shares else np.ones(len(arc), np.int64)
         kept, middles, regions = self.cutting.cut(cells, Parts.even(part, count, self.cutting.numel(cells)))
-        arc, part, chosen = arc[kept], part[kept], chosen.take(kept)
+        part, chosen = part[kept], chosen.take(kept)
         hosts = self.rings.hosts[chosen.tile]
-        entries = middles * self.rings.replicas // self.cutting.sizes_of(chosen.tile) + chosen.tile
+        zeros = np.zeros_like(part)
         return Visits(
-            self.holders.at(chosen.source, chosen.holding, chosen.tile + part // max(shares, 1)),
+            self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + part // max(shares, 1)),
             chosen.tile,
             part % max(shares, 1),
             (chosen.place + 1) % hosts,
-            entries // hosts,
             chosen.spans,
-            np.full(len(arc), -1),
+            self.offsets(chosen, middles),
+            self.turns(chosen, part),
+            zeros - 1,
             regions,
         )
+
+    def parts(self, arcs: Arcs, shares: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(arc, number of the part, how many parts its cell has) of what goes on from arcs; see ``visits``."""
+        count = arcs.holders * shares if shares else np.ones(len(arcs.cell), np.int64)
+        arc, part = _numbered(count)
+        return arc, part, count[arc]
+
+    def turns(self, arcs: Arcs, part: np.ndarray) -> np.ndarray:
+        """Which replica of a host parts of cells of arcs enter at: level for neighbours and for distant source tiles."""
+        turns: np.ndarray = part + arcs.source + arcs.source // self.rings.hosts[arcs.tile]
+        return turns
+
+    def offsets(self, arcs: Arcs, middles: np.ndarray) -> np.ndarray:
+        """Where pieces enter the hosts of arcs, counted from the first: that follows from where they lie in the tile."""
+        entries: np.ndarray = middles * (arcs.spans * self.rings.of_host) // self.cutting.sizes_of(arcs.tile)
+        return entries % arcs.spans
 
     def _beside(self, rows: np.ndarray, arcs: Arcs) -> Visits:
         """What ranks get from holders on their host."""
@@ -193,21 +209,20 @@ class SharedHosts:
         lacks = np.flatnonzero(self._tile_of[self.rings.at(chosen.tile, chosen.place, turn)] != chosen.source)
         chosen, turn = chosen.take(lacks), turn[lacks]
         regions = self.cutting.whole(rows[chosen.cell])
-        senders = self.holders.at(chosen.source, chosen.holding, chosen.tile + turn)
-        ones = np.ones_like(turn)
-        return Visits(senders, chosen.tile, 0 * ones, chosen.place, turn, ones, turn, regions)
+        senders = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + turn)
+        zeros = np.zeros_like(turn)
+        return Visits(senders, chosen.tile, zeros, chosen.place, zeros + 1, zeros, turn, turn, regions)
 
     def _from_arcs(self, rows: np.ndarray, arcs: Arcs) -> tuple[np.ndarray, np.ndarray, Groups]:
         """(senders, receivers, regions) of what ranks on the hosts of arcs get from the holders where these begin."""
         rings = self.rings
-        behind, hosts = arcs.place + arcs.spans + 1, rings.hosts[arcs.tile]
-        begin = rings.firsts[arcs.tile, arcs.place]
-        arc, ahead = _numbered(behind // hosts * rings.replicas + rings.firsts[arcs.tile, behind % hosts] - begin)
+        begin = rings.before(arcs.tile, arcs.place)
+        arc, ahead = _numbered(rings.before(arcs.tile, arcs.place + arcs.spans + 1) - begin)
         chosen = arcs.take(arc)
         receivers = rings.ranks[chosen.tile, (begin[arc] + ahead) % rings.replicas]
         lacks = np.flatnonzero(self._tile_of[receivers] != chosen.source)
         chosen, receivers, ahead = chosen.take(lacks), receivers[lacks], ahead[lacks]
-        senders = self.holders.at(chosen.source, chosen.holding, chosen.tile + ahead)
+        senders = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + ahead)
         return senders, receivers, self.cutting.whole(rows[chosen.cell])
 
     def _with(self, visits: Visits, rank: int) -> np.ndarray:
@@ -218,10 +233,16 @@ class SharedHosts:
             tile = needed[0]
             replica = int(np.argmax(self.rings.ranks[tile] == rank))
             place = int(self.rings.place[tile, replica])
-            far = (place - visits.places) % int(self.rings.hosts[tile])
-            is_it = self.rings.at(visits.tiles, visits.places, visits.turns) == rank
+            far = (place - visits.begins) % int(self.rings.hosts[tile])
+            is_it = self.rings.at(visits.tiles, visits.begins, visits.turns) == rank
             heard = (visits.tiles == tile) & (far < visits.spans) & ((visits.only < 0) | is_it)
         return np.flatnonzero(heard | (visits.senders == rank))
+
+
+def taking_turns(arcs: Arcs) -> np.ndarray:
+    """A number by which the holders of a source tile on a host take turns."""
+    turns: np.ndarray = arcs.tile + arcs.tile // arcs.holders
+    return turns
 
 
 def _numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
