@@ -20,8 +20,8 @@ too many messages."""
 
 
 class Visits(NamedTuple):
-    """Which replicas each message visits, as columns: on a stretch of its tile's ring of hosts, round which it goes from
-    somewhere within, all of them; or one replica.
+    """Which replicas each message visits, as columns: on a stretch of its tile's ring of hosts, round which it goes
+    from somewhere within, all of them; or one replica.
 
     Attributes:
         senders: rank that each comes from.

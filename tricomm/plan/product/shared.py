@@ -193,14 +193,16 @@ class SharedHosts:
         return arc, part, count[arc]
 
     def turns(self, arcs: Arcs, part: np.ndarray) -> np.ndarray:
-        """Which replica of a host parts of cells of arcs enter at: level for neighbours and for distant source tiles."""
+        """Which replica of a host parts of cells enter at: level for neighbouring and for distant source tiles."""
         turns: np.ndarray = part + arcs.source + arcs.source // self.rings.hosts[arcs.tile]
         return turns
 
     def offsets(self, arcs: Arcs, middles: np.ndarray) -> np.ndarray:
-        """Where pieces enter the hosts of arcs, counted from the first: that follows from where they lie in the tile."""
-        entries: np.ndarray = middles * (arcs.spans * self.rings.of_host) // self.cutting.sizes_of(arcs.tile)
-        return entries % arcs.spans
+        """Where pieces enter the hosts of arcs, counted from the first: it follows from where they lie in the tile."""
+        entries: np.ndarray = (
+            middles * (arcs.spans * self.rings.of_host) // self.cutting.sizes_of(arcs.tile) % arcs.spans
+        )
+        return entries
 
     def _beside(self, rows: np.ndarray, arcs: Arcs) -> Visits:
         """What ranks get from holders on their host."""
