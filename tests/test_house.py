@@ -39,7 +39,7 @@ LAYERS = [
 # The same inside of a package.
 LAYERS_WITHIN = {
     "autograd": [["layouts"], ["tape"], ["gradients"]],
-    "pipeline": [["schedule"], ["costs"], ["tune"], ["run"], ["torch_checks"], ["torch_adapter"]],
+    "pipeline": [["schedule"], ["costs"], ["tune"], ["run"], ["torch_checks", "torch_dtensors"], ["torch_adapter"]],
     "plan": [
         ["network", "reduction", "refine"],
         ["tasks"],

@@ -22,7 +22,6 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from tricomm.errors import PlanError, SpecError
 from tricomm.options import LinkOptions, Options, StageOptions
-from tricomm.packing.copy_program import torch_dtype
 from tricomm.pipeline.run.directed_link import PerDirectionFifo, ReceiveHandle
 from tricomm.pipeline.run.edge import EdgeTensor, Link
 from tricomm.pipeline.run.wiring import check_queues, fifo_of
@@ -31,6 +30,7 @@ from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.generators import eager_one_f_one_b
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.pipeline.torch_checks import check_place, check_schedule, unknown_of
+from tricomm.pipeline.torch_dtensors import check_stage_mesh, gradient_to_send, shard_to_send, wrapped
 
 # Bases without types: signatures of private methods differ between versions of torch.
 _Stage: Any = PipelineStage
@@ -94,6 +94,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
             pipeline rank s % pipeline_ranks, as in torch's interleaved schedules.
         receives_ahead: how many receives are posted before torch asks for them. Each costs a buffer of one microbatch.
             Schedules of this file place receives themselves, and set it to 0.
+        device_mesh: the stage's, if its module takes and returns DTensors; plain shards otherwise.
         options: those of :class:`tricomm.Options` but ``channel`` and ``name``, which the stage chooses.
 
     Raises:
@@ -112,11 +113,15 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         pipeline_ranks: int | None = None,
         receives_ahead: int = 1,
         dw_builder: Any = None,
+        device_mesh: Any = None,
         **options: Unpack[StageOptions],
     ) -> None:
         check_torch()
         Options.of(options, "ReshardStage", StageOptions)
         check_place(dist.get_rank(), stage_index, num_stages, arriving, leaving)
+        specs = [*(one.destination for one in arriving), *(one.source for one in leaving)]
+        check_stage_mesh(device_mesh, specs)
+        self._device_mesh = device_mesh
         # A group of this rank alone: torch is to find nobody to talk to.
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         super().__init__(module, stage_index, num_stages, torch.device(device), group=alone, dw_builder=dw_builder)
@@ -226,9 +231,12 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         assert handle is not None
         assert self._before is not None
         wanted = self.has_backward and torch.is_grad_enabled()
+        found = [
+            wrapped(tensor, one.destination, self._device_mesh)
+            for tensor, one in zip(handle.wait_all(), self._arriving, strict=True)
+        ]
         return tuple(
-            tensor.requires_grad_(wanted and index in self._before.differentiable)
-            for index, tensor in enumerate(handle.wait_all())
+            one.requires_grad_(wanted and index in self._before.differentiable) for index, one in enumerate(found)
         )
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
@@ -236,7 +244,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         handle, self._gradients[bwd_chunk_id] = self._gradients.get(bwd_chunk_id), None
         if handle is not None and self._after is not None:
             for index, gradient in zip(self._after.differentiable, handle.wait_all(), strict=True):
-                found[index] = gradient
+                found[index] = wrapped(gradient, self._leaving[index].gradient_specs()[1], self._device_mesh)
         return tuple(found)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
@@ -244,7 +252,10 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         if self._after is not None:
             tensors = output if isinstance(output, list | tuple) else (output,)
-            self._outputs[fwd_chunk_id] = tuple(tensor.detach() for tensor in tensors)
+            self._outputs[fwd_chunk_id] = tuple(
+                shard_to_send(tensor, one.source, dist.get_rank())
+                for tensor, one in zip(tensors, self._leaving, strict=True)
+            )
         return output
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
@@ -261,16 +272,11 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         if self.has_backward and self._before is not None and self._before.differentiable:
             found = self.bwd_cache.pop(bwd_chunk_id)
             gradients = [
-                self._zero(self._arriving[index]) if found[index] is None else found[index]
+                gradient_to_send(found[index], self._arriving[index].gradient_specs()[0], dist.get_rank(), self.device)
                 for index in self._before.differentiable
             ]
             self._before.send_gradient(tuple(gradients), bwd_chunk_id)
         return []
-
-    def _zero(self, tensor: EdgeTensor) -> torch.Tensor:
-        layout, _ = tensor.gradient_specs()
-        shape = layout.local_shape(dist.get_rank())
-        return torch.zeros(shape, dtype=torch_dtype(layout.element_type), device=self.device)
 
     def _flush(self) -> None:
         """Nothing may still be on its way when a step returns: the process might end."""
