@@ -227,6 +227,17 @@ def a_receive_holds_up_no_computation(bed: Bed) -> None:
     finish(bed)
 
 
+def communicators_in_one_order_come_to_their_end(bed: Bed) -> None:
+    """Kernels of two communicators that all ranks queue in one order of streams never wait for each other."""
+    lanes = [lane_of(bed, name) for name in ("a", "b")]
+    found = [filled(bed, 0) for _ in range(6)]
+    for index, one in enumerate(found):
+        lanes[index % 2].post((True, filled(bed, index)), (False, one)).synchronize()
+    finish(bed)
+    values = [value_of(one) for one in found]
+    require(values == list(range(6)), f"0 to 5 were sent, {values} came")
+
+
 # ---- streams and queues
 
 
@@ -393,6 +404,7 @@ RULES: Sequence[Callable[[Bed], None]] = (
     messages_match_in_order,
     communicators_do_not_wait_for_each_other,
     a_receive_holds_up_no_computation,
+    communicators_in_one_order_come_to_their_end,
     high_priority_goes_first,
     streams_have_queues_of_their_own,
     to_abort_ends_what_waits_here,

@@ -30,11 +30,14 @@ class Limits:
         queues: hardware queues (CUDA_DEVICE_MAX_CONNECTIONS; CUDA's default is 8).
         room: for kernels that wait for messages.
         error_seconds: after which NCCL notices that a rank is gone; None is never.
+        implicit_order: whether NCCL lets kernels begin in the order in which the host queued them, whatever their
+            communicators (NCCL_LAUNCH_ORDER_IMPLICIT).
     """
 
     queues: int = 32
     room: int = 32
     error_seconds: float | None = 0.2
+    implicit_order: bool = False
 
 
 class Command:
@@ -206,6 +209,8 @@ class Device:
         self.streams = 0
         self.ready: list[Any] = []
         self.running: list[Any] = []
+        self.last_group: Any = None
+        """Of any communicator."""
         self.default = Stream(self, NORMAL)
         self._pool: list[Stream] = []
         self._given = 0

@@ -8,7 +8,8 @@ Rules, beside those of devices:
 9. To abort ends what waits on this rank, on no other, and then waits for the device to be idle.
 10. A rank that died is noticed late: after a while works tell of it, if somebody asks; kernels wait for ever.
 11. A group that was begun is open until it is ended, on this thread; nothing is queued before.
-12. A backend has a watchdog, unless TORCH_NCCL_BLOCKING_WAIT is set when it is made. It counts from when a group was
+12. Kernels of several communicators begin in any order, unless NCCL_LAUNCH_ORDER_IMPLICIT is set.
+13. A backend has a watchdog, unless TORCH_NCCL_BLOCKING_WAIT is set when it is made. It counts from when a group was
     queued; then it leaves a key on the user's store and ends the process.
 """
 
@@ -74,11 +75,20 @@ class Group(Command):
         self.backend = backend
         self.operations = operations
         self.left = len(operations)
+        self.has_begun = False
+        self.group_before = stream.device.last_group if stream.device.limits.implicit_order else None
+        stream.device.last_group = self
+
+    def is_ready(self) -> bool:
+        if self.group_before is not None and self.group_before.has_begun:
+            self.group_before = None
+        return self.is_next and self.group_before is None
 
     def leave(self) -> None:
         self.stream.device.ready.append(self)
 
     def begin(self) -> None:
+        self.has_begun = True
         if self.backend.is_aborted:
             self.done = True
             return

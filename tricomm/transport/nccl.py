@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,9 @@ WITHOUT_WATCHDOG = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
 """What torch reads when a backend is made, and at no other time."""
+
+MOST_CONNECTIONS = 16
+"""torch has 32 streams of high priority on a device, which it gives out in turn; each of these takes two."""
 
 FIRST_PAUSE_SECONDS = 20e-6
 LONGEST_PAUSE_SECONDS = 1e-3
@@ -135,6 +139,7 @@ class NcclConnections:
         self._index = index
         self._device = device
         self.run: DeviceRun | None = None
+        _warn(self, accelerator, device)
         self.backend = connect(accelerator, store, index[rank], len(index), device, timedelta(seconds=timeout_seconds))
         self._release = weakref.finalize(self, self.backend.shutdown)
         self._release.atexit = False
@@ -182,6 +187,34 @@ class NcclConnections:
         """
         if self._release.detach() is not None:
             threading.Thread(target=_abort, args=(self.backend,), name="tricomm-abort", daemon=True).start()
+
+
+@cache
+def _alive() -> "weakref.WeakSet[NcclConnections]":
+    """Those of this process."""
+    return weakref.WeakSet()
+
+
+def _warn(connections: NcclConnections, accelerator: Accelerator, device: torch.device) -> None:
+    """Say what lets streams of a device wait for each other that have nothing to do with each other."""
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        warnings.warn(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1 leaves the device one hardware queue, in which streams wait for each other: "
+            "a pipeline that receives while it sends can hang; set it to 32 before the process starts, or to nothing",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    alive = _alive()
+    alive.add(connections)
+    count = sum(one._accelerator is accelerator and one._device == device for one in list(alive))
+    if count == MOST_CONNECTIONS + 1:
+        warnings.warn(
+            f"more than {MOST_CONNECTIONS} channels are connected on {device}, where torch has 32 streams, so that "
+            "some share one and wait for each other; close Resharders and Links that are not needed, or let those of "
+            "the same ranks share a channel",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _abort(backend: DeviceBackend) -> None:
