@@ -316,3 +316,11 @@ def test_costs_are_values() -> None:
     assert costs.transfer(Channel(0, 1)) == hop
     assert costs.transfer(Channel(1, 0)) == TransferCost()
     assert costs.seconds(Action.parse("1B0")) == 5
+
+
+def test_costs_of_an_edge_that_a_schedule_has_not_are_refused() -> None:
+    """They would be left out, and the hop that costs most would be free."""
+    costs = Costs.uniform(3, 1, 1, 1).with_transfers([Channel(0, 2)], TransferCost(9.0))
+    with pytest.raises(PlanError, match="the costs name edge 0-2, and the schedule has 0-1, 1-2; pass edges="):
+        simulate(one_f_one_b(3, 4), costs)
+    assert simulate(one_f_one_b(3, 4, edges=[(0, 1), (1, 2), (0, 2)]), costs).makespan_seconds > 20

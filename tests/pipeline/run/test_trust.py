@@ -24,6 +24,7 @@ from tests.pipeline.chain import (
 from tricomm import Mesh, Partial, PlanError, Replicate, ShardingSpec, SpecError
 from tricomm.launch import Ranks
 from tricomm.pipeline import (
+    Channel,
     Costs,
     EdgeTensor,
     Executor,
@@ -32,6 +33,7 @@ from tricomm.pipeline import (
     PerDirectionFifo,
     Stage,
     Tied,
+    TransferCost,
     WithLoss,
     eager_one_f_one_b,
     in_turn,
@@ -297,9 +299,12 @@ def test_ranks_take_turns_together_or_not_at_all(ranks: Ranks) -> None:
         assert "about whether its transfers take turns (fifo)" in text
 
 
-def test_in_turn_looks_at_the_number_of_stages() -> None:
+def test_in_turn_looks_at_its_costs() -> None:
     with pytest.raises(PlanError, match="costs are of 3 stages and the schedule has 2; give one StageCost for each"):
         in_turn(one_f_one_b(2, 4), Costs.uniform(3, 1, 1, 1))
+    skip = Costs.uniform(3, 1, 1, 1).with_transfers([Channel(0, 2)], TransferCost(9.0))
+    with pytest.raises(PlanError, match="the costs name edge 0-2, and the schedule has 0-1, 1-2; pass edges="):
+        in_turn(one_f_one_b(3, 4), skip)
 
 
 class Fails(nn.Module):

@@ -27,7 +27,7 @@ def simulate(schedule: Schedule, costs: Costs, *, queues: Queues = Queues.PER_CH
         queues: how transfers wait for each other.
 
     Raises:
-        PlanError: costs of another number of stages, or a schedule that cannot run.
+        PlanError: costs of another number of stages or of other edges, or a schedule that cannot run.
 
     Example:
         >>> from tricomm.pipeline.schedule.generators import eager_one_f_one_b, one_f_one_b
@@ -37,15 +37,15 @@ def simulate(schedule: Schedule, costs: Costs, *, queues: Queues = Queues.PER_CH
         >>> simulate(eager_one_f_one_b(4, 8), costs).makespan_seconds
         39.0
     """
-    check_stages(schedule, costs)
+    check_costs(schedule, costs)
     if not schedule.has_communication and schedule.channels:
         schedule = with_communication(schedule, receives_ahead=max(map(len, schedule.lists)))
     check(schedule, queues)
     return run_clock(schedule, costs, queues)
 
 
-def check_stages(schedule: Schedule, costs: Costs) -> None:
-    """Refuse costs of another number of stages.
+def check_costs(schedule: Schedule, costs: Costs) -> None:
+    """Refuse costs of another number of stages, or of edges that the schedule has not, which would be left out.
 
     Raises:
         PlanError: if they are.
@@ -54,4 +54,10 @@ def check_stages(schedule: Schedule, costs: Costs) -> None:
         raise PlanError(
             f"costs are of {len(costs.stages)} stages and the schedule has {schedule.stages}; give one StageCost for "
             "each"
+        )
+    unknown = sorted({channel.edge for channel in costs.channels} - set(schedule.edges))
+    if unknown:
+        raise PlanError(
+            f"the costs name edge {unknown[0]}, and the schedule has {', '.join(map(str, schedule.edges)) or 'none'}; "
+            "pass edges= to the function that makes the schedule, or leave its cost out"
         )

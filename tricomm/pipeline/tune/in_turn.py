@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from tricomm.errors import PlanError
 from tricomm.kinds import checks_kinds
 from tricomm.pipeline.costs.costs import Costs
-from tricomm.pipeline.costs.simulate import check_stages
+from tricomm.pipeline.costs.simulate import check_costs
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind, receive, send
 from tricomm.pipeline.schedule.check import Queues
@@ -40,9 +40,9 @@ def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
         trials: so many other orders are simulated at most.
 
     Raises:
-        PlanError: costs of another number of stages, or a schedule that cannot run.
+        PlanError: costs of another number of stages or of other edges, or a schedule that cannot run.
     """
-    check_stages(schedule, costs)
+    check_costs(schedule, costs)
     simulator = Simulator(costs)
     ideal = simulator.ideal(schedule, Queues.PER_DIRECTION)
     return order_in_turn(schedule.compute_only(), simulator, ideal, trials=trials)
