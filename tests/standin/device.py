@@ -144,9 +144,10 @@ class Gate:
     def open(self) -> None:
         """Let those that wait end, and those to come."""
         with self.world.moved:
-            self.is_open, self.opened = True, time.monotonic()
-            for kernel in self.kernels:
-                kernel.end()
+            self.opened = self.opened if self.is_open else time.monotonic()
+            self.is_open = True
+            while self.kernels:
+                self.kernels.pop().end()
             self.world.pump()
 
     def open_after(self, seconds: float) -> None:

@@ -88,6 +88,8 @@ class StandIn:
         self.ranks, self.rank, self.store = ranks, rank, store
         self.device = ranks.world.devices[rank]
         self.backends: list[Backend] = []
+        self.kept: list[tuple[torch.Tensor, Stream]] = []
+        """What the allocator was told."""
 
     def current_stream(self, device: torch.device) -> Stream:
         return self.device.current
@@ -102,7 +104,7 @@ class StandIn:
         return nullcontext()
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
-        """The closures that are queued keep their tensors."""
+        self.kept.append((tensor, stream))
 
     def launch(self, work: Callable[[], object]) -> None:
         self.device.current.launch(work)

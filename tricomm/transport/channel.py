@@ -148,7 +148,9 @@ class Channel:
         self._current[:] = [] if communicator is None else [weakref.ref(communicator)]
 
     def staging(self, nbytes: int) -> torch.Tensor:
-        """Staging of the channel, grown where it is too small; one run at a time uses it."""
+        """Staging of the channel, grown where it is too small; one run at a time uses it, on its current stream."""
+        if self._accelerator is not None:
+            self._accelerator.keep(self._staging, self._accelerator.current_stream(self.device))
         if self._staging.numel() < nbytes:
             self._staging = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self._staging

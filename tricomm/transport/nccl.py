@@ -46,11 +46,15 @@ class DeviceRun:
     Args:
         accelerator: of the device.
         device: on whose current stream it begins.
+        before: the run that it follows.
     """
 
-    def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
+    def __init__(self, accelerator: Accelerator, device: torch.device, before: "DeviceRun | None" = None) -> None:
         self._accelerator = accelerator
         self._device = device
+        if before is not None and before._end is not None:
+            # Both use the same staging, and perhaps not the same stream.
+            accelerator.current_stream(device).wait_event(before._end)
         self._begin: Event | None = self._here()
         self._end: Event | None = None
         self._groups: deque[tuple[tuple[int, ...], DeviceWork]] = deque()
@@ -146,7 +150,7 @@ class NcclConnections:
 
     def begin(self) -> DeviceRun:
         """See Connections."""
-        self.run = DeviceRun(self._accelerator, self._device)
+        self.run = DeviceRun(self._accelerator, self._device, self.run)
         return self.run
 
     def launch(self, work: Callable[[], object]) -> None:
