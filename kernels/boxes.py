@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,30 +110,46 @@ def boxes_in_order(
     return boxes, int(places[-1])
 
 
-def boxes_of(placed: Sequence[tuple[StridedBox, int]], cast: tuple[int, int] = (0, 0)) -> Boxes:
-    """Boxes of one tensor and one buffer.
+class PlacedBox(NamedTuple):
+    """A box, and where it belongs.
+
+    Attributes:
+        box: in words.
+        tensor: number of its tensor.
+        buffer: number of its packed buffer.
+        place_nbytes: the byte of the buffer that its packed offset counts from.
+    """
+
+    box: StridedBox
+    tensor: int = 0
+    buffer: int = 0
+    place_nbytes: int = 0
+
+
+def boxes_of(placed: Sequence[PlacedBox], cast: tuple[int, int] = (0, 0)) -> Boxes:
+    """Boxes of some tensors and buffers.
 
     Args:
-        placed: each box, and the byte of the buffer that its packed offset counts from.
-        cast: bytes of an element of the tensor and of the buffer, for boxes whose words are cast.
+        placed: the boxes.
+        cast: bytes of an element of the tensors and of the buffers, for boxes whose words are cast.
     """
     count = len(placed)
-    rank = max((len(box.shape) for box, _ in placed), default=0)
+    rank = max((len(one.box.shape) for one in placed), default=0)
 
     def each(values: Iterable[int]) -> Columns:
         return np.fromiter(values, np.int64, count)
 
-    units = each(box.word_nbytes for box, _ in placed)
+    units = each(one.box.word_nbytes for one in placed)
     tensor_units, packed_units = (np.where(units > 0, units, size) for size in cast)
     return Boxes(
-        _columns([box.shape for box, _ in placed], rank, 1),
-        np.zeros(count, np.int64),
-        each(box.tensor_offset for box, _ in placed) * tensor_units,
-        _columns([box.tensor_strides for box, _ in placed], rank, 0) * tensor_units[:, None],
+        _columns([one.box.shape for one in placed], rank, 1),
+        each(one.tensor for one in placed),
+        each(one.box.tensor_offset for one in placed) * tensor_units,
+        _columns([one.box.tensor_strides for one in placed], rank, 0) * tensor_units[:, None],
         tensor_units,
-        np.zeros(count, np.int64),
-        each(box.packed_offset for box, _ in placed) * packed_units + each(place for _, place in placed),
-        _columns([box.packed_strides for box, _ in placed], rank, 0) * packed_units[:, None],
+        each(one.buffer for one in placed),
+        each(one.box.packed_offset for one in placed) * packed_units + each(one.place_nbytes for one in placed),
+        _columns([one.box.packed_strides for one in placed], rank, 0) * packed_units[:, None],
         packed_units,
     )
 

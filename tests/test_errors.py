@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.refusals import calls, layouts, torch_types
+from tests.refusals import calls, layouts, many, torch_types
 from tricomm import ArgumentError, PlanError, SpecError, TransportError, TricommError
 from tricomm import options as option_types
 from tricomm.autograd import layouts as autograd
@@ -18,7 +18,7 @@ from tricomm.layout import mesh, notation, placement, sides, spec_checks, topolo
 from tricomm.layout import spec as sharding
 from tricomm.packing import copy_program, tensor_checker
 from tricomm.plan import arguments, plan, planner, tasks
-from tricomm.plan.routes import strategies
+from tricomm.plan.routes import joined, strategies
 
 MODULES: list[ModuleType] = [
     arguments,
@@ -31,6 +31,7 @@ MODULES: list[ModuleType] = [
     placement,
     plan,
     planner,
+    joined,
     strategies,
     sharding,
     sides,
@@ -41,7 +42,7 @@ MODULES: list[ModuleType] = [
     topology,
 ]
 
-REFUSALS = {**layouts.REFUSALS, **calls.REFUSALS, **torch_types.REFUSALS}
+REFUSALS = {**layouts.REFUSALS, **calls.REFUSALS, **torch_types.REFUSALS, **many.REFUSALS}
 
 
 @pytest.mark.parametrize("name", REFUSALS)

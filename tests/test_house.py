@@ -41,8 +41,9 @@ LAYERS_WITHIN = {
     "autograd": [["layouts"], ["tape"], ["gradients"]],
     "pipeline": [["schedule"], ["costs"], ["tune"], ["run"], ["torch_checks", "torch_dtensors"], ["torch_adapter"]],
     "plan": [
-        ["network", "reduction", "refine"],
+        ["network", "parts", "reduction", "refine"],
         ["tasks"],
+        ["stacks"],
         ["senders"],
         ["routes"],
         ["move"],

@@ -142,6 +142,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LocalTransport.run": (tricomm.LocalTransport().run, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),
     "LocalTransport.run_counted": (
         tricomm.LocalTransport().run_counted, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),
+    "LocalTransport.run_observed": (
+        tricomm.LocalTransport().run_observed, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),
     "Meeting": (lambda **given: tricomm.Meeting(**given).close(), {
         "address": "tcp://127.0.0.1:0", "secret": SECRET}),
     "Mesh": (Mesh, {"ranks": [[0, 1]], "axis_names": ("a", "b")}),

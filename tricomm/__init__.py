@@ -15,7 +15,7 @@ from tricomm.layout.placement import Partial, Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.options import Options
-from tricomm.packing.copy_program import local_shard
+from tricomm.packing.shards import local_shard
 from tricomm.plan import (
     Auto,
     Broadcast,

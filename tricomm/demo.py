@@ -23,11 +23,11 @@ from tqdm import tqdm
 from tricomm.errors import SpecError
 from tricomm.kernels.reference import words
 from tricomm.launch import Ranks
-from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Placement, Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
-from tricomm.packing.copy_program import local_shard, torch_dtype
+from tricomm.packing.copy_program import torch_dtype
+from tricomm.packing.shards import local_shard
 from tricomm.plan import make_plan
 from tricomm.plan.describe import format_nbytes
 from tricomm.resharder import Resharder
@@ -183,7 +183,7 @@ def _by_hand(transfer: Transfer, rank: int) -> list[tuple[Any, torch.Tensor, int
     move = make_plan(transfer.source, transfer.destination).moves[-1]
     operations: list[tuple[Any, torch.Tensor, int]] = []
     for hop in move.hops:
-        nbytes = move.messages[hop.message].chunk_numel(hop.chunk) * ITEMSIZE[move.wire_dtype]
+        nbytes = move.messages[hop.message].chunk_nbytes(hop.chunk)
         if hop.source == rank:
             operations.append((dist.isend, torch.zeros(nbytes, dtype=torch.uint8), hop.destination))
         elif hop.destination == rank:

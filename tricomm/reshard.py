@@ -1,14 +1,16 @@
 """reshard and reshard_async: one call, compared by all ranks before anything is sent."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import torch
 
 from tricomm.interop import is_dtensor
-from tricomm.layout.sides import Side, as_specs
+from tricomm.layout.sides import Side, Sides, as_specs
 from tricomm.options import Options, ReshardOptions
-from tricomm.plan.arguments import check_spec
+from tricomm.packing.tensor_checker import Given, NamedTensors
+from tricomm.plan.arguments import items_of
 from tricomm.resharder import Resharder
 from tricomm.transport.group import context_of, resolve_group
 from tricomm.transport.handle import Handle
@@ -24,14 +26,13 @@ def _one_shot(tensors: tuple[Any, Any], sides: tuple[Any, Any], given: ReshardOp
     )
     try:
         source, destination = as_specs(source, destination, given.get("group"))
-        check_spec("source", source)
-        check_spec("destination", destination)
+        items = items_of(source, destination)
         options = Options.of(given, caller)
     except BaseException as error:
         tell_all(context_of(group), error, given, source, destination)
         raise
     confirm = True if options.confirm is None else options.confirm
-    key = (source, destination, replace(options, group=None, confirm=confirm))
+    key = (items, isinstance(source, Mapping), replace(options, group=None, confirm=confirm))
 
     def make() -> Resharder:
         given = replace(options, group=group, confirm=confirm).given()
@@ -41,6 +42,7 @@ def _one_shot(tensors: tuple[Any, Any], sides: tuple[Any, Any], given: ReshardOp
     return found
 
 
+@overload
 def reshard(
     tensor: torch.Tensor | None,
     source: Side | None,
@@ -48,7 +50,24 @@ def reshard(
     *,
     out: torch.Tensor | None = None,
     **options: Unpack[ReshardOptions],
-) -> torch.Tensor | None:
+) -> torch.Tensor | None: ...
+@overload
+def reshard(
+    tensor: NamedTensors | None,
+    source: Mapping[str, Side],
+    destination: Mapping[str, Side],
+    *,
+    out: NamedTensors | None = None,
+    **options: Unpack[ReshardOptions],
+) -> dict[str, torch.Tensor]: ...
+def reshard(
+    tensor: Given,
+    source: Sides | None,
+    destination: Sides | None,
+    *,
+    out: Given = None,
+    **options: Unpack[ReshardOptions],
+) -> Any:
     """Move a sharded tensor to another layout, on the same, other, or partly other ranks.
 
     Called by every rank of either mesh; others may call too and get None. Each call is checked: the ranks
@@ -90,18 +109,17 @@ def reshard(
     if torch.compiler.is_compiling():
         from tricomm.compiled.graph import run_eagerly
 
-        result: torch.Tensor | None = run_eagerly(reshard, tensor, source, destination, out=out, **options)
-        return result
+        return run_eagerly(reshard, tensor, source, destination, out=out, **options)
     mover = _one_shot((tensor, out), (source, destination), options, "reshard")
-    return mover(tensor, out=out)
+    return mover._call(tensor, out)
 
 
 def reshard_async(
-    tensor: torch.Tensor | None,
-    source: Side | None,
-    destination: Side | None,
+    tensor: Given,
+    source: Sides | None,
+    destination: Sides | None,
     *,
-    out: torch.Tensor | None = None,
+    out: Given = None,
     **options: Unpack[ReshardOptions],
 ) -> Handle:
     """As :func:`reshard`, in the background: ``handle.wait()`` gives the result.

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack, overload
 
 import torch
 
@@ -12,14 +12,15 @@ from tricomm.autograd.gradients import Gradients
 from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.compiled.registry import is_traced
 from tricomm.errors import ArgumentError, SpecError, TricommError
-from tricomm.interop import is_dtensor
 from tricomm.kinds import checks_kinds
-from tricomm.layout.sides import Side, as_specs, shards_of
+from tricomm.layout.sides import Sides, as_specs, has_dtensors, shards_of
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
-from tricomm.packing.tensor_checker import TensorChecker, check_casts
+from tricomm.packing.holdings import Tensors
+from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
 from tricomm.plan import Plan, make_plan
-from tricomm.plan.arguments import check_ranks, check_spec
+from tricomm.plan.arguments import check_in_group, items_of
+from tricomm.plan.describe import describe_layouts
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
 from tricomm.transport.runtime import PlanExecution
@@ -77,8 +78,8 @@ class Resharder(Gradients):
 
     def __init__(
         self,
-        source: Side,
-        destination: Side,
+        source: Sides,
+        destination: Sides,
         **options: Unpack[ReshardOptions],
     ) -> None:
         self._make(source, destination, options)
@@ -86,8 +87,8 @@ class Resharder(Gradients):
     @classmethod
     def _made(
         cls,
-        source: Side,
-        destination: Side,
+        source: Sides,
+        destination: Sides,
         options: ReshardOptions,
         *,
         parent: "Resharder | None" = None,
@@ -100,8 +101,8 @@ class Resharder(Gradients):
 
     def _make(
         self,
-        source: Side,
-        destination: Side,
+        source: Sides,
+        destination: Sides,
         options: ReshardOptions,
         parent: "Resharder | None" = None,
         meets_always: bool = False,
@@ -121,7 +122,7 @@ class Resharder(Gradients):
         self._gradient = None
         self._is_closed = False
 
-    def _plan(self, source: ShardingSpec, destination: ShardingSpec, options: ReshardOptions, group: Any) -> None:
+    def _plan(self, source: Sides, destination: Sides, options: ReshardOptions, group: Any) -> None:
         """Everything that needs no other rank."""
         chosen = Options.of(options, "Resharder")
         self.device = device_of(chosen.device, group)
@@ -130,9 +131,7 @@ class Resharder(Gradients):
         self.confirm = bool(chosen.confirm)
         self.channel = chosen.channel
         self.name = chosen.name
-        for side, spec in (("source", source), ("destination", destination)):
-            check_spec(side, spec)
-            check_ranks(side, spec, self.context.size)
+        check_in_group(items_of(source, destination), self.context.size)
         self.plan: Plan = make_plan(
             source,
             destination,
@@ -145,7 +144,7 @@ class Resharder(Gradients):
         check_casts(self.plan)
         self.participants = self.plan.participants
         if chosen.differentiable:
-            check_differentiable_layouts(self.plan.source, self.plan.destination, chosen.grad_placements)
+            check_differentiable_layouts(self.plan, chosen.grad_placements)
         # Ranks that are all on both meshes can ask for gradients, and then all must.
         agree = chosen.differentiable or self._is_everywhere
         self._call_fields = [{GRADIENT_FIELD: str(asked)} if agree else {} for asked in (False, True)]
@@ -169,7 +168,7 @@ class Resharder(Gradients):
             "grad_placements": str(self.options.grad_placements),
         }
         is_counted = self._is_counted and not meets_always and parent is None
-        layouts = f"{self.plan.source} -> {self.plan.destination}"
+        layouts = describe_layouts(self.plan)
         label = f"reshard {self.name!r}" if self.name else f"reshard {layouts}"
         if parent is not None and parent._session is not None:
             label = f"the gradient of {parent._session.label}"
@@ -202,7 +201,7 @@ class Resharder(Gradients):
         """What DTensors hold on this rank."""
         try:
             group = None if self._names_whole_job else self._group()
-            return shards_of(tensor, out, self.plan.source, self.plan.destination, self.rank, group)
+            return shards_of(tensor, out, self.plan.items, self.rank, group)
         except SpecError as error:
             self._refuse(error)
 
@@ -213,18 +212,30 @@ class Resharder(Gradients):
             return self._session.state
         return State.CLOSED if self._is_closed else State.NEW
 
-    def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
+    @overload
+    def __call__(
+        self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor | None: ...
+    @overload
+    def __call__(
+        self, tensor: NamedTensors | None = None, *, out: NamedTensors | None = None
+    ) -> dict[str, torch.Tensor]: ...
+    def __call__(self, tensor: Given = None, *, out: Given = None) -> Any:
         """Reshard. Arguments and result as for :func:`reshard`."""
-        plain = out is None and not self.options.differentiable
+        return self._call(tensor, out)
+
+    def _call(self, tensor: Given, out: Given) -> Any:
+        """Reshard whatever this is a Resharder of, a tensor or many."""
+        plain = out is None and self.in_graph is not None and not self.options.differentiable
         if torch.compiler.is_compiling() or (plain and is_traced(tensor)):
             from tricomm.compiled.graph import call_in_graph
 
             return call_in_graph(self, tensor, out)
-        if is_dtensor(tensor) or is_dtensor(out):
+        if has_dtensors(tensor) or has_dtensors(out):
             shard, place = self._shards(tensor, out)
-            moved = self(shard, out=place)
+            moved = self._call(shard, place)
             if out is not None:
-                torch.autograd.graph.increment_version(out)
+                bump_versions(out)
             return moved if out is None else out
         if torch.is_grad_enabled():
             if self.options.differentiable and self._session is not None:
@@ -233,38 +244,34 @@ class Resharder(Gradients):
                 return self._differentiated(tensor, out)
         return self._move(tensor, out, requires_grad=False)
 
-    def _move(
-        self, tensor: torch.Tensor | None, out: torch.Tensor | None, *, requires_grad: bool
-    ) -> torch.Tensor | None:
+    def _move(self, tensor: Given, out: Given, *, requires_grad: bool) -> Any:
         session = self._session
         if session is None:
-            self._off_meshes(tensor, out)
-            return None
+            return self._off_meshes(tensor, out)
         try:
             with session as channel:
-                source = self._checker.check_source(tensor)
-                destination = self._checker.check_out(out, source)
+                sources, destinations = self._checker.check(tensor, out)
                 session.call_fields = self._call_fields[requires_grad]
                 last = channel.last_started
                 if last is not None and (not last.done() or last.exception() is not None):
                     # What was started on the same channel is still under way: wait in line behind it.
-                    self._start(source, destination, [channel.stream_context.record_event()], ()).wait()
+                    self._start(sources, destinations, [channel.stream_context.record_event()], ()).wait()
                 else:
                     if last is not None:
                         channel.stream_context.wait_event(last.result()[1])
-                    self._run(source, destination, session.calls)
+                    self._run(sources, destinations, session.calls)
         except Exception as error:
             name_error(error, self.name)
             raise
-        if out is not None and not out.is_inference():
-            torch.autograd.graph.increment_version(out)
-        return destination
+        if out is not None:
+            bump_versions(out)
+        return self._checker.result(destinations)
 
     def start(
         self,
-        tensor: torch.Tensor | None = None,
+        tensor: Given = None,
         *,
-        out: torch.Tensor | None = None,
+        out: Given = None,
         after: Any = None,
         depends_on: Sequence[Handle] = (),
     ) -> Handle:
@@ -285,13 +292,12 @@ class Resharder(Gradients):
 
             handle: Handle = run_eagerly(self.start, tensor, out=out, after=after, depends_on=depends_on)
             return handle
-        if is_dtensor(tensor) or is_dtensor(out):
+        if has_dtensors(tensor) or has_dtensors(out):
             tensor, out = self._shards(tensor, out)
         session = self._session
         if session is None:
-            self._off_meshes(tensor, out)
             nothing: Future[Ended] = Future()
-            nothing.set_result((None, None, None))
+            nothing.set_result((self._off_meshes(tensor, out), None, None))
             return Handle(nothing, HostStreamContext())
         try:
             with session as channel:
@@ -305,15 +311,15 @@ class Resharder(Gradients):
                     raise ArgumentError(
                         f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple"
                     )
-                source, destination = self._check(tensor, out)
+                sources, destinations = self._checker.check(tensor, out)
                 events = [] if after is None else [after]
-                if after is None or (out is None and destination is not None):
+                if after is None or (out is None and destinations):
                     events.append(channel.stream_context.record_event())
                 if session.meets_always:
                     session.connect()
-                if out is not None and not out.is_inference():
-                    torch.autograd.graph.increment_version(out)
-                return self._start(source, destination, events, depends_on)
+                if out is not None:
+                    bump_versions(out)
+                return self._start(sources, destinations, events, depends_on)
         except Exception as error:
             name_error(error, self.name)
             raise
@@ -322,36 +328,29 @@ class Resharder(Gradients):
         """Record an event after all that the current stream has to do so far, for ``start``; None in host memory."""
         return None if self._session is None else self._session.channel.stream_context.record_event()
 
-    def _off_meshes(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> None:
+    def _off_meshes(self, tensor: Given, out: Given) -> Any:
         """A rank on neither mesh gives and gets nothing."""
         try:
             if self._is_closed:
                 raise SpecError(CLOSED_TEXT)
-            self._check(tensor, out)
+            return self._checker.result(self._checker.check(tensor, out)[1])
         except Exception as error:
             name_error(error, self.name)
             raise
 
-    def _check(
-        self, tensor: torch.Tensor | None, out: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(what is read, what is written), checked and made before anything is sent."""
-        source = self._checker.check_source(tensor)
-        return source, self._checker.check_out(out, source)
-
-    def _run(self, source: torch.Tensor | None, destination: torch.Tensor | None, number: int) -> None:
+    def _run(self, sources: Tensors, destinations: Tensors, number: int) -> None:
         """Carry one call out on this thread."""
         session, execution = self._session, self._execution
         assert session is not None
         assert execution is not None
-        session.run(execution, source, destination, number)
+        session.run(execution, sources, destinations, number)
         if session.meets_always:
             execution.release()  # nobody says when a one-shot call was the last
 
     def _start(
         self,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
+        sources: Tensors,
+        destinations: Tensors,
         events: Sequence[Any],
         depends_on: Sequence[Handle],
     ) -> Handle:
@@ -361,11 +360,11 @@ class Resharder(Gradients):
         def run_in_background() -> Ended:
             """On the channel's stream."""
             try:
-                with channel.stream_context.after(events, source, destination):
+                with channel.stream_context.after(events, *sources, *destinations):
                     for handle in depends_on:
                         handle.wait_done()
-                    self._run(source, destination, number)
-                    return destination, channel.stream_context.record_end(), session.last_run
+                    self._run(sources, destinations, number)
+                    return self._checker.result(destinations), channel.stream_context.record_end(), session.last_run
             except Exception as error:
                 name_error(error, self.name)
                 raise

@@ -91,7 +91,7 @@ def _drawn(dice: random.Random, seed: int, most_hosts: int) -> Drawn | None:
     topology = Topology(hosts, nics_per_host=nics, nic_bytes_per_second=rate)
     source, destination = specs
     participants = sorted({*source.mesh.ranks, *destination.mesh.ranks})
-    move = ProductMove.of(source, destination, RouteContext(4, topology, 1, 1 << 28), participants)
+    move = ProductMove.of(source, destination, 0, RouteContext(topology, 1, 1 << 28), participants)
     if move is None or (seed % 2 == 0 and (move.rings.replicas < 3 or move.rings.most_hosts < 2)):
         return None
     counts_of_hosts = np.diff(move.rings.firsts, axis=1)

@@ -28,7 +28,7 @@ from bench.planner import cases
 from tricomm import Topology, make_plan
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing.binding import bind
-from tricomm.packing.copy_program import make_copy_program, torch_dtype
+from tricomm.packing.copy_program import LocalTensor, Side, make_copy_program, side_of, torch_dtype
 from tricomm.plan import Plan, RankProgram
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "planner.json"
@@ -93,16 +93,21 @@ def transfers_of(programs: Sequence[RankProgram]) -> int:
 def bound(plan: Plan, programs: Sequence[RankProgram]) -> None:
     """What PlanExecution does before the first call: a copy program, and views of tensors in host memory."""
     for move, program in zip(plan.moves, programs, strict=True):
-        shapes = program.source_shape, program.destination_shape
-        dtypes = move.source.element_type, move.wire_dtype, move.destination.element_type
-        tensors = [
-            None if shape is None else torch.empty(shape, dtype=torch_dtype(dtype))
-            for shape, dtype in zip(shapes, dtypes[::2], strict=True)
-        ]
-        strides = [() if tensor is None else tensor.stride() for tensor in tensors]
-        alignments = (alignment_nbytes(), alignment_nbytes())
-        copies = make_copy_program(program, dtypes, (strides[0], strides[1]), alignments, (4, 4), plan.staging_nbytes)
-        bind(copies, tensors[0], tensors[1], torch.empty(copies.staging_nbytes, dtype=torch.uint8))
+        counts = [len(stack.items) for stack in move.stacks]
+        sides: list[Side] = []
+        every: list[list[torch.Tensor]] = []
+        for shapes, end in ((program.source_shapes, "source"), (program.destination_shapes, "destination")):
+            tensors: list[torch.Tensor] = []
+            for number, shape in shapes.items():
+                dtype = torch_dtype(getattr(move.stacks[number], end).element_type)
+                stack = torch.empty(shape, dtype=dtype)
+                tensors += [stack] if counts[number] == 1 else stack.unbind(0)
+            local = tuple(LocalTensor(tensor.dtype, tensor.stride(), alignment_nbytes()) for tensor in tensors)
+            sides.append(side_of(local, shapes, counts))
+            every.append(tensors)
+        wires = [torch_dtype(stack.wire_dtype) for stack in move.stacks]
+        copies = make_copy_program(program, sides[0], sides[1], wires, (4, 4), plan.staging_nbytes)
+        bind(copies, every[0], every[1], torch.empty(copies.staging_nbytes, dtype=torch.uint8))
 
 
 def one_rank(

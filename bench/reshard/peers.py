@@ -49,12 +49,11 @@ class _OneMessagePerPair:
         self.rank = rank
         self.groups = directions()
         self.program = plan.for_rank(rank)[0]
-        self.itemsize = source.itemsize
 
     def buffers(self, sends: bool) -> list[tuple[Transfer, torch.Tensor]]:
         """A buffer for each message that this rank sends, or receives."""
         return [
-            (transfer, _room(transfer.numel * self.itemsize))
+            (transfer, _room(transfer.nbytes))
             for step in self.program.rounds
             for transfer in (step.sends if sends else step.receives)
         ]
@@ -132,7 +131,8 @@ def _boxes(
     elements = buffer.view(tensor.dtype)
     pairs = []
     for region in transfer.regions:
-        packed = elements[region.offset : region.offset + math.prod(region.shape)].view(region.shape)
+        first = region.offset_nbytes // tensor.dtype.itemsize
+        packed = elements[first : first + math.prod(region.shape)].view(region.shape)
         for box in region.boxes:
             pairs.append((_box(packed, box.packed_start, box.shape), _box(tensor, box.local_start, box.shape)))
     return pairs
@@ -147,7 +147,7 @@ class BlockingLoop:
         for task in unit_tasks(source, destination):
             for receiver in task.remote_receivers:
                 if rank in (task.holders[0], receiver):
-                    self.slices.append((task.holders[0], receiver, _room(task.numel * source.itemsize)))
+                    self.slices.append((task.holders[0], receiver, _room(task.nbytes)))
 
     def __call__(self) -> None:
         """Send or receive each slice."""

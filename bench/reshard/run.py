@@ -174,9 +174,9 @@ def nic_imbalance(plan: Plan) -> tuple[float, float]:
     for move in plan.moves:
         for hop in move.hops:
             if topology.host(hop.source) != topology.host(hop.destination):
-                numel = move.messages[hop.message].chunk_numel(hop.chunk)
-                sides[0][topology.nic(hop.source)] += numel
-                sides[1][topology.nic(hop.destination)] += numel
+                nbytes = move.messages[hop.message].chunk_nbytes(hop.chunk)
+                sides[0][topology.nic(hop.source)] += nbytes
+                sides[1][topology.nic(hop.destination)] += nbytes
     send, receive = (max(side.values()) / statistics.mean(side.values()) if side else 1.0 for side in sides)
     return send, receive
 
@@ -228,7 +228,7 @@ def row_of(case: Case, method: str, times: Sequence[float], bound: float, plan: 
         bound,
         None if plan is None else plan.simulated_seconds(),
         None if plan is None else nic_imbalance(plan),
-        None if plan is None else type(plan.moves[0].strategy).__name__,
+        None if plan is None else type(plan.moves[0].strategies[0]).__name__,
     )
 
 

@@ -17,6 +17,7 @@ from tricomm.layout.columns import IntervalLists, by_first, distinct, numbered, 
 from tricomm.layout.intervals import Region, chunk
 from tricomm.plan.choice import ROUNDING, WORTH_IT, assigned_seconds
 from tricomm.plan.cost import MessageColumns, busiest_seconds
+from tricomm.plan.parts import Part
 from tricomm.plan.program import BoxTransfers
 from tricomm.plan.routes.rounds import Hop, Hops
 from tricomm.plan.tasks import Task, Tasks, unit_tasks
@@ -95,16 +96,20 @@ def test_tasks_are_what_the_holdings_say(pair: tuple[ShardingSpec, ShardingSpec]
             for element in dict.fromkeys(elements((spec.holding(rank),))):  # one in two slots is needed once
                 ranks_of[element].append(rank)
     tasks = unit_tasks(source, destination)
-    found = {element: (task.holders, task.receivers) for task in tasks for element in elements(task.regions)}
+    found = {
+        element: (task.holders, task.receivers)
+        for task in tasks
+        for element in elements(tuple(part.region for part in task.parts))
+    }
     assert found == {element: (tuple(holders[element]), tuple(ranks)) for element, ranks in receivers.items()}
-    assert sum(task.numel for task in tasks) == len(found)
+    assert sum(task.nbytes for task in tasks) == 4 * len(found)
     assert len({(task.holders, task.receivers) for task in tasks}) == len(tasks)
     for rank in {*source.mesh.ranks, *destination.mesh.ranks}:
         alone = unit_tasks(source, destination, rank)
         assert sorted(alone, key=repr) == sorted((t for t in tasks if rank in t.holders + t.receivers), key=repr)
-        kept = [region for regions in tasks.kept_by(rank) for region in regions]
+        kept = [part for parts in tasks.kept_by(rank) for part in parts]
         assert kept == [
-            region for task in tasks if rank in task.holders and rank in task.receivers for region in task.regions
+            part for task in tasks if rank in task.holders and rank in task.receivers for part in task.parts
         ]
 
 
@@ -140,9 +145,9 @@ def test_one_rank_of_many_makes_no_objects_and_finds_its_boxes() -> None:
     sends = sorted(transfer for step in program.rounds for transfer in step.sends)
     assert [transfer.peer for transfer in sends] == list(range(ranks, 2 * ranks))
     for index, transfer in enumerate(sends):
-        ((offset, shape, ((start, packed_start, extent),)),) = transfer.regions
+        ((_, offset, shape, ((start, packed_start, extent),)),) = transfer.regions
         assert (offset, shape, start, packed_start, extent) == (0, (2, 3), (0, 3 * index), (0, 0), (2, 3))
-        assert transfer.numel == 6
+        assert transfer.nbytes == 24
 
 
 def test_a_program_is_made_once_for_equal_tensors() -> None:
@@ -167,15 +172,14 @@ def test_bounds_hold_and_auto_takes_what_trying_all_would_take(case: Case) -> No
         for strategy in Auto().candidates
     ]
     for index, move in enumerate(chosen.moves):
-        itemsize = move.source.itemsize if move.wire_dtype == move.source.dtype else move.destination.itemsize
         best: Any = None
         for plan in tried:
             other = plan.moves[index]
             seconds = plan_seconds(plan, index)
-            assigned = case.balance.assign(other.tasks, itemsize, plan.topology, other.strategy.fan_out)
+            assigned = case.balance.assign(other.tasks, plan.topology, other.strategies[0].fan_out)
             bounds = (
-                assigned_seconds(assigned, itemsize, plan.topology, other.strategy.fan_out),
-                busiest_seconds(MessageColumns.of(other.messages), itemsize, plan.topology),
+                assigned_seconds(assigned, plan.topology, other.strategies[0].fan_out),
+                busiest_seconds(MessageColumns.of(other.messages), plan.topology),
             )
             if other.messages:
                 assert max(bounds) * (1 - ROUNDING) <= seconds
@@ -193,4 +197,4 @@ def test_tasks_compare_with_tuples_of_tasks() -> None:
     source = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), (4,), "float32")
     tasks = unit_tasks(source, ShardingSpec(Mesh([2], ("x",)), (Replicate(),), (4,), "float32"))
     assert isinstance(tasks, Tasks)
-    assert tasks == (Task(((((0, 2),),),), (0,), (2,)), Task(((((2, 4),),),), (1,), (2,)))
+    assert tasks == (Task((Part(0, 4, (((0, 2),),)),), (0,), (2,)), Task((Part(0, 4, (((2, 4),),)),), (1,), (2,)))

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.layout.test_spec import expand, interval_lists, quick
-from tricomm.layout.intervals import Region, cut_regions, region_numel, region_shape
+from tricomm.layout.intervals import Region, region_numel, region_shape
+from tricomm.plan.parts import Part, cut_parts, nbytes_of
 
 
 @quick
@@ -14,20 +15,27 @@ from tricomm.layout.intervals import Region, cut_regions, region_numel, region_s
     regions=st.lists(st.tuples(*[interval_lists()] * 3), min_size=1, max_size=3),
     where=st.lists(st.floats(0, 1), max_size=6),
     slack=st.integers(0, 20),
+    itemsizes=st.lists(st.sampled_from([1, 2, 4]), min_size=3, max_size=3),
 )
-def test_cut_regions_keeps_every_element_in_order(regions: list[Region], where: list[float], slack: int) -> None:
+def test_cuts_keep_every_element_in_order(
+    regions: list[Region], where: list[float], slack: int, itemsizes: list[int]
+) -> None:
     def elements(pieces: list[Region]) -> list[tuple[int, ...]]:
         return [at for piece in pieces for at in itertools.product(*(expand(intervals) for intervals in piece))]
 
-    numel = len(elements(regions))
-    assert sum(map(region_numel, regions)) == numel
+    assert sum(map(region_numel, regions)) == len(elements(regions))
     assert [region_shape(region) for region in regions] == [tuple(len(expand(i)) for i in r) for r in regions]
     regions = [region for region in regions if region_numel(region)]
-    points = sorted(int(fraction * numel) for fraction in where)
-    parts = cut_regions(regions, points, slack)
-    assert elements([region for part in parts for region in part]) == elements(regions)
-    assert len(parts) == len(points) + 1
+    parts = [Part(0, itemsize, region) for itemsize, region in zip(itemsizes, regions, strict=False)]
+    nbytes = nbytes_of(parts)
+    points = sorted(int(fraction * nbytes) for fraction in where)
+    groups = cut_parts(parts, 1, points, slack)
+    assert elements([part.region for group in groups for part in group]) == elements(regions)
+    assert [part.itemsize for group in groups for part in group for _ in range(part.numel)] == [
+        part.itemsize for part in parts for _ in range(part.numel)
+    ]
+    assert len(groups) == len(points) + 1
     before = 0
-    for part, point in zip(parts, points, strict=False):
-        before += len(elements(list(part)))
-        assert abs(before - point) <= slack
+    for group, point in zip(groups, points, strict=False):
+        before += nbytes_of(group)
+        assert abs(before - point) < slack + max(itemsizes)  # an element is never cut

@@ -12,7 +12,6 @@ from bench.planner.quality import FORMULAS, SEARCH, measured
 from tests.oracle import pick, require_equal, source_and_result
 from tricomm import LocalTransport, Mesh, Partial, Plan, Replicate, Shard, ShardingSpec, Topology, make_plan
 from tricomm.layout.columns import IntervalLists
-from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.placement import Placement
 from tricomm.plan.product.choose import ProductMove
 from tricomm.plan.product.pieces import cut_lists
@@ -22,9 +21,9 @@ ALL = Replicate()
 
 
 def goes_by_formulas(plan: Plan) -> bool:
-    context = RouteContext(4, plan.topology, 1, 1 << 28)
+    context = RouteContext(plan.topology, 1, 1 << 28)
     (move,) = plan.moves
-    return ProductMove.of(move.source, move.destination, context, plan.participants) is not None
+    return ProductMove.of(move.stacks[0].source, move.stacks[0].destination, 0, context, plan.participants) is not None
 
 
 def what_passes(plan: Plan, rank: int) -> Iterator[tuple[bool, int, int, int, object]]:
@@ -33,7 +32,7 @@ def what_passes(plan: Plan, rank: int) -> Iterator[tuple[bool, int, int, int, ob
         for step in program.rounds:
             for is_send, transfers in ((True, step.sends), (False, step.receives)):
                 for transfer in transfers:
-                    yield is_send, step.number, transfer.peer, transfer.numel, transfer.regions
+                    yield is_send, step.number, transfer.peer, transfer.nbytes, transfer.regions
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -68,7 +67,7 @@ def nic_nbytes(plan: Plan, topology: Topology) -> tuple[Counter[int], Counter[in
     into: Counter[int] = Counter()
     for move in plan.moves:
         for message in move.messages:
-            nbytes = message.numel * ITEMSIZE[move.wire_dtype]
+            nbytes = message.nbytes
             for sender, receiver in zip(message.chain[:-1], message.chain[1:], strict=True):
                 if topology.host(sender) != topology.host(receiver):
                     out[topology.nic(sender)] += nbytes
@@ -97,8 +96,8 @@ def test_a_rank_of_a_thousand_knows_its_own_part_only() -> None:
     topology = Topology(tuple(f"host{rank // 8}" for rank in range(2048)), nics_per_host=8)
     plan = make_plan(source, destination, topology=topology, rank=1500)
     (program,) = plan.for_rank(1500)
-    received = sum(transfer.numel for step in program.rounds for transfer in step.receives)
-    assert received == 50257 * 1536
+    received = sum(transfer.nbytes for step in program.rounds for transfer in step.receives)
+    assert received == 50257 * 1536 * 2
     assert len(plan.moves[0].messages) <= 1024
     assert len(plan.moves[0].tasks) <= 1024
 

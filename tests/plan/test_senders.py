@@ -95,13 +95,13 @@ def test_the_flow_finds_the_least_factor_and_keeps_every_limit(case: Any) -> Non
     assert all(load[machine] <= float(found.factor) * speeds[machine] + 1e-2 for machine in speeds)
 
 
-def sending_bound(tasks: tuple[Task, ...], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
+def sending_bound(tasks: tuple[Task, ...], topology: Topology, fan_out: FanOut) -> float:
     """The optimum of sending with one NIC a host, from every set of NICs and what only they can send."""
     worst = 0.0
-    _, demands, forced = divide_by_choice(tasks, itemsize, topology)
+    _, demands, forced = divide_by_choice(tasks, topology)
     every = range(max(topology.nic(rank) for rank in range(len(topology.hosts))) + 1)
     for chosen in subsets(every):
-        work = sum(a.numel * itemsize for a in forced if crosses(a, topology) and topology.nic(a.sender) in chosen)
+        work = sum(a.nbytes for a in forced if crosses(a, topology) and topology.nic(a.sender) in chosen)
         for demand in demands:
             senders = {topology.nic(rank) for rank in demand.holders}
             relays = {topology.nic(ranks[0]) for ranks in demand.hosts}
@@ -138,12 +138,12 @@ def exchanges(draw: Any) -> tuple[ShardingSpec, ShardingSpec, Topology]:
 def test_split_reaches_the_optimum_of_the_fractional_problem(case: Any, fan_out: FanOut) -> None:
     source, destination, topology = case
     tasks = unit_tasks(source, destination)
-    optimum = sending_bound(tasks, 4, topology, fan_out)
-    goal = max(optimum, receiving_seconds(tasks, 4, topology))
-    found = sending_seconds(Split().assign(tasks, 4, topology, fan_out), 4, topology, fan_out)
+    optimum = sending_bound(tasks, topology, fan_out)
+    goal = max(optimum, receiving_seconds(tasks, topology))
+    found = sending_seconds(Split().assign(tasks, topology, fan_out), topology, fan_out)
     assert found <= goal * 1.01 + 1e-9
     for balance in (Naive(), LeastLoaded(), Search(), RandomizedGreedy(10), Ensemble()):
-        other = sending_seconds(balance.assign(tasks, 4, topology, fan_out), 4, topology, fan_out)
+        other = sending_seconds(balance.assign(tasks, topology, fan_out), topology, fan_out)
         assert other >= optimum * (1 - 1e-9) or isinstance(balance, Naive)
         assert found <= max(other, goal) * 1.01 + 1e-9
 
@@ -153,7 +153,7 @@ def test_split_reaches_the_optimum_of_the_fractional_problem(case: Any, fan_out:
 def test_search_with_nodes_enough_finds_the_best_choice_of_one_sender(case: Any) -> None:
     source, destination, topology = case
     tasks = unit_tasks(source, destination)
-    _, demands, forced = divide_by_choice(tasks, 4, topology)
+    _, demands, forced = divide_by_choice(tasks, topology)
     options = [sorted({topology.nic(rank): rank for rank in demand.holders}.values()) for demand in demands]
     if len(list(zip(range(2000), product(*options), strict=False))) == 2000:
         return
@@ -161,12 +161,12 @@ def test_search_with_nodes_enough_finds_the_best_choice_of_one_sender(case: Any)
     for choice in product(*options):
         loads = SendLoads(topology, FanOut.EVERY_HOST)
         for assignment in forced:
-            loads.add(assignment, assignment.numel * 4)
+            loads.add(assignment, assignment.nbytes)
         for sender, demand in zip(choice, demands, strict=True):
             loads.assign(sender, demand)
         best = min(best, loads.nics.busiest)
-    chosen = Search(10**6).assign(tasks, 4, topology, FanOut.EVERY_HOST)
-    assert sending_seconds(chosen, 4, topology, FanOut.EVERY_HOST) == pytest.approx(best)
+    chosen = Search(10**6).assign(tasks, topology, FanOut.EVERY_HOST)
+    assert sending_seconds(chosen, topology, FanOut.EVERY_HOST) == pytest.approx(best)
 
 
 def nic_nbytes(plan: Plan) -> tuple[Counter[int], Counter[int]]:
@@ -177,7 +177,7 @@ def nic_nbytes(plan: Plan) -> tuple[Counter[int], Counter[int]]:
     for move in plan.moves:
         for hop in move.hops:
             if topology.host(hop.source) != topology.host(hop.destination):
-                nbytes = move.messages[hop.message].chunk_numel(hop.chunk) * plan.source.itemsize
+                nbytes = move.messages[hop.message].chunk_nbytes(hop.chunk)
                 out[topology.nic(hop.source)] += nbytes
                 into[topology.nic(hop.destination)] += nbytes
     return out, into

@@ -21,8 +21,9 @@ def test_elements_that_arrive_twice_in_one_region() -> None:
     plan = make_plan(ROWS, COLUMNS)
     move = plan.moves[0]
     first = move.messages[0]
-    rows, columns = first.chunks[0][0]
-    doubled = replace(first, chunks=(((rows + rows, columns),), *first.chunks[1:]))
+    part = first.chunks[0][0]
+    rows, columns = part.region
+    doubled = replace(first, chunks=((part._replace(region=(rows + rows, columns)),), *first.chunks[1:]))
     wrong(replace(plan, moves=(replace(move, messages=(doubled, *move.messages[1:])),)))
 
 
@@ -30,8 +31,9 @@ def test_moves_that_do_not_lead_from_source_to_destination() -> None:
     plan = make_plan(replace(ROWS, placements=(Partial(),)), COLUMNS)
     for moves in ((), plan.moves[:1], plan.moves[1:], plan.moves[::-1]):
         wrong(replace(plan, moves=moves))
-    wrong(replace(plan, destination=replace(COLUMNS, placements=(Replicate(),))))
-    wrong(replace(plan, reduction=None))
+    (item,), (one,) = plan.items, plan.classes
+    wrong(replace(plan, items=(replace(item, destination=replace(COLUMNS, placements=(Replicate(),))),)))
+    wrong(replace(plan, classes=(replace(one, reduction=None),)))
 
 
 @pytest.mark.parametrize("chunk", [-1, 9])

@@ -29,11 +29,12 @@ from tricomm.packing import copy_program, tensor_checker
 from tricomm.plan import arguments
 
 
-def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None = None) -> torch.Tensor | None:
-    return tensor_checker.TensorChecker(move(), rank, torch.device("cpu")).check_out(out, source)
+def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None = None) -> list[torch.Tensor]:
+    sources = [] if source is None else [source]
+    return tensor_checker.TensorChecker(move(), rank, torch.device("cpu")).check_outs(out, sources)
 
 
-def receive_into_the_source() -> torch.Tensor | None:
+def receive_into_the_source() -> list[torch.Tensor]:
     buffer = torch.zeros(32)
     return receive_into(buffer[15:31].view(8, 2), 2, buffer[:16].view(4, 4))
 
@@ -41,7 +42,8 @@ def receive_into_the_source() -> torch.Tensor | None:
 def impossible_cast() -> None:
     """Torch has every cast that tricomm allows, so the plan is one that make_plan would refuse."""
     cast = move(destination=replace(COLUMNS, dtype="float64"))
-    tensor_checker.check_casts(replace(cast, source=replace(cast.source, dtype="bits8")))
+    (one,) = cast.classes
+    tensor_checker.check_casts(replace(cast, classes=(replace(one, source=replace(one.source, dtype="bits8")),)))
 
 
 def nobody_holds() -> Plan:
@@ -82,7 +84,7 @@ REFUSALS: dict[str, Refusal] = {
         "reshard to Replicate() or Shard(dim)"),
     "source not a spec": (lambda: make_plan(None, ROWS), ArgumentError,
         "source=None", "not a ShardingSpec", "write ShardingSpec(mesh"),
-    "mesh outside of the group": (lambda: arguments.check_ranks("source", ROWS, 1), SpecError,
+    "mesh outside of the group": (lambda: arguments.check_ranks("source", ROWS.mesh, 1), SpecError,
         "rank 1 of the source mesh (x=2: ranks 0-1)", "outside of the process group", "use ranks of the group"),
     "strategy a word": (lambda: move(strategy="auto"), ArgumentError,
         "strategy='auto'", "not a strategy", "pass Auto()"),

@@ -12,10 +12,11 @@ from torch.distributed.tensor.placement_types import _MaskPartial, _StridedShard
 
 import tricomm
 from tests.refusals.common import COLUMNS, GRID, ROWS, Refusal
-from tricomm import ArgumentError, Mesh, Options, Partial, Replicate, Shard, ShardingSpec, SpecError
+from tricomm import ArgumentError, Mesh, Options, Partial, Replicate, Shard, ShardingSpec, SpecError, make_plan
 from tricomm.autograd import layouts as autograd
 from tricomm.layout.sides import as_spec, shards_of
 from tricomm.layout.torch_layout import read_placements
+from tricomm.plan.stacks import Item
 
 TORCH_GRID = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "tp"), _init_backend=False, _rank=0)
 TORCH_ROWS = DTensor.from_local(
@@ -36,7 +37,7 @@ def segmented(*segments: int) -> Any:
 
 
 def shards(tensor: Any, out: Any = None, spec: ShardingSpec = ROWS) -> Any:
-    return shards_of(tensor, out, spec, ROWS, 0, None)
+    return shards_of(tensor, out, [Item("", spec, ROWS)], 0, None)
 
 
 # fmt: off
@@ -100,7 +101,7 @@ REFUSALS: dict[str, Refusal] = {
     "grad_placements": (lambda: Options(grad_placements="Partial"), ArgumentError,
         "'Partial'", "not a sequence", "one per mesh axis"),
     "gradients of integers": (lambda: autograd.check_differentiable_layouts(
-        replace(ROWS, dtype="int32"), COLUMNS.resolved(replace(ROWS, dtype="int32")), None), SpecError,
+        make_plan(replace(ROWS, dtype="int32"), COLUMNS), None), SpecError,
         "int32", "has no gradients", "leave differentiable out"),
 }
 # fmt: on

@@ -33,7 +33,10 @@ def test_a_binding_goes_with_the_tensors(
     _run_all(
         {
             rank: execution.steps(
-                tensors.get(rank), outs.get(rank), lambda _, rank=rank: stagings[rank], LocalEndpoint(network, rank)
+                [tensors[rank]] if rank in tensors else [],
+                [outs[rank]] if rank in outs else [],
+                lambda _, rank=rank: stagings[rank],
+                LocalEndpoint(network, rank),
             )
             for rank, execution in executions.items()
         },
@@ -55,7 +58,7 @@ def test_a_binding_of_a_view_goes_with_it() -> None:
     source, out = (torch.zeros(9, 24, dtype=torch.int32)[1:] for _ in range(2))
     staging = torch.zeros(1 << 12, dtype=torch.uint8)
     network = LocalNetwork(True, (0, 2))
-    _run_all({0: execution.steps(source, out, lambda _: staging, LocalEndpoint(network, 0))}, network)
+    _run_all({0: execution.steps([source], [out], lambda _: staging, LocalEndpoint(network, 0))}, network)
     assert execution._bindings
     del source, out
     assert not execution._bindings

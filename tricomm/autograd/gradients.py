@@ -1,19 +1,21 @@
 """Gradients of a Resharder: the half of it that moves them back."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NoReturn, Self
 
 import torch
 
-from tricomm.autograd.layouts import describe_undifferentiable, gradient_scale, gradient_specs
+from tricomm.autograd.layouts import NO_GRADIENTS_OF_MANY, describe_undifferentiable, gradient_scale, gradient_specs
 from tricomm.autograd.tape import is_in_backward, tape_of
 from tricomm.compiled.registry import InGraph, register
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options
 from tricomm.packing.copy_program import torch_dtype
-from tricomm.packing.tensor_checker import describe_transform
+from tricomm.packing.tensor_checker import Given, describe_transform
 from tricomm.plan import Plan
+from tricomm.plan.describe import describe_layouts
 from tricomm.transport.group import GroupContext
 from tricomm.transport.session import Session, name_error
 
@@ -26,24 +28,28 @@ class Gradients(ABC):
     options: Options
     plan: Plan
     rank: int
-    in_graph: InGraph
+    in_graph: InGraph | None
     channel: str
     name: str
     _session: Session | None
     _gradient: Any = None
 
     @abstractmethod
-    def __call__(self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
+    def _call(self, tensor: Given, out: Given) -> Any:
         """Reshard."""
 
     def move_in_graph(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Move what the operator of a graph is given: an empty tensor off the source mesh."""
-        given = tensor if self.in_graph.has_source else None
-        moved: torch.Tensor | None = self._move(given, None, requires_grad=self.in_graph.has_gradient)
+        facts = self.in_graph
+        assert facts is not None
+        given = tensor if facts.has_source else None
+        moved: torch.Tensor | None = self._move(given, None, requires_grad=facts.has_gradient)
         return moved
 
-    def _facts_for_graphs(self) -> InGraph:
-        """What a graph has to know of it."""
+    def _facts_for_graphs(self) -> InGraph | None:
+        """What a graph has to know of it; None of many tensors, which no graph holds."""
+        if self.plan.is_mapping:
+            return None
         source, destination = self.plan.source, self.plan.destination
         has_result = self.rank in destination.mesh
         return InGraph(
@@ -61,8 +67,7 @@ class Gradients(ABC):
     @property
     def label(self) -> str:
         """The Resharder in words, for errors."""
-        layouts = f"{self.plan.source} -> {self.plan.destination}"
-        return f"Resharder of {layouts}" if self._session is None else self._session.label
+        return f"Resharder of {describe_layouts(self.plan)}" if self._session is None else self._session.label
 
     def _tell(self, error: BaseException) -> None:
         """Count a call that this rank does not make, and tell the others why."""
@@ -81,7 +86,7 @@ class Gradients(ABC):
         """Make the Resharder of the way back."""
 
     @abstractmethod
-    def _move(self, tensor: torch.Tensor | None, out: torch.Tensor | None, *, requires_grad: bool) -> Any:
+    def _move(self, tensor: Given, out: Given, *, requires_grad: bool) -> Any:
         """Move a tensor."""
 
     def forward(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -96,6 +101,8 @@ class Gradients(ABC):
         be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
         backward pass, with the gradient on the destination's ranks and None on the others.
         """
+        if self.plan.is_mapping:
+            raise SpecError(NO_GRADIENTS_OF_MANY)
         if self._gradient is None:
             self._gradient = self._mover_of_gradient(
                 *gradient_specs(self.plan.source, self.plan.destination, self.options.grad_placements)
@@ -108,10 +115,9 @@ class Gradients(ABC):
         """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
         return gradient_scale(self.plan.source)
 
-    def _differentiated(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+    def _differentiated(self, tensor: torch.Tensor, out: Given) -> torch.Tensor | None:
         """Reshard such that gradients come back."""
-        source, destination = self.plan.source, self.plan.destination
-        problem = describe_transform() or describe_undifferentiable(source, destination, out)
+        problem = describe_transform() or describe_undifferentiable(self.plan, out is not None)
         if problem is not None:
             self._refuse(SpecError(problem))
         result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
@@ -122,9 +128,9 @@ class Gradients(ABC):
     @property
     def _is_everywhere(self) -> bool:
         """Whether all ranks are on both meshes, so that each of them takes part in both directions."""
-        return set(self.plan.source.mesh.ranks) == set(self.plan.destination.mesh.ranks)
+        return not self.plan.is_mapping and self.plan.is_on_the_same_ranks
 
-    def _recorded(self, tensor: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
+    def _recorded(self, tensor: Given, out: Given) -> torch.Tensor | None:
         """Reshard, and have the gradient moved back by whichever backward comes."""
         try:
             problem = describe_transform()
@@ -132,6 +138,7 @@ class Gradients(ABC):
                 problem = "a differentiable move cannot go into out; leave out=None, or call under torch.no_grad()"
             if problem is not None:
                 raise SpecError(problem)
+            assert not isinstance(tensor, Mapping), "layouts of many are refused when they are planned"
             if is_in_backward():
                 return self._recomputed(tensor)
             tape = tape_of(self.context.tapes, self.channel)
@@ -157,7 +164,7 @@ class Gradients(ABC):
 
     def backward(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Move the gradient of a result back to the source."""
-        moved = self.gradient()(gradient)
+        moved: torch.Tensor | None = self.gradient()._call(gradient, None)
         scale = self.gradient_scale
         return moved if scale == 1.0 or moved is None else moved * scale
 

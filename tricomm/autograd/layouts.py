@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from tricomm.errors import SpecError
 from tricomm.layout.intervals import without_repeats
 from tricomm.layout.placement import Partial, Placement, Replicate
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.torch_layout import read_placements
 from tricomm.packing.copy_program import torch_dtype
+from tricomm.plan import Plan
 
 
 def gradient_specs(
@@ -64,14 +63,15 @@ def _incoming(destination: ShardingSpec, grad_placements: Sequence[Any]) -> Shar
     return replace(destination, placements=read.placements)
 
 
-def check_differentiable_layouts(
-    source: ShardingSpec, destination: ShardingSpec, grad_placements: Sequence[Any] | None
-) -> None:
+def check_differentiable_layouts(plan: Plan, grad_placements: Sequence[Any] | None) -> None:
     """Refuse at once what has no gradient.
 
     Raises:
-        SpecError: a dtype without derivatives, or see :func:`gradient_specs`.
+        SpecError: many tensors at once, a dtype without derivatives, or see :func:`gradient_specs`.
     """
+    if plan.is_mapping:
+        raise SpecError(NO_GRADIENTS_OF_MANY)
+    source, destination = plan.source, plan.destination
     for spec in (source, destination):
         if not torch_dtype(spec.element_type).is_floating_point and not torch_dtype(spec.element_type).is_complex:
             raise SpecError(
@@ -81,9 +81,15 @@ def check_differentiable_layouts(
     gradient_specs(source, destination, grad_placements)
 
 
-def describe_undifferentiable(source: ShardingSpec, destination: ShardingSpec, out: torch.Tensor | None) -> str | None:
+NO_GRADIENTS_OF_MANY = "gradients do not come back through a mapping; make a Resharder of each tensor"
+
+
+def describe_undifferentiable(plan: Plan, has_out: bool) -> str | None:
     """Say why a tensor that requires grad cannot be moved; None if it can."""
-    if out is not None:
+    if plan.is_mapping:
+        return NO_GRADIENTS_OF_MANY
+    source, destination = plan.source, plan.destination
+    if has_out:
         return "a tensor that requires grad cannot be moved into out; leave out=None or pass tensor.detach()"
     if set(source.mesh.ranks) != set(destination.mesh.ranks):
         return (

@@ -66,13 +66,14 @@ move_op = torch.ops.tricomm.move.default
 """The operator, for policies of selective checkpoints and for passes over graphs."""
 
 
-def call_in_graph(mover: Any, tensor: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
+def call_in_graph(mover: Any, tensor: Any, out: Any) -> Any:
     """Call a Resharder where a graph is made: as the operator, or outside of the graph."""
-    facts: InGraph = mover.in_graph
+    facts: InGraph | None = mover.in_graph
+    if facts is None:
+        return run_eagerly(mover, tensor, out=out)
     asks = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
     if out is not None or facts.is_taped or (asks and not facts.has_gradient):
-        found: torch.Tensor | None = run_eagerly(mover, tensor, out=out)
-        return found
+        return run_eagerly(mover, tensor, out=out)
     if tensor is None:
         tensor = torch.empty(0, dtype=facts.source_dtype, device=facts.device)
     moved: torch.Tensor = move(tensor, facts.key)

@@ -116,10 +116,13 @@ class _Drawing:
             f"{_counted(len(move.messages), 'message')} in {_counted(len(move.hops), 'hop')}"
             for move in self.plan.moves
         )
-        strategies = " and ".join(dict.fromkeys(type(move.strategy).__name__ for move in self.plan.moves))
+        every = [type(strategy).__name__ for move in self.plan.moves for strategy in move.strategies]
+        strategies = " and ".join(dict.fromkeys(every))
+        first = self.plan.items[0]
+        many = f"{len(self.plan.items)} tensors such as {first.name!r}: " if self.plan.is_mapping else ""
         texts = (
-            ("from", str(self.plan.source)),
-            ("to", str(self.plan.destination)),
+            ("from", f"{many}{first.source}"),
+            ("to", f"{many}{first.destination}"),
             ("by", f"{strategies}, {type(self.plan.balance).__name__}: {moves}"),
         )
         for index, (word, text) in enumerate(texts):
@@ -238,9 +241,10 @@ class _Drawing:
             words.append("half the height: within a host")
         notes = ["; ".join(words) + "."]
         shown, every = len(self.row_of), len(self.plan.participants)
-        if self.plan.reduction is not None:
+        operations = dict.fromkeys(one.reduction.op for one in self.plan.classes if one.reduction is not None)
+        if operations:
             notes.append(
-                f"Black line: the contributions are where their {self.plan.reduction.op} is taken; then that moves."
+                f"Black line: the contributions are where their {' or '.join(operations)} is taken; then that moves."
             )
         if shown < every:
             notes.append(

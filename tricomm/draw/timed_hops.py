@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.topology import Topology
 from tricomm.plan import Move, Plan
 from tricomm.plan.cost import hop_times
@@ -68,7 +67,7 @@ def timed_hops(plan: Plan, topology: Topology) -> tuple[list[TimedHop], list[flo
 
 
 def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
-    messages, itemsize = move.messages[:], ITEMSIZE[move.wire_dtype]
+    messages = move.messages[:]
     times = zip(*((begin + column).tolist() for column in hop_times(move, topology)), strict=True)
     result: list[TimedHop] = []
     for hop, (posted, out_begin, out_end, into_begin, into_end, arrival) in zip(move.hops, times, strict=True):
@@ -80,7 +79,7 @@ def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
                 message.chain[0],
                 hop.chunk,
                 len(message.chunks),
-                message.chunk_numel(hop.chunk) * itemsize,
+                message.chunk_nbytes(hop.chunk),
                 topology.host(hop.source) == topology.host(hop.destination),
                 (posted - topology.overhead_seconds, posted),
                 (out_begin, out_end),

@@ -198,43 +198,41 @@ class Piece(NamedTuple):
         """Elements."""
         return prod([stop - start for start, stop in self.spans])
 
-    def of(self, regions: Sequence[Region]) -> Region:
-        """As global coordinates."""
-        region = regions[self.region]
+    def of(self, region: Region) -> Region:
+        """As global coordinates, in the region that stands at its place."""
         return tuple([take(intervals, *span) for intervals, span in zip(region, self.spans, strict=True)])
 
 
-def cut_regions(regions: Sequence[Region], points: Sequence[int], slack_numel: int) -> list[tuple[Region, ...]]:
-    """Cut the elements of some regions, taken one region after the other and row-major, into consecutive parts.
+def cut_shapes(
+    shapes: Sequence[tuple[int, ...]], weights: Sequence[int], points: Sequence[int], slack: int
+) -> list[tuple[Piece, ...]]:
+    """Cut the elements of regions of some shapes, taken one region after the other and row-major, into consecutive
+    parts.
 
     Args:
-        regions: what to cut; none is empty.
-        points: where, ascending, as positions in that order; n points give n + 1 parts.
-        slack_numel: how far a cut may move from its point so that it falls between regions, between rows, or at a
+        shapes: of what to cut, wherever it is; none is empty.
+        weights: of an element of each.
+        points: where, ascending, as sums of weights in that order; n points give n + 1 parts.
+        slack: by what weight a cut may move from its point so that it falls between regions, between rows, or at a
             multiple of ``ALIGNED_NUMEL``. A part may end up empty.
     """
-    parts = cut_shapes([region_shape(region) for region in regions], points, slack_numel)
-    return [tuple(piece.of(regions) for piece in part) for part in parts]
-
-
-def cut_shapes(shapes: Sequence[tuple[int, ...]], points: Sequence[int], slack_numel: int) -> list[tuple[Piece, ...]]:
-    """As :func:`cut_regions`, for regions of these shapes, wherever they are."""
     parts: list[tuple[Piece, ...]] = []
     current: list[Piece] = []
     rest = [Piece(index, tuple((0, extent) for extent in shape)) for index, shape in enumerate(shapes)][::-1]
     position = 0
     for point in points:
         while rest:
-            numel = rest[-1].numel
+            each = weights[rest[-1].region]
+            weight = rest[-1].numel * each
             ahead = point - position
-            if numel <= ahead + slack_numel:
+            if weight <= ahead + slack:
                 current.append(rest.pop())
-                position += numel
+                position += weight
                 continue
-            if ahead > slack_numel:
-                first, second = _cut_piece(rest.pop(), ahead, slack_numel)
+            if ahead > slack and ahead >= each:
+                first, second = _cut_piece(rest.pop(), ahead // each, slack // each)
                 current += first
-                position += sum(piece.numel for piece in first)
+                position += sum(piece.numel for piece in first) * each
                 rest += reversed(second)
             break
         parts.append(tuple(current))

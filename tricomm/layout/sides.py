@@ -1,6 +1,6 @@
 """The sides of a move as people write them: a ShardingSpec, ``(mesh, placements)`` in torch's words, or a DTensor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
@@ -28,6 +28,10 @@ Side: TypeAlias = ShardingSpec | tuple[Any, ...] | Laid
 """A ShardingSpec; (DeviceMesh or Mesh, placements), with shape and dtype behind them where they are not known
 otherwise; or a DTensor, whose layout is meant. Placements are torch's or tricomm's.
 """
+
+
+Sides: TypeAlias = Side | Mapping[str, Side]
+"""The layout of a tensor, or of many by name."""
 
 
 def as_specs(source: Any, destination: Any, group: Any = None) -> tuple[Any, Any]:
@@ -110,23 +114,57 @@ def shard_of(tensor: Any, spec: ShardingSpec, rank: int, group: Any, what: str) 
     return local_of(tensor) if rank in found.mesh else None
 
 
-def shards_of(
-    tensor: Any, out: Any, source: ShardingSpec, destination: ShardingSpec, rank: int, group: Any
-) -> tuple[Any, Any]:
-    """What is read and what is written on a rank, of DTensors or as given; see :func:`shard_of`.
+def has_dtensors(given: Any) -> bool:
+    """Whether a tensor, or one of many by name, is a DTensor."""
+    return is_dtensor(given) or (isinstance(given, Mapping) and any(map(is_dtensor, given.values())))
+
+
+class Ends(Protocol):
+    """A tensor, and where it goes."""
+
+    @property
+    def name(self) -> str:
+        """Among others; "" of one that is alone."""
+
+    @property
+    def source(self) -> ShardingSpec:
+        """Its layout before."""
+
+    @property
+    def destination(self) -> ShardingSpec:
+        """Its layout after."""
+
+
+def shards_of(tensor: Any, out: Any, ends: Sequence[Ends], rank: int, group: Any) -> tuple[Any, Any]:
+    """What is read and what is written on a rank, of DTensors or as given; of many tensors by name. See
+    :func:`shard_of`.
 
     Raises:
         SpecError: a DTensor of another layout, or one to be written while autograd records.
     """
+    read, written = ({**given} if isinstance(given, Mapping) else given for given in (tensor, out))
+    for one in ends:
+        name = f" {one.name!r}" if one.name else ""
+        if isinstance(read, dict):
+            if one.name in read:
+                read[one.name] = shard_of(read[one.name], one.source, rank, group, f"tensor{name}")
+        elif not one.name:
+            read = shard_of(read, one.source, rank, group, "the tensor")
+        if isinstance(written, dict):
+            if one.name in written:
+                written[one.name] = _written(written[one.name], one.destination, rank, group, f"out{name}")
+        elif not one.name:
+            written = _written(written, one.destination, rank, group, "out")
+    return read, written
+
+
+def _written(out: Any, destination: ShardingSpec, rank: int, group: Any, what: str) -> Any:
     if is_dtensor(out) and records(out):
         raise SpecError(
-            f"out of rank {rank} is a DTensor that requires grad and would be written in place; call under "
+            f"{what} of rank {rank} is a DTensor that requires grad and would be written in place; call under "
             "torch.no_grad()"
         )
-    return (
-        shard_of(tensor, source, rank, group, "the tensor"),
-        shard_of(out, destination, rank, group, "out"),
-    )
+    return shard_of(out, destination, rank, group, what)
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ _UNSIGNED_AS_SIGNED = {
 
 
 class Reducer:
-    """Reduces n contributions to one tensor, ((c0 + c1) + c2) ..., into buffers made once.
+    """Reduces n contributions to each of some tensors, ((c0 + c1) + c2) ..., into buffers made once.
 
     Floats of 16 bits and less are accumulated in float32 (complex32 in complex64) and rounded once; an average
     is the sum divided before that rounding.
@@ -19,8 +19,12 @@ class Reducer:
         op: sum, avg, max or min.
         divisor: what a sum or average is divided by at the end.
         dtype: of the contributions and of the result.
-        shape: (n, ...) of the contributions on this rank, or None if it reduces nothing.
+        shape: (tensors, n, ...) of the contributions on this rank.
         device: where.
+
+    Attributes:
+        parts: the contributions to each tensor, (n, ...), to be written.
+        results: of the last reduction; the same tensors every time.
     """
 
     def __init__(
@@ -28,38 +32,31 @@ class Reducer:
         op: str,
         divisor: int,
         dtype: torch.dtype,
-        shape: tuple[int, ...] | None,
+        shape: tuple[int, ...],
         device: torch.device,
     ) -> None:
         self.op = op
         self.divisor = divisor
-        self.contributions: torch.Tensor | None = None
-        self.result: torch.Tensor | None = None
-        """Of the last reduction: the same tensor every time."""
-        if shape is None:
-            return
         with torch.inference_mode(False):  # also calls outside of that mode write the buffers
             self._make_buffers(op, dtype, shape, device)
 
     def _make_buffers(self, op: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-        self.contributions = torch.empty(shape, dtype=dtype, device=device)
-        result = torch.empty(shape[1:], dtype=dtype, device=device)
-        self.result = result
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        self.parts = buffer.unbind(0)
+        self._contributions = buffer.unbind(1)
+        self._result = torch.empty((shape[0], *shape[2:]), dtype=dtype, device=device)
+        self.results = self._result.unbind(0)
         wide = _accumulation_dtype(dtype)
         self.sum_in_place = wide == dtype
-        self.total = result if self.sum_in_place else torch.empty_like(result, dtype=wide)
+        self.total = self._result if self.sum_in_place else torch.empty_like(self._result, dtype=wide)
         self.flips_sign = op in ("max", "min") and dtype in _UNSIGNED_AS_SIGNED
         needs_addend = self.flips_sign or not self.sum_in_place
         self.addend = torch.empty_like(self.total) if needs_addend else None
 
     def reduce(self) -> None:
-        """Make ``result`` the reduction of ``contributions`` as they are now."""
-        if self.contributions is None or self.result is None:
-            return
-        count = self.contributions.shape[0]
-        self._load(self.contributions[0], self.total)
-        for index in range(1, count):
-            addend = self.contributions[index]
+        """Make ``results`` the reductions of ``parts`` as they are now."""
+        self._load(self._contributions[0], self.total)
+        for addend in self._contributions[1:]:
             if self.addend is not None:
                 self._load(addend, self.addend)
                 addend = self.addend
@@ -69,7 +66,7 @@ class Reducer:
         if self.divisor != 1:
             self.total.div_(self.divisor)
         if not self.sum_in_place:
-            self.result.copy_(self.total)
+            self._result.copy_(self.total)
 
     def _load(self, contribution: torch.Tensor, into: torch.Tensor) -> None:
         """Copy in the dtype of accumulation; unsigned integers, which torch cannot compare, with the top bit

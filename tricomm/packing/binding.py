@@ -3,7 +3,7 @@
 Where kernels run, one launch copies for all transfers of a round in one direction; elsewhere torch copies view by view.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ import torch
 
 from tricomm.kernels import pack as kernels
 from tricomm.kernels.reference import InWords, paired_views, view
-from tricomm.packing.copy_program import CopyProgram, StagedTransfer
+from tricomm.packing.copy_program import CopyProgram, Launches, Side, StagedTransfer, TensorBox
 
 Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 """(into, out of): what ``into.copy_(out_of)`` is to be called on, in order."""
@@ -52,29 +52,42 @@ class KernelCopies(NamedTuple):
 
     Attributes:
         table: what.
-        packs: whether from the tensor into the buffer, or back.
-        tensor, buffer: the two sides.
+        packs: whether from the tensors into the buffers, or back.
+        tensors, buffers: the two sides.
     """
 
     table: kernels.Table
     packs: bool
-    tensor: torch.Tensor
-    buffer: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
+    buffers: tuple[torch.Tensor, ...]
 
     def run(self) -> None:
         """See Copies."""
         if self.packs:
-            kernels.pack((self.tensor,), self.table, self.buffer)
+            kernels.pack(self.tensors, self.table, self.buffers)
         else:
-            kernels.unpack(self.buffer, self.table, (self.tensor,))
+            kernels.unpack(self.buffers, self.table, self.tensors)
+
+
+class SeveralCopies(NamedTuple):
+    """Copies one after the other."""
+
+    copies: tuple[Copies, ...]
+
+    def run(self) -> None:
+        """See Copies."""
+        for one in self.copies:
+            one.run()
 
 
 NOTHING = TorchCopies(())
 
 
 def _copies_of(pairs: Pairs) -> Copies:
+    if not pairs:
+        return NOTHING
     copies = TorchCopies(pairs)
-    return InferenceCopies(copies) if pairs and pairs[0][0].is_inference() else copies
+    return InferenceCopies(copies) if pairs[0][0].is_inference() else copies
 
 
 class BoundTransfer(NamedTuple):
@@ -91,7 +104,7 @@ class BoundTransfer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A copy program bound to one pair of tensors and a staging buffer: nothing is left to compute when a call comes.
+    """A copy program bound to tensors and a staging buffer: nothing is left to compute when a call comes.
 
     Attributes:
         sends, receives: per round.
@@ -104,71 +117,138 @@ class Binding:
     local: Copies
 
 
+def several(copies: Sequence[Copies]) -> Copies:
+    """All of them as one."""
+    some = tuple(one for one in copies if one is not NOTHING)
+    return some[0] if len(some) == 1 else SeveralCopies(some)
+
+
 def bind(
-    program: CopyProgram, source: torch.Tensor | None, destination: torch.Tensor | None, staging: torch.Tensor
+    program: CopyProgram,
+    sources: Sequence[torch.Tensor],
+    destinations: Sequence[torch.Tensor],
+    staging: torch.Tensor,
 ) -> Binding:
     """Make everything that a run needs.
 
     Args:
         program: made for tensors with these strides and alignments.
-        source, destination: the rank's tensors, or None.
+        sources, destinations: the rank's tensors, as its sides have them.
         staging: uint8, at least ``program.staging_nbytes``.
     """
     buffers: dict[tuple[int, int], torch.Tensor] = {}
-    itemsize = program.dtypes[1].itemsize
 
-    def buffer(transfer: StagedTransfer, tensor: torch.Tensor | None) -> torch.Tensor:
+    def buffer(transfer: StagedTransfer, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if transfer.relay:
             return buffers[transfer.key]
-        if transfer.direct_offset is not None:
-            assert tensor is not None
-            found: torch.Tensor = view(tensor, (transfer.numel,), transfer.direct_offset, (1,)).view(torch.uint8)
+        if transfer.direct is not None:
+            number, place_nbytes = transfer.direct
+            tensor = tensors[number]
+            size = tensor.element_size()
+            words = view(tensor, (transfer.nbytes // size,), place_nbytes // size, (1,))
+            found: torch.Tensor = words.view(torch.uint8)
         else:
             assert transfer.staging_offset is not None
-            found = staging.narrow(0, transfer.staging_offset, transfer.numel * itemsize)
+            found = staging.narrow(0, transfer.staging_offset, transfer.nbytes)
         buffers[transfer.key] = found
         return found
 
-    def bound(tensor: torch.Tensor | None, is_send: bool) -> Iterator[tuple[BoundTransfer, ...]]:
+    def bound(tensors: Sequence[torch.Tensor], is_send: bool) -> Iterator[tuple[BoundTransfer, ...]]:
         steps = program.sends if is_send else program.receives
-        for step, copies in zip(steps, _copies(program, tensor, staging, is_send), strict=True):
+        for step, copies in zip(steps, _copies(program, tensors, staging, is_send), strict=True):
             yield tuple(
-                BoundTransfer(t.peer, buffer(t, tensor), before_or_after)
+                BoundTransfer(t.peer, buffer(t, tensors), before_or_after)
                 for t, before_or_after in zip(step, copies, strict=True)
             )
 
-    receives = tuple(bound(destination, False))
-    return Binding(program, tuple(bound(source, True)), receives, _local(program, source, destination))
+    receives = tuple(bound(destinations, False))
+    return Binding(program, tuple(bound(sources, True)), receives, _local(program, sources, destinations))
 
 
 def _copies(
-    program: CopyProgram, tensor: torch.Tensor | None, staging: torch.Tensor, packs: bool
+    program: CopyProgram, tensors: Sequence[torch.Tensor], staging: torch.Tensor, packs: bool
 ) -> Iterator[tuple[Copies, ...]]:
     """What to copy at each transfer of each round of sends (``packs``) or receives."""
-    steps = program.sends if packs else program.receives
-    if tensor is None:
-        yield from ((NOTHING,) * len(step) for step in steps)
-    elif kernels.serves(staging.device, program.dtypes[0 if packs else 2], program.dtypes[1]):
+    steps, side = (program.sends, program.source) if packs else (program.receives, program.destination)
+    of_kernels: Sequence[Launches] = [()] * len(steps)
+    if _has_kernels(staging.device):
         of_sends, of_receives, _ = program.kernel_tables
-        for step, table in zip(steps, of_sends if packs else of_receives, strict=True):
-            of_step: list[Copies] = [NOTHING] * len(step)
-            if len(table.boxes):
-                of_step[0 if packs else -1] = KernelCopies(table, packs, tensor, staging)
-            yield tuple(of_step)
-    else:
-        of_tensor, of_staging = InWords(tensor), InWords(staging.view(program.dtypes[1]))
-        for step in steps:
-            pairs = [paired_views(of_tensor, t.boxes, of_staging, t.staging_offset or 0) for t in step]
-            yield tuple(
-                _copies_of(tuple((packed, part) if packs else (part, packed) for part, packed in of_transfer))
-                for of_transfer in pairs
-            )
+        of_kernels = of_sends if packs else of_receives
+    views = Views(tensors, staging)
+    for step, launches in zip(steps, of_kernels, strict=True):
+        of_step = [views.copies(t.boxes, side, t.staging_offset or 0, packs) for t in step]
+        if launches:
+            at = 0 if packs else -1
+            of_step[at] = several([*_launched(launches, packs, tensors, (staging,)), of_step[at]])
+        yield tuple(of_step)
 
 
-def _local(program: CopyProgram, source: torch.Tensor | None, destination: torch.Tensor | None) -> Copies:
-    if not program.copies or source is None or destination is None:
+def _has_kernels(device: torch.device) -> bool:
+    """Whether kernels copy at all on a device."""
+    return kernels.serves(device, torch.uint8, torch.uint8)
+
+
+def _launched(
+    launches: Launches, packs: bool, tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
+) -> Iterator[Copies]:
+    for table, used, used_others in launches:
+        yield KernelCopies(table, packs, tuple(tensors[at] for at in used), tuple(others[at] for at in used_others))
+
+
+class Views:
+    """Views of tensors and of a staging buffer, for what torch copies.
+
+    Args:
+        tensors: of one side.
+        staging: uint8.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], staging: torch.Tensor) -> None:
+        self._tensors, self._staging = tensors, staging
+        self._of_tensors: dict[int, InWords] = {}
+        self._of_staging: dict[torch.dtype, InWords] = {}
+
+    def copies(self, boxes: Sequence[TensorBox], side: Side, place_nbytes: int, packs: bool) -> Copies:
+        """The copies of boxes that no kernel does.
+
+        Args:
+            boxes: of a chunk.
+            side: whose tensors they are of.
+            place_nbytes: where the chunk begins in the staging buffer.
+            packs: the direction.
+        """
+        pairs = []
+        for one in boxes:
+            if kernels.serves(self._staging.device, side.tensors[one.tensor].dtype, one.packed):
+                continue
+            tensor, packed = self._of_tensor(one.tensor), self._of_wire(one.packed)
+            ((part, chunk),) = paired_views(tensor, (one.box,), packed, place_nbytes)
+            pairs.append((chunk, part) if packs else (part, chunk))
+        return _copies_of(tuple(pairs))
+
+    def _of_tensor(self, number: int) -> InWords:
+        if number not in self._of_tensors:
+            self._of_tensors[number] = InWords(self._tensors[number])
+        return self._of_tensors[number]
+
+    def _of_wire(self, dtype: torch.dtype) -> InWords:
+        if dtype not in self._of_staging:
+            whole = self._staging.numel() // dtype.itemsize * dtype.itemsize
+            self._of_staging[dtype] = InWords(self._staging[:whole].view(dtype))
+        return self._of_staging[dtype]
+
+
+def _local(program: CopyProgram, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Copies:
+    if not program.copies:
         return NOTHING
-    if kernels.serves(source.device, source.dtype, destination.dtype):
-        return KernelCopies(program.kernel_tables[2], True, source, destination)
-    pairs = paired_views(InWords(source), program.copies, InWords(destination))
-    return _copies_of(tuple((into, out_of) for out_of, into in pairs))
+    device = sources[0].device
+    pairs = []
+    for one in program.copies:
+        if not kernels.serves(device, program.source.tensors[one.tensor].dtype, one.packed):
+            here, there = InWords(sources[one.tensor]), InWords(destinations[one.other])
+            ((out_of, into),) = paired_views(here, (one.box,), there)
+            pairs.append((into, out_of))
+    copies = _copies_of(tuple(pairs))
+    if not _has_kernels(device):
+        return copies
+    return several([*_launched(program.kernel_tables[2], True, sources, destinations), copies])

@@ -4,31 +4,115 @@ A chunk that is one run of memory and needs no cast travels straight from or int
 passes through the staging buffer, where it gets a place for exactly the rounds in which it is alive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 import torch
 
-from tricomm.errors import ArgumentError, PlanError, SpecError
+from tricomm.errors import PlanError
 from tricomm.kernels import pack as kernels
-from tricomm.kernels.boxes import boxes_of
+from tricomm.kernels.boxes import PlacedBox, boxes_of
 from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box, widened
-from tricomm.layout.spec import ShardingSpec
-from tricomm.plan.arguments import check_spec
-from tricomm.plan.program import Copy, RankProgram, Transfer
+from tricomm.plan.program import Box, Copy, PackedRegion, RankProgram, Transfer
 
 ALIGNMENT_NBYTES = 64
+
+
+Cast = tuple[torch.dtype, torch.dtype]
+"""Of the tensor, and of the packed elements."""
+
+
+class LocalTensor(NamedTuple):
+    """What a copy program depends on of a tensor.
+
+    Attributes:
+        dtype: of its elements.
+        strides: in elements.
+        alignment_nbytes: at a multiple of which it begins.
+    """
+
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    alignment_nbytes: int
+
+
+class Side(NamedTuple):
+    """What a rank holds at one end of a move: the tensors of each stack in which it has part, one stack after another.
+
+    Attributes:
+        tensors: all of them.
+        firsts: by number of a stack, which of them is its first.
+        counts: by number of a stack, how many it has.
+    """
+
+    tensors: tuple[LocalTensor, ...]
+    firsts: Mapping[int, int]
+    counts: Mapping[int, int]
+
+    def rows(self, stack: int, start: Sequence[int], shape: Sequence[int]) -> "Iterator[Row]":
+        """The boxes of tensors that a box of a stack is: dim 0 of a stack of several counts its tensors."""
+        if self.counts[stack] == 1:
+            yield Row(self.firsts[stack], 0, tuple(start), tuple(shape))
+            return
+        for row in range(shape[0]):
+            yield Row(self.firsts[stack] + start[0] + row, row, tuple(start[1:]), tuple(shape[1:]))
+
+
+def side_of(tensors: tuple[LocalTensor, ...], shapes: Mapping[int, object], counts: Sequence[int]) -> Side:
+    """The side with these tensors.
+
+    Args:
+        tensors: one stack after another.
+        shapes: by number of each stack in which the rank has part, ascending.
+        counts: of the tensors of every stack.
+    """
+    firsts, first = {}, 0
+    for stack in shapes:
+        firsts[stack] = first
+        first += counts[stack]
+    return Side(tensors, firsts, {stack: counts[stack] for stack in shapes})
+
+
+class Row(NamedTuple):
+    """A box of one tensor, as a part of a box of a stack.
+
+    Attributes:
+        tensor: its number among those of the side.
+        row: its number in the box of the stack.
+        start, shape: of the box in the tensor.
+    """
+
+    tensor: int
+    row: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class TensorBox(NamedTuple):
+    """A box of a tensor and of a packed chunk, or of another tensor.
+
+    Attributes:
+        tensor: its number among those of its side.
+        box: where it lies in both, in words.
+        packed: dtype of the elements on the wire, or of the other tensor.
+        other: number of the other tensor.
+    """
+
+    tensor: int
+    box: StridedBox
+    packed: torch.dtype
+    other: int = 0
 
 
 class StagedTransfer(NamedTuple):
     """A transfer with its place.
 
     Attributes:
-        peer, key: as in Transfer.
-        numel: elements.
-        direct_offset: element of the local tensor where the chunk begins, or None if it is staged.
+        peer, key, nbytes: as in Transfer.
+        direct: (number of the local tensor, byte of it) where the chunk begins, or None if it is staged.
         staging_offset: byte of the staging buffer where the chunk begins, or None if it is not staged.
         boxes: how to pack or unpack a staged chunk.
         relay: whether this is a send of what was received under the same key.
@@ -36,11 +120,29 @@ class StagedTransfer(NamedTuple):
 
     peer: int
     key: tuple[int, int]
-    numel: int
-    direct_offset: int | None
+    nbytes: int
+    direct: tuple[int, int] | None
     staging_offset: int | None
-    boxes: tuple[StridedBox, ...]
+    boxes: tuple[TensorBox, ...]
     relay: bool
+
+
+class Launch(NamedTuple):
+    """Boxes that one launch of a kernel copies.
+
+    Attributes:
+        table: of the boxes.
+        tensors: numbers of those that they are of, in the order in which the table counts them.
+        others: for local copies, those that they go to.
+    """
+
+    table: kernels.Table
+    tensors: tuple[int, ...]
+    others: tuple[int, ...]
+
+
+Launches = tuple[Launch, ...]
+"""One for the boxes that move as bits, and one for those of each cast."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +150,7 @@ class CopyProgram:
     """A program bound to strides, dtypes and a depth of pipelining. Holds no tensor.
 
     Attributes:
-        dtypes: of the source, the wire and the destination.
+        source, destination: the tensors of either side.
         sends, receives: per round.
         copies: boxes of the source and, in place of a buffer, of the destination.
         staging_nbytes: size of the staging buffer that the rank needs.
@@ -56,10 +158,11 @@ class CopyProgram:
         rounds_open: how many rounds may be in flight before the oldest is waited for.
     """
 
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    source: Side
+    destination: Side
     sends: tuple[tuple[StagedTransfer, ...], ...]
     receives: tuple[tuple[StagedTransfer, ...], ...]
-    copies: tuple[StridedBox, ...]
+    copies: tuple[TensorBox, ...]
     staging_nbytes: int
     receives_ahead: int
     rounds_open: int
@@ -76,16 +179,15 @@ class CopyProgram:
         return sum(t.staging_offset is not None and not t.relay for step in every for t in step)
 
     @cached_property
-    def kernel_tables(self) -> tuple[tuple[kernels.Table, ...], tuple[kernels.Table, ...], kernels.Table]:
-        """What one launch packs in each round, what one unpacks, and the local copies."""
-        source, wire, destination = self.dtypes
+    def kernel_tables(self) -> tuple[tuple[Launches, ...], tuple[Launches, ...], Launches]:
+        """What launches pack in each round, what they unpack, and the local copies."""
 
-        def of_rounds(steps: tuple[tuple[StagedTransfer, ...], ...], dtype: torch.dtype) -> tuple[kernels.Table, ...]:
+        def of_rounds(steps: tuple[tuple[StagedTransfer, ...], ...], side: Side) -> tuple[Launches, ...]:
             placed = ([(box, t.staging_offset or 0) for t in step for box in t.boxes] for step in steps)
-            return tuple(_kernel_table(boxes, dtype, wire) for boxes in placed)
+            return tuple(_launches(boxes, side) for boxes in placed)
 
-        sends, receives = of_rounds(self.sends, source), of_rounds(self.receives, destination)
-        return sends, receives, _kernel_table([(box, 0) for box in self.copies], source, destination)
+        copies = _launches([(box, 0) for box in self.copies], self.source)
+        return of_rounds(self.sends, self.source), of_rounds(self.receives, self.destination), copies
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -98,9 +200,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def make_copy_program(
     program: RankProgram,
-    dtypes: tuple[str, str, str],
-    strides: tuple[Sequence[int], Sequence[int]],
-    alignments: tuple[int, int],
+    source: Side,
+    destination: Side,
+    wire_dtypes: Sequence[torch.dtype],
     depth: tuple[int, int],
     budget_nbytes: int,
 ) -> CopyProgram:
@@ -108,9 +210,8 @@ def make_copy_program(
 
     Args:
         program: of this rank.
-        dtypes: names of the source, wire and destination dtype.
-        strides: of the source and destination tensor, in elements; () where there is none.
-        alignments: bytes at a multiple of which each of them begins.
+        source, destination: its tensors.
+        wire_dtypes: of the stacks, by number.
         depth: (receives ahead, rounds open) that the transport would like; less is used if the staging budget
             asks for it.
         budget_nbytes: the most that the staging buffer may have.
@@ -118,14 +219,11 @@ def make_copy_program(
     Raises:
         PlanError: not even one round fits into the staging budget.
     """
-    source_dtype, wire_dtype, destination_dtype = dtypes
-    itemsize = torch_dtype(wire_dtype).itemsize
-    moved = [itemsize if dtype == wire_dtype else 0 for dtype in (source_dtype, destination_dtype)]
-    sends = [[_place(t, strides[0], moved[0], alignments[0]) for t in step.sends] for step in program.rounds]
-    receives = [[_place(t, strides[1], moved[1], alignments[1]) for t in step.receives] for step in program.rounds]
+    sends = [[_place(t, source, wire_dtypes) for t in step.sends] for step in program.rounds]
+    receives = [[_place(t, destination, wire_dtypes) for t in step.receives] for step in program.rounds]
     ahead, window = depth
     while True:
-        staging_nbytes = _lay_out(sends, receives, itemsize, ahead, window)
+        staging_nbytes = _lay_out(sends, receives, ahead, window)
         if staging_nbytes <= budget_nbytes or (ahead, window) == (0, 0):
             break
         ahead, window = ahead // 2, window // 2
@@ -135,54 +233,51 @@ def make_copy_program(
             f"raise staging_bytes or give the strategy a smaller chunk_bytes"
         )
     return CopyProgram(
-        (torch_dtype(source_dtype), torch_dtype(wire_dtype), torch_dtype(destination_dtype)),
+        source,
+        destination,
         tuple(map(tuple, sends)),
         tuple(map(tuple, receives)),
-        tuple(
-            _copy(copy, strides, itemsize if source_dtype == destination_dtype else 0, min(alignments))
-            for copy in program.copies
-        ),
+        tuple(box for copy in program.copies for box in _copied(copy, source, destination)),
         staging_nbytes,
         ahead,
         window,
     )
 
 
-def _place(transfer: Transfer, strides: Sequence[int], itemsize: int, alignment_nbytes: int) -> StagedTransfer:
-    """Where a chunk lies, without a place in the staging buffer yet (-1 says that it needs one).
-
-    Args:
-        transfer: the chunk.
-        strides: of the tensor, in elements.
-        itemsize: bytes of an element, 0 if elements are cast.
-        alignment_nbytes: at a multiple of which the tensor begins; the staging buffer begins at one of more.
-    """
+def _place(transfer: Transfer, side: Side, wire_dtypes: Sequence[torch.dtype]) -> StagedTransfer:
+    """Where a chunk lies, without a place in the staging buffer yet (-1 says that it needs one)."""
     if not transfer.regions:
-        return StagedTransfer(transfer.peer, transfer.key, transfer.numel, None, None, (), True)
-    boxes = tuple(
-        strided_box(box.shape, box.local_start, strides, region.offset, box.packed_start, region.shape, itemsize)
+        return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, None, None, (), True)
+    boxes = [
+        box
         for region in transfer.regions
-        for box in region.boxes
-    )
-    direct = itemsize > 0 and len(boxes) == 1 and boxes[0].is_one_run
-    return StagedTransfer(
-        transfer.peer,
-        transfer.key,
-        transfer.numel,
-        boxes[0].tensor_offset if direct else None,
-        None if direct else -1,
-        () if direct else tuple(widened(box, alignment_nbytes) for box in boxes),
-        False,
-    )
+        for one in region.boxes
+        for box in _boxes(region, one, side, wire_dtypes[region.stack])
+    ]
+    only = boxes[0]
+    dtype = side.tensors[only.tensor].dtype
+    if len(boxes) == 1 and dtype == only.packed and only.box.is_one_run:
+        direct = only.tensor, only.box.tensor_offset * dtype.itemsize
+        return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, direct, None, (), False)
+    # The staging buffer begins at a multiple of more than any tensor does.
+    wide = tuple(one._replace(box=widened(one.box, side.tensors[one.tensor].alignment_nbytes)) for one in boxes)
+    return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, None, -1, wide, False)
 
 
-def _lay_out(
-    sends: list[list[StagedTransfer]],
-    receives: list[list[StagedTransfer]],
-    itemsize: int,
-    ahead: int,
-    window: int,
-) -> int:
+def _boxes(region: PackedRegion, box: Box, side: Side, wire: torch.dtype) -> Iterator[TensorBox]:
+    """The boxes of tensors that a box of a packed region is."""
+    several = side.counts[region.stack] > 1
+    packed_start, packed_shape = box.packed_start[several:], region.shape[several:]
+    each = prod(packed_shape)
+    for number, row, start, shape in side.rows(region.stack, box.local_start, box.shape):
+        tensor = side.tensors[number]
+        first = region.offset_nbytes // wire.itemsize + (each * (box.packed_start[0] + row) if several else 0)
+        itemsize = wire.itemsize if tensor.dtype == wire else 0
+        placed = strided_box(shape, start, tensor.strides, first, packed_start, packed_shape, itemsize)
+        yield TensorBox(number, placed, wire)
+
+
+def _lay_out(sends: list[list[StagedTransfer]], receives: list[list[StagedTransfer]], ahead: int, window: int) -> int:
     """Give every staged chunk a place in the staging buffer for the rounds in which it is alive; return its size.
 
     A receive is alive from the round in which it is posted until its round, and that of the last send that
@@ -198,16 +293,16 @@ def _lay_out(
         for at, transfer in enumerate(receives[index]):
             if transfer.staging_offset is not None:
                 last = max(index, last_relay.get(transfer.key, 0)) + window
-                alive.append((max(0, index - ahead), last, transfer.numel, receives[index], at))
+                alive.append((max(0, index - ahead), last, transfer.nbytes, receives[index], at))
         for at, transfer in enumerate(sends[index]):
             if transfer.staging_offset is not None:
-                alive.append((index, index + window, transfer.numel, sends[index], at))
+                alive.append((index, index + window, transfer.nbytes, sends[index], at))
     alive.sort(key=lambda item: item[:2])
     taken: list[tuple[int, int, int]] = []
     size, now = 0, -1
     refused = 0  # if not 0, no gap is as large as this
-    for first, last, numel, step, at in alive:
-        nbytes = -(-numel * itemsize // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
+    for first, last, exact_nbytes, step, at in alive:
+        nbytes = -(-exact_nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
         if first != now:
             now, refused = first, 0
             taken = [(start, stop, until) for start, stop, until in taken if until >= first]
@@ -232,53 +327,47 @@ def _first_gap(taken: Sequence[tuple[int, int, int]], nbytes: int) -> tuple[int,
     return len(taken), offset
 
 
-def _copy(copy: Copy, strides: tuple[Sequence[int], Sequence[int]], itemsize: int, alignment: int) -> StridedBox:
-    shape, first, second = coalesced(copy.shape, *strides)
-    box = StridedBox(
-        shape,
-        offset_of(copy.source_start, strides[0]),
-        first,
-        offset_of(copy.destination_start, strides[1]),
-        second,
-        itemsize,
+def _copied(copy: Copy, source: Side, destination: Side) -> Iterator[TensorBox]:
+    """The boxes of pairs of tensors that a local copy is."""
+    pairs = zip(
+        source.rows(copy.stack, copy.source_start, copy.shape),
+        destination.rows(copy.stack, copy.destination_start, copy.shape),
+        strict=True,
     )
-    return widened(box, alignment)
+    for here, there in pairs:
+        first, second = source.tensors[here.tensor], destination.tensors[there.tensor]
+        shape, strides, other_strides = coalesced(here.shape, first.strides, second.strides)
+        itemsize = first.dtype.itemsize if first.dtype == second.dtype else 0
+        starts = offset_of(here.start, first.strides), offset_of(there.start, second.strides)
+        box = StridedBox(shape, starts[0], strides, starts[1], other_strides, itemsize)
+        box = widened(box, min(first.alignment_nbytes, second.alignment_nbytes))
+        yield TensorBox(here.tensor, box, second.dtype, there.tensor)
 
 
-def _kernel_table(placed: Sequence[tuple[StridedBox, int]], tensor: torch.dtype, packed: torch.dtype) -> kernels.Table:
-    """A table of boxes and the bytes that their packed offsets count from; of no boxes if no kernel does the cast."""
-    if tensor != packed and not kernels.casts(tensor, packed):
-        placed = ()
-    cast = (tensor, packed) if tensor != packed and placed else None
-    return kernels.Table(boxes_of(placed, (tensor.itemsize, packed.itemsize)), cast=cast)
-
-
-def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Tensor:
-    """Cut out the shard that ``rank`` holds of a full tensor (for a Partial spec: its region, not a contribution).
+def _launches(placed: Sequence[tuple[TensorBox, int]], side: Side) -> Launches:
+    """One of the boxes that move as bits, and one for each cast that a kernel does.
 
     Args:
-        tensor: the full tensor, ``spec.shape``.
-        spec: the layout.
-        rank: of its mesh.
-
-    Raises:
-        SpecError: the tensor does not have the spec's shape, or the rank is not on its mesh; an ArgumentError where an
-            argument is of the wrong kind.
-
-    Example:
-        >>> from tricomm import Mesh, Shard
-        >>> columns = ShardingSpec(Mesh([0, 1], ("tp",)), [Shard(1)], (2, 6), "int64")
-        >>> local_shard(torch.arange(12).reshape(2, 6), columns, rank=1)
-        tensor([[ 3,  4,  5],
-                [ 9, 10, 11]])
+        placed: boxes, and the byte that their packed offsets count from.
+        side: whose tensors they are of.
     """
-    check_spec("spec", spec)
-    if not isinstance(tensor, torch.Tensor):
-        raise ArgumentError(f"tensor={tensor!r} is not a torch.Tensor; pass the full tensor of {spec}")
-    if tuple(tensor.shape) != spec.global_shape:
-        raise SpecError(f"tensor of shape {tuple(tensor.shape)} is not the full tensor of {spec}; pass all of it")
-    shard = tensor
-    for dim, intervals in enumerate(spec.holding(rank)):
-        pieces = [shard.narrow(dim, start, stop - start) for start, stop in intervals]
-        shard = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) if pieces else shard.narrow(dim, 0, 0)
-    return shard.contiguous()
+    by_cast: dict[Cast | None, list[tuple[TensorBox, int]]] = {}
+    for one, place in placed:
+        cast = cast_of(one, side)
+        if cast is None or kernels.casts(*cast):
+            by_cast.setdefault(cast, []).append((one, place))
+    return tuple(_launch(boxes, cast) for cast, boxes in by_cast.items())
+
+
+def _launch(placed: Sequence[tuple[TensorBox, int]], cast: Cast | None) -> Launch:
+    tensors = {number: at for at, number in enumerate(dict.fromkeys(one.tensor for one, _ in placed))}
+    others = {number: at for at, number in enumerate(dict.fromkeys(one.other for one, _ in placed))}
+    boxes = [PlacedBox(one.box, tensors[one.tensor], others[one.other], place) for one, place in placed]
+    sizes = (0, 0) if cast is None else (cast[0].itemsize, cast[1].itemsize)
+    return Launch(kernels.Table(boxes_of(boxes, sizes), cast=cast), tuple(tensors), tuple(others))
+
+
+def cast_of(one: TensorBox, side: Side) -> Cast | None:
+    """(dtype of the tensor, dtype of the packed elements) if they differ."""
+    dtype = side.tensors[one.tensor].dtype
+    return None if dtype == one.packed else (dtype, one.packed)

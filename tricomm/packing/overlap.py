@@ -30,6 +30,30 @@ def share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     return _overlap(_addresses(first), _addresses(second))
 
 
+def find_shared(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor]) -> tuple[int, int] | None:
+    """Find a tensor to be written that shares memory with another one, or with one that is read.
+
+    Returns:
+        its number, and that of the other, counted over ``written`` and then ``read``; None if there is none.
+
+    Example:
+        >>> buffer = torch.zeros(4, 8)
+        >>> find_shared([buffer[:, :4], buffer[:, 4:]], []), find_shared([buffer[:2]], [buffer[2:], buffer[1:]])
+        (None, (0, 2))
+    """
+    every = [*written, *read]
+    ranges = sorted((*_byte_range(tensor), number) for number, tensor in enumerate(every) if tensor.numel())
+    open_ranges: list[tuple[int, int]] = []  # (end, number) of those that reach beyond where the next one begins
+    for low, high, number in ranges:
+        open_ranges = [(end, other) for end, other in open_ranges if end > low]
+        for _, other in open_ranges:
+            first, second = sorted((number, other))
+            if first < len(written) and share_memory(every[first], every[second]):
+                return first, second
+        open_ranges.append((high, number))
+    return None
+
+
 def has_shared_elements(tensor: torch.Tensor) -> bool:
     """True if two elements of a tensor share memory.
 

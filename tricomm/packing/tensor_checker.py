@@ -1,12 +1,23 @@
 """Local tensors against their specs: the last check before anything is sent."""
 
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
 import torch
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import OPAQUE, dtype_name
 from tricomm.packing.copy_program import torch_dtype
-from tricomm.packing.overlap import has_shared_elements, share_memory
+from tricomm.packing.holdings import RankHoldings
+from tricomm.packing.overlap import find_shared, has_shared_elements, share_memory
 from tricomm.plan import Plan
+from tricomm.plan.stacks import Item
+
+NamedTensors = Mapping[str, torch.Tensor | None] | Mapping[str, torch.Tensor]
+
+Given = torch.Tensor | NamedTensors | None
+"""What a caller passes: a tensor, or many by name; None where the rank has none."""
 
 IN_A_TRANSFORM = (
     "tricomm was called inside of a torch.func transform (vmap, grad, jvp), where tensors have no memory of their own; "
@@ -24,79 +35,194 @@ class TensorChecker:
     """
 
     def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
-        source, destination = plan.source, plan.destination
         self.plan = plan
         self.rank = rank
         self.device = device
-        self.source_shape = source.local_shape(rank) if rank in source.mesh else None
-        self.source_dtype = torch_dtype(source.element_type)
-        self.destination_shape = destination.local_shape(rank) if rank in destination.mesh else None
-        self.destination_dtype = torch_dtype(destination.element_type)
+        self.holdings = RankHoldings.of(plan, rank)
+        self._of_items: dict[int, ItemChecker] = {}
+        for one in plan.classes:
+            checker = ItemChecker(plan.items[one.items[0]], rank, device)
+            self._of_items.update(dict.fromkeys(one.items, checker))
+        self._source_names, self._destination_names = (
+            {plan.items[number].name: number for number in numbers}
+            for numbers in (self.holdings.source_items, self.holdings.destination_items)
+        )
+        self._names = {item.name for item in plan.items}
 
-    def check_source(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """The tensor as the runtime takes it (detached, lazy conjugation resolved), or None off the source mesh.
+    def check(self, given: Given, out: Given) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(what is read, what is written), checked and made before anything is sent."""
+        sources = self.check_sources(given)
+        return sources, self.check_outs(out, sources)
+
+    def check_sources(self, given: Given) -> list[torch.Tensor]:
+        """The tensors as the runtime takes them (detached, lazy conjugation resolved): those that the rank holds, in
+        the order of the plan's items.
 
         Raises:
-            SpecError: missing on a source rank, given elsewhere, or of another kind, shape, dtype or device.
+            SpecError: one is missing, given where the rank holds none, or of another kind, shape, dtype or device.
         """
         if torch._C._are_functorch_transforms_active():
             raise SpecError(IN_A_TRANSFORM)
-        if self.source_shape is None:
+        if not self.plan.is_mapping:
+            source = self._of_items[0].check_source("the tensor", _alone("the tensor", given))
+            return [] if source is None else [source]
+        tensors = self._by_name("tensor", given, self._source_names)
+        sources = []
+        for name, number in self._source_names.items():
+            tensor = tensors.get(name)
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+                raise SpecError(
+                    f"tensor {name!r} of rank {self.rank} requires grad, and gradients do not come back through a "
+                    "mapping; call under torch.no_grad(), pass tensor.detach(), or move it alone"
+                )
+            source = self._of_items[number].check_source(f"tensor {name!r}", tensor)
+            assert source is not None
+            sources.append(source)
+        return sources
+
+    def check_outs(self, out: Given, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors that receive the result, those that the rank holds then: ``out`` if it is given and fits, else
+        new ones.
+
+        Raises:
+            SpecError: one is missing, given where the rank holds none, of another shape, dtype or device, or sharing
+                memory with a source, with another, or with itself.
+        """
+        if not self.plan.is_mapping:
+            found = self._of_items[0].check_out("out", _alone("out", out), sources)
+            return [] if found is None else [found]
+        if out is None:
+            made = [self._of_items[number].check_out("out", None, ()) for number in self._destination_names.values()]
+            return [tensor for tensor in made if tensor is not None]
+        tensors = self._by_name("out", out, self._destination_names)
+        outs = []
+        for name, number in self._destination_names.items():
+            if tensors.get(name) is None:
+                raise SpecError(f"out of rank {self.rank} has no tensor {name!r}; give all of them, or leave out=None")
+            found = self._of_items[number].check_out(f"out[{name!r}]", tensors[name], ())
+            assert found is not None
+            outs.append(found)
+        self._check_apart(outs, sources)
+        return outs
+
+    def result(self, destinations: Sequence[torch.Tensor]) -> Any:
+        """What the caller gets: the tensor or None, or a dict by name of those that the rank holds."""
+        if self.plan.is_mapping:
+            return dict(zip(self._destination_names, destinations, strict=True))
+        return destinations[0] if destinations else None
+
+    def _by_name(self, what: str, given: Given, held: Mapping[str, int]) -> Mapping[str, Any]:
+        """The mapping that was given, without names that mean nothing."""
+        if given is None:
+            given = {}
+        if not isinstance(given, Mapping):
+            raise ArgumentError(
+                f"{what} of rank {self.rank} is a {type(given).__name__}, and this plan is of many tensors; pass "
+                "{name: tensor}"
+            )
+        for name, tensor in given.items():
+            if name not in self._names:
+                near = get_close_matches(str(name), [*self._names][:2000], 1)
+                hint = f"did you mean {near[0]!r}?" if near else "take it out, or plan it"
+                raise SpecError(
+                    f"{what} of rank {self.rank} has {name!r}, which is none of the {len(self._names)} tensors that "
+                    f"were planned; {hint}"
+                )
+            if tensor is not None and name not in held:
+                side = "destination" if what == "out" else "source"
+                raise SpecError(
+                    f"{what} of rank {self.rank} has {name!r}, and the rank is not on the {side} mesh of that tensor; "
+                    "take it out there, or pass None"
+                )
+        return given
+
+    def _check_apart(self, outs: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        """Refuse tensors to be written that share memory with each other, or with one that is read."""
+        pair = find_shared(outs, sources)
+        if pair is None:
+            return
+        first, second = pair
+        every = [
+            *(f"out[{name!r}]" for name in self._destination_names),
+            *(f"tensor {name!r}" for name in self._source_names),
+        ]
+        raise SpecError(
+            f"{every[first]} of rank {self.rank} shares memory with {every[second]}; what is written must be "
+            "apart from all else: pass another tensor, or leave out=None"
+        )
+
+
+class ItemChecker:
+    """What one rank passes in and gets out of an item, or of any of equal layouts.
+
+    Args:
+        item: of a plan.
+        rank: whose side.
+        device: where the tensors must be.
+    """
+
+    def __init__(self, item: Item, rank: int, device: torch.device) -> None:
+        self._source, self._destination = source, destination = item.source, item.destination
+        self._rank = rank
+        self._device = device
+        self._source_shape = source.local_shape(rank) if rank in source.mesh else None
+        self._source_dtype = torch_dtype(source.element_type)
+        self._destination_shape = destination.local_shape(rank) if rank in destination.mesh else None
+        self._destination_dtype = torch_dtype(destination.element_type)
+
+    def check_source(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """See TensorChecker; None off the source mesh."""
+        if self._source_shape is None:
             if tensor is not None:
                 raise SpecError(
-                    f"rank {self.rank} gave a tensor of shape {_shape(tensor)} but is not on the source mesh "
-                    f"{self.plan.source.mesh}; pass None there"
+                    f"rank {self._rank} gave a tensor of shape {_shape(tensor)} but is not on the source mesh "
+                    f"{self._source.mesh}; pass None there"
                 )
             return None
         if tensor is None:
+            which = "no tensor" if name == "the tensor" else f"no {name}"
             raise SpecError(
-                f"rank {self.rank} is on the source mesh {self.plan.source.mesh} and gave no tensor; "
-                f"pass its shard of shape {self.source_shape} and dtype {self.plan.source.dtype}"
+                f"rank {self._rank} is on the source mesh {self._source.mesh} and gave {which}; "
+                f"pass its shard of shape {self._source_shape} and dtype {self._source.dtype}"
             )
-        self._check("the tensor", tensor, self.source_shape, self.source_dtype)
+        self._check(name, tensor, self._source_shape, self._source_dtype)
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
         return tensor.detach() if tensor.requires_grad else tensor
 
-    def check_out(self, out: torch.Tensor | None, source: torch.Tensor | None) -> torch.Tensor | None:
-        """The tensor that receives the result: ``out`` if it is given and fits, else a new one; None off the
-        destination mesh.
-
-        Raises:
-            SpecError: given off the destination mesh, of another shape, dtype or device, or sharing memory with
-                the source or with itself.
-        """
-        if self.destination_shape is None:
+    def check_out(self, name: str, out: torch.Tensor | None, sources: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """See TensorChecker; None off the destination mesh."""
+        if self._destination_shape is None:
             if out is not None:
                 raise SpecError(
-                    f"rank {self.rank} gave out of shape {_shape(out)} but is not on the destination mesh "
-                    f"{self.plan.destination.mesh}; pass None there"
+                    f"rank {self._rank} gave {name} of shape {_shape(out)} but is not on the destination mesh "
+                    f"{self._destination.mesh}; pass None there"
                 )
             return None
         if out is None:
-            return _empty(self.destination_shape, self.destination_dtype, self.device)
-        self._check("out", out, self.destination_shape, self.destination_dtype)
+            return _empty(self._destination_shape, self._destination_dtype, self._device)
+        self._check(name, out, self._destination_shape, self._destination_dtype)
         if out.is_conj() or out.is_neg():
-            raise SpecError(f"out of rank {self.rank} is a lazy conjugate or negative; pass a plain tensor")
+            raise SpecError(f"{name} of rank {self._rank} is a lazy conjugate or negative; pass a plain tensor")
         if out.requires_grad and torch.is_grad_enabled():
             raise SpecError(
-                f"out of rank {self.rank} requires grad and would be written in place; call under torch.no_grad() or "
-                "pass out.detach()"
+                f"{name} of rank {self._rank} requires grad and would be written in place; call under torch.no_grad() "
+                "or pass out.detach()"
             )
         if not out.is_contiguous() and has_shared_elements(out):
             raise SpecError(
-                f"out of rank {self.rank} is expanded or overlaps itself (strides {out.stride()}), so several elements "
-                "share memory; pass a tensor of its own, e.g. out.contiguous()"
+                f"{name} of rank {self._rank} is expanded or overlaps itself (strides {out.stride()}), so several "
+                "elements share memory; pass a tensor of its own, e.g. out.contiguous()"
             )
-        if source is not None and share_memory(source, out):
+        if any(share_memory(source, out) for source in sources):
             raise SpecError(
-                f"out of rank {self.rank} shares memory with its source tensor, which must stay untouched; "
+                f"{name} of rank {self._rank} shares memory with its source tensor, which must stay untouched; "
                 "pass another tensor or leave out=None"
             )
         return out.detach() if out.requires_grad else out
 
     def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        rank = self.rank
+        rank = self._rank
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             raise ArgumentError(
                 f"{name} of rank {rank} is a {type(tensor).__name__}, and a plain dense torch.Tensor is expected; "
@@ -112,10 +238,10 @@ class TensorChecker:
                 f"{name} of rank {rank} has dtype {tensor.dtype}, and its spec says {dtype}; "
                 f"pass tensor.to({dtype}) or change the spec"
             )
-        if tensor.device != self.device:
+        if tensor.device != self._device:
             raise SpecError(
-                f"{name} of rank {rank} is on {tensor.device}, and this call works on {self.device}; "
-                f"move it with .to({str(self.device)!r}) or pass device={str(tensor.device)!r}"
+                f"{name} of rank {rank} is on {tensor.device}, and this call works on {self._device}; "
+                f"move it with .to({str(self._device)!r}) or pass device={str(tensor.device)!r}"
             )
 
 
@@ -138,15 +264,34 @@ def check_casts(plan: Plan) -> None:
     Raises:
         SpecError: torch cannot cast the source's dtype to the destination's.
     """
-    source, destination = plan.source.element_type, plan.destination.element_type
-    if source == destination:
-        return
-    try:
-        torch.empty(1, dtype=torch_dtype(source)).to(torch_dtype(destination))
-    except (RuntimeError, NotImplementedError) as error:
-        raise SpecError(
-            f"this torch {torch.__version__} cannot cast {source} to {destination} ({error}); cast the tensor yourself"
-        ) from error
+    pairs = dict.fromkeys((one.source.element_type, one.destination.element_type) for one in plan.classes)
+    for source, destination in pairs:
+        if source == destination:
+            continue
+        try:
+            torch.empty(1, dtype=torch_dtype(source)).to(torch_dtype(destination))
+        except (RuntimeError, NotImplementedError) as error:
+            raise SpecError(
+                f"this torch {torch.__version__} cannot cast {source} to {destination} ({error}); cast the tensor "
+                "yourself"
+            ) from error
+
+
+def _alone(what: str, given: Given) -> torch.Tensor | None:
+    """What was given where a plan is of one tensor."""
+    if isinstance(given, Mapping):
+        raise ArgumentError(
+            f"{what} is a mapping, and the layouts are of one tensor; pass a tensor, or layouts as "
+            "{name: ShardingSpec}"
+        )
+    return given
+
+
+def bump_versions(out: Given) -> None:
+    """Tell autograd that tensors were written."""
+    for tensor in (out,) if isinstance(out, torch.Tensor) else (out or {}).values():
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _shape(tensor: object) -> object:

@@ -1,9 +1,17 @@
 """What make_plan takes, checked for its kind before anything else."""
 
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+
 from tricomm.errors import ArgumentError, PlanError, SpecError
+from tricomm.layout.dtype import check_cast
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.placement import Partial
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.routes.strategies import Auto
+from tricomm.plan.stacks import Item
 
 
 def check_spec(name: str, spec: object) -> None:
@@ -80,16 +88,16 @@ def check_rank(rank: object) -> None:
         raise ArgumentError(f"rank={rank!r} is not a rank; pass an integer from 0 on, or None for all ranks")
 
 
-def check_ranks(side: str, spec: ShardingSpec, size: int) -> None:
+def check_ranks(side: str, mesh: Mesh, size: int) -> None:
     """Refuse a mesh with ranks outside of a process group.
 
     Raises:
         SpecError: there is one.
     """
-    outside = [rank for rank in spec.mesh.ranks if rank >= size]
+    outside = [rank for rank in mesh.ranks if rank >= size]
     if outside:
         raise SpecError(
-            f"rank {outside[0]} of the {side} mesh {spec.mesh} is outside of the process group, which has ranks 0 to "
+            f"rank {outside[0]} of the {side} mesh {mesh} is outside of the process group, which has ranks 0 to "
             f"{size - 1}; use ranks of the group, or pass the group that has them"
         )
 
@@ -100,3 +108,105 @@ def _is_hashable(value: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def items_of(source: object, destination: object) -> tuple[Item, ...]:
+    """Pair the layouts of one tensor, or of each of many by its name, in the order of the source.
+
+    Raises:
+        SpecError: names that only one side has, or layouts that contradict each other; an ArgumentError where an
+            argument is of the wrong kind.
+    """
+    if not isinstance(source, Mapping) and not isinstance(destination, Mapping):
+        check_spec("source", source)
+        check_spec("destination", destination)
+        assert isinstance(source, ShardingSpec)
+        assert isinstance(destination, ShardingSpec)
+        return (Item("", source, _resolved(source, destination)),)
+    for side, given in (("source", source), ("destination", destination)):
+        _check_mapping(side, given)
+    assert isinstance(source, Mapping)
+    assert isinstance(destination, Mapping)
+    _check_names(source, destination)
+    known: dict[tuple[int, int], ShardingSpec] = {}
+    items = []
+    for name, spec in source.items():
+        identity = (id(spec), id(destination[name]))
+        if identity not in known:
+            try:
+                known[identity] = _resolved(spec, destination[name])
+            except SpecError as error:
+                raise type(error)(f"tensor {name!r}: {error}") from error
+        items.append(Item(name, spec, known[identity]))
+    return tuple(items)
+
+
+def check_in_group(items: Sequence[Item], size: int) -> None:
+    """Refuse meshes with ranks outside of a process group of so many.
+
+    Raises:
+        SpecError: there is one.
+    """
+    meshes = {(side, id(mesh)): mesh for item in items for side, mesh in _meshes(item)}
+    for (side, _), mesh in meshes.items():
+        check_ranks(side, mesh, size)
+
+
+def _meshes(item: Item) -> tuple[tuple[str, Mesh], tuple[str, Mesh]]:
+    return ("source", item.source.mesh), ("destination", item.destination.mesh)
+
+
+def participants_of(items: Sequence[Item]) -> tuple[int, ...]:
+    """Every rank of some mesh, sorted."""
+    meshes = {id(mesh): mesh for item in items for _, mesh in _meshes(item)}
+    return _ranks_of(tuple(meshes.values()))
+
+
+@lru_cache(maxsize=64)
+def _ranks_of(meshes: tuple[Mesh, ...]) -> tuple[int, ...]:
+    return tuple(sorted({rank for mesh in meshes for rank in mesh.ranks}))
+
+
+def _check_mapping(side: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise ArgumentError(
+            f"{side}={given!r} is not a mapping, and the other side is; give both as {{name: ShardingSpec}}, or both "
+            "as one ShardingSpec"
+        )
+    if not given:
+        raise SpecError(f"{side} is a mapping without tensors; give {{name: ShardingSpec}} with at least one of them")
+    for name, spec in given.items():
+        if not isinstance(name, str):
+            raise ArgumentError(f"{side} has the name {name!r}, which is not a text; names are such as 'layers.0.wq'")
+        check_spec(f"{side}[{name!r}]", spec)
+
+
+def _check_names(source: Mapping[str, object], destination: Mapping[str, object]) -> None:
+    """Refuse a name that one side only has."""
+    for side, here, there in (("source", source, destination), ("destination", destination, source)):
+        alone = [name for name in here if name not in there]
+        if alone:
+            near = get_close_matches(alone[0], [name for name in there if name not in here][:2000], 1)
+            hint = f"did you mean {near[0]!r}, which only the other side has?" if near else "leave it out, or give both"
+            raise SpecError(
+                f"tensor {alone[0]!r} is in the {side} only ({len(alone)} such of {len(here)}); names must be the same "
+                f"on both sides: {hint}"
+            )
+
+
+def _resolved(source: ShardingSpec, destination: ShardingSpec) -> ShardingSpec:
+    """The destination with the source's shape and dtype where it has none, checked against it."""
+    source.element_type, source.global_shape  # noqa: B018  raises if either is missing
+    destination = destination.resolved(source)
+    if destination.shape != source.shape:
+        raise SpecError(
+            f"source shape {source.shape} and destination shape {destination.shape} differ; resharding moves elements "
+            "and reshapes nothing: leave the destination's shape out or make them equal"
+        )
+    if any(isinstance(placement, Partial) for placement in destination.placements):
+        raise SpecError(
+            f"destination {destination} is Partial, and there is no one way to split a value into contributions; "
+            "reshard to Replicate() or Shard(dim)"
+        )
+    check_cast(source.element_type, destination.element_type)
+    return destination

@@ -70,18 +70,18 @@ class Candidate:
     @cached_property
     def seconds(self) -> float:
         """The simulated time."""
-        return simulated_seconds(self._columns, self.hops, self._context.itemsize, self._context.topology)
+        return simulated_seconds(self._columns, self.hops, self._context.topology)
 
     @cached_property
     def bound_of_messages(self) -> float:
         """A lower bound of ``seconds``, from the messages."""
-        return busiest_seconds(self._columns, self._context.itemsize, self._context.topology) * (1 - ROUNDING)
+        return busiest_seconds(self._columns, self._context.topology) * (1 - ROUNDING)
 
     @cached_property
     def bound_of_assignments(self) -> float:
         """A lower bound of ``seconds``, from the assignments, without routing."""
         fan_out, topology = self.strategy.fan_out, self._context.topology
-        return assigned_seconds(self._assignments, self._context.itemsize, topology, fan_out) * (1 - ROUNDING)
+        return assigned_seconds(self._assignments, topology, fan_out) * (1 - ROUNDING)
 
     def is_worth_it(self, best: "Candidate") -> bool:
         """True if this is so much faster than the best so far that it should be taken."""
@@ -93,7 +93,7 @@ class Candidate:
         return self.bound_of_assignments < limit and self.bound_of_messages < limit and self.seconds < limit
 
 
-def assigned_seconds(assignments: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
+def assigned_seconds(assignments: Sequence[Assignment], topology: Topology, fan_out: FanOut) -> float:
     """Bound the time of every strategy with this fan-out from below, without routing.
 
     The largest of three times: that of the NIC whose ranks send longest, without what they forward; the last byte's
@@ -106,11 +106,12 @@ def assigned_seconds(assignments: Sequence[Assignment], itemsize: int, topology:
     for assignment in assignments:
         sender, hosts = assignment.sender, hosts_of[assignment.receivers]
         sends = fan_out.least_sends(hosts, other_hosts(hosts, sender, topology))
-        sending.add(topology.nic(sender), sends * assignment.numel * itemsize)
+        sending.add(topology.nic(sender), sends * assignment.nbytes)
         longest = max(longest, fan_out.chain_links(hosts))
         if fan_out is FanOut.EVERY_HOST:
             # With so many elements no part is empty. Equal senders and receivers share messages.
-            handed.update((sender, ranks) for ranks in hosts if assignment.numel >= 2 * len(ranks))
+            numel = sum(part.numel for part in assignment.parts)
+            handed.update((sender, ranks) for ranks in hosts if numel >= 2 * len(ranks))
     along = longest * (topology.overhead_seconds + topology.latency_seconds)
     return max(sending.busiest, along, _most_posts(handed) * topology.overhead_seconds)
 

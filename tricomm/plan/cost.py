@@ -7,18 +7,18 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.layout.columns import numbers, offsets_of, positions, starts_run
-from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.topology import Topology
 from tricomm.plan.move import Move
 from tricomm.plan.network.links import ChainLinks, crossings, link_count
 from tricomm.plan.network.nic_seconds import host_rates, link_seconds
-from tricomm.plan.routes.chunks import Chunks, Message, MessageTable
+from tricomm.plan.routes.chunks import Message, MessageTable
+from tricomm.plan.routes.joined import JoinedMessages
 from tricomm.plan.routes.rounds import Hop, hop_table
 from tricomm.plan.senders.flow import Job, share
 from tricomm.plan.tasks import Task
 
 
-def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology, ranks: Sequence[int]) -> float:
+def lower_bound_seconds(tasks: Sequence[Task], topology: Topology, ranks: Sequence[int]) -> float:
     """Compute the NIC-bound optimum: the larger of two times that no plan can beat.
 
     Receiving: a host receives once what its ranks need and none of them holds. Sending: every such byte is sent
@@ -27,15 +27,15 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
 
     Args:
         tasks: all of a move.
-        itemsize: bytes of an element on the wire.
         topology: hosts and rates.
         ranks: all that take part.
 
     Example:
         Rank 0 sends 4 MB to two hosts; once it must leave host a, and each must receive it:
 
-        >>> task = Task(((((0, 1 << 20),),),), holders=(0,), receivers=(1, 2))
-        >>> lower_bound_seconds([task], 4, Topology(("a", "b", "c"), nic_bytes_per_second=1e9), range(3))
+        >>> from tricomm.plan.parts import Part
+        >>> task = Task((Part(0, 4, (((0, 1 << 20),),)),), holders=(0,), receivers=(1, 2))
+        >>> lower_bound_seconds([task], Topology(("a", "b", "c"), nic_bytes_per_second=1e9), range(3))
         0.004194304
     """
     send_rates, receive_rates = host_rates(topology, ranks)
@@ -45,7 +45,7 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
     for task in tasks:
         holding = {topology.host(rank) for rank in task.holders}
         needing = {topology.host(rank) for rank in task.remote_receivers} - holding
-        nbytes = task.numel * itemsize
+        nbytes = task.nbytes
         for host in needing:
             incoming[host] += nbytes
         if needing:
@@ -59,11 +59,11 @@ def lower_bound_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology
     return float(share(jobs, send_rates, {}, receiving).factor)
 
 
-def simulated_seconds(columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> float:
+def simulated_seconds(columns: "MessageColumns", hops: Sequence[Hop], topology: Topology) -> float:
     """Simulate hops, and find when the last chunk arrives; see :func:`hop_times`."""
     if not len(hops):
         return 0.0
-    return max(_simulate(HopColumns.of(columns, hops, itemsize, topology), topology)[-1])
+    return max(_simulate(HopColumns.of(columns, hops, topology), topology)[-1])
 
 
 class HopTimes(NamedTuple):
@@ -108,7 +108,7 @@ def hop_times(move: Move, topology: Topology) -> HopTimes:
     if not len(move.hops):
         return HopTimes(*np.zeros((6, 0)))
     columns = MessageColumns.of(move.messages)
-    rows = HopColumns.of(columns, move.hops, ITEMSIZE[move.wire_dtype], topology)
+    rows = HopColumns.of(columns, move.hops, topology)
     posted, out_end, into_end, arrived = (np.array(column) for column in _simulate(rows, topology))
     times = (posted, out_end - rows.out_seconds, out_end, into_end - rows.into_seconds, into_end, arrived)
     place = np.argsort(_simulation_order(hop_table(move.hops)))
@@ -159,11 +159,11 @@ class HopColumns(NamedTuple):
     into_seconds: list[float]
 
     @classmethod
-    def of(cls, columns: "MessageColumns", hops: Sequence[Hop], itemsize: int, topology: Topology) -> "HopColumns":
+    def of(cls, columns: "MessageColumns", hops: Sequence[Hop], topology: Topology) -> "HopColumns":
         """List hops in the order of rounds; ``columns`` has their messages."""
         table = hop_table(hops)
         rounds, source, destination, message, chunk = table[_simulation_order(table)].T
-        nbytes = columns.numel_of(message, chunk) * itemsize
+        nbytes = columns.nbytes_of(message, chunk)
         links = crossings(source, destination, topology)
         # A rank receives a chunk of a message once.
         ranks, chunks = len(topology.hosts), int(chunk.max()) + 1
@@ -182,7 +182,7 @@ def _simulation_order(table: np.ndarray) -> np.ndarray:
     return order
 
 
-def busiest_seconds(columns: "MessageColumns", itemsize: int, topology: Topology) -> float:
+def busiest_seconds(columns: "MessageColumns", topology: Topology) -> float:
     """Bound :func:`simulated_seconds` from below (but for rounding), whatever the rounds: by the time of the busiest
     link, of the busiest rank, or of the last chunk on the longest chain.
     """
@@ -191,7 +191,7 @@ def busiest_seconds(columns: "MessageColumns", itemsize: int, topology: Topology
         return 0.0
     each = topology.overhead_seconds + topology.latency_seconds
     crossed = crossings(links.sources, links.destinations, topology)
-    nbytes = columns.numel * itemsize
+    nbytes = columns.nbytes
     busiest = max(seconds.max() for seconds in link_seconds(crossed, nbytes[links.chain], topology))
     posting = np.bincount(links.sources, counts[links.chain] * topology.overhead_seconds).max()
     longest = (nbytes / crossed.out_rates[links.firsts] + links.lengths * each).max()
@@ -202,7 +202,7 @@ def nic_seconds(moves: Sequence[Move], topology: Topology) -> tuple[np.ndarray, 
     """Sum for how long each NIC sends and receives in all moves, (NICs,) each, by the topology's numbers."""
     tables = [hop_table(move.hops) for move in moves]
     nbytes = [
-        MessageColumns.of(move.messages).numel_of(table[:, 3], table[:, 4]) * ITEMSIZE[move.wire_dtype]
+        MessageColumns.of(move.messages).nbytes_of(table[:, 3], table[:, 4])
         for move, table in zip(moves, tables, strict=True)
     ]
     _, sources, destinations, _, _ = np.concatenate(tables).T
@@ -217,41 +217,54 @@ class MessageColumns(NamedTuple):
     Attributes:
         links: of their chains.
         chunk_counts: (messages,).
-        chunk_numel: (chunks,), elements of every chunk, message after message.
+        chunk_nbytes: (chunks,), bytes of every chunk, message after message.
     """
 
     links: ChainLinks
     chunk_counts: np.ndarray
-    chunk_numel: np.ndarray
+    chunk_nbytes: np.ndarray
 
     @classmethod
     def of(cls, messages: Sequence[Message]) -> "MessageColumns":
         """Tabulate any messages."""
+        if isinstance(messages, JoinedMessages):
+            return cls._joined([cls.of(group) for group in messages.groups])
         if isinstance(messages, MessageTable):
             counts, firsts = messages.chunk_counts, offsets_of(messages.chunk_counts)
-            numel = np.repeat(messages.numel, counts)
+            nbytes = np.repeat(messages.nbytes, counts)
             for row, chunks in messages.cut.items():
-                numel[firsts[row] : firsts[row + 1]] = chunks.numel
-            return cls(messages.links, counts, numel)
-        sizes = [_numel_of(message) for message in messages]
+                nbytes[firsts[row] : firsts[row + 1]] = chunks.nbytes
+            return cls(messages.links, counts, nbytes)
+        sizes = [_nbytes_of(message) for message in messages]
         links = ChainLinks.of([message.chain for message in messages], [message.parents for message in messages])
         return cls(links, numbers(map(len, sizes), len(sizes)), numbers(chain.from_iterable(sizes)))
 
-    def numel_of(self, messages: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-        """Look up the elements of chunks, each given by its message and its number in it."""
-        numel: np.ndarray = self.chunk_numel[offsets_of(self.chunk_counts)[messages] + chunks]
-        return numel
+    @classmethod
+    def _joined(cls, groups: Sequence["MessageColumns"]) -> "MessageColumns":
+        messages = offsets_of(numbers((len(group.chunk_counts) for group in groups), len(groups)))[:-1].tolist()
+        rows = offsets_of(numbers((len(group.links.chain) for group in groups), len(groups)))[:-1].tolist()
+        links = ChainLinks(
+            np.concatenate([group.links.chain + first for group, first in zip(groups, messages, strict=True)]),
+            np.concatenate([group.links.sources for group in groups]),
+            np.concatenate([group.links.destinations for group in groups]),
+            np.concatenate([group.links.firsts + first for group, first in zip(groups, rows, strict=True)]),
+        )
+        counts, nbytes = (np.concatenate([group[field] for group in groups]) for field in (1, 2))
+        return cls(links, counts, nbytes)
+
+    def nbytes_of(self, messages: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        """Look up the bytes of chunks, each given by its message and its number in it."""
+        nbytes: np.ndarray = self.chunk_nbytes[offsets_of(self.chunk_counts)[messages] + chunks]
+        return nbytes
 
     @property
-    def numel(self) -> np.ndarray:
-        """Sum the elements of each message, (messages,)."""
-        total = offsets_of(self.chunk_numel)
+    def nbytes(self) -> np.ndarray:
+        """Sum the bytes of each message, (messages,)."""
+        total = offsets_of(self.chunk_nbytes)
         ends = offsets_of(self.chunk_counts)
-        numel: np.ndarray = total[ends[1:]] - total[ends[:-1]]
-        return numel
+        nbytes: np.ndarray = total[ends[1:]] - total[ends[:-1]]
+        return nbytes
 
 
-def _numel_of(message: Message) -> tuple[int, ...]:
-    if isinstance(message.chunks, Chunks):
-        return message.chunks.numel
-    return tuple(message.chunk_numel(index) for index in range(len(message.chunks)))
+def _nbytes_of(message: Message) -> tuple[int, ...]:
+    return tuple(message.chunk_nbytes(index) for index in range(len(message.chunks)))

@@ -1,13 +1,14 @@
 """Describe a plan as a page of text."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from tricomm.layout.intervals import Region
 from tricomm.layout.mesh import format_ranks
-from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.move import Move
 from tricomm.plan.reduction import Reduction
+from tricomm.plan.stacks import Alike, Item, Stack
 
 MAX_ROWS = 12
 
@@ -16,12 +17,16 @@ class Described(Protocol):
     """What a page of text says of a Plan."""
 
     @property
-    def source(self) -> ShardingSpec:
-        """Where the tensor is."""
+    def classes(self) -> tuple[Alike, ...]:
+        """The tensors, equal ones together."""
 
     @property
-    def destination(self) -> ShardingSpec:
-        """Where it goes."""
+    def is_mapping(self) -> bool:
+        """Whether they have names."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """Each of them."""
 
     @property
     def topology(self) -> Topology:
@@ -34,10 +39,6 @@ class Described(Protocol):
     @property
     def rank(self) -> int | None:
         """The only rank that was planned for, or None."""
-
-    @property
-    def reduction(self) -> Reduction | None:
-        """What happens between the two moves of a Partial source, else None."""
 
     @property
     def moves(self) -> tuple[Move, ...]:
@@ -87,11 +88,16 @@ def format_seconds(seconds: float) -> str:
 
 def describe(plan: Described) -> str:
     """Describe the whole plan: what it moves, how, what it costs, and its first messages."""
-    lines = [
-        "reshard",
-        f"  from  {plan.source}",
-        f"  to    {plan.destination}",
-    ]
+    lines = ["reshard"]
+    if plan.is_mapping:
+        lines[0] += f" {len(plan.items)} tensors"
+    for one in plan.classes[:MAX_ROWS]:
+        if plan.is_mapping:
+            others = f" and {len(one.items) - 1} like it" if len(one.items) > 1 else ""
+            lines.append(f"  {plan.items[one.items[0]].name}{others}")
+        lines += [f"  from  {one.source}", f"  to    {one.destination}"]
+    if len(plan.classes) > MAX_ROWS:
+        lines.append(f"  ... and {len(plan.classes) - MAX_ROWS} more kinds of tensors")
     if plan.rank is not None:
         lines.append(f"  (only what rank {plan.rank} touches)")
     elif plan.moves:
@@ -101,17 +107,26 @@ def describe(plan: Described) -> str:
             f"NIC bound {format_seconds(plan.lower_bound_seconds())}, "
             f"expected {format_seconds(plan.simulated_seconds())}"
         )
-    for index, move in enumerate(plan.moves):
-        title = ""
-        if plan.reduction is not None:
-            n = plan.reduction.stacked_source.global_shape[0]
-            title = (
-                f"bring {n} contributions together and take their {_operation(plan.reduction)}: "
-                if index == 0
-                else "then move the reduced tensor: "
-            )
+    titles = [""] if len(plan.moves) == 1 else [f"{_reducing(plan.classes)}: ", "then move the reduced tensor: "]
+    for move, title in zip(plan.moves, titles, strict=True):
         lines.extend(_describe_move(move, title, repr(plan.balance)))
     return "\n".join(lines)
+
+
+def describe_layouts(plan: Described) -> str:
+    """What a plan moves from where to where, in a line."""
+    first = plan.items[0]
+    if not plan.is_mapping:
+        return f"{first.source} -> {first.destination}"
+    return f"{len(plan.items)} tensors such as {first.name!r}: {first.source} -> {first.destination}"
+
+
+def _reducing(classes: Sequence[Alike]) -> str:
+    """What the first of two moves is for."""
+    reductions = [one.reduction for one in classes if one.reduction is not None]
+    numbers = sorted({one.stacked_source.global_shape[0] for one in reductions})
+    operations = dict.fromkeys(map(_operation, reductions))
+    return f"bring {' or '.join(map(str, numbers))} contributions together and take their {' or '.join(operations)}"
 
 
 def _operation(reduction: Reduction) -> str:
@@ -121,21 +136,27 @@ def _operation(reduction: Reduction) -> str:
     return reduction.op
 
 
+def _cast(stack: Stack) -> str:
+    """Where the elements of a stack are cast."""
+    before, after = stack.source.dtype, stack.destination.dtype
+    if before == after:
+        return ""
+    return f", cast to {after} on the {'receiver' if stack.wire_dtype == before else 'sender'}"
+
+
 def _describe_move(move: Move, title: str, balance: str) -> list[str]:
     rounds = len({hop.round for hop in move.hops})
     local = sum(len(set(task.holders) & set(task.receivers)) for task in move.tasks)
-    cast = ""
-    if move.source.dtype != move.destination.dtype:
-        where = "receiver" if move.wire_dtype == move.source.dtype else "sender"
-        cast = f", cast to {move.destination.dtype} on the {where}"
+    cast = "".join(dict.fromkeys(map(_cast, move.stacks)))
+    strategies = " and ".join(dict.fromkeys(map(repr, move.strategies)))
     lines = [
-        f"  {title}{move.strategy!r}, {balance}: {len(move.tasks)} tasks, {len(move.messages)} messages, "
+        f"  {title}{strategies}, {balance}: {len(move.tasks)} tasks, {len(move.messages)} messages, "
         f"{len(move.hops)} hops in {rounds} round{'' if rounds == 1 else 's'}, {local} local copies{cast}"
     ]
     for message in move.messages[:MAX_ROWS]:
         arrow = " -> ".join(format_ranks([rank]) for rank in message.chain)
         chunks = len(message.chunks)
-        first = format_region(message.chunks[0][0])
+        first = format_region(message.chunks[0][0].region)
         more = sum(len(chunk) for chunk in message.chunks) - 1
         lines.append(
             f"    {arrow}   {message.numel} elements in {chunks} chunk{'s' if chunks > 1 else ''}: {first}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,16 +10,17 @@ import numpy as np
 
 from tricomm.errors import PlanError
 from tricomm.kinds import checks_kinds
-from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
+from tricomm.plan.arguments import participants_of
 from tricomm.plan.cost import MessageColumns, lower_bound_seconds, nic_seconds, simulated_seconds
 from tricomm.plan.describe import describe
 from tricomm.plan.move import Move
 from tricomm.plan.program import RankProgram, rank_program
-from tricomm.plan.reduction import Reduction, phases, reduction_of
+from tricomm.plan.reduction import Reduction
 from tricomm.plan.routes.strategies import Auto, Strategy
 from tricomm.plan.senders.policy import SenderPolicy
+from tricomm.plan.stacks import Alike, Item, alike, stacks_of_moves
 from tricomm.plan.verify import require, verify_move
 
 PLANNER_VERSION = 5
@@ -27,14 +29,15 @@ PLANNER_VERSION = 5
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a tensor gets from one spec to another: a value that can be printed, hashed, verified and simulated.
+    """How tensors get from one layout to another: a value that can be printed, hashed, verified and simulated.
 
     Attributes:
-        source, destination: resolved specs.
+        items: the tensors; one that was given alone has the name "".
+        is_mapping: whether they were given by name.
         strategy, balance, topology, staging_nbytes: as make_plan was told.
         rank: None for the plan of all ranks; otherwise only what this rank touches was built.
-        reduction: what happens between the two moves of a Partial source, else None.
-        moves: one, or two where the source is Partial.
+        classes: items of equal layouts together.
+        moves: one, or two where a source is Partial.
 
     Example:
         >>> from tricomm import Mesh, ShardingSpec, make_plan
@@ -46,24 +49,50 @@ class Plan:
         >>> plan.verify()  # raises PlanError if an element were lost, sent twice, or sent before it is there
         >>> plan.simulated_seconds() >= plan.lower_bound_seconds()
         True
-        >>> [(receive.peer, receive.numel) for receive in plan.for_rank(2)[0].rounds[0].receives]
-        [(0, 8), (1, 8)]
+        >>> [(receive.peer, receive.nbytes) for receive in plan.for_rank(2)[0].rounds[0].receives]
+        [(0, 32), (1, 32)]
     """
 
-    source: ShardingSpec
-    destination: ShardingSpec
+    items: tuple[Item, ...]
+    is_mapping: bool
     strategy: Strategy | Auto
     balance: SenderPolicy
     topology: Topology
     staging_nbytes: int
     rank: int | None
-    reduction: Reduction | None
+    classes: tuple[Alike, ...]
     moves: tuple[Move, ...]
 
     @property
+    def source(self) -> ShardingSpec:
+        """The resolved layout that a tensor given alone has before."""
+        return self._only.source
+
+    @property
+    def destination(self) -> ShardingSpec:
+        """The resolved layout that a tensor given alone has after."""
+        return self._only.destination
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """What happens between the two moves of a tensor given alone that is Partial, else None."""
+        return self.classes[0].reduction if self._only else None
+
+    @property
+    def is_on_the_same_ranks(self) -> bool:
+        """Whether a tensor given alone is before and after on the same ranks."""
+        return set(self.source.mesh.ranks) == set(self.destination.mesh.ranks)
+
+    @property
+    def _only(self) -> Item:
+        if self.is_mapping:
+            raise PlanError("a plan of many tensors has the layouts of each in plan.items; look there")
+        return self.items[0]
+
+    @property
     def participants(self) -> tuple[int, ...]:
-        """Every rank of either mesh, sorted: these must all take part."""
-        return tuple(sorted({*self.source.mesh.ranks, *self.destination.mesh.ranks}))
+        """Every rank of some mesh, sorted: these must all take part."""
+        return participants_of(self.items)
 
     @property
     def wire_nbytes(self) -> int:
@@ -89,10 +118,7 @@ class Plan:
         self._require_global("lower_bound_seconds")
         topology = topology or self.topology
         topology.check_covers(self.participants)
-        return sum(
-            lower_bound_seconds(move.tasks, ITEMSIZE[move.wire_dtype], topology, self.participants)
-            for move in self.moves
-        )
+        return sum(lower_bound_seconds(move.tasks, topology, self.participants) for move in self.moves)
 
     @checks_kinds
     def simulated_seconds(self, topology: Topology | None = None) -> float:
@@ -104,10 +130,7 @@ class Plan:
         self._require_global("simulated_seconds")
         topology = topology or self.topology
         topology.check_covers(self.participants)
-        return sum(
-            simulated_seconds(MessageColumns.of(move.messages), move.hops, ITEMSIZE[move.wire_dtype], topology)
-            for move in self.moves
-        )
+        return sum(simulated_seconds(MessageColumns.of(move.messages), move.hops, topology) for move in self.moves)
 
     @checks_kinds
     def nic_seconds(self, topology: Topology | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -145,11 +168,10 @@ class Plan:
             PlanError: the first claim that does not hold.
         """
         self._require_global("verify")
+        classes = alike(self.items)
         require(
-            self.reduction == reduction_of(self.source, self.destination)
-            and [(move.source, move.destination) for move in self.moves]
-            == phases(self.source, self.destination, self.reduction),
-            f"its moves do not lead from {self.source} to {self.destination}",
+            self.classes == classes and [move.stacks for move in self.moves] == stacks_of_moves(classes),
+            "its moves do not lead from the sources of its tensors to their destinations",
         )
         for move in self.moves:
             verify_move(move)
@@ -157,8 +179,7 @@ class Plan:
     def fields(self) -> dict[str, str]:
         """Name the inputs that determine the plan: what ranks compare."""
         return plan_fields(
-            self.source,
-            self.destination,
+            self.items,
             self.strategy,
             self.balance,
             self.topology,
@@ -201,8 +222,7 @@ def _programs(key: _ByIdentity, rank: int) -> tuple[RankProgram, ...]:
 
 
 def plan_fields(
-    source: ShardingSpec,
-    destination: ShardingSpec,
+    items: Sequence[Item],
     strategy: Strategy | Auto,
     balance: SenderPolicy,
     topology: Topology,
@@ -210,18 +230,29 @@ def plan_fields(
 ) -> dict[str, str]:
     """Name the inputs of a plan, as text."""
     fields = {"planner version": str(PLANNER_VERSION)}
-    for name, spec in (("source", source), ("destination", destination)):
-        fields[f"{name} mesh"] = repr(spec.mesh)
-        fields[f"{name} shape"] = repr(spec.shape)
-        fields[f"{name} dtype"] = repr(spec.dtype)
-        fields[f"{name} placements"] = repr(spec.placements)
-        fields[f"{name} axis_order"] = repr(spec.axis_order)
-        fields[f"{name} holdings"] = repr(spec.holdings)
+    known: dict[int, dict[str, str]] = {}  # tensors that are alike often share a spec
+    for item in items:
+        of = f" of tensor {item.name!r}" if item.name else ""
+        for side, spec in (("source", item.source), ("destination", item.destination)):
+            if id(spec) not in known:
+                known[id(spec)] = _spec_fields(spec)
+            fields.update({f"{side} {field}{of}": text for field, text in known[id(spec)].items()})
     fields["strategy"] = repr(strategy)
     fields["balance"] = repr(balance)
     fields["topology"] = repr(topology)
     fields["staging_bytes"] = repr(staging_nbytes)
     return fields
+
+
+def _spec_fields(spec: ShardingSpec) -> dict[str, str]:
+    return {
+        "mesh": repr(spec.mesh),
+        "shape": repr(spec.shape),
+        "dtype": repr(spec.dtype),
+        "placements": repr(spec.placements),
+        "axis_order": repr(spec.axis_order),
+        "holdings": repr(spec.holdings),
+    }
 
 
 def digest_of(fields: dict[str, str]) -> str:

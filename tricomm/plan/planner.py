@@ -1,42 +1,40 @@
-"""make_plan: make the Plan that leads from one spec to another."""
+"""make_plan: make the Plan that leads from one spec to another, or from many to as many."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tricomm.errors import SpecError
-from tricomm.layout.dtype import ITEMSIZE, check_cast
-from tricomm.layout.mesh import Mesh
-from tricomm.layout.placement import Partial
-from tricomm.layout.sides import Side, as_specs
-from tricomm.layout.spec import ShardingSpec
+from tricomm.layout.sides import Sides, as_specs
 from tricomm.layout.topology import Topology
 from tricomm.plan.arguments import (
     check_balance,
     check_rank,
-    check_spec,
     check_staging_bytes,
     check_strategy,
     check_topology,
+    items_of,
+    participants_of,
 )
 from tricomm.plan.choice import Candidate
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import Plan
 from tricomm.plan.product.choose import ProductMove
-from tricomm.plan.reduction import phases, reduction_of
 from tricomm.plan.routes.chunks import RouteContext
+from tricomm.plan.routes.joined import Routes, joined
 from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
 from tricomm.plan.senders.policy import Assignment, Naive, SenderPolicy
 from tricomm.plan.senders.split import Split
+from tricomm.plan.stacks import Item, Stack, alike, stacks_of_moves
 from tricomm.plan.tasks import Tasks, peer_bound, unit_tasks
+from tricomm.plan.tasks import joined as joined_tasks
 
 DEFAULT_STAGING_BYTES = 256 << 20
 
 
 def make_plan(
-    source: Side,
-    destination: Side,
+    source: Sides,
+    destination: Sides,
     *,
     topology: Topology | None = None,
     strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
@@ -46,10 +44,12 @@ def make_plan(
 ) -> Plan:
     """Plan a reshard. Needs no process group and no torch; the same arguments give the same plan everywhere.
 
+    Tensors of one plan share messages: what goes along the same ranks travels together, whatever tensor it is of.
+
     Args:
         source: where the tensor is, with shape and dtype: a ShardingSpec, ``(DeviceMesh, placements, shape, dtype)`` in
-            torch's words, or a DTensor that lies so.
-        destination: where it shall be; shape and dtype default to the source's.
+            torch's words, or a DTensor that lies so. Of many tensors, the layout of each by its name.
+        destination: where it shall be; shape and dtype default to the source's. Of many tensors, the same names.
         topology: hosts and rates; None puts every rank on a host of its own.
         strategy: how elements travel.
         balance: the policy that chooses senders.
@@ -79,79 +79,38 @@ def make_plan(
             1 -> 2   8 elements in 1 chunk: [4:8, 0:2]
             1 -> 3   8 elements in 1 chunk: [4:8, 2:4]
     """
-    specs = as_specs(source, destination)
-    check_spec("source", specs[0])
-    check_spec("destination", specs[1])
     check_strategy(strategy)
     check_balance(balance)
     check_topology(topology)
     check_staging_bytes(staging_bytes)
     check_rank(rank)
-    return _checked_plan(*specs, topology, strategy, balance, staging_bytes, rank)
-
-
-def _checked_plan(
-    source: ShardingSpec,
-    destination: ShardingSpec,
-    topology: Topology | None,
-    strategy: Strategy | Auto,
-    balance: SenderPolicy,
-    staging_bytes: int,
-    rank: int | None,
-) -> Plan:
-    source.element_type, source.global_shape  # noqa: B018  raises if either is missing
-    destination = destination.resolved(source)
-    if destination.shape != source.shape:
-        raise SpecError(
-            f"source shape {source.shape} and destination shape {destination.shape} differ; resharding moves elements "
-            "and reshapes nothing: leave the destination's shape out or make them equal"
-        )
-    if any(isinstance(placement, Partial) for placement in destination.placements):
-        raise SpecError(
-            f"destination {destination} is Partial, and there is no one way to split a value into contributions; "
-            "reshard to Replicate() or Shard(dim)"
-        )
-    check_cast(source.element_type, destination.element_type)
-    participants = _participants(source.mesh, destination.mesh)
+    items = items_of(*as_specs(source, destination))
+    participants = participants_of(items)
     if topology is None:
-        topology = Topology.flat(participants[-1] + 1)
+        topology = Topology.flat(participants[-1] + 1 if participants else 1)
     topology.check_covers(participants)
-    return _make_plan(source, destination, topology, strategy, balance, staging_bytes, rank)
+    is_mapping = isinstance(source, Mapping)
+    return _make_plan(items, is_mapping, topology, strategy, balance, staging_bytes, rank)
 
 
 @lru_cache(maxsize=512)
 def _make_plan(
-    source: ShardingSpec,
-    destination: ShardingSpec,
+    items: tuple[Item, ...],
+    is_mapping: bool,
     topology: Topology,
     strategy: Strategy | Auto,
     balance: SenderPolicy,
     staging_nbytes: int,
     rank: int | None,
 ) -> Plan:
-    reduction = reduction_of(source, destination)
-    specs = phases(source, destination, reduction)
-    participants = _participants(source.mesh, destination.mesh)
-    drafts = [_Draft.of(*phase, participants, topology, strategy, balance, staging_nbytes) for phase in specs]
+    classes = alike(items)
+    drafts = [
+        _Draft(stacks, strategy, balance, topology, participants_of(items), staging_nbytes)
+        for stacks in stacks_of_moves(classes)
+    ]
     known_rank = rank if all(draft.is_known_to_each_rank for draft in drafts) else None
     moves = tuple(draft.made(known_rank) for draft in drafts)
-    return Plan(
-        source,
-        destination,
-        strategy,
-        balance,
-        topology,
-        staging_nbytes,
-        known_rank,
-        reduction,
-        moves,
-    )
-
-
-@lru_cache(maxsize=64)
-def _participants(source: Mesh, destination: Mesh) -> tuple[int, ...]:
-    """All ranks of either mesh, sorted."""
-    return tuple(sorted({*source.ranks, *destination.ranks}))
+    return Plan(items, is_mapping, strategy, balance, topology, staging_nbytes, known_rank, classes, moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,79 +118,101 @@ class _Draft:
     """A move before anything is worked out.
 
     Attributes:
-        source, destination, wire_dtype: see Move.
-        strategy, balance: as asked.
-        context: what strategies may know.
-        participants: all ranks of either mesh, sorted.
-        formulas: what routes it where formulas do.
+        stacks: what it moves.
+        strategy, balance, topology, staging_nbytes: as asked.
+        participants: all ranks of the plan, sorted.
     """
 
-    source: ShardingSpec
-    destination: ShardingSpec
-    wire_dtype: str
+    stacks: tuple[Stack, ...]
     strategy: Strategy | Auto
     balance: SenderPolicy
-    context: RouteContext
-    participants: Sequence[int]
-    formulas: ProductMove | None
+    topology: Topology
+    participants: tuple[int, ...]
+    staging_nbytes: int
 
-    @classmethod
-    def of(
-        cls,
-        source: ShardingSpec,
-        destination: ShardingSpec,
-        participants: Sequence[int],
-        topology: Topology,
-        strategy: Strategy | Auto,
-        balance: SenderPolicy,
-        staging_nbytes: int,
-    ) -> "_Draft":
-        """Of one phase of a plan."""
-        first, second = source.element_type, destination.element_type
-        wire_dtype = first if ITEMSIZE[first] < ITEMSIZE[second] else second
-        context = RouteContext(ITEMSIZE[wire_dtype], topology, peer_bound(source, destination), staging_nbytes)
-        formulas = None
-        if isinstance(strategy, Auto) and isinstance(balance, Split) and len(participants) > strategy.search_up_to:
-            formulas = ProductMove.of(source, destination, context, participants)
-        return cls(source, destination, wire_dtype, strategy, balance, context, participants, formulas)
+    @property
+    def is_large(self) -> bool:
+        """Whether so many ranks take part that each works out its own part alone where it can."""
+        return isinstance(self.strategy, Auto) and len(self.participants) > self.strategy.search_up_to
+
+    def _formulas(self) -> dict[int, ProductMove]:
+        """What routes the stacks that formulas can route, by number."""
+        if not self.is_large or not isinstance(self.balance, Split):
+            return {}
+        found = {}
+        for number, stack in enumerate(self.stacks):
+            context = self._context([number])
+            move = ProductMove.of(stack.source, stack.destination, number, context, self.participants)
+            if move is not None:
+                found[number] = move
+        return found
+
+    def _context(self, numbers: Sequence[int]) -> RouteContext:
+        """What a strategy may know that routes some stacks."""
+        bounds = [peer_bound(self.stacks[number].source, self.stacks[number].destination) for number in numbers]
+        return RouteContext(self.topology, min(sum(bounds), len(self.participants)), self.staging_nbytes)
+
+    def _is_known(self, number: int) -> bool:
+        """Whether no choice for a stack depends on other ranks' tasks: there is one holder or a fixed choice, and
+        unicast only.
+        """
+        stack = self.stacks[number]
+        one_holder = stack.source.exclusive or isinstance(self.balance, Naive)
+        one_way = stack.destination.exclusive or isinstance(self.strategy, SendRecv)
+        return one_holder and one_way
 
     @property
     def is_known_to_each_rank(self) -> bool:
-        """Whether no choice depends on other ranks' tasks: formulas make it, or else there is one holder or a fixed
-        choice, and unicast only.
-        """
-        one_holder = self.source.exclusive or isinstance(self.balance, Naive)
-        one_way = self.destination.exclusive or isinstance(self.strategy, SendRecv)
-        return self.formulas is not None or (one_holder and one_way)
+        """Whether a rank can find its part without the others'."""
+        if self.is_large:
+            return True
+        return all(map(self._is_known, range(len(self.stacks))))
 
     def made(self, rank: int | None) -> Move:
         """The move of all ranks, or what one has part in."""
-        tasks = unit_tasks(self.source, self.destination, rank)
-        routes = self._searched(tasks, rank) if self.formulas is None else self.formulas.routes(rank)
-        return Move(
-            self.source, self.destination, self.wire_dtype, routes.strategy, tasks, routes.messages, routes.hops
+        refined = tuple(
+            unit_tasks(stack.source, stack.destination, rank, number) for number, stack in enumerate(self.stacks)
         )
+        formulas = self._formulas()
+        others = [number for number in range(len(self.stacks)) if number not in formulas]
+        groups = [others]
+        if self.is_large:
+            known = [number for number in others if self._is_known(number)]
+            groups = [known, [number for number in others if number not in known]]
+        routes = [self._searched(group, refined, rank) for group in groups if group or len(groups) == 1]
+        routes += [formulas[number].routes(rank) for number in sorted(formulas)]
+        messages, hops = joined(routes)
+        return Move(self.stacks, refined, tuple(one.strategy for one in routes), messages, hops)
 
-    def _searched(self, tasks: Tasks, rank: int | None) -> Candidate:
-        """The best of the strategies that may be taken, after a choice of senders among all tasks."""
+    def _searched(self, numbers: Sequence[int], refined: Sequence[Tasks], rank: int | None) -> Routes:
+        """The best of the strategies that may be taken for some stacks, after a choice of senders among all tasks."""
+        if rank is not None and not all(map(self._is_known, numbers)):
+            # A choice depends on everybody's tasks.
+            rank, stacks = None, [self.stacks[number] for number in numbers]
+            chosen = [
+                unit_tasks(one.source, one.destination, None, at) for at, one in zip(numbers, stacks, strict=True)
+            ]
+        else:
+            chosen = [refined[number] for number in numbers]
+        tasks = joined_tasks(chosen)
         strategies: tuple[Strategy, ...]
         if not isinstance(self.strategy, Auto):
             strategies = (self.strategy,)
-        elif _multicasts(tasks):
+        elif any(map(_multicasts, chosen)):
             strategies = self.strategy.candidates
         else:
             strategies = (SendRecv(),)
         best: Candidate | None = None
         assignments: dict[FanOut, Sequence[Assignment]] = {}
-        context = self.context
+        context = self._context(numbers)
         for one in strategies:
             if one.fan_out not in assignments:
-                assignments[one.fan_out] = self.balance.assign(tasks, context.itemsize, context.topology, one.fan_out)
+                assignments[one.fan_out] = self.balance.assign(tasks, self.topology, one.fan_out)
             candidate = Candidate(one, assignments[one.fan_out], context, self.participants, rank)
             if best is None or candidate.is_worth_it(best):
                 best = candidate
         assert best is not None
-        return best
+        return Routes(best.strategy, best.messages, best.hops)
 
 
 def _multicasts(tasks: Tasks) -> bool:

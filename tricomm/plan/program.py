@@ -1,19 +1,21 @@
 """RankProgram: what one rank does in a move, in coordinates of its own shards. No tensors, no addresses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise, product
 from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy, Regions, offsets_of
-from tricomm.layout.intervals import Region, first_runs, joint_runs, region_numel, region_shape, runs
+from tricomm.layout.columns import Lazy, Regions, offsets_of
+from tricomm.layout.intervals import first_runs, joint_runs, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
+from tricomm.plan.parts import Part, PartGroups
 from tricomm.plan.routes.chunks import Message, MessageTable
+from tricomm.plan.routes.joined import JoinedMessages
 from tricomm.plan.routes.rounds import Hop, hops_of_rank
-from tricomm.plan.tasks import Tasks
+from tricomm.plan.tasks import Task, Tasks
 
 
 class Box(NamedTuple):
@@ -25,16 +27,18 @@ class Box(NamedTuple):
 
 
 class PackedRegion(NamedTuple):
-    """A region inside a packed chunk: ``shape`` elements, row-major, from element ``offset`` on."""
+    """A region inside a packed chunk: ``shape`` elements of a stack, row-major, from byte ``offset_nbytes`` on."""
 
-    offset: int
+    stack: int
+    offset_nbytes: int
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
 
 
 class Copy(NamedTuple):
-    """A box that the rank holds and needs: from its source tensor to its destination tensor."""
+    """A box that the rank holds and needs: from its source tensors to its destination tensors of a stack."""
 
+    stack: int
     source_start: tuple[int, ...]
     destination_start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -46,58 +50,62 @@ class Transfer(NamedTuple):
     Attributes:
         peer: the other rank.
         key: (message, chunk): a relay sends the chunk that it received under the same key.
-        numel: elements of the chunk.
-        regions: how the chunk lies in the local tensor; empty for a relayed send.
+        nbytes: of the chunk.
+        regions: how the chunk lies in the local tensors; empty for a relayed send.
     """
 
     peer: int
     key: tuple[int, int]
-    numel: int
+    nbytes: int
     regions: tuple[PackedRegion, ...]
 
 
 class BoxTransfers(Lazy[Transfer]):
-    """Transfers as columns, each of a chunk that is one box of the local tensor, or that is relayed.
+    """Transfers as columns, each of a chunk that is one box of a local stack, or that is relayed.
 
     Attributes:
-        peers, messages, chunks, numel: (transfers,), of each.
+        stack: of all boxes.
+        peers, messages, chunks, nbytes: (transfers,), of each.
         starts, shapes: (transfers, dims), of each box; None if what is sent was received and lies in no tensor.
     """
 
-    __slots__ = ("chunks", "messages", "numel", "peers", "shapes", "starts")
+    __slots__ = ("chunks", "messages", "nbytes", "peers", "shapes", "stack", "starts")
 
     def __init__(
         self,
+        stack: int,
         peers: np.ndarray,
         messages: np.ndarray,
         chunks: np.ndarray,
-        numel: np.ndarray,
+        nbytes: np.ndarray,
         starts: np.ndarray | None,
         shapes: np.ndarray | None,
     ) -> None:
-        self.peers, self.messages, self.chunks, self.numel = peers, messages, chunks, numel
+        self.stack = stack
+        self.peers, self.messages, self.chunks, self.nbytes = peers, messages, chunks, nbytes
         self.starts, self.shapes = starts, shapes
 
     def between(self, start: int, stop: int) -> "BoxTransfers":
         """Take those from ``start`` to ``stop``."""
         at = slice(start, stop)
         boxes = [None if column is None else column[at] for column in (self.starts, self.shapes)]
-        return BoxTransfers(self.peers[at], self.messages[at], self.chunks[at], self.numel[at], *boxes)
+        of_stack, columns = self.stack, (self.peers[at], self.messages[at], self.chunks[at], self.nbytes[at])
+        return BoxTransfers(of_stack, *columns, *boxes)
 
     def __len__(self) -> int:
         return len(self.peers)
 
     def _items(self, rows: np.ndarray) -> Iterator[Transfer]:
-        columns = (column[rows].tolist() for column in (self.peers, self.messages, self.chunks, self.numel))
+        columns = (column[rows].tolist() for column in (self.peers, self.messages, self.chunks, self.nbytes))
         if self.starts is None or self.shapes is None:
-            for peer, message, chunk, numel in zip(*columns, strict=True):
-                yield Transfer(peer, (message, chunk), numel, ())
+            for peer, message, chunk, nbytes in zip(*columns, strict=True):
+                yield Transfer(peer, (message, chunk), nbytes, ())
             return
         origin = (0,) * self.starts.shape[1]
         boxes = (map(tuple, column[rows].tolist()) for column in (self.starts, self.shapes))
-        for peer, message, chunk, numel, start, shape in zip(*columns, *boxes, strict=True):
+        for peer, message, chunk, nbytes, start, shape in zip(*columns, *boxes, strict=True):
             box = Box(start, origin, shape)
-            yield Transfer(peer, (message, chunk), numel, (PackedRegion(0, shape, (box,)),))
+            yield Transfer(peer, (message, chunk), nbytes, (PackedRegion(self.stack, 0, shape, (box,)),))
 
 
 class Round(NamedTuple):
@@ -114,8 +122,8 @@ class RankProgram:
 
     Attributes:
         rank: who.
-        source_shape: shape of the shard that it holds before, or None.
-        destination_shape: shape of the shard that it holds after, or None.
+        source_shapes: by number, the shapes of what it holds before of each stack of which it holds something.
+        destination_shapes: the same after the move.
         copies: what it copies to itself.
         rounds: its rounds, in order; rounds without it are left out.
 
@@ -124,35 +132,34 @@ class RankProgram:
         >>> rows = ShardingSpec.from_dims(Mesh([0, 1], ("dp",)), ["S0", "R"], (8, 4), "float32")
         >>> columns = ShardingSpec.from_dims(Mesh([2, 3], ("tp",)), ["R", "S0"])
         >>> (program,) = make_plan(rows, columns).for_rank(0)
-        >>> program.source_shape, program.destination_shape
-        ((4, 4), None)
+        >>> program.source_shapes, program.destination_shapes
+        ({0: (4, 4)}, {})
         >>> (only,) = program.rounds
         >>> [(send.peer, send.regions[0].boxes[0].local_start, send.regions[0].shape) for send in only.sends]
         [(2, (0, 0), (4, 2)), (3, (0, 2), (4, 2))]
     """
 
     rank: int
-    source_shape: tuple[int, ...] | None
-    destination_shape: tuple[int, ...] | None
+    source_shapes: Mapping[int, tuple[int, ...]]
+    destination_shapes: Mapping[int, tuple[int, ...]]
     copies: tuple[Copy, ...]
     rounds: tuple[Round, ...]
 
 
 def rank_program(move: Move, rank: int) -> RankProgram:
     """Find what one rank does in a move."""
-    source, destination = move.source, move.destination
-    held = source.holding(rank) if rank in source.mesh else None
-    needed = destination.holding(rank) if rank in destination.mesh else None
+    held = {at: one.source.holding(rank) for at, one in enumerate(move.stacks) if rank in one.source.mesh}
+    needed = {at: one.destination.holding(rank) for at, one in enumerate(move.stacks) if rank in one.destination.mesh}
     copies: list[Copy] = []
-    if held is not None and needed is not None:
-        for region in _kept(move, rank):
-            copies.extend(_copies(region, held, needed))
+    for stack in held.keys() & needed.keys():
+        for part in _kept(move.refined[stack], rank):
+            copies.extend(_copies(part, held[stack], needed[stack]))
     sends = _by_round(move, rank, _SENDS, held)
     receives = _by_round(move, rank, _RECEIVES, needed)
     return RankProgram(
         rank,
-        None if held is None else region_shape(held),
-        None if needed is None else region_shape(needed),
+        {stack: region_shape(holding) for stack, holding in held.items()},
+        {stack: region_shape(holding) for stack, holding in needed.items()},
         tuple(copies),
         tuple(Round(number, sends.get(number, ()), receives.get(number, ())) for number in sorted({*sends, *receives})),
     )
@@ -161,51 +168,76 @@ def rank_program(move: Move, rank: int) -> RankProgram:
 _SENDS, _RECEIVES = Hop._fields.index("source"), Hop._fields.index("destination")
 
 
-def _kept(move: Move, rank: int) -> Iterator[Region]:
-    """List the regions that a rank holds and needs."""
-    if isinstance(move.tasks, Tasks):
-        return chain.from_iterable(move.tasks.kept_by(rank))
-    return (region for task in move.tasks if rank in task.holders and rank in task.receivers for region in task.regions)
+def _kept(tasks: Sequence[Task], rank: int) -> Iterator[Part]:
+    """List the parts that a rank holds and needs."""
+    if isinstance(tasks, Tasks):
+        return chain.from_iterable(tasks.kept_by(rank))
+    return (part for task in tasks if rank in task.holders and rank in task.receivers for part in task.parts)
 
 
-def _by_round(move: Move, rank: int, end: int, holding: Holding | None) -> dict[int, Sequence[Transfer]]:
+Holdings = Mapping[int, Holding]
+"""What a rank holds of each stack, at one end of a move."""
+
+
+def _by_round(move: Move, rank: int, end: int, holdings: Holdings) -> dict[int, Sequence[Transfer]]:
     """Find what a rank sends or receives in each round.
 
     Args:
         move: all of it.
         rank: who.
         end: the field of a hop in which the rank stands: the source if it sends.
-        holding: what it holds at that end, or None.
+        holdings: what it holds at that end.
     """
     hops = hops_of_rank(move.hops, rank, end)
+    if not isinstance(move.messages, JoinedMessages):
+        return _of_group(move.messages, 0, hops, rank, end, holdings)
+    # The rounds of a group stand behind those of the one before.
+    groups = np.searchsorted(move.messages.offsets, hops[:, 3], side="right") - 1
+    edges = np.searchsorted(groups, np.arange(len(move.messages.groups) + 1))
+    found: dict[int, Sequence[Transfer]] = {}
+    for group in np.flatnonzero(np.diff(edges)).tolist():
+        messages, first = move.messages.groups[group], int(move.messages.offsets[group])
+        found |= _of_group(messages, first, hops[edges[group] : edges[group + 1]], rank, end, holdings)
+    return found
+
+
+def _of_group(
+    messages: Sequence[Message], first: int, hops: np.ndarray, rank: int, end: int, holdings: Holdings
+) -> dict[int, Sequence[Transfer]]:
+    """What stands in some hops, of a group of messages of which the first has the number ``first``."""
     edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
     rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
     peers = hops[:, _SENDS + _RECEIVES - end]
     sender = rank if end == _SENDS else None
-    boxes = _boxes(move.messages, hops[:, 3], hops[:, 4], peers, holding, sender)
+    boxes = _boxes(messages, first, hops[:, 3], hops[:, 4], peers, holdings, sender)
     if boxes is not None:
         return {number: boxes.between(start, stop) for number, start, stop in rounds}
-    transfers = _chunks(move.messages, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holding, sender)
+    transfers = _chunks(messages, first, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holdings, sender)
     return {number: tuple(transfers[start:stop]) for number, start, stop in rounds}
 
 
 def _boxes(
     messages: Sequence[Message],
-    indices: np.ndarray,
+    first: int,
+    numbers: np.ndarray,
     chunks: np.ndarray,
     peers: np.ndarray,
-    holding: Holding | None,
+    holdings: Holdings,
     sender: int | None,
 ) -> BoxTransfers | None:
     """Find the transfers of chunks that are one box each, all at once; None if one of them is more, or if some are
     relayed and others not.
     """
-    is_relayed = False
-    if sender is not None and isinstance(messages, MessageTable):
+    if not isinstance(messages, MessageTable) or not isinstance(messages.parts, PartGroups):
+        return None
+    indices, is_relayed = numbers - first, False
+    if sender is not None:
         relayed = messages.senders[indices] != sender
         is_relayed = bool(relayed.all()) and len(relayed) > 0
         if relayed.any() and not is_relayed:
             return None
+    stack = messages.parts.stack
+    holding = holdings.get(stack)
     if not is_relayed and (holding is None or any(len(intervals) != 1 for intervals in holding)):
         return None
     boxes = chunk_boxes(messages, indices, chunks)
@@ -213,12 +245,12 @@ def _boxes(
         return None
     starts, stops = boxes
     shapes = stops - starts
-    numel = np.prod(shapes, axis=1)
+    nbytes = np.prod(shapes, axis=1) * messages.parts.itemsize
     if is_relayed:
-        return BoxTransfers(peers, indices, chunks, numel, None, None)
+        return BoxTransfers(stack, peers, numbers, chunks, nbytes, None, None)
     assert holding is not None
     origin = np.array([intervals[0][0] for intervals in holding], np.int64)
-    return BoxTransfers(peers, indices, chunks, numel, starts - origin, shapes)
+    return BoxTransfers(stack, peers, numbers, chunks, nbytes, starts - origin, shapes)
 
 
 def chunk_boxes(
@@ -235,10 +267,10 @@ def chunk_boxes(
     Returns:
         Where the boxes start and where they stop, (chunks, dims) each.
     """
-    if not isinstance(messages, MessageTable):
+    if not isinstance(messages, MessageTable) or not isinstance(messages.parts, PartGroups):
         return None
-    groups = messages.regions
-    if not isinstance(groups, Groups) or not groups.single:
+    groups = messages.parts.groups
+    if not groups.single:
         return None
     spans = _spans(messages, groups.regions, indices, chunks)
     if spans is None:
@@ -276,34 +308,34 @@ def _spans(
 
 def _chunks(
     messages: Sequence[Message],
+    first: int,
     keys: Sequence[tuple[int, int]],
     peers: Sequence[int],
-    holding: Holding | None,
+    holdings: Holdings,
     sender: int | None,
 ) -> list[Transfer]:
     """Find the transfers of chunks one by one. What a rank only forwards lies in no tensor of its own."""
-    used = {index: messages[index] for index in dict.fromkeys(index for index, _ in keys)}
+    used = {number: messages[number - first] for number in dict.fromkeys(number for number, _ in keys)}
     transfers: list[Transfer] = []
     for key, peer in zip(keys, peers, strict=True):
         message = used[key[0]]
         packed: tuple[PackedRegion, ...] = ()
         if sender in (None, message.chain[0]):
-            assert holding is not None
-            packed = _packed(message.chunks[key[1]], holding, sender is not None)
-        transfers.append(Transfer(peer, key, message.chunk_numel(key[1]), packed))
+            packed = _packed(message.chunks[key[1]], holdings, sender is not None)
+        transfers.append(Transfer(peer, key, message.chunk_nbytes(key[1]), packed))
     return transfers
 
 
-def _packed(chunk: Sequence[Region], holding: Holding, is_sent: bool) -> tuple[PackedRegion, ...]:
-    """Locate the regions of a chunk in the shard of a rank that holds them all.
+def _packed(chunk: Sequence[Part], holdings: Holdings, is_sent: bool) -> tuple[PackedRegion, ...]:
+    """Locate the parts of a chunk in what a rank holds, which is all of them.
 
     An element that the rank holds several times is sent from the first place and received into all.
     """
     places = first_runs if is_sent else runs
     result: list[PackedRegion] = []
     offset = 0
-    for region in chunk:
-        per_dim = [places(inner, outer) for inner, outer in zip(region, holding, strict=True)]
+    for part in chunk:
+        per_dim = [places(inner, outer) for inner, outer in zip(part.region, holdings[part.stack], strict=True)]
         boxes = tuple(
             Box(
                 tuple(run.outer_start for run in combination),
@@ -312,17 +344,19 @@ def _packed(chunk: Sequence[Region], holding: Holding, is_sent: bool) -> tuple[P
             )
             for combination in product(*per_dim)
         )
-        result.append(PackedRegion(offset, region_shape(region), boxes))
-        offset += region_numel(region)
+        result.append(PackedRegion(part.stack, offset, part.shape, boxes))
+        offset += part.nbytes
     return tuple(result)
 
 
-def _copies(region: Region, held: Holding, needed: Holding) -> list[Copy]:
+def _copies(part: Part, held: Holding, needed: Holding) -> list[Copy]:
     per_dim = [
-        joint_runs(inner, source, destination) for inner, source, destination in zip(region, held, needed, strict=True)
+        joint_runs(inner, source, destination)
+        for inner, source, destination in zip(part.region, held, needed, strict=True)
     ]
     return [
         Copy(
+            part.stack,
             tuple(run[0] for run in combination),
             tuple(run[1] for run in combination),
             tuple(run[2] for run in combination),

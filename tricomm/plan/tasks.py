@@ -12,9 +12,10 @@ import numpy as np
 
 from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups, Lazy, Regions, by_first, offsets_of
-from tricomm.layout.intervals import Region, region_numel
+from tricomm.layout.dtype import ITEMSIZE
 from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
+from tricomm.plan.parts import Part, PartGroups, nbytes_of
 from tricomm.plan.refine import NOBODY, Cells, RankSetBuilder, RankSets, cells
 
 
@@ -23,26 +24,26 @@ class Task:
     """Elements with the same holders and the same receivers.
 
     Attributes:
-        regions: disjoint products of intervals, in row-major order of discovery.
+        parts: disjoint, in row-major order of discovery, stack after stack.
         holders: source ranks that hold all of it, in mesh order.
         receivers: destination ranks that need all of it, in mesh order.
 
     Example:
         Rank 1 holds what it needs; rank 2 does not:
 
-        >>> task = Task(((((0, 4),), ((0, 8),)),), holders=(0, 1), receivers=(1, 2))
-        >>> task.numel, task.remote_receivers
-        (32, (2,))
+        >>> task = Task((Part(0, 4, (((0, 4),), ((0, 8),))),), holders=(0, 1), receivers=(1, 2))
+        >>> task.nbytes, task.remote_receivers
+        (128, (2,))
     """
 
-    regions: tuple[Region, ...]
+    parts: tuple[Part, ...]
     holders: tuple[int, ...]
     receivers: tuple[int, ...]
 
     @property
-    def numel(self) -> int:
-        """Elements of the task, counted once."""
-        return sum(region_numel(region) for region in self.regions)
+    def nbytes(self) -> int:
+        """Bytes of the task on the wire, counted once."""
+        return nbytes_of(self.parts)
 
     @property
     def remote_receivers(self) -> tuple[int, ...]:
@@ -52,25 +53,25 @@ class Task:
 
 
 class Tasks(Lazy[Task]):
-    """Tasks as columns.
+    """Tasks of one stack, as columns.
 
     Attributes:
-        regions: of each task.
+        parts: of each task.
         holders, receivers: (tasks,), the number of each task's set of ranks.
         holder_sets, receiver_sets: those sets.
     """
 
-    __slots__ = ("holder_sets", "holders", "receiver_sets", "receivers", "regions")
+    __slots__ = ("holder_sets", "holders", "parts", "receiver_sets", "receivers")
 
     def __init__(
         self,
-        regions: Groups,
+        parts: PartGroups,
         holders: np.ndarray,
         receivers: np.ndarray,
         holder_sets: RankSets,
         receiver_sets: RankSets,
     ) -> None:
-        self.regions, self.holders, self.receivers = regions, holders, receivers
+        self.parts, self.holders, self.receivers = parts, holders, receivers
         self.holder_sets, self.receiver_sets = holder_sets, receiver_sets
 
     @property
@@ -83,10 +84,10 @@ class Tasks(Lazy[Task]):
         """True if every task has one holder."""
         return bool((self.holder_sets.sizes[self.holders] == 1).all())
 
-    def kept_by(self, rank: int) -> Sequence[tuple[Region, ...]]:
-        """List the regions that a rank holds and needs, task by task."""
+    def kept_by(self, rank: int) -> PartGroups:
+        """List the parts that a rank holds and needs, task by task."""
         held = self.holder_sets.including(rank)[self.holders]
-        return self.regions.take(np.flatnonzero(held & self.receiver_sets.including(rank)[self.receivers]))
+        return self.parts.take(np.flatnonzero(held & self.receiver_sets.including(rank)[self.receivers]))
 
     def __len__(self) -> int:
         return len(self.holders)
@@ -95,17 +96,29 @@ class Tasks(Lazy[Task]):
         holders, receivers = self.holders[rows].tolist(), self.receivers[rows].tolist()
         held = {number: self.holder_sets.ranks(number) for number in dict.fromkeys(holders)}
         needed = {number: self.receiver_sets.ranks(number) for number in dict.fromkeys(receivers)}
-        for regions, holder_set, receiver_set in zip(self.regions._items(rows), holders, receivers, strict=True):
-            yield Task(regions, held[holder_set], needed[receiver_set])
+        for parts, holder_set, receiver_set in zip(self.parts._items(rows), holders, receivers, strict=True):
+            yield Task(parts, held[holder_set], needed[receiver_set])
 
 
-def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None = None) -> Tasks:
+def joined(refined: Sequence[Sequence[Task]]) -> Sequence[Task]:
+    """The tasks of several stacks: those with the same holders and receivers are one."""
+    if len(refined) == 1:
+        return refined[0]
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Part]] = {}
+    for tasks in refined:
+        for task in tasks:
+            found.setdefault((task.holders, task.receivers), []).extend(task.parts)
+    return tuple(Task(tuple(parts), *ranks) for ranks, parts in found.items())
+
+
+def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None = None, stack: int = 0) -> Tasks:
     """Find the tasks that bring every rank of ``destination`` what it holds there.
 
     Args:
         source: where the elements are; no Partial axes (they are reduced before).
         destination: where they go; same shape.
         rank: find only the tasks that this rank holds or needs.
+        stack: the number of the stack whose layouts these are.
 
     Raises:
         PlanError: an element that somebody needs and nobody holds.
@@ -115,9 +128,9 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
         >>> halves = ShardingSpec.from_dims(Mesh([0, 1], ("x",)), ["S0"], (6,), "float32")
         >>> whole = ShardingSpec.from_dims(Mesh([1, 2], ("y",)), ["R"], (6,), "float32")
         >>> for task in unit_tasks(halves, whole):
-        ...     print(task.regions, task.holders, task.receivers)
-        ((((0, 3),),),) (0,) (1, 2)
-        ((((3, 6),),),) (1,) (1, 2)
+        ...     print(task.parts, task.holders, task.receivers)
+        (Part(stack=0, itemsize=4, region=(((0, 3),),)),) (0,) (1, 2)
+        (Part(stack=0, itemsize=4, region=(((3, 6),),)),) (1,) (1, 2)
     """
     per_dim = _refinement(source, destination)
     holders = RankSetBuilder(source, part_table(source), [dim.held for dim in per_dim])
@@ -141,7 +154,19 @@ def unit_tasks(source: ShardingSpec, destination: ShardingSpec, rank: int | None
         held, needed = held[firsts], needed[firsts]
     else:
         offsets = np.arange(len(keys) + 1)
-    return Tasks(Groups(regions, offsets), held, needed, holder_sets, receiver_sets)
+    parts = PartGroups(stack, wire_itemsize(source, destination), Groups(regions, offsets))
+    return Tasks(parts, held, needed, holder_sets, receiver_sets)
+
+
+def wire_dtype(source: ShardingSpec, destination: ShardingSpec) -> str:
+    """The dtype between ranks: the smaller of the two, so that a cast happens where fewer bytes travel."""
+    first, second = source.element_type, destination.dtype or source.element_type
+    return first if ITEMSIZE[first] < ITEMSIZE[second] else second
+
+
+def wire_itemsize(source: ShardingSpec, destination: ShardingSpec) -> int:
+    """Bytes of an element between ranks."""
+    return ITEMSIZE[wire_dtype(source, destination)]
 
 
 def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:

@@ -5,7 +5,7 @@ second.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,10 @@ from tricomm.layout.spec import Holding
 from tricomm.plan.cost import MessageColumns
 from tricomm.plan.move import Move
 from tricomm.plan.program import BoxTransfers, Transfer, chunk_boxes, rank_program
-from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Message
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND
 from tricomm.plan.routes.rounds import Hop, hop_table
+from tricomm.plan.stacks import Stack
+from tricomm.plan.tasks import Task
 
 
 def verify_move(move: Move) -> None:
@@ -31,9 +33,13 @@ def verify_move(move: Move) -> None:
         PlanError: the first claim that does not hold.
     """
     columns = MessageColumns.of(move.messages)
-    boxes = ChunkBoxes.of(move.messages, columns.chunk_counts, len(move.source.global_shape))
-    _verify_coverage(move, columns, boxes)
-    _verify_hops(move, columns, boxes)
+    firsts = offsets_of(columns.chunk_counts)
+    boxes = boxes_of_stacks(move, columns.chunk_counts)
+    _verify_chains(move, columns)
+    senders, chunks = _verify_hops(columns, move.hops, firsts)
+    for stack, of_stack in zip(move.stacks, boxes, strict=True):
+        _verify_coverage(stack, move.refined[of_stack.stack], columns, firsts, of_stack)
+        _verify_held(stack, senders, chunks, of_stack)
     _verify_rounds_match(move)
 
 
@@ -44,38 +50,36 @@ def require(condition: bool, claim: str) -> None:
 
 
 class ChunkBoxes(NamedTuple):
-    """The boxes of global coordinates of which chunks consist, chunk after chunk and message after message.
+    """The boxes of global coordinates of one stack that chunks consist of, chunk after chunk and message after message.
 
     Attributes:
-        firsts: (messages + 1,), the first chunk of each message among all.
+        stack: its number.
         offsets: (chunks + 1,), the first box of each chunk.
         starts, stops: (boxes, dims).
     """
 
-    firsts: np.ndarray
+    stack: int
     offsets: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
 
-    @classmethod
-    def of(cls, messages: Sequence[Message], counts: np.ndarray, dims: int) -> "ChunkBoxes":
-        """Tabulate the chunks of any messages.
 
-        Args:
-            messages: any.
-            counts: (messages,), chunks of each.
-            dims: of the tensor.
-        """
-        firsts = offsets_of(counts)
-        indices = np.arange(len(counts)).repeat(counts)
-        found = chunk_boxes(messages, indices, np.arange(len(indices)) - firsts[indices])
-        if found is not None:
-            return cls(firsts, np.arange(len(indices) + 1), *found)
-        of_chunk = [
-            [box for region in chunk for box in product(*region)] for message in messages for chunk in message.chunks
-        ]
-        counts = numbers(map(len, of_chunk), len(of_chunk))
-        return cls(firsts, offsets_of(counts), *_edges([box for boxes in of_chunk for box in boxes], dims))
+def boxes_of_stacks(move: Move, counts: np.ndarray) -> list[ChunkBoxes]:
+    """Tabulate the chunks of a move, stack by stack; ``counts`` has the chunks of each message, (messages,)."""
+    indices = np.arange(len(counts)).repeat(counts)
+    dims = [len(stack.source.global_shape) for stack in move.stacks]
+    found = chunk_boxes(move.messages, indices, np.arange(len(indices)) - offsets_of(counts)[:-1].repeat(counts))
+    if found is not None and len(move.stacks) == 1:
+        return [ChunkBoxes(0, np.arange(len(indices) + 1), *found)]
+    of_chunk: list[list[list[Box]]] = [[[] for _ in range(len(indices))] for _ in move.stacks]
+    for number, chunk in enumerate(chunk for message in move.messages for chunk in message.chunks):
+        for part in chunk:
+            of_chunk[part.stack][number].extend(product(*part.region))
+    tabulated = []
+    for stack, chunks in enumerate(of_chunk):
+        offsets = offsets_of(numbers(map(len, chunks), len(chunks)))
+        tabulated.append(ChunkBoxes(stack, offsets, *_edges([*chain.from_iterable(chunks)], dims[stack])))
+    return tabulated
 
 
 Box = tuple[tuple[int, int], ...]
@@ -88,39 +92,45 @@ def _edges(boxes: Sequence[Box], dims: int) -> tuple[np.ndarray, np.ndarray]:
     return edges[:, :, 0], edges[:, :, 1]
 
 
-def _verify_coverage(move: Move, columns: MessageColumns, boxes: ChunkBoxes) -> None:
-    links, receivers = columns.links, np.array(move.destination.mesh.ranks, np.int64)
-    strangers = ~np.isin(links.destinations, receivers)
+def _verify_chains(move: Move, columns: MessageColumns) -> None:
+    receivers = np.unique(np.concatenate([np.array(stack.destination.mesh.ranks) for stack in move.stacks]))
+    strangers = ~np.isin(columns.links.destinations, receivers)
     require(
-        not strangers.any(), f"ranks {links.destinations[strangers][:4]} receive and are not in the destination mesh"
+        not strangers.any(),
+        f"ranks {columns.links.destinations[strangers][:4]} receive and are not in the destination mesh",
     )
-    kept = _kept(move)
+
+
+def _verify_coverage(
+    stack: Stack, tasks: Sequence[Task], columns: MessageColumns, firsts: np.ndarray, boxes: ChunkBoxes
+) -> None:
+    links, receivers = columns.links, np.sort(np.array(stack.destination.mesh.ranks, np.int64))
+    kept = _kept(stack, tasks)
     by_rank = np.argsort(links.destinations, kind="stable")
-    ends = np.searchsorted(links.destinations[by_rank], np.sort(receivers), side="right")
-    for rank, start, stop in zip(np.sort(receivers).tolist(), [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-        chunks = spread(boxes.firsts, links.chain[by_rank[start:stop]])
-        rows = spread(boxes.offsets, chunks)
+    begins, ends = (np.searchsorted(links.destinations[by_rank], receivers, side=side) for side in ("left", "right"))
+    for rank, start, stop in zip(receivers.tolist(), begins.tolist(), ends.tolist(), strict=True):
+        rows = spread(boxes.offsets, spread(firsts, links.chain[by_rank[start:stop]]))
         starts, stops = boxes.starts[rows], boxes.stops[rows]
         if rank in kept:
             starts, stops = np.concatenate([starts, kept[rank][0]]), np.concatenate([stops, kept[rank][1]])
         # What a rank holds several times comes once.
-        holding = tuple(map(without_repeats, move.destination.holding(rank)))
+        holding = tuple(map(without_repeats, stack.destination.holding(rank)))
         require(_arrives_once(holding, starts, stops), f"rank {rank} needs {holding} once and receives something else")
 
 
-def _kept(move: Move) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def _kept(stack: Stack, tasks: Sequence[Task]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Find the boxes that each rank holds and needs, which nobody sends it."""
-    both = {*move.source.mesh.ranks} & {*move.destination.mesh.ranks}
+    both = {*stack.source.mesh.ranks} & {*stack.destination.mesh.ranks}
     if not both:
         return {}
     found: dict[int, list[Box]] = {}
-    for task in move.tasks:
+    for task in tasks:
         for rank in both & {*task.receivers} & {*task.holders}:
-            found.setdefault(rank, []).extend(box for region in task.regions for box in product(*region))
+            found.setdefault(rank, []).extend(box for part in task.parts for box in product(*part.region))
     kept = {}
     for rank, boxes in found.items():
-        starts, stops = _edges(boxes, len(move.source.global_shape))
-        inside = _are_held(move.source.holding(rank), starts, stops)
+        starts, stops = _edges(boxes, len(stack.source.global_shape))
+        inside = _are_held(stack.source.holding(rank), starts, stops)
         require(bool(inside.all()), f"rank {rank} keeps {boxes[int(inside.argmin())]} and does not hold all of it")
         kept[rank] = starts, stops
     return kept
@@ -166,8 +176,15 @@ def _are_within(intervals: Intervals, starts: np.ndarray, stops: np.ndarray) -> 
     return within
 
 
-def _verify_hops(move: Move, columns: MessageColumns, boxes: ChunkBoxes) -> None:
-    table = hop_table(move.hops)
+def _verify_hops(
+    columns: MessageColumns, hops: Sequence[Hop], first_chunks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prove that every chunk follows the chain of its message, and arrives in time.
+
+    Returns:
+        the first sender of each chunk, and the chunk's number among all.
+    """
+    table = hop_table(hops)
     rounds, sources, destinations, messages, chunks = table.T
     links, counts = columns.links, columns.chunk_counts
 
@@ -183,7 +200,7 @@ def _verify_hops(move: Move, columns: MessageColumns, boxes: ChunkBoxes) -> None
     require_all(at >= 0, "does not follow the chain of its message")
     link = by_end[at]
     require_all(links.sources[link] == sources, "does not follow the chain of its message")
-    arrival = boxes.firsts[messages] + chunks
+    arrival = first_chunks[messages] + chunks
     keys = arrival * ranks + destinations
     order = np.argsort(keys, kind="stable")
     once = np.ones(len(keys), bool)
@@ -193,23 +210,24 @@ def _verify_hops(move: Move, columns: MessageColumns, boxes: ChunkBoxes) -> None
     before = positions(keys[order], arrival * ranks + sources)
     relayed_in_time = (before >= 0) & (rounds[order[before]] < rounds)
     require_all(is_first | relayed_in_time, "forwards what its source does not have by then")
-    _verify_held(move, sources[is_first], arrival[is_first], boxes)
     expected = int(counts[links.chain].sum())
     require(len(table) == expected, f"{expected - len(table)} chunks never reach a receiver")
     _verify_rounds(table, require_all)
+    return sources[is_first], arrival[is_first]
 
 
-def _verify_held(move: Move, senders: np.ndarray, chunks: np.ndarray, boxes: ChunkBoxes) -> None:
+def _verify_held(stack: Stack, senders: np.ndarray, chunks: np.ndarray, boxes: ChunkBoxes) -> None:
     """Prove that each sender holds the chunks that it sends first."""
     order = np.argsort(senders, kind="stable")
     for group in np.split(order, np.flatnonzero(np.diff(senders[order])) + 1):
         if not len(group):
             continue
-        rank = int(senders[group[0]])
-        require(rank in move.source.mesh, f"rank {rank} sends and is not in the source mesh")
-        rows = spread(boxes.offsets, chunks[group])
-        inside = _are_held(move.source.holding(rank), boxes.starts[rows], boxes.stops[rows])
-        require(bool(inside.all()), f"rank {rank} sends what it does not hold: {move.source.holding(rank)}")
+        rank, rows = int(senders[group[0]]), spread(boxes.offsets, chunks[group])
+        if not len(rows):
+            continue
+        require(rank in stack.source.mesh, f"rank {rank} sends and is not in the source mesh")
+        inside = _are_held(stack.source.holding(rank), boxes.starts[rows], boxes.stops[rows])
+        require(bool(inside.all()), f"rank {rank} sends what it does not hold: {stack.source.holding(rank)}")
 
 
 def _verify_rounds(table: np.ndarray, require_all: Callable[[np.ndarray, str], None]) -> None:
@@ -232,7 +250,7 @@ def _verify_rounds(table: np.ndarray, require_all: Callable[[np.ndarray, str], N
 def _verify_rounds_match(move: Move) -> None:
     """Prove that what the programs of all ranks send is what they receive, round by round and pair by pair."""
     sent, received = [np.zeros((0, 6), np.int64)], [np.zeros((0, 6), np.int64)]
-    for rank in sorted({*move.source.mesh.ranks, *move.destination.mesh.ranks}):
+    for rank in move.ranks:
         for step in rank_program(move, rank).rounds:
             for ends, transfers, is_send in ((sent, step.sends, True), (received, step.receives, False)):
                 rows = _transfer_rows(transfers)
@@ -245,7 +263,7 @@ def _verify_rounds_match(move: Move) -> None:
 
 
 def _transfer_rows(transfers: Sequence[Transfer]) -> np.ndarray:
-    """(transfers, 4): peer, message, chunk, elements."""
+    """(transfers, 4): peer, message, chunk, bytes."""
     if isinstance(transfers, BoxTransfers):
-        return np.column_stack([transfers.peers, transfers.messages, transfers.chunks, transfers.numel])
-    return np.array([(one.peer, *one.key, one.numel) for one in transfers], np.int64).reshape(-1, 4)
+        return np.column_stack([transfers.peers, transfers.messages, transfers.chunks, transfers.nbytes])
+    return np.array([(one.peer, *one.key, one.nbytes) for one in transfers], np.int64).reshape(-1, 4)

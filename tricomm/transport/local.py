@@ -8,13 +8,16 @@ together, and only when all those of its earlier rounds are done.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 
 from tricomm.errors import ArgumentError, SpecError, TransportError
-from tricomm.packing.tensor_checker import TensorChecker
+from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
+from tricomm.stats import Traffic
 from tricomm.transport.base import Operation, Work
 from tricomm.transport.runtime import PlanExecution, StagingProvider
 
@@ -48,7 +51,7 @@ class LocalNetwork:
         self.grouped = grouped
         self.depth = depth
         self.queues: dict[int, deque[list[LocalWork]]] = {}
-        self.bytes_sent: dict[tuple[int, int], int] = {}
+        self.traffic: dict[tuple[int, int], Traffic] = {}
 
     def deliver(self) -> bool:
         """Complete every pair of operations that may run now; False if there is none."""
@@ -83,7 +86,8 @@ class LocalNetwork:
             )
         receive.operation.buffer.copy_(send.operation.buffer)
         send.done = receive.done = True
-        self.bytes_sent[pair] = self.bytes_sent.get(pair, 0) + nbytes
+        before = self.traffic.get(pair, Traffic(transport="local"))
+        self.traffic[pair] = replace(before, messages=before.messages + 1, nbytes=before.nbytes + nbytes)
 
 
 class LocalEndpoint:
@@ -134,26 +138,34 @@ class LocalTransport:
     receives_ahead: int = 0
     rounds_open: int = 2
 
-    def run(self, plan: Plan, tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Move the shards ``{source rank: shard}`` and return ``{destination rank: shard}``.
+    def run(self, plan: Plan, tensors: Mapping[int, Given]) -> dict[int, Any]:
+        """Move the shards ``{source rank: shard}`` and return ``{destination rank: shard}``; of a plan of many tensors,
+        ``{rank: {name: shard}}`` both.
 
         Raises:
             SpecError: a shard is missing, unexpected, or not what the plan's source says.
             TransportError: no rank can go on.
         """
-        outputs, _ = self.run_counted(plan, tensors)
-        return outputs
+        return self.run_observed(plan, tensors)[0]
 
     def run_counted(
-        self, plan: Plan, tensors: Mapping[int, torch.Tensor]
-    ) -> tuple[dict[int, torch.Tensor], dict[tuple[int, int], int]]:
+        self, plan: Plan, tensors: Mapping[int, Given]
+    ) -> tuple[dict[int, Any], dict[tuple[int, int], int]]:
         """As :meth:`run`; also the bytes that went over each ordered pair of ranks."""
+        outputs, traffic = self.run_observed(plan, tensors)
+        return outputs, {pair: one.nbytes for pair, one in traffic.items()}
+
+    def run_observed(
+        self, plan: Plan, tensors: Mapping[int, Given]
+    ) -> tuple[dict[int, Any], dict[tuple[int, int], Traffic]]:
+        """As :meth:`run`; also the messages and bytes that went over each ordered pair of ranks."""
         if not isinstance(plan, Plan):
             raise ArgumentError(f"plan={plan!r} is not a Plan; pass what make_plan gave")
         if not isinstance(tensors, Mapping):
             raise ArgumentError(f"tensors={tensors!r} is not a mapping; write {{rank: shard}}")
         network = LocalNetwork(self.grouped, (0 if self.grouped else self.receives_ahead, self.rounds_open))
-        devices = (tensor.device for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
+        given = chain.from_iterable(one.values() if isinstance(one, Mapping) else [one] for one in tensors.values())
+        devices = (tensor.device for tensor in given if isinstance(tensor, torch.Tensor))
         device = next(devices, torch.device("cpu"))
         for rank in tensors:
             if rank not in plan.participants:
@@ -161,19 +173,19 @@ class LocalTransport:
                     f"a tensor was given for rank {rank}, which is on neither mesh; the ranks are {plan.participants}, "
                     "so take it out"
                 )
-        outputs: dict[int, torch.Tensor] = {}
+        outputs: dict[int, Any] = {}
         running: dict[int, Iterator[Work]] = {}
         for rank in plan.participants:
             checker = TensorChecker(plan, rank, device)
-            shard = checker.check_source(tensors.get(rank))
-            output = checker.check_out(None, shard)
-            if output is not None:
-                outputs[rank] = output
+            sources = checker.check_sources(tensors.get(rank))
+            destinations = checker.check_outs(None, sources)
+            if destinations:
+                outputs[rank] = checker.result(destinations)
             running[rank] = PlanExecution(plan, rank, device).steps(
-                shard, output, _fresh_staging(device), LocalEndpoint(network, rank)
+                sources, destinations, _fresh_staging(device), LocalEndpoint(network, rank)
             )
         _run_all(running, network)
-        return outputs, network.bytes_sent
+        return outputs, network.traffic
 
 
 def _run_all(running: dict[int, Iterator[Work]], network: LocalNetwork) -> None:

@@ -15,15 +15,13 @@ import torch
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing.arithmetic import Reducer
 from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, bind
-from tricomm.packing.copy_program import CopyProgram, make_copy_program, torch_dtype
+from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
+from tricomm.packing.holdings import RankHoldings, Tensors
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
 
 MAX_COPY_PROGRAMS = 16
 """Combinations of strides and alignments that one Resharder keeps copy programs for."""
-
-Address = tuple[int, tuple[int, ...]]
-"""Where a tensor's elements are, and its strides; both may change under the same object (set_, data)."""
 
 StagingProvider = Callable[[int], torch.Tensor]
 """Gives the staging buffer: a uint8 tensor of at least so many bytes, valid until the next call."""
@@ -127,90 +125,96 @@ class PlanExecution:
     def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
         self.plan = plan
         self.programs = plan.for_rank(rank)
+        self._holdings = RankHoldings.of(plan, rank)
         self._copy_programs: dict[object, CopyProgram] = {}
         self._bindings: dict[int, CachedBinding] = {}
         self._device = device
-        self._reducer: Reducer | None = None
+        self._reducers: dict[int, Reducer] = {}
 
     def steps(
-        self,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-        staging: StagingProvider,
-        transport: Transport,
+        self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport
     ) -> Iterator[Work]:
         """Run the whole plan; each yielded work must be done before the generator is resumed.
 
         Args:
-            source: the rank's shard, or None off the source mesh; not written.
-            destination: its new shard to fill, or None off the destination mesh.
+            sources: the rank's shards, in the order of the plan's items, of those that it holds; not written.
+            destinations: its new shards to fill, likewise.
             staging: gives the staging buffer.
             transport: the rank's end of the network.
         """
-        reduction = self.plan.reduction
-        if reduction is None:
-            return self._move(0, source, destination, staging, transport)
-        if self._reducer is None:
-            dtype = torch_dtype(self.plan.source.element_type)
-            shape = self.programs[0].destination_shape
-            self._reducer = Reducer(reduction.op, reduction.divisor, dtype, shape, self._device)
-        return self._reduce_and_move(self._reducer, source, destination, staging, transport)
+        if len(self.plan.moves) == 1:
+            order = self._holdings
+            return self._move(0, order.sources(sources), order.destinations(destinations), staging, transport)
+        return self._reduce_and_move(sources, destinations, staging, transport)
 
     def release(self) -> None:
-        """Free the buffers of the reduction; the next run makes them again."""
-        if self._reducer is not None:
-            self._reducer = None
+        """Free the buffers of the reductions; the next run makes them again."""
+        if self._reducers:
+            self._reducers = {}
             self._bindings.clear()
 
     def _reduce_and_move(
-        self,
-        reducer: Reducer,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-        staging: StagingProvider,
-        transport: Transport,
+        self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport
     ) -> Iterator[Work]:
-        stacked = None if source is None else source.unsqueeze(0)
-        yield from self._move(0, stacked, reducer.contributions, staging, transport)
-        transport.launch(reducer.reduce)
-        yield from self._move(1, reducer.result, destination, staging, transport)
+        held, (first, last) = self._holdings, self.plan.moves
+        shards = dict(zip(held.source_items, sources, strict=True))
+        stacked = [shards[item].unsqueeze(0) for stack in first.stacks for item in stack.items if item in shards]
+        reducers = self._made_reducers()
+        contributions = [part for reducer in reducers.values() for part in reducer.parts]
+        yield from self._move(0, stacked, contributions, staging, transport)
+        for reducer in reducers.values():
+            transport.launch(reducer.reduce)
+        second: list[torch.Tensor] = []
+        for stack in last.stacks:
+            if stack.items[0] in held.partial_items:
+                second += reducers[stack.items[0]].results if stack.items[0] in reducers else ()
+            else:
+                second += [shards[item] for item in stack.items if item in shards]
+        yield from self._move(1, second, held.destinations(destinations), staging, transport)
+
+    def _made_reducers(self) -> dict[int, Reducer]:
+        """The reducers of the stacks of the first move that this rank reduces, by their first item."""
+        if not self._reducers:
+            reductions = {one.items[0]: one.reduction for one in self.plan.classes if one.reduction is not None}
+            shapes = self.programs[0].destination_shapes
+            for number, stack in enumerate(self.plan.moves[0].stacks):
+                if number in shapes:
+                    reduction, dtype = reductions[stack.items[0]], torch_dtype(stack.source.element_type)
+                    count = len(stack.items)
+                    shape = shapes[number] if count > 1 else (1, *shapes[number])
+                    reducer = Reducer(reduction.op, reduction.divisor, dtype, shape, self._device)
+                    self._reducers[stack.items[0]] = reducer
+        return self._reducers
 
     def _move(
-        self,
-        index: int,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-        staging: StagingProvider,
-        transport: Transport,
+        self, index: int, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport
     ) -> Iterator[Work]:
         """The steps of move ``index``."""
         cached = self._bindings.get(index)
-        if cached is None or not cached.is_of(source, destination, staging, transport.depth):
-            cached = self._bind(index, source, destination, staging, transport.depth)
+        if cached is None or not cached.is_of(sources, destinations, staging, transport.depth):
+            cached = self._bind(index, sources, destinations, staging, transport.depth)
         return run_move(cached.bound, transport)
 
     def _bind(
         self,
         index: int,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
+        sources: Tensors,
+        destinations: Tensors,
         staging: StagingProvider,
         depth: tuple[int, int],
     ) -> "CachedBinding":
         """Bind the copy program to these tensors, and keep that until one of the tensors goes."""
-        program = self._copy_program_for(index, source, destination, depth)
+        program = self._copy_program_for(index, sources, destinations, depth)
         buffer = staging(program.staging_nbytes)
-        binding = bind(program, _alias(source), _alias(destination), buffer)
+        binding = bind(program, [*map(_alias, sources)], [*map(_alias, destinations)], buffer)
         bindings = self._bindings
 
         def forget(_: object) -> None:
             bindings.pop(index, None)
 
+        every = (*sources, *destinations)
         cached = CachedBinding(
-            None if source is None else weakref.ref(source, forget),
-            None if destination is None else weakref.ref(destination, forget),
-            None if source is None else (source.data_ptr(), source.stride()),
-            None if destination is None else (destination.data_ptr(), destination.stride()),
+            [(weakref.ref(tensor, forget), tensor.data_ptr(), tensor.stride()) for tensor in every],
             buffer,
             program.staging_nbytes,
             depth,
@@ -220,26 +224,23 @@ class PlanExecution:
         return cached
 
     def _copy_program_for(
-        self,
-        index: int,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-        depth: tuple[int, int],
+        self, index: int, sources: Tensors, destinations: Tensors, depth: tuple[int, int]
     ) -> CopyProgram:
         """The copy program for tensors with these strides and alignments, from the cache if there were such before."""
-        strides = (
-            () if source is None else source.stride(),
-            () if destination is None else destination.stride(),
-        )
-        alignments = (_alignment(source), _alignment(destination))
-        key = (index, strides, alignments, depth)
+        of_sources, of_destinations = (tuple(map(_described, tensors)) for tensors in (sources, destinations))
+        key = (index, of_sources, of_destinations, depth)
         if key not in self._copy_programs:
-            move = self.plan.moves[index]
-            dtypes = (move.source.element_type, move.wire_dtype, move.destination.element_type)
+            move, program = self.plan.moves[index], self.programs[index]
             if len(self._copy_programs) >= MAX_COPY_PROGRAMS:
                 self._copy_programs.clear()
+            counts = [len(stack.items) for stack in move.stacks]
             self._copy_programs[key] = make_copy_program(
-                self.programs[index], dtypes, strides, alignments, depth, self.plan.staging_nbytes
+                program,
+                side_of(of_sources, program.source_shapes, counts),
+                side_of(of_destinations, program.destination_shapes, counts),
+                [torch_dtype(stack.wire_dtype) for stack in move.stacks],
+                depth,
+                self.plan.staging_nbytes,
             )
         return self._copy_programs[key]
 
@@ -248,38 +249,27 @@ class PlanExecution:
 class CachedBinding:
     """The binding of the last call, good for the same tensors in the same place. It does not keep them alive."""
 
-    source: "weakref.ref[torch.Tensor] | None"
-    destination: "weakref.ref[torch.Tensor] | None"
-    from_address: Address | None
-    to_address: Address | None
+    tensors: Sequence[tuple["weakref.ref[torch.Tensor]", int, tuple[int, ...]]]
     staging: torch.Tensor
     staging_nbytes: int
     depth: tuple[int, int]
     bound: Bound
 
-    def is_of(
-        self,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
-        staging: StagingProvider,
-        depth: tuple[int, int],
-    ) -> bool:
+    def is_of(self, sources: Tensors, destinations: Tensors, staging: StagingProvider, depth: tuple[int, int]) -> bool:
         """Whether a call with these may use the binding."""
-        return (
-            (None if self.source is None else self.source()) is source
-            and (None if self.destination is None else self.destination()) is destination
-            and (source is None or self.from_address == (source.data_ptr(), source.stride()))
-            and (destination is None or self.to_address == (destination.data_ptr(), destination.stride()))
-            and self.depth == depth
-            and staging(self.staging_nbytes) is self.staging
-        )
+        if self.depth != depth or len(self.tensors) != len(sources) + len(destinations):
+            return False
+        # Where a tensor's elements are, and its strides, may change under the same object (set_, data).
+        for tensor, (reference, address, strides) in zip((*sources, *destinations), self.tensors, strict=True):
+            if reference() is not tensor or tensor.data_ptr() != address or tensor.stride() != strides:
+                return False
+        return staging(self.staging_nbytes) is self.staging
 
 
-def _alignment(tensor: torch.Tensor | None) -> int:
-    nbytes: int = alignment_nbytes() if tensor is None else alignment_nbytes(tensor)
-    return nbytes
+def _described(tensor: torch.Tensor) -> LocalTensor:
+    return LocalTensor(tensor.dtype, tensor.stride(), alignment_nbytes(tensor))
 
 
-def _alias(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
     """Another tensor of the same memory. The one given may go while this stands (a view would keep its base alive)."""
-    return None if tensor is None else tensor.detach()
+    return tensor.detach()

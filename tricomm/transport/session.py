@@ -15,10 +15,9 @@ from enum import Enum
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from tricomm.errors import SpecError, TransportError, TricommError
 from tricomm.layout.spec import ShardingSpec
+from tricomm.packing.holdings import Tensors
 from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import CallId, Communicator
@@ -181,15 +180,15 @@ class Session:
     def run(
         self,
         execution: PlanExecution,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
+        sources: Tensors,
+        destinations: Tensors,
         number: int,
     ) -> None:
         """Carry one call out on this thread.
 
         Args:
             execution: of the plan.
-            source, destination: checked.
+            sources, destinations: checked.
             number: of the call.
 
         Raises:
@@ -208,7 +207,7 @@ class Session:
             self._require_all(communicator)
             communicator = self._connect(number, self._timeout_seconds)
         try:
-            self._carry_out(communicator, execution, source, destination, number, self._timeout_seconds)
+            self._carry_out(communicator, execution, sources, destinations, number, self._timeout_seconds)
         except TransportError:
             remaining = deadline - time.monotonic()
             if self._stays_broken or not communicator.is_past() or remaining < MIN_RETRY_SECONDS:
@@ -219,7 +218,7 @@ class Session:
                 communicator = self._connect(number, remaining)
             except TransportError as error:
                 raise TransportError(f"{error}; before that, {before.text if before else ''}") from error
-            self._carry_out(communicator, execution, source, destination, number, deadline - time.monotonic())
+            self._carry_out(communicator, execution, sources, destinations, number, deadline - time.monotonic())
 
     def _raise_late(self, last: Run) -> None:
         """Raise, once, what became of a call that had returned before the device was done with it. The others wait for
@@ -243,8 +242,8 @@ class Session:
         self,
         communicator: Communicator,
         execution: PlanExecution,
-        source: torch.Tensor | None,
-        destination: torch.Tensor | None,
+        sources: Tensors,
+        destinations: Tensors,
         number: int,
         timeout_seconds: float,
     ) -> None:
@@ -252,7 +251,7 @@ class Session:
         run = communicator.begin(call, timeout_seconds)
         is_complete = False
         try:
-            for work in execution.steps(source, destination, self.channel.staging, communicator):
+            for work in execution.steps(sources, destinations, self.channel.staging, communicator):
                 work.wait()
             if self._confirm:
                 communicator.confirm()
@@ -385,7 +384,13 @@ def tell_all(
     name_error(error, name)
     text = describe_failure(context.rank, f"its call of tricomm{f' for {name}' if name else ''}", error)
     everybody = tuple(range(context.size))
-    meshes = [spec.mesh for spec in (source, destination) if isinstance(spec, ShardingSpec)]
-    ranks = tuple(sorted({rank for mesh in meshes for rank in mesh.ranks}))
-    is_known = len(meshes) == 2 and context.rank in ranks and ranks[-1] < context.size
+    sides = [[*side.values()] if isinstance(side, Mapping) else [side] for side in (source, destination)]
+    specs = [spec for side in sides for spec in side if isinstance(spec, ShardingSpec)]
+    ranks = tuple(sorted({rank for mesh in {id(one.mesh): one.mesh for one in specs}.values() for rank in mesh.ranks}))
+    is_known = (
+        bool(ranks)
+        and len(specs) == len(sides[0]) + len(sides[1])
+        and context.rank in ranks
+        and ranks[-1] < context.size
+    )
     context.rendezvous.abort(ranks if is_known else everybody, text, channel, everybody)

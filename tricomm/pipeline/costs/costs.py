@@ -1,5 +1,6 @@
 """Costs: the seconds and bytes of a pipeline's stages and hops, measured or planned."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite, prod
@@ -114,8 +115,11 @@ class TransferCost:
         """
         topology = topology or plan.topology
         seconds = plan.simulated_seconds(topology)
-        destination = plan.destination
-        nbytes = max(prod(destination.local_shape(rank)) for rank in destination.mesh.ranks) * destination.itemsize
+        received: Counter[int] = Counter()
+        for item in plan.items:
+            for rank in item.destination.mesh.ranks:
+                received[rank] += prod(item.destination.local_shape(rank)) * item.destination.itemsize
+        nbytes = max(received.values())
         loads = {name: min(1.0, busy / seconds) for name, busy in _nic_seconds(plan, topology).items()}
         return cls(seconds, 0.0, nbytes, tuple(sorted(loads.items())))
 

@@ -14,6 +14,7 @@ from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan.choice import WORTH_IT
+from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, ranks_of
 from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.pieces import Cutting
@@ -24,7 +25,6 @@ from tricomm.plan.routes.chunks import (
     MAX_PEERS_PER_ROUND,
     MIN_CHUNK_NBYTES,
     Chunks,
-    Message,
     PairColumns,
     RouteContext,
     best_chunk_count,
@@ -34,8 +34,10 @@ from tricomm.plan.routes.chunks import (
     stepped_chunks,
     unicast,
 )
-from tricomm.plan.routes.rounds import Hop, schedule
+from tricomm.plan.routes.joined import Routes
+from tricomm.plan.routes.rounds import schedule
 from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy
+from tricomm.plan.tasks import wire_itemsize
 
 
 class Nics(NamedTuple):
@@ -68,14 +70,6 @@ def share_hosts(first: Mesh, second: Mesh, topology: Topology) -> bool:
     return bool(np.isin(here, there).any())
 
 
-class Routes(NamedTuple):
-    """How a move goes: see the fields of Move."""
-
-    strategy: Strategy
-    messages: Sequence[Message]
-    hops: Sequence[Hop]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ProductMove:
     """A move that formulas can route.
@@ -89,6 +83,7 @@ class ProductMove:
         sending, receiving: the NICs of either side.
         context: what a strategy may know.
         strategy: as asked.
+        stack, itemsize: the number of the stack, and bytes of an element on the wire.
         senders: the source's ranks.
         participants: all ranks of either mesh, sorted.
     """
@@ -103,6 +98,8 @@ class ProductMove:
     receiving: Nics
     context: RouteContext
     strategy: Auto | SendRecv | Broadcast | GlobalAllGather
+    stack: int
+    itemsize: int
     senders: tuple[int, ...]
     participants: Sequence[int]
 
@@ -111,6 +108,7 @@ class ProductMove:
         cls,
         source: ShardingSpec,
         destination: ShardingSpec,
+        stack: int,
         context: RouteContext,
         participants: Sequence[int],
         strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
@@ -146,6 +144,8 @@ class ProductMove:
             receiving,
             context,
             strategy,
+            stack,
+            wire_itemsize(source, destination),
             senders,
             participants,
         )
@@ -161,15 +161,19 @@ class ProductMove:
         way = best_way(self)
         return self._directly(way, rank) if way.children == 0 else self._round_about(way, rank)
 
+    def _parts(self, regions: Groups) -> PartGroups:
+        """Regions of the stack."""
+        return PartGroups(self.stack, self.itemsize, regions)
+
     def _directly(self, way: "Way", rank: int | None) -> Routes:
         if self.shared is not None:
-            pairs = self.shared.pairs(way.shares, rank)
+            pairs = self.shared.pairs(way.shares, rank, self._parts)
         else:
             pieces = self.cutting.pieces(self.rings.replicas, way.shares, rank)
             receivers = self.destination.ranks[pieces.tiles, pieces.copies]
             order = np.lexsort((receivers, pieces.senders))
-            regions = pieces.regions.take(order)
-            pairs = PairColumns(pieces.senders[order], receivers[order], regions, regions.numel)
+            parts = self._parts(pieces.regions.take(order))
+            pairs = PairColumns(pieces.senders[order], receivers[order], parts)
         strategy = self.strategy if isinstance(self.strategy, SendRecv) else SendRecv()
         messages = unicast(pairs, strategy.chunk_bytes, self.context)
         return Routes(strategy, messages, schedule(messages, self.participants, self.context.topology))
@@ -181,7 +185,7 @@ class ProductMove:
             pieces = self.cutting.pieces(1, way.shares, rank)
             visits = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings)
         strategy = Broadcast() if isinstance(self.strategy, Auto) else self.strategy
-        messages = RingMessages.of(visits, self.rings, way.children, way.chunks_of)
+        messages = RingMessages.of(visits, self.rings, way.children, self._parts, way.chunks_of)
         places = {one: place for place, one in enumerate(self.senders)}
         hops = ring_hops(messages, max(way.shares, 1), places, self.participants, self.context.topology, rank)
         return Routes(strategy, messages, hops)
@@ -209,13 +213,13 @@ class Way:
     chunk_bytes: int | None
     seconds: float
 
-    def chunks_of(self, regions: Groups, numel: np.ndarray) -> Mapping[int, Chunks]:
-        """The chunks of those messages that have more than one, given their regions and elements."""
+    def chunks_of(self, parts: PartGroups) -> Mapping[int, Chunks]:
+        """The chunks of those messages that have more than one, given their parts."""
+        nbytes = parts.nbytes
         if self.chunk_bytes is not None:
-            most = max(1, self.chunk_bytes // self.context.itemsize)
-            return cut_where(regions, -(-numel // most), lambda of_row, _: stepped_chunks(of_row, most))
-        parts = chunk_counts(numel * self.context.itemsize, self.chunks, self.limit_nbytes)
-        return cut_where(regions, parts, even_chunks)
+            most = max(self.chunk_bytes, parts.itemsize)
+            return cut_where(parts, -(-nbytes // most), lambda of_row, _: stepped_chunks(of_row, most))
+        return cut_where(parts, chunk_counts(nbytes, self.chunks, self.limit_nbytes), even_chunks)
 
 
 class Load(NamedTuple):
@@ -228,7 +232,7 @@ class Load(NamedTuple):
     @classmethod
     def of(cls, move: ProductMove, copies: int, shares: int) -> "Load":
         """With cells shared evenly, or each cell whole."""
-        holders, itemsize, ranks = move.source.replicas, move.context.itemsize, move.sending.ranks
+        holders, itemsize, ranks = move.source.replicas, move.itemsize, move.sending.ranks
         tile = move.cutting.source_line.largest * itemsize * copies
         cells = int(np.prod([np.bincount(held).max() for held in move.cutting.held])) * copies
         cell = int(np.prod([lengths.max() for lengths in move.cutting.lengths])) * itemsize
@@ -315,4 +319,4 @@ def _rails(move: ProductMove) -> int:
 
 def _tile_nbytes(move: ProductMove) -> int:
     """Bytes of the largest tile of the destination."""
-    return move.cutting.destination_line.largest * move.context.itemsize
+    return move.cutting.destination_line.largest * move.itemsize

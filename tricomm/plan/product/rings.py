@@ -8,6 +8,7 @@ import numpy as np
 from tricomm.layout.columns import Groups, offsets_of
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks
+from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Pieces
 from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Chunks, MessageTable
@@ -101,8 +102,10 @@ class RingMessages(MessageTable):
 
     __slots__ = ("children", "lengths", "rings", "visits")
 
-    def __init__(self, rings: Rings, visits: Visits, children: int, cut: Mapping[int, Chunks]) -> None:
-        super().__init__(visits.senders, visits.regions, visits.regions.numel, cut)
+    def __init__(
+        self, rings: Rings, visits: Visits, parts: PartGroups, children: int, cut: Mapping[int, Chunks]
+    ) -> None:
+        super().__init__(visits.senders, parts, parts.nbytes, cut)
         self.rings, self.visits, self.children = rings, visits, children
         ends = (rings.before(visits.tiles, at) for at in (visits.begins, visits.begins + visits.spans))
         begin, end = ends
@@ -114,7 +117,8 @@ class RingMessages(MessageTable):
         visits: Visits,
         rings: Rings,
         children: int,
-        chunks_of: Callable[[Groups, np.ndarray], Mapping[int, Chunks]],
+        parts_of: Callable[[Groups], PartGroups],
+        chunks_of: Callable[[PartGroups], Mapping[int, Chunks]],
     ) -> "RingMessages":
         """Sort visits, and cut them into chunks.
 
@@ -122,10 +126,12 @@ class RingMessages(MessageTable):
             visits: in any order.
             rings: of the tiles.
             children: 1 or 2.
-            chunks_of: cuts messages, given their regions and elements.
+            parts_of: says of which stack regions are.
+            chunks_of: cuts messages, given their parts.
         """
         visits = visits.take(np.lexsort((visits.only, visits.shares, visits.senders, visits.tiles)))
-        return cls(rings, visits, children, chunks_of(visits.regions, visits.regions.numel))
+        parts = parts_of(visits.regions)
+        return cls(rings, visits, parts, children, chunks_of(parts))
 
     @property
     def hearers(self) -> Hearers:
@@ -163,10 +169,10 @@ class RingMessages(MessageTable):
         return ChainLinks(hearers.message, *self.ends(hearers), offsets_of(self.lengths)[:-1])
 
     def _of_row(self, row: int) -> Hearers:
-        visits = self.visits.take(np.array([row]))
-        return RingMessages(self.rings, visits, self.children, {}).hearers._replace(
-            message=np.full(int(self.lengths[row]), row)
-        )
+        only = np.array([row])
+        assert isinstance(self.parts, PartGroups)
+        alone = RingMessages(self.rings, self.visits.take(only), self.parts.take(only), self.children, {})
+        return alone.hearers._replace(message=np.full(int(self.lengths[row]), row))
 
     def receivers_of(self, row: int) -> tuple[int, ...]:
         """See MessageTable."""

@@ -1,10 +1,12 @@
 """Hosts with ranks of both meshes: what is there stays there, and goes on from there."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from tricomm.layout.columns import Groups, offsets_of
+from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Cutting, Parts
 from tricomm.plan.product.rings import Visits
@@ -113,7 +115,7 @@ class SharedHosts:
         joined = Visits.joined(found)
         return joined if rank is None else joined.take(self._with(joined, rank))
 
-    def pairs(self, shares: int, rank: int | None) -> PairColumns:
+    def pairs(self, shares: int, rank: int | None, parts_of: Callable[[Groups], PartGroups]) -> PairColumns:
         """What is sent if each replica hears from a holder; at most one row for each pair of ranks.
 
         Args:
@@ -134,8 +136,7 @@ class SharedHosts:
         order = np.lexsort((receiver, sender))
         if rank is not None:
             order = order[(sender[order] == rank) | (receiver[order] == rank)]
-        groups = Groups.joined(regions).take(order)
-        return PairColumns(sender[order], receiver[order], groups, groups.numel)
+        return PairColumns(sender[order], receiver[order], parts_of(Groups.joined(regions).take(order)))
 
     def _rows(self, rank: int | None) -> list[tuple[np.ndarray, int | None]]:
         """The cells that a rank holds, with its number among their holders, and the others that it needs."""

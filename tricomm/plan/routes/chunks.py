@@ -8,16 +8,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod, sqrt
+from math import gcd, prod, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy, numbers
-from tricomm.layout.intervals import Piece, Region, cut_shapes, region_numel, region_shape
+from tricomm.layout.columns import Lazy, numbers
+from tricomm.layout.intervals import Piece, cut_shapes
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings
 from tricomm.plan.network.nic_seconds import link_seconds
+from tricomm.plan.parts import Part, PartGroups, in_order, nbytes_of, taken
 
 MAX_PEERS_PER_ROUND = 128
 """A round groups at most this many sends and as many receives on a rank: 256 operations, above which one
@@ -42,88 +43,101 @@ ROUND_COSTS = 20
 ROUNDS_IN_FLIGHT = 10
 """Most chunks of one peer that are staged at once, both directions together; divides the staging budget."""
 
-Chunk = tuple[Region, ...]
-"""Regions that travel together, packed one after the other, each row-major."""
+Chunk = tuple[Part, ...]
+"""Parts that travel together, packed one after the other, each row-major."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pattern:
-    """How regions of some shapes are cut into chunks, wherever the regions are.
+    """How parts of some shapes are cut into chunks, wherever the parts are.
 
     Attributes:
-        every: the pieces of each part.
-        parts: the same without parts that are empty: the chunks.
-        numel: elements of each chunk.
-        spans: (chunks, dims, 2), where each chunk starts and stops, by place in the region; None if there are several
-            regions or if a chunk is more than one box of places.
+        every: the pieces of each chunk; some may be empty.
+        chunks: the same without those that are empty.
+        nbytes: bytes of each chunk.
+        spans: (chunks, dims, 2), where each chunk starts and stops, by place in the part; None if there are several
+            parts or if a chunk is more than one box of places.
     """
 
     every: tuple[tuple[Piece, ...], ...]
-    parts: tuple[tuple[Piece, ...], ...]
-    numel: tuple[int, ...]
+    chunks: tuple[tuple[Piece, ...], ...]
+    nbytes: tuple[int, ...]
     spans: np.ndarray | None
 
 
-Shapes = tuple[tuple[int, ...], ...]
+Kinds = tuple[tuple[int, tuple[int, ...]], ...]
+"""(itemsize, shape) of some parts: all that cutting them depends on."""
+
+
+def _kinds(parts: Sequence[Part]) -> Kinds:
+    return tuple([(part.itemsize, part.shape) for part in parts])
 
 
 @lru_cache(maxsize=4096)
-def _even_pattern(shapes: Shapes, count: int) -> Pattern:
-    numel = sum(map(prod, shapes))
-    return _pattern(shapes, [numel * index // count for index in range(1, count)], numel // count // 16)
+def _even_pattern(kinds: Kinds, count: int) -> Pattern:
+    unit, total = _unit_and_total(kinds)
+    return _pattern(kinds, unit, [total * index // count for index in range(1, count)], total // count // 16)
 
 
 @lru_cache(maxsize=4096)
-def _stepped_pattern(shapes: Shapes, most: int) -> Pattern:
-    return _pattern(shapes, range(most, sum(map(prod, shapes)), most), 0)
+def _stepped_pattern(kinds: Kinds, most_nbytes: int) -> Pattern:
+    unit, total = _unit_and_total(kinds)
+    most = max(most_nbytes // unit, 1)
+    return _pattern(kinds, unit, range(most, total, most), 0)
 
 
-def _pattern(shapes: Shapes, points: Sequence[int], slack_numel: int) -> Pattern:
-    every = tuple(cut_shapes(shapes, points, slack_numel))
-    parts = tuple(part for part in every if part)
-    numel = tuple(sum(piece.numel for piece in part) for part in parts)
+def _unit_and_total(kinds: Kinds) -> tuple[int, int]:
+    """The bytes that every itemsize is a multiple of, and how many of those there are."""
+    unit = gcd(*(itemsize for itemsize, _ in kinds))
+    return unit, sum(itemsize // unit * prod(shape) for itemsize, shape in kinds)
+
+
+def _pattern(kinds: Kinds, unit: int, points: Sequence[int], slack: int) -> Pattern:
+    weights = [itemsize // unit for itemsize, _ in kinds]
+    every = tuple(cut_shapes([shape for _, shape in kinds], weights, points, slack))
+    chunks = tuple(pieces for pieces in every if pieces)
+    nbytes = tuple(sum(kinds[piece.region][0] * piece.numel for piece in pieces) for pieces in chunks)
     spans = None
-    if len(shapes) == 1 and all(len(part) == 1 for part in parts):
-        spans = np.array([piece.spans for (piece,) in parts], np.int64).reshape(len(parts), -1, 2)
-    return Pattern(every, parts, numel, spans)
+    if len(kinds) == 1 and all(len(pieces) == 1 for pieces in chunks):
+        spans = np.array([piece.spans for (piece,) in chunks], np.int64).reshape(len(chunks), -1, 2)
+    return Pattern(every, chunks, nbytes, spans)
 
 
 class Chunks(Lazy[Chunk]):
-    """The chunks of a message: their sizes are known, their regions are cut when somebody looks at them."""
+    """The chunks of a message: their sizes are known, their parts are cut when somebody looks at them."""
 
-    __slots__ = ("numel", "parts", "regions", "spans")
+    __slots__ = ("nbytes", "parts", "pieces", "spans")
 
-    def __init__(self, regions: Sequence[Region], pattern: Pattern) -> None:
-        self.regions, self.parts, self.numel, self.spans = regions, pattern.parts, pattern.numel, pattern.spans
+    def __init__(self, parts: Sequence[Part], pattern: Pattern) -> None:
+        self.parts, self.pieces, self.nbytes, self.spans = parts, pattern.chunks, pattern.nbytes, pattern.spans
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.pieces)
 
     def _items(self, rows: np.ndarray) -> Iterator[Chunk]:
-        return (tuple([piece.of(self.regions) for piece in self.parts[row]]) for row in rows.tolist())
+        return (taken(self.pieces[row], self.parts) for row in rows.tolist())
 
 
-def even_parts(regions: Sequence[Region], count: int) -> list[Chunk]:
-    """Cut regions into about equal parts, between rows where that changes a part by an eighth at the most.
+def even_parts(parts: Sequence[Part], count: int) -> list[Chunk]:
+    """Cut parts into so many groups of about equal bytes, between rows where that changes one by an eighth at the most.
 
     Example:
-        >>> even_parts([(((0, 4),), ((0, 8),))], 2)
-        [((((0, 2),), ((0, 8),)),), ((((2, 4),), ((0, 8),)),)]
+        >>> [len(group) for group in even_parts([Part(0, 4, (((0, 4),), ((0, 8),)))], 2)]
+        [1, 1]
     """
     if count == 1:
-        return [tuple(regions)]
-    every = _even_pattern(tuple(map(region_shape, regions)), count).every
-    return [tuple([piece.of(regions) for piece in part]) for part in every]
+        return [tuple(parts)]
+    return [taken(pieces, parts) for pieces in _even_pattern(_kinds(parts), count).every]
 
 
-def even_chunks(regions: Sequence[Region], count: int) -> Chunks:
-    """Cut regions as :func:`even_parts` does, and leave out empty parts."""
-    return Chunks(regions, _even_pattern(tuple(map(region_shape, regions)), count))
+def even_chunks(parts: Sequence[Part], count: int) -> Chunks:
+    """Cut parts as :func:`even_parts` does, and leave out empty groups."""
+    return Chunks(parts, _even_pattern(_kinds(parts), count))
 
 
-def stepped_chunks(regions: Sequence[Region], most: int) -> Chunks:
-    """Cut regions into parts of ``most`` elements; the last may have less."""
-    return Chunks(regions, _stepped_pattern(tuple(map(region_shape, regions)), most))
+def stepped_chunks(parts: Sequence[Part], most_nbytes: int) -> Chunks:
+    """Cut parts into chunks of ``most_nbytes``, or of one element if that is larger; the last may have less."""
+    return Chunks(parts, _stepped_pattern(_kinds(parts), most_nbytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,27 +150,35 @@ class Message:
         parents: of each receiver, the place in ``chain`` of the rank from which it receives; None is the one before it.
 
     Example:
-        >>> message = Message((0, 2, 3), (((((0, 4),),),), ((((4, 6),),),)))  # rank 2 forwards to rank 3
-        >>> message.numel, message.chunk_numel(1)
-        (6, 2)
+        >>> chunks = ((Part(0, 4, (((0, 4),),)),), (Part(0, 4, (((4, 6),),)),))
+        >>> message = Message((0, 2, 3), chunks)  # rank 2 forwards to rank 3
+        >>> message.numel, message.nbytes, message.chunk_nbytes(1)
+        (6, 24, 8)
     """
 
     chain: tuple[int, ...]
     chunks: Sequence[Chunk]
     parents: tuple[int, ...] | None = field(default=None, repr=False)
 
-    def chunk_numel(self, index: int) -> int:
-        """Count the elements of one chunk."""
+    def chunk_nbytes(self, index: int) -> int:
+        """Count the bytes of one chunk."""
         if isinstance(self.chunks, Chunks):
-            return self.chunks.numel[index]
-        return sum(region_numel(region) for region in self.chunks[index])
+            return self.chunks.nbytes[index]
+        return nbytes_of(self.chunks[index])
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of the message, each once, however many ranks receive it."""
+        return sum(self.chunk_nbytes(index) for index in range(len(self.chunks)))
 
     @property
     def numel(self) -> int:
-        """Count the elements of the message, each once, however many ranks receive it."""
-        if isinstance(self.chunks, Chunks):
-            return sum(self.chunks.numel)
-        return sum(self.chunk_numel(index) for index in range(len(self.chunks)))
+        """Count the elements of the message, each once."""
+        return sum(part.numel for chunk in self.chunks for part in chunk)
+
+
+Grouped = PartGroups | tuple[tuple[Part, ...], ...]
+"""The parts of several messages: of one stack as columns, of several as values."""
 
 
 class PairColumns(NamedTuple):
@@ -164,22 +186,27 @@ class PairColumns(NamedTuple):
 
     Attributes:
         senders, receivers: (pairs,), ranks.
-        regions: of each pair.
-        numel: (pairs,), elements of each.
+        parts: of each pair.
     """
 
     senders: np.ndarray
     receivers: np.ndarray
-    regions: Groups | tuple[tuple[Region, ...], ...]
-    numel: np.ndarray
+    parts: Grouped
+
+    @property
+    def nbytes(self) -> np.ndarray:
+        """Bytes of each pair."""
+        if isinstance(self.parts, PartGroups):
+            return self.parts.nbytes
+        return numbers(map(nbytes_of, self.parts), len(self.parts))
 
     def take(self, rows: np.ndarray) -> "PairColumns":
         """Take some rows."""
-        if isinstance(self.regions, Groups):
-            regions: Groups | tuple[tuple[Region, ...], ...] = self.regions.take(rows)
+        if isinstance(self.parts, PartGroups):
+            parts: Grouped = self.parts.take(rows)
         else:
-            regions = tuple(self.regions[row] for row in rows.tolist())
-        return PairColumns(self.senders[rows], self.receivers[rows], regions, self.numel[rows])
+            parts = tuple(self.parts[row] for row in rows.tolist())
+        return PairColumns(self.senders[rows], self.receivers[rows], parts)
 
 
 class MessageTable(Lazy[Message]):
@@ -187,22 +214,22 @@ class MessageTable(Lazy[Message]):
 
     Attributes:
         senders: (messages,), the first rank of each chain.
-        regions: of each message.
-        numel: (messages,), elements of each.
+        parts: of each message.
+        nbytes: (messages,), of each.
         cut: the chunks of those messages that have more than one.
         chunk_counts: (messages,).
     """
 
-    __slots__ = ("chunk_counts", "cut", "numel", "regions", "senders")
+    __slots__ = ("chunk_counts", "cut", "nbytes", "parts", "senders")
 
     def __init__(
         self,
         senders: np.ndarray,
-        regions: Groups | tuple[tuple[Region, ...], ...],
-        numel: np.ndarray,
+        parts: Grouped,
+        nbytes: np.ndarray,
         cut: Mapping[int, Chunks],
     ) -> None:
-        self.senders, self.regions, self.numel, self.cut = senders, regions, numel, cut
+        self.senders, self.parts, self.nbytes, self.cut = senders, parts, nbytes, cut
         self.chunk_counts = np.ones(len(senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
 
@@ -223,8 +250,8 @@ class MessageTable(Lazy[Message]):
         return len(self.senders)
 
     def _items(self, rows: np.ndarray) -> Iterator[Message]:
-        regions = self.regions
-        wholes = regions._items(rows) if isinstance(regions, Groups) else (regions[row] for row in rows.tolist())
+        parts = self.parts
+        wholes = parts._items(rows) if isinstance(parts, PartGroups) else (parts[row] for row in rows.tolist())
         for row, sender, whole in zip(rows.tolist(), self.senders[rows].tolist(), wholes, strict=True):
             yield Message((sender, *self.receivers_of(row)), self.cut.get(row, (whole,)), self.parents_of(row))
 
@@ -239,7 +266,7 @@ class Unicasts(MessageTable):
     __slots__ = ("pairs",)
 
     def __init__(self, pairs: PairColumns, cut: Mapping[int, Chunks]) -> None:
-        super().__init__(pairs.senders, pairs.regions, pairs.numel, cut)
+        super().__init__(pairs.senders, pairs.parts, pairs.nbytes, cut)
         self.pairs = pairs
 
     @property
@@ -253,9 +280,9 @@ class Unicasts(MessageTable):
         return (int(self.pairs.receivers[row]),)
 
     @classmethod
-    def of(cls, pairs: PairColumns, parts: np.ndarray, cutter: Callable[[Sequence[Region], int], Chunks]) -> "Unicasts":
-        """Cut each message into as many parts as ``parts`` says, and leave out empty ones."""
-        return cls(pairs, cut_where(pairs.regions, parts, cutter))
+    def of(cls, pairs: PairColumns, counts: np.ndarray, cutter: Callable[[Sequence[Part], int], Chunks]) -> "Unicasts":
+        """Cut each message into as many chunks as ``counts`` says, and leave out empty ones."""
+        return cls(pairs, cut_where(pairs.parts, counts, cutter))
 
     def touching(self, rank: int) -> "Unicasts":
         """Take the messages that a rank sends or receives."""
@@ -266,17 +293,12 @@ class Unicasts(MessageTable):
         return Unicasts(self.pairs.take(rows), {at[row]: chunks for row, chunks in self.cut.items() if row in at})
 
 
-def cut_where(
-    regions: Groups | tuple[tuple[Region, ...], ...],
-    parts: np.ndarray,
-    cutter: Callable[[Sequence[Region], int], Chunks],
-) -> dict[int, Chunks]:
-    """Cut the groups of which ``parts`` says that they have several."""
-    rows = np.flatnonzero(parts > 1)
-    wholes = regions._items(rows) if isinstance(regions, Groups) else [regions[row] for row in rows.tolist()]
-    return {
-        row: cutter(whole, count) for row, count, whole in zip(rows.tolist(), parts[rows].tolist(), wholes, strict=True)
-    }
+def cut_where(parts: Grouped, counts: np.ndarray, cutter: Callable[[Sequence[Part], int], Chunks]) -> dict[int, Chunks]:
+    """Cut the groups of which ``counts`` says that they have several chunks."""
+    rows = np.flatnonzero(counts > 1)
+    wholes = parts._items(rows) if isinstance(parts, PartGroups) else [parts[row] for row in rows.tolist()]
+    several = zip(rows.tolist(), counts[rows].tolist(), wholes, strict=True)
+    return {row: cutter(whole, count) for row, count, whole in several}
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,13 +306,11 @@ class RouteContext:
     """What a strategy may know beside the assignments.
 
     Attributes:
-        itemsize: bytes of one element on the wire.
         topology: hosts and rates.
         peers: an upper bound on the peers of one rank, equal on all ranks.
         staging_nbytes: the budget for packed chunks on one rank.
     """
 
-    itemsize: int
     topology: Topology
     peers: int
     staging_nbytes: int
@@ -302,14 +322,14 @@ class RouteContext:
         return max(self.staging_nbytes // (ROUNDS_IN_FLIGHT * max(peers, 1)) * 8 // 9, 1)
 
 
-RegionsByChain = Mapping[tuple[int, ...], Sequence[Region]]
+PartsByChain = Mapping[tuple[int, ...], Sequence[Part]]
 """What travels along each chain of ranks."""
 
 
-def chained(by_chain: RegionsByChain, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
+def chained(by_chain: PartsByChain, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
     """Make messages with chunks of a size that makes the plan fast, or of ``chunk_bytes`` if that is given."""
     if chunk_bytes is not None:
-        return messages_of(by_chain, chunk_bytes, context.itemsize)
+        return messages_of(by_chain, chunk_bytes)
     if not by_chain:
         return ()
     links = ChainLinks.of(tuple(by_chain))
@@ -317,9 +337,8 @@ def chained(by_chain: RegionsByChain, chunk_bytes: int | None, context: RouteCon
     np.add.at(operations, links.destinations[links.lasts], 1)
     per_rank = int(operations.max())
     limit = context.chunk_limit_nbytes(min(per_rank, MAX_PEERS_PER_ROUND))
-    nbytes = (
-        numbers((sum(map(region_numel, regions)) for regions in by_chain.values()), len(by_chain)) * context.itemsize
-    )
+    by_chain = {chain: in_order(parts) for chain, parts in by_chain.items()}
+    nbytes = numbers(map(nbytes_of, by_chain.values()), len(by_chain))
     return messages(by_chain, nbytes, _chunk_count(links, nbytes, per_rank, context.topology), limit)
 
 
@@ -358,12 +377,11 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
     """
     topology, peers = context.topology, context.peers
     if chunk_bytes is not None:
-        most = max(1, chunk_bytes // context.itemsize)
-        return Unicasts.of(pairs, -(-pairs.numel // most), lambda regions, _: stepped_chunks(regions, most))
+        return Unicasts.of(pairs, -(-pairs.nbytes // chunk_bytes), lambda parts, _: stepped_chunks(parts, chunk_bytes))
     limit = min(MAX_UNICAST_CHUNK_NBYTES, context.chunk_limit_nbytes(min(peers, MAX_PEERS_PER_ROUND)))
     # A round is worth its cost if it takes much longer.
     round_seconds = ROUND_COSTS * (topology.latency_seconds + peers * topology.overhead_seconds) / peers
-    nbytes = pairs.numel * context.itemsize
+    nbytes = pairs.nbytes
     wanted = np.ones(len(nbytes), np.int64)
     if peers > 1:
         rates = topology.rates_between(pairs.senders, pairs.receivers)
@@ -382,20 +400,20 @@ def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int) -> np.ndarra
     return counts
 
 
-def messages(by_chain: RegionsByChain, nbytes: np.ndarray, count: int, limit_nbytes: int) -> tuple[Message, ...]:
+def messages(by_chain: PartsByChain, nbytes: np.ndarray, count: int, limit_nbytes: int) -> tuple[Message, ...]:
     """Cut each message into ``count`` chunks; fewer if they would be tiny, more if they would exceed the limit."""
     parts = chunk_counts(nbytes, count, limit_nbytes)
     counted = zip(by_chain.items(), parts.tolist(), strict=True)
-    return tuple(
-        _message(chain, regions, part) for (chain, regions), part in sorted(counted, key=lambda one: one[0][0])
-    )
+    return tuple(_message(chain, parts, count) for (chain, parts), count in sorted(counted, key=lambda one: one[0][0]))
 
 
-def _message(chain: tuple[int, ...], regions: Sequence[Region], parts: int) -> Message:
-    return Message(chain, (tuple(regions),) if parts == 1 else even_chunks(regions, parts))
+def _message(chain: tuple[int, ...], parts: Sequence[Part], count: int) -> Message:
+    return Message(chain, (tuple(parts),) if count == 1 else even_chunks(parts, count))
 
 
-def messages_of(by_chain: RegionsByChain, chunk_nbytes: int, itemsize: int) -> tuple[Message, ...]:
+def messages_of(by_chain: PartsByChain, chunk_nbytes: int) -> tuple[Message, ...]:
     """Make messages with chunks of the size that was asked for; the last of each may be smaller."""
-    most = max(1, chunk_nbytes // itemsize)
-    return tuple(Message(chain, stepped_chunks(regions, most)) for chain, regions in sorted(by_chain.items()))
+    return tuple(
+        Message(chain, stepped_chunks(in_order(parts), chunk_nbytes))
+        for chain, parts in sorted(by_chain.items(), key=lambda one: one[0])
+    )

@@ -100,7 +100,9 @@ def schedule(messages: Sequence[Message], participants: Sequence[int], topology:
     Example:
         Two chunks along a chain of three hosts; the second leaves rank 0 while rank 1 forwards the first:
 
-        >>> message = Message((0, 1, 2), (((((0, 4),),),), ((((4, 8),),),)))
+        >>> from tricomm.plan.parts import Part
+        >>> chunks = ((Part(0, 4, (((0, 4),),)),), (Part(0, 4, (((4, 8),),)),))
+        >>> message = Message((0, 1, 2), chunks)
         >>> hops = schedule([message], range(3), Topology.flat(3))
         >>> [(hop.round // STEP_STRIDE, hop.source, hop.destination, hop.chunk) for hop in hops]
         [(0, 0, 1, 0), (1, 0, 1, 1), (1, 1, 2, 0), (2, 1, 2, 1)]

@@ -14,13 +14,13 @@ import numpy as np
 
 from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups
-from tricomm.layout.intervals import Region, region_numel
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import by_host, grouped
+from tricomm.plan.parts import Part, PartGroups, in_order
 from tricomm.plan.routes.chunks import (
     Message,
     PairColumns,
-    RegionsByChain,
+    PartsByChain,
     RouteContext,
     chained,
     even_parts,
@@ -38,7 +38,7 @@ class Strategy(Protocol):
         >>> from tricomm import SendRecv, Topology
         >>> SendRecv().fan_out
         <FanOut.EVERY_RANK: 'once for every receiver on another host'>
-        >>> SendRecv().route((), RouteContext(4, Topology.flat(2), 1, 1 << 20))
+        >>> SendRecv().route((), RouteContext(Topology.flat(2), 1, 1 << 20))
         ()
     """
 
@@ -105,20 +105,19 @@ def _pairs(assignments: Sequence[Assignment]) -> PairColumns:
     if isinstance(assignments, DirectAssignments):
         order = np.lexsort((assignments.receivers, assignments.senders))
         senders, receivers = assignments.senders[order], assignments.receivers[order]
-        regions = assignments.regions.take(order)
+        parts = assignments.parts.take(order)
         is_new = np.ones(len(order), bool)
         is_new[1:] = (senders[1:] != senders[:-1]) | (receivers[1:] != receivers[:-1])
         begins = np.flatnonzero(is_new)
-        groups = Groups(regions.regions, np.append(regions.offsets[begins], len(regions.regions)))
-        return PairColumns(senders[begins], receivers[begins], groups, groups.numel)
-    by_pair: dict[tuple[int, int], list[Region]] = {}
+        regions, offsets = parts.groups.regions, parts.groups.offsets
+        groups = Groups(regions, np.append(offsets[begins], len(regions)))
+        return PairColumns(senders[begins], receivers[begins], PartGroups(parts.stack, parts.itemsize, groups))
+    by_pair: dict[tuple[int, int], list[Part]] = {}
     for assignment in assignments:
         for receiver in assignment.receivers:
-            by_pair.setdefault((assignment.sender, receiver), []).extend(assignment.regions)
+            by_pair.setdefault((assignment.sender, receiver), []).extend(assignment.parts)
     ends = np.array(sorted(by_pair), np.int64).reshape(-1, 2)
-    lists = tuple(tuple(by_pair[pair]) for pair in sorted(by_pair))
-    numel = np.array([sum(map(region_numel, regions)) for regions in lists], np.int64)
-    return PairColumns(ends[:, 0], ends[:, 1], lists, numel)
+    return PairColumns(ends[:, 0], ends[:, 1], tuple(in_order(by_pair[pair]) for pair in sorted(by_pair)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +131,11 @@ class _Chained(_Chunked, ABC):
         ):
             # Nothing to forward. A rank that plans alone sees its own part only, which must then be cut the same.
             return unicast(_pairs(assignments), self.chunk_bytes, context)
-        return chained(self._regions_by_chain(assignments, context), self.chunk_bytes, context)
+        return chained(self._parts_by_chain(assignments, context), self.chunk_bytes, context)
 
     @abstractmethod
-    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
-        """Choose the chains, and which regions travel along each."""
+    def _parts_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> PartsByChain:
+        """Choose the chains, and which parts travel along each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +163,8 @@ class LocalAllGather(_Chained):
         """See Strategy."""
         return FanOut.EVERY_HOST
 
-    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
-        by_chain: dict[tuple[int, ...], list[Region]] = {}
+    def _parts_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> PartsByChain:
+        by_chain: dict[tuple[int, ...], list[Part]] = {}
         for assignment in assignments:
             for ranks in by_host(assignment.receivers, context.topology):
                 _ring(by_chain, assignment, ranks)
@@ -196,8 +195,8 @@ class GlobalAllGather(_Chained):
         """See Strategy."""
         return FanOut.ONCE
 
-    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
-        by_chain: dict[tuple[int, ...], list[Region]] = {}
+    def _parts_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> PartsByChain:
+        by_chain: dict[tuple[int, ...], list[Part]] = {}
         for assignment in assignments:
             _ring(by_chain, assignment, assignment.receivers)
         return by_chain
@@ -222,7 +221,7 @@ class Broadcast(_Chained):
         >>> move = make_plan(one, four, topology=hosts, strategy=Broadcast()).moves[0]
         >>> [message.chain for message in move.messages]
         [(0, 1, 2, 3, 4)]
-        >>> [chunk[0] for chunk in move.messages[0].chunks][:2]  # each chunk is one region of one dim
+        >>> [chunk[0].region for chunk in move.messages[0].chunks][:2]  # each chunk is one region of one dim
         [(((0, 262144),),), (((262144, 524288),),)]
     """
 
@@ -231,28 +230,28 @@ class Broadcast(_Chained):
         """See Strategy."""
         return FanOut.ONCE
 
-    def _regions_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> RegionsByChain:
+    def _parts_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> PartsByChain:
         topology = context.topology
         alike: dict[tuple[int, ...], list[Assignment]] = {}
         for assignment in assignments:
             alike.setdefault(assignment.receivers, []).append(assignment)
-        by_chain: dict[tuple[int, ...], list[Region]] = {}
+        by_chain: dict[tuple[int, ...], list[Part]] = {}
         for receivers, members in alike.items():
             hosts = [grouped(ranks, topology.nic) for ranks in by_host(receivers, topology)]
             rails = max(map(len, hosts))
-            sizes = [assignment.numel for assignment in members]
+            sizes = [assignment.nbytes for assignment in members]
             # Equal assignments rotate over the rails; otherwise each is spread over all of them.
             pieces = rails // gcd(rails, len(members)) if max(sizes) - min(sizes) <= max(sizes) // 64 else rails
             rail = 0
             for assignment in members:
-                for part in even_parts(assignment.regions, pieces):
+                for part in even_parts(assignment.parts, pieces):
                     chain = [assignment.sender]
                     for nics in hosts:
                         first = rail % len(nics)
                         chain += [rank for ranks in (*nics[first:], *nics[:first]) for rank in ranks]
                     by_chain.setdefault(tuple(chain), []).extend(part)
                     rail += 1
-        return {chain: regions for chain, regions in by_chain.items() if regions}
+        return {chain: parts for chain, parts in by_chain.items() if parts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,8 +272,8 @@ class Auto:
         >>> one = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R"], (1 << 20,), "float32")
         >>> four = ShardingSpec.from_dims(Mesh([[1, 2], [3, 4]], ("host", "device")), ["R"])
         >>> hosts = Topology(("a", "b", "b", "c", "c"))
-        >>> make_plan(one, four, topology=hosts, strategy=Auto()).moves[0].strategy
-        GlobalAllGather(chunk_bytes=None)
+        >>> make_plan(one, four, topology=hosts, strategy=Auto()).moves[0].strategies
+        (GlobalAllGather(chunk_bytes=None),)
     """
 
     search_up_to: int = 32
@@ -290,8 +289,8 @@ class Auto:
         return SendRecv(), Broadcast(), LocalAllGather(), GlobalAllGather()
 
 
-def _ring(by_chain: dict[tuple[int, ...], list[Region]], assignment: Assignment, ranks: Sequence[int]) -> None:
+def _ring(by_chain: dict[tuple[int, ...], list[Part]], assignment: Assignment, ranks: Sequence[int]) -> None:
     """Cut the assignment into a part for each rank, which goes on to the others in a ring."""
-    for index, part in enumerate(even_parts(assignment.regions, len(ranks))):
+    for index, part in enumerate(even_parts(assignment.parts, len(ranks))):
         if part:
             by_chain.setdefault((assignment.sender, *ranks[index:], *ranks[:index]), []).extend(part)

@@ -10,37 +10,37 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tricomm.layout.columns import Groups, Lazy
-from tricomm.layout.intervals import Region, region_numel
+from tricomm.layout.columns import Lazy
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import HostsOf, by_host, other_hosts
 from tricomm.plan.network.nic_seconds import NicSeconds
+from tricomm.plan.parts import Part, PartGroups, nbytes_of
 from tricomm.plan.tasks import Task, Tasks
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """``sender`` brings ``regions`` to every rank of ``receivers``.
+    """``sender`` brings ``parts`` to every rank of ``receivers``.
 
     Attributes:
         sender: one of the task's holders.
         receivers: host by host; a strategy that forwards does so in this order of the hosts.
-        regions: of one task.
+        parts: of one task.
 
     Example:
-        >>> Assignment(0, (2, 3), ((((0, 4),), ((0, 8),)),)).numel
-        32
+        >>> Assignment(0, (2, 3), (Part(0, 4, (((0, 4),), ((0, 8),))),)).nbytes
+        128
     """
 
     sender: int
     receivers: tuple[int, ...]
-    regions: tuple[Region, ...]
+    parts: tuple[Part, ...]
 
     @property
-    def numel(self) -> int:
-        """Elements, counted once."""
-        return sum(region_numel(region) for region in self.regions)
+    def nbytes(self) -> int:
+        """Bytes on the wire, counted once."""
+        return nbytes_of(self.parts)
 
 
 class DirectAssignments(Lazy[Assignment]):
@@ -48,21 +48,21 @@ class DirectAssignments(Lazy[Assignment]):
 
     Attributes:
         senders, receivers: (assignments,), one rank of each.
-        regions: of each.
+        parts: of each.
     """
 
-    __slots__ = ("receivers", "regions", "senders")
+    __slots__ = ("parts", "receivers", "senders")
 
-    def __init__(self, senders: np.ndarray, receivers: np.ndarray, regions: Groups) -> None:
-        self.senders, self.receivers, self.regions = senders, receivers, regions
+    def __init__(self, senders: np.ndarray, receivers: np.ndarray, parts: PartGroups) -> None:
+        self.senders, self.receivers, self.parts = senders, receivers, parts
 
     def __len__(self) -> int:
         return len(self.senders)
 
     def _items(self, rows: np.ndarray) -> Iterator[Assignment]:
         pairs = zip(self.senders[rows].tolist(), self.receivers[rows].tolist(), strict=True)
-        for (sender, receiver), regions in zip(pairs, self.regions._items(rows), strict=True):
-            yield Assignment(sender, (receiver,), regions)
+        for (sender, receiver), parts in zip(pairs, self.parts._items(rows), strict=True):
+            yield Assignment(sender, (receiver,), parts)
 
 
 def direct_assignments(tasks: Sequence[Task], first_holder: bool = False) -> DirectAssignments | None:
@@ -72,7 +72,7 @@ def direct_assignments(tasks: Sequence[Task], first_holder: bool = False) -> Dir
     receivers, senders = tasks.receiver_sets.first(tasks.receivers), tasks.holder_sets.first(tasks.holders)
     holds = senders == receivers if tasks.one_holder else tasks.holder_sets.includes(tasks.holders, receivers)
     travels = (~holds).nonzero()[0]
-    return DirectAssignments(senders[travels], receivers[travels], tasks.regions.take(travels))
+    return DirectAssignments(senders[travels], receivers[travels], tasks.parts.take(travels))
 
 
 class SenderPolicy(Protocol):
@@ -81,17 +81,16 @@ class SenderPolicy(Protocol):
     Example:
         Split, Naive, LeastLoaded, Search, RandomizedGreedy and Ensemble are policies; others need this member only:
 
-        >>> task = Task(((((0, 4),),),), holders=(0, 1), receivers=(2,))
-        >>> Naive().assign((task,), 4, Topology.flat(3), FanOut.ONCE)
-        (Assignment(sender=0, receivers=(2,), regions=((((0, 4),),),)),)
+        >>> task = Task((Part(0, 4, (((0, 4),),)),), holders=(0, 1), receivers=(2,))
+        >>> Naive().assign((task,), Topology.flat(3), FanOut.ONCE)
+        (Assignment(sender=0, receivers=(2,), parts=(Part(stack=0, itemsize=4, region=(((0, 4),),)),)),)
     """
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+    def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """Make one or more assignments for every task that has remote receivers.
 
         Args:
             tasks: all of a move.
-            itemsize: bytes of an element on the wire.
             topology: hosts and rates.
             fan_out: of the strategy that will route.
         """
@@ -101,17 +100,17 @@ class SenderPolicy(Protocol):
 
 
 class TransferDemand(NamedTuple):
-    """Regions that have to leave a host, and the ranks that may send them.
+    """Parts that have to leave a host, and the ranks that may send them.
 
     Attributes:
         holders: who may send.
-        hosts: the receivers, by host, of hosts where nobody holds the regions.
-        regions, nbytes: what.
+        hosts: the receivers, by host, of hosts where nobody holds the parts.
+        parts, nbytes: what.
     """
 
     holders: tuple[int, ...]
     hosts: tuple[tuple[int, ...], ...]
-    regions: tuple[Region, ...]
+    parts: tuple[Part, ...]
     nbytes: int
 
 
@@ -143,7 +142,7 @@ class SendLoads:
             others = other_hosts(hosts, sender, self.topology)
             last = max(reversed(others), key=self._busy_seconds, default=None)  # the last one of equals
             hosts = tuple(sorted(hosts, key=lambda ranks: (ranks is last, self.topology.host(ranks[0]) != here)))
-        assignment = Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), demand.regions)
+        assignment = Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), demand.parts)
         self.add(assignment, demand.nbytes)
         return assignment
 
@@ -172,7 +171,7 @@ class SendLoads:
 
 
 def divide_by_choice(
-    tasks: Sequence[Task], itemsize: int, topology: Topology
+    tasks: Sequence[Task], topology: Topology
 ) -> tuple[list[Assignment], list[TransferDemand], list[Assignment]]:
     """Divide the tasks by what there is to choose.
 
@@ -191,9 +190,9 @@ def divide_by_choice(
         if not receivers:
             continue
         if len(receivers) == len(task.holders) == 1:
-            forced.append(Assignment(task.holders[0], receivers, task.regions))
+            forced.append(Assignment(task.holders[0], receivers, task.parts))
             continue
-        nbytes = task.numel * itemsize
+        nbytes = task.nbytes
         holders_at = {topology.host(ranks[0]): ranks for ranks in hosts_of[task.holders]}
         others: list[tuple[int, ...]] = []
         for ranks in hosts_of[receivers]:
@@ -203,9 +202,9 @@ def divide_by_choice(
             else:
                 sender = min(here, key=lambda rank: sent.get(rank, 0))
                 sent[sender] = sent.get(sender, 0) + nbytes
-                within_hosts.append(Assignment(sender, ranks, task.regions))
+                within_hosts.append(Assignment(sender, ranks, task.parts))
         if others:
-            demands.append(TransferDemand(task.holders, tuple(others), task.regions, nbytes))
+            demands.append(TransferDemand(task.holders, tuple(others), task.parts, nbytes))
     return within_hosts, demands, forced
 
 
@@ -214,18 +213,18 @@ SenderChoice = Callable[[Sequence[TransferDemand], SendLoads], tuple[Assignment,
 
 
 def choose_senders(
-    tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut, choice: SenderChoice
+    tasks: Sequence[Task], topology: Topology, fan_out: FanOut, choice: SenderChoice
 ) -> Sequence[Assignment]:
     """Assign all tasks; ``choice`` makes the assignments where there is a choice."""
     without_choice = direct_assignments(tasks)
     if without_choice is not None:
         return without_choice
-    within_hosts, demands, forced = divide_by_choice(tasks, itemsize, topology)
+    within_hosts, demands, forced = divide_by_choice(tasks, topology)
     if not demands:
         return (*within_hosts, *forced)
     loads = SendLoads(topology, fan_out)
     for assignment in forced:
-        loads.add(assignment, assignment.numel * itemsize)
+        loads.add(assignment, assignment.nbytes)
     return (*within_hosts, *forced, *choice(demands, loads))
 
 
@@ -242,7 +241,7 @@ class Naive:
         [((0, 2), 2048), ((0, 3), 2048), ((0, 4), 2048)]
     """
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+    def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
         without_choice = direct_assignments(tasks, first_holder=True)
         if without_choice is not None:
@@ -255,7 +254,7 @@ class Naive:
                 hosts = sorted(
                     by_host(task.remote_receivers, topology), key=lambda ranks: topology.host(ranks[0]) != here
                 )
-                result.append(Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), task.regions))
+                result.append(Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), task.parts))
         return tuple(result)
 
 
@@ -275,9 +274,9 @@ class LeastLoaded:
         [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
     """
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+    def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
-        return choose_senders(tasks, itemsize, topology, fan_out, greedy)
+        return choose_senders(tasks, topology, fan_out, greedy)
 
 
 def largest_first(demands: Sequence[TransferDemand]) -> list[int]:

@@ -51,9 +51,9 @@ class Search:
     def __post_init__(self) -> None:
         _check_count("nodes", self.nodes)
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+    def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
-        return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
+        return choose_senders(tasks, topology, fan_out, self._choose)
 
     def _choose(self, demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
         return _Searching(demands, loads, self.nodes).run()
@@ -141,9 +141,9 @@ class RandomizedGreedy:
     def __post_init__(self) -> None:
         _check_count("trials", self.trials)
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+    def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
-        return choose_senders(tasks, itemsize, topology, fan_out, self._choose)
+        return choose_senders(tasks, topology, fan_out, self._choose)
 
     def _choose(self, demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
         generator = random.Random(self.seed)
@@ -172,21 +172,21 @@ class Ensemble:
         [((0, 2), 2048), ((0, 4), 2048), ((1, 3), 2048)]
     """
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+    def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
         without_choice = direct_assignments(tasks)
         if without_choice is not None:
             return without_choice
         members: tuple[SenderPolicy, ...] = (Naive(), LeastLoaded(), RandomizedGreedy(), Search())
-        choices = [member.assign(tasks, itemsize, topology, fan_out) for member in members]
-        return min(choices, key=lambda choice: sending_seconds(choice, itemsize, topology, fan_out))
+        choices = [member.assign(tasks, topology, fan_out) for member in members]
+        return min(choices, key=lambda choice: sending_seconds(choice, topology, fan_out))
 
 
-def sending_seconds(assignments: Sequence[Assignment], itemsize: int, topology: Topology, fan_out: FanOut) -> float:
+def sending_seconds(assignments: Sequence[Assignment], topology: Topology, fan_out: FanOut) -> float:
     """For how long the busiest NIC sends, if hosts forward in the order of each assignment's receivers."""
     loads = SendLoads(topology, fan_out)
     for assignment in assignments:
-        loads.add(assignment, assignment.numel * itemsize)
+        loads.add(assignment, assignment.nbytes)
     return loads.nics.busiest
 
 

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
+from math import gcd
 from typing import NamedTuple
 
-from tricomm.layout.intervals import cut_regions, region_numel
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import HostsOf
 from tricomm.plan.network.nic_seconds import NicSeconds
+from tricomm.plan.parts import cut_parts
 from tricomm.plan.senders.flow import Job, share
 from tricomm.plan.senders.policy import Assignment, SendLoads, TransferDemand, choose_senders, greedy
 from tricomm.plan.tasks import Task
@@ -38,28 +39,28 @@ class Split:
         [((0, 2), 2048), ((0, 3), 1024), ((1, 3), 1024), ((1, 4), 2048)]
     """
 
-    def assign(self, tasks: Sequence[Task], itemsize: int, topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
+    def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
 
         def choose(demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
-            goal = receiving_seconds(tasks, itemsize, topology)
+            goal = receiving_seconds(tasks, topology)
             before = dict(loads.nics.seconds)
             whole = greedy(demands, loads)
             if loads.nics.busiest <= goal * (1 + 1e-9):
                 return whole
             return _divided(demands, topology, fan_out, before, goal)
 
-        return choose_senders(tasks, itemsize, topology, fan_out, choose)
+        return choose_senders(tasks, topology, fan_out, choose)
 
 
-def receiving_seconds(tasks: Sequence[Task], itemsize: int, topology: Topology) -> float:
+def receiving_seconds(tasks: Sequence[Task], topology: Topology) -> float:
     """For how long the busiest NIC must receive, if the receivers of a host share what all of them need."""
     receiving, hosts_of = NicSeconds(topology, receiving=True), HostsOf(topology)
     for task in tasks:
         holding = {topology.host(rank) for rank in task.holders}
         for ranks in hosts_of[task.remote_receivers]:
             if topology.host(ranks[0]) not in holding:
-                receiving.add_evenly(ranks, task.numel * itemsize)
+                receiving.add_evenly(ranks, task.nbytes)
     return receiving.busiest
 
 
@@ -164,15 +165,14 @@ def _pieces(
     for demand in members:
         end = begin + demand.nbytes
         points = sorted({min(max(edge, begin), end) for start, stop, _ in senders + ends for edge in (start, stop)})
-        numel = sum(map(region_numel, demand.regions))
-        scale = Fraction(numel, demand.nbytes)
-        inner = [round((point - begin) * scale) for point in points[1:-1]]
-        gaps = [after - before for before, after in pairwise([0, *inner, numel])]
-        parts = cut_regions(demand.regions, inner, min(gaps) // SLACK)
+        unit = gcd(*(part.itemsize for part in demand.parts))
+        inner = [round((point - begin) / unit) for point in points[1:-1]]
+        gaps = [after - before for before, after in pairwise([0, *inner, demand.nbytes // unit])]
+        parts = cut_parts(demand.parts, unit, inner, min(gaps) // SLACK)
         for part, (start, stop) in zip(parts, pairwise(points), strict=True):
             if part:
                 span = ByteRange(start, stop, _at(senders, start), _at(ends, start))
-                yield span, demand._replace(regions=part)
+                yield span, demand._replace(parts=part)
         begin = end
 
 
@@ -212,4 +212,4 @@ def _assignments(
         sender = min(holders, key=lambda rank: sent.get(rank, 0))
         sent[sender] = sent.get(sender, 0) + int(span.stop - span.start)
         path = between[chain::chains] + [hosts[index] for index in span.last[chain : chain + 1]]
-        yield Assignment(sender, tuple(rank for ranks in path for rank in ranks), demand.regions)
+        yield Assignment(sender, tuple(rank for ranks in path for rank in ranks), demand.parts)

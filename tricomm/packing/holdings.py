@@ -1,0 +1,54 @@
+"""Which tensors of a plan a rank has, and in which order a move takes them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+
+from tricomm.plan import Plan
+
+Tensors = Sequence[torch.Tensor]
+"""Of one rank at one end: those that it has, in the order of the plan's items or of a move's stacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankHoldings:
+    """What a rank has of a plan's items.
+
+    Attributes:
+        source_items, destination_items: the numbers of those that it holds before, and after.
+        partial_items: the numbers of those with a Partial source, whoever holds them.
+        source_order, destination_order: where, among those that it holds, each tensor of the last move stands.
+    """
+
+    source_items: tuple[int, ...]
+    destination_items: tuple[int, ...]
+    partial_items: frozenset[int]
+    source_order: tuple[int, ...]
+    destination_order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, rank: int) -> "RankHoldings":
+        """Of one rank."""
+        sources = tuple(number for number, item in enumerate(plan.items) if rank in item.source.mesh)
+        destinations = tuple(number for number, item in enumerate(plan.items) if rank in item.destination.mesh)
+        partial = frozenset(number for one in plan.classes if one.reduction is not None for number in one.items)
+        taken = [number for stack in plan.moves[-1].stacks for number in stack.items]
+        orders = []
+        for items in (sources, destinations):
+            place = {number: at for at, number in enumerate(items)}
+            orders.append(tuple(place[number] for number in taken if number in place))
+        return cls(sources, destinations, partial, orders[0], orders[1])
+
+    def sources(self, tensors: Tensors) -> Tensors:
+        """The sources, in the order of the last move."""
+        return _ordered(tensors, self.source_order)
+
+    def destinations(self, tensors: Tensors) -> Tensors:
+        """The destinations, in the order of the last move."""
+        return _ordered(tensors, self.destination_order)
+
+
+def _ordered(tensors: Tensors, order: tuple[int, ...]) -> Tensors:
+    return tensors if len(order) < 2 else itemgetter(*order)(tensors)
