@@ -88,6 +88,7 @@ class Connections:
         self._inputs = {index: data_names(index, stage, edges) for index, stage in enumerate(stages)}
         self._declared = declared_rows(edges)
         self._sizes: Sequence[Sizes] = ()
+        self._step: StepSizes | None = None
         self._compared: set[Rows] = set()
         self.rows: Rows | None = None
         """Of the microbatches of the last step, if they differ."""
@@ -122,12 +123,14 @@ class Connections:
             TransportError: another rank was given other rows.
         """
         step = self._step_sizes(sizes, data, compare)
+        if step == self._step:
+            return
         agreed = [self._sizes_in(step, microbatch) for microbatch in range(self.schedule.microbatches)]
         if agreed != self._sizes:
             for link in self.links.values():
                 link.bind(agreed)
             self._sizes = agreed
-        self.rows = step.rows
+        self._step, self.rows = step, step.rows
 
     def _step_sizes(self, sizes: GivenSizes | None, data: Mapping[str, Any], compare: Compare) -> StepSizes:
         count = self.schedule.microbatches

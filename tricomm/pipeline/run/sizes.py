@@ -97,10 +97,13 @@ def rows_of(
     Raises:
         SpecError: inputs have different rows, or it cannot be told what they mean for an edge.
     """
+    counts_of = {name: row_counts(data.get(name, ())) for names in inputs.values() for name in names}
+    if all(len(set(counts)) < 2 for counts in counts_of.values()):
+        return None
     found: dict[str, tuple[list[int], set[int]]] = {}
     for stage, names in inputs.items():
         for name in names:
-            counts = row_counts(data.get(name, ()))
+            counts = counts_of[name]
             declared = set(_declared(stage, edges, max(counts, default=0)))
             if len(counts) == microbatches and declared:
                 known = found.setdefault(name, (counts, set()))[1]
@@ -129,7 +132,9 @@ def rows_of(
 
 def row_counts(values: object) -> list[int]:
     """Count the rows of each microbatch; none for what are no tensors with rows."""
-    if not isinstance(values, Sequence | torch.Tensor):
+    if isinstance(values, torch.Tensor):
+        return [values.shape[1]] * len(values) if values.ndim > 1 else []
+    if not isinstance(values, Sequence):
         return []
     return [len(one) for one in values if isinstance(one, torch.Tensor) and one.ndim]
 
