@@ -269,7 +269,7 @@ def direct_way(move: ProductMove, shares: int) -> Way:
     topology, copies = move.context.topology, move.rings.replicas
     load, loads = Load.of(move, copies, shares), move.loads(1, 1, 1)
     of_nic = move.rings.tiles_of_nic * _tile_nbytes(move)
-    entering = move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
+    entering = min(loads.heard, 1.0) * move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
     leaving = max(load.nic_nbytes * loads.free, loads.directly * of_nic) / move.sending.send
     seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
@@ -283,7 +283,7 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     messages = max(round(tile / load.piece_nbytes), 1)
     loads = move.loads(messages, shares, children)
     of_nic = rings.tiles_of_nic * tile
-    leaving = load.nic_nbytes * loads.free / move.sending.send
+    leaving = max(load.nic_nbytes * loads.free, loads.sent / _rails(move) * of_nic) / move.sending.send
     entering = loads.heard * of_nic / move.receiving.receive
     busiest = max(leaving, entering, loads.handed_on * of_nic / move.receiving.send)
     # In one chunk each, a NIC receives in each step the messages that entered a ring at one place.

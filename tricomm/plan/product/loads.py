@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.shared import Arcs, SharedHosts
 
 FEW_HOSTS = 256
@@ -25,7 +24,8 @@ class Loads(NamedTuple):
         heard: of what comes in.
         handed_on: of what is sent to others of the tile, in chains or trees.
         first: of what enters a host as the first one.
-        directly: of what holders on the tile's hosts send if each replica hears from one.
+        sent: of what holders of cells that are on the tile's hosts send.
+        directly: the same if each replica hears from one.
     """
 
     hosts: int
@@ -33,6 +33,7 @@ class Loads(NamedTuple):
     heard: float
     handed_on: float
     first: float
+    sent: float
     directly: float
 
     @classmethod
@@ -49,14 +50,14 @@ class Loads(NamedTuple):
         heard = of_rail * rails / messages
         first = -(-of_rail // hosts) * rails / messages
         if children == 1:
-            return cls(hosts, 1.0, heard, heard * (1 - of_rail // hosts / of_rail), first, 0.0)
+            return cls(hosts, 1.0, heard, heard * (1 - of_rail // hosts / of_rail), first, 0.0, 0.0)
         if hosts > FEW_HOSTS or of_rail > FEW_HOSTS:
             # Half of the hosts of a tree hand on, twice, and the other half that of the next message.
-            return cls(hosts, 1.0, heard, 2 * -(-of_rail // 2) * rails / messages, first, 0.0)
+            return cls(hosts, 1.0, heard, 2 * -(-of_rail // 2) * rails / messages, first, 0.0, 0.0)
         entries = np.arange(hosts)[(2 * np.arange(of_rail) + 1) * hosts // (2 * of_rail) % hosts]
         sent = np.zeros(hosts, np.int64)
         np.add.at(sent, (entries[:, None] + np.arange(hosts)) % hosts, _given_on(hosts, children)[None, :])
-        return cls(hosts, 1.0, heard, float(sent.max()) * rails / messages, first, 0.0)
+        return cls(hosts, 1.0, heard, float(sent.max()) * rails / messages, first, 0.0, 0.0)
 
     @classmethod
     def among(cls, shared: SharedHosts, rails: int, messages: int, shares: int, children: int) -> "Loads":
@@ -78,14 +79,15 @@ class Loads(NamedTuple):
         total = max(int(numel.sum()), 1)
         part = float(numel[free].sum() / total)
         pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares)
-        heard, sent, first = pieces.loads(int(rings.hosts[tile]), rails, children)
+        heard, handed_on, first, sent = pieces.loads(int(rings.hosts[tile]), rails, children)
         return cls(
             max(int(arcs.spans.max(initial=0)), rings.most_hosts if len(free) else 0),
             part,
             heard * rails / total + part * apart.heard,
-            sent * rails / total + part * apart.handed_on,
+            handed_on * rails / total + part * apart.handed_on,
             first * rails / total + part * apart.first,
-            _directly(rings, arcs, numel[arcs.cell]) / total,
+            sent / total,
+            _directly(shared, arcs, numel[arcs.cell]) / total,
         )
 
 
@@ -94,12 +96,14 @@ class Onward(NamedTuple):
 
     Attributes:
         weight: elements.
-        place: the host from which each comes.
+        place: the host before the stretch that each goes round.
+        sender: a host from which it comes.
         span, offset, turn: see Visits.
     """
 
     weight: np.ndarray
     place: np.ndarray
+    sender: np.ndarray
     span: np.ndarray
     offset: np.ndarray
     turn: np.ndarray
@@ -113,12 +117,15 @@ class Onward(NamedTuple):
         numel = shared.cutting.numel(cells)
         middles = shared.cutting.destination_places(cells) + numel * (2 * part + 1) // (2 * count)
         turns = shared.turns(chosen, part)
-        return cls(numel / count, chosen.place, chosen.spans, shared.offsets(chosen, middles), turns)
+        sender = shared.hosts[shared.holder(chosen, part // max(shares, 1))]
+        return cls(numel / count, chosen.place, sender, chosen.spans, shared.offsets(chosen, middles), turns)
 
-    def loads(self, hosts: int, rails: int, children: int) -> tuple[float, float, float]:
-        """(heard, sent, heard first) by the busiest NIC of so many hosts with so many NICs each, in elements."""
+    def loads(self, hosts: int, rails: int, children: int) -> tuple[float, float, float, float]:
+        """(heard, handed on, heard first, sent first) by the busiest NIC of so many hosts with so many NICs each, in
+        elements; what is sent first, by the busiest host.
+        """
         if not len(self.weight):
-            return 0.0, 0.0, 0.0
+            return 0.0, 0.0, 0.0, 0.0
         rail = self.turn % rails
         begin = (self.place + 1) % hosts
         heard = np.zeros((rails, 2 * hosts + 1))
@@ -128,7 +135,8 @@ class Onward(NamedTuple):
         heard = heard[:, :hosts] + heard[:, hosts:]
         first = np.zeros((rails, hosts))
         np.add.at(first, (rail, (begin + self.offset) % hosts), self.weight)
-        sent = np.bincount(self.place, self.weight / rails, hosts) + np.zeros((rails, 1))
+        starting = np.bincount(self.sender, self.weight)
+        sent = np.zeros((rails, hosts))
         if children == 1 or self.span.sum() > FEW_VISITS:
             sent += heard
             np.add.at(sent, (rail, (begin + (self.offset - 1) % self.span) % hosts), -self.weight)
@@ -139,7 +147,9 @@ class Onward(NamedTuple):
                 at = (begin[of_span, None] + far) % hosts
                 given = self.weight[of_span, None] * _given_on(span, children)
                 np.add.at(sent, (rail[of_span, None].repeat(span, 1), at), given)
-        return float(heard.max()), float(sent.max()), float(first.max())
+        # A host that has holders hands on what it hears from others, too.
+        handed_on = sent.max() + (starting.max() / rails if len(self.weight) else 0.0)
+        return float(heard.max()), float(handed_on), float(first.max()), float(starting.max())
 
 
 def _given_on(hosts: int, children: int) -> np.ndarray:
@@ -147,10 +157,12 @@ def _given_on(hosts: int, children: int) -> np.ndarray:
     return np.bincount((np.arange(1, hosts) - 1) // children, minlength=hosts)
 
 
-def _directly(rings: Rings, arcs: Arcs, weights: np.ndarray) -> float:
-    """What the busiest host sends if each replica on the hosts of arcs hears from where these begin."""
+def _directly(shared: SharedHosts, arcs: Arcs, weights: np.ndarray) -> float:
+    """What the busiest host sends if each replica on the hosts of arcs hears from a holder."""
     if not len(arcs.cell):
         return 0.0
-    tile = arcs.tile
+    tile, rings = arcs.tile, shared.rings
     replicas = rings.before(tile, arcs.place + arcs.spans + 1) - rings.before(tile, arcs.place + 1)
-    return float(np.bincount(arcs.place, weights * replicas).max())
+    holders = shared.holders.replicas
+    hosts = shared.hosts[shared.holders.ranks[arcs.source]]
+    return float(np.bincount(hosts.reshape(-1), (weights * replicas / holders).repeat(holders)).max())

@@ -14,7 +14,7 @@ from tricomm.plan.routes.chunks import PairColumns
 
 
 class Arcs(NamedTuple):
-    """Stretches of the rings of cells, as columns: from a host that has holders of the cell up to the next one.
+    """Stretches of the rings of cells, as columns: behind a host that has holders of the cell up to the next one.
 
     Attributes:
         cell: a row of those that were asked about.
@@ -79,9 +79,8 @@ def _found(rings: Rings, tiles: np.ndarray, hosts: np.ndarray) -> np.ndarray:
 class SharedHosts:
     """What is sent between meshes that share hosts.
 
-    A rank that needs a cell and has a holder of it on its host gets it there. From each such host the cell goes on to
-    the hosts of the ring that have none, up to the next one that has. Cells without such a host are sent by all their
-    holders, as between other meshes.
+    A rank that needs a cell and has a holder of it on its host gets it there. The hosts of the ring between two that
+    have holders get it from all holders alike. Cells without such a host are sent as between other meshes.
 
     Args:
         cutting: the cells, each a line of its own.
@@ -104,11 +103,12 @@ class SharedHosts:
         """
         found: list[Visits] = []
         for rows, holder in self._rows(rank):
-            arcs, free = self._arcs(rows, rank, holder is not None)
+            arcs, free = self.arcs(rows)
             pieces = self.cutting.shared(rows[free], 1, shares, holder)
-            sizes = self.cutting.sizes_of(pieces.tiles)
+            about = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings)
+            source = self._tile_of[pieces.senders]
             found += [
-                Visits.round_about(pieces, sizes, self.rings),
+                about._replace(turns=about.turns + self._apart(source, pieces.tiles) + pieces.shares),
                 self._onward(rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares),
                 self._beside(rows, arcs),
             ]
@@ -126,7 +126,7 @@ class SharedHosts:
         receivers: list[np.ndarray] = []
         regions: list[Groups] = []
         for rows, holder in self._rows(rank):
-            arcs, free = self._arcs(rows, rank, holder is not None)
+            arcs, free = self.arcs(rows)
             found = self.cutting.shared(rows[free], self.rings.replicas, shares, holder)
             near, to, pieces = self._from_arcs(rows, arcs)
             senders += [found.senders, near]
@@ -159,13 +159,6 @@ class SharedHosts:
         free[arcs.cell] = False
         return arcs, np.flatnonzero(free)
 
-    def _arcs(self, rows: np.ndarray, rank: int | None, is_held: bool) -> tuple[Arcs, np.ndarray]:
-        """The same; of cells that a rank holds only arcs that begin on its host."""
-        arcs, free = self.arcs(rows)
-        if is_held:
-            arcs = arcs.take(np.flatnonzero(self.rings.host_numbers[arcs.tile, arcs.place] == self.hosts[rank]))
-        return arcs, free
-
     def _onward(self, rows: np.ndarray, arcs: Arcs, shares: int) -> Visits:
         """What goes on to the hosts of arcs."""
         arc, part, count = self.parts(arcs, shares)
@@ -176,7 +169,7 @@ class SharedHosts:
         hosts = self.rings.hosts[chosen.tile]
         zeros = np.zeros_like(part)
         return Visits(
-            self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + part // max(shares, 1)),
+            self.holder(chosen, part // max(shares, 1)),
             chosen.tile,
             part % max(shares, 1),
             (chosen.place + 1) % hosts,
@@ -189,14 +182,24 @@ class SharedHosts:
 
     def parts(self, arcs: Arcs, shares: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(arc, number of the part, how many parts its cell has) of what goes on from arcs; see ``visits``."""
-        count = arcs.holders * shares if shares else np.ones(len(arcs.cell), np.int64)
+        count = np.full(len(arcs.cell), max(shares * self.holders.replicas, 1))
         arc, part = _numbered(count)
         return arc, part, count[arc]
 
     def turns(self, arcs: Arcs, part: np.ndarray) -> np.ndarray:
         """Which replica of a host parts of cells enter at: level for neighbouring and for distant source tiles."""
-        turns: np.ndarray = part + arcs.source + arcs.source // self.rings.hosts[arcs.tile]
-        return turns
+        return part + self._apart(arcs.source, arcs.tile)
+
+    def _apart(self, source: np.ndarray, tile: np.ndarray) -> np.ndarray:
+        """A number that differs for neighbouring source tiles, and for those as far apart as a tile has hosts."""
+        found: np.ndarray = source + source // self.rings.hosts[tile]
+        return found
+
+    def holder(self, arcs: Arcs, number: np.ndarray) -> np.ndarray:
+        """The holders that send to arcs, counted from those on the host before each."""
+        first = self.holders.firsts[arcs.source, arcs.holding] + taking_turns(arcs) % arcs.holders
+        ranks: np.ndarray = self.holders.ranks[arcs.source, (first + number) % self.holders.replicas]
+        return ranks
 
     def offsets(self, arcs: Arcs, middles: np.ndarray) -> np.ndarray:
         """Where pieces enter the hosts of arcs, counted from the first: it follows from where they lie in the tile."""
@@ -217,7 +220,7 @@ class SharedHosts:
         return Visits(senders, chosen.tile, zeros, chosen.place, zeros + 1, zeros, turn, turn, regions)
 
     def _from_arcs(self, rows: np.ndarray, arcs: Arcs) -> tuple[np.ndarray, np.ndarray, Groups]:
-        """(senders, receivers, regions) of what ranks on the hosts of arcs get from the holders where these begin."""
+        """(senders, receivers, regions) of what ranks on the hosts of arcs get from holders one by one."""
         rings = self.rings
         begin = rings.before(arcs.tile, arcs.place)
         arc, ahead = _numbered(rings.before(arcs.tile, arcs.place + arcs.spans + 1) - begin)
@@ -225,7 +228,10 @@ class SharedHosts:
         receivers = rings.ranks[chosen.tile, (begin[arc] + ahead) % rings.replicas]
         lacks = np.flatnonzero(self._tile_of[receivers] != chosen.source)
         chosen, receivers, ahead = chosen.take(lacks), receivers[lacks], ahead[lacks]
-        senders = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + ahead)
+        # Those on the host where an arc begins hear from there.
+        here = self.rings.count(chosen.tile, chosen.place)
+        beside = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + ahead)
+        senders = np.where(ahead < here, beside, self.holder(chosen, ahead - here))
         return senders, receivers, self.cutting.whole(rows[chosen.cell])
 
     def _with(self, visits: Visits, rank: int) -> np.ndarray:
