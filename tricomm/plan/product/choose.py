@@ -254,7 +254,9 @@ def best_way(move: ProductMove) -> Way:
         # As many messages as places to enter at, so that all NICs are busy from the first step to the last.
         messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).piece_nbytes), 1)
         places = _places(move)
-        level = {0, 1, -(-places // messages), places // gcd(places, messages), -(-2 * _rails(move) // messages)}
+        level = {0, 1, 2, 3}
+        if move.shared is None:
+            level |= {-(-places // messages), places // gcd(places, messages), -(-2 * _rails(move) // messages)}
         kinds = (1, 2) if isinstance(move.strategy, Auto) and move.rings.most_hosts > 2 else (1,)
         ways += [round_way(move, shares, children) for children in kinds for shares in sorted(level)]
     best = ways[0]

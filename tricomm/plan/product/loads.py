@@ -9,8 +9,8 @@ from tricomm.plan.product.shared import Arcs, SharedHosts
 FEW_HOSTS = 256
 """Up to so many hosts and messages of a tile the loads of trees are summed up; with more they are bounded."""
 
-FEW_VISITS = 1 << 14
-"""The same where hosts have ranks of both meshes: visits of a message to a host; with more, trees count as chains."""
+FEW_PIECES = 1 << 11
+"""The same where hosts have ranks of both meshes: of a tile, with more of which all is taken for level."""
 
 SAMPLED_TILES = 2
 
@@ -72,14 +72,18 @@ class Loads(NamedTuple):
     def _of_tile(
         cls, shared: SharedHosts, tile: int, rails: int, shares: int, children: int, apart: "Loads"
     ) -> "Loads":
-        rings, cutting = shared.rings, shared.cutting
-        rows = cutting.needed_in(tile)
-        numel = cutting.numel(rows)
-        arcs, free = shared.arcs(rows)
+        rings = shared.rings
+        rows, numel, arcs, free = shared.of_tile(tile)
         total = max(int(numel.sum()), 1)
         part = float(numel[free].sum() / total)
-        pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares)
-        heard, handed_on, first, sent = pieces.loads(int(rings.hosts[tile]), rails, children)
+        hosts = int(rings.hosts[tile])
+        if len(arcs.cell) * max(shares * shared.holders.replicas, 1) > FEW_PIECES:
+            onward = numel[arcs.cell][arcs.spans > 0].sum()
+            heard = handed_on = float((numel[arcs.cell] * arcs.spans).sum()) / hosts / rails
+            first, sent = onward / hosts / rails, onward / hosts
+        else:
+            pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares)
+            heard, handed_on, first, sent = pieces.loads(hosts, rails, children)
         return cls(
             max(int(arcs.spans.max(initial=0)), rings.most_hosts if len(free) else 0),
             part,
@@ -137,7 +141,7 @@ class Onward(NamedTuple):
         np.add.at(first, (rail, (begin + self.offset) % hosts), self.weight)
         starting = np.bincount(self.sender, self.weight)
         sent = np.zeros((rails, hosts))
-        if children == 1 or self.span.sum() > FEW_VISITS:
+        if children == 1 or self.span.sum() > FEW_PIECES:
             sent += heard
             np.add.at(sent, (rail, (begin + (self.offset - 1) % self.span) % hosts), -self.weight)
         else:
@@ -159,10 +163,11 @@ def _given_on(hosts: int, children: int) -> np.ndarray:
 
 def _directly(shared: SharedHosts, arcs: Arcs, weights: np.ndarray) -> float:
     """What the busiest host sends if each replica on the hosts of arcs hears from a holder."""
-    if not len(arcs.cell):
+    rings, holders = shared.rings, shared.holders
+    replicas = rings.before(arcs.tile, arcs.place + arcs.spans + 1) - rings.before(arcs.tile, arcs.place + 1)
+    sent = np.bincount(arcs.source, weights * replicas)
+    sources = np.flatnonzero(sent)
+    if not len(sources):
         return 0.0
-    tile, rings = arcs.tile, shared.rings
-    replicas = rings.before(tile, arcs.place + arcs.spans + 1) - rings.before(tile, arcs.place + 1)
-    holders = shared.holders.replicas
-    hosts = shared.hosts[shared.holders.ranks[arcs.source]]
-    return float(np.bincount(hosts.reshape(-1), (weights * replicas / holders).repeat(holders)).max())
+    hosts = shared.hosts[holders.ranks[sources]]
+    return float(np.bincount(hosts.reshape(-1), (sent[sources] / holders.replicas).repeat(holders.replicas)).max())

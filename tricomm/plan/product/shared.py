@@ -91,6 +91,7 @@ class SharedHosts:
 
     def __init__(self, cutting: Cutting, holders: Rings, rings: Rings, hosts: np.ndarray) -> None:
         self.cutting, self.holders, self.rings, self.hosts = cutting, holders, rings, hosts
+        self._of_tile: dict[int, tuple[np.ndarray, np.ndarray, Arcs, np.ndarray]] = {}
         self._tile_of = np.full(len(hosts), -1)
         self._tile_of[cutting.source.ranks] = np.arange(len(cutting.source.ranks))[:, None]
 
@@ -127,8 +128,11 @@ class SharedHosts:
         regions: list[Groups] = []
         for rows, holder in self._rows(rank):
             arcs, free = self.arcs(rows)
-            found = self.cutting.shared(rows[free], self.rings.replicas, shares, holder)
-            near, to, pieces = self._from_arcs(rows, arcs)
+            # Of what it needs, a rank looks at its own replica only.
+            own = None if rank is None or holder is not None else self.cutting.destination.find(rank)
+            copy = None if own is None or self.rings.replicas == 1 else own[1]
+            found = self.cutting.shared(rows[free], self.rings.replicas, shares, holder, copy)
+            near, to, pieces = self._from_arcs(rows, arcs, None if own is None else rank)
             senders += [found.senders, near]
             receivers += [self.cutting.destination.ranks[found.tiles, found.copies], to]
             regions += [found.regions, pieces]
@@ -151,6 +155,13 @@ class SharedHosts:
             rows = cutting.needed_in(needed[0])
             found.append((rows if held is None else rows[cutting.tiles_of(rows)[0] != held[0]], None))
         return found
+
+    def of_tile(self, tile: int) -> tuple[np.ndarray, np.ndarray, Arcs, np.ndarray]:
+        """(cells, elements of each, their arcs, which have none) of a destination tile, worked out once."""
+        if tile not in self._of_tile:
+            rows = self.cutting.needed_in(tile)
+            self._of_tile[tile] = rows, self.cutting.numel(rows), *self.arcs(rows)
+        return self._of_tile[tile]
 
     def arcs(self, rows: np.ndarray) -> tuple[Arcs, np.ndarray]:
         """The arcs of some cells, and which cells have none."""
@@ -219,11 +230,17 @@ class SharedHosts:
         zeros = np.zeros_like(turn)
         return Visits(senders, chosen.tile, zeros, chosen.place, zeros + 1, zeros, turn, turn, regions)
 
-    def _from_arcs(self, rows: np.ndarray, arcs: Arcs) -> tuple[np.ndarray, np.ndarray, Groups]:
-        """(senders, receivers, regions) of what ranks on the hosts of arcs get from holders one by one."""
+    def _from_arcs(self, rows: np.ndarray, arcs: Arcs, receiver: int | None) -> tuple[np.ndarray, np.ndarray, Groups]:
+        """(senders, receivers, regions) of what ranks on the hosts of arcs, or one of them, get from holders."""
         rings = self.rings
         begin = rings.before(arcs.tile, arcs.place)
-        arc, ahead = _numbered(rings.before(arcs.tile, arcs.place + arcs.spans + 1) - begin)
+        count = rings.before(arcs.tile, arcs.place + arcs.spans + 1) - begin
+        if receiver is None:
+            arc, ahead = _numbered(count)
+        else:
+            ahead = (self._place_of(receiver) - begin) % rings.replicas
+            arc = np.flatnonzero(ahead < count)
+            ahead = ahead[arc]
         chosen = arcs.take(arc)
         receivers = rings.ranks[chosen.tile, (begin[arc] + ahead) % rings.replicas]
         lacks = np.flatnonzero(self._tile_of[receivers] != chosen.source)
@@ -233,6 +250,10 @@ class SharedHosts:
         beside = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + ahead)
         senders = np.where(ahead < here, beside, self.holder(chosen, ahead - here))
         return senders, receivers, self.cutting.whole(rows[chosen.cell])
+
+    def _place_of(self, rank: int) -> int:
+        """Which replica of its tile's ring a rank is."""
+        return int(np.argwhere(self.rings.ranks == rank)[0, 1])
 
     def _with(self, visits: Visits, rank: int) -> np.ndarray:
         """Those that a rank sends or hears."""
