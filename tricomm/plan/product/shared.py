@@ -199,7 +199,8 @@ class SharedHosts:
 
     def turns(self, arcs: Arcs, part: np.ndarray) -> np.ndarray:
         """Which replica of a host parts of cells enter at: level for neighbouring and for distant source tiles."""
-        return part + self._apart(arcs.source, arcs.tile)
+        turns: np.ndarray = part + self._apart(arcs.source, arcs.tile)
+        return turns
 
     def _apart(self, source: np.ndarray, tile: np.ndarray) -> np.ndarray:
         """A number that differs for neighbouring source tiles, and for those as far apart as a tile has hosts."""
