@@ -80,6 +80,7 @@ PARTS = (
     Part("throughput", "throughput:some", 25),
     Part("geometries", "throughput:every", 240, is_long=True),
     Part("overlap", "overlap:visible", 60, is_long=True),
+    Part("multicast", "transport:multicasts", 50, is_long=True),
     Part("sanitizer", "sanitizer:memcheck", 150, is_long=True),
 )
 

@@ -95,6 +95,12 @@ def test_the_one_move_on_gloo(ranks: Ranks) -> None:
     assert ranks.run(on_some, transport.one_moved, 2, *specs, HERE)[:2] == [True, True]
 
 
+def test_the_ways_of_a_multicast_on_gloo(ranks: Ranks) -> None:
+    text, figures = transport.timed(ranks, 1 << 12, HERE)
+    assert figures.keys() == {"a chain_seconds", "each by itself_seconds", "one broadcast_seconds"}
+    assert text.endswith("to 3 ranks")
+
+
 @pytest.mark.parametrize("name", pipeline.SCHEDULES)
 def test_the_pipeline_on_gloo(ranks: Ranks, name: str) -> None:
     found = ranks.run(on_some, pipeline.errors_of, 2, name, pipeline.SCHEDULES[name], HERE)[:2]
