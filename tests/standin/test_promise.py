@@ -225,3 +225,29 @@ def test_one_after_the_other_they_would_hang(four: Threads, monkeypatch: pytest.
     with pytest.raises(AssertionError, match=r"hangs|did not come"):
         four.run(wait_on_two_channels, four)
     assert any(thread.name == "tricomm-monitor" for thread in threading.enumerate())
+
+
+def late_by_a_timeout(rank: int, threads: Threads) -> list[str]:
+    """All make the same calls without ``confirm``, rank 3 the second one so late that the others have given it up."""
+    mover = mover_of(rank, threads)
+    output = mover(shard_of(rank))
+    finish(threads, rank)
+    check(rank, output)
+    threads.barrier.wait()
+    if rank == 3:
+        time.sleep(TIMEOUT_SECONDS + 0.5)
+    texts = []
+    for _ in range(2):
+        texts.append(attempt(lambda: mover(shard_of(rank)))[0])
+        finish(threads, rank)
+        threads.barrier.wait()
+    output = mover(shard_of(rank))
+    finish(threads, rank)
+    check(rank, output)
+    return texts
+
+
+def test_after_an_error_that_was_found_late_all_go_on(four: Threads) -> None:
+    """Call 2 returns before it fails, so that it is call 3 that raises: on every rank, so that all count alike."""
+    for rank, texts in enumerate(four.run(late_by_a_timeout, four)):
+        assert any("rank 3 " in text.split(";")[0] for text in texts), f"rank {rank}: {texts}"
