@@ -101,7 +101,8 @@ def _meet(options: argparse.Namespace) -> None:
         raise SpecError(f"--secret-file {options.secret_file} cannot be read ({error}); name a file of yours") from None
     if not secret:
         raise SpecError(f"there is no secret; give --secret-file, or set {SECRET_VARIABLE}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the latter is ignored in what a shell starts in the background
+        signal.signal(number, signal.default_int_handler)
     with Meeting(options.address, secret=secret) as meeting:
         print(meeting.address, flush=True)
         with suppress(KeyboardInterrupt):

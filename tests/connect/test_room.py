@@ -128,6 +128,9 @@ def test_one_that_comes_twice_is_refused_and_the_first_goes_on() -> None:
 def test_one_that_comes_into_a_running_epoch_is_refused_and_the_epoch_goes_on() -> None:
     room = come(Room(), ALL)
     room = come(room, {9: replace(SERVER, pid=99)}, now=10.0)
+    assert "to hear whether those that are in these places are alive" in str(
+        status_of(come(Room(epoch=room.epoch), {9: SERVER, 8: TRAINERS[1], 7: TRAINERS[2]}), 9, 0.0)
+    )
     room = settle(room, 13.0, {3: 12.9}, 2)
     assert "is here already" in text_of(room, 9)
     assert all(isinstance(status_of(room, connection, 13.0), Paired) for connection in ALL)

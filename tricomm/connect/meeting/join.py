@@ -117,7 +117,8 @@ class Missing:
 
     def __str__(self) -> str:
         told = [_describe_side(side, ranks) for side, ranks in _by_side(self.places).items()]
-        text = f"waiting for {' and '.join(told)} since {self.seconds:.1f} s"
+        whom = f"for {' and '.join(told)}" if told else "to hear whether those that are in these places are alive,"
+        text = f"waiting {whom} since {self.seconds:.1f} s"
         if self.busy:
             told = [_describe_side(side, ranks) for side, ranks in _by_side(self.busy).items()]
             text += f"; {' and '.join(told)} are there and have not called renew()"

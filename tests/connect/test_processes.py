@@ -1,0 +1,178 @@
+"""Processes of two jobs that die, stop, come twice or never: what each side sees, and within what time."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.connect import workers
+from tests.connect.workers import SECRET, SIZES, TIMEOUT_SECONDS
+from tricomm import Meeting
+
+pytestmark = pytest.mark.processes
+ROOT = Path(__file__).resolve().parents[2]
+PLACES = [(side, rank) for side, size in SIZES.items() for rank in range(size)]
+LONG_SECONDS = 90.0
+"""For a process to start and answer on a busy machine; what is measured is measured by the process itself."""
+
+
+class Process:
+    """A rank, and what it says."""
+
+    def __init__(self, context: Any, target: Any, address: str, side: str, rank: int, *rest: Any) -> None:
+        self.name = f"rank {rank} of {side}"
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(address, side, rank, theirs, *rest), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def said(self) -> Any:
+        assert self.pipe.poll(LONG_SECONDS), f"{self.name} says nothing"
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            return None
+
+    def wait_ended(self) -> None:
+        self.process.join(LONG_SECONDS)
+        assert self.process.exitcode is not None, f"{self.name} goes on"
+
+
+class Start:
+    """Starts processes, from one that has imported everything, and ends them."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tests.connect.workers"])
+        self.processes: list[Process] = []
+
+    def __call__(self, target: Any, side: str, rank: int, *rest: Any) -> Process:
+        found = Process(self.context, target, self.address, side, rank, *rest)
+        self.processes.append(found)
+        return found
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as meeting:
+        found = Start(meeting.address)
+        yield found
+        for one in found.processes:
+            one.process.kill()
+            one.process.join()
+
+
+MOMENTS = ["before it comes", "when it is started", "in the move", "before its vote", "after it is published"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("victim", [("trainer", 1), ("server", 1)], ids=["trainer", "server"])
+def test_a_rank_that_is_killed_is_named_and_starts_again(start: Start, victim: tuple[str, int], moment: str) -> None:
+    ranks = {place: start(workers.work, *place, moment if place == victim else "") for place in PLACES}
+    ranks[victim].wait_ended()
+    again = start(workers.work, *victim, "restarted")
+    number = PLACES.index(victim)
+    for place, rank in ranks.items():
+        if place == victim:
+            continue
+        what, text, seconds, dirty = rank.said()
+        assert what == "failed", f"{rank.name}: {text}"
+        assert f"rank {number}" in text, f"{rank.name}: {text}"
+        assert seconds < TIMEOUT_SECONDS, f"{rank.name} took {seconds} s"
+        began = moment in ("in the move", "before its vote")
+        if began:
+            assert bool(dirty) == (place[0] == "server"), f"{rank.name}: {dirty}"
+        what, text, _, dirty = rank.said()
+        assert what == "done", f"{rank.name}: at most one call is lost, and this is another: {text}"
+        assert text == "Latest(version=23, dirty='')"
+        assert dirty == ""
+    assert again.said()[0] == "done"
+
+
+@pytest.mark.parametrize("victim", [("trainer", 1), ("server", 1)], ids=["trainer", "server"])
+def test_a_rank_that_is_stopped_in_a_move_is_named_within_the_timeout(start: Start, victim: tuple[str, int]) -> None:
+    ranks = {
+        place: start(workers.work, *place, "in the move" if place == victim else "", signal.SIGSTOP) for place in PLACES
+    }
+    for place, rank in ranks.items():
+        if place != victim:
+            what, text, seconds, _ = rank.said()
+            assert what == "failed", text
+            assert f"rank {PLACES.index(victim)}" in text, f"{rank.name}: {text}"
+            assert seconds < 2 * TIMEOUT_SECONDS + 1.0
+
+
+def test_a_meeting_that_is_killed_is_told_at_once(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(f"{SECRET}\n")
+    command = [sys.executable, "-m", "tricomm", "meet", "--secret-file", str(secret)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as meeting:
+        assert meeting.stdout is not None
+        start = Start(meeting.stdout.readline().strip())
+        try:
+            ranks = [start(workers.work, *place, "") for place in PLACES]
+            time.sleep(1.0)
+            meeting.kill()
+            for rank in ranks:
+                # Where it is just then is up to chance, but it is told, and cannot go on.
+                said = rank.said()
+                assert said is None or "the meeting at" in said[1], said
+                rank.wait_ended()
+        finally:
+            for rank in ranks:
+                rank.process.kill()
+
+
+def test_the_command_ends_well_when_it_is_asked_to(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRICOMM_SECRET": SECRET}
+    command = [sys.executable, "-m", "tricomm", "meet"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as meeting:
+            assert meeting.stdout is not None
+            assert meeting.stdout.readline().startswith("tcp://127.0.0.1:")
+            meeting.send_signal(number)
+            assert meeting.wait(LONG_SECONDS) == 0
+    environment.pop("TRICOMM_SECRET")
+    for extra, word in (([], "there is no secret"), (["--secret-file", str(tmp_path)], "cannot be read")):
+        done = subprocess.run(
+            [*command, *extra], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        )
+        assert done.returncode == 2
+        assert word in done.stderr
+
+
+def test_a_side_that_never_comes_is_named_in_time(start: Start) -> None:
+    ranks = [start(workers.come, "trainer", rank, {"timeout_seconds": 3.0}) for rank in range(2)]
+    for rank in ranks:
+        text, seconds = rank.said()
+        assert "ranks 0, 1, 2 of side 'server' since" in text
+        assert seconds < 4.0
+
+
+def test_a_rank_with_a_wrong_secret_is_told_at_once_and_the_others_in_time(start: Start) -> None:
+    wrong = start(workers.come, "server", 0, {"secret": "another secret ..."})
+    text, seconds = wrong.said()
+    assert "it refused the secret" in text
+    assert seconds < 2.0
+    text, seconds = start(workers.come, "trainer", 0, {"timeout_seconds": 2.0}).said()
+    assert "1 connection(s) had a wrong secret" in text
+    assert seconds < 3.0
+
+
+def test_a_rank_that_comes_twice_is_told_and_the_group_goes_on(start: Start) -> None:
+    ranks = [start(workers.come, *place, {}) for place in PLACES]
+    for rank in ranks:
+        assert rank.said()[0] == ""
+    text, seconds = start(workers.come, "server", 2, {}).said()
+    assert "is here already; start every rank once" in text
+    assert f"process {ranks[4].process.pid})" in text
+    assert seconds < 6.0
+    assert all(rank.process.is_alive() for rank in ranks)
