@@ -305,7 +305,9 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     posts = max(load.messages * loads.free, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
     each = topology.overhead_seconds + topology.latency_seconds
     filling = fill / chunks if children == 1 else fill / depth * min(depth, chunks) / chunks
-    seconds = max(busiest, posts * topology.overhead_seconds) + filling + (depth + rings.of_host - 1) * each
+    seconds = (
+        max(busiest, posts * topology.overhead_seconds) + filling + (depth + rings.of_host.bit_length() - 1) * each
+    )
     return Way(context, children, shares, chunks, limit, chunk_bytes, seconds)
 
 

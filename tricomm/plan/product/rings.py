@@ -20,6 +20,10 @@ WITHIN_STEP_STRIDE = 1 << 16
 too many messages."""
 
 
+BESIDE = 2
+"""Replicas to which one gives a message on its own host."""
+
+
 class Visits(NamedTuple):
     """Which replicas each message visits, as columns: on a stretch of its tile's ring of hosts, round which it goes
     from somewhere within, all of them; or one replica.
@@ -90,8 +94,8 @@ class Hearers(NamedTuple):
 class RingMessages(MessageTable):
     """Messages that visit replicas of a tile; ascending by tile, then by sender, then by share.
 
-    The replica at which a message enters a host gives it to the next one there, and that to the one after it; and to
-    the entries of the host behind it in a chain, of two in a tree.
+    The replica at which a message enters a host gives it to two others there, and each of those to two more; and to
+    the entry of the host behind it in a chain, to those of two in a tree.
 
     Attributes:
         rings: of the tiles.
@@ -151,7 +155,7 @@ class RingMessages(MessageTable):
         """(who gives each, who hears it), ranks."""
         message, host, turn = hearers
         above = np.where(turn == 0, (host - 1) // self.children, host)
-        giver = self._at(message, np.maximum(above, 0), np.maximum(turn - 1, 0))
+        giver = self._at(message, np.maximum(above, 0), np.maximum(turn - 1, 0) // BESIDE)
         is_first = (turn == 0) & (host == 0)
         return np.where(is_first, self.visits.senders[message], giver), self._at(message, host, turn)
 
@@ -202,10 +206,12 @@ class RingMessages(MessageTable):
         turn = (replica - visits.turns[message]) % here
         heard = (far < visits.spans[message]) & ((visits.only[message] < 0) | (turn == 0))
         own = Hearers(message[heard], host[heard], turn[heard])
-        goes_on = visits.only[own.message] < 0
-        beside = own.take(np.flatnonzero(goes_on & (own.turn < here - 1)))
-        found = [first, own, beside._replace(turn=beside.turn + 1)]
-        entry = own.take(np.flatnonzero(goes_on & (own.turn == 0)))
+        goes_on = own.take(np.flatnonzero(visits.only[own.message] < 0))
+        found = [first, own]
+        for child in range(1, BESIDE + 1):
+            beside = goes_on._replace(turn=goes_on.turn * BESIDE + child)
+            found.append(beside.take(np.flatnonzero(beside.turn < here)))
+        entry = goes_on.take(np.flatnonzero(goes_on.turn == 0))
         for child in range(1, self.children + 1):
             below = entry._replace(host=entry.host * self.children + child)
             found.append(below.take(np.flatnonzero(below.host < visits.spans[below.message])))
@@ -223,7 +229,7 @@ def ring_hops(
     """The hops of messages, each with its round, in order.
 
     Chunk c of a message passes from one host to the next in step c + how many hosts are above, as in
-    ``routes.rounds``; on a host it is handed on in the step after that. All messages do so at once; where a rank would
+    ``routes.rounds``; on a host it is handed on in the steps after that. All messages do so at once; where a rank would
     have too many of them in one step, the step has several rounds, and which of them a message is in follows from its
     share and from how far its tile's number is from its sender's: no two messages of a tile, and no two of a sender,
     agree in both.
@@ -243,8 +249,8 @@ def ring_hops(
     circle = max(len(senders), len(rings.ranks))
     of_sender = np.array([senders[one] for one in visits.senders.tolist()], np.int64)
     distance = ((visits.tiles - of_sender) % circle * shares + visits.shares)[message]
-    depth = host if messages.children == 1 else np.frexp((host + 1).astype(np.float64))[1] - 1
-    step = depth + turn
+    depth = host if messages.children == 1 else _levels(host)
+    step = depth + _levels(turn)
     # Of a step: what enters first, what is handed on from host to host, within hosts, and to single replicas.
     inside = messages.children + 1
     within = np.where(turn > 0, inside + turn, np.where(host > 0, 1 + (host - 1) % messages.children, 0))
@@ -256,3 +262,9 @@ def ring_hops(
     rounds = (step[hop] + chunk) * STEP_STRIDE + within[hop] * WITHIN_STEP_STRIDE + distance[hop] // MAX_PEERS_PER_ROUND
     table = np.column_stack((rounds, out[hop], into[hop], message[hop], chunk))
     return Hops(table[order_of_hops(table, participants, topology)])
+
+
+def _levels(places: np.ndarray) -> np.ndarray:
+    """How many are above places of a tree in which each has two below."""
+    levels: np.ndarray = np.frexp((places + 1).astype(np.float64))[1].astype(np.int64) - 1
+    return levels
