@@ -1,4 +1,4 @@
-"""From few ranks to many, all of which need everything: how far the simulated time is from what NICs and latency allow."""
+"""From few ranks to many that need everything: how far the simulated time is from what NICs and latency allow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

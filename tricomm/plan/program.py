@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, Regions, offsets_of
+from tricomm.layout.columns import Lazy, Regions
 from tricomm.layout.intervals import first_runs, joint_runs, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
@@ -66,10 +66,11 @@ class BoxTransfers(Lazy[Transfer]):
     Attributes:
         stack: of all boxes.
         peers, messages, chunks, nbytes: (transfers,), of each.
-        starts, shapes: (transfers, dims), of each box; None if what is sent was received and lies in no tensor.
+        starts, shapes: (transfers, dims), of each box.
+        relayed: (transfers,), which of them send what was received and lies in no tensor.
     """
 
-    __slots__ = ("chunks", "messages", "nbytes", "peers", "shapes", "stack", "starts")
+    __slots__ = ("chunks", "messages", "nbytes", "peers", "relayed", "shapes", "stack", "starts")
 
     def __init__(
         self,
@@ -78,34 +79,31 @@ class BoxTransfers(Lazy[Transfer]):
         messages: np.ndarray,
         chunks: np.ndarray,
         nbytes: np.ndarray,
-        starts: np.ndarray | None,
-        shapes: np.ndarray | None,
+        starts: np.ndarray,
+        shapes: np.ndarray,
+        relayed: np.ndarray,
     ) -> None:
         self.stack = stack
         self.peers, self.messages, self.chunks, self.nbytes = peers, messages, chunks, nbytes
-        self.starts, self.shapes = starts, shapes
+        self.starts, self.shapes, self.relayed = starts, shapes, relayed
 
     def between(self, start: int, stop: int) -> "BoxTransfers":
         """Take those from ``start`` to ``stop``."""
         at = slice(start, stop)
-        boxes = [None if column is None else column[at] for column in (self.starts, self.shapes)]
-        of_stack, columns = self.stack, (self.peers[at], self.messages[at], self.chunks[at], self.nbytes[at])
-        return BoxTransfers(of_stack, *columns, *boxes)
+        columns = (self.peers[at], self.messages[at], self.chunks[at], self.nbytes[at])
+        return BoxTransfers(self.stack, *columns, self.starts[at], self.shapes[at], self.relayed[at])
 
     def __len__(self) -> int:
         return len(self.peers)
 
     def _items(self, rows: np.ndarray) -> Iterator[Transfer]:
-        columns = (column[rows].tolist() for column in (self.peers, self.messages, self.chunks, self.nbytes))
-        if self.starts is None or self.shapes is None:
-            for peer, message, chunk, nbytes in zip(*columns, strict=True):
-                yield Transfer(peer, (message, chunk), nbytes, ())
-            return
+        columns = (self.peers, self.messages, self.chunks, self.nbytes, self.relayed)
         origin = (0,) * self.starts.shape[1]
         boxes = (map(tuple, column[rows].tolist()) for column in (self.starts, self.shapes))
-        for peer, message, chunk, nbytes, start, shape in zip(*columns, *boxes, strict=True):
-            box = Box(start, origin, shape)
-            yield Transfer(peer, (message, chunk), nbytes, (PackedRegion(self.stack, 0, shape, (box,)),))
+        every = zip(*(column[rows].tolist() for column in columns), *boxes, strict=True)
+        for peer, message, chunk, nbytes, is_relayed, start, shape in every:
+            region = PackedRegion(self.stack, 0, shape, (Box(start, origin, shape),))
+            yield Transfer(peer, (message, chunk), nbytes, () if is_relayed else (region,))
 
 
 class Round(NamedTuple):
@@ -180,7 +178,31 @@ Holdings = Mapping[int, Holding]
 
 
 def _by_round(move: Move, rank: int, end: int, holdings: Holdings) -> dict[int, Sequence[Transfer]]:
-    """Find what a rank sends or receives in each round.
+    """Find what a rank sends or receives in each round; see :func:`_groups`."""
+    found: dict[int, Sequence[Transfer]] = {}
+    # The rounds of a group stand behind those of the one before.
+    for numbers, passed in _groups(move, rank, end, holdings):
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        for start, stop in pairwise(edges):
+            if start < stop:
+                columns = passed.between(start, stop) if isinstance(passed, BoxTransfers) else None
+                found[int(numbers[start])] = tuple(passed[start:stop]) if columns is None else columns
+    return found
+
+
+def transfers(move: Move, rank: int, is_send: bool) -> Iterator[tuple[np.ndarray, Sequence[Transfer]]]:
+    """List what a rank sends or receives in a move, group by group of messages: the round of each transfer, and the
+    transfers. That is what its program divides into rounds.
+    """
+    sides = [one.source if is_send else one.destination for one in move.stacks]
+    holdings = {at: spec.holding(rank) for at, spec in enumerate(sides) if rank in spec.mesh}
+    return _groups(move, rank, _SENDS if is_send else _RECEIVES, holdings)
+
+
+def _groups(
+    move: Move, rank: int, end: int, holdings: Holdings
+) -> Iterator[tuple[np.ndarray, "BoxTransfers | list[Transfer]"]]:
+    """List what a rank sends or receives; see :func:`transfers`.
 
     Args:
         move: all of it.
@@ -190,30 +212,26 @@ def _by_round(move: Move, rank: int, end: int, holdings: Holdings) -> dict[int, 
     """
     hops = hops_of_rank(move.hops, rank, end)
     if not isinstance(move.messages, JoinedMessages):
-        return _of_group(move.messages, 0, hops, rank, end, holdings)
-    # The rounds of a group stand behind those of the one before.
+        yield hops[:, 0], _of_group(move.messages, 0, hops, rank, end, holdings)
+        return
     groups = np.searchsorted(move.messages.offsets, hops[:, 3], side="right") - 1
     edges = np.searchsorted(groups, np.arange(len(move.messages.groups) + 1))
-    found: dict[int, Sequence[Transfer]] = {}
     for group in np.flatnonzero(np.diff(edges)).tolist():
         messages, first = move.messages.groups[group], int(move.messages.offsets[group])
-        found |= _of_group(messages, first, hops[edges[group] : edges[group + 1]], rank, end, holdings)
-    return found
+        of_group = hops[edges[group] : edges[group + 1]]
+        yield of_group[:, 0], _of_group(messages, first, of_group, rank, end, holdings)
 
 
 def _of_group(
     messages: Sequence[Message], first: int, hops: np.ndarray, rank: int, end: int, holdings: Holdings
-) -> dict[int, Sequence[Transfer]]:
+) -> "BoxTransfers | list[Transfer]":
     """What stands in some hops, of a group of messages of which the first has the number ``first``."""
-    edges = [0, *(np.flatnonzero(np.diff(hops[:, 0])) + 1).tolist(), len(hops)]
-    rounds = [(int(hops[start, 0]), start, stop) for start, stop in pairwise(edges) if start < stop]
     peers = hops[:, _SENDS + _RECEIVES - end]
     sender = rank if end == _SENDS else None
     boxes = _boxes(messages, first, hops[:, 3], hops[:, 4], peers, holdings, sender)
     if boxes is not None:
-        return {number: boxes.between(start, stop) for number, start, stop in rounds}
-    transfers = _chunks(messages, first, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holdings, sender)
-    return {number: tuple(transfers[start:stop]) for number, start, stop in rounds}
+        return boxes
+    return _chunks(messages, first, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holdings, sender)
 
 
 def _boxes(
@@ -225,20 +243,14 @@ def _boxes(
     holdings: Holdings,
     sender: int | None,
 ) -> BoxTransfers | None:
-    """Find the transfers of chunks that are one box each, all at once; None if one of them is more, or if some are
-    relayed and others not.
-    """
+    """Find the transfers of chunks that are one box each, all at once; None if one of them is more."""
     if not isinstance(messages, MessageTable) or not isinstance(messages.parts, PartGroups):
         return None
-    indices, is_relayed = numbers - first, False
-    if sender is not None:
-        relayed = messages.senders[indices] != sender
-        is_relayed = bool(relayed.all()) and len(relayed) > 0
-        if relayed.any() and not is_relayed:
-            return None
+    indices = numbers - first
+    relayed = np.zeros(len(indices), bool) if sender is None else messages.senders[indices] != sender
     stack = messages.parts.stack
     holding = holdings.get(stack)
-    if not is_relayed and (holding is None or any(len(intervals) != 1 for intervals in holding)):
+    if not relayed.all() and (holding is None or any(len(intervals) != 1 for intervals in holding)):
         return None
     boxes = chunk_boxes(messages, indices, chunks)
     if boxes is None:
@@ -246,11 +258,10 @@ def _boxes(
     starts, stops = boxes
     shapes = stops - starts
     nbytes = np.prod(shapes, axis=1) * messages.parts.itemsize
-    if is_relayed:
-        return BoxTransfers(stack, peers, numbers, chunks, nbytes, None, None)
-    assert holding is not None
-    origin = np.array([intervals[0][0] for intervals in holding], np.int64)
-    return BoxTransfers(stack, peers, numbers, chunks, nbytes, starts - origin, shapes)
+    if not relayed.all():
+        assert holding is not None
+        starts = starts - np.array([intervals[0][0] for intervals in holding], np.int64)
+    return BoxTransfers(stack, peers, numbers, chunks, nbytes, starts, shapes, relayed)
 
 
 def chunk_boxes(
@@ -294,14 +305,13 @@ def _spans(
     for dim, lists in enumerate(regions.dims):
         ends[:, dim] = lists.lengths[rows[:, dim]]
     of_cut = np.flatnonzero(messages.chunk_counts[indices] > 1)
-    used, place = np.unique(indices[of_cut], return_inverse=True)
-    if not len(used):
+    if not len(of_cut):
         return begins, ends
-    tables = [messages.cut[row].spans for row in used.tolist()]
-    if any(table is None for table in tables):
+    known = messages.spans()
+    if known is None:
         return None
-    firsts = offsets_of(messages.chunk_counts[used])[:-1]
-    spans = np.concatenate([table for table in tables if table is not None])[firsts[place] + chunks[of_cut]]
+    first, table = known
+    spans = table[first[indices[of_cut]] + chunks[of_cut]]
     begins[of_cut], ends[of_cut] = spans[:, :, 0], spans[:, :, 1]
     return begins, ends
 

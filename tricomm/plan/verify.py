@@ -16,7 +16,7 @@ from tricomm.layout.intervals import Intervals, merged, without_repeats
 from tricomm.layout.spec import Holding
 from tricomm.plan.cost import MessageColumns
 from tricomm.plan.move import Move
-from tricomm.plan.program import BoxTransfers, Transfer, chunk_boxes, rank_program
+from tricomm.plan.program import BoxTransfers, Transfer, chunk_boxes, transfers
 from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND
 from tricomm.plan.routes.rounds import Hop, hop_table
 from tricomm.plan.stacks import Stack
@@ -251,19 +251,28 @@ def _verify_rounds_match(move: Move) -> None:
     """Prove that what the programs of all ranks send is what they receive, round by round and pair by pair."""
     sent, received = [np.zeros((0, 6), np.int64)], [np.zeros((0, 6), np.int64)]
     for rank in move.ranks:
-        for step in rank_program(move, rank).rounds:
-            for ends, transfers, is_send in ((sent, step.sends, True), (received, step.receives, False)):
-                rows = _transfer_rows(transfers)
-                here, number = np.full(len(rows), rank), np.full(len(rows), step.number)
-                pair = (here, rows[:, 0]) if is_send else (rows[:, 0], here)
-                ends.append(np.column_stack([number, *pair, rows[:, 1:]]))
-    left, right = (np.concatenate(rows) for rows in (sent, received))
-    left, right = (rows[np.lexsort(rows.T[::-1])] for rows in (left, right))
+        for ends, is_send in ((sent, True), (received, False)):
+            for rounds, passed in transfers(move, rank, is_send):
+                here = np.full(len(rounds), rank)
+                peers, *what = _columns(passed)
+                pair = (here, peers) if is_send else (peers, here)
+                ends.append(np.column_stack([rounds, *pair, *what]))
+    # By receiver, message and chunk: nobody receives a chunk twice, as the hops have shown.
+    left, right = (_sorted(np.concatenate(rows), [2, 3, 4]) for rows in (sent, received))
     require(bool(np.array_equal(left, right)), "what ranks send in a round is not what their peers receive in it")
 
 
-def _transfer_rows(transfers: Sequence[Transfer]) -> np.ndarray:
-    """(transfers, 4): peer, message, chunk, bytes."""
-    if isinstance(transfers, BoxTransfers):
-        return np.column_stack([transfers.peers, transfers.messages, transfers.chunks, transfers.nbytes])
-    return np.array([(one.peer, *one.key, one.nbytes) for one in transfers], np.int64).reshape(-1, 4)
+def _sorted(rows: np.ndarray, columns: Sequence[int]) -> np.ndarray:
+    """Sort rows by some columns as one number, in a fraction of the time of ``numpy.lexsort``."""
+    keys = np.zeros(len(rows), np.int64)
+    for column in columns:
+        keys = keys * (int(rows[:, column].max(initial=0)) + 1) + rows[:, column]
+    return rows[np.argsort(keys, kind="stable")]
+
+
+def _columns(passed: Sequence[Transfer]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(peers, messages, chunks, bytes) of some transfers."""
+    if isinstance(passed, BoxTransfers):
+        return passed.peers, passed.messages, passed.chunks, passed.nbytes
+    rows = np.array([(one.peer, *one.key, one.nbytes) for one in passed], np.int64).reshape(-1, 4)
+    return rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3]

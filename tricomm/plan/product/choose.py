@@ -24,16 +24,14 @@ from tricomm.plan.refine import cells
 from tricomm.plan.routes.chunks import (
     MAX_PEERS_PER_ROUND,
     MIN_CHUNK_NBYTES,
-    Chunks,
     PairColumns,
     RouteContext,
     best_chunk_count,
     chunk_counts,
     cut_where,
-    even_chunks,
-    stepped_chunks,
     unicast,
 )
+from tricomm.plan.routes.cuts import Chunks, even_chunks, stepped_chunks
 from tricomm.plan.routes.joined import Routes
 from tricomm.plan.routes.rounds import schedule
 from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy

@@ -11,7 +11,8 @@ from tricomm.plan.network.links import ChainLinks
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Pieces
-from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Chunks, MessageTable
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, MessageTable
+from tricomm.plan.routes.cuts import Chunks
 from tricomm.plan.routes.rounds import Hops, order_of_hops
 
 STEP_STRIDE = 1 << 32

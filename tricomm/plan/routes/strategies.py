@@ -17,15 +17,8 @@ from tricomm.layout.columns import Groups
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import by_host, grouped
 from tricomm.plan.parts import Part, PartGroups, in_order
-from tricomm.plan.routes.chunks import (
-    Message,
-    PairColumns,
-    PartsByChain,
-    RouteContext,
-    chained,
-    even_parts,
-    unicast,
-)
+from tricomm.plan.routes.chunks import Message, PairColumns, PartsByChain, RouteContext, chained, unicast
+from tricomm.plan.routes.cuts import even_parts
 from tricomm.plan.senders.policy import Assignment, DirectAssignments
 
 

@@ -1,0 +1,108 @@
+"""Cuts: parts of tensors in pieces, wherever they are, and the chunks that pieces make."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd, prod
+
+import numpy as np
+
+from tricomm.layout.columns import Lazy
+from tricomm.layout.intervals import Piece, cut_shapes
+from tricomm.plan.parts import Part, taken
+
+Chunk = tuple[Part, ...]
+"""Parts that travel together, packed one after the other, each row-major."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pattern:
+    """How parts of some shapes are cut into chunks, wherever the parts are.
+
+    Attributes:
+        every: the pieces of each chunk; some may be empty.
+        chunks: the same without those that are empty.
+        nbytes: bytes of each chunk.
+        spans: (chunks, dims, 2), where each chunk starts and stops, by place in the part; None if there are several
+            parts or if a chunk is more than one box of places.
+    """
+
+    every: tuple[tuple[Piece, ...], ...]
+    chunks: tuple[tuple[Piece, ...], ...]
+    nbytes: tuple[int, ...]
+    spans: np.ndarray | None
+
+
+Kinds = tuple[tuple[int, tuple[int, ...]], ...]
+"""(itemsize, shape) of some parts: all that cutting them depends on."""
+
+
+def _kinds(parts: Sequence[Part]) -> Kinds:
+    return tuple([(part.itemsize, part.shape) for part in parts])
+
+
+@lru_cache(maxsize=4096)
+def _even_pattern(kinds: Kinds, count: int) -> Pattern:
+    unit, total = _unit_and_total(kinds)
+    return _pattern(kinds, unit, [total * index // count for index in range(1, count)], total // count // 16)
+
+
+@lru_cache(maxsize=4096)
+def _stepped_pattern(kinds: Kinds, most_nbytes: int) -> Pattern:
+    unit, total = _unit_and_total(kinds)
+    most = max(most_nbytes // unit, 1)
+    return _pattern(kinds, unit, range(most, total, most), 0)
+
+
+def _unit_and_total(kinds: Kinds) -> tuple[int, int]:
+    """The bytes that every itemsize is a multiple of, and how many of those there are."""
+    unit = gcd(*(itemsize for itemsize, _ in kinds))
+    return unit, sum(itemsize // unit * prod(shape) for itemsize, shape in kinds)
+
+
+def _pattern(kinds: Kinds, unit: int, points: Sequence[int], slack: int) -> Pattern:
+    weights = [itemsize // unit for itemsize, _ in kinds]
+    every = tuple(cut_shapes([shape for _, shape in kinds], weights, points, slack))
+    chunks = tuple(pieces for pieces in every if pieces)
+    nbytes = tuple(sum(kinds[piece.region][0] * piece.numel for piece in pieces) for pieces in chunks)
+    spans = None
+    if len(kinds) == 1 and all(len(pieces) == 1 for pieces in chunks):
+        spans = np.array([piece.spans for (piece,) in chunks], np.int64).reshape(len(chunks), -1, 2)
+    return Pattern(every, chunks, nbytes, spans)
+
+
+class Chunks(Lazy[Chunk]):
+    """The chunks of a message: their sizes are known, their parts are cut when somebody looks at them."""
+
+    __slots__ = ("nbytes", "parts", "pieces", "spans")
+
+    def __init__(self, parts: Sequence[Part], pattern: Pattern) -> None:
+        self.parts, self.pieces, self.nbytes, self.spans = parts, pattern.chunks, pattern.nbytes, pattern.spans
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def _items(self, rows: np.ndarray) -> Iterator[Chunk]:
+        return (taken(self.pieces[row], self.parts) for row in rows.tolist())
+
+
+def even_parts(parts: Sequence[Part], count: int) -> list[Chunk]:
+    """Cut parts into so many groups of about equal bytes, between rows where that changes one by an eighth at the most.
+
+    Example:
+        >>> [len(group) for group in even_parts([Part(0, 4, (((0, 4),), ((0, 8),)))], 2)]
+        [1, 1]
+    """
+    if count == 1:
+        return [tuple(parts)]
+    return [taken(pieces, parts) for pieces in _even_pattern(_kinds(parts), count).every]
+
+
+def even_chunks(parts: Sequence[Part], count: int) -> Chunks:
+    """Cut parts as :func:`even_parts` does, and leave out empty groups."""
+    return Chunks(parts, _even_pattern(_kinds(parts), count))
+
+
+def stepped_chunks(parts: Sequence[Part], most_nbytes: int) -> Chunks:
+    """Cut parts into chunks of ``most_nbytes``, or of one element if that is larger; the last may have less."""
+    return Chunks(parts, _stepped_pattern(_kinds(parts), most_nbytes))
