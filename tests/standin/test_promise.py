@@ -39,7 +39,7 @@ def mover_of(rank: int, threads: Threads, **options: Any) -> Resharder:
     return Resharder(SOURCE, DESTINATION, **options, **threads.options(rank))
 
 
-def finish(threads: Threads, rank: int, seconds: float = 3 * TIMEOUT_SECONDS) -> None:
+def finish(threads: Threads, rank: int, seconds: float = 2 * TIMEOUT_SECONDS) -> None:
     """Wait until the device of a rank has done all that its current stream has to do."""
     event, deadline = threads.standins[rank].device.current.record_event(), time.monotonic() + seconds
     while not event.query():
@@ -80,12 +80,19 @@ def lose_one(rank: int, threads: Threads, victim: int, how: str, confirm: bool) 
     return text, "" if confirm else attempt(lambda: mover(shard_of(rank)))[0], seconds
 
 
-@pytest.mark.parametrize(("victim", "confirm"), [(1, False), (3, True)])
 @pytest.mark.parametrize(
-    ("how", "limits"), [("dies", Limits()), ("dies", NEVER), ("stops", NEVER), ("stays away", NEVER)]
+    ("how", "limits", "victim", "confirm"),
+    [
+        ("dies", Limits(), 1, False),
+        ("dies", Limits(), 3, True),
+        ("dies", NEVER, 3, False),
+        ("stops", NEVER, 1, True),
+        ("stays away", NEVER, 3, False),
+        ("stays away", NEVER, 1, True),
+    ],
 )
 def test_a_rank_that_does_not_come_is_named_by_every_other(
-    victim: int, how: str, limits: Limits, confirm: bool
+    how: str, limits: Limits, victim: int, confirm: bool
 ) -> None:
     """With ``confirm`` in the call itself, else at the next one; no device is left waiting after the timeout. A lost
     connection NCCL notices late or never.
@@ -99,7 +106,7 @@ def test_a_rank_that_does_not_come_is_named_by_every_other(
         if confirm or is_peer:
             text = first if confirm else first or second
             assert f"rank {victim} " in text.split(";")[0], f"rank {rank}: {first!r} {second!r}"
-        assert seconds <= TIMEOUT_SECONDS + 0.5, f"the device of rank {rank} waited {seconds} s"
+        assert seconds <= 1.5 * TIMEOUT_SECONDS, f"the device of rank {rank} waited {seconds} s"
 
 
 def stay_away_at_first(rank: int, threads: Threads) -> tuple[str, float]:
@@ -114,7 +121,7 @@ def stay_away_at_first(rank: int, threads: Threads) -> tuple[str, float]:
 def test_a_pair_that_does_not_connect_blocks_the_host_no_longer_than_the_timeout(four: Threads) -> None:
     for rank, (text, seconds) in enumerate(four.run(stay_away_at_first, four)[:2]):
         assert "rank 3 " in text.split(";")[0], f"rank {rank}: {text}"
-        assert seconds <= TIMEOUT_SECONDS + 0.5
+        assert seconds <= 1.5 * TIMEOUT_SECONDS
 
 
 def slow_but_healthy(rank: int, threads: Threads, gate: Any) -> None:
@@ -130,7 +137,7 @@ def slow_but_healthy(rank: int, threads: Threads, gate: Any) -> None:
     again = mover(shard_of(rank))
     threads.barrier.wait()
     if rank == 0:
-        gate.open_after(2.5 * TIMEOUT_SECONDS)
+        gate.open_after(1.5 * TIMEOUT_SECONDS)
     finish(threads, rank)
     check(rank, output)
     check(rank, again)
@@ -144,7 +151,7 @@ def test_a_slow_but_healthy_step_is_never_killed(four: Threads) -> None:
 def test_torchs_watchdog_would_kill_it(four: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts from when something was queued, and leaves a key on the user's store."""
     monkeypatch.setattr(nccl, "WITHOUT_WATCHDOG", {})
-    four.timeout_seconds = 3.0 * TIMEOUT_SECONDS
+    four.timeout_seconds = 2.0 * TIMEOUT_SECONDS
     with pytest.raises(AssertionError, match=r"did not come to its end|hangs"):
         four.run(slow_but_healthy, four, four.gate())
     assert "exception_dump" in four.store.list_keys()
