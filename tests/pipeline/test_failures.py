@@ -201,7 +201,7 @@ def test_sizes_that_no_edge_names_are_refused(ranks: Ranks) -> None:
 
 def test_long_texts_that_differ_are_shown_where_they_do() -> None:
     def notes(text: str) -> Note:
-        return Note(CallEpoch("ranks", 1), (0, 1, 2), "", "call 1 of x", {"the schedule": text})
+        return Note(CallEpoch("ranks", 1), ((0, 2, 1),), "", "call 1 of x", text, fields={"the schedule": text})
 
     same, after = "0F0 0F1 " * 100, " 0B0" * 100
     found = find_mismatch({0: notes(f"{same}0B0{after}"), 1: notes(f"{same}0F2{after}"), 2: notes(same)}, [0, 1, 2])
