@@ -4,6 +4,7 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from tricomm.errors import PlanError
@@ -179,10 +180,13 @@ class _Clock:
     def next_time(self) -> float | None:
         if self.has_changed:
             self.share()
-        times = [self.wakes[0][0]] if self.wakes else []
-        times += [self.alone[0][0]] if self.alone else []
-        times += [self.shared_since + one.remaining / one.rate for one in self.shared]
-        return max(self.now, min(times)) if times else None
+        upcoming = self.wakes[0][0] if self.wakes else inf
+        if self.alone and self.alone[0][0] < upcoming:
+            upcoming = self.alone[0][0]
+        for one in self.shared:
+            end = self.shared_since + one.remaining / one.rate
+            upcoming = min(upcoming, end)
+        return None if upcoming == inf else max(self.now, upcoming)
 
     def wake(self, pipeline_rank: int, at: float) -> None:
         """Go on with a pipeline rank at some time."""
@@ -193,21 +197,21 @@ class _Clock:
 
     def advance(self, pipeline_rank: int) -> None:
         """Go on with a pipeline rank's list as far as time and data allow."""
-        program, index = self.programs[pipeline_rank], self.next_index[pipeline_rank]
+        program, index, now = self.programs[pipeline_rank], self.next_index[pipeline_rank], self.now
         while index < len(program):
-            entry = program[index]
-            if self.busy_until[pipeline_rank] > self.now:
+            if self.busy_until[pipeline_rank] > now:
                 self.wake(pipeline_rank, self.busy_until[pipeline_rank])
                 break
+            entry = program[index]
             if isinstance(entry, _Compute):
                 ready = self.ready(entry, pipeline_rank)
                 if ready is None:
                     break  # woken when the data is on its way
-                if ready > self.now:
+                if ready > now:
                     self.wake(pipeline_rank, ready)
                     break
-                end = self.now + entry.seconds
-                self.spans[pipeline_rank].append(Span(entry.action, self.now, end))
+                end = now + entry.seconds
+                self.spans[pipeline_rank].append(Span(entry.action, now, end))
                 self.busy_until[pipeline_rank] = end
                 self.blocking[pipeline_rank].clear()
             else:
@@ -241,26 +245,38 @@ class _Clock:
 
     def enter(self, one: _Moving, queue: int) -> None:
         """Let a transfer stand in a queue, and begin if it is its turn in both of its queues."""
-        waiting = self.waiting.setdefault(queue, deque())
+        waiting = self.waiting.get(queue)
+        if waiting is None:
+            waiting = self.waiting[queue] = deque()
         one.ends[queue] = len(waiting)
         waiting.append(one)
-        self.begin_if_first(one)
+        if len(one.ends) == 2:
+            self.begin_if_first(one)
 
     def begin_if_first(self, one: _Moving) -> None:
-        if one.begin < 0 and len(one.ends) == 2 and all(self.waiting[queue][0] is one for queue in one.ends):
-            self.begin(one)
+        if one.begin >= 0 or len(one.ends) != 2:
+            return
+        for queue in one.ends:
+            if self.waiting[queue][0] is not one:
+                return
+        self.begin(one)
 
     def leave(self, done: Sequence[_Moving]) -> None:
         """Take what is off the wire out of its queues, and let those behind it begin.
 
         After all that ended at this moment have gone, so that whoever waits longest is first.
         """
-        queues = dict.fromkeys(queue for one in done for queue in one.ends)
+        following: list[_Moving] = []
         for one in done:
             for queue in one.ends:
-                self.waiting[queue].remove(one)
-        following = [self.waiting[queue][0] for queue in queues if self.waiting[queue]]
-        for one in sorted(following, key=self.ready_since):
+                self.waiting[queue].popleft()  # only the first of both its queues is on the wire
+        for queue in dict.fromkeys(queue for one in done for queue in one.ends):
+            waiting = self.waiting[queue]
+            if waiting and len(waiting[0].ends) == 2:
+                following.append(waiting[0])
+        if len(following) > 1:
+            following.sort(key=self.ready_since)
+        for one in following:
             self.begin_if_first(one)
 
     def ready_since(self, one: _Moving) -> float:

@@ -23,6 +23,9 @@ TURNED_ORDERS = 8
 TURNED_ACTIONS = 20_000
 """How many orders are looked at with hops in turn, and for each, how many actions are simulated to find their turns."""
 
+TURNED_WITHIN = 0.03
+"""Orders that are longer by more than this part than the fastest get no better turns: these gain less."""
+
 WORTH_IT = 0.005
 """A schedule that holds more must be faster by this part: the costs are not known better."""
 
@@ -157,21 +160,23 @@ def _in_turn(problem: Problem, simulator: Simulator, orders: Sequence[CandidateO
     """
     ideals = [(order, simulator.ideal(order.schedule, Queues.PER_DIRECTION)) for order in orders]
     ideals.sort(key=lambda pair: pair[1].makespan_seconds)
-    fitting = 0
+    fitting, fastest_seconds = 0, problem.known_seconds
     for order, ideal in ideals:
         if fitting == TURNED_ORDERS:
             break
-        as_ready = simulator.evaluate(order, order_in_turn(order.schedule, simulator, ideal, trials=0), None)
-        if not problem.fits(as_ready):
-            yield as_ready
+        candidate = simulator.evaluate(order, order_in_turn(order.schedule, simulator, ideal, trials=0), None)
+        if not problem.fits(candidate):
+            yield candidate
             continue
         fitting += 1
         trials = TURNED_ACTIONS // sum(map(len, order.schedule.lists))
-        if as_ready.makespan_seconds > problem.bound_seconds * (1 + 1e-9):
+        is_near = candidate.makespan_seconds <= fastest_seconds * (1 + TURNED_WITHIN)
+        if is_near and candidate.makespan_seconds > problem.bound_seconds * (1 + 1e-9):
             turned = order_in_turn(order.schedule, simulator, ideal, trials=trials, enough=problem.bound_seconds)
-            better = simulator.evaluate(order, turned, None)
-            as_ready = better if problem.fits(better) else as_ready
-        yield as_ready
+            better = candidate if turned == candidate.schedule else simulator.evaluate(order, turned, None)
+            candidate = better if problem.fits(better) else candidate
+        fastest_seconds = min(fastest_seconds, candidate.makespan_seconds)
+        yield candidate
 
 
 def _improved(problem: Problem, simulator: Simulator, found: Sequence[Candidate]) -> list[Candidate]:
