@@ -31,7 +31,7 @@ def full(name: str, version: int) -> torch.Tensor:
 class Rank:
     """One rank: its world, feed and tensors."""
 
-    def __init__(self, world: World, before: "Rank | None" = None, seconds: float = 8.0) -> None:
+    def __init__(self, world: World, before: "Rank | None" = None, seconds: float = 30.0) -> None:
         self.world = world
         self.specs = world.exchange(OWN[world.side], 10)
         self.is_source = world.side == "trainer"
@@ -58,7 +58,7 @@ class Rank:
     def push(self, version: int, **options: Any) -> Push:
         return self.feed.push(self.tensors, version, **options)
 
-    def pull(self, seconds: float = 8.0) -> Offer | None:
+    def pull(self, seconds: float = 30.0) -> Offer | None:
         return self.feed.pull(self.tensors, seconds)
 
     def require(self, version: int) -> None:
@@ -86,7 +86,7 @@ def moved(rank: Rank, version: int, **options: Any) -> Any:
     if not rank.is_source:
         return rank.pull()
     rank.train(version)
-    return rank.push(version, wait_seconds=5.0, **options).wait()
+    return rank.push(version, wait_seconds=20.0, **options).wait()
 
 
 def test_versions_are_published_one_after_the_other(ranks: list[Rank]) -> None:

@@ -43,7 +43,7 @@ class Fleet:
             }
             with suppress(GroupOverError), Subscriber(
                 meeting.address, side=name, side_rank=rank, side_size=len(self.seen), source="trainer",
-                specs=self.specs, out=out, secret=SECRET, device="cpu", timeout_seconds=8,
+                specs=self.specs, out=out, secret=SECRET, device="cpu", timeout_seconds=30,
             ) as subscriber:  # fmt: skip
                 self.subscribers[rank] = subscriber
                 agree = subscriber._agreement.decide
@@ -97,7 +97,7 @@ class Trainer:
         def begin(rank: int) -> Publisher:
             return Publisher(
                 meeting.address, side="trainer", side_rank=rank, side_size=2, fleets=fleets, specs=TRAINER,
-                secret=SECRET, device="cpu", timeout_seconds=8,
+                secret=SECRET, device="cpu", timeout_seconds=30,
             )  # fmt: skip
 
         self.publishers = raised(together(lambda: begin(0), lambda: begin(1)))

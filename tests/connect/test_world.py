@@ -35,7 +35,7 @@ def push(world: World) -> torch.Tensor | None:
     """Move the rows of the trainer to the columns of the server."""
     rank = world.rank()
     shard = pick(FULL, ROWS, rank) if rank in ROWS.mesh else None
-    found = tricomm.reshard(shard, ROWS, COLUMNS, group=world, timeout_seconds=10)
+    found = tricomm.reshard(shard, ROWS, COLUMNS, group=world, timeout_seconds=30)
     if rank in COLUMNS.mesh:
         require_equal(found, pick(FULL, COLUMNS, rank), f"rank {rank}")
     return found
@@ -297,7 +297,7 @@ def test_it_listens_to_its_own_address_alone() -> None:
 def test_a_rank_that_is_gone_ends_the_epoch_and_they_pair_anew(meeting: Meeting) -> None:
     worlds = worlds_of(meeting, SIZES)
     raised(together(*(lambda w=w: push(w) for w in worlds)))
-    movers = [Resharder(ROWS, COLUMNS, group=world, timeout_seconds=10) for world in worlds]
+    movers = [Resharder(ROWS, COLUMNS, group=world, timeout_seconds=30) for world in worlds]
     worlds[3]._client.connection._socket.shutdown(socket.SHUT_RDWR)
     time.sleep(0.2)
     began = time.monotonic()
