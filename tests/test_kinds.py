@@ -124,7 +124,7 @@ DTENSOR = DTensor.from_local(torch.zeros(4, 4), DEVICE_MESH, [TorchShard(0)], ru
 
 # Every public callable with arguments that it takes.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "Auto": (tricomm.Auto, {}),
+    "Auto": (tricomm.Auto, {"search_up_to": 32}),
     "Broadcast": (tricomm.Broadcast, {"chunk_bytes": 64}),
     "Ensemble": (tricomm.Ensemble, {}),
     "Feed": (make_feed, {
@@ -152,6 +152,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Mesh.coordinate": (ONE.coordinate, {"rank": 0}),
     "Mesh.axis": (ONE.axis, {"key": "x"}),
     "Naive": (tricomm.Naive, {}),
+    "Options, timeout": (tricomm.Options, {"timeout": timedelta(3)}),
+    "make_plan, rank": (tricomm.make_plan, {"source": WHOLE, "destination": ROWS, "rank": 0}),
+    "Resharder, timeout": (tricomm.Resharder, {"source": WHOLE, "destination": ROWS, "timeout": timedelta(3)}),
     "Options": (tricomm.Options, {
         "strategy": tricomm.Auto(), "balance": tricomm.Split(), "topology": TOPOLOGY, "staging_bytes": 64,
         "device": "cpu", "timeout_seconds": 3, "confirm": True, "channel": "a", "name": "b", "differentiable": True,

@@ -71,6 +71,24 @@ class TransportError(TricommError, RuntimeError):
     """
 
 
+def check_count(name: str, value: object, least: int, rule: str) -> None:
+    """Refuse a number of something that is none, or too small.
+
+    Args:
+        name, value: of the argument.
+        least: that it may be.
+        rule: what it must be, in words, with the remedy.
+
+    Raises:
+        ArgumentError: not an integer.
+        PlanError: less.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentError(f"{name}={value!r} must be {rule}")
+    if value < least:
+        raise PlanError(f"{name}={value!r} must be {rule}")
+
+
 def describe_unknown(name: str, caller: str, names: Iterable[str]) -> str:
     """Say that a caller has no keyword of that name, and which one is meant."""
     known = list(names)

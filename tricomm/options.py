@@ -4,10 +4,11 @@ Each of them takes its options by keyword, typed, so that mypy and editors refus
 mypy is told the nearest right name. What was given becomes one value, :class:`Options`, checked once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any, TypedDict, cast, get_type_hints
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast, get_type_hints
 
 import torch
 
@@ -15,6 +16,8 @@ from tricomm.errors import ArgumentError, SpecError, describe_unknown
 from tricomm.layout.topology import Topology
 from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, SenderPolicy, Split, Strategy
 from tricomm.plan.arguments import check_balance, check_staging_bytes, check_strategy, check_topology
+
+OptionsType = TypeVar("OptionsType")
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -55,6 +58,26 @@ class ReshardOptions(LinkOptions, total=False):
     grad_placements: Sequence[Any] | None
 
 
+def _explains_names(cls: type[OptionsType]) -> type[OptionsType]:
+    """Let a dataclass of options name what an unknown name means, and take ``timeout`` as its callers do."""
+    init: Callable[..., None] = cls.__init__
+
+    @wraps(init)
+    def explained(self: OptionsType, *unnamed: Any, **given: Any) -> None:
+        try:
+            init(self, *unnamed, **given)
+        except ArgumentError:
+            raise
+        except TypeError:
+            if unnamed:
+                raise ArgumentError(f"{cls.__name__}({unnamed[0]!r}): options are named; write name=value") from None
+            init(self, **_known_values(given, cls.__name__, ReshardOptions))
+
+    cls.__init__ = explained  # type: ignore[assignment]
+    return cls
+
+
+@_explains_names
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How a tensor is resharded, beside what and where to.
@@ -129,24 +152,7 @@ class Options:
             ArgumentError: no such option, or one of the wrong kind.
             SpecError: a value that breaks a rule.
         """
-        values = dict(given)
-        names = get_type_hints(known)
-        for name in values:
-            if name not in names:
-                raise ArgumentError(describe_unknown(name, caller, names))
-        if "timeout" in values:
-            timeout = values.pop("timeout")
-            if not isinstance(timeout, timedelta):
-                raise ArgumentError(
-                    f"timeout={timeout!r} has no unit; write timeout_seconds={timeout!r}, or timeout=timedelta(...)"
-                )
-            if "timeout_seconds" in values:
-                raise ArgumentError(
-                    f"timeout={timeout!r} and timeout_seconds={values['timeout_seconds']!r} say the same thing twice; "
-                    "leave one out"
-                )
-            values["timeout_seconds"] = timeout
-        return cls(**values)
+        return cls(**_known_values(given, caller, known))
 
     def given(self) -> ReshardOptions:
         """Give the options as keyword arguments, to pass them on."""
@@ -157,6 +163,28 @@ class Options:
         """The timeout as a number."""
         assert isinstance(self.timeout_seconds, float)
         return self.timeout_seconds
+
+
+def _known_values(given: Mapping[str, Any], caller: str, known: type) -> dict[str, Any]:
+    """The values of options by the names of the fields; see Options.of."""
+    values = dict(given)
+    names = get_type_hints(known)
+    for name in values:
+        if name not in names:
+            raise ArgumentError(describe_unknown(name, caller, names))
+    if "timeout" in values:
+        timeout = values.pop("timeout")
+        if not isinstance(timeout, timedelta):
+            raise ArgumentError(
+                f"timeout={timeout!r} has no unit; write timeout_seconds={timeout!r}, or timeout=timedelta(...)"
+            )
+        if "timeout_seconds" in values:
+            raise ArgumentError(
+                f"timeout={timeout!r} and timeout_seconds={values['timeout_seconds']!r} say the same thing twice; "
+                "leave one out"
+            )
+        values["timeout_seconds"] = timeout
+    return values
 
 
 def _checked_seconds(timeout: object) -> float:

@@ -19,7 +19,7 @@ from tricomm.options import Options, ReshardOptions
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
 from tricomm.plan import Plan, make_plan
-from tricomm.plan.arguments import check_in_group, items_of
+from tricomm.plan.arguments import check_in_group, items_of, participants_of
 from tricomm.plan.describe import describe_layouts
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
@@ -131,7 +131,10 @@ class Resharder(Gradients):
         self.confirm = bool(chosen.confirm)
         self.channel = chosen.channel
         self.name = chosen.name
-        check_in_group(items_of(source, destination), self.context.size)
+        items = items_of(source, destination)
+        check_in_group(items, self.context.size)
+        # A rank on no mesh moves nothing, and learns that from anybody's plan.
+        participants = participants_of(items) or (self.rank,)
         self.plan: Plan = make_plan(
             source,
             destination,
@@ -139,7 +142,7 @@ class Resharder(Gradients):
             balance=chosen.balance,
             topology=chosen.topology,
             staging_bytes=chosen.staging_bytes,
-            rank=self.rank,
+            rank=self.rank if self.rank in participants else participants[0],
         )
         check_casts(self.plan)
         self.participants = self.plan.participants

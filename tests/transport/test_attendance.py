@@ -135,3 +135,8 @@ def test_a_rank_that_died_is_not_waited_for_until_the_deadline() -> None:
     assert action.text.startswith("rank 2 died: its connection closed; it did not come back")
     # Others that are missing may come yet.
     assert advance(ANNOUNCED, View(100.0 + DEAD_SECONDS, notes={0: note(0)}), terms)[1] == Look(PATIENCE_SECONDS)
+
+
+def test_a_rank_that_waits_for_those_who_are_here_is_not_waited_for() -> None:
+    view = View(101.0, notes={0: note(0), 1: note(1)}, missed=(2, "rank 2 waits for rank 0 in call 3 of b"))
+    assert advance(ANNOUNCED, view, TERMS)[1] == Abort("rank 2 waits for rank 0 in call 3 of b", 2, (EPOCH,))

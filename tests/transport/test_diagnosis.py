@@ -4,7 +4,14 @@ from collections.abc import Mapping
 
 import pytest
 
-from tricomm.transport.coordination.diagnosis import Observations, diagnose, diagnose_connecting, reachable
+from tricomm.transport.coordination.diagnosis import (
+    Observations,
+    describe_missed,
+    diagnose,
+    diagnose_connecting,
+    find_other_order,
+    reachable,
+)
 from tricomm.transport.coordination.status import Heartbeat, Wait
 
 
@@ -99,3 +106,47 @@ def test_a_heartbeat_that_stays_the_same_is_silence(monkeypatch: pytest.MonkeyPa
     observations.clear()
     observations.look([1], 13.0)
     assert observations.silent([1, 2], 13.0, 1.5) == set()
+
+
+def waiting(peer: int | None, call: str, position: int, place: str = "link") -> Heartbeat:
+    return Heartbeat(1, (Wait(place, peer, call, (), position),))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ({1: waiting(0, "call 1 of b", 5)}, True),
+        ({1: waiting(2, "call 1 of b", 5), 2: waiting(0, "call 3 of a", 5)}, True),
+        ({1: waiting(0, "call 1 of b", 6)}, False),  # it is ahead: what this rank waits for is under way
+        ({1: waiting(0, "call 3 of a", 5)}, False),  # the same call
+        ({1: waiting(2, "call 1 of b", 5), 2: waiting(None, "call 1 of b", 5)}, False),  # rank 2 is at work
+        ({1: waiting(2, "call 1 of b", 5), 2: waiting(1, "call 1 of c", 5)}, False),  # others find that
+        ({1: waiting(0, "call 1 of b", 5, "another link")}, False),
+        ({1: Heartbeat(0, ())}, False),
+    ],
+)
+def test_calls_in_another_order_are_found_before_the_deadline(theirs: dict[int, Heartbeat], told: bool) -> None:
+    mine = Wait("link", 1, "call 3 of a", (), 5)
+    text = find_other_order(0, mine, theirs.__getitem__)
+    assert (text is not None) == told
+    if text is not None:
+        assert "in call 3 of a" in text
+        assert "in call 1 of b" in text
+
+
+@pytest.mark.parametrize(
+    ("heartbeat", "told"),
+    [
+        (waiting(0, "call 3 of a", 6), True),
+        (waiting(1, "call 3 of a", 6), True),
+        (waiting(0, "call 3 of a", 5), False),  # that call is over here, and what it waits for is under way
+        (waiting(3, "call 3 of a", 6), False),  # one that is not here either
+        (waiting(0, "call 3 of a", 6, "another link"), False),
+    ],
+)
+def test_a_rank_that_misses_a_rendezvous_in_another_call_is_found(heartbeat: Heartbeat, told: bool) -> None:
+    text = describe_missed(0, "call 1 of b", 5, "link", 2, heartbeat, [0, 1])
+    assert (text is not None) == told
+    if text is not None:
+        assert text.startswith("rank 2 waits for rank ")
+        assert "and rank 0 for rank 2 in call 1 of b" in text

@@ -362,3 +362,32 @@ def test_a_process_ends_with_a_run_pending_and_after_a_fork(how: str) -> None:
     else:
         assert second.returncode == 1
         assert "a bug in user code" in second.stderr
+
+
+ENDS = """
+import os, sys, torch, torch.distributed as dist
+from tricomm import Mesh, Replicate, Resharder, ShardingSpec, TransportError
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+mover = Resharder(ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (8,), "float32"),
+                  ShardingSpec(Mesh([1], ("x",)), (Replicate(),)), timeout_seconds=30)
+for step in range(2 - rank):
+    try:
+        mover(torch.ones(8) if rank == 0 else None)
+    except TransportError as error:
+        print(error, flush=True)
+        os._exit(0)
+"""
+
+
+@pytest.mark.processes
+def test_a_rank_whose_process_ends_by_itself_left_and_did_not_die() -> None:
+    port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    command = [sys.executable, "-c", textwrap.dedent(ENDS)]
+    other = subprocess.Popen([*command, "1", str(port)])
+    try:
+        first = subprocess.run([*command, "0", str(port)], capture_output=True, text=True, timeout=50, check=False)
+    finally:
+        other.kill()
+        other.communicate()
+    assert first.stdout.startswith("rank 1 left: its process ended while rank 0 was in call 2 of"), first

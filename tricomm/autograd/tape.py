@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import ArgumentError, SpecError, TransportError
+from tricomm.kinds import refuse_wrong_kinds
 from tricomm.transport.group import context_of, resolve_group
 
 
@@ -224,13 +225,19 @@ def backward(
                 [2., 2., 2.]])
         >>> dist.destroy_process_group()
     """
-    tapes = list(_tapes_here(resolve_group(group), channels))
+    # Whatever is wrong here, those that wait for this rank's gradients hear of it.
+    is_named = isinstance(channels, list | tuple) and all(isinstance(channel, str) for channel in channels)
+    tapes = list(_tapes_here(resolve_group(group), channels if is_named else None))
     edges = [torch.autograd.graph.get_gradient_edge(tape.tie) for tape in tapes if tape.tie is not None]
     nothing = [torch.zeros(0, device=tape.tie.device) for tape in tapes if tape.tie is not None]
     roots: list[Any] = [*losses, *edges]
-    if not roots:
-        return
     try:
+        refuse_wrong_kinds(backward, channels=channels, retain_graph=retain_graph, create_graph=create_graph)
+        for loss in losses:
+            if not isinstance(loss, torch.Tensor):
+                raise ArgumentError(f"a loss of type {type(loss).__name__} is not a tensor; pass losses, or none")
+        if not roots:
+            return
         torch.autograd.backward(roots, [*(None for _ in losses), *nothing], retain_graph, create_graph)
     except BaseException as error:
         for tape in tapes:

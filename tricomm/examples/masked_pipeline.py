@@ -48,6 +48,8 @@ def make_batch(step: int) -> dict[str, tuple[Tensor, ...]]:
 def main() -> None:
     """Train, evaluate without dropout, and save what this rank holds."""
     dist.init_process_group("gloo")
+    if dist.get_world_size() != 2:
+        raise SystemExit(f"{dist.get_world_size()} processes, and this pipeline has 2 stages of one rank: start 2")
     rank, first, last = dist.get_rank(), Mesh([0], ("rank",)), Mesh([1], ("rank",))
     module = (Encoder, Decoder)[rank]()
     encoder = Stage(first, ("tokens",), ("hidden", "padding"), None if rank else module)

@@ -60,6 +60,8 @@ def make_batch(rank: int, step: int) -> dict[str, tuple[torch.Tensor, ...]]:
 def main() -> None:
     """Train, then measure one more step and print the schedule that is the fastest for what was measured."""
     dist.init_process_group("gloo")
+    if dist.get_world_size() != 3:
+        raise SystemExit(f"{dist.get_world_size()} processes, and this pipeline has stages of 1 and 2 ranks: start 3")
     rank = dist.get_rank()
     torch.manual_seed(0)
     module: nn.Module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())

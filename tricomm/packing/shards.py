@@ -4,6 +4,7 @@ import torch
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.spec import ShardingSpec
+from tricomm.packing.copy_program import torch_dtype
 from tricomm.plan.arguments import check_spec
 
 
@@ -16,8 +17,8 @@ def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Te
         rank: of its mesh.
 
     Raises:
-        SpecError: the tensor does not have the spec's shape, or the rank is not on its mesh; an ArgumentError where an
-            argument is of the wrong kind.
+        SpecError: the tensor does not have the spec's shape or dtype, or the rank is not on its mesh; an ArgumentError
+            where an argument is of the wrong kind.
 
     Example:
         >>> from tricomm import Mesh, Shard
@@ -31,6 +32,10 @@ def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Te
         raise ArgumentError(f"tensor={tensor!r} is not a torch.Tensor; pass the full tensor of {spec}")
     if tuple(tensor.shape) != spec.global_shape:
         raise SpecError(f"tensor of shape {tuple(tensor.shape)} is not the full tensor of {spec}; pass all of it")
+    if spec.dtype is not None and tensor.dtype != (dtype := torch_dtype(spec.dtype)):
+        raise SpecError(
+            f"tensor has dtype {tensor.dtype}, and its spec says {dtype}; pass tensor.to({dtype}) or change the spec"
+        )
     shard = tensor
     for dim, intervals in enumerate(spec.holding(rank)):
         pieces = [shard.narrow(dim, start, stop - start) for start, stop in intervals]

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from tricomm.errors import ArgumentError, PlanError, SpecError
 from tricomm.layout.dtype import check_cast
-from tricomm.layout.mesh import Mesh
+from tricomm.layout.mesh import Mesh, format_ranks
 from tricomm.layout.placement import Partial
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
@@ -78,14 +78,20 @@ def check_staging_bytes(staging_bytes: object) -> None:
         raise PlanError(f"staging_bytes={staging_bytes!r} must be a positive number of bytes, such as 256 << 20")
 
 
-def check_rank(rank: object) -> None:
-    """Refuse a rank that is not one.
+def check_rank(rank: object, participants: Sequence[int]) -> None:
+    """Refuse a rank that is not one, or has no part in what moves.
 
     Raises:
         ArgumentError: neither an integer from 0 on nor None.
+        SpecError: on no mesh, if there is any.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ArgumentError(f"rank={rank!r} is not a rank; pass an integer from 0 on, or None for all ranks")
+    if rank is not None and participants and rank not in participants:
+        ranks = format_ranks(participants)
+        raise SpecError(
+            f"rank={rank} is on neither mesh, so it has no plan; pass one of ranks {ranks}, or None for all"
+        )
 
 
 def check_ranks(side: str, mesh: Mesh, size: int) -> None:

@@ -57,8 +57,8 @@ def make_plan(
         rank: build only what this rank touches, where strategy and policy let it know that without the others.
 
     Raises:
-        SpecError: the specs contradict each other, or the destination is Partial; an ArgumentError where an argument
-            is of the wrong kind.
+        SpecError: the specs contradict each other, the destination is Partial, or the rank is on neither mesh; an
+            ArgumentError where an argument is of the wrong kind.
         PlanError: an element that is needed is held by nobody.
 
     Example:
@@ -83,9 +83,9 @@ def make_plan(
     check_balance(balance)
     check_topology(topology)
     check_staging_bytes(staging_bytes)
-    check_rank(rank)
     items = items_of(*as_specs(source, destination))
     participants = participants_of(items)
+    check_rank(rank, participants)
     if topology is None:
         topology = Topology.flat(participants[-1] + 1 if participants else 1)
     topology.check_covers(participants)

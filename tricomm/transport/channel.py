@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -18,7 +18,9 @@ from tricomm.errors import TransportError
 from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, CallId, Communicator
 from tricomm.transport.coordination.coordinator import Coordinator
+from tricomm.transport.coordination.diagnosis import describe_missed
 from tricomm.transport.coordination.rendezvous import Intent
+from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
 from tricomm.transport.handle import Ended
 from tricomm.transport.nccl import NcclConnections
@@ -184,7 +186,28 @@ class Channel:
                 return str(store.add(f"{self._place}/generations", 1))
             return str(communicator.generation)
 
-        agreed = self.coordinator.rendezvous.join(intent, timeout_seconds, not self.is_connected, decide)
+        seen: dict[int, int] = {}
+        told: list[str] = []
+
+        def find_missed(other: int, heartbeat: Heartbeat, present: Sequence[int]) -> str | None:
+            if communicator is None or communicator.abort_reason is not None:
+                return None
+            place, begun, rank = communicator.place, communicator.begun, self.coordinator.rank
+            text = describe_missed(rank, intent.call, begun, place, other, heartbeat, present)
+            # What one heartbeat says may be over; two say that it lasts.
+            if text is None or seen.setdefault(other, heartbeat.number) == heartbeat.number:
+                return None
+            told.append(text)
+            return text
+
+        try:
+            agreed = self.coordinator.rendezvous.join(
+                intent, timeout_seconds, not self.is_connected, decide, find_missed
+            )
+        except TransportError:
+            if told and communicator is not None:
+                communicator.abort(told[-1], CallId(CONNECTING_TAG, 0, intent.call))
+            raise
         generation = int(agreed.decision)
         if communicator is None or communicator.generation != generation:
             # Forget the old one first: should connecting fail, the next rendezvous must know that this rank has none.
@@ -202,7 +225,7 @@ class Channel:
                     found.connect(self._connect(found, timeout_seconds))
         finally:
             found.end(run)
-        weakref.finalize(found, _post_closed, self.coordinator.status, found.place, os.getpid()).atexit = False
+        weakref.finalize(found, _post_closed, self.coordinator.status, found.place, os.getpid())
         return found
 
     @contextmanager
@@ -240,12 +263,13 @@ class Channel:
 
 
 def _post_closed(status: Any, place: str, process: int) -> None:
-    """Say that connections close on purpose; nothing to do if nobody can be told any more, or a forked child drops
-    what is its parent's.
+    """Say that connections close on purpose, or because the process ends by itself; nothing to do if nobody can be told
+    any more, or a forked child drops what is its parent's.
     """
     if os.getpid() != process:
         return
     try:
-        status.post_closed(place)
+        # What is called at the end of a process is called when its main thread is over.
+        status.post_closed(place, is_end=not threading.main_thread().is_alive())
     except (TransportError, RuntimeError):
         return

@@ -148,6 +148,8 @@ class Communicator:
         self.abort_reason: AbortReason | None = None
         """Why it can no longer be used. Written once, under the lock."""
         self.run: Run | None = None
+        self.begun = 0
+        """Calls that have begun here."""
         self.call = CallId(CONNECTING_TAG, 0, "")
         self.limit = timedelta(0)
         self._timeout_seconds = 0.0
@@ -228,12 +230,14 @@ class Communicator:
 
     def begin(self, call: CallId, timeout_seconds: float, is_connecting: bool = False) -> Run:
         """Begin a call: all that it waits for must come within the timeout. ``end`` it in any case."""
+        self.begun += 1
         run = Run(
             self.place,
             call.__str__,
             timeout_seconds,
             None,
             self.participants if is_connecting else (),
+            self.begun,
         )
         run.abort = lambda text: self._abort_run(run, call, text)
         run.pending = self.connections.begin()
@@ -324,8 +328,9 @@ class Communicator:
             elif peer is None:
                 ranks = list(self.participants)
                 text = f"rank {rank} could not queue its messages to and from ranks {ranks} in {self.call}: {error}"
-            elif status.is_closed_by(self.place, peer):
-                text = f"rank {peer} closed its Resharder, or dropped it, while rank {rank} was in {self.call}"
+            elif (is_end := status.closed_by(self.place, peer)) is not None:
+                what = "left: its process ended" if is_end else "closed its Resharder, or dropped it,"
+                text = f"rank {peer} {what} while rank {rank} was in {self.call}"
                 lost = peer
             else:
                 text = f"rank {peer} died: its connection to rank {rank} closed in {self.call}; see that rank's log"

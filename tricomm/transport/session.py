@@ -217,7 +217,7 @@ class Session:
             try:
                 communicator = self._connect(number, remaining)
             except TransportError as error:
-                raise TransportError(f"{error}; before that, {before.text if before else ''}") from error
+                raise TransportError(f"{before.text if before else ''}; then {error}") from error
             self._carry_out(communicator, execution, sources, destinations, number, deadline - time.monotonic())
 
     def _raise_late(self, last: Run) -> None:

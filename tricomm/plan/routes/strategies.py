@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tricomm.errors import PlanError
+from tricomm.errors import check_count
 from tricomm.layout.columns import Groups
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import by_host, grouped
@@ -56,14 +56,15 @@ class _Chunked:
             to fill the chain against what a chunk costs.
 
     Raises:
-        PlanError: a size that is not a positive integer.
+        PlanError: a size that is not positive.
+        ArgumentError: one that is not an integer.
     """
 
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_bytes is not None and (not isinstance(self.chunk_bytes, int) or self.chunk_bytes <= 0):
-            raise PlanError(f"chunk_bytes={self.chunk_bytes!r} must be a positive number of bytes, or None to choose")
+        if self.chunk_bytes is not None:
+            check_count("chunk_bytes", self.chunk_bytes, 1, "a positive number of bytes, or None to choose")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,9 +273,7 @@ class Auto:
     search_up_to: int = 32
 
     def __post_init__(self) -> None:
-        ranks = self.search_up_to
-        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 0:
-            raise PlanError(f"search_up_to={ranks!r} must be a number of ranks, 0 or more, such as 32")
+        check_count("search_up_to", self.search_up_to, 0, "a number of ranks, 0 or more, such as 32")
 
     @property
     def candidates(self) -> tuple[Strategy, ...]:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tricomm.errors import PlanError
+from tricomm.errors import ArgumentError, check_count
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.senders.policy import (
@@ -35,7 +35,7 @@ class Search:
         nodes: how many choices to try at the most; a number and not a time, so that all ranks find the same.
 
     Raises:
-        PlanError: ``nodes`` is not a positive integer.
+        PlanError: ``nodes`` is not positive; an ArgumentError if it is not an integer.
 
     Example:
         >>> from tricomm import Mesh, Search, ShardingSpec, make_plan
@@ -49,7 +49,7 @@ class Search:
     nodes: int = 20_000
 
     def __post_init__(self) -> None:
-        _check_count("nodes", self.nodes)
+        check_count("nodes", self.nodes, 1, "at least 1, an integer; leave it out for the default")
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
@@ -124,7 +124,7 @@ class RandomizedGreedy:
         seed: of the random numbers, so that all ranks find the same.
 
     Raises:
-        PlanError: ``trials`` is not a positive integer.
+        PlanError: ``trials`` is not positive; an ArgumentError if it or ``seed`` is not an integer.
 
     Example:
         >>> from tricomm import Mesh, RandomizedGreedy, ShardingSpec, make_plan
@@ -139,7 +139,9 @@ class RandomizedGreedy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("trials", self.trials)
+        check_count("trials", self.trials, 1, "at least 1, an integer; leave it out for the default")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ArgumentError(f"seed={self.seed!r} must be an integer, the same on all ranks; leave it out for 0")
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy."""
@@ -188,8 +190,3 @@ def sending_seconds(assignments: Sequence[Assignment], topology: Topology, fan_o
     for assignment in assignments:
         loads.add(assignment, assignment.nbytes)
     return loads.nics.busiest
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PlanError(f"{name}={value!r} must be at least 1, an integer; leave it out for the default")

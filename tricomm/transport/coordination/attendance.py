@@ -5,6 +5,7 @@ ARRIVED --PATIENCE over-------------------------------------> Announce: ANNOUNCE
 any     --an outcome stands---------------------------------> Return
 ANNOUNCED --notes disagree: all here, or for MISMATCH_SECONDS> Abort (mismatch or refusal)
 ANNOUNCED --only ranks known to be dead are missing---------> Abort (death)
+ANNOUNCED --a missing rank waits for them in another call---> Abort (another order)
 ANNOUNCED --deadline over-----------------------------------> Abort (absence)
 any     --none of these-------------------------------------> Look again
 """
@@ -125,6 +126,7 @@ class View:
         is_last: whether all others have arrived with the same intent.
         notes: of the participants, by rank; looked at when this rank has announced.
         elsewhere: what absent ranks are in, by rank, where it is known.
+        missed: an absent rank that waits for those who are here, and in which call.
     """
 
     now: float
@@ -132,6 +134,7 @@ class View:
     is_last: bool = False
     notes: Mapping[int, Note] | None = None
     elsewhere: Mapping[int, str] | None = None
+    missed: tuple[int, str] | None = None
 
 
 class Decide(NamedTuple):
@@ -191,14 +194,22 @@ def advance(state: State, view: View, terms: Terms) -> tuple[State, Action]:
     if mismatch is not None:
         return _mismatched(state, view, terms, mismatch)
     state = replace(state, mismatch_since=None)
-    absent = tuple(rank for rank in terms.participants if rank not in notes)
+    end = _hopeless(view, terms, tuple(rank for rank in terms.participants if rank not in notes))
+    return state, end or Look(min(PATIENCE_SECONDS, terms.deadline - view.now))
+
+
+def _hopeless(view: View, terms: Terms, absent: tuple[int, ...]) -> Abort | None:
+    """The absent do not come, as is known or must be assumed; None as long as they may."""
     if absent and all(rank in terms.dead for rank in absent) and view.now >= terms.arrived + DEAD_SECONDS:
         text = f"{terms.dead[absent[0]]}; it did not come back. Ranks {list(terms.participants)} must all call"
-        return state, Abort(text, None, (terms.epoch,), absent)
+        return Abort(text, None, (terms.epoch,), absent)
+    if view.missed is not None:
+        rank, text = view.missed
+        return Abort(text, rank, (terms.epoch,))
     if view.now >= terms.deadline:
         text = describe_absence(absent, terms.participants, view.elsewhere or {})
-        return state, Abort(text, None, (terms.epoch,), absent)
-    return state, Look(min(PATIENCE_SECONDS, terms.deadline - view.now))
+        return Abort(text, None, (terms.epoch,), absent)
+    return None
 
 
 def _mismatched(state: State, view: View, terms: Terms, mismatch: tuple[str, int | None]) -> tuple[State, Action]:

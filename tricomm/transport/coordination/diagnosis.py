@@ -4,12 +4,15 @@ Pure functions of heartbeats. A rank *is silent* if its heartbeat has not change
 end is a silent rank, a rank that is alive and does something else, or a circle of ranks.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 
 MAX_RANKS = 64
 """Query at most this many ranks for heartbeats; each answer takes two calls of the store."""
+
+MAX_CIRCLE = 8
+"""A circle of more ranks that wait for each other is found at the deadline only."""
 
 SILENT_BEATS = 1.5
 """A rank is silent if its heartbeat did not change for so many intervals."""
@@ -69,6 +72,56 @@ def find_ends(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[
         else:
             ahead.extend(here.peers)
     return ends
+
+
+def find_other_order(rank: int, wait: Wait, heartbeat_of: Callable[[int], Heartbeat]) -> str | None:
+    """Say that ranks wait for each other in different calls, where all should be in the same one; None if they do not.
+
+    Args:
+        rank, wait: of this rank, in a communicator.
+        heartbeat_of: a rank's last heartbeat. Only that of the next rank is read as long as it is in the same call.
+
+    Example:
+        >>> mine = Wait("link", 1, "call 2 of Resharder 'a'", position=5)
+        >>> theirs = Heartbeat(7, (Wait("link", 0, "call 1 of Resharder 'b'", position=5),))
+        >>> print(find_other_order(0, mine, {1: theirs}.__getitem__))
+        rank 0 waits for rank 1 in call 2 of Resharder 'a', and rank 1 for rank 0 in call 1 of Resharder 'b'; every \
+rank must make the same calls in the same order
+    """
+    circle, here, resharder = {rank: wait}, wait, _resharder_of(wait.call)
+    while here.peer is not None and here.peer not in circle and len(circle) <= MAX_CIRCLE:
+        at = here.peer
+        there = heartbeat_of(at).wait_in(wait.place)
+        if (
+            there is None
+            or there.position != wait.position
+            or (len(circle) == 1 and _resharder_of(there.call) == resharder)
+        ):
+            return None
+        circle[at] = here = there
+    return _describe_circle(circle, wait) if here.peer == rank else None
+
+
+def describe_missed(
+    rank: int, call: str, begun: int, place: str, other: int, heartbeat: Heartbeat, present: Collection[int]
+) -> str | None:
+    """Say that a rank waits in a call which those at a rendezvous have not begun; None if it does not.
+
+    Args:
+        rank, call: at the rendezvous, for which the other one is missed.
+        begun: how many calls that rank has begun in the communicator of the same ranks.
+        place: the communicator.
+        other, heartbeat: the rank that is missed, and its last one.
+        present: the ranks at the rendezvous.
+    """
+    there = heartbeat.wait_in(place)
+    awaited = [peer for peer in there.peers if peer in present] if there is not None else []
+    if there is None or not awaited or there.position <= begun:
+        return None
+    return (
+        f"rank {other} waits for rank {awaited[0]} in {there.call}, and rank {rank} for rank {other} in {call}; every "
+        "rank must make the same calls in the same order"
+    )
 
 
 def diagnose_connecting(rank: int, call: str, participants: Sequence[int], silent: Collection[int]) -> str:

@@ -1,9 +1,9 @@
 """The monitor: a thread that speaks for a rank that waits, and keeps the deadlines of what it waits in.
 
 While a run takes longer than a heartbeat, the monitor posts that this rank is alive and what it waits in, and looks
-whether somebody has aborted it. In the last heartbeats before the deadline it watches those of the ranks that are
-waited for; at the deadline it diagnoses, and ends the run with what it found. So a wait lasts until its timeout, and
-its error is there at once.
+whether somebody has aborted it, or whether ranks wait for each other in different calls. In the last heartbeats before
+the deadline it watches those of the ranks that are waited for; at the deadline it diagnoses, and ends the run with what
+it found. So a wait lasts until its timeout, and its error is there at once.
 
 On a device a call returns when all is queued, and its run is watched until the device has done it. A run's time begins
 when the device comes to it: what it does before is nobody's fault, however long it takes.
@@ -29,6 +29,7 @@ from tricomm.transport.coordination.diagnosis import (
     diagnose,
     diagnose_connecting,
     find_ends,
+    find_other_order,
 )
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
@@ -72,6 +73,7 @@ class Run:
         timeout_seconds: until the deadline.
         abort: ends the run for a reason, from the monitor's thread; None if the thread that runs looks by itself.
         participants: the ranks that connect, in a run that connects.
+        position: see Wait.
     """
 
     __slots__ = (
@@ -88,6 +90,7 @@ class Run:
         "participants",
         "pending",
         "place",
+        "position",
         "timeout_seconds",
         "waiting_for",
     )
@@ -99,8 +102,10 @@ class Run:
         timeout_seconds: float,
         abort: Callable[[str], object] | None,
         participants: Sequence[int] = (),
+        position: int = 0,
     ) -> None:
         self.place = place
+        self.position = position
         self.describe = describe
         self.began = time.monotonic()
         self.deadline = self.began + waiting_seconds(timeout_seconds)
@@ -128,8 +133,8 @@ class Run:
 
     def wait(self) -> Wait:
         """Return what the run waits for now."""
-        peer, *others = self.candidates or (None,)
-        return Wait(self.place, peer, self.describe(), tuple(rank for rank in others if rank is not None))
+        peer, others = (self.candidates or (None,))[0], self.candidates[1:]
+        return Wait(self.place, peer, self.describe(), others, self.position)
 
     def is_done(self) -> bool:
         """Whether the device has done all of it; for the thread that runs."""
@@ -312,6 +317,8 @@ class Watcher:
         self.status = status
         self._observations = Observations(status)
         self._heartbeats = 0
+        self._suspicions: dict[str, str] = {}
+        """What looked like calls in another order at the last look, by place."""
 
     def look(self, runs: Sequence[Run], now: float, computing: Computing = Computing()) -> list[Run]:  # noqa: B008
         """Post a heartbeat for the runs that are slow, end those that were aborted, and those whose time is over.
@@ -325,6 +332,7 @@ class Watcher:
         is_slow = bool(computing.what) and now - computing.since >= 0.9 * computing.heartbeat_seconds
         if not slow:
             self._observations.clear()
+            self._suspicions.clear()
         try:
             if slow or is_slow:
                 self._heartbeats += 1
@@ -352,6 +360,7 @@ class Watcher:
             run.end(reason.text)
             return
         if run.lost is None and now < deadline - WATCHED_BEATS * run.heartbeat_seconds:
+            self._compare(run)
             return
         first = run.candidates or tuple(run.participants)
         if not first and run.lost is None:
@@ -364,6 +373,17 @@ class Watcher:
             run.end(describe_lost(self.status.rank, run.describe(), suspects, str(run.lost[1])))
         elif run.lost is None and now >= deadline:
             run.end(self._diagnose(run, heartbeats, silent))
+
+    def _compare(self, run: Run) -> None:
+        """End a run in a circle of ranks that are in different calls at the same position, if seen at two looks."""
+        wait, before = run.wait(), self._suspicions.pop(run.place, None)
+        text = find_other_order(self.status.rank, wait, self.status.heartbeat_of)
+        if text is None:
+            return
+        if text == before:
+            run.end(text)
+        else:
+            self._suspicions[run.place] = text
 
     def _diagnose(self, run: Run, heartbeats: dict[int, Heartbeat], silent: Collection[int]) -> str:
         wait = run.wait()

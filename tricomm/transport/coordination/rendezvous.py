@@ -50,9 +50,12 @@ from tricomm.transport.coordination.attendance import (
     runs_of,
 )
 from tricomm.transport.coordination.monitor import Monitor, Run, deadline_after
+from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.coordination.store import LONGEST_PAUSE_SECONDS, store_errors, wait_for_key
 
 DONE = "done "
+
+FindMissed = Callable[[int, Heartbeat, Sequence[int]], str | None]
 
 MAX_NOTES = 16
 """Notes of so many channels are kept, the latest."""
@@ -121,6 +124,7 @@ class Rendezvous:
         timeout_seconds: float,
         needs_reconnect: bool = False,
         decide: Callable[[bool], str] = lambda _: "",
+        find_missed: FindMissed = lambda *_: None,
     ) -> Agreed:
         """Return once every participant has come and is about to do the same.
 
@@ -131,6 +135,8 @@ class Rendezvous:
             decide: what the ranks must agree on for what follows; the last one to come decides it for all, when
                 everybody is past the calls before and nobody has begun this one. It is told whether any rank needs to
                 reconnect.
+            find_missed: says in words that an absent rank, whose heartbeat it is given, waits for some that are present
+                in a call that they have not begun; None if it does not.
 
         Raises:
             TransportError: somebody is about to do something else (from a MismatchError), refused, failed, or did not
@@ -143,7 +149,7 @@ class Rendezvous:
                 try:
                     if needs_reconnect:
                         self.store.set(_reconnect_key(epoch), "1")
-                    outcome = self._attend(epoch, intent, deadline, timeout_seconds, decide)
+                    outcome = self._attend(epoch, intent, deadline, timeout_seconds, decide, find_missed)
                 except (TransportError, RuntimeError):
                     raise
                 except BaseException as error:
@@ -238,6 +244,7 @@ class Rendezvous:
         deadline: float,
         timeout_seconds: float,
         decide: Callable[[bool], str],
+        find_missed: FindMissed,
     ) -> str:
         """Be at one rendezvous; returns its outcome."""
         is_last = self.store.add(_count_key(epoch, intent.digest), 1) == len(intent.participants)
@@ -264,7 +271,7 @@ class Rendezvous:
                         if watches:
                             status = self._monitor.status
                             before = {rank: status.heartbeat_of(rank).number for rank in intent.participants}
-                        view = self._view(epoch, intent, before) if watches else View(time.monotonic())
+                        view = self._view(epoch, intent, before, find_missed) if watches else View(time.monotonic())
                     case Look():
                         seconds = action.seconds
                         if state.phase is not Phase.ARRIVED:
@@ -275,21 +282,23 @@ class Rendezvous:
                         elif state.phase is Phase.ARRIVED:
                             view = View(time.monotonic())
                         else:
-                            view = self._view(epoch, intent, before)
+                            view = self._view(epoch, intent, before, find_missed)
         finally:
             self._monitor.release(run)
 
-    def _view(self, epoch: CallEpoch, intent: Intent, before: Mapping[int, int]) -> View:
+    def _view(self, epoch: CallEpoch, intent: Intent, before: Mapping[int, int], find_missed: FindMissed) -> View:
         """Look at what the others say, and where those are that say nothing."""
         notes = self._read_notes(epoch, intent.participants, intent.channel)
         notes = {rank: note._replace(fields=self._fields_of(note, intent)) for rank, note in notes.items()}
-        elsewhere = {}
+        elsewhere, missed = {}, None
         for rank in before:
             if rank not in notes:
                 beat = self._monitor.status.heartbeat_of(rank)
                 if beat.waits and beat.number != before.get(rank):
                     elsewhere[rank] = beat.waits[0].call
-        return View(time.monotonic(), None, False, notes, elsewhere)
+                    text = find_missed(rank, beat, list(notes))
+                    missed = missed or (None if text is None else (rank, text))
+        return View(time.monotonic(), None, False, notes, elsewhere, missed)
 
     def _decide(self, epoch: CallEpoch, intent: Intent, decide: Callable[[bool], str]) -> str:
         """Write what is agreed on, as the last one to arrive, and delete the keys of the epoch before."""

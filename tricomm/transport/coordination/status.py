@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | status/RANK | the monitor of RANK | every heartbeat while RANK waits | whoever diagnoses | never: one per rank |
 | PLACE/abort | the first rank that knows a cause | at the failure | everybody in PLACE | never: one per failure |
-| PLACE/closed/RANK | RANK | when it gives its connections back | who finds them closed | never |
+| PLACE/closed/RANK | RANK | when it gives its connections back, or ends | who finds them closed | never |
 
 A *place* is a communicator or a rendezvous. In a pipeline a rank may wait in one place for a rank that waits in
 another.
@@ -24,12 +24,15 @@ class Wait(NamedTuple):
         peer: the rank that it waits for; None if it waits for nobody or for nobody in particular.
         call: in words.
         others: ranks that it waits for at the same time, in one group of messages.
+        position: in a communicator, how many calls this rank had begun there with this one. Ranks that make the same
+            calls in the same order are in the same call at the same position.
     """
 
     place: str
     peer: int | None
     call: str
     others: tuple[int, ...] = ()
+    position: int = 0
 
     @property
     def peers(self) -> tuple[int, ...]:
@@ -101,11 +104,12 @@ class StatusStore:
             key = f"{place}/abort"
             return AbortReason(*json.loads(self.store.get(key))) if self.store.check([key]) else None
 
-    def post_closed(self, place: str) -> None:
-        """Say that this rank gives its connections back on purpose."""
-        post_note(self.store, f"{place}/closed/{self.rank}", True)
+    def post_closed(self, place: str, is_end: bool = False) -> None:
+        """Say that this rank gives its connections back on purpose, or because its process ends."""
+        post_note(self.store, f"{place}/closed/{self.rank}", is_end)
 
-    def is_closed_by(self, place: str, rank: int) -> bool:
-        """Whether a rank has given its connections back on purpose."""
+    def closed_by(self, place: str, rank: int) -> bool | None:
+        """Return None if a rank has not given its connections back, else whether its process ended."""
         with store_errors():
-            return bool(self.store.check([f"{place}/closed/{rank}"]))
+            key = f"{place}/closed/{rank}"
+            return bool(json.loads(self.store.get(key))) if self.store.check([key]) else None
