@@ -38,7 +38,7 @@ SHORT = torch.zeros(4, 4, dtype=torch.bfloat16)
         (lambda: tricomm.Options(timeout=3), tricomm.ArgumentError, "write timeout_seconds=3, or timeout=timedelta"),
         (lambda: tricomm.Options(timeouts=3), tricomm.ArgumentError, "has no option 'timeouts'; write timeout=..."),
         (lambda: tricomm.Options(3), tricomm.ArgumentError, "options are named; write name=value"),
-        (lambda: tricomm.make_plan(WHOLE, ROWS, rank=99), tricomm.SpecError, "rank=99 is on neither mesh .* or None"),
+        (lambda: tricomm.make_plan(WHOLE, ROWS, rank=99), tricomm.SpecError, "rank=99 is on neither mesh, .* or None"),
         (lambda: tricomm.local_shard(SHORT, ROWS, 0), tricomm.SpecError, "bfloat16, and its spec says .*float32; pass"),
         (lambda: tricomm.Auto(search_up_to=-1), tricomm.PlanError, "search_up_to=-1 must be"),
         (lambda: tricomm.RandomizedGreedy(seed="x"), tricomm.ArgumentError, "seed='x' must be an integer"),

@@ -89,9 +89,7 @@ def check_rank(rank: object, participants: Sequence[int]) -> None:
         raise ArgumentError(f"rank={rank!r} is not a rank; pass an integer from 0 on, or None for all ranks")
     if rank is not None and participants and rank not in participants:
         ranks = format_ranks(participants)
-        raise SpecError(
-            f"rank={rank} is on neither mesh, so it has no plan; pass one of ranks {ranks}, or None for all"
-        )
+        raise SpecError(f"rank={rank} is on neither mesh, so it has no plan; pass one of {ranks}, or None for all")
 
 
 def check_ranks(side: str, mesh: Mesh, size: int) -> None:
