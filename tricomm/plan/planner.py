@@ -18,10 +18,11 @@ from tricomm.plan.arguments import (
 from tricomm.plan.choice import Candidate
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
-from tricomm.plan.plan import Plan
+from tricomm.plan.plan import PLANNER_VERSION, Plan
 from tricomm.plan.product.choose import ProductMove
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.joined import Routes, joined
+from tricomm.plan.routes.searched import WORTH_SAYING, check_search, deliveries_of, kept
 from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
 from tricomm.plan.senders.policy import Assignment, Naive, SenderPolicy
 from tricomm.plan.senders.split import Split
@@ -133,7 +134,8 @@ class _Draft:
     @property
     def is_large(self) -> bool:
         """Whether so many ranks take part that each works out its own part alone where it can."""
-        return isinstance(self.strategy, Auto) and len(self.participants) > self.strategy.search_up_to
+        auto = self.strategy if isinstance(self.strategy, Auto) else Auto()
+        return len(self.participants) > auto.search_up_to
 
     def _formulas(self) -> dict[int, ProductMove]:
         """What routes the stacks that formulas can route, by number."""
@@ -142,7 +144,7 @@ class _Draft:
         found = {}
         for number, stack in enumerate(self.stacks):
             context = self._context([number])
-            move = ProductMove.of(stack.source, stack.destination, number, context, self.participants)
+            move = ProductMove.of(stack.source, stack.destination, number, context, self.participants, self.strategy)
             if move is not None:
                 found[number] = move
         return found
@@ -194,6 +196,17 @@ class _Draft:
             ]
         else:
             chosen = [refined[number] for number in numbers]
+        if all(map(self._is_known, numbers)):
+            return self._best(numbers, chosen, rank)
+        deliveries = deliveries_of(chosen)
+        cache = self.strategy.cache if isinstance(self.strategy, Auto) and deliveries > WORTH_SAYING else None
+        check_search(deliveries, cache is not None)
+        key = repr((PLANNER_VERSION, numbers, self.stacks, self.strategy, self.balance, self.topology))
+        key += repr((self.participants, self.staging_nbytes))
+        return kept(cache, key, lambda: self._best(numbers, chosen, rank))
+
+    def _best(self, numbers: Sequence[int], chosen: Sequence[Tasks], rank: int | None) -> Routes:
+        """The best of the strategies, given the tasks."""
         tasks = joined_tasks(chosen)
         strategies: tuple[Strategy, ...]
         if not isinstance(self.strategy, Auto):

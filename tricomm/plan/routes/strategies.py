@@ -6,13 +6,13 @@ and chunks.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Protocol
 
 import numpy as np
 
-from tricomm.errors import check_count
+from tricomm.errors import ArgumentError, check_count
 from tricomm.layout.columns import Groups
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import by_host, grouped
@@ -260,6 +260,8 @@ class Auto:
 
     Args:
         search_up_to: how many ranks may take part for strategies to be compared; 0 is none.
+        cache: a folder that only this user can write; plans that formulas cannot make and that take long to search for
+            are kept there, and read by every rank that finds them. No part of what ranks compare.
 
     Example:
         >>> from tricomm import Auto, Mesh, ShardingSpec, Topology, make_plan
@@ -271,9 +273,12 @@ class Auto:
     """
 
     search_up_to: int = 32
+    cache: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count("search_up_to", self.search_up_to, 0, "a number of ranks, 0 or more, such as 32")
+        if self.cache is not None and not isinstance(self.cache, str):
+            raise ArgumentError(f"cache={self.cache!r} must be the path of a folder, or None to keep nothing")
 
     @property
     def candidates(self) -> tuple[Strategy, ...]:

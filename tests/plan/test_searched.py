@@ -1,0 +1,86 @@
+"""Plans that formulas cannot make: they say what they cost, are refused where that is too much, and can be kept."""
+
+from pathlib import Path
+
+import pytest
+
+from tricomm import (
+    Auto,
+    Broadcast,
+    GlobalAllGather,
+    LocalAllGather,
+    Mesh,
+    PlanError,
+    Replicate,
+    SendRecv,
+    Shard,
+    ShardingSpec,
+    Topology,
+    make_plan,
+)
+from tricomm.plan.routes import searched
+from tricomm.plan.routes.strategies import Strategy
+
+ALL = Replicate()
+SHAPE = (36, 36)
+
+
+def irregular() -> tuple[ShardingSpec, ShardingSpec]:
+    """Rows held twice, as explicit holdings, to columns needed twice."""
+    rows = ShardingSpec(Mesh([range(18), range(18, 36)], ("dp", "x")), (ALL, Shard(0)), SHAPE, "float32")
+    source = ShardingSpec.explicit({rank: rows.holding(rank) for rank in range(36)}, SHAPE, "float32")
+    return source, ShardingSpec(Mesh([range(36, 54), range(54, 72)], ("dp", "x")), (ALL, Shard(1)), SHAPE)
+
+
+def test_a_long_search_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searched, "WORTH_SAYING", 100)
+    with pytest.warns(UserWarning, match=r"searched for among 648 deliveries .* planned by formulas"):
+        make_plan(*irregular(), strategy=Auto(search_up_to=31))
+
+
+def test_a_search_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searched, "MOST_DELIVERIES", 100)
+    with pytest.raises(PlanError, match="at most 100 are; layouts that mesh axes describe"):
+        make_plan(*irregular(), strategy=Auto(search_up_to=30))
+
+
+def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tricomm.plan.planner.WORTH_SAYING", 100)
+    strategy = Auto(search_up_to=29, cache=str(tmp_path / "plans"))
+    plans = []
+    for _ in range(2):
+        make_plan.__globals__["_make_plan"].cache_clear()
+        plans.append(make_plan(*irregular(), strategy=strategy))
+    (kept,) = (tmp_path / "plans").iterdir()
+    assert plans[0].digest() == plans[1].digest() == make_plan(*irregular(), strategy=Auto(29)).digest()
+    assert plans[0].moves[0].messages == plans[1].moves[0].messages
+    assert plans[0].moves[0].hops == plans[1].moves[0].hops
+    plans[1].verify()
+    kept.write_bytes(b"half a plan")
+    make_plan.__globals__["_make_plan"].cache_clear()
+    with pytest.raises(PlanError, match=r"cannot be read .* delete it"):
+        make_plan(*irregular(), strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", [SendRecv(), SendRecv(4096), Broadcast(), Broadcast(4096), GlobalAllGather()])
+def test_a_strategy_by_name_goes_by_formulas_too(strategy: Strategy) -> None:
+    source = ShardingSpec(Mesh([range(16), range(16, 32)], ("dp", "x")), (ALL, Shard(0)), (4096, 64), "float32")
+    destination = ShardingSpec(Mesh([range(40, 48), range(48, 56)], ("dp", "tp")), (ALL, Shard(1)))
+    topology = Topology(tuple(f"host{rank // 4}" for rank in range(56)), nics_per_host=4)
+    whole = make_plan(source, destination, topology=topology, strategy=strategy)
+    whole.verify()
+    assert whole.wire_nbytes == whole.minimum_nbytes
+    assert whole.moves[0].strategies == (strategy,)
+    alone = make_plan(source, destination, topology=topology, strategy=strategy, rank=41)
+    assert len(alone.moves[0].messages) < len(whole.moves[0].messages)
+    assert [[len(step.receives) for step in program.rounds] for program in alone.for_rank(41)] == [
+        [len(step.receives) for step in program.rounds] for program in whole.for_rank(41)
+    ]
+
+
+def test_a_strategy_without_formulas_is_searched() -> None:
+    source = ShardingSpec(Mesh(range(20), ("x",)), (ALL,), (64,), "float32")
+    destination = ShardingSpec(Mesh(range(20, 40), ("x",)), (ALL,))
+    plan = make_plan(source, destination, strategy=LocalAllGather())
+    plan.verify()
+    assert plan.moves[0].strategies == (LocalAllGather(),)
