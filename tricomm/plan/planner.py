@@ -182,9 +182,16 @@ class _Draft:
             known = [number for number in others if self._is_known(number)]
             groups = [known, [number for number in others if number not in known]]
         routes = [self._searched(group, refined, rank) for group in groups if group or len(groups) == 1]
-        routes += [formulas[number].routes(rank) for number in sorted(formulas)]
+        routes += [self._by_formulas(formulas[number], number, rank) for number in sorted(formulas)]
         messages, hops = joined(routes)
         return Move(self.stacks, refined, tuple(one.strategy for one in routes), messages, hops)
+
+    def _by_formulas(self, move: ProductMove, number: int, rank: int | None) -> Routes:
+        """What formulas say of a stack; nothing to a rank that has no part in it."""
+        stack = self.stacks[number]
+        if rank is None or rank in stack.source.mesh or rank in stack.destination.mesh:
+            return move.routes(rank)
+        return Routes(SendRecv(), (), ())
 
     def _searched(self, numbers: Sequence[int], refined: Sequence[Tasks], rank: int | None) -> Routes:
         """The best of the strategies that may be taken for some stacks, after a choice of senders among all tasks."""
