@@ -140,6 +140,12 @@ def what_passes(program: Any) -> list[Any]:
     ]
 
 
+def empty(like: torch.Tensor) -> torch.Tensor:
+    """Zeros of any dtype, also of those that torch cannot fill."""
+    nbytes = like.numel() * like.element_size()
+    return torch.zeros(nbytes, dtype=torch.uint8).view(like.dtype).reshape(like.shape)
+
+
 def run_set(rank: int, chosen: Set, api: str) -> None:
     """Move a set on this rank and compare."""
     given_shards, wholes = shards_of(chosen)
@@ -147,10 +153,10 @@ def run_set(rank: int, chosen: Set, api: str) -> None:
     options = {**arguments(chosen), "timeout_seconds": 30.0}
     out = None
     if api == "out":
+        held = [name for name, case in chosen.items() if rank in case.destination.mesh]
         out = {
-            name: restrided(torch.zeros(case.destination.local_shape(rank)).to(wholes[name].dtype), case.strides)
-            for name, case in chosen.items()
-            if rank in case.destination.mesh
+            name: restrided(empty(pick(wholes[name], chosen[name].destination, rank)), chosen[name].strides)
+            for name in held
         }
     if api == "reshard":
         output = tricomm.reshard(given_shards[rank], source, destination, **options)
