@@ -39,7 +39,7 @@ class Resharder(Gradients):
 
     Ranks make the same calls in the same order. If they do not, every call gives the right result or a TransportError
     that names both calls, never the bytes of another Resharder: two are told apart by their layouts and options, by
-    ``name``, or by being the n-th of these that a rank has made.
+    ``name``, or by being the n-th of these that a rank has made (on NCCL in their first call and with ``confirm``).
 
     Calls on one channel come from one thread at a time; a second thread is refused at once, and takes a ``channel``
     of its own. Connections and a background thread are shared by the Resharders of the same ranks and channel. They
@@ -49,7 +49,8 @@ class Resharder(Gradients):
     Args:
         source, destination: layouts, also as (DeviceMesh, placements, shape, dtype) or of a DTensor; the destination's
             shape and dtype default to the source's.
-        options: those of :class:`tricomm.Options`. Without ``confirm`` a rank returns when its own part is done.
+        options: those of :class:`tricomm.Options`. Without ``confirm`` a rank returns when its own part is done, though
+            others may raise: a loop that repeats failed calls needs it.
 
     Raises:
         SpecError: layouts that contradict each other, or a mesh rank outside the group; an ArgumentError where there
@@ -131,10 +132,8 @@ class Resharder(Gradients):
         self.confirm = bool(chosen.confirm)
         self.channel = chosen.channel
         self.name = chosen.name
-        items = items_of(source, destination)
-        check_in_group(items, self.context.size)
-        # A rank on no mesh moves nothing, and learns that from anybody's plan.
-        participants = participants_of(items) or (self.rank,)
+        check_in_group(items := items_of(source, destination), self.context.size)
+        participants = participants_of(items) or (self.rank,)  # a rank on no mesh learns that from anybody's plan
         self.plan: Plan = make_plan(
             source,
             destination,
