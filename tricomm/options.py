@@ -93,8 +93,8 @@ class Options:
             ``timeout`` takes a timedelta too, as in torch.)
         confirm: whether a call returns only when all ranks have what they need, so that a failure anywhere raises
             everywhere and a failed call can be repeated: without it a rank that was done goes on to its next step,
-            which would then meet the repeated one. It costs a barrier. None is True for reshard and reshard_async, and False
-            for a Resharder.
+            which would then meet the repeated one. It costs a barrier. None is True for reshard and reshard_async, and
+            False for a Resharder.
         channel: Resharders between the same ranks that name different channels have communicators and a background
             thread of their own: their runs neither wait for each other nor need one order on all ranks.
         name: what the calls are about, such as "layer 3"; stands in errors, and tells apart what is otherwise alike.
