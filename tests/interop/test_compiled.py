@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import tricomm
 from tests.cases import RANKS
 from tests.oracle import pick
-from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError
+from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
 
 ALL = Mesh(list(range(RANKS)), ("x",))
@@ -150,6 +150,9 @@ def refused(rank: int) -> None:
         x = pick(FULL, PAIR, rank).requires_grad_()
         with pytest.raises(SpecError, match="pass differentiable=True on all ranks"):
             torch.compile(lambda one: mover(one * 2), backend="eager")(x)
+    elif rank < 3:
+        with pytest.raises(TransportError, match=r"rank 0 refused the call: .* pass differentiable=True on all ranks"):
+            mover(pick(FULL, PAIR, rank) if rank == 1 else None)
 
 
 def test_gradients_that_would_get_lost_are_refused(ranks: Ranks) -> None:

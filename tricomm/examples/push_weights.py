@@ -41,12 +41,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = make_model()
     shapes = {name: one.shape for name, one in model.named_parameters()}
-    movers = {
-        name: Resharder(
-            (trainer, [Shard(0)], shape, torch.float32), (server, [SERVED[name]], shape, torch.bfloat16), name=name
-        )
-        for name, shape in shapes.items()
-    }  # made once: later pushes are data alone
+    mover = Resharder(  # made once: later pushes are data alone, of all weights at once
+        {name: (trainer, [Shard(0)], shape, torch.float32) for name, shape in shapes.items()},
+        {name: (server, [SERVED[name]], shape, torch.bfloat16) for name, shape in shapes.items()},
+    )
     if rank < 4:
         fully_shard(model, mesh=trainer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -59,11 +57,9 @@ def main() -> None:
         if rank < 4:
             train(model, optimizer)
             state = model.state_dict()  # DTensors
-        for name, mover in movers.items():
-            if rank < 4:
-                mover(state[name])
-            else:
-                mover(out=weights[name])  # in place
+            mover(state)
+        else:
+            mover(out=weights)  # in place
         norms: list[DTensor] = [one.float().norm() for one in (state if rank < 4 else weights).values()]
         total = sum(norm.full_tensor().item() for norm in norms)
         if rank in (0, 4):
