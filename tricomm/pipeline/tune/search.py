@@ -23,8 +23,8 @@ TURNED_ORDERS = 8
 TURNED_ACTIONS = 20_000
 """How many orders are looked at with hops in turn, and for each, how many actions are simulated to find their turns."""
 
-TURNED_WITHIN = 0.03
-"""Orders that are longer by more than this part than the fastest get no better turns: these gain less."""
+TURNED_WITHIN = 0.1
+"""Orders that are longer by more than this part than the fastest get no better turns: these gain up to 5 %."""
 
 WORTH_IT = 0.005
 """A schedule that holds more must be faster by this part: the costs are not known better."""
