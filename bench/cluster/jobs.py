@@ -1,0 +1,96 @@
+"""Two jobs on an emulated cluster: how near a push between them comes to the bound of the NICs.
+
+    python -m bench.cluster.jobs
+
+Three hosts are a trainer and three a server, with a NIC of 400 Mbit/s each; they meet as separate jobs do, over the
+unshaped interfaces. What is printed is the median of the pushes, from the call to published everywhere, over the bound.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+import tricomm
+from bench.cluster.cluster import Cluster
+from tricomm import Feed, Meeting, Mesh, Resharder, Shard, ShardingSpec, Topology
+
+HOSTS, TRAINERS, PUSHES = 6, 3, 6
+NIC_BITS_PER_SECOND = 400e6
+SHAPE = (12288, 2048)
+SECRET = "a secret of this benchmark"
+
+KEPT: dict[str, Any] = {}
+"""Of this process, between calls: the meeting that rank 0 holds."""
+
+
+def listen(rank: int, address: str) -> str:
+    """Rank 0 listens on its unshaped interface; returns where."""
+    if rank != 0:
+        return ""
+    KEPT["meeting"] = meeting = Meeting(f"tcp://{address}:0", secret=SECRET)
+    return meeting.address
+
+
+def push(rank: int, address: str) -> tuple[float, float]:
+    """(median seconds of a push, seconds that the NICs need) of the trainer; zeros of the server."""
+    torch.set_num_threads(1)
+    side, side_rank = ("trainer", rank) if rank < TRAINERS else ("server", rank - TRAINERS)
+    world = tricomm.connect(
+        address,
+        side=side,
+        side_rank=side_rank,
+        side_sizes={"trainer": TRAINERS, "server": HOSTS - TRAINERS},
+        secret=SECRET,
+        host=f"host{rank}",
+        device="cpu",
+    )
+    spec = ShardingSpec(Mesh([0, 1, 2], ("x",)), (Shard(0 if side == "trainer" else 1),), SHAPE, "float32")
+    specs = world.exchange({"w": spec})
+    topology = world.topology(nic_bytes_per_second=NIC_BITS_PER_SECOND / 8)
+    feed = Feed(world, specs, source="trainer", destination="server", topology=topology, timeout_seconds=60)
+    shard = torch.zeros(spec.local_shape(side_rank))
+    seconds = []
+    for version in range(PUSHES):
+        if side == "server":
+            feed.pull({"w": shard}, 60)
+            continue
+        began = time.monotonic()
+        feed.push({"w": shard}, version, wait_seconds=60).wait()
+        seconds.append(time.monotonic() - began)
+    plan = tricomm.make_plan(specs["trainer"]["w"], specs["server"]["w"], topology=topology)
+    world.close()
+    return (statistics.median(seconds), plan.lower_bound_seconds()) if seconds else (0.0, 0.0)
+
+
+def plain(rank: int) -> float:
+    """Median seconds of the same move in one job, by a Resharder of the default group."""
+    specs = [
+        ShardingSpec(Mesh(range(first, first + TRAINERS), ("x",)), (Shard(dim),), SHAPE, "float32")
+        for first, dim in ((0, 0), (TRAINERS, 1))
+    ]
+    topology = Topology([f"host{host}" for host in range(HOSTS)], NIC_BITS_PER_SECOND / 8)
+    seconds = []
+    with Resharder(specs[0], specs[1], topology=topology, confirm=True) as mover:
+        shard = torch.zeros(specs[rank >= TRAINERS].local_shape(rank))
+        for _ in range(PUSHES):
+            began = time.monotonic()
+            mover(shard if rank < TRAINERS else None, out=None if rank < TRAINERS else shard)
+            seconds.append(time.monotonic() - began)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    """Print seconds, bound and ratios."""
+    with Cluster.uniform(HOSTS, 1, NIC_BITS_PER_SECOND) as cluster, cluster.ranks() as ranks:
+        address = ranks.run(listen, cluster.seats[0].port.back_address)[0]
+        found = ranks.run(push, address)[:TRAINERS]
+        within = max(ranks.run(plain)[:TRAINERS])
+    seconds, bound = max(found)
+    print(f"a push of {SHAPE} float32, {TRAINERS} to {HOSTS - TRAINERS} hosts: {seconds:.3f} s, bound {bound:.3f} s")
+    print(f"{seconds / bound:.3f} x the NIC bound; {seconds / within:.3f} x the same move within one job")
+
+
+if __name__ == "__main__":
+    main()
