@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import platform
-import statistics
 import sys
 import time
 import tracemalloc
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.planner import cases
+from bench.planner import cases, fan_out, quality
 from tricomm import Topology, make_plan
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing.binding import bind
@@ -53,7 +52,7 @@ class Row:
         what: is planned.
         size: ranks of each side, or tensors.
         transfers: chunks that the rank sends and receives (hops, for a plan of all ranks).
-        seconds: per step, the median of the repeats.
+        seconds: per step, the least of the repeats.
         peak_nbytes: of what Python and numpy allocated, in a run of its own.
     """
 
@@ -79,10 +78,10 @@ def forget() -> None:
 
 @contextmanager
 def timed(steps: Steps, name: str) -> Iterator[None]:
-    """Add the seconds of a block."""
-    begin = time.perf_counter()
+    """Add the seconds for which a block kept a processor busy."""
+    begin = time.process_time()
     yield
-    steps[name] = steps.get(name, 0.0) + time.perf_counter() - begin
+    steps[name] = steps.get(name, 0.0) + time.process_time() - begin
 
 
 def transfers_of(programs: Sequence[RankProgram]) -> int:
@@ -154,7 +153,7 @@ def measured(what: str, size: int, once: Callable[[], tuple[Steps, int]], repeat
         forget()
         steps, transfers = once()
         runs.append(steps)
-    seconds = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    seconds = {name: min(run[name] for run in runs) for name in runs[0]}
     peak_nbytes = 0
     if peak:
         forget()
@@ -232,9 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--largest", type=int, default=16384, help="most ranks of a side, planned for one (%(default)s)"
     )
     parser.add_argument("--largest-global", type=int, default=256, help="the same, planned for all (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quality", type=int, metavar="N", help="N random layouts by formulas and by search, instead")
+    parser.add_argument("--fan-out", action="store_true", help="simulated fan-outs, instead")
     parser.add_argument("--json", type=Path, metavar="PATH", default=RESULTS, help="(%(default)s)")
     options = parser.parse_args(arguments)
+    if options.quality or options.fan_out:
+        print(fan_out.table() if options.fan_out else quality.table(quality.measured(range(options.quality))))
+        return
     rows = run(options.largest, options.largest_global, options.repeats)
     print(table(rows))
     options.json.parent.mkdir(exist_ok=True)

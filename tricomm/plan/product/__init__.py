@@ -8,8 +8,11 @@ source's mesh axes and those that need it one of the destination's, so nothing h
   its cells like a line that is cut into equal parts (McNaughton's wrap-around rule), so every NIC of the source sends
   the same and no pair of ranks has more than one piece.
 - ``rings``: where sending each replica a copy would keep the source's NICs too long, a piece enters the ring of its
-  tile's replicas at a place that follows from where it lies in the tile, so that all replicas forward alike.
-- ``choose``: which of the two it is, and in how many chunks, from the sizes of tiles alone.
+  tile's replicas at a place that follows from where it lies in the tile, so that all replicas forward alike; from
+  there it goes from host to host in a chain or, where many hosts would fill slowly, in a tree of two below each.
+- ``shared``: where hosts have ranks of both meshes, what is there stays there, and the hosts of the ring between two
+  such get the cell from all of its holders.
+- ``loads``, ``choose``: which of the ways it is, and in how many chunks, from what the busiest NIC would carry.
 
 The plan of all ranks is the union of theirs: the same formulas over all cells. Imports ``layout`` and the rest of
 ``plan``, never torch.
