@@ -22,3 +22,8 @@ def test_the_command_is_installed(installed: Installed) -> None:
     tricomm = installed.python.with_name("tricomm")
     words = ["plan", "--shape", "8", "--source", "2", "S0", "--destination", "2", "R"]
     assert run(tricomm, *words, cwd=installed.folder).startswith("reshard\n")
+
+
+def test_the_demo_runs_from_a_wheel(wheel: Installed) -> None:
+    told = run(wheel.python.with_name("tricomm"), "demo", cwd=wheel.folder)
+    assert "104 tensors" in told

@@ -4,6 +4,8 @@ from typing import assert_type
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import Shard as TorchShard
 
 import tricomm
 from tricomm import Handle, Mesh, Plan, Replicate, Resharder, Shard, ShardingSpec
@@ -43,3 +45,13 @@ def packed(tensor: torch.Tensor, boxes: Boxes, buffer: torch.Tensor) -> Table:
     table = Table(boxes)
     pack([tensor], table, buffer)
     return table
+
+
+def pushed(weight: DTensor, mesh: DeviceMesh) -> None:
+    assert_type(tricomm.make_plan(weight, (mesh, [TorchShard(0)])), Plan)
+    assert_type(tricomm.reshard(weight, None, (mesh, [TorchShard(1)])), torch.Tensor | None)
+    back = Resharder(weight, (mesh, [TorchShard(0)]), differentiable=True)
+    assert_type(back(weight), torch.Tensor | None)
+    assert_type(back.gradient(), Resharder)
+    tricomm.backward(weight.sum())
+    tricomm.redistribute(weight, mesh, [TorchShard(0)], dtype=torch.bfloat16)
