@@ -218,7 +218,7 @@ def test_a_failed_push_is_published_nowhere_and_stays_dirty_until_a_whole_one(ra
     [
         ({}, "tensor"),
         ({"a": None}, "out"),
-        ({"c": torch.zeros(2)}, "tensor 'c' is none of ['a', 'b']; leave it out"),
+        ({"c": torch.zeros(2)}, "c"),
     ],
 )
 def test_a_missing_or_surplus_tensor_fails_the_push_for_all_at_once(
@@ -236,6 +236,13 @@ def test_a_missing_or_surplus_tensor_fails_the_push_for_all_at_once(
     assert all(isinstance(error, SpecError | TransportError) for error in errors)
     assert all(words in str(error) for error in errors)
     raised(all_of(ranks, lambda r: moved(r, 2)))
+
+
+def test_a_destination_that_gives_no_tensors_is_refused(ranks: list[Rank]) -> None:
+    """Rather than that a version is published which nobody has."""
+    errors = all_of(ranks, lambda r: r.feed.pull({}, 8.0) if r.world.rank() == 4 else moved(r, 1))
+    assert all(isinstance(error, SpecError | TransportError) for error in errors), errors
+    assert ranks[0].feed.latest().version is None
 
 
 def test_who_waits_for_a_newer_version_gets_it(ranks: list[Rank]) -> None:

@@ -1,11 +1,9 @@
-"""The Resharders of a feed, one for each tensor, started together."""
+"""What a feed moves its tensors with: one Resharder for all of them, which writes in place."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
-from tricomm.errors import SpecError, TricommError
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options
 from tricomm.resharder import Resharder
@@ -26,39 +24,24 @@ class Movers:
     def __init__(
         self, sources: Mapping[str, ShardingSpec], destinations: Mapping[str, ShardingSpec], options: Options
     ) -> None:
-        self._movers = {
-            name: Resharder(spec, destinations[name], **replace(options, name=f"{options.name}{name}").given())
-            for name, spec in sorted(sources.items())
-        }
+        names = sorted(sources)
+        self._mover = Resharder(
+            {name: sources[name] for name in names}, {name: destinations[name] for name in names}, **options.given()
+        )
+        self._is_written = any(self._mover.rank in spec.mesh for spec in destinations.values())
 
     def start(
         self, tensors: Mapping[str, torch.Tensor | None], out: Mapping[str, torch.Tensor | None]
     ) -> tuple[Handle, ...]:
-        """Start all moves; what is written is in place.
-
-        All are started even if one is refused, as the other ranks wait for each; that one tells them itself.
+        """Start the moves; what is written is in place.
 
         Raises:
-            SpecError: a tensor does not fit, is missing or is none of the feed.
+            SpecError: a tensor does not fit, is missing or is none of the feed. The other ranks are told.
         """
-        handles: list[Handle] = []
-        errors: list[TricommError] = []
-        for name, mover in self._movers.items():
-            place = out.get(name)
-            if place is None and mover.rank in mover.plan.destination.mesh:
-                place = torch.empty(0)  # refused, as it must be, rather than a new tensor that nobody sees
-            try:
-                handles.append(mover.start(tensors.get(name), out=place))
-            except TricommError as error:
-                errors.append(error)
-        surplus = [name for name in (*tensors, *out) if name not in self._movers]
-        if surplus:
-            errors.append(SpecError(f"tensor {surplus[0]!r} is none of {list(self._movers)[:20]}; leave it out"))
-        if errors:
-            raise errors[0]
-        return tuple(handles)
+        # On the destination nothing is made: a tensor that is missing must be refused, not returned where nobody looks.
+        place = dict(out) if self._is_written else None
+        return (self._mover.start(dict(tensors) or None, out=place),)
 
     def close(self) -> None:
         """Give back what they hold."""
-        for mover in self._movers.values():
-            mover.close()
+        self._mover.close()
