@@ -74,6 +74,9 @@ def reshard(
     compare what they are about to do before anything is sent, and return only when all have what they need. Calls with
     equal layouts and options cannot be told apart if ranks make them in another order: give each its ``name``.
 
+    Many tensors move at once as mappings by name, equal on all ranks and sides: then ``tensor`` and ``out`` have those
+    that this rank holds, and so has the result. They share messages, and gradients do not come back.
+
     Args:
         tensor: this rank's shard, shape ``source.local_shape(rank)``, any strides; None off the source mesh.
             It is not changed. A DTensor stands for its shard.
@@ -104,6 +107,10 @@ def reshard(
         >>> reshard(torch.ones(2, 3), rows, whole)
         tensor([[1., 1., 1.],
                 [1., 1., 1.]], dtype=torch.bfloat16)
+        >>> weights = {"wq": torch.ones(2, 3), "wk": torch.zeros(2, 3)}
+        >>> moved = reshard(weights, dict.fromkeys(weights, rows), dict.fromkeys(weights, whole))
+        >>> {name: float(tensor.sum()) for name, tensor in moved.items()}
+        {'wq': 6.0, 'wk': 0.0}
         >>> dist.destroy_process_group()
     """
     if torch.compiler.is_compiling():
