@@ -82,6 +82,8 @@ REFUSALS: dict[str, Refusal] = {
     "destination Partial": (lambda: move(destination=replace(COLUMNS, placements=(Partial(),))), SpecError,
         "float32[8, 4] sum over x on (x=2: ranks 2-3)", "no one way to split a value",
         "reshard to Replicate() or Shard(dim)"),
+    "options without names": (lambda: Options(3), ArgumentError,
+        "Options(3)", "options are named", "write name=value"),
     "rank off the meshes": (lambda: move(rank=7), SpecError,
         "rank=7", "on neither mesh", "pass one of 0-3"),
     "source not a spec": (lambda: make_plan(None, ROWS), ArgumentError,
