@@ -116,7 +116,14 @@ def shard_of(tensor: Any, spec: ShardingSpec, rank: int, group: Any, what: str) 
 
 def has_dtensors(given: Any) -> bool:
     """Whether a tensor, or one of many by name, is a DTensor."""
-    return is_dtensor(given) or (isinstance(given, Mapping) and any(map(is_dtensor, given.values())))
+    if given is None:
+        return False
+    # What is no mapping is asked first whether it has values: an abstract class takes longer to answer.
+    return is_dtensor(given) or (hasattr(given, "keys") and isinstance(given, Mapping) and _has_one(given))
+
+
+def _has_one(given: Mapping[Any, Any]) -> bool:
+    return any(map(is_dtensor, given.values()))
 
 
 class Ends(Protocol):

@@ -279,7 +279,7 @@ def check_casts(plan: Plan) -> None:
 
 def _alone(what: str, given: Given) -> torch.Tensor | None:
     """What was given where a plan is of one tensor."""
-    if isinstance(given, Mapping):
+    if given is not None and not isinstance(given, torch.Tensor) and isinstance(given, Mapping):
         raise ArgumentError(
             f"{what} is a mapping, and the layouts are of one tensor; pass a tensor, or layouts as "
             "{name: ShardingSpec}"
