@@ -15,7 +15,7 @@ from tricomm import Mesh, Resharder, SendRecv, Shard, ShardingSpec, TransportErr
 from tricomm.transport import nccl
 
 SIZE = 4
-TIMEOUT_SECONDS = 2.0
+TIMEOUT_SECONDS = 3.0
 SHAPE = (32, 24)
 SOURCE = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), SHAPE, "float32")
 DESTINATION = ShardingSpec(Mesh([2, 3], ("x",)), (Shard(1),), SHAPE, "float32")
