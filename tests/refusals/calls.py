@@ -84,6 +84,8 @@ REFUSALS: dict[str, Refusal] = {
         "reshard to Replicate() or Shard(dim)"),
     "options without names": (lambda: Options(3), ArgumentError,
         "Options(3)", "options are named", "write name=value"),
+    "cache no folder": (lambda: Auto(cache=3), ArgumentError,
+        "cache=3", "path of a folder", "or None to keep nothing"),
     "rank off the meshes": (lambda: move(rank=7), SpecError,
         "rank=7", "on neither mesh", "pass one of 0-3"),
     "source not a spec": (lambda: make_plan(None, ROWS), ArgumentError,
