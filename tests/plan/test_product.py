@@ -1,5 +1,6 @@
 """Moves by formulas: the parts that ranks work out alone are those of the whole, which is proved, level and fast."""
 
+import random
 from collections import Counter
 from collections.abc import Iterator
 
@@ -81,6 +82,61 @@ def test_it_is_about_as_fast_as_the_best_that_search_finds() -> None:
     assert np.median(ratios) <= 1.0
     assert np.quantile(ratios, 0.9) <= 1.03
     assert sum(one.is_less_level for one in found) <= 3
+
+
+def factors(dice: random.Random, count: int) -> list[int]:
+    """Extents of one to three mesh axes whose product is ``count``."""
+    found = []
+    while count > 1 and len(found) < 2 and dice.random() < 0.8:
+        found.append(dice.choice([factor for factor in range(2, count + 1) if count % factor == 0]))
+        count //= found[-1]
+    found += [count] if count > 1 or not found else []
+    dice.shuffle(found)
+    return found
+
+
+def drawn_apart(seed: int) -> tuple[ShardingSpec, ShardingSpec, Topology]:
+    """Product layouts on hosts that are alike, uneven and nested, with replicas on a side at least."""
+    dice = random.Random(seed)
+    while True:
+        devices = dice.choice((1, 2, 4))
+        shape = (dice.choice((10, 64, 257)), dice.choice((6, 96, 129)))
+        specs: list[ShardingSpec] = []
+        first = 0
+        for _ in range(2):
+            extents = factors(dice, devices * dice.choice((1, 2, 3, 4)))
+            names = tuple(f"axis{index}" for index in range(len(extents)))
+            count = int(np.prod(extents))
+            mesh = Mesh(np.arange(first, first + count).reshape(extents).tolist(), names)
+            segments = Shard(0, segments=(shape[0] - 4, 4))
+            placements = [dice.choice((ALL, ALL, Shard(0), Shard(1), segments)) for _ in extents]
+            order = dice.sample(names, len(names))
+            specs.append(ShardingSpec(mesh, tuple(placements), shape, "int32", tuple(order)))
+            first += count
+        nics = dice.choice((1, devices))
+        rate = dice.choice((12.5e9, 25e6))
+        hosts = tuple(f"host{rank // devices}" for rank in range(first))
+        topology = Topology(hosts, nics_per_host=nics, nic_bytes_per_second=rate)
+        source, destination = specs[0], specs[1].resolved(specs[0])
+        context = RouteContext(topology, 1, 1 << 28)
+        if ProductMove.of(source, destination, 0, context, range(first)) is not None:
+            return specs[0], specs[1], topology
+
+
+def test_on_hosts_of_their_own_it_is_as_fast_as_the_best_that_search_finds() -> None:
+    ratios, levels = [], []
+    for seed in range(60):
+        source, destination, topology = drawn_apart(seed)
+        formulas, search = (
+            make_plan(source, destination, topology=topology, strategy=strategy) for strategy in (FORMULAS, SEARCH)
+        )
+        ratios.append(formulas.simulated_seconds() / search.simulated_seconds())
+        busiest = [max(max(side.values()) for side in nic_nbytes(plan, topology)) for plan in (formulas, search)]
+        levels.append(busiest[0] / busiest[1])
+    assert np.median(ratios) <= 1.0
+    assert np.quantile(ratios, 0.95) <= 1.01
+    assert max(ratios) <= 1.03
+    assert np.quantile(levels, 0.9) <= 1.05
 
 
 def tensor_parallel(ranks: int) -> tuple[ShardingSpec, ShardingSpec]:
