@@ -69,6 +69,18 @@ class ConnectionLostError(RuntimeError):
         self.error = error
 
 
+class GroupLostError(RuntimeError):
+    """A group of messages failed on a device: the connection to one of these ranks is lost, or to one behind them.
+
+    Attributes:
+        peers: with which the group was exchanged.
+    """
+
+    def __init__(self, peers: tuple[int, ...], error: BaseException) -> None:
+        super().__init__(str(error))
+        self.peers = peers
+
+
 class Pending(Protocol):
     """What a run has queued on a device, which may go on when the call has returned."""
 
@@ -80,7 +92,7 @@ class Pending(Protocol):
         """The ranks whose messages it waits for now; () if for nobody, None if all of it is done.
 
         Raises:
-            RuntimeError: the backend's, of a connection that is lost.
+            GroupLostError: a connection is lost.
         """
         ...
 

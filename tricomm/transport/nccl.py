@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tricomm.transport.accelerator import Accelerator, DeviceBackend, DeviceWork, Event
-from tricomm.transport.base import ConnectionLostError, Operation
+from tricomm.transport.base import ConnectionLostError, GroupLostError, Operation
 
 LOG = logging.getLogger("tricomm")
 DEPTH = (0, 2)
@@ -93,9 +93,12 @@ class DeviceRun:
         with self._lock:
             while self._groups:
                 peers, work = self._groups[0]
-                if not work.is_completed():
-                    return peers
-                work.wait()
+                try:
+                    if not work.is_completed():
+                        return peers
+                    work.wait()
+                except RuntimeError as error:
+                    raise GroupLostError(peers, error) from error
                 self._groups.popleft()
         if self._posting:
             return self._posting

@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tricomm.errors import TransportError
-from tricomm.transport.base import Pending
+from tricomm.transport.base import GroupLostError, Pending
 from tricomm.transport.coordination.diagnosis import (
     SILENT_BEATS,
     Observations,
@@ -160,6 +160,8 @@ class Run:
                 return False
             awaited = self.pending.awaited()
         except RuntimeError as error:
+            if isinstance(error, GroupLostError):
+                self.awaited = error.peers
             self.lost = (now, error)
             return False
         self.awaited = awaited or ()
