@@ -27,6 +27,9 @@ from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, name_error, tell_all
 from tricomm.transport.streams import HostStreamContext
 
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+"""Types of what is no DTensor, without a look."""
+
 GRADIENT_FIELD = "whether the tensor requires grad"
 
 
@@ -224,16 +227,12 @@ class Resharder(Gradients):
     ) -> dict[str, torch.Tensor]: ...
     def __call__(self, tensor: Given = None, *, out: Given = None) -> Any:
         """Reshard. Arguments and result as for :func:`reshard`."""
-        return self._call(tensor, out)
-
-    def _call(self, tensor: Given, out: Given) -> Any:
-        """Reshard whatever this is a Resharder of, a tensor or many."""
         plain = out is None and self.in_graph is not None and not self.options.differentiable
-        if torch.compiler.is_compiling() or (plain and is_traced(tensor)):
+        if torch.compiler.is_dynamo_compiling() or (plain and is_traced(tensor)):
             from tricomm.compiled.graph import call_in_graph
 
             return call_in_graph(self, tensor, out)
-        if has_dtensors(tensor) or has_dtensors(out):
+        if not (type(tensor) in PLAIN and type(out) in PLAIN) and (has_dtensors(tensor) or has_dtensors(out)):
             shard, place = self._shards(tensor, out)
             moved = self._call(shard, place)
             if out is not None:

@@ -29,12 +29,13 @@ from tricomm.packing import copy_program, tensor_checker
 from tricomm.plan import arguments
 
 
-def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None = None) -> list[torch.Tensor]:
+def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None = None) -> torch.Tensor | None:
     sources = [] if source is None else [source]
-    return tensor_checker.TensorChecker(move(), rank, torch.device("cpu")).check_outs(out, sources)
+    (item,) = move().items
+    return tensor_checker.ItemChecker(item, rank, torch.device("cpu")).check_out("out", out, sources)
 
 
-def receive_into_the_source() -> list[torch.Tensor]:
+def receive_into_the_source() -> torch.Tensor | None:
     buffer = torch.zeros(32)
     return receive_into(buffer[15:31].view(8, 2), 2, buffer[:16].view(4, 4))
 

@@ -34,9 +34,10 @@ class Gradients(ABC):
     _session: Session | None
     _gradient: Any = None
 
-    @abstractmethod
     def _call(self, tensor: Given, out: Given) -> Any:
-        """Reshard."""
+        """Reshard whatever this is a Resharder of, a tensor or many."""
+        call: Any = self
+        return call(tensor, out=out)
 
     def move_in_graph(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Move what the operator of a graph is given: an empty tensor off the source mesh."""

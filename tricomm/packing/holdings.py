@@ -28,6 +28,12 @@ class RankHoldings:
     source_order: tuple[int, ...]
     destination_order: tuple[int, ...]
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the last move takes all as the plan has them."""
+        orders = self.source_order, self.destination_order
+        return all(order == tuple(range(len(order))) for order in orders)
+
     @classmethod
     def of(cls, plan: Plan, rank: int) -> "RankHoldings":
         """Of one rank."""
@@ -51,4 +57,4 @@ class RankHoldings:
 
 
 def _ordered(tensors: Tensors, order: tuple[int, ...]) -> Tensors:
-    return tensors if len(order) < 2 else itemgetter(*order)(tensors)
+    return itemgetter(*order)(tensors) if len(order) > 1 else tensors

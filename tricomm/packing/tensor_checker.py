@@ -43,6 +43,8 @@ class TensorChecker:
         for one in plan.classes:
             checker = ItemChecker(plan.items[one.items[0]], rank, device)
             self._of_items.update(dict.fromkeys(one.items, checker))
+        self._only = None if plan.is_mapping else self._of_items[0]
+        """Of a tensor that was planned alone."""
         self._source_names, self._destination_names = (
             {plan.items[number].name: number for number in numbers}
             for numbers in (self.holdings.source_items, self.holdings.destination_items)
@@ -50,22 +52,28 @@ class TensorChecker:
         self._names = {item.name for item in plan.items}
 
     def check(self, given: Given, out: Given) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(what is read, what is written), checked and made before anything is sent."""
-        sources = self.check_sources(given)
-        return sources, self.check_outs(out, sources)
+        """Check what a call was given, before anything is sent.
 
-    def check_sources(self, given: Given) -> list[torch.Tensor]:
-        """The tensors as the runtime takes them (detached, lazy conjugation resolved): those that the rank holds, in
-        the order of the plan's items.
+        Returns:
+            The sources as the runtime takes them (detached, lazy conjugation resolved): those that the rank holds, in
+            the order of the plan's items; and those that receive the result: ``out`` if it is given, else new ones.
 
         Raises:
-            SpecError: one is missing, given where the rank holds none, or of another kind, shape, dtype or device.
+            SpecError: one is missing, given where the rank holds none, of another kind, shape, dtype or device; or one
+                to be written shares memory with a source, with another, or with itself.
         """
         if torch._C._are_functorch_transforms_active():
             raise SpecError(IN_A_TRANSFORM)
-        if not self.plan.is_mapping:
-            source = self._of_items[0].check_source("the tensor", _alone("the tensor", given))
-            return [] if source is None else [source]
+        only = self._only
+        if only is None:
+            sources = self._many_sources(given)
+            return sources, self._many_outs(out, sources)
+        source = only.check_source("the tensor", given)
+        sources = [] if source is None else [source]
+        destination = only.check_out("out", out, sources)
+        return sources, [] if destination is None else [destination]
+
+    def _many_sources(self, given: Given) -> list[torch.Tensor]:
         tensors = self._by_name("tensor", given, self._source_names)
         sources = []
         for name, number in self._source_names.items():
@@ -80,17 +88,7 @@ class TensorChecker:
             sources.append(source)
         return sources
 
-    def check_outs(self, out: Given, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors that receive the result, those that the rank holds then: ``out`` if it is given and fits, else
-        new ones.
-
-        Raises:
-            SpecError: one is missing, given where the rank holds none, of another shape, dtype or device, or sharing
-                memory with a source, with another, or with itself.
-        """
-        if not self.plan.is_mapping:
-            found = self._of_items[0].check_out("out", _alone("out", out), sources)
-            return [] if found is None else [found]
+    def _many_outs(self, out: Given, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if out is None:
             made = [self._of_items[number].check_out("out", None, ()) for number in self._destination_names.values()]
             return [tensor for tensor in made if tensor is not None]
@@ -107,7 +105,7 @@ class TensorChecker:
 
     def result(self, destinations: Sequence[torch.Tensor]) -> Any:
         """What the caller gets: the tensor or None, or a dict by name of those that the rank holds."""
-        if self.plan.is_mapping:
+        if self._only is None:
             return dict(zip(self._destination_names, destinations, strict=True))
         return destinations[0] if destinations else None
 
@@ -170,10 +168,11 @@ class ItemChecker:
         self._destination_shape = destination.local_shape(rank) if rank in destination.mesh else None
         self._destination_dtype = torch_dtype(destination.element_type)
 
-    def check_source(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def check_source(self, name: str, tensor: Given) -> torch.Tensor | None:
         """See TensorChecker; None off the source mesh."""
         if self._source_shape is None:
             if tensor is not None:
+                _refuse_many(name, tensor)
                 raise SpecError(
                     f"rank {self._rank} gave a tensor of shape {_shape(tensor)} but is not on the source mesh "
                     f"{self._source.mesh}; pass None there"
@@ -185,15 +184,16 @@ class ItemChecker:
                 f"rank {self._rank} is on the source mesh {self._source.mesh} and gave {which}; "
                 f"pass its shard of shape {self._source_shape} and dtype {self._source.dtype}"
             )
-        self._check(name, tensor, self._source_shape, self._source_dtype)
+        tensor = self._checked(name, tensor, self._source_shape, self._source_dtype)
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
         return tensor.detach() if tensor.requires_grad else tensor
 
-    def check_out(self, name: str, out: torch.Tensor | None, sources: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    def check_out(self, name: str, out: Given, sources: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """See TensorChecker; None off the destination mesh."""
         if self._destination_shape is None:
             if out is not None:
+                _refuse_many(name, out)
                 raise SpecError(
                     f"rank {self._rank} gave {name} of shape {_shape(out)} but is not on the destination mesh "
                     f"{self._destination.mesh}; pass None there"
@@ -201,7 +201,7 @@ class ItemChecker:
             return None
         if out is None:
             return _empty(self._destination_shape, self._destination_dtype, self._device)
-        self._check(name, out, self._destination_shape, self._destination_dtype)
+        out = self._checked(name, out, self._destination_shape, self._destination_dtype)
         if out.is_conj() or out.is_neg():
             raise SpecError(f"{name} of rank {self._rank} is a lazy conjugate or negative; pass a plain tensor")
         if out.requires_grad and torch.is_grad_enabled():
@@ -214,16 +214,18 @@ class ItemChecker:
                 f"{name} of rank {self._rank} is expanded or overlaps itself (strides {out.stride()}), so several "
                 "elements share memory; pass a tensor of its own, e.g. out.contiguous()"
             )
-        if any(share_memory(source, out) for source in sources):
-            raise SpecError(
-                f"{name} of rank {self._rank} shares memory with its source tensor, which must stay untouched; "
-                "pass another tensor or leave out=None"
-            )
+        for source in sources:
+            if share_memory(source, out):
+                raise SpecError(
+                    f"{name} of rank {self._rank} shares memory with its source tensor, which must stay untouched; "
+                    "pass another tensor or leave out=None"
+                )
         return out.detach() if out.requires_grad else out
 
-    def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def _checked(self, name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         rank = self._rank
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            _refuse_many(name, tensor)
             raise ArgumentError(
                 f"{name} of rank {rank} is a {type(tensor).__name__}, and a plain dense torch.Tensor is expected; "
                 "pass its local data (tensor.to_local() for a DTensor)"
@@ -243,6 +245,8 @@ class ItemChecker:
                 f"{name} of rank {rank} is on {tensor.device}, and this call works on {self._device}; "
                 f"move it with .to({str(self._device)!r}) or pass device={str(tensor.device)!r}"
             )
+        checked: torch.Tensor = tensor
+        return checked
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -277,14 +281,13 @@ def check_casts(plan: Plan) -> None:
             ) from error
 
 
-def _alone(what: str, given: Given) -> torch.Tensor | None:
-    """What was given where a plan is of one tensor."""
-    if given is not None and not isinstance(given, torch.Tensor) and isinstance(given, Mapping):
+def _refuse_many(name: str, given: Given) -> None:
+    """Refuse a mapping where a plan is of one tensor."""
+    if isinstance(given, Mapping):
         raise ArgumentError(
-            f"{what} is a mapping, and the layouts are of one tensor; pass a tensor, or layouts as "
+            f"{name} is a mapping, and the layouts are of one tensor; pass a tensor, or layouts as "
             "{name: ShardingSpec}"
         )
-    return given
 
 
 def bump_versions(out: Given) -> None:

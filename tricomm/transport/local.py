@@ -177,8 +177,7 @@ class LocalTransport:
         running: dict[int, Iterator[Work]] = {}
         for rank in plan.participants:
             checker = TensorChecker(plan, rank, device)
-            sources = checker.check_sources(tensors.get(rank))
-            destinations = checker.check_outs(None, sources)
+            sources, destinations = checker.check(tensors.get(rank), None)
             if destinations:
                 outputs[rank] = checker.result(destinations)
             running[rank] = PlanExecution(plan, rank, device).steps(

@@ -126,6 +126,7 @@ class PlanExecution:
         self.plan = plan
         self.programs = plan.for_rank(rank)
         self._holdings = RankHoldings.of(plan, rank)
+        self._is_plain = len(plan.moves) == 1 and self._holdings.is_in_order
         self._copy_programs: dict[object, CopyProgram] = {}
         self._bindings: dict[int, CachedBinding] = {}
         self._device = device
@@ -142,6 +143,8 @@ class PlanExecution:
             staging: gives the staging buffer.
             transport: the rank's end of the network.
         """
+        if self._is_plain:
+            return self._move(0, sources, destinations, staging, transport)
         if len(self.plan.moves) == 1:
             order = self._holdings
             return self._move(0, order.sources(sources), order.destinations(destinations), staging, transport)
