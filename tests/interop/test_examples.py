@@ -14,8 +14,6 @@ from tricomm.examples import change_parallelism
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "tricomm" / "examples").glob("*.py") if path.stem != "__init__")
-OLDER = {"train_pipeline", "masked_pipeline"}
-"""Run by tests of their own."""
 
 
 def output_of(name: str, folder: Path) -> str:
@@ -41,7 +39,7 @@ def output_of(name: str, folder: Path) -> str:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_short_and_described(name: str) -> None:
     text = (ROOT / "tricomm" / "examples" / f"{name}.py").read_text()
-    assert len(text.splitlines()) < (90 if name in OLDER else 80)
+    assert len(text.splitlines()) < 80
     assert f"`{name}.py`" in (ROOT / "tricomm" / "examples" / "README.md").read_text()
 
 

@@ -57,10 +57,8 @@ def main() -> None:
     decoder = Stage(last, inputs, ("loss", "logits"), module if rank else None, all_of_it)
     real, mask = (ShardingSpec(first, all_of_it, dtype=dtype) for dtype in ("float32", "bool"))
     there = ShardingSpec(last, all_of_it)
-    crosses = {
-        "hidden": EdgeTensor(real, there, shape=("rows", LENGTH, WIDTH)),
-        "padding": EdgeTensor(mask, there, gradient=None, shape=("rows", LENGTH)),
-    }
+    hidden = EdgeTensor(real, there, shape=("rows", LENGTH, WIDTH))
+    crosses = {"hidden": hidden, "padding": EdgeTensor(mask, there, gradient=None, shape=("rows", LENGTH))}
     with Executor(one_f_one_b(2, len(ROWS)), [encoder, decoder], {(0, 1): crosses}) as executor:
         optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
         for step in range(STEPS):

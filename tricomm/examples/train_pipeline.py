@@ -8,16 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec, Topology
-from tricomm.pipeline import (
-    EdgeTensor,
-    Executor,
-    Measurement,
-    Stage,
-    WithLoss,
-    Workload,
-    eager_one_f_one_b,
-    tune,
-)
+from tricomm.pipeline import EdgeTensor, Executor, Measurement, Stage, WithLoss, Workload, eager_one_f_one_b, tune
 
 MICROBATCHES, BATCH, WIDTH, STEPS = 8, 16, 64, 20
 
@@ -43,9 +34,9 @@ def make_executor(rank: int, module: nn.Module) -> Executor:
         ),
     ]
     whole = ShardingSpec(first, (Replicate(),), (BATCH, WIDTH), "float32")
-    parts = ShardingSpec(last, (Shard(0),))  # the batch is cut in two on the way
+    cut = EdgeTensor(whole, ShardingSpec(last, (Shard(0),)))  # the batch is cut in two on the way
     schedule = eager_one_f_one_b(2, MICROBATCHES, split=True)  # weight gradients later than input gradients
-    return Executor(schedule, stages, {(0, 1): {"hidden": EdgeTensor(whole, parts)}})
+    return Executor(schedule, stages, {(0, 1): {"hidden": cut}})
 
 
 def make_batch(rank: int, step: int) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -59,11 +50,11 @@ def make_batch(rank: int, step: int) -> dict[str, tuple[torch.Tensor, ...]]:
 
 def main() -> None:
     """Train, then measure one more step and print the schedule that is the fastest for what was measured."""
+    torch.manual_seed(0)
     dist.init_process_group("gloo")
     if dist.get_world_size() != 3:
         raise SystemExit(f"{dist.get_world_size()} processes, and this pipeline has stages of 1 and 2 ranks: start 3")
     rank = dist.get_rank()
-    torch.manual_seed(0)
     module: nn.Module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
     if rank > 0:
         module = WithLoss(nn.Linear(WIDTH, WIDTH), nn.functional.mse_loss)
@@ -78,9 +69,8 @@ def main() -> None:
     with Measurement(executor) as measurement:
         executor.step(make_batch(rank, STEPS))
     costs = measurement.costs(Topology.detect(nic_bytes_per_second=12.5e9))  # the same on every rank
-    tuned = tune(Workload.measured(costs, MICROBATCHES).costs, [4, 8, 16])
     if rank == 0:
-        print(costs.stages, tuned, sep="\n")
+        print(costs.stages, tune(Workload.measured(costs, MICROBATCHES).costs, [4, 8, 16]), sep="\n")
     executor.close()
     dist.destroy_process_group()
 
