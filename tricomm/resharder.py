@@ -305,7 +305,7 @@ class Resharder(Gradients):
                 asks = self.options.differentiable or (isinstance(tensor, torch.Tensor) and tensor.requires_grad)
                 if asks and torch.is_grad_enabled():
                     raise SpecError(
-                        "what has gradients cannot be moved in the background; pass tensor.detach(), call the "
+                        "what requires grad cannot be moved in the background; pass tensor.detach(), call the "
                         "Resharder directly, or use torch.no_grad()"
                     )
                 if not isinstance(depends_on, Sequence) or not all(isinstance(one, Handle) for one in depends_on):

@@ -94,7 +94,8 @@ def describe_undifferentiable(plan: Plan, has_out: bool) -> str | None:
     if set(source.mesh.ranks) != set(destination.mesh.ranks):
         return (
             f"the tensor requires grad, but {source.mesh} and {destination.mesh} are different ranks, so autograd on "
-            "one rank cannot reach the other; pass differentiable=True on all ranks, or tensor.detach()"
+            "one rank cannot reach the other; pass differentiable=True on all ranks, or tensor.detach() and call "
+            "Resharder.gradient() in the backward pass"
         )
     return None
 

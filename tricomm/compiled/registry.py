@@ -7,6 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+STANDING = frozenset(
+    (
+        "FakeTensorMode",
+        "FunctionalTensorMode",
+        "ProxyTorchDispatchMode",
+        "_CachedTorchDispatchMode",
+        "_CachingTorchDispatchMode",
+    )
+)
+"""Modes of torch in which operators stand for what they do."""
+
 
 class InGraph(NamedTuple):
     """What a graph has to know of a Resharder; constants, which torch.compile guards.
@@ -60,8 +71,16 @@ def find(key: str) -> Any:
 
 def is_traced(tensor: Any) -> bool:
     """Whether a call is to go through the operator though nothing is compiled: its tensor has no memory, or a mode of
-    torch watches operators, as fake tensors and selective checkpoints do.
+    torch makes operators stand for what they do, as fake tensors and selective checkpoints do. Modes that only watch,
+    such as counters, see what the call does itself.
     """
-    return bool(torch._C._len_torch_dispatch_stack()) or (
-        isinstance(tensor, torch.Tensor) and (tensor.is_meta or type(tensor).__name__ == "FakeTensor")
-    )
+    if torch._C._len_torch_dispatch_stack() and any(type(mode).__name__ in STANDING for mode in _modes()):
+        return True
+    return isinstance(tensor, torch.Tensor) and (tensor.is_meta or type(tensor).__name__ == "FakeTensor")
+
+
+def _modes() -> list[Any]:
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes: list[Any] = _get_current_dispatch_mode_stack()
+    return modes

@@ -34,9 +34,9 @@ def make_executor(rank: int, module: nn.Module) -> Executor:
         ),
     ]
     whole = ShardingSpec(first, (Replicate(),), (BATCH, WIDTH), "float32")
-    cut = EdgeTensor(whole, ShardingSpec(last, (Shard(0),)))  # the batch is cut in two on the way
+    parts = ShardingSpec(last, (Shard(0),))  # the batch is cut in two on the way
     schedule = eager_one_f_one_b(2, MICROBATCHES, split=True)  # weight gradients later than input gradients
-    return Executor(schedule, stages, {(0, 1): {"hidden": cut}})
+    return Executor(schedule, stages, {(0, 1): {"hidden": EdgeTensor(whole, parts)}})
 
 
 def make_batch(rank: int, step: int) -> dict[str, tuple[torch.Tensor, ...]]:

@@ -146,7 +146,7 @@ class TensorChecker:
         ]
         raise SpecError(
             f"{every[first]} of rank {self.rank} shares memory with {every[second]}; what is written must be "
-            "apart from all else: pass another tensor, or leave out=None"
+            "apart from all else: leave out one of two tied names on both sides, pass another tensor, or leave out=None"
         )
 
 
