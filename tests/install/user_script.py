@@ -4,7 +4,8 @@ from typing import assert_type
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as TorchShard
 
 import tricomm
@@ -23,6 +24,7 @@ plan = tricomm.make_plan(source, destination, strategy=tricomm.Broadcast(chunk_b
 assert_type(plan, Plan)
 assert_type(tricomm.reshard(shard, source, destination, timeout_seconds=60.0), torch.Tensor | None)
 assert_type(tricomm.reshard_async(None, source, destination), Handle)
+assert_type(tricomm.reshard({"w": shard}, {"w": source}, {"w": destination}), dict[str, torch.Tensor])
 assert_type(tricomm.local_shard(shard, source, 0), torch.Tensor)
 with Resharder(source, destination, confirm=True, strategy=tricomm.Auto()) as mover:
     assert_type(mover(shard), torch.Tensor | None)
