@@ -94,13 +94,19 @@ def contribution_count(spec: ShardingSpec) -> int:
     return math.prod(spec.mesh.shape[axis] for axis in spec.partial_axes)
 
 
+def filled(source: ShardingSpec, destination: ShardingSpec) -> torch.Tensor:
+    """The full source, of which each element tells where it is, as far as a cast leaves that."""
+    shape, dtype = source.global_shape, source.element_type
+    make = coded if destination.dtype in (None, dtype) else valued
+    return make(shape, dtype)
+
+
 def source_and_result(source: ShardingSpec, destination: ShardingSpec) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """({source rank: shard}, the full tensor in the destination's dtype) of a case, from the definition."""
     shape, dtype = source.global_shape, source.element_type
     target = torch_dtype(destination.dtype or dtype)
     if not source.partial_axes:
-        make = coded if torch_dtype(dtype) == target else valued
-        full = make(shape, dtype)
+        full = filled(source, destination)
         return {rank: pick(full, source, rank) for rank in source.mesh.ranks}, full.to(target)
     ops = [(source.placements[axis].op, source.mesh.shape[axis]) for axis in source.partial_axes]
     divisor = math.prod(extent for op, extent in ops if op == "avg")

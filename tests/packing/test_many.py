@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tricomm
 from tests.cases import RANKS, Case, cases
-from tests.oracle import coded, pick, require_equal, source_and_result, valued
+from tests.oracle import filled, pick, require_equal, source_and_result
 from tests.transport.test_properties import TRANSPORTS, restrided
 from tricomm import (
     LocalTransport,
@@ -75,19 +75,12 @@ def shards_of(chosen: Set) -> tuple[dict[int, dict[str, torch.Tensor]], dict[str
     for number, (name, case) in enumerate(chosen.items()):
         shards, wholes[name] = source_and_result(case.source, case.destination)
         if not case.source.partial_axes:
-            whole = rolled(filled(case), number)
+            whole = rolled(filled(case.source, case.destination), number)
             wholes[name] = whole.to(wholes[name].dtype)
             shards = {rank: pick(whole, case.source, rank) for rank in shards}
         for rank, shard in shards.items():
             given[rank][name] = restrided(shard, case.strides)
     return given, wholes
-
-
-def filled(case: Case) -> torch.Tensor:
-    """The whole source, filled as the oracle fills it."""
-    casts = case.destination.dtype not in (None, case.source.dtype)
-    make = valued if casts else coded
-    return make(case.source.global_shape, case.source.element_type)
 
 
 def rolled(whole: torch.Tensor, by: int) -> torch.Tensor:

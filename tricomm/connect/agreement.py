@@ -2,9 +2,16 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
-from tricomm.connect.world import World
+from tricomm.connect.world import World, connect
 from tricomm.errors import TransportError
+from tricomm.options import Options
+
+OWN = "of one side"
+"""Name of the meeting of the ranks of one side."""
 
 MAX_KEPT = 4096
 """So many decisions are kept for ranks that are behind."""
@@ -50,3 +57,36 @@ class Agreement:
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
         return found.decode()
+
+
+class Gathered(NamedTuple):
+    """The ranks of one side, which have met each other.
+
+    Attributes:
+        connect: ``connect``, as this rank, but for who else takes part and for how long to wait.
+        agreement: of them.
+        options: of moves.
+    """
+
+    connect: "partial[World]"
+    agreement: Agreement
+    options: Options
+
+
+def gathered(
+    address: str,
+    side: str,
+    side_rank: int,
+    side_size: int,
+    secret: str | bytes,
+    host: str | None,
+    chosen: Options,
+) -> Gathered:
+    """Wait for all ranks of this side.
+
+    Raises:
+        TransportError: one did not come in time.
+    """
+    of_rank = partial(connect, address, side=side, side_rank=side_rank, secret=secret, host=host, device=chosen.device)
+    own = of_rank(side_sizes={side: side_size}, name=OWN, timeout_seconds=chosen.seconds)
+    return Gathered(of_rank, Agreement(own, chosen.seconds), replace(chosen, device=None))

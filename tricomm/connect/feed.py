@@ -322,3 +322,9 @@ class Feed:
     def _check_side(self, is_right: bool, what: str, side: str) -> None:
         if not is_right:
             raise ArgumentError(f"{what}() is called on side {self.world.side!r}; only ranks of the {side} may")
+
+
+def part(feed: Feed) -> None:
+    """Leave the other side in peace: close a feed and what it goes through."""
+    feed.close()
+    feed.world.close()

@@ -2,16 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Self, Unpack
 
 import torch
 
-from tricomm.connect.agreement import Agreement
-from tricomm.connect.feed import FENCE, Feed
+from tricomm.connect.agreement import gathered
+from tricomm.connect.feed import FENCE, Feed, part
 from tricomm.connect.push import Push
-from tricomm.connect.world import connect
 from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
@@ -19,9 +17,6 @@ from tricomm.options import Options, ReshardOptions
 from tricomm.transport.group import context_of
 
 LOG = logging.getLogger("tricomm")
-OWN = "of one side"
-"""Name of the meeting of the ranks of one side."""
-
 MEET_SECONDS = 15.0
 """In which a fleet of which all ranks wait is met, or is not."""
 
@@ -93,14 +88,10 @@ class Publisher:
         if not fleets or side in fleets or len(set(fleets)) != len(fleets):
             raise SpecError(f"fleets={list(fleets)!r} must be other sides than {side!r}, each once; name one or more")
         chosen = Options.of(options, "Publisher")
-        self._connect = partial(
-            connect, address, side=side, side_rank=side_rank, secret=secret, host=host, device=chosen.device
-        )
         self._size = side_size
-        self._options = replace(chosen, device=None)
         self._specs = dict(specs)
-        own = self._connect(side_sizes={side: side_size}, name=OWN, timeout_seconds=chosen.seconds)
-        self._agreement = Agreement(own, chosen.seconds)
+        found = gathered(address, side, side_rank, side_size, secret, host, chosen)
+        self._connect, self._agreement, self._options = found
         self._side = side
         self._fleets = [_Fleet(name) for name in fleets]
 
@@ -170,8 +161,7 @@ class Publisher:
         """Meet a fleet whose ranks are all there; on any failure it is met anew later."""
         before, fleet.feed = fleet.feed, None
         if before is not None:
-            before.close()
-            before.world.close()
+            part(before)
         sizes: dict[str, int | None] = {self._side: self._size, fleet.name: None}
         world = self._connect(side_sizes=sizes, timeout_seconds=MEET_SECONDS)
         try:
@@ -190,8 +180,7 @@ class Publisher:
                 except TransportError as error:
                     LOG.warning("%s: %s", fleet.name, error)
             if fleet.feed is not None:
-                fleet.feed.close()
-                fleet.feed.world.close()
+                part(fleet.feed)
         self._agreement.world.close()
 
     def __enter__(self) -> Self:

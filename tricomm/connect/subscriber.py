@@ -7,18 +7,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Self, Unpack
 
 import torch
 
-from tricomm.connect.agreement import Agreement
-from tricomm.connect.feed import Feed
+from tricomm.connect.agreement import gathered
+from tricomm.connect.feed import Feed, part
 from tricomm.connect.meeting.client import AbsentError
-from tricomm.connect.publisher import OWN
-from tricomm.connect.world import connect
 from tricomm.errors import TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
@@ -83,19 +79,15 @@ class Subscriber:
         **options: Unpack[ReshardOptions],
     ) -> None:
         chosen = Options.of(options, "Subscriber")
-        self._connect = partial(
-            connect, address, side=side, side_rank=side_rank, secret=secret, host=host, device=chosen.device
-        )
         self._side, self._source = side, source
         self._sizes: dict[str, int | None] = {source: None, side: side_size}
         self._specs, self._out = dict(specs), dict(out)
-        self._options = replace(chosen, device=None)
         self.version: int | None = None
         """That this rank's tensors are; None is none, or a mix."""
         self.dirty = ""
         """Why they are a mix; "" if they are not."""
-        own = self._connect(side_sizes={side: side_size}, name=OWN, timeout_seconds=chosen.seconds)
-        self._agreement = Agreement(own, chosen.seconds)
+        found = gathered(address, side, side_rank, side_size, secret, host, chosen)
+        self._connect, self._agreement, self._options = found
         self._feed: Feed | None = None
         self._is_closed = threading.Event()
         self._coming: Future[Feed] = self._meet(None)
@@ -173,8 +165,7 @@ class Subscriber:
 
     def _met(self, before: Feed | None) -> Feed:
         if before is not None:
-            before.close()
-            before.world.close()
+            part(before)
         while True:
             try:
                 world = self._connect(side_sizes=self._sizes, timeout_seconds=PATIENCE_SECONDS)
@@ -199,8 +190,7 @@ class Subscriber:
         """Leave in peace."""
         self._is_closed.set()
         if self._feed is not None:
-            self._feed.close()
-            self._feed.world.close()
+            part(self._feed)
         self._agreement.world.close()
 
     def __enter__(self) -> Self:

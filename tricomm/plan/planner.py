@@ -88,7 +88,7 @@ def make_plan(
     participants = participants_of(items)
     check_rank(rank, participants)
     if topology is None:
-        topology = Topology.flat(participants[-1] + 1 if participants else 1)
+        topology = Topology.flat(participants[-1] + 1)
     topology.check_covers(participants)
     is_mapping = isinstance(source, Mapping)
     return _make_plan(items, is_mapping, topology, strategy, balance, staging_bytes, rank)
@@ -195,22 +195,24 @@ class _Draft:
 
     def _searched(self, numbers: Sequence[int], refined: Sequence[Tasks], rank: int | None) -> Routes:
         """The best of the strategies that may be taken for some stacks, after a choice of senders among all tasks."""
-        if rank is not None and not all(map(self._is_known, numbers)):
+        chosen = [refined[number] for number in numbers]
+        if all(map(self._is_known, numbers)):
+            return self._best(numbers, chosen, rank)
+        if rank is not None:
             # A choice depends on everybody's tasks.
-            rank, stacks = None, [self.stacks[number] for number in numbers]
+            stacks = [self.stacks[number] for number in numbers]
             chosen = [
                 unit_tasks(one.source, one.destination, None, at) for at, one in zip(numbers, stacks, strict=True)
             ]
-        else:
-            chosen = [refined[number] for number in numbers]
-        if all(map(self._is_known, numbers)):
-            return self._best(numbers, chosen, rank)
         deliveries = deliveries_of(chosen)
         cache = self.strategy.cache if isinstance(self.strategy, Auto) and deliveries > WORTH_SAYING else None
         check_search(deliveries, cache is not None)
+        if cache is None:
+            return self._best(numbers, chosen, None)
+        # Text of all ranks and hosts, which takes long to write.
         key = repr((PLANNER_VERSION, numbers, self.stacks, self.strategy, self.balance, self.topology))
         key += repr((self.participants, self.staging_nbytes))
-        return kept(cache, key, lambda: self._best(numbers, chosen, rank))
+        return kept(cache, key, lambda: self._best(numbers, chosen, None))
 
     def _best(self, numbers: Sequence[int], chosen: Sequence[Tasks], rank: int | None) -> Routes:
         """The best of the strategies, given the tasks."""

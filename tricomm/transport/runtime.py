@@ -109,7 +109,8 @@ def _operations(
         for operation, _ in receives[step]:
             yield operation
     for operation, copies in sends:
-        launch(copies.run)
+        if copies is not NOTHING:
+            launch(copies.run)
         yield operation
 
 

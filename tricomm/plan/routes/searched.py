@@ -50,19 +50,17 @@ def check_search(deliveries: int, is_kept: bool) -> None:
         )
 
 
-def kept(folder: str | None, key: str, search: Callable[[], Routes]) -> Routes:
+def kept(folder: str, key: str, search: Callable[[], Routes]) -> Routes:
     """Read what was found for a key from a folder, or find it and write it there.
 
     Args:
-        folder: that this user alone can write, for what is read is trusted; None keeps nothing.
+        folder: that this user alone can write, for what is read is trusted.
         key: text that determines what is found.
         search: finds it.
 
     Raises:
         PlanError: a file that cannot be read.
     """
-    if folder is None:
-        return search()
     path = Path(folder, f"{hashlib.sha256(key.encode()).hexdigest()}.plan")
     if path.exists():
         try:
