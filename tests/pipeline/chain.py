@@ -77,3 +77,24 @@ def attempt(call: Callable[[], object]) -> tuple[str, str]:
     except (TricommError, RuntimeError) as error:
         return type(error).__name__, str(error)
     return "returned", ""
+
+
+class Faulty(nn.Module):
+    """Raises when it is called for the third time, or when its gradient comes for the third time."""
+
+    def __init__(self, layer: nn.Module, in_backward: bool) -> None:
+        super().__init__()
+        self.layer, self.in_backward, self.calls = layer, in_backward, 0
+
+    def count(self, *_: object) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("out of paper")
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.in_backward:
+            y.register_hook(self.count)
+        else:
+            self.count()
+        return y

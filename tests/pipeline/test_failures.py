@@ -12,6 +12,7 @@ from tests.pipeline.chain import (
     MICROBATCHES,
     TIMEOUT_SECONDS,
     WIDTH,
+    Faulty,
     attempt,
     chain,
     data,
@@ -26,30 +27,9 @@ from tricomm.pipeline.run.executor import Executor
 from tricomm.transport.coordination.attendance import CallEpoch, Note, find_mismatch
 
 
-class Faulty(nn.Module):
-    """Raises when it is called for the third time, or when its gradient comes for the third time."""
-
-    def __init__(self, in_backward: bool) -> None:
-        super().__init__()
-        self.layer, self.in_backward, self.calls = linear(1), in_backward, 0
-
-    def count(self, *_: object) -> None:
-        self.calls += 1
-        if self.calls == 3:
-            raise RuntimeError("out of paper")
-
-    def forward(self, x):
-        y = self.layer(x)
-        if self.in_backward:
-            y.register_hook(self.count)
-        else:
-            self.count()
-        return y
-
-
 def stage_that_raises(rank: int, victim: int, in_backward: bool, split: bool) -> tuple[str, str, float]:
     def make(index: int) -> nn.Module:
-        return Faulty(in_backward) if index == victim else linear(index)
+        return Faulty(linear(1), in_backward) if index == victim else linear(index)
 
     stages, edges = chain(rank, make)
     schedule = eager_one_f_one_b(4, MICROBATCHES, depth=1, split=split)

@@ -1,6 +1,5 @@
 """Nothing trains wrong, or in silence: what an executor refuses, what it never writes to, and how it goes on."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from tests.pipeline.chain import (
     MICROBATCHES,
     TIMEOUT_SECONDS,
     WIDTH,
+    Faulty,
     attempt,
     chain,
     data,
@@ -307,32 +307,11 @@ def test_in_turn_looks_at_its_costs() -> None:
         in_turn(one_f_one_b(3, 4), skip)
 
 
-class Fails(nn.Module):
-    """Raises once, in a forward or a backward."""
-
-    def __init__(self, make: Callable[[], nn.Module], in_backward: bool) -> None:
-        super().__init__()
-        self.layer, self.in_backward, self.calls = make(), in_backward, 0
-
-    def count(self, *_: object) -> None:
-        self.calls += 1
-        if self.calls == 3:
-            raise RuntimeError("out of paper")
-
-    def forward(self, x):
-        y = self.layer(x)
-        if self.in_backward:
-            y.register_hook(self.count)
-        else:
-            self.count()
-        return y
-
-
 def three_calls(rank: int, victim: int, in_backward: bool) -> list[tuple[str, str]]:
     """All ranks make the same three calls, of which the last is right on all."""
 
     def make(index: int) -> nn.Module:
-        return Fails(lambda: linear(index), in_backward) if index == victim else linear(index)
+        return Faulty(linear(index), in_backward) if index == victim else linear(index)
 
     stages, edges = chain(rank, make)
     schedule = eager_one_f_one_b(4, MICROBATCHES)
