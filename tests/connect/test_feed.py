@@ -1,5 +1,6 @@
 """Versions of tensors from side to side: published when all have them whole, or nowhere."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -138,27 +139,30 @@ def test_a_push_that_started_waits_for_the_destination(ranks: list[Rank]) -> Non
 
 @pytest.mark.parametrize("beside", ["fence", "snapshot"])
 def test_the_source_may_change_when_it_is_told(ranks: list[Rank], beside: str) -> None:
-    """Beside training: by snapshot at once, by fence when all is sent."""
+    """Beside training: by snapshot before the destination begins, by fence only after it began."""
+    may_begin, began = threading.Event(), threading.Event()
+    is_snapshot = beside == "snapshot"
 
-    def step(rank: Rank) -> Any:
+    def step(rank: Rank) -> int:
         if not rank.is_source:
-            time.sleep(0.3)  # the destination takes its time
-            return rank.pull()
+            # By snapshot, the destination begins only after a source was told that it may change.
+            assert may_begin.wait(20.0 if is_snapshot else 0.3) or not is_snapshot
+            began.set()
+            rank.pull()
+            return 0
         rank.train(3)
         push = rank.push(3, beside=beside)
-        began = time.monotonic()
         push.wait_source()
-        waited = time.monotonic() - began
+        assert began.is_set() or is_snapshot
+        may_begin.set()
         rank.train(4)
         assert push.wait()
-        return waited, push.snapshot_nbytes
+        return push.snapshot_nbytes
 
     for rank in ranks[2:]:
         rank.feed.ready()
-    for waited, nbytes in raised(all_of(ranks, step))[:2]:
-        assert nbytes == (0 if beside == "fence" else sum(t.nbytes for t in ranks[0].tensors.values())) or nbytes > 0
-        assert (waited < 0.2) == (beside == "snapshot")
-        assert (nbytes > 0) == (beside == "snapshot")
+    kept = [sum(tensor.nbytes for tensor in rank.tensors.values()) if is_snapshot else 0 for rank in ranks[:2]]
+    assert raised(all_of(ranks, step)) == [*kept, 0, 0, 0]
     for rank in ranks[2:]:
         rank.require(3)
 
