@@ -1,14 +1,16 @@
 """What is wrong with an argument is said by value, rule and remedy, in the kind of error that the docstring names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tricomm
-from tests.test_kinds import CALLS, ROWS, WHOLE
+from tests import test_kinds
+from tests.test_kinds import CALLS, PIPELINE_CALLS, ROWS, WHOLE, limit_seconds
 
 NO_INTEGERS: list[Any] = ["x", 2.5, True, [1], (), {}, object(), int, torch.zeros(2), "64"]
 COUNTS = {
@@ -52,3 +54,60 @@ def test_an_error_names_value_rule_and_remedy(call: Callable[[], Any], kind: typ
 
 def test_options_take_a_timeout_as_their_callers_do() -> None:
     assert tricomm.Options(timeout=timedelta(seconds=3)).seconds == 3.0
+
+
+def test_what_was_forgotten_is_said_in_the_words_of_its_docstring() -> None:
+    with pytest.raises(tricomm.ArgumentError) as caught:
+        tricomm.Mesh([0, 1])
+    assert str(caught.value) == (
+        "Mesh(ranks=[0, 1]) lacks axis_names: one distinct name per axis, outermost first; write Mesh(ranks=..., "
+        "axis_names=...)"
+    )
+    with pytest.raises(tricomm.ArgumentError, match=r"^reshard\(tensor=None\) lacks source and destination: layouts; "):
+        tricomm.reshard(None)
+    with pytest.raises(tricomm.ArgumentError, match=r"^make_plan has no option 'dtype'; "):
+        tricomm.make_plan(ROWS, ROWS, dtype="int8")
+    with pytest.raises(tricomm.ArgumentError, match=r"^Mesh: too many positional arguments; it takes ranks, axis_name"):
+        tricomm.Mesh([0], ("x",), 3)
+
+
+@pytest.fixture(scope="module")
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# Planners ask these of values, very often, with the one argument that they have.
+ASKED = {
+    "Mesh.position", "Mesh.coordinate", "Mesh.axis", "ShardingSpec.resolved", "ShardingSpec.cutting_axes",
+    "ShardingSpec.holding", "ShardingSpec.local_shape", "Topology.host", "Topology.nic", "Topology.nic_rate",
+    "Topology.check_covers",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("name", [*CALLS, *PIPELINE_CALLS])
+def test_what_is_forgotten_or_too_much_is_said(name: str) -> None:
+    """Each argument that is needed, left out by itself and with all after it; a word that it does not know."""
+    function, arguments = {**CALLS, **PIPELINE_CALLS}[name]
+    if getattr(function, "__module__", "") == test_kinds.__name__:
+        return  # a helper of these tests has a signature of its own
+    if name in ASKED:
+        return
+    names = list(arguments)
+    calls = [{one: arguments[one] for one in names if one != left_out} for left_out in names]
+    calls += [{one: arguments[one] for one in names[:count]} for count in range(len(names))]
+    found = []
+    for given in [*calls, {**arguments, "surplus": 3}]:
+        try:
+            with limit_seconds(10):
+                function(**given)
+        except tricomm.TricommError as error:
+            if "surplus" in given and "surplus" not in str(error):
+                found.append(f"of surplus it says {error}")
+        except BaseException as error:
+            found.append(f"{list(given)}: {type(error).__name__}: {str(error)[:80]}")
+        else:
+            found += ["surplus is taken"] * ("surplus" in given)
+    assert not found, f"{len(found)} bare errors:\n" + "\n".join(found)

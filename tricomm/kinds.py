@@ -6,12 +6,13 @@ is decorated with :func:`checks_kinds`: what it is given is compared with its an
 
 import inspect
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, wraps
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tricomm.errors import ArgumentError, TricommError
+from tricomm.errors import ArgumentError, TricommError, describe_unknown
 
 T = TypeVar("T", bound=Callable[..., Any])
 C = TypeVar("C")
@@ -130,8 +131,8 @@ class _WrongKind:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentError | None:
         try:
             given = self._signature.bind(*args, **kwargs).arguments
-        except TypeError:
-            return None  # a missing or surplus argument is said by Python
+        except TypeError as error:
+            return ArgumentError(describe_unbound(self._function, self._signature, args, kwargs) or str(error))
         return self.first(given)
 
     def first(self, given: Mapping[str, Any]) -> ArgumentError | None:
@@ -143,11 +144,90 @@ class _WrongKind:
         return None
 
 
+def explains_missing(function: T) -> T:
+    """As :func:`explains_kinds` for what checks its arguments itself: says what was forgotten, or is unknown.
+
+    Example:
+        >>> @explains_missing
+        ... def cut(rows: int, columns: int) -> int:
+        ...     return rows // columns
+        >>> cut(4)
+        Traceback (most recent call last):
+        tricomm.errors.ArgumentError: cut(rows=4) lacks columns; write cut(rows=..., columns=...)
+    """
+    if isinstance(function, type):
+        function.__init__ = explains_missing(function.__init__)  # type: ignore[misc]
+        return function
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            if isinstance(error, TricommError):
+                raise
+            text = describe_unbound(function, signature, args, kwargs)
+            if text is None:
+                raise
+            raise ArgumentError(text) from None
+
+    return explained  # type: ignore[return-value]
+
+
+def describe_unbound(
+    function: Callable[..., Any], signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Say which argument of a call is missing, unknown or too much; None if the call fits the signature."""
+    caller = _caller_of(function.__qualname__)
+    parameters = {name: one for name, one in signature.parameters.items() if one.kind is not one.VAR_KEYWORD}
+    if len(parameters) == len(signature.parameters):
+        for name in kwargs:
+            if name not in parameters:
+                return describe_unknown(name, caller, [one for one in parameters if one not in _OWN])
+    named = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    given = {**dict(zip(named, args, strict=False)), **kwargs}
+    needed = [
+        name for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_POSITIONAL
+    ]
+    missing = [name for name in needed if name not in given]
+    if not missing:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            return f"{caller}: {error}; it takes {', '.join(name for name in parameters if name not in _OWN)}"
+        return None
+    shown = ", ".join(f"{name}={_shown(value)}" for name, value in given.items() if name not in _OWN)
+    words = _words_of(function, missing[0])
+    form = ", ".join(f"{name}=..." for name in needed if name not in _OWN)
+    return f"{caller}({shown}) lacks {' and '.join(missing)}{f': {words}' if words else ''}; write {caller}({form})"
+
+
+_OWN = ("self", "cls")
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+
+
+def _caller_of(name: str) -> str:
+    """What a user calls, by the qualified name of a function."""
+    return name.removesuffix(".__init__").rpartition("<locals>.")[2]
+
+
+def _words_of(function: Callable[..., Any], parameter: str) -> str:
+    """The first clause about a parameter in the docstring of a function, or of the class that it makes."""
+    owner: Any = inspect.getmodule(function)
+    for name in function.__qualname__.removesuffix(".__init__").split("."):
+        owner = getattr(owner, name, None)
+    found = re.search(rf"^\s*(?:\w+, )*{parameter}(?:, \w+)*: (.*?)[.;:]", inspect.getdoc(owner) or "", re.M | re.S)
+    return " ".join(found[1].split()) if found else ""
+
+
 def describe_kind(caller: str, name: str, value: object, words: str) -> str:
     """Say that an argument is not of the right kind."""
-    caller = caller.removesuffix(".__init__").rpartition("<locals>.")[2]
-    shown = repr(value)
-    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    caller, shown = _caller_of(caller), _shown(value)
     return f"{caller}({name}={shown}): {name} must be {words}; give one"
 
 

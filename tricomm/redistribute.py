@@ -6,6 +6,7 @@ import torch
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.interop import is_device_mesh, is_dtensor, make_dtensor, read_placement
+from tricomm.kinds import explains_missing
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.sides import Side, as_specs, spec_of
 from tricomm.layout.spec import ShardingSpec
@@ -16,6 +17,7 @@ from tricomm.transport.group import context_of, is_whole_job, resolve_group
 from tricomm.transport.session import tell_all
 
 
+@explains_missing
 def redistribute(
     dtensor: torch.Tensor | None,
     device_mesh: Any,

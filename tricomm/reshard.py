@@ -7,6 +7,7 @@ from typing import Any, Unpack, overload
 import torch
 
 from tricomm.interop import is_dtensor
+from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Side, Sides, as_specs
 from tricomm.options import Options, ReshardOptions
 from tricomm.packing.tensor_checker import Given, NamedTensors
@@ -60,6 +61,7 @@ def reshard(
     out: NamedTensors | None = None,
     **options: Unpack[ReshardOptions],
 ) -> dict[str, torch.Tensor]: ...
+@explains_missing
 def reshard(
     tensor: Given,
     source: Sides | None,
@@ -121,6 +123,7 @@ def reshard(
     return mover._call(tensor, out)
 
 
+@explains_missing
 def reshard_async(
     tensor: Given,
     source: Sides | None,

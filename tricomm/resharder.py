@@ -12,7 +12,7 @@ from tricomm.autograd.gradients import Gradients
 from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.compiled.registry import is_traced
 from tricomm.errors import ArgumentError, SpecError, TricommError
-from tricomm.kinds import checks_kinds
+from tricomm.kinds import checks_kinds, explains_missing
 from tricomm.layout.sides import Sides, as_specs, has_dtensors, shards_of
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
@@ -33,6 +33,7 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 GRADIENT_FIELD = "whether the tensor requires grad"
 
 
+@explains_missing
 class Resharder(Gradients):
     """A reshard made once and called often: plan, copy programs, staging and connections are kept.
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from tricomm.errors import ArgumentError, SpecError, TransportError
-from tricomm.kinds import refuse_wrong_kinds
+from tricomm.kinds import explains_missing, refuse_wrong_kinds
 from tricomm.transport.group import context_of, resolve_group
 
 
@@ -189,6 +189,7 @@ def _tapes_here(group: Any, channels: Sequence[str] | None) -> Iterator[Tape]:
             yield tape
 
 
+@explains_missing
 def backward(
     *losses: torch.Tensor,
     group: Any = None,

@@ -32,6 +32,7 @@ from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Rates, Topology
 from tricomm.options import Options
+from tricomm.transport.accelerator import device_here
 from tricomm.transport.coordination.store import store_errors
 from tricomm.transport.group import context_of
 
@@ -348,11 +349,7 @@ def connect(
     if not 0 <= side_rank < own:
         raise SpecError(f"side_rank={side_rank!r} is none of the {own} ranks of side {side!r}; use 0 to {own - 1}")
     chosen = Options(timeout_seconds=timeout_seconds, device=device, name=name)
-    where = chosen.device if isinstance(chosen.device, torch.device) else _default_device()
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise SpecError(f'device={device!r}, and there is no CUDA device here; write "cpu", or look at the driver')
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = device_here(chosen.device) if isinstance(chosen.device, torch.device) else _default_device()
     given = Appointment(
         address, checked_secret(secret), side, side_rank, sizes, where, host, name, chosen.seconds, on_waiting
     )

@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex, TypeAlias
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.interop import check_device_mesh, kept_mesh, mesh_of
+from tricomm.kinds import explains_missing
 
 NestedRanks: TypeAlias = "SupportsIndex | Iterable[NestedRanks]"
 """A rank, or a nest of them: lists, tuples, ranges, arrays, tensors."""
@@ -40,6 +41,7 @@ def _flatten(ranks: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (len(children), *shape), tuple(rank for _, flat in children for rank in flat)
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class Mesh:
     """Arrange distinct ranks on named axes.
@@ -105,6 +107,7 @@ class Mesh:
         return self._hash
 
     @classmethod
+    @explains_missing
     def of(cls, device_mesh: Any, *, group: Any = None, **coordinates: int) -> "Mesh":
         """The ranks of torch's DeviceMesh, or those at some coordinates of it.
 

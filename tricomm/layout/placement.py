@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.kinds import explains_missing
 
 REDUCTIONS = ("sum", "avg", "max", "min")
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True, init=False)
 class Shard:
     """Cut tensor dim ``dim`` along the axis as torch.chunk does: ceil(n / parts) each, the last ones less or none.
@@ -55,6 +57,7 @@ class Shard:
         return f"Shard({self.dim})" if self.segments is None else f"Shard({self.dim}, segments={self.segments})"
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Replicate:
     """Hold the same elements on every rank along the axis.
@@ -66,6 +69,7 @@ class Replicate:
     """
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Partial:
     """Hold a contribution on every rank along the axis; the tensor is their ``op`` (sum, avg, max or min).

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.interop import TorchLayout, describe_dtensor, is_device_mesh, is_dtensor
+from tricomm.kinds import explains_missing
 from tricomm.layout.dtype import ITEMSIZE, dtype_name
 from tricomm.layout.intervals import Intervals, Region, merged, part_of_segments, region_shape, segments_of
 from tricomm.layout.mesh import Mesh
@@ -25,6 +26,7 @@ Holding = Region
 """What one rank holds: per tensor dim, ``((start, stop), ...)`` in local order."""
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class ShardingSpec:
     """Describe a tensor's layout on a mesh.
@@ -87,6 +89,7 @@ class ShardingSpec:
     # ---- other ways to write a spec
 
     @classmethod
+    @explains_missing
     def from_dims(
         cls,
         mesh: Mesh,
@@ -117,6 +120,7 @@ class ShardingSpec:
         return cls(mesh, placements, shape, dtype, axis_order)
 
     @classmethod
+    @explains_missing
     def explicit(
         cls,
         holdings: Mapping[int, Sequence[Sequence[Sequence[int]]]],
@@ -150,6 +154,7 @@ class ShardingSpec:
         return cls(Mesh(ranks, ("rank",)), (), global_shape, dtype, holdings=given)
 
     @classmethod
+    @explains_missing
     def from_placements(
         cls,
         mesh: Any,
@@ -186,6 +191,7 @@ class ShardingSpec:
         return cls(mesh, read.placements, shape, dtype, read.axis_order)
 
     @classmethod
+    @explains_missing
     def from_dtensor(cls, dtensor: Any, *, group: Any = None, strided_as_order: bool | None = None) -> "ShardingSpec":
         """The layout of a DTensor; see :meth:`from_placements`. By default its own spec says how strides are read.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, get_type_hints
 import numpy as np
 
 from tricomm.errors import ArgumentError, SpecError, describe_unknown
+from tricomm.kinds import explains_missing
 
 DEFAULT_NIC_BYTES_PER_SECOND = 12.5e9
 DEFAULT_INTRA_BYTES_PER_SECOND = 200e9
@@ -40,6 +41,7 @@ class Rates(TypedDict, total=False):
     overhead_seconds: float
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True, init=False)
 class Topology:
     """Say which ranks share a host and a NIC, and how fast bytes leave and enter it.
@@ -125,6 +127,7 @@ class Topology:
         set_field(self, "nic_receive_rates", np.array(receives))
 
     @classmethod
+    @explains_missing
     def flat(cls, ranks: int) -> "Topology":
         """Put every rank on a host of its own, at nominal rates: what is assumed when no topology is given.
 

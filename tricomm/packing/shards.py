@@ -3,11 +3,13 @@
 import torch
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.kinds import explains_missing
 from tricomm.layout.spec import ShardingSpec
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.plan.arguments import check_spec
 
 
+@explains_missing
 def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Tensor:
     """Cut out the shard that ``rank`` holds of a full tensor (for a Partial spec: its region, not a contribution).
 

@@ -8,6 +8,7 @@ import torch
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import OPAQUE, dtype_name
+from tricomm.packing import remedies
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.holdings import RankHoldings
 from tricomm.packing.overlap import find_shared, has_shared_elements, share_memory
@@ -184,7 +185,7 @@ class ItemChecker:
                 f"rank {self._rank} is on the source mesh {self._source.mesh} and gave {which}; "
                 f"pass its shard of shape {self._source_shape} and dtype {self._source.dtype}"
             )
-        tensor = self._checked(name, tensor, self._source_shape, self._source_dtype)
+        tensor = self._checked("source", name, tensor, self._source_shape, self._source_dtype)
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
         return tensor.detach() if tensor.requires_grad else tensor
@@ -201,7 +202,7 @@ class ItemChecker:
             return None
         if out is None:
             return _empty(self._destination_shape, self._destination_dtype, self._device)
-        out = self._checked(name, out, self._destination_shape, self._destination_dtype)
+        out = self._checked("out", name, out, self._destination_shape, self._destination_dtype)
         if out.is_conj() or out.is_neg():
             raise SpecError(f"{name} of rank {self._rank} is a lazy conjugate or negative; pass a plain tensor")
         if out.requires_grad and torch.is_grad_enabled():
@@ -212,7 +213,7 @@ class ItemChecker:
         if not out.is_contiguous() and has_shared_elements(out):
             raise SpecError(
                 f"{name} of rank {self._rank} is expanded or overlaps itself (strides {out.stride()}), so several "
-                "elements share memory; pass a tensor of its own, e.g. out.contiguous()"
+                "elements share memory; pass a tensor without shared elements, as torch.empty(...), or leave out=None"
             )
         for source in sources:
             if share_memory(source, out):
@@ -222,28 +223,29 @@ class ItemChecker:
                 )
         return out.detach() if out.requires_grad else out
 
-    def _checked(self, name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _checked(self, role: str, name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         rank = self._rank
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not is_plain or tensor.is_quantized or tensor.is_nested:
             _refuse_many(name, tensor)
             raise ArgumentError(
-                f"{name} of rank {rank} is a {type(tensor).__name__}, and a plain dense torch.Tensor is expected; "
-                "pass its local data (tensor.to_local() for a DTensor)"
+                f"{name} of rank {rank} is {_kind(tensor)}, and a plain dense torch.Tensor is expected; "
+                f"{remedies.of_kind(tensor, role)}"
             )
         if tensor.shape != shape:
             raise SpecError(
                 f"{name} of rank {rank} has shape {tuple(tensor.shape)}, and its spec gives it {shape}; "
-                "pass the shard that spec.local_shape(rank) describes"
+                f"{remedies.of_shape(role)}"
             )
         if tensor.dtype != dtype:
             raise SpecError(
                 f"{name} of rank {rank} has dtype {tensor.dtype}, and its spec says {dtype}; "
-                f"pass tensor.to({dtype}) or change the spec"
+                f"{remedies.of_dtype(dtype, role)}"
             )
         if tensor.device != self._device:
             raise SpecError(
                 f"{name} of rank {rank} is on {tensor.device}, and this call works on {self._device}; "
-                f"move it with .to({str(self._device)!r}) or pass device={str(tensor.device)!r}"
+                f"{remedies.of_device(tensor.device, self._device, role)}"
             )
         checked: torch.Tensor = tensor
         return checked
@@ -299,3 +301,12 @@ def bump_versions(out: Given) -> None:
 
 def _shape(tensor: object) -> object:
     return tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+
+
+def _kind(tensor: object) -> str:
+    """What a tensor is that is not plain, or what is no tensor."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        assert isinstance(tensor, torch.Tensor)
+        what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+        return f"a {type(tensor).__name__} that is {what}"
+    return f"a {type(tensor).__name__}"

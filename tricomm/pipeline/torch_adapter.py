@@ -31,6 +31,7 @@ from tricomm.pipeline.schedule.generators import eager_one_f_one_b
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.pipeline.torch_checks import check_place, check_schedule, unknown_of
 from tricomm.pipeline.torch_dtensors import check_stage_mesh, gradient_to_send, shard_to_send, wrapped
+from tricomm.transport.accelerator import device_here
 
 # Bases without types: signatures of private methods differ between versions of torch.
 _Stage: Any = PipelineStage
@@ -118,18 +119,19 @@ class ReshardStage(_Stage):  # type: ignore[misc]
     ) -> None:
         check_torch()
         Options.of(options, "ReshardStage", StageOptions)
+        device = device_here(torch.device(device))
         check_place(dist.get_rank(), stage_index, num_stages, arriving, leaving)
         specs = [*(one.destination for one in arriving), *(one.source for one in leaving)]
         check_stage_mesh(device_mesh, specs)
         self._device_mesh = device_mesh
         # A group of this rank alone: torch is to find nobody to talk to.
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        super().__init__(module, stage_index, num_stages, torch.device(device), group=alone, dw_builder=dw_builder)
+        super().__init__(module, stage_index, num_stages, device, group=alone, dw_builder=dw_builder)
         self.group_size = num_stages if pipeline_ranks is None else pipeline_ranks
         self.group_rank = stage_index % self.group_size
         self.receives_ahead = receives_ahead
         self._arriving, self._leaving = tuple(arriving), tuple(leaving)
-        self._options: LinkOptions = {"device": torch.device(device), **options}
+        self._options: LinkOptions = {"device": device, **options}
         self.turns: PerDirectionFifo | None = None
         self._before: Link | None = None
         self._after: Link | None = None

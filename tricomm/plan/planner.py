@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Sides, as_specs
 from tricomm.layout.topology import Topology
 from tricomm.plan.arguments import (
@@ -33,6 +34,7 @@ from tricomm.plan.tasks import joined as joined_tasks
 DEFAULT_STAGING_BYTES = 256 << 20
 
 
+@explains_missing
 def make_plan(
     source: Sides,
     destination: Sides,

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from tricomm.errors import SpecError
+
 
 class Event(Protocol):
     """A place in what a stream has to do."""
@@ -158,3 +160,27 @@ CUDA: Accelerator = Cuda()
 def accelerator_of(device: torch.device) -> Accelerator | None:
     """The accelerator of a device; None is host memory."""
     return CUDA if device.type == "cuda" else None
+
+
+def device_here(device: torch.device) -> torch.device:
+    """Return a device as its tensors name it ("cuda" is the current one), if it is one where tensors move here.
+
+    Raises:
+        SpecError: it is none, or this machine does not have it.
+    """
+    shown = f"device={str(device)!r}"
+    if device.type == "cpu":
+        return torch.device("cpu")  # torch's tensors in host memory have no index
+    if device.type != "cuda":
+        raise SpecError(
+            f'{shown} has no memory that tricomm can move; write "cpu" for host memory, or "cuda:0" for a GPU, and '
+            "pass tensors that are there"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise SpecError(f'{shown}, and torch finds no CUDA device here; write "cpu", or look at the driver')
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.index >= count:
+        raise SpecError(f"{shown}, and torch finds {count} CUDA devices here; write cuda:0 to cuda:{count - 1}")
+    return device

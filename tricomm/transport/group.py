@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tricomm.errors import ArgumentError, SpecError
-from tricomm.transport.accelerator import Accelerator, accelerator_of
+from tricomm.transport.accelerator import Accelerator, accelerator_of, device_here
 from tricomm.transport.channel import Channel
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.gloo import GlooDevices
@@ -150,8 +150,9 @@ def _has_nccl(group: Any) -> bool:
 
 
 def device_of(device: torch.device | str | None, group: Any) -> torch.device:
-    """The device that somebody asks for, with its index ("cuda" is the current one), or the default one for None."""
-    found = default_device(group) if device is None else torch.device(device)
-    if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
+    """The device that somebody asks for, with its index ("cuda" is the current one), or the default one for None.
+
+    Raises:
+        SpecError: this machine does not have it, or it has no memory that can be moved.
+    """
+    return default_device(group) if device is None else device_here(torch.device(device))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tricomm.errors import ArgumentError, SpecError, TransportError
+from tricomm.kinds import explains_missing
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
@@ -116,6 +117,7 @@ class LocalEndpoint:
         work()
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class LocalTransport:
     """Runs a plan for all its ranks in this process.
@@ -138,6 +140,7 @@ class LocalTransport:
     receives_ahead: int = 0
     rounds_open: int = 2
 
+    @explains_missing
     def run(self, plan: Plan, tensors: Mapping[int, Given]) -> dict[int, Any]:
         """Move the shards ``{source rank: shard}`` and return ``{destination rank: shard}``; of a plan of many tensors,
         ``{rank: {name: shard}}`` both.
@@ -148,6 +151,7 @@ class LocalTransport:
         """
         return self.run_observed(plan, tensors)[0]
 
+    @explains_missing
     def run_counted(
         self, plan: Plan, tensors: Mapping[int, Given]
     ) -> tuple[dict[int, Any], dict[tuple[int, int], int]]:
@@ -155,6 +159,7 @@ class LocalTransport:
         outputs, traffic = self.run_observed(plan, tensors)
         return outputs, {pair: one.nbytes for pair, one in traffic.items()}
 
+    @explains_missing
     def run_observed(
         self, plan: Plan, tensors: Mapping[int, Given]
     ) -> tuple[dict[int, Any], dict[tuple[int, int], Traffic]]:
@@ -166,7 +171,7 @@ class LocalTransport:
         network = LocalNetwork(self.grouped, (0 if self.grouped else self.receives_ahead, self.rounds_open))
         given = chain.from_iterable(one.values() if isinstance(one, Mapping) else [one] for one in tensors.values())
         devices = (tensor.device for tensor in given if isinstance(tensor, torch.Tensor))
-        device = next(devices, torch.device("cpu"))
+        device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
         for rank in tensors:
             if rank not in plan.participants:
                 raise SpecError(

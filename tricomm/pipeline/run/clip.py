@@ -6,7 +6,7 @@ from math import prod
 import torch
 
 from tricomm.errors import SpecError, TransportError
-from tricomm.kinds import refuse_wrong_kinds
+from tricomm.kinds import explains_missing, refuse_wrong_kinds
 from tricomm.layout.placement import Placement, Replicate
 from tricomm.layout.spec import ShardingSpec
 from tricomm.pipeline.run.executor import Executor
@@ -25,6 +25,7 @@ TOLERANCE = 0.05
 """Sums of squares that ranks hold copies of may differ by this part; shares of a gradient differ by far more."""
 
 
+@explains_missing
 def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf | None = None) -> torch.Tensor:
     """Scale the gradients of all stages together so that their norm is at most ``max_norm``.
 

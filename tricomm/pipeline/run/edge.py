@@ -25,7 +25,7 @@ import torch
 
 from tricomm.autograd.layouts import gradient_scale, gradient_specs
 from tricomm.errors import SpecError
-from tricomm.kinds import checks_kinds, explains_fields, refuse_wrong_kinds
+from tricomm.kinds import checks_kinds, explains_fields, explains_missing, refuse_wrong_kinds
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions, Options
@@ -141,6 +141,7 @@ class EdgeTensor:
         return (replace(computed, placements=self.gradient) if self.gradient else computed), wanted
 
 
+@explains_missing
 class Link:
     """Carry the tensors of one edge between the meshes of its two stages.
 

@@ -21,7 +21,7 @@ from typing import Self, Unpack
 import torch
 
 from tricomm.errors import SpecError, TransportError
-from tricomm.kinds import refuse_wrong_kinds
+from tricomm.kinds import explains_missing, refuse_wrong_kinds
 from tricomm.options import LinkOptions, Options
 from tricomm.pipeline.run.connections import Connections, await_all
 from tricomm.pipeline.run.edge import EdgeTensor
@@ -50,6 +50,7 @@ class State(Enum):
     CLOSED = "closed"
 
 
+@explains_missing
 class Executor:
     """Run the steps of a pipeline on this rank.
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tricomm.autograd.layouts import gradient_scale
 from tricomm.errors import SpecError
-from tricomm.kinds import explains_fields
+from tricomm.kinds import explains_fields, explains_missing
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Placement
 from tricomm.layout.spec import ShardingSpec
@@ -87,6 +87,7 @@ class Stage:
         return 1.0 if self.loss is None else gradient_scale(self.loss_spec)
 
 
+@explains_missing
 class WithLoss(nn.Module):
     """Join a module and the loss of its output, as a last stage needs it.
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from tricomm.errors import ArgumentError, check_count
+from tricomm.kinds import explains_missing
 from tricomm.layout.columns import Groups
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import by_host, grouped
@@ -67,6 +68,7 @@ class _Chunked:
             check_count("chunk_bytes", self.chunk_bytes, 1, "a positive number of bytes, or None to choose")
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class SendRecv(_Chunked):
     """Send one message per pair of ranks; a task with several receivers is sent to each of them.
@@ -132,6 +134,7 @@ class _Chained(_Chunked, ABC):
         """Choose the chains, and which parts travel along each."""
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class LocalAllGather(_Chained):
     """Send each host a task once, a part per device; the devices of the host hand the parts around (Alpa's).
@@ -165,6 +168,7 @@ class LocalAllGather(_Chained):
         return by_chain
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class GlobalAllGather(_Chained):
     """Send each receiver a part of a task; all receivers hand the parts around one ring.
@@ -196,6 +200,7 @@ class GlobalAllGather(_Chained):
         return by_chain
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Broadcast(_Chained):
     """Send a task along one chain of its receivers, in chunks, so that all links work at once.
@@ -248,6 +253,7 @@ class Broadcast(_Chained):
         return {chain: parts for chain, parts in by_chain.items() if parts}
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Auto:
     """Take the strategy that the cost model finds fastest for this pair of specs on this topology.

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tricomm.kinds import explains_missing
 from tricomm.layout.columns import Lazy
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
@@ -228,6 +229,7 @@ def choose_senders(
     return (*within_hosts, *forced, *choice(demands, loads))
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Naive:
     """Let the first holder in mesh order send: the paper's baseline.
@@ -258,6 +260,7 @@ class Naive:
         return tuple(result)
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class LeastLoaded:
     """Give the largest task first, each to the holder whose NIC has the least to send so far.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tricomm.errors import ArgumentError, check_count
+from tricomm.kinds import explains_missing
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.senders.policy import (
@@ -22,6 +23,7 @@ from tricomm.plan.senders.policy import (
 from tricomm.plan.tasks import Task
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Search:
     """Search depth-first for the senders with which the busiest NIC sends least.
@@ -115,6 +117,7 @@ def _distinct(demand: TransferDemand, loads: SendLoads) -> list[int]:
     return sorted(per_nic.values(), key=lambda rank: loads.seconds_with(rank, demand))
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class RandomizedGreedy:
     """Try many random orders of the tasks, each task to the least loaded holder, and take the best (the paper's idea).
@@ -161,6 +164,7 @@ class RandomizedGreedy:
         return best[1]
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Ensemble:
     """Take whichever of Naive, LeastLoaded, RandomizedGreedy and Search loads the busiest NIC least (the paper's).

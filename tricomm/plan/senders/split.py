@@ -7,6 +7,7 @@ from itertools import islice, pairwise
 from math import gcd
 from typing import NamedTuple
 
+from tricomm.kinds import explains_missing
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import HostsOf
@@ -20,6 +21,7 @@ SLACK = 256
 """A cut may miss its point by this fraction of the smaller part, so that it falls between rows."""
 
 
+@explains_missing
 @dataclass(frozen=True, slots=True)
 class Split:
     """Divide tasks among their holders: the optimum of the fractional problem. The default.
