@@ -58,7 +58,15 @@ REDUCED_DTYPES = [
     "complex64",
     "bool",
 ]
+# Strategies are made once: Hypothesis looks at each new one, which costs more than drawing from it.
 EXTENTS = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12])
+SHAPES = st.lists(EXTENTS, max_size=5)
+AXES = st.integers(1, 4)
+QUARTERS = st.integers(0, 3)
+FIFTHS = st.integers(0, 4)
+BOOLEANS = st.booleans()
+PLACEMENT_KINDS = st.sampled_from(["shard", "shard", "replicate", "partial"])
+SUM_OR_AVG = st.sampled_from(["sum", "avg"])
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,12 @@ def meshes(draw: Any, ranks: int = RANKS) -> Mesh:
     """1 to 4 axes, any ranks in any order; two of them are disjoint, overlap or coincide."""
     shape: list[int] = []
     size = 1
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(AXES)):
         extent = draw(st.integers(1, max(1, ranks // size)))
         shape.append(extent)
         size *= extent
     flat = draw(st.permutations(range(ranks)))[:size]
-    if draw(st.booleans()):
+    if draw(BOOLEANS):
         start = draw(st.integers(0, ranks - size))
         flat = list(range(start, start + size))
     nested: Any = list(flat)
@@ -105,13 +113,13 @@ def meshes(draw: Any, ranks: int = RANKS) -> Mesh:
 def placements(draw: Any, mesh: Mesh, shape: tuple[int, ...], op: str | None) -> tuple[Any, ...]:
     result: list[Any] = []
     for _ in range(mesh.ndim):
-        kind = draw(st.sampled_from(["shard", "shard", "replicate", "partial"]))
+        kind = draw(PLACEMENT_KINDS)
         if kind == "partial" and op is not None:
-            result.append(Partial(draw(st.sampled_from(["sum", "avg"])) if op == "avg" else op))
+            result.append(Partial(draw(SUM_OR_AVG) if op == "avg" else op))
         elif kind == "shard" and shape:
             dim = draw(st.integers(-len(shape), len(shape) - 1))
             segments = None
-            if draw(st.integers(0, 3)) == 0:
+            if draw(QUARTERS) == 0:
                 extent = shape[dim]
                 cuts = sorted(draw(st.lists(st.integers(0, extent), max_size=3)))
                 edges = [0, *cuts, extent]
@@ -127,7 +135,7 @@ def specs(draw: Any, shape: tuple[int, ...], dtype: str, op: str | None = None, 
     mesh = draw(meshes())
     order = draw(st.none() | st.permutations(range(mesh.ndim)).map(tuple))
     spec = ShardingSpec(mesh, draw(placements(mesh, shape, op)), shape, dtype, order)
-    if spec.partial_axes or op is not None or draw(st.integers(0, 4)):
+    if spec.partial_axes or op is not None or draw(FIFTHS):
         return spec
     return draw(explicit(spec, whole))
 
@@ -137,7 +145,7 @@ def explicit(draw: Any, spec: ShardingSpec, whole: bool) -> ShardingSpec:
     """The same holdings, with intervals cut, shuffled and some repeated; a destination may also drop ranks."""
     holdings = {}
     for rank in spec.mesh.ranks:
-        if not whole and holdings and draw(st.integers(0, 4)) == 0:
+        if not whole and holdings and draw(FIFTHS) == 0:
             continue
         holding = []
         for intervals in spec.holding(rank):
@@ -145,7 +153,7 @@ def explicit(draw: Any, spec: ShardingSpec, whole: bool) -> ShardingSpec:
             for start, stop in intervals:
                 cut = draw(st.integers(start, stop))
                 pieces += [(start, cut), (cut, stop)]
-            if pieces and draw(st.integers(0, 3)) == 0:
+            if pieces and draw(QUARTERS) == 0:
                 pieces.append(draw(st.sampled_from(pieces)))  # in two slots of the rank
             holding.append(tuple(draw(st.permutations(pieces))))
         holdings[rank] = tuple(holding)
@@ -160,38 +168,47 @@ def allowed(check: Any, *arguments: str) -> bool:
     return True
 
 
+CASE_KINDS = st.sampled_from(["move", "move", "cast", "partial"])
+CASTS = st.sampled_from([(a, b) for a in CAST_DTYPES for b in CAST_DTYPES if allowed(check_cast, a, b)])
+REDUCTIONS = st.sampled_from(
+    [
+        (op, dtype)
+        for op in ("sum", "avg", "max", "min")
+        for dtype in REDUCED_DTYPES
+        if allowed(check_reduction, op, dtype)
+    ]
+)
+DTYPES = st.sampled_from(MOVED_DTYPES)
+RATES = st.sampled_from([1e6, 12.5e9])
+FACTORS = st.integers(1, 3)
+CHUNKS = st.sampled_from([None, None, 1, 16, 64, 1000])
+BALANCES = st.sampled_from([Split(), Split(), Naive(), LeastLoaded(), Search(50), RandomizedGreedy(3), Ensemble()])
+STAGING = st.sampled_from([1 << 20, 256 << 20])
+STRIDES = st.sampled_from(["contiguous", "transposed", "padded"])
+
+
 @st.composite
 def cases(draw: Any) -> Case:
-    shape = tuple(draw(st.lists(EXTENTS, max_size=5)))
-    kind = draw(st.sampled_from(["move", "move", "cast", "partial"]))
+    shape = tuple(draw(SHAPES))
+    kind = draw(CASE_KINDS)
     op = None
     if kind == "cast":
-        pairs = [(a, b) for a in CAST_DTYPES for b in CAST_DTYPES if allowed(check_cast, a, b)]
-        dtype, target = draw(st.sampled_from(pairs))
+        dtype, target = draw(CASTS)
     elif kind == "partial":
-        op, dtype = draw(
-            st.sampled_from(
-                [
-                    (op, dtype)
-                    for op in ("sum", "avg", "max", "min")
-                    for dtype in REDUCED_DTYPES
-                    if allowed(check_reduction, op, dtype)
-                ]
-            )
-        )
+        op, dtype = draw(REDUCTIONS)
         target = dtype
     else:
-        dtype = target = draw(st.sampled_from(MOVED_DTYPES))
+        dtype = target = draw(DTYPES)
     source = draw(specs(shape, dtype, op, whole=True))
     destination = draw(specs(shape, target))
     topology = None
-    if draw(st.booleans()):
-        hosts = tuple(f"host{draw(st.integers(0, 3))}" for _ in range(RANKS))
-        rate = draw(st.sampled_from([1e6, 12.5e9]))
-        rates = {host: (rate * draw(st.integers(1, 3)), rate * draw(st.integers(1, 3))) for host in sorted({*hosts})}
-        topology = Topology(hosts, rates if draw(st.booleans()) else rate, nics_per_host=draw(st.integers(1, 3)))
+    if draw(BOOLEANS):
+        hosts = tuple(f"host{draw(QUARTERS)}" for _ in range(RANKS))
+        rate = draw(RATES)
+        rates = {host: (rate * draw(FACTORS), rate * draw(FACTORS)) for host in sorted({*hosts})}
+        topology = Topology(hosts, rates if draw(BOOLEANS) else rate, nics_per_host=draw(FACTORS))
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
-    chunk = draw(st.sampled_from([None, None, 1, 16, 64, 1000]))
+    chunk = draw(CHUNKS)
     if chunk is not None:
         # Enough chunks to reorder, not so many that one case takes a second.
         chunk = max(chunk, nbytes // 48)
@@ -200,8 +217,4 @@ def cases(draw: Any) -> Case:
             [Auto(), Auto(0), SendRecv(chunk), Broadcast(chunk), LocalAllGather(chunk), GlobalAllGather(chunk)]
         )
     )
-    balances = [Split(), Split(), Naive(), LeastLoaded(), Search(50), RandomizedGreedy(3), Ensemble()]
-    balance = draw(st.sampled_from(balances))
-    staging = draw(st.sampled_from([1 << 20, 256 << 20]))
-    strides = draw(st.sampled_from(["contiguous", "transposed", "padded"]))
-    return Case(source, destination, strategy, balance, topology, staging, strides)
+    return Case(source, destination, strategy, draw(BALANCES), topology, draw(STAGING), draw(STRIDES))
