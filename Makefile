@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 N ?= 20000
+WORKERS ?= 2
 GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
 .PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check gpu-check-full clean
@@ -11,11 +12,13 @@ GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FA
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
-# In this process, its threads, and one fixed set of processes; and the rehearsal of gpu-check, which no change may break.
+# In two workers, their threads, and one fixed set of processes each; and the rehearsal of gpu-check, which no change may
+# break. A file stays with one worker, since its fixtures do; WORKERS=0 runs all in one process, for a debugger.
 test: $(VENV)/.test
-	$(RUN) -m pytest -m "not processes or rehearsal" --durations 25
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not processes or rehearsal" --durations 25
 
-# What starts processes of its own: kills, restarts, namespaces, scripts, installs.
+# What starts processes of its own: kills, restarts, namespaces, scripts, installs. One after the other: they count files,
+# threads and seconds.
 test-processes: $(VENV)/.test
 	$(RUN) -m pytest -m "processes and not rehearsal" --durations 25
 
