@@ -49,7 +49,7 @@ LAYERS_WITHIN = {
         ["move"],
         ["cost"],
         ["arguments", "choice", "describe"],
-        ["product"],
+        ["ends", "product"],
         ["program"],
         ["verify"],
         ["plan"],

@@ -16,6 +16,7 @@ from tricomm.errors import ArgumentError, SpecError, describe_unknown
 from tricomm.layout.topology import Topology
 from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, SenderPolicy, Split, Strategy
 from tricomm.plan.arguments import check_balance, check_staging_bytes, check_strategy, check_topology
+from tricomm.rules import BoundRules, Rules
 
 OptionsType = TypeVar("OptionsType")
 
@@ -54,6 +55,7 @@ class ReshardOptions(LinkOptions, total=False):
 
     channel: str
     name: str
+    rules: Rules | BoundRules | None
     differentiable: bool
     grad_placements: Sequence[Any] | None
 
@@ -98,6 +100,9 @@ class Options:
         channel: Resharders between the same ranks that name different channels have communicators and a background
             thread of their own: their runs neither wait for each other nor need one order on all ranks.
         name: what the calls are about, such as "layer 3"; stands in errors, and tells apart what is otherwise alike.
+        rules: how the tensors of the destination are made of those of the source, where names, fusions, orders,
+            paddings or shapes differ: each side then has its own names. What travels are the pieces that ranks need,
+            straight from shards into shards. See :mod:`tricomm.rules`.
         differentiable: whether gradients come back between ranks that hold different things: all ranks of either mesh
             make the calls with gradients on, in one order, and end with :func:`tricomm.backward`.
         grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
@@ -121,6 +126,7 @@ class Options:
     confirm: bool | None = None
     channel: str = ""
     name: str = ""
+    rules: Rules | BoundRules | None = None
     differentiable: bool = False
     grad_placements: Sequence[Any] | None = None
 
@@ -135,6 +141,10 @@ class Options:
             text = getattr(self, option)
             if not isinstance(text, str):
                 raise ArgumentError(f'{option}={text!r} must be a string such as "layer 3"; leave it out for none')
+        if self.rules is not None and not isinstance(self.rules, Rules | BoundRules):
+            raise ArgumentError(
+                f"rules={self.rules!r} are no Rules; write Rules({{'name': source('name')}}), or leave it out"
+            )
         if not isinstance(self.differentiable, bool):
             raise ArgumentError(f"differentiable={self.differentiable!r} is no truth value; pass True or False")
         object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))

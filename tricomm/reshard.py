@@ -11,7 +11,7 @@ from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Side, Sides, as_specs
 from tricomm.options import Options, ReshardOptions
 from tricomm.packing.tensor_checker import Given, NamedTensors
-from tricomm.plan.arguments import items_of
+from tricomm.plan.ends.mapped import items_and_ends
 from tricomm.resharder import Resharder
 from tricomm.transport.group import context_of, resolve_group
 from tricomm.transport.handle import Handle
@@ -27,13 +27,18 @@ def _one_shot(tensors: tuple[Any, Any], sides: tuple[Any, Any], given: ReshardOp
     )
     try:
         source, destination = as_specs(source, destination, given.get("group"))
-        items = items_of(source, destination)
         options = Options.of(given, caller)
+        items, ends = items_and_ends(source, destination, options.rules)
     except BaseException as error:
         tell_all(context_of(group), error, given, source, destination)
         raise
     confirm = True if options.confirm is None else options.confirm
-    key = (items, isinstance(source, Mapping), replace(options, group=None, confirm=confirm))
+    key = (
+        items,
+        ends if options.rules is not None else None,
+        isinstance(source, Mapping),
+        replace(options, group=None, confirm=confirm),
+    )
 
     def make() -> Resharder:
         given = replace(options, group=group, confirm=confirm).given()

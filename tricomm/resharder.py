@@ -19,8 +19,9 @@ from tricomm.options import Options, ReshardOptions
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
 from tricomm.plan import Plan, make_plan
-from tricomm.plan.arguments import check_in_group, items_of, participants_of
+from tricomm.plan.arguments import check_in_group, participants_of
 from tricomm.plan.describe import describe_layouts
+from tricomm.plan.ends.mapped import items_and_ends
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
 from tricomm.transport.runtime import PlanExecution
@@ -136,8 +137,9 @@ class Resharder(Gradients):
         self.confirm = bool(chosen.confirm)
         self.channel = chosen.channel
         self.name = chosen.name
-        check_in_group(items := items_of(source, destination), self.context.size)
-        participants = participants_of(items) or (self.rank,)  # a rank on no mesh learns that from anybody's plan
+        specs = items_and_ends(source, destination, chosen.rules)[1].specs
+        check_in_group(specs, self.context.size)
+        participants = participants_of(specs) or (self.rank,)  # a rank on no mesh learns that from anybody's plan
         self.plan: Plan = make_plan(
             source,
             destination,
@@ -145,6 +147,7 @@ class Resharder(Gradients):
             balance=chosen.balance,
             topology=chosen.topology,
             staging_bytes=chosen.staging_bytes,
+            rules=chosen.rules,
             rank=self.rank if self.rank in participants else participants[0],
         )
         check_casts(self.plan)
@@ -207,7 +210,7 @@ class Resharder(Gradients):
         """What DTensors hold on this rank."""
         try:
             group = None if self._names_whole_job else self._group()
-            return shards_of(tensor, out, self.plan.items, self.rank, group)
+            return shards_of(tensor, out, self.plan.ends.sources, self.plan.ends.destinations, self.rank, group)
         except SpecError as error:
             self._refuse(error)
 

@@ -1,6 +1,6 @@
 """The sides of a move as people write them: a ShardingSpec, ``(mesh, placements)`` in torch's words, or a DTensor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
@@ -126,43 +126,39 @@ def _has_one(given: Mapping[Any, Any]) -> bool:
     return any(map(is_dtensor, given.values()))
 
 
-class Ends(Protocol):
-    """A tensor, and where it goes."""
-
-    @property
-    def name(self) -> str:
-        """Among others; "" of one that is alone."""
-
-    @property
-    def source(self) -> ShardingSpec:
-        """Its layout before."""
-
-    @property
-    def destination(self) -> ShardingSpec:
-        """Its layout after."""
-
-
-def shards_of(tensor: Any, out: Any, ends: Sequence[Ends], rank: int, group: Any) -> tuple[Any, Any]:
+def shards_of(
+    tensor: Any,
+    out: Any,
+    sources: Sequence[tuple[str, ShardingSpec]],
+    destinations: Sequence[tuple[str, ShardingSpec]],
+    rank: int,
+    group: Any,
+) -> tuple[Any, Any]:
     """What is read and what is written on a rank, of DTensors or as given; of many tensors by name. See
     :func:`shard_of`.
+
+    Args:
+        tensor, out: what was given.
+        sources, destinations: name and layout of each tensor of either side.
+        rank, group: as for shard_of.
 
     Raises:
         SpecError: a DTensor of another layout, or one to be written while autograd records.
     """
-    read, written = ({**given} if isinstance(given, Mapping) else given for given in (tensor, out))
-    for one in ends:
-        name = f" {one.name!r}" if one.name else ""
-        if isinstance(read, dict):
-            if one.name in read:
-                read[one.name] = shard_of(read[one.name], one.source, rank, group, f"tensor{name}")
-        elif not one.name:
-            read = shard_of(read, one.source, rank, group, "the tensor")
-        if isinstance(written, dict):
-            if one.name in written:
-                written[one.name] = _written(written[one.name], one.destination, rank, group, f"out{name}")
-        elif not one.name:
-            written = _written(written, one.destination, rank, group, "out")
+    read = _each(tensor, sources, "the tensor", lambda *given: shard_of(given[0], given[1], rank, group, given[2]))
+    written = _each(out, destinations, "out", lambda *given: _written(given[0], given[1], rank, group, given[2]))
     return read, written
+
+
+def _each(given: Any, ends: Sequence[tuple[str, ShardingSpec]], what: str, taken: Callable[..., Any]) -> Any:
+    """What was given, each tensor taken by its layout."""
+    if not isinstance(given, Mapping):
+        return taken(given, ends[0][1], what) if not ends[0][0] else given
+    found = {**given}
+    for name, spec in ends:
+        if name in found:
+            found[name] = taken(found[name], spec, f"{what.removeprefix('the ')} {name!r}")
+    return found
 
 
 def _written(out: Any, destination: ShardingSpec, rank: int, group: Any, what: str) -> Any:

@@ -83,7 +83,8 @@ class SeveralCopies(NamedTuple):
 NOTHING = TorchCopies(())
 
 
-def _copies_of(pairs: Pairs) -> Copies:
+def copies_of(pairs: Pairs) -> Copies:
+    """What copies these pairs, of which the first stands for all."""
     if not pairs:
         return NOTHING
     copies = TorchCopies(pairs)
@@ -224,7 +225,7 @@ class Views:
             tensor, packed = self._of_tensor(one.tensor), self._of_wire(one.packed)
             ((part, chunk),) = paired_views(tensor, (one.box,), packed, place_nbytes)
             pairs.append((chunk, part) if packs else (part, chunk))
-        return _copies_of(tuple(pairs))
+        return copies_of(tuple(pairs))
 
     def _of_tensor(self, number: int) -> InWords:
         if number not in self._of_tensors:
@@ -248,7 +249,7 @@ def _local(program: CopyProgram, sources: Sequence[torch.Tensor], destinations: 
             here, there = InWords(sources[one.tensor]), InWords(destinations[one.other])
             ((out_of, into),) = paired_views(here, (one.box,), there)
             pairs.append((into, out_of))
-    copies = _copies_of(tuple(pairs))
+    copies = copies_of(tuple(pairs))
     if not _has_kernels(device):
         return copies
     return several([*_launched(program.kernel_tables[2], True, sources, destinations), copies])

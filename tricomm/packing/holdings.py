@@ -56,5 +56,15 @@ class RankHoldings:
         return _ordered(tensors, self.destination_order)
 
 
+def tensors_of_rank(plan: Plan, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of the tensors that a rank gives, of the plan's sources, and of those that it gets."""
+    ends = plan.ends
+    read = None if ends.bound is None else {item.part.source for item in plan.items if item.part is not None}
+    return (
+        tuple([at for at, one in enumerate(ends.sources) if rank in one.spec.mesh and (read is None or at in read)]),
+        tuple([at for at, one in enumerate(ends.destinations) if rank in one.spec.mesh]),
+    )
+
+
 def _ordered(tensors: Tensors, order: tuple[int, ...]) -> Tensors:
     return itemgetter(*order)(tensors) if len(order) > 1 else tensors

@@ -8,12 +8,12 @@ import torch
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import OPAQUE, dtype_name
+from tricomm.layout.spec import ShardingSpec
 from tricomm.packing import remedies
 from tricomm.packing.copy_program import torch_dtype
-from tricomm.packing.holdings import RankHoldings
+from tricomm.packing.holdings import tensors_of_rank
 from tricomm.packing.overlap import find_shared, has_shared_elements, share_memory
 from tricomm.plan import Plan
-from tricomm.plan.stacks import Item
 
 NamedTensors = Mapping[str, torch.Tensor | None] | Mapping[str, torch.Tensor]
 
@@ -39,25 +39,33 @@ class TensorChecker:
         self.plan = plan
         self.rank = rank
         self.device = device
-        self.holdings = RankHoldings.of(plan, rank)
-        self._of_items: dict[int, ItemChecker] = {}
-        for one in plan.classes:
-            checker = ItemChecker(plan.items[one.items[0]], rank, device)
-            self._of_items.update(dict.fromkeys(one.items, checker))
-        self._only = None if plan.is_mapping else self._of_items[0]
+        ends, (sources, destinations) = plan.ends, tensors_of_rank(plan, rank)
+        self._known: dict[ShardingSpec, ItemChecker] = {}
+        self._known_objects: dict[int, ItemChecker] = {}
+        self._sources = {ends.sources[number].name: self._checker(ends.sources[number].spec) for number in sources}
+        self._destinations = {
+            ends.destinations[number].name: self._checker(ends.destinations[number].spec) for number in destinations
+        }
+        self._unread = {one.name for one in ends.sources if rank in one.spec.mesh} - self._sources.keys()
+        """What no rule reads: it may be given, and stays where it is."""
+        self._only = None if plan.is_mapping else ItemChecker(plan.source, plan.destination, rank, device)
         """Of a tensor that was planned alone."""
-        self._source_names, self._destination_names = (
-            {plan.items[number].name: number for number in numbers}
-            for numbers in (self.holdings.source_items, self.holdings.destination_items)
-        )
-        self._names = {item.name for item in plan.items}
+        self._names = {one.name for one in ends.sources}, {one.name for one in ends.destinations}
+
+    def _checker(self, spec: ShardingSpec) -> "ItemChecker":
+        """The checker of a layout on either side; layouts are often the same object, and hashing them takes time."""
+        if id(spec) not in self._known_objects:
+            if spec not in self._known:
+                self._known[spec] = ItemChecker(spec, spec, self.rank, self.device)
+            self._known_objects[id(spec)] = self._known[spec]
+        return self._known_objects[id(spec)]
 
     def check(self, given: Given, out: Given) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Check what a call was given, before anything is sent.
 
         Returns:
             The sources as the runtime takes them (detached, lazy conjugation resolved): those that the rank holds, in
-            the order of the plan's items; and those that receive the result: ``out`` if it is given, else new ones.
+            the order of the plan's ends; and those that receive the result: ``out`` if it is given, else new ones.
 
         Raises:
             SpecError: one is missing, given where the rank holds none, of another kind, shape, dtype or device; or one
@@ -75,30 +83,30 @@ class TensorChecker:
         return sources, [] if destination is None else [destination]
 
     def _many_sources(self, given: Given) -> list[torch.Tensor]:
-        tensors = self._by_name("tensor", given, self._source_names)
+        tensors = self._by_name("tensor", given, self._sources)
         sources = []
-        for name, number in self._source_names.items():
+        for name, checker in self._sources.items():
             tensor = tensors.get(name)
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
                 raise SpecError(
                     f"tensor {name!r} of rank {self.rank} requires grad, and gradients do not come back through a "
                     "mapping; call under torch.no_grad(), pass tensor.detach(), or move it alone"
                 )
-            source = self._of_items[number].check_source(f"tensor {name!r}", tensor)
+            source = checker.check_source(f"tensor {name!r}", tensor)
             assert source is not None
             sources.append(source)
         return sources
 
     def _many_outs(self, out: Given, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if out is None:
-            made = [self._of_items[number].check_out("out", None, ()) for number in self._destination_names.values()]
+            made = [checker.check_out("out", None, ()) for checker in self._destinations.values()]
             return [tensor for tensor in made if tensor is not None]
-        tensors = self._by_name("out", out, self._destination_names)
+        tensors = self._by_name("out", out, self._destinations)
         outs = []
-        for name, number in self._destination_names.items():
+        for name, checker in self._destinations.items():
             if tensors.get(name) is None:
                 raise SpecError(f"out of rank {self.rank} has no tensor {name!r}; give all of them, or leave out=None")
-            found = self._of_items[number].check_out(f"out[{name!r}]", tensors[name], ())
+            found = checker.check_out(f"out[{name!r}]", tensors[name], ())
             assert found is not None
             outs.append(found)
         self._check_apart(outs, sources)
@@ -107,10 +115,10 @@ class TensorChecker:
     def result(self, destinations: Sequence[torch.Tensor]) -> Any:
         """What the caller gets: the tensor or None, or a dict by name of those that the rank holds."""
         if self._only is None:
-            return dict(zip(self._destination_names, destinations, strict=True))
+            return dict(zip(self._destinations, destinations, strict=True))
         return destinations[0] if destinations else None
 
-    def _by_name(self, what: str, given: Given, held: Mapping[str, int]) -> Mapping[str, Any]:
+    def _by_name(self, what: str, given: Given, held: Mapping[str, Any]) -> Mapping[str, Any]:
         """The mapping that was given, without names that mean nothing."""
         if given is None:
             given = {}
@@ -119,15 +127,16 @@ class TensorChecker:
                 f"{what} of rank {self.rank} is a {type(given).__name__}, and this plan is of many tensors; pass "
                 "{name: tensor}"
             )
+        names = self._names[what == "out"]
         for name, tensor in given.items():
-            if name not in self._names:
-                near = get_close_matches(str(name), [*self._names][:2000], 1)
+            if name not in names:
+                near = get_close_matches(str(name), [*names][:2000], 1)
                 hint = f"did you mean {near[0]!r}?" if near else "take it out, or plan it"
                 raise SpecError(
-                    f"{what} of rank {self.rank} has {name!r}, which is none of the {len(self._names)} tensors that "
+                    f"{what} of rank {self.rank} has {name!r}, which is none of the {len(names)} tensors that "
                     f"were planned; {hint}"
                 )
-            if tensor is not None and name not in held:
+            if tensor is not None and name not in held and not (what == "tensor" and name in self._unread):
                 side = "destination" if what == "out" else "source"
                 raise SpecError(
                     f"{what} of rank {self.rank} has {name!r}, and the rank is not on the {side} mesh of that tensor; "
@@ -142,8 +151,8 @@ class TensorChecker:
             return
         first, second = pair
         every = [
-            *(f"out[{name!r}]" for name in self._destination_names),
-            *(f"tensor {name!r}" for name in self._source_names),
+            *(f"out[{name!r}]" for name in self._destinations),
+            *(f"tensor {name!r}" for name in self._sources),
         ]
         raise SpecError(
             f"{every[first]} of rank {self.rank} shares memory with {every[second]}; what is written must be "
@@ -155,13 +164,13 @@ class ItemChecker:
     """What one rank passes in and gets out of an item, or of any of equal layouts.
 
     Args:
-        item: of a plan.
+        source, destination: its layouts.
         rank: whose side.
         device: where the tensors must be.
     """
 
-    def __init__(self, item: Item, rank: int, device: torch.device) -> None:
-        self._source, self._destination = source, destination = item.source, item.destination
+    def __init__(self, source: ShardingSpec, destination: ShardingSpec, rank: int, device: torch.device) -> None:
+        self._source, self._destination = source, destination
         self._rank = rank
         self._device = device
         self._source_shape = source.local_shape(rank) if rank in source.mesh else None

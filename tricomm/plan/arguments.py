@@ -1,6 +1,6 @@
 """What make_plan takes, checked for its kind before anything else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 
@@ -126,9 +126,9 @@ def items_of(source: object, destination: object) -> tuple[Item, ...]:
         check_spec("destination", destination)
         assert isinstance(source, ShardingSpec)
         assert isinstance(destination, ShardingSpec)
-        return (Item("", source, _resolved(source, destination)),)
+        return (Item("", source, resolved(source, destination)),)
     for side, given in (("source", source), ("destination", destination)):
-        _check_mapping(side, given)
+        check_mapping(side, given)
     assert isinstance(source, Mapping)
     assert isinstance(destination, Mapping)
     _check_names(source, destination)
@@ -138,31 +138,31 @@ def items_of(source: object, destination: object) -> tuple[Item, ...]:
         identity = (id(spec), id(destination[name]))
         if identity not in known:
             try:
-                known[identity] = _resolved(spec, destination[name])
+                known[identity] = resolved(spec, destination[name])
             except SpecError as error:
                 raise type(error)(f"tensor {name!r}: {error}") from error
         items.append(Item(name, spec, known[identity]))
     return tuple(items)
 
 
-def check_in_group(items: Sequence[Item], size: int) -> None:
+def check_in_group(specs: Iterable[tuple[str, ShardingSpec]], size: int) -> None:
     """Refuse meshes with ranks outside of a process group of so many.
+
+    Args:
+        specs: (side, layout) of every tensor.
+        size: of the group.
 
     Raises:
         SpecError: there is one.
     """
-    meshes = {(side, id(mesh)): mesh for item in items for side, mesh in _meshes(item)}
+    meshes = {(side, id(spec.mesh)): spec.mesh for side, spec in specs}
     for (side, _), mesh in meshes.items():
         check_ranks(side, mesh, size)
 
 
-def _meshes(item: Item) -> tuple[tuple[str, Mesh], tuple[str, Mesh]]:
-    return ("source", item.source.mesh), ("destination", item.destination.mesh)
-
-
-def participants_of(items: Sequence[Item]) -> tuple[int, ...]:
-    """Every rank of some mesh, sorted."""
-    meshes = {id(mesh): mesh for item in items for _, mesh in _meshes(item)}
+def participants_of(specs: Iterable[tuple[str, ShardingSpec]]) -> tuple[int, ...]:
+    """Every rank of some mesh, sorted; see :func:`check_in_group`."""
+    meshes = {id(spec.mesh): spec.mesh for _, spec in specs}
     return _ranks_of(tuple(meshes.values()))
 
 
@@ -171,7 +171,12 @@ def _ranks_of(meshes: tuple[Mesh, ...]) -> tuple[int, ...]:
     return tuple(sorted({rank for mesh in meshes for rank in mesh.ranks}))
 
 
-def _check_mapping(side: str, given: object) -> None:
+def check_mapping(side: str, given: object) -> None:
+    """Refuse what is no mapping of names to layouts.
+
+    Raises:
+        SpecError: it is empty; an ArgumentError where it is of the wrong kind.
+    """
     if not isinstance(given, Mapping):
         raise ArgumentError(
             f"{side}={given!r} is not a mapping, and the other side is; give both as {{name: ShardingSpec}}, or both "
@@ -198,8 +203,12 @@ def _check_names(source: Mapping[str, object], destination: Mapping[str, object]
             )
 
 
-def _resolved(source: ShardingSpec, destination: ShardingSpec) -> ShardingSpec:
-    """The destination with the source's shape and dtype where it has none, checked against it."""
+def resolved(source: ShardingSpec, destination: ShardingSpec) -> ShardingSpec:
+    """The destination with the source's shape and dtype where it has none, checked against it.
+
+    Raises:
+        SpecError: the two contradict each other.
+    """
     source.element_type, source.global_shape  # noqa: B018  raises if either is missing
     destination = destination.resolved(source)
     if destination.shape != source.shape:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +14,7 @@ from tricomm.layout.topology import Topology
 from tricomm.plan.arguments import participants_of
 from tricomm.plan.cost import MessageColumns, lower_bound_seconds, nic_seconds, simulated_seconds
 from tricomm.plan.describe import describe
+from tricomm.plan.ends.ends import Ends
 from tricomm.plan.move import Move
 from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction
@@ -32,7 +32,8 @@ class Plan:
     """How tensors get from one layout to another: a value that can be printed, hashed, verified and simulated.
 
     Attributes:
-        items: the tensors; one that was given alone has the name "".
+        items: the tensors; one that was given alone has the name "". By rules, their pieces.
+        ends: the tensors of either side as they were named.
         is_mapping: whether they were given by name.
         strategy, balance, topology, staging_nbytes: as make_plan was told.
         rank: None for the plan of all ranks; otherwise only what this rank touches was built.
@@ -54,6 +55,7 @@ class Plan:
     """
 
     items: tuple[Item, ...]
+    ends: Ends
     is_mapping: bool
     strategy: Strategy | Auto
     balance: SenderPolicy
@@ -92,7 +94,7 @@ class Plan:
     @property
     def participants(self) -> tuple[int, ...]:
         """Every rank of some mesh, sorted: these must all take part."""
-        return participants_of(self.items)
+        return participants_of(self.ends.specs)
 
     @property
     def wire_nbytes(self) -> int:
@@ -179,7 +181,7 @@ class Plan:
     def fields(self) -> dict[str, str]:
         """Name the inputs that determine the plan: what ranks compare."""
         return plan_fields(
-            self.items,
+            self.ends,
             self.strategy,
             self.balance,
             self.topology,
@@ -222,7 +224,7 @@ def _programs(key: _ByIdentity, rank: int) -> tuple[RankProgram, ...]:
 
 
 def plan_fields(
-    items: Sequence[Item],
+    ends: Ends,
     strategy: Strategy | Auto,
     balance: SenderPolicy,
     topology: Topology,
@@ -231,17 +233,32 @@ def plan_fields(
     """Name the inputs of a plan, as text."""
     fields = {"planner version": str(PLANNER_VERSION)}
     known: dict[int, dict[str, str]] = {}  # tensors that are alike often share a spec
-    for item in items:
-        of = f" of tensor {item.name!r}" if item.name else ""
-        for side, spec in (("source", item.source), ("destination", item.destination)):
+    for side, tensors in (("source", ends.sources), ("destination", ends.destinations)):
+        for name, spec in tensors:
+            of = f" of tensor {name!r}" if name else ""
             if id(spec) not in known:
                 known[id(spec)] = _spec_fields(spec)
             fields.update({f"{side} {field}{of}": text for field, text in known[id(spec)].items()})
+    fields.update(_rule_fields(ends))
     fields["strategy"] = repr(strategy)
     fields["balance"] = repr(balance)
     fields["topology"] = repr(topology)
     fields["staging_bytes"] = repr(staging_nbytes)
     return fields
+
+
+def _rule_fields(ends: Ends) -> dict[str, str]:
+    """What the rules make of which sources, by destination."""
+    if ends.bound is None:
+        return {}
+    known: dict[int, str] = {}
+    for tensor in ends.bound.tensors:
+        if id(tensor.pieces) not in known:
+            known[id(tensor.pieces)] = "; ".join(map(str, tensor.pieces))
+    return {
+        f"rule of tensor {tensor.name!r}": f"from {', '.join(tensor.sources)}: {known[id(tensor.pieces)]}"
+        for tensor in ends.bound.tensors
+    }
 
 
 def _spec_fields(spec: ShardingSpec) -> dict[str, str]:

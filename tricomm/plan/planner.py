@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tricomm.errors import PlanError
 from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Sides, as_specs
 from tricomm.layout.topology import Topology
@@ -13,10 +14,11 @@ from tricomm.plan.arguments import (
     check_staging_bytes,
     check_strategy,
     check_topology,
-    items_of,
     participants_of,
 )
 from tricomm.plan.choice import Candidate
+from tricomm.plan.ends.ends import Ends
+from tricomm.plan.ends.mapped import items_and_ends, require_held
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import PLANNER_VERSION, Plan
@@ -30,6 +32,7 @@ from tricomm.plan.senders.split import Split
 from tricomm.plan.stacks import Item, Stack, alike, stacks_of_moves
 from tricomm.plan.tasks import Tasks, peer_bound, unit_tasks
 from tricomm.plan.tasks import joined as joined_tasks
+from tricomm.rules import BoundRules, Rules
 
 DEFAULT_STAGING_BYTES = 256 << 20
 
@@ -44,6 +47,7 @@ def make_plan(
     balance: SenderPolicy = Split(),  # noqa: B008
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     rank: int | None = None,
+    rules: Rules | BoundRules | None = None,
 ) -> Plan:
     """Plan a reshard. Needs no process group and no torch; the same arguments give the same plan everywhere.
 
@@ -58,6 +62,8 @@ def make_plan(
         balance: the policy that chooses senders.
         staging_bytes: the most bytes that one rank may hold in packed chunks.
         rank: build only what this rank touches, where strategy and policy let it know that without the others.
+        rules: how tensors of the destination are made of those of the source, where names, shapes or orders differ;
+            then each side has its own names. Pieces go straight from shards into shards.
 
     Raises:
         SpecError: the specs contradict each other, the destination is Partial, or the rank is on neither mesh; an
@@ -86,19 +92,27 @@ def make_plan(
     check_balance(balance)
     check_topology(topology)
     check_staging_bytes(staging_bytes)
-    items = items_of(*as_specs(source, destination))
-    participants = participants_of(items)
+    items, ends = items_and_ends(*as_specs(source, destination), rules)
+    participants = participants_of(ends.specs)
     check_rank(rank, participants)
     if topology is None:
         topology = Topology.flat(participants[-1] + 1)
     topology.check_covers(participants)
     is_mapping = isinstance(source, Mapping)
-    return _make_plan(items, is_mapping, topology, strategy, balance, staging_bytes, rank)
+    try:
+        return _make_plan(
+            items, None if rules is None else ends, is_mapping, topology, strategy, balance, staging_bytes, rank
+        )
+    except PlanError as error:
+        if rules is not None:
+            require_held(items)
+        raise error
 
 
 @lru_cache(maxsize=512)
 def _make_plan(
     items: tuple[Item, ...],
+    ends: Ends | None,
     is_mapping: bool,
     topology: Topology,
     strategy: Strategy | Auto,
@@ -107,13 +121,14 @@ def _make_plan(
     rank: int | None,
 ) -> Plan:
     classes = alike(items)
+    ends = ends or Ends.of(items)  # which follow from the items where there are no rules
+    participants = participants_of(ends.specs)
     drafts = [
-        _Draft(stacks, strategy, balance, topology, participants_of(items), staging_nbytes)
-        for stacks in stacks_of_moves(classes)
+        _Draft(stacks, strategy, balance, topology, participants, staging_nbytes) for stacks in stacks_of_moves(classes)
     ]
     known_rank = rank if all(draft.is_known_to_each_rank for draft in drafts) else None
     moves = tuple(draft.made(known_rank) for draft in drafts)
-    return Plan(items, is_mapping, strategy, balance, topology, staging_nbytes, known_rank, classes, moves)
+    return Plan(items, ends, is_mapping, strategy, balance, topology, staging_nbytes, known_rank, classes, moves)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,37 @@ which every holder has all rows. It is planned once; only packing knows that its
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.reduction import Reduction, phases, reduction_of
 from tricomm.plan.tasks import wire_dtype, wire_itemsize
+from tricomm.rules.views.view import View
+
+
+class Part(NamedTuple):
+    """Of which tensors an item is a part.
+
+    Attributes:
+        source, destination: their numbers among those of each side.
+        views: which elements of them it is, of the one that is read and of the one that is written; None if all of
+            both.
+    """
+
+    source: int
+    destination: int
+    views: tuple[View, View] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A tensor of a plan.
+    """A tensor of a plan, or by rules a piece of one that is moved as a tensor.
 
     Attributes:
         name: among the others; "" where a tensor was given alone.
         source, destination: resolved specs.
+        part: of which tensors; None for the whole tensor of its name on both sides.
 
     Example:
         >>> from tricomm import Mesh, ShardingSpec, make_plan
@@ -34,6 +51,7 @@ class Item:
     name: str
     source: ShardingSpec
     destination: ShardingSpec
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from tricomm.packing.arithmetic import Reducer
 from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors
+from tricomm.packing.views import ItemViews
 from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
 
@@ -127,6 +128,7 @@ class PlanExecution:
         self.plan = plan
         self.programs = plan.for_rank(rank)
         self._holdings = RankHoldings.of(plan, rank)
+        self._views = None if plan.ends.bound is None else ItemViews(plan, rank)
         self._is_plain = len(plan.moves) == 1 and self._holdings.is_in_order
         self._copy_programs: dict[object, CopyProgram] = {}
         self._bindings: dict[int, CachedBinding] = {}
@@ -139,11 +141,15 @@ class PlanExecution:
         """Run the whole plan; each yielded work must be done before the generator is resumed.
 
         Args:
-            sources: the rank's shards, in the order of the plan's items, of those that it holds; not written.
-            destinations: its new shards to fill, likewise.
+            sources: the rank's shards, in the order of the plan's sources, of those that it holds; not written.
+            destinations: its new shards to fill, likewise of the plan's destinations.
             staging: gives the staging buffer.
             transport: the rank's end of the network.
         """
+        if self._views is not None:
+            sources, destinations, fills = self._views.of(sources, destinations)
+            if fills is not NOTHING:
+                transport.launch(fills.run)
         if self._is_plain:
             return self._move(0, sources, destinations, staging, transport)
         if len(self.plan.moves) == 1:

@@ -1,0 +1,1 @@
+"""What callers name at both ends of a plan, and the items between them."""
