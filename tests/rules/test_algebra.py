@@ -37,9 +37,19 @@ def leaf(number: int, shape: tuple[int, ...]) -> Pair:
 @st.composite
 def pairs(draw: Any) -> tuple[Pair, dict[str, np.ndarray]]:
     """An expression of up to eight steps over up to three sources."""
-    count = draw(st.integers(1, 3))
-    leaves = [leaf(number, draw(shapes())) for number in range(count)]
-    arrays = {f"s{number}": array for number, (_, array) in enumerate(leaves)}
+    leaves = draw(sources())
+    return draw(grown(leaves)), {f"s{number}": array for number, (_, array) in enumerate(leaves)}
+
+
+@st.composite
+def sources(draw: Any) -> list[Pair]:
+    """Up to three."""
+    return [leaf(number, draw(shapes())) for number in range(draw(st.integers(1, 3)))]
+
+
+@st.composite
+def grown(draw: Any, leaves: list[Pair]) -> Pair:
+    """An expression of up to eight steps."""
     pair = draw(st.sampled_from(leaves))
     for _ in range(draw(st.integers(0, 8))):
         steps = [indexed, permuted, unflattened, flattened, expanded, joined]
@@ -47,7 +57,7 @@ def pairs(draw: Any) -> tuple[Pair, dict[str, np.ndarray]]:
         pair = step(draw, pair, leaves)
         if pair[1].size > 3000 or pair[1].ndim > 6:
             break
-    return pair, arrays
+    return pair
 
 
 def indexed(draw: Any, pair: Pair, _: Any) -> Pair:

@@ -169,7 +169,7 @@ class _Draft:
     def _context(self, numbers: Sequence[int]) -> RouteContext:
         """What a strategy may know that routes some stacks."""
         bounds = [peer_bound(self.stacks[number].source, self.stacks[number].destination) for number in numbers]
-        return RouteContext(self.topology, min(sum(bounds), len(self.participants)), self.staging_nbytes)
+        return RouteContext(self.topology, max(min(sum(bounds), len(self.participants)), 1), self.staging_nbytes)
 
     def _is_known(self, number: int) -> bool:
         """Whether no choice for a stack depends on other ranks' tasks: there is one holder or a fixed choice, and

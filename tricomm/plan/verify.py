@@ -93,7 +93,8 @@ def _edges(boxes: Sequence[Box], dims: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _verify_chains(move: Move, columns: MessageColumns) -> None:
-    receivers = np.unique(np.concatenate([np.array(stack.destination.mesh.ranks) for stack in move.stacks]))
+    meshes = [np.array(stack.destination.mesh.ranks) for stack in move.stacks]
+    receivers = np.unique(np.concatenate([np.zeros(0, np.int64), *meshes]))
     strangers = ~np.isin(columns.links.destinations, receivers)
     require(
         not strangers.any(),
