@@ -32,6 +32,7 @@ def test_every_option_has_a_type_and_a_field() -> None:
     assert set(get_type_hints(ReshardOptions)) - set(get_type_hints(LinkOptions)) == {
         "channel",
         "name",
+        "rules",
         "differentiable",
         "grad_placements",
     }

@@ -21,7 +21,7 @@ from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, b
 from tricomm.plan import Plan, make_plan
 from tricomm.plan.arguments import check_in_group, participants_of
 from tricomm.plan.describe import describe_layouts
-from tricomm.plan.ends.mapped import items_and_ends
+from tricomm.plan.ends.mapped import specs_of
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
 from tricomm.transport.runtime import PlanExecution
@@ -137,8 +137,7 @@ class Resharder(Gradients):
         self.confirm = bool(chosen.confirm)
         self.channel = chosen.channel
         self.name = chosen.name
-        specs = items_and_ends(source, destination, chosen.rules)[1].specs
-        check_in_group(specs, self.context.size)
+        check_in_group(specs := specs_of(source, destination, chosen.rules), self.context.size)
         participants = participants_of(specs) or (self.rank,)  # a rank on no mesh learns that from anybody's plan
         self.plan: Plan = make_plan(
             source,
@@ -210,7 +209,7 @@ class Resharder(Gradients):
         """What DTensors hold on this rank."""
         try:
             group = None if self._names_whole_job else self._group()
-            return shards_of(tensor, out, self.plan.ends.sources, self.plan.ends.destinations, self.rank, group)
+            return shards_of(tensor, out, self.plan.ends, self.rank, group)
         except SpecError as error:
             self._refuse(error)
 

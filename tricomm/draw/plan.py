@@ -5,6 +5,7 @@ from html import escape
 
 from tricomm.draw.svg import FAINT, INK, PANEL, axis, box, legend, sheet
 from tricomm.draw.timed_hops import Bar, TimedHop, bars_of, joined, timed_hops
+from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan import Plan
 from tricomm.plan.describe import format_nbytes, format_seconds
@@ -118,11 +119,9 @@ class _Drawing:
         )
         every = [type(strategy).__name__ for move in self.plan.moves for strategy in move.strategies]
         strategies = " and ".join(dict.fromkeys(every))
-        first = self.plan.items[0]
-        many = f"{len(self.plan.items)} tensors such as {first.name!r}: " if self.plan.is_mapping else ""
         texts = (
-            ("from", f"{many}{first.source}"),
-            ("to", f"{many}{first.destination}"),
+            ("from", _counted_layouts(self.plan.ends.sources)),
+            ("to", _counted_layouts(self.plan.ends.destinations)),
             ("by", f"{strategies}, {type(self.plan.balance).__name__}: {moves}"),
         )
         for index, (word, text) in enumerate(texts):
@@ -272,6 +271,12 @@ def _names(hops: Sequence[TimedHop], topology: Topology) -> dict[int, str]:
     if len(origins) <= len(COLOURS):
         return {origin: f"rank {origin}" for origin in origins}
     return {origin: topology.hosts[origin] for origin in origins}
+
+
+def _counted_layouts(side: Sequence[tuple[str, ShardingSpec]]) -> str:
+    """How many tensors a side has, if they have names, and the layout of the first."""
+    name, spec = side[0]
+    return f"{len(side)} tensors such as {name!r}: {spec}" if name else str(spec)
 
 
 def _counted(count: int, noun: str) -> str:

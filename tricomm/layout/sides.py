@@ -126,11 +126,22 @@ def _has_one(given: Mapping[Any, Any]) -> bool:
     return any(map(is_dtensor, given.values()))
 
 
+class Ends(Protocol):
+    """What is named on both sides of a move: names and layouts; a tensor that is alone has the name ""."""
+
+    @property
+    def sources(self) -> Sequence[tuple[str, ShardingSpec]]:
+        """Before."""
+
+    @property
+    def destinations(self) -> Sequence[tuple[str, ShardingSpec]]:
+        """After."""
+
+
 def shards_of(
     tensor: Any,
     out: Any,
-    sources: Sequence[tuple[str, ShardingSpec]],
-    destinations: Sequence[tuple[str, ShardingSpec]],
+    ends: Ends,
     rank: int,
     group: Any,
 ) -> tuple[Any, Any]:
@@ -139,14 +150,14 @@ def shards_of(
 
     Args:
         tensor, out: what was given.
-        sources, destinations: name and layout of each tensor of either side.
+        ends: what is named on both sides.
         rank, group: as for shard_of.
 
     Raises:
         SpecError: a DTensor of another layout, or one to be written while autograd records.
     """
-    read = _each(tensor, sources, "the tensor", lambda *given: shard_of(given[0], given[1], rank, group, given[2]))
-    written = _each(out, destinations, "out", lambda *given: _written(given[0], given[1], rank, group, given[2]))
+    read = _each(tensor, ends.sources, "the tensor", lambda *given: shard_of(given[0], given[1], rank, group, given[2]))
+    written = _each(out, ends.destinations, "out", lambda *given: _written(given[0], given[1], rank, group, given[2]))
     return read, written
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 from tricomm.layout.intervals import Region
 from tricomm.layout.mesh import format_ranks
 from tricomm.layout.topology import Topology
+from tricomm.plan.ends.ends import Ends
 from tricomm.plan.move import Move
 from tricomm.plan.reduction import Reduction
 from tricomm.plan.stacks import Alike, Item, Stack
@@ -27,6 +28,10 @@ class Described(Protocol):
     @property
     def items(self) -> tuple[Item, ...]:
         """Each of them."""
+
+    @property
+    def ends(self) -> Ends:
+        """What is named on both sides."""
 
     @property
     def topology(self) -> Topology:
@@ -90,7 +95,7 @@ def describe(plan: Described) -> str:
     """Describe the whole plan: what it moves, how, what it costs, and its first messages."""
     lines = ["reshard"]
     if plan.is_mapping:
-        lines[0] += f" {len(plan.items)} tensors"
+        lines[0] += f" {len(plan.items)} tensors" if plan.ends.bound is None else f" {_by_rules(plan)}"
     for one in plan.classes[:MAX_ROWS]:
         if plan.is_mapping:
             others = f" and {len(one.items) - 1} like it" if len(one.items) > 1 else ""
@@ -115,10 +120,22 @@ def describe(plan: Described) -> str:
 
 def describe_layouts(plan: Described) -> str:
     """What a plan moves from where to where, in a line."""
+    if plan.ends.bound is not None:
+        first_named = plan.ends.destinations[0]
+        return f"{_by_rules(plan)}, such as {first_named.name!r}: {first_named.spec}"
     first = plan.items[0]
     if not plan.is_mapping:
         return f"{first.source} -> {first.destination}"
     return f"{len(plan.items)} tensors such as {first.name!r}: {first.source} -> {first.destination}"
+
+
+def _by_rules(plan: Described) -> str:
+    """What rules lead from and to."""
+    ends, pieces = plan.ends, len(plan.items)
+    return (
+        f"{len(ends.sources)} tensors to {len(ends.destinations)} by rules, in {pieces} "
+        f"piece{'' if pieces == 1 else 's'}"
+    )
 
 
 def _reducing(classes: Sequence[Alike]) -> str:

@@ -38,6 +38,11 @@ def items_and_ends(source: object, destination: object, rules: object = None) ->
     return items, Ends.of(items)
 
 
+def specs_of(source: object, destination: object, rules: object = None) -> list[tuple[str, ShardingSpec]]:
+    """(side, layout) of every tensor that a plan leads from or to."""
+    return items_and_ends(source, destination, rules)[1].specs
+
+
 def require_held(items: Sequence[Item]) -> None:
     """Refuse an item of which an element is needed and held by nobody.
 
@@ -139,9 +144,7 @@ def _check_names(made: Mapping[str, BoundTensor], wanted: Sides) -> None:
         if name not in made:
             near = get_close_matches(name, list(made)[:2000], 1)
             hint = f"did you mean {near[0]!r}?" if near else "write a rule for it, or leave it out"
-            raise SpecError(
-                f"destination {name!r} is made by none of the rules, which make {len(made)} tensors; {hint}"
-            )
+            raise SpecError(f"destination {name!r} is made by no rule; they make {len(made)} tensors: {hint}")
     for name, tensor in made.items():
         if name not in wanted:
             raise SpecError(
