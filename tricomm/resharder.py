@@ -135,8 +135,7 @@ class Resharder(Gradients):
         self.options = replace(chosen, group=None, device=self.device, confirm=bool(chosen.confirm))
         self.timeout_seconds = chosen.seconds
         self.confirm = bool(chosen.confirm)
-        self.channel = chosen.channel
-        self.name = chosen.name
+        self.channel, self.name = chosen.channel, chosen.name
         check_in_group(specs := specs_of(source, destination, chosen.rules), self.context.size)
         participants = participants_of(specs) or (self.rank,)  # a rank on no mesh learns that from anybody's plan
         self.plan: Plan = make_plan(

@@ -18,6 +18,7 @@ from tricomm import (
     Topology,
     make_plan,
 )
+from tricomm.plan import planner
 from tricomm.plan.routes import searched
 from tricomm.plan.routes.strategies import Strategy
 
@@ -49,7 +50,7 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     strategy = Auto(search_up_to=29, cache=str(tmp_path / "plans"))
     plans = []
     for _ in range(2):
-        make_plan.__globals__["_make_plan"].cache_clear()
+        planner._make_plan.cache_clear()
         plans.append(make_plan(*irregular(), strategy=strategy))
     (kept,) = (tmp_path / "plans").iterdir()
     assert plans[0].digest() == plans[1].digest() == make_plan(*irregular(), strategy=Auto(29)).digest()
@@ -57,7 +58,7 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert plans[0].moves[0].hops == plans[1].moves[0].hops
     plans[1].verify()
     kept.write_bytes(b"half a plan")
-    make_plan.__globals__["_make_plan"].cache_clear()
+    planner._make_plan.cache_clear()
     with pytest.raises(PlanError, match=r"cannot be read .* delete it"):
         make_plan(*irregular(), strategy=strategy)
 
