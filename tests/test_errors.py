@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.refusals import calls, layouts, many, torch_types
+from tests.refusals import calls, layouts, many, rules, torch_types
 from tricomm import ArgumentError, PlanError, SpecError, TransportError, TricommError
 from tricomm import options as option_types
 from tricomm.autograd import layouts as autograd
@@ -18,7 +18,9 @@ from tricomm.layout import mesh, notation, placement, sides, spec_checks, topolo
 from tricomm.layout import spec as sharding
 from tricomm.packing import copy_program, tensor_checker
 from tricomm.plan import arguments, plan, planner, tasks
+from tricomm.plan.ends import mapped
 from tricomm.plan.routes import joined, strategies
+from tricomm.rules.views import settle
 
 MODULES: list[ModuleType] = [
     arguments,
@@ -38,11 +40,13 @@ MODULES: list[ModuleType] = [
     spec_checks,
     torch_layout,
     tasks,
+    mapped,
+    settle,
     tensor_checker,
     topology,
 ]
 
-REFUSALS = {**layouts.REFUSALS, **calls.REFUSALS, **torch_types.REFUSALS, **many.REFUSALS}
+REFUSALS = {**layouts.REFUSALS, **calls.REFUSALS, **torch_types.REFUSALS, **many.REFUSALS, **rules.REFUSALS}
 
 
 @pytest.mark.parametrize("name", REFUSALS)

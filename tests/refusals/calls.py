@@ -32,7 +32,9 @@ from tricomm.plan import arguments
 def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None = None) -> torch.Tensor | None:
     sources = [] if source is None else [source]
     (item,) = move().items
-    return tensor_checker.ItemChecker(item, rank, torch.device("cpu")).check_out("out", out, sources)
+    return tensor_checker.ItemChecker(item.source, item.destination, rank, torch.device("cpu")).check_out(
+        "out", out, sources
+    )
 
 
 def receive_into_the_source() -> torch.Tensor | None:

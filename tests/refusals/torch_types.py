@@ -16,6 +16,7 @@ from tricomm import ArgumentError, Mesh, Options, Partial, Replicate, Shard, Sha
 from tricomm.autograd import layouts as autograd
 from tricomm.layout.sides import as_spec, shards_of
 from tricomm.layout.torch_layout import read_placements
+from tricomm.plan.ends.ends import Ends
 from tricomm.plan.stacks import Item
 
 TORCH_GRID = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "tp"), _init_backend=False, _rank=0)
@@ -37,7 +38,7 @@ def segmented(*segments: int) -> Any:
 
 
 def shards(tensor: Any, out: Any = None, spec: ShardingSpec = ROWS) -> Any:
-    return shards_of(tensor, out, [Item("", spec, ROWS)], 0, None)
+    return shards_of(tensor, out, Ends.of([Item("", spec, ROWS)]), 0, None)
 
 
 # fmt: off

@@ -103,10 +103,10 @@ def make_plan(
         return _make_plan(
             items, None if rules is None else ends, is_mapping, topology, strategy, balance, staging_bytes, rank
         )
-    except PlanError as error:
+    except PlanError:
         if rules is not None:
-            require_held(items)
-        raise error
+            require_held(items)  # which says for which rule
+        raise
 
 
 @lru_cache(maxsize=512)

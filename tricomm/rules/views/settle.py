@@ -30,7 +30,7 @@ def settled(piece: Piece, source: ShardingSpec, destination: ShardingSpec) -> li
         >>> rows = ShardingSpec(Mesh([0, 1, 2], ("x",)), (Shard(0),), (6, 4))
         >>> flat = ShardingSpec(Mesh([0, 1, 2, 3], ("x",)), (Shard(0),), (24,))
         >>> [part.shape for part in settled(piece, rows, flat)]
-        [(2,), (2,), (2,), (2,), (4, 4)]
+        [(2,), (2,), (4,), (2,), (2, 4), (2,), (4,)]
     """
     read, written = held_lists(source), held_lists(destination)
     open_pieces, done = [piece], []
@@ -75,8 +75,10 @@ def _parted(piece: Piece, held: Sequence[Iterable[Intervals]], exchanged: bool =
 
 def _cut(piece: Piece, dim: int, intervals: Intervals) -> list[Piece] | None:
     """A piece in parts at an edge of the intervals of a source dim; None if none of them lies inside of it."""
+    found: list[Piece] | None = None
     for edge in dict.fromkeys(edge for interval in intervals for edge in interval):
         near, far = cut(piece, dim, edge - piece.source_start[dim])
-        if near and far:
-            return near + far
-    return None
+        # An edge between places of the longest digit may need no cut, once the others are made.
+        if near and far and (found is None or len(near + far) > len(found)):
+            found = near + far
+    return found
