@@ -1,6 +1,8 @@
 """A Resharder in compiled functions, exported programs, fake tensors and selective checkpoints."""
 
+import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +19,19 @@ from tricomm.launch import Ranks
 ALL = Mesh(list(range(RANKS)), ("x",))
 ROWS = ShardingSpec(ALL, (Shard(0),), (16, 8), "float32")
 COLUMNS = ShardingSpec(ALL, (Shard(1),), (16, 8), "float32")
-AVERAGE = ShardingSpec(ALL, (Partial("avg"),), (16, 8), "float32")
 PAIR = ShardingSpec(Mesh([0, 1], ("a",)), (Shard(0),), (16, 8), "float32")
 OTHERS = ShardingSpec(Mesh([1, 2], ("b",)), (Replicate(),), (16, 8), "bfloat16")
+AVERAGE = Partial("avg")
+COMPILED_WITHIN = 300.0
+"""Seconds, on a busy machine, by which one rank may compile longer than another."""
 FULL = torch.arange(128.0).reshape(16, 8)
 
 
-def forward_and_backward(rank: int, backend: str) -> None:
+def forward_and_backward(rank: int, backend: str, ranks: int = RANKS) -> None:
     """Two equal moves are not made one, and one whose result nobody uses is made: else ranks would wait for ever."""
-    mover = Resharder(ROWS, COLUMNS, timeout_seconds=60)
-    averages = Resharder(AVERAGE, COLUMNS, timeout_seconds=60)
+    every = Mesh(list(range(ranks)), ("x",))
+    rows, columns, average = (ShardingSpec(every, (one,), (16, 8), "float32") for one in (Shard(0), Shard(1), AVERAGE))
+    mover, averages = (Resharder(source, columns, timeout_seconds=COMPILED_WITHIN) for source in (rows, average))
     before = mover._session.calls
 
     def step(x: torch.Tensor, contribution: torch.Tensor) -> torch.Tensor:
@@ -34,19 +39,29 @@ def forward_and_backward(rank: int, backend: str) -> None:
         return mover(x * 2) + mover(x * 2) + averages(contribution)
 
     torch.compiler.reset()
-    x = pick(FULL, ROWS, rank).requires_grad_()
+    x = pick(FULL, rows, rank).requires_grad_()
     contribution = FULL.clone().requires_grad_()
     result = torch.compile(step, backend=backend, fullgraph=True)(x, contribution)
-    torch.testing.assert_close(result, 5 * pick(FULL, COLUMNS, rank))
+    torch.testing.assert_close(result, 5 * pick(FULL, columns, rank))
     assert mover._session.calls == before + 3
-    (result * pick(FULL, COLUMNS, rank)).sum().backward()
-    torch.testing.assert_close(x.grad, 4 * pick(FULL, ROWS, rank))
-    torch.testing.assert_close(contribution.grad, FULL / RANKS)
+    (result * pick(FULL, columns, rank)).sum().backward()
+    torch.testing.assert_close(x.grad, 4 * pick(FULL, rows, rank))
+    torch.testing.assert_close(contribution.grad, FULL / ranks)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_resharder_stands_in_a_full_graph(ranks: Ranks, backend: str) -> None:
     ranks.run(forward_and_backward, backend)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor compiles C++ on a CPU, and there is no compiler")
+def test_a_resharder_stands_in_a_full_graph_of_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled goes to a folder of the test, so that it is compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    with Ranks(2, timeout_seconds=2 * COMPILED_WITHIN) as two:
+        two.run(forward_and_backward, "inductor", 2)
 
 
 def between_meshes(rank: int) -> None:

@@ -165,6 +165,8 @@ def test_tensors_are_expected_where_the_group_has_nccl(
 
 def test_a_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors have one, and so have communicators."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert device_of("cuda", None) == DEVICE
     assert device_of("cuda:0", None) == torch.device("cuda", 0)
