@@ -27,6 +27,7 @@ LAYERS = [
     ["options", "packing"],
     ["transport"],
     ["autograd"],
+    ["selections"],
     ["resharder"],
     ["reshard"],
     ["redistribute"],

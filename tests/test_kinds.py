@@ -323,7 +323,8 @@ PIPELINE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 # Values and results, which the library makes; and what torch or Python calls.
 NOT_CALLED = {
-    "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Push", "Stats",
+    "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Progress", "Push",
+    "Stats",
     "StepComparison", "World", "Subscriber.wait", "Timeline", "Timeline.busy_seconds",
     "Tuned", "Resharder.made", "Resharder.forward",
     "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",

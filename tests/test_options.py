@@ -35,6 +35,7 @@ def test_every_option_has_a_type_and_a_field() -> None:
         "rules",
         "differentiable",
         "grad_placements",
+        "progress",
     }
     assert set(get_type_hints(LinkOptions)) - set(get_type_hints(StageOptions)) == {"device"}
 

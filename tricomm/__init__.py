@@ -34,7 +34,7 @@ from tricomm.plan import (
 from tricomm.redistribute import redistribute
 from tricomm.reshard import reshard, reshard_async
 from tricomm.resharder import Resharder
-from tricomm.stats import Stats
+from tricomm.stats import Progress, Stats
 from tricomm.transport import LocalTransport
 from tricomm.transport.handle import Handle
 
@@ -58,6 +58,7 @@ __all__ = [
     "Partial",
     "Plan",
     "PlanError",
+    "Progress",
     "Publisher",
     "Push",
     "RandomizedGreedy",

@@ -17,8 +17,12 @@ from tricomm.layout.topology import Topology
 from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, SenderPolicy, Split, Strategy
 from tricomm.plan.arguments import check_balance, check_staging_bytes, check_strategy, check_topology
 from tricomm.rules import BoundRules, Rules
+from tricomm.stats import Progress
 
 OptionsType = TypeVar("OptionsType")
+
+ProgressCallback = Callable[[Progress], object]
+"""What ``progress`` is."""
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -58,6 +62,7 @@ class ReshardOptions(LinkOptions, total=False):
     rules: Rules | BoundRules | None
     differentiable: bool
     grad_placements: Sequence[Any] | None
+    progress: ProgressCallback | None
 
 
 def _explains_names(cls: type[OptionsType]) -> type[OptionsType]:
@@ -129,6 +134,7 @@ class Options:
     rules: Rules | BoundRules | None = None
     differentiable: bool = False
     grad_placements: Sequence[Any] | None = None
+    progress: ProgressCallback | None = None
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy)
@@ -147,6 +153,8 @@ class Options:
             )
         if not isinstance(self.differentiable, bool):
             raise ArgumentError(f"differentiable={self.differentiable!r} is no truth value; pass True or False")
+        if self.progress is not None and not callable(self.progress):
+            raise ArgumentError(f"progress={self.progress!r} cannot be called; pass a function of one Progress")
         object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))
         object.__setattr__(self, "device", _checked_device(self.device))
         object.__setattr__(self, "timeout_seconds", _checked_seconds(self.timeout_seconds))

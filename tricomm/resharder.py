@@ -4,11 +4,11 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, ClassVar, Self, Unpack, overload
 
 import torch
 
-from tricomm.autograd.gradients import Gradients
 from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.compiled.registry import is_traced
 from tricomm.errors import ArgumentError, SpecError, TricommError
@@ -20,12 +20,12 @@ from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
 from tricomm.plan import Plan, make_plan
 from tricomm.plan.arguments import check_in_group, participants_of
-from tricomm.plan.describe import describe_layouts
 from tricomm.plan.ends.mapped import specs_of
+from tricomm.selections import Names, Selections
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, name_error, tell_all
+from tricomm.transport.session import CLOSED_TEXT, State, name_error, tell_all
 from tricomm.transport.streams import HostStreamContext
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
@@ -35,7 +35,7 @@ GRADIENT_FIELD = "whether the tensor requires grad"
 
 
 @explains_missing
-class Resharder(Gradients):
+class Resharder(Selections):
     """A reshard made once and called often: plan, copy programs, staging and connections are kept.
 
     Every rank of either mesh makes it and calls it; ranks on neither mesh may call too and get None. On the first call
@@ -121,7 +121,7 @@ class Resharder(Gradients):
         try:
             source, destination = specs = as_specs(source, destination, None if self._names_whole_job else group)
             self._plan(*specs, options, group)
-            self._session = self._open(parent, meets_always)
+            self._session = self._open(self.plan.fields(), parent, "the gradient", meets_always=meets_always)
         except BaseException as error:
             tell_all(self.context, error, options, source, destination)
             raise
@@ -130,6 +130,7 @@ class Resharder(Gradients):
 
     def _plan(self, source: Sides, destination: Sides, options: ReshardOptions, group: Any) -> None:
         """Everything that needs no other rank."""
+        began = perf_counter()
         chosen = Options.of(options, "Resharder")
         self.device = device_of(chosen.device, group)
         self.options = replace(chosen, group=None, device=self.device, confirm=bool(chosen.confirm))
@@ -159,56 +160,23 @@ class Resharder(Gradients):
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
         if self.rank in self.participants:
-            self._execution = PlanExecution(self.plan, self.rank, self.device)
-
-    def _open(self, parent: "Resharder | None", meets_always: bool) -> Session | None:
-        """The session of the calls; None off the meshes."""
-        if self._execution is None:
-            return None
-        fields = {
-            **self.plan.fields(),
-            "device": self.device.type,
-            "confirm": str(self.confirm),
-            "channel": self.channel,
-            "name": self.name,
-            "differentiable": str(self.options.differentiable),
-            "grad_placements": str(self.options.grad_placements),
-        }
-        is_counted = self._is_counted and not meets_always and parent is None
-        layouts = describe_layouts(self.plan)
-        label = f"reshard {self.name!r}" if self.name else f"reshard {layouts}"
-        if parent is not None and parent._session is not None:
-            label = f"the gradient of {parent._session.label}"
-            fields["gradient of"] = parent._session.identity
-        elif is_counted:
-            label = f"Resharder {self.name!r} ({NUMBER})" if self.name else f"Resharder {NUMBER} of {layouts}"
-        elif not meets_always:
-            label = f"Resharder {self.name or layouts}"
-        return Session(
-            self.context,
-            self.context.channel(self.participants, self.device, self.channel),
-            fields,
-            label,
-            is_counted=is_counted,
-            meets_always=meets_always,
-            stays_broken=self._stays_broken,
-            timeout_seconds=self.timeout_seconds,
-            confirm=self.confirm,
-        )
+            self._execution = PlanExecution(self.plan, self.rank, self.device, chosen.progress)
+        self._planned, self._selections = self.plan, {}
+        self._plan_seconds = perf_counter() - began
 
     def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> "Resharder":
         group = self._group()
         if group is None:
             raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
         meets_always = self._session is not None and self._session.meets_always
-        options = replace(self.options, group=group, differentiable=False, grad_placements=None).given()
+        options = replace(self.options, group=group, differentiable=False, grad_placements=None, progress=None).given()
         return Resharder._made(source, destination, options, parent=self, meets_always=meets_always)
 
     def _shards(self, tensor: Any, out: Any) -> tuple[Any, Any]:
         """What DTensors hold on this rank."""
         try:
             group = None if self._names_whole_job else self._group()
-            return shards_of(tensor, out, self.plan.ends, self.rank, group)
+            return shards_of(tensor, out, self._planned.ends, self.rank, group)
         except SpecError as error:
             self._refuse(error)
 
@@ -225,10 +193,12 @@ class Resharder(Gradients):
     ) -> torch.Tensor | None: ...
     @overload
     def __call__(
-        self, tensor: NamedTensors | None = None, *, out: NamedTensors | None = None
+        self, tensor: NamedTensors | None = None, *, out: NamedTensors | None = None, only: Names | None = None
     ) -> dict[str, torch.Tensor]: ...
-    def __call__(self, tensor: Given = None, *, out: Given = None) -> Any:
-        """Reshard. Arguments and result as for :func:`reshard`."""
+    def __call__(self, tensor: Given = None, *, out: Given = None, only: Names | None = None) -> Any:
+        """Reshard. Arguments and result as for :func:`reshard`; ``only`` moves some of many tensors, see ``only()``."""
+        if only is not None:
+            return self._call_only(tensor, out, only)
         plain = out is None and self.in_graph is not None and not self.options.differentiable
         if torch.compiler.is_dynamo_compiling() or (plain and is_traced(tensor)):
             from tricomm.compiled.graph import call_in_graph
@@ -277,6 +247,7 @@ class Resharder(Gradients):
         out: Given = None,
         after: Any = None,
         depends_on: Sequence[Handle] = (),
+        only: Names | None = None,
     ) -> Handle:
         """Reshard in the background. The tensor must not change before ``wait`` returns.
 
@@ -289,12 +260,16 @@ class Resharder(Gradients):
                 that the current stream has to do so far. Without ``out`` the run waits for that in any case: the memory
                 of the new tensor may be that of one which the current stream has still to read.
             depends_on: runs of this rank, whatever they move, that end before this one begins.
+            only: names of those of many tensors that move, see ``only()``.
         """
         if torch.compiler.is_compiling():
             from tricomm.compiled.graph import run_eagerly
 
-            handle: Handle = run_eagerly(self.start, tensor, out=out, after=after, depends_on=depends_on)
+            handle: Handle = run_eagerly(self.start, tensor, out=out, after=after, depends_on=depends_on, only=only)
             return handle
+        if only is not None:
+            mover, tensor, out = self._of_only(tensor, out, only)
+            return mover.start(tensor, out=out, after=after, depends_on=depends_on)
         if has_dtensors(tensor) or has_dtensors(out):
             tensor, out = self._shards(tensor, out)
         session = self._session
@@ -397,8 +372,9 @@ class Resharder(Gradients):
         """
         if not isinstance(reason, str):
             raise ArgumentError(f'reason={reason!r} is not a text; write why, as in "rank 3 ran out of data"')
-        if self._session is not None and self._session.state is not State.BROKEN:
-            self._session.abort(reason)
+        session = self._speaker
+        if session is not None and session.state is not State.BROKEN:
+            session.abort(reason)
 
     def close(self) -> None:
         """Give back what the Resharder holds, as soon as what it started is done. Later calls raise a SpecError.
@@ -408,13 +384,15 @@ class Resharder(Gradients):
         self._is_closed = True
         if self._session is not None:
             self._session.close()
-        if self._gradient is not None:
-            self._gradient.close()
+        for one in (self._gradient, *self._selections.values()):
+            if one is not None:
+                one.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is not None and not isinstance(error, TricommError) and self._session is not None:
-            self._session.leave(error)
+        session = self._speaker
+        if error is not None and not isinstance(error, TricommError) and session is not None:
+            session.leave(error)
         self.close()

@@ -1,7 +1,30 @@
-"""Stats: what moves cost, counted; the same type for a Resharder, a group and a pipeline."""
+"""Stats: what moves cost, counted; the same type for a Resharder, a group and a pipeline. Progress: how far one is."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Progress(NamedTuple):
+    """How far one rank is with a call.
+
+    Attributes:
+        tensors_done: of those that this rank holds or needs, how many it is done with; by rules, of their pieces.
+        tensors: how many it holds or needs.
+        nbytes_done: sent and received by it so far.
+        nbytes: that it sends and receives in the whole call.
+
+    Example:
+        >>> print(Progress(tensors_done=12, tensors=723, nbytes_done=1 << 20, nbytes=1 << 30))
+        12 of 723 tensors, 1048576 of 1073741824 bytes
+    """
+
+    tensors_done: int
+    tensors: int
+    nbytes_done: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.tensors_done} of {self.tensors} tensors, {self.nbytes_done} of {self.nbytes} bytes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,27 +46,33 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """What the calls of one rank cost. Stats add up: ``sum(all_stats, Stats())``.
+    """What the calls of one rank cost. Stats add up: ``sum(all_stats, Stats())``; of staging the larger is kept.
 
     Attributes:
-        calls: made.
+        calls: carried out.
         messages, nbytes: sent by this rank.
-        minimum_nbytes: what this rank would send if every needed element crossed the wire once, from the holder that
-            the plan chose.
+        received_messages, received_nbytes: that came to it.
+        minimum_nbytes: the least that must have come to it: what it needs and does not hold.
+        staging_nbytes: the most that it had in packed chunks at once.
         plan_seconds: planning and binding, once per layout.
-        pack_seconds, post_seconds, wait_seconds, unpack_seconds: in calls.
+        pack_seconds, post_seconds, wait_seconds, unpack_seconds: in calls, on the thread that made them; what a device
+            does meanwhile is not in them.
         transports: the traffic of each transport that was used.
 
     Example:
-        >>> one = Stats(calls=1, messages=2, nbytes=4096, minimum_nbytes=4096, wait_seconds=0.002)
+        >>> one = Stats(calls=1, messages=2, nbytes=4096, wait_seconds=0.002)
         >>> print(one + one)
-        2 calls: 4 messages, 8192 bytes (minimum 8192); 0.0 ms plan, 0.0 pack, 0.0 post, 4.0 wait, 0.0 unpack
+        2 calls: 4 messages sent, 8192 bytes; 0 received, 0 bytes (minimum 0); at most 0 bytes staged
+        0.0 ms plan, 0.0 pack, 0.0 post, 4.0 wait, 0.0 unpack
     """
 
     calls: int = 0
     messages: int = 0
     nbytes: int = 0
+    received_messages: int = 0
+    received_nbytes: int = 0
     minimum_nbytes: int = 0
+    staging_nbytes: int = 0
     plan_seconds: float = 0.0
     pack_seconds: float = 0.0
     post_seconds: float = 0.0
@@ -58,7 +87,9 @@ class Stats:
         for one in (*self.transports, *other.transports):
             before = traffic.get(one.transport, Traffic(transport=one.transport))
             traffic[one.transport] = Traffic(transport=one.transport, **_sums(before, one, "transport"))
-        return Stats(transports=tuple(traffic.values()), **_sums(self, other, "transports"))
+        sums = _sums(self, other, "transports", "staging_nbytes")
+        staging = max(self.staging_nbytes, other.staging_nbytes)
+        return Stats(transports=tuple(traffic.values()), staging_nbytes=staging, **sums)
 
     def __str__(self) -> str:
         times = [
@@ -66,12 +97,13 @@ class Stats:
             for step in ("plan", "pack", "post", "wait", "unpack")
         ]
         return (
-            f"{self.calls} calls: {self.messages} messages, {self.nbytes} bytes (minimum {self.minimum_nbytes}); "
-            + ", ".join(times)
+            f"{self.calls} calls: {self.messages} messages sent, {self.nbytes} bytes; "
+            f"{self.received_messages} received, {self.received_nbytes} bytes (minimum {self.minimum_nbytes}); "
+            f"at most {self.staging_nbytes} bytes staged\n" + ", ".join(times)
         )
 
 
-def _sums(first: Traffic | Stats, second: Traffic | Stats, without: str) -> dict[str, Any]:
-    """The sums of all fields but one, by name."""
-    names = [one.name for one in fields(first) if one.name != without]
+def _sums(first: Traffic | Stats, second: Traffic | Stats, *without: str) -> dict[str, Any]:
+    """The sums of all fields but some, by name."""
+    names = [one.name for one in fields(first) if one.name not in without]
     return {name: getattr(first, name) + getattr(second, name) for name in names}

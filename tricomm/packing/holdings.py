@@ -6,7 +6,7 @@ from operator import itemgetter
 
 import torch
 
-from tricomm.plan import Plan
+from tricomm.packing.selection import Planned
 
 Tensors = Sequence[torch.Tensor]
 """Of one rank at one end: those that it has, in the order of the plan's items or of a move's stacks."""
@@ -35,12 +35,12 @@ class RankHoldings:
         return all(order == tuple(range(len(order))) for order in orders)
 
     @classmethod
-    def of(cls, plan: Plan, rank: int) -> "RankHoldings":
+    def of(cls, plan: Planned, rank: int) -> "RankHoldings":
         """Of one rank."""
         sources = tuple(number for number, item in enumerate(plan.items) if rank in item.source.mesh)
         destinations = tuple(number for number, item in enumerate(plan.items) if rank in item.destination.mesh)
         partial = frozenset(number for one in plan.classes if one.reduction is not None for number in one.items)
-        taken = [number for stack in plan.moves[-1].stacks for number in stack.items]
+        taken = [number for stack in plan.stacks[-1] for number in stack.items]
         orders = []
         for items in (sources, destinations):
             place = {number: at for at, number in enumerate(items)}
@@ -56,7 +56,7 @@ class RankHoldings:
         return _ordered(tensors, self.destination_order)
 
 
-def tensors_of_rank(plan: Plan, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def tensors_of_rank(plan: Planned, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The numbers of the tensors that a rank gives, of the plan's sources, and of those that it gets."""
     ends = plan.ends
     read = None if ends.bound is None else {item.part.source for item in plan.items if item.part is not None}

@@ -13,6 +13,7 @@ from tricomm.packing import remedies
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.holdings import tensors_of_rank
 from tricomm.packing.overlap import find_shared, has_shared_elements, share_memory
+from tricomm.packing.selection import Planned
 from tricomm.plan import Plan
 
 NamedTensors = Mapping[str, torch.Tensor | None] | Mapping[str, torch.Tensor]
@@ -35,7 +36,7 @@ class TensorChecker:
         device: where the tensors must be.
     """
 
-    def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
+    def __init__(self, plan: Planned, rank: int, device: torch.device) -> None:
         self.plan = plan
         self.rank = rank
         self.device = device
@@ -48,7 +49,8 @@ class TensorChecker:
         }
         self._unread = {one.name for one in ends.sources if rank in one.spec.mesh} - self._sources.keys()
         """What no rule reads: it may be given, and stays where it is."""
-        self._only = None if plan.is_mapping else ItemChecker(plan.source, plan.destination, rank, device)
+        is_alone = isinstance(plan, Plan) and not plan.is_mapping
+        self._only = ItemChecker(ends.sources[0].spec, ends.destinations[0].spec, rank, device) if is_alone else None
         """Of a tensor that was planned alone."""
         self._names = {one.name for one in ends.sources}, {one.name for one in ends.destinations}
 

@@ -10,7 +10,7 @@ import torch
 
 from tricomm.packing.binding import NOTHING, Copies, copies_of, several
 from tricomm.packing.holdings import Tensors, tensors_of_rank
-from tricomm.plan import Plan
+from tricomm.packing.selection import Planned
 from tricomm.plan.ends.ends import Fill, Named
 from tricomm.rules.boxes import Piece
 from tricomm.rules.meet import within
@@ -49,7 +49,7 @@ class ItemViews:
         rank: whose.
     """
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: Planned, rank: int) -> None:
         sources, destinations = tensors_of_rank(plan, rank)
         held, needed = ({number: at for at, number in enumerate(numbers)} for numbers in (sources, destinations))
         known: dict[object, Placed | None] = {}

@@ -20,7 +20,7 @@ from tricomm.plan.program import RankProgram, rank_program
 from tricomm.plan.reduction import Reduction
 from tricomm.plan.routes.strategies import Auto, Strategy
 from tricomm.plan.senders.policy import SenderPolicy
-from tricomm.plan.stacks import Alike, Item, alike, stacks_of_moves
+from tricomm.plan.stacks import Alike, Item, Stack, alike, stacks_of_moves
 from tricomm.plan.verify import require, verify_move
 
 PLANNER_VERSION = 5
@@ -90,6 +90,11 @@ class Plan:
         if self.is_mapping:
             raise PlanError("a plan of many tensors has the layouts of each in plan.items; look there")
         return self.items[0]
+
+    @property
+    def stacks(self) -> tuple[tuple[Stack, ...], ...]:
+        """The tensors of each move, equal ones as one."""
+        return tuple(move.stacks for move in self.moves)
 
     @property
     def participants(self) -> tuple[int, ...]:

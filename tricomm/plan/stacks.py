@@ -8,8 +8,10 @@ which every holder has all rows. It is planned once; only packing knows that its
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
+from tricomm.layout.intervals import clip, length, merged, without_repeats
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.reduction import Reduction, phases, reduction_of
@@ -82,6 +84,20 @@ class Stack:
     def wire_dtype(self) -> str:
         """The dtype between ranks."""
         return wire_dtype(self.source, self.destination)
+
+    def missing_nbytes(self, rank: int) -> int:
+        """Count the bytes of what a rank needs and does not hold, each element once: the least that comes to it."""
+        if rank not in self.destination.mesh:
+            return 0
+        needed = [merged(sorted(without_repeats(one))) for one in self.destination.holding(rank)]
+        missing = prod(map(length, needed))
+        if rank in self.source.mesh:
+            held = [merged(sorted(without_repeats(one))) for one in self.source.holding(rank)]
+            missing -= prod(
+                sum(length(clip(both, start, stop)) for start, stop in of_dim)
+                for both, of_dim in zip(needed, held, strict=True)
+            )
+        return missing * wire_itemsize(self.source, self.destination)
 
 
 def stacked(spec: ShardingSpec, count: int) -> ShardingSpec:

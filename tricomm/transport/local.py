@@ -16,6 +16,7 @@ import torch
 
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import explains_missing
+from tricomm.packing.selection import Planned, Selection
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
@@ -141,7 +142,7 @@ class LocalTransport:
     rounds_open: int = 2
 
     @explains_missing
-    def run(self, plan: Plan, tensors: Mapping[int, Given]) -> dict[int, Any]:
+    def run(self, plan: Planned, tensors: Mapping[int, Given]) -> dict[int, Any]:
         """Move the shards ``{source rank: shard}`` and return ``{destination rank: shard}``; of a plan of many tensors,
         ``{rank: {name: shard}}`` both.
 
@@ -153,7 +154,7 @@ class LocalTransport:
 
     @explains_missing
     def run_counted(
-        self, plan: Plan, tensors: Mapping[int, Given]
+        self, plan: Planned, tensors: Mapping[int, Given]
     ) -> tuple[dict[int, Any], dict[tuple[int, int], int]]:
         """As :meth:`run`; also the bytes that went over each ordered pair of ranks."""
         outputs, traffic = self.run_observed(plan, tensors)
@@ -161,10 +162,10 @@ class LocalTransport:
 
     @explains_missing
     def run_observed(
-        self, plan: Plan, tensors: Mapping[int, Given]
+        self, plan: Planned, tensors: Mapping[int, Given]
     ) -> tuple[dict[int, Any], dict[tuple[int, int], Traffic]]:
         """As :meth:`run`; also the messages and bytes that went over each ordered pair of ranks."""
-        if not isinstance(plan, Plan):
+        if not isinstance(plan, Plan | Selection):
             raise ArgumentError(f"plan={plan!r} is not a Plan; pass what make_plan gave")
         if not isinstance(tensors, Mapping):
             raise ArgumentError(f"tensors={tensors!r} is not a mapping; write {{rank: shard}}")

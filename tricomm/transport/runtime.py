@@ -8,18 +8,22 @@ copies while the network works, and unpack in the order of the rounds.
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
 from tricomm.kernels.reference import alignment_nbytes
+from tricomm.options import ProgressCallback
 from tricomm.packing.arithmetic import Reducer
 from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors
+from tricomm.packing.selection import Planned
 from tricomm.packing.views import ItemViews
-from tricomm.plan import Plan
 from tricomm.transport.base import Operation, Transport, Work
+from tricomm.transport.tally import Steps, Tally
 
 MAX_COPY_PROGRAMS = 16
 """Combinations of strides and alignments that one Resharder keeps copy programs for."""
@@ -37,23 +41,35 @@ class Bound(NamedTuple):
 
     Attributes:
         sends, receives: per round.
+        sent, received: (messages, bytes) of a run.
+        calls: how many calls end with it.
     """
 
     binding: Binding
     sends: tuple[tuple[Step, ...], ...]
     receives: tuple[tuple[Step, ...], ...]
+    sent: tuple[int, int]
+    received: tuple[int, int]
+    calls: int
 
 
-def as_operations(binding: Binding) -> Bound:
+def as_operations(binding: Binding, is_last: bool) -> Bound:
     """Return what a run of a binding posts and copies."""
 
     def steps(rounds: Sequence[Sequence[BoundTransfer]], is_send: bool) -> tuple[tuple[Step, ...], ...]:
         return tuple(tuple((Operation(is_send, t.peer, t.buffer), t.copies) for t in one) for one in rounds)
 
-    return Bound(binding, steps(binding.sends, True), steps(binding.receives, False))
+    def counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
+        return sum(map(len, rounds)), sum(t.buffer.numel() for one in rounds for t in one)
+
+    ways = binding.sends, binding.receives
+    sent, received = map(counted, ways)
+    return Bound(binding, steps(ways[0], True), steps(ways[1], False), sent, received, int(is_last))
 
 
-def run_move(bound: Bound, transport: Transport) -> Iterator[Work]:
+def run_move(
+    bound: Bound, transport: Transport, tally: Tally, report: Callable[[int], None] | None = None
+) -> Iterator[Work]:
     """Run one move of one rank; each yielded work must be done before the generator is resumed.
 
     Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for and
@@ -63,8 +79,10 @@ def run_move(bound: Bound, transport: Transport) -> Iterator[Work]:
     Args:
         bound: the rank's copy program, bound to tensors and a staging buffer; read and written until the run ends.
         transport: the rank's end of the network.
+        tally: to which is added what the run costs.
+        report: called with the number of each round that is done; with -1 after the local copies.
     """
-    binding, sends, receives = bound
+    binding, sends, receives, sent_counts, received_counts, calls = bound
     program, count, launch = binding.program, len(sends), transport.launch
     received: list[list[Work]] = []
     sent: list[list[Work]] = []
@@ -74,9 +92,11 @@ def run_move(bound: Bound, transport: Transport) -> Iterator[Work]:
             if program.relays:
                 for transfer in program.sends[index]:
                     if transfer.relay:
-                        yield arrivals[transfer.key]
+                        yield from tally.awaited(arrivals[transfer.key])
             early = range(len(received), min(index + program.receives_ahead + 1, count))
-            works = transport.post(_operations(sends[index], receives, early, launch))
+            began, packed = perf_counter(), tally.pack_seconds
+            works = transport.post(_operations(sends[index], receives, early, launch, tally))
+            tally.post_seconds += perf_counter() - began - (tally.pack_seconds - packed)
             first = 0
             for step in early:
                 end = first + len(program.receives[step])
@@ -88,15 +108,43 @@ def run_move(bound: Bound, transport: Transport) -> Iterator[Work]:
                     )
                 first = end
             sent.append(works[first:])
-        if index == 0 and binding.local is not NOTHING:
-            launch(binding.local.run)
+        if index == 0:
+            if binding.local is not NOTHING:
+                launch(binding.local.run)
+            if report is not None:
+                report(-1)
         done = index - program.rounds_open
         if 0 <= done < count:
-            for work, (_, copies) in zip(received[done], receives[done], strict=True):
-                yield work
-                if copies is not NOTHING:
-                    launch(copies.run)
-            yield from sent[done]
+            yield from _retired(received[done], receives[done], sent[done], launch, tally)
+            if report is not None:
+                report(done)
+    tally.calls += calls
+    tally.messages += sent_counts[0]
+    tally.nbytes += sent_counts[1]
+    tally.received_messages += received_counts[0]
+    tally.received_nbytes += received_counts[1]
+    tally.staging_nbytes = max(tally.staging_nbytes, program.staging_nbytes)
+
+
+def _retired(
+    received: Sequence[Work],
+    receives: Sequence[Step],
+    sent: Sequence[Work],
+    launch: Callable[[Callable[[], None]], None],
+    tally: Tally,
+) -> Iterator[Work]:
+    """Wait for a round and unpack it."""
+    began = perf_counter()
+    for work, (_, copies) in zip(received, receives, strict=True):
+        yield work
+        if copies is not NOTHING:
+            came = perf_counter()
+            launch(copies.run)
+            unpacked = perf_counter() - came
+            tally.unpack_seconds += unpacked
+            began += unpacked
+    yield from sent
+    tally.wait_seconds += perf_counter() - began
 
 
 def _operations(
@@ -104,6 +152,7 @@ def _operations(
     receives: Sequence[Sequence[Step]],
     early: range,
     launch: Callable[[Callable[[], None]], None],
+    tally: Tally,
 ) -> Iterator[Operation]:
     """The receives of the rounds ``early``, then the sends of one round, packed as they are asked for."""
     for step in early:
@@ -111,7 +160,9 @@ def _operations(
             yield operation
     for operation, copies in sends:
         if copies is not NOTHING:
+            began = perf_counter()
             launch(copies.run)
+            tally.pack_seconds += perf_counter() - began
         yield operation
 
 
@@ -122,14 +173,19 @@ class PlanExecution:
         plan: global, or built for this rank.
         rank: which side.
         device: where the tensors live.
+        progress: called as a run goes on; what it raises ends the run.
     """
 
-    def __init__(self, plan: Plan, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: Planned, rank: int, device: torch.device, progress: ProgressCallback | None = None
+    ) -> None:
         self.plan = plan
         self.programs = plan.for_rank(rank)
+        self.tally = Tally()
+        self._progress = progress
         self._holdings = RankHoldings.of(plan, rank)
         self._views = None if plan.ends.bound is None else ItemViews(plan, rank)
-        self._is_plain = len(plan.moves) == 1 and self._holdings.is_in_order
+        self._is_plain = len(plan.stacks) == 1 and self._holdings.is_in_order
         self._copy_programs: dict[object, CopyProgram] = {}
         self._bindings: dict[int, CachedBinding] = {}
         self._device = device
@@ -152,7 +208,7 @@ class PlanExecution:
                 transport.launch(fills.run)
         if self._is_plain:
             return self._move(0, sources, destinations, staging, transport)
-        if len(self.plan.moves) == 1:
+        if len(self.plan.stacks) == 1:
             order = self._holdings
             return self._move(0, order.sources(sources), order.destinations(destinations), staging, transport)
         return self._reduce_and_move(sources, destinations, staging, transport)
@@ -166,16 +222,16 @@ class PlanExecution:
     def _reduce_and_move(
         self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport
     ) -> Iterator[Work]:
-        held, (first, last) = self._holdings, self.plan.moves
+        held, (first, last) = self._holdings, self.plan.stacks
         shards = dict(zip(held.source_items, sources, strict=True))
-        stacked = [shards[item].unsqueeze(0) for stack in first.stacks for item in stack.items if item in shards]
+        stacked = [shards[item].unsqueeze(0) for stack in first for item in stack.items if item in shards]
         reducers = self._made_reducers()
         contributions = [part for reducer in reducers.values() for part in reducer.parts]
         yield from self._move(0, stacked, contributions, staging, transport)
         for reducer in reducers.values():
             transport.launch(reducer.reduce)
         second: list[torch.Tensor] = []
-        for stack in last.stacks:
+        for stack in last:
             if stack.items[0] in held.partial_items:
                 second += reducers[stack.items[0]].results if stack.items[0] in reducers else ()
             else:
@@ -187,7 +243,7 @@ class PlanExecution:
         if not self._reducers:
             reductions = {one.items[0]: one.reduction for one in self.plan.classes if one.reduction is not None}
             shapes = self.programs[0].destination_shapes
-            for number, stack in enumerate(self.plan.moves[0].stacks):
+            for number, stack in enumerate(self.plan.stacks[0]):
                 if number in shapes:
                     reduction, dtype = reductions[stack.items[0]], torch_dtype(stack.source.element_type)
                     count = len(stack.items)
@@ -202,8 +258,18 @@ class PlanExecution:
         """The steps of move ``index``."""
         cached = self._bindings.get(index)
         if cached is None or not cached.is_of(sources, destinations, staging, transport.depth):
+            began = perf_counter()
             cached = self._bind(index, sources, destinations, staging, transport.depth)
-        return run_move(cached.bound, transport)
+            self.tally.bind_seconds += perf_counter() - began
+        callback = self._progress
+        return run_move(
+            cached.bound, transport, self.tally, None if callback is None else self._steps.report_of(index, callback)
+        )
+
+    @cached_property
+    def _steps(self) -> Steps:
+        """What progress is reported."""
+        return Steps(self.programs, self.plan.stacks)
 
     def _bind(
         self,
@@ -228,7 +294,7 @@ class PlanExecution:
             buffer,
             program.staging_nbytes,
             depth,
-            as_operations(binding),
+            as_operations(binding, index + 1 == len(self.plan.stacks)),
         )
         bindings[index] = cached
         return cached
@@ -240,15 +306,15 @@ class PlanExecution:
         of_sources, of_destinations = (tuple(map(_described, tensors)) for tensors in (sources, destinations))
         key = (index, of_sources, of_destinations, depth)
         if key not in self._copy_programs:
-            move, program = self.plan.moves[index], self.programs[index]
+            stacks, program = self.plan.stacks[index], self.programs[index]
             if len(self._copy_programs) >= MAX_COPY_PROGRAMS:
                 self._copy_programs.clear()
-            counts = [len(stack.items) for stack in move.stacks]
+            counts = [len(stack.items) for stack in stacks]
             self._copy_programs[key] = make_copy_program(
                 program,
                 side_of(of_sources, program.source_shapes, counts),
                 side_of(of_destinations, program.destination_shapes, counts),
-                [torch_dtype(stack.wire_dtype) for stack in move.stacks],
+                [torch_dtype(stack.wire_dtype) for stack in stacks],
                 depth,
                 self.plan.staging_nbytes,
             )

@@ -126,6 +126,11 @@ class Session:
         self.label = self._label.replace(NUMBER, f"number {number}")
 
     @property
+    def digest(self) -> str:
+        """What it has in common with others of its fields."""
+        return self._digest
+
+    @property
     def identity(self) -> str:
         """What tells it apart from other sessions, equal on all ranks."""
         return f"{self._digest}/{self._number}"

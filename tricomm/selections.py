@@ -1,0 +1,200 @@
+"""What a Resharder of many tensors does with some of them, and what its calls have cost."""
+
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
+from typing import Any, ClassVar, Self
+
+import torch
+
+from tricomm.autograd.gradients import Gradients
+from tricomm.errors import SpecError
+from tricomm.packing.selection import Planned, Selection, checked_names
+from tricomm.packing.tensor_checker import Given, TensorChecker
+from tricomm.plan.describe import describe_layouts
+from tricomm.plan.ends.ends import Named
+from tricomm.stats import Stats, Traffic
+from tricomm.transport.runtime import PlanExecution
+from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, name_error
+
+Names = Collection[str]
+
+
+class Selections(Gradients):
+    """The half of a Resharder that is about sessions: its own, and those of selections of its tensors."""
+
+    timeout_seconds: float
+    confirm: bool
+    participants: tuple[int, ...]
+    _is_counted: ClassVar[bool]
+    _stays_broken: ClassVar[bool]
+    _planned: Planned
+    _checker: TensorChecker
+    _execution: PlanExecution | None
+    _is_closed: bool
+    _plan_seconds: float
+    _selections: dict[frozenset[str], Self]
+
+    def only(self, names: Names) -> Self:
+        """The Resharder of some of the tensors: nothing is planned anew, and it goes with this one.
+
+        Every rank that calls this Resharder calls it. ``mover(tensors, only=names)`` is ``mover.only(names)`` called
+        with those of the tensors; the ranks meet once for each selection.
+
+        Args:
+            names: in any order, the same on all ranks.
+
+        Raises:
+            SpecError: there are no such tensors, or this is a Resharder of one; an ArgumentError for what are no names.
+                The other ranks are told.
+        """
+        try:
+            chosen = checked_names(self._planned, names)
+            if self._is_closed:
+                raise SpecError(CLOSED_TEXT)
+        except SpecError as error:
+            name_error(error, self.name)
+            session = self._speaker
+            if session is not None:
+                session.calls += 1
+                session.tell(error)
+            raise
+        if len(chosen) == len(self._planned.ends.destinations):
+            return self
+        if chosen not in self._selections:
+            self._selections[chosen] = self._selected(Selection.of(self.plan, chosen))
+        return self._selections[chosen]
+
+    def _selected(self, selection: Selection) -> Self:
+        made = copy(self)
+        made._planned, made._selections, made._plan_seconds = selection, {}, 0.0
+        made._checker = TensorChecker(selection, self.rank, self.device)
+        if self._execution is not None:
+            made._execution = PlanExecution(selection, self.rank, self.device, self.options.progress)
+            names = [one.name for one in selection.ends.destinations]
+            count = f"{len(names)} of {len(self.plan.ends.destinations)} tensors"
+            relation = f"{count}, {names[0]!r}{' and others,' if names[1:] else ','}"
+            digest = "" if self._session is None else self._session.digest
+            made._session = made._open({"of all tensors": digest, "only": repr(names)}, self, relation)
+        return made
+
+    def _of_only(self, tensor: Given, out: Given, only: Names) -> tuple[Self, Given, Given]:
+        """The Resharder of a selection, and what it takes of what was given."""
+        chosen = self.only(only)
+        every, some = self._planned.ends, chosen._planned.ends
+        return chosen, _taken(tensor, every.sources, some.sources), _taken(out, every.destinations, some.destinations)
+
+    def _call_only(self, tensor: Given, out: Given, only: Names) -> Any:
+        if torch.compiler.is_compiling():
+            from tricomm.compiled.graph import run_eagerly
+
+            return run_eagerly(self._call_only, tensor, out, only)
+        mover, tensor, out = self._of_only(tensor, out, only)
+        return mover._call(tensor, out)
+
+    @property
+    def _speaker(self) -> Session | None:
+        """The session through which the others hear of what happens outside of a call: one that is connected."""
+        every = (self._session, *(one._session for one in self._selections.values()))
+        return next((one for one in every if one is not None and one.state is State.CONNECTED), self._session)
+
+    def _open(
+        self,
+        fields: Mapping[str, str],
+        parent: Gradients | None,
+        relation: str = "",
+        *,
+        meets_always: bool = False,
+    ) -> Session | None:
+        """The session of the calls; None off the meshes.
+
+        Args:
+            fields: what the ranks compare, beside the options.
+            parent: whose gradient or selection this is, if it is one.
+            relation: which; of selections there may be equal ones of several parents.
+            meets_always: whether the ranks meet in every call.
+        """
+        if self._execution is None:
+            return None
+        fields = {
+            **fields,
+            "device": self.device.type,
+            "confirm": str(self.confirm),
+            "channel": self.channel,
+            "name": self.name,
+            "differentiable": str(self.options.differentiable),
+            "grad_placements": str(self.options.grad_placements),
+        }
+        is_selection = isinstance(self._planned, Selection)
+        is_counted = self._is_counted and not meets_always and (parent is None or is_selection)
+        layouts = describe_layouts(self.plan)
+        label = f"reshard {self.name!r}" if self.name else f"reshard {layouts}"
+        if parent is not None and parent._session is not None:
+            label = f"{relation} of {parent._session.label}"
+            if not is_selection:
+                fields["gradient of"] = parent._session.identity
+        elif is_counted:
+            label = f"Resharder {self.name!r} ({NUMBER})" if self.name else f"Resharder {NUMBER} of {layouts}"
+        elif not meets_always:
+            label = f"Resharder {self.name or layouts}"
+        return Session(
+            self.context,
+            self.context.channel(self.participants, self.device, self.channel),
+            fields,
+            label,
+            is_counted=is_counted,
+            meets_always=meets_always,
+            stays_broken=self._stays_broken,
+            timeout_seconds=self.timeout_seconds,
+            confirm=self.confirm,
+        )
+
+    @property
+    def stats(self) -> Stats:
+        """What this rank's calls have cost so far, those of selections included; of calls that were carried out.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from tricomm import Mesh, Replicate, Resharder, ShardingSpec
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a job of one rank
+            >>> spec = ShardingSpec(Mesh([0], ("tp",)), (Replicate(),), (2, 3), "float32")
+            >>> with Resharder(spec, spec) as mover:
+            ...     for step in range(3):
+            ...         _ = mover(torch.ones(2, 3))
+            ...     (mover.stats.calls, mover.stats.nbytes)
+            (3, 0)
+            >>> dist.destroy_process_group()
+        """
+        return sum((one.stats for one in self._selections.values()), self._own_stats())
+
+    def _own_stats(self) -> Stats:
+        if self._execution is None:
+            return Stats(plan_seconds=self._plan_seconds)
+        tally = self._execution.tally
+        transport = "gloo" if self.device.type == "cpu" else "nccl"
+        sent = Traffic(
+            transport=transport, messages=tally.messages, nbytes=tally.nbytes, wait_seconds=tally.wait_seconds
+        )
+        needed = sum(stack.missing_nbytes(self.rank) for stacks in self._planned.stacks for stack in stacks)
+        return Stats(
+            calls=tally.calls,
+            messages=tally.messages,
+            nbytes=tally.nbytes,
+            received_messages=tally.received_messages,
+            received_nbytes=tally.received_nbytes,
+            minimum_nbytes=tally.calls * needed,
+            staging_nbytes=tally.staging_nbytes,
+            plan_seconds=self._plan_seconds + tally.bind_seconds,
+            pack_seconds=tally.pack_seconds,
+            post_seconds=tally.post_seconds,
+            wait_seconds=tally.wait_seconds,
+            unpack_seconds=tally.unpack_seconds,
+            transports=(sent,) if tally.messages else (),
+        )
+
+
+def _taken(given: Given, every: Sequence[Named], some: Sequence[Named]) -> Given:
+    """Leave out of what was given the tensors that were not chosen; names that mean nothing stay, to be refused."""
+    if not isinstance(given, Mapping):
+        return given
+    others = {one.name for one in every}.difference(one.name for one in some)
+    return {name: tensor for name, tensor in given.items() if name not in others}
