@@ -18,7 +18,8 @@ from tricomm.layout.intervals import Region, chunk
 from tricomm.plan.choice import ROUNDING, WORTH_IT, assigned_seconds
 from tricomm.plan.cost import MessageColumns, busiest_seconds
 from tricomm.plan.parts import Part
-from tricomm.plan.program import BoxTransfers
+from tricomm.plan.program import BoxTransfers, transfers
+from tricomm.plan.routes.boxes import chunk_boxes
 from tricomm.plan.routes.rounds import Hop, Hops
 from tricomm.plan.tasks import Task, Tasks, unit_tasks
 
@@ -148,6 +149,40 @@ def test_one_rank_of_many_makes_no_objects_and_finds_its_boxes() -> None:
         ((_, offset, shape, ((start, packed_start, extent),)),) = transfer.regions
         assert (offset, shape, start, packed_start, extent) == (0, (2, 3), (0, 3 * index), (0, 0), (2, 3))
         assert transfer.nbytes == 24
+
+
+@pytest.mark.parametrize("replicas", [1, 5])
+def test_chunks_of_stacks_are_the_boxes_of_their_parts(replicas: int) -> None:
+    """Layers as one stack: a chunk may end within a layer, and then it is several boxes."""
+    source = ShardingSpec(Mesh(range(40), ("x",)), (Shard(0),), (90, 1000), "float32")
+    mesh = Mesh(np.arange(40, 40 + 4 * replicas).reshape(replicas, 4).tolist(), ("dp", "tp"))
+    names = [f"layer {number}" for number in range(7)]
+    there = dict.fromkeys(names, ShardingSpec(mesh, (Replicate(), Shard(1)), (90, 1000), "float32"))
+    plan = make_plan(dict.fromkeys(names, source), there, staging_bytes=100_000)
+    plan.verify()
+    (move,) = plan.moves
+    keys = [(row, chunk) for row, message in enumerate(move.messages) for chunk in range(len(message.chunks))]
+    found = chunk_boxes(move.messages, *np.array(keys).T)
+    assert found is not None
+    firsts, starts, stops = found
+    assert np.diff(firsts).max() > 1
+    for at, (row, number) in enumerate(keys):
+        boxes = [tuple(interval for (interval,) in part.region) for part in move.messages[row].chunks[number]]
+        rows = slice(firsts[at], firsts[at + 1])
+        assert [
+            tuple(zip(*edges, strict=True)) for edges in zip(starts[rows].tolist(), stops[rows].tolist(), strict=True)
+        ] == boxes
+    for rank in (0, 39, 40, plan.participants[-1]):
+        for is_send in (True, False):
+            for _, columns in transfers(move, rank, is_send):
+                assert isinstance(columns, BoxTransfers)
+                for one in columns:
+                    assert one.nbytes == move.messages[one.key[0]].chunk_nbytes(one.key[1])
+                    offset = 0
+                    for region in one.regions:
+                        assert region.offset_nbytes == offset
+                        offset += 4 * int(np.prod(region.shape))
+                    assert offset in ((one.nbytes,) if one.regions else (0,))
 
 
 def test_a_program_is_made_once_for_equal_tensors() -> None:

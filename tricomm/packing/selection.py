@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.errors import ArgumentError, SpecError
-from tricomm.layout.columns import offsets_of
+from tricomm.layout.columns import counts_of, offsets_of
 from tricomm.plan.arguments import participants_of
 from tricomm.plan.ends.ends import Ends
 from tricomm.plan.plan import Plan
@@ -293,19 +293,21 @@ def _sizes(transfers: Sequence[Transfer]) -> dict[Key, int]:
 
 
 def _boxes(transfers: BoxTransfers, one: _Kept) -> BoxTransfers:
-    """What is left of transfers of a box each."""
-    starts, shapes, nbytes = transfers.starts, transfers.shapes, transfers.nbytes
+    """What is left of transfers of boxes."""
+    starts, shapes, firsts = transfers.starts, transfers.shapes, transfers.firsts
     rows = np.arange(len(transfers))
     if not one.is_of_one:
         first, last = one.before[starts[:, 0]], one.before[starts[:, 0] + shapes[:, 0]]
-        rows = np.flatnonzero(last > first)
-        starts = np.column_stack([first, starts[:, 1:]])[rows]
-        shapes = np.column_stack([last - first, shapes[:, 1:]])[rows]
+        left = last > first
+        starts = np.column_stack([first, starts[:, 1:]])[left]
+        shapes = np.column_stack([last - first, shapes[:, 1:]])[left]
         if one.loses_dim:
             starts, shapes = starts[:, 1:], shapes[:, 1:]
-        nbytes = np.prod(shapes, axis=1) * one.itemsize
-    columns = (transfers.peers[rows], transfers.messages[rows], transfers.chunks[rows])
-    return BoxTransfers(one.number, *columns, nbytes, starts, shapes, transfers.relayed[rows])
+        counts = counts_of(offsets_of(left)[firsts])
+        rows = np.flatnonzero(counts)
+        firsts = offsets_of(counts[rows])
+    columns = (transfers.peers[rows], transfers.messages[rows], transfers.chunks[rows], transfers.relayed[rows])
+    return BoxTransfers.of(one.number, one.itemsize, columns, (firsts, starts, shapes))
 
 
 Planned = Plan | Selection

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise, product
+from itertools import chain, islice, pairwise, product
 from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, Regions
+from tricomm.layout.columns import Lazy, counts_of, offsets_of, spread
 from tricomm.layout.intervals import first_runs, joint_runs, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
 from tricomm.plan.parts import Part, PartGroups
+from tricomm.plan.routes.boxes import chunk_boxes
 from tricomm.plan.routes.chunks import Message, MessageTable
 from tricomm.plan.routes.joined import JoinedMessages
 from tricomm.plan.routes.rounds import Hop, hops_of_rank
@@ -61,16 +62,18 @@ class Transfer(NamedTuple):
 
 
 class BoxTransfers(Lazy[Transfer]):
-    """Transfers as columns, each of a chunk that is one box of a local stack, or that is relayed.
+    """Transfers as columns, each of a chunk that is some boxes of a local stack, or that is relayed.
 
     Attributes:
         stack: of all boxes.
         peers, messages, chunks, nbytes: (transfers,), of each.
-        starts, shapes: (transfers, dims), of each box.
         relayed: (transfers,), which of them send what was received and lies in no tensor.
+        firsts: (transfers + 1,), the first box of each.
+        starts, shapes: (boxes, dims).
+        offsets: (boxes,), the byte of its chunk at which each begins.
     """
 
-    __slots__ = ("chunks", "messages", "nbytes", "peers", "relayed", "shapes", "stack", "starts")
+    __slots__ = ("chunks", "firsts", "messages", "nbytes", "offsets", "peers", "relayed", "shapes", "stack", "starts")
 
     def __init__(
         self,
@@ -79,31 +82,68 @@ class BoxTransfers(Lazy[Transfer]):
         messages: np.ndarray,
         chunks: np.ndarray,
         nbytes: np.ndarray,
+        relayed: np.ndarray,
+        firsts: np.ndarray,
         starts: np.ndarray,
         shapes: np.ndarray,
-        relayed: np.ndarray,
+        offsets: np.ndarray,
     ) -> None:
         self.stack = stack
         self.peers, self.messages, self.chunks, self.nbytes = peers, messages, chunks, nbytes
-        self.starts, self.shapes, self.relayed = starts, shapes, relayed
+        self.relayed, self.firsts = relayed, firsts
+        self.starts, self.shapes, self.offsets = starts, shapes, offsets
+
+    @classmethod
+    def of(
+        cls,
+        stack: int,
+        itemsize: int,
+        transfers: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        boxes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> "BoxTransfers":
+        """Count the bytes.
+
+        Args:
+            stack, itemsize: of all.
+            transfers: (peers, messages, chunks, relayed).
+            boxes: (firsts, starts, shapes).
+        """
+        peers, messages, chunks, relayed = transfers
+        firsts, starts, shapes = boxes
+        ends = offsets_of(np.prod(shapes, axis=1) * itemsize)
+        of_chunk = ends[firsts]
+        offsets = ends[:-1] - of_chunk[:-1].repeat(counts_of(firsts))
+        return cls(stack, peers, messages, chunks, counts_of(of_chunk), relayed, firsts, starts, shapes, offsets)
 
     def between(self, start: int, stop: int) -> "BoxTransfers":
         """Take those from ``start`` to ``stop``."""
-        at = slice(start, stop)
-        columns = (self.peers[at], self.messages[at], self.chunks[at], self.nbytes[at])
-        return BoxTransfers(self.stack, *columns, self.starts[at], self.shapes[at], self.relayed[at])
+        at, firsts = slice(start, stop), self.firsts[start : stop + 1]
+        boxes = slice(firsts[0], firsts[-1])
+        return BoxTransfers(
+            self.stack,
+            *(self.peers[at], self.messages[at], self.chunks[at], self.nbytes[at], self.relayed[at]),
+            firsts - firsts[0],
+            *(self.starts[boxes], self.shapes[boxes], self.offsets[boxes]),
+        )
 
     def __len__(self) -> int:
         return len(self.peers)
 
     def _items(self, rows: np.ndarray) -> Iterator[Transfer]:
-        columns = (self.peers, self.messages, self.chunks, self.nbytes, self.relayed)
+        columns = (self.peers, self.messages, self.chunks, self.nbytes, self.relayed, counts_of(self.firsts))
         origin = (0,) * self.starts.shape[1]
-        boxes = (map(tuple, column[rows].tolist()) for column in (self.starts, self.shapes))
-        every = zip(*(column[rows].tolist() for column in columns), *boxes, strict=True)
-        for peer, message, chunk, nbytes, is_relayed, start, shape in every:
-            region = PackedRegion(self.stack, 0, shape, (Box(start, origin, shape),))
-            yield Transfer(peer, (message, chunk), nbytes, () if is_relayed else (region,))
+        at = spread(self.firsts, rows)
+        starts, shapes = (map(tuple, column[at].tolist()) for column in (self.starts, self.shapes))
+        boxes = zip(self.offsets[at].tolist(), starts, shapes, strict=True)
+        every = zip(*(column[rows].tolist() for column in columns), strict=True)
+        for peer, message, chunk, nbytes, is_relayed, count in every:
+            regions = tuple(
+                [
+                    PackedRegion(self.stack, offset, shape, (Box(start, origin, shape),))
+                    for offset, start, shape in islice(boxes, count)
+                ]
+            )
+            yield Transfer(peer, (message, chunk), nbytes, () if is_relayed else regions)
 
 
 class Round(NamedTuple):
@@ -243,7 +283,7 @@ def _boxes(
     holdings: Holdings,
     sender: int | None,
 ) -> BoxTransfers | None:
-    """Find the transfers of chunks that are one box each, all at once; None if one of them is more."""
+    """Find the transfers of chunks that are boxes of one stack, all at once; None if one of them is not."""
     if not isinstance(messages, MessageTable) or not isinstance(messages.parts, PartGroups):
         return None
     indices = numbers - first
@@ -255,65 +295,13 @@ def _boxes(
     boxes = chunk_boxes(messages, indices, chunks)
     if boxes is None:
         return None
-    starts, stops = boxes
+    firsts, starts, stops = boxes
     shapes = stops - starts
-    nbytes = np.prod(shapes, axis=1) * messages.parts.itemsize
     if not relayed.all():
         assert holding is not None
         starts = starts - np.array([intervals[0][0] for intervals in holding], np.int64)
-    return BoxTransfers(stack, peers, numbers, chunks, nbytes, starts, shapes, relayed)
-
-
-def chunk_boxes(
-    messages: Sequence[Message], indices: np.ndarray, chunks: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Find the box of global coordinates that each of some chunks is; None if messages are not columns, or if a chunk
-    is more than one box.
-
-    Args:
-        messages: of a move.
-        indices: (chunks,), the message of each.
-        chunks: (chunks,), its number in its message.
-
-    Returns:
-        Where the boxes start and where they stop, (chunks, dims) each.
-    """
-    if not isinstance(messages, MessageTable) or not isinstance(messages.parts, PartGroups):
-        return None
-    groups = messages.parts.groups
-    if not groups.single:
-        return None
-    spans = _spans(messages, groups.regions, indices, chunks)
-    if spans is None:
-        return None
-    rows = groups.regions.rows[indices]
-    starts = np.empty_like(rows)
-    for dim, lists in enumerate(groups.regions.dims):
-        at = lists.offsets[rows[:, dim]]
-        if (lists.offsets[rows[:, dim] + 1] - at != 1).any():
-            return None
-        starts[:, dim] = lists.starts[at]
-    return starts + spans[0], starts + spans[1]
-
-
-def _spans(
-    messages: MessageTable, regions: Regions, indices: np.ndarray, chunks: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Find where chunks start and stop in their messages' regions, by place; None if one of them is not one box."""
-    rows = regions.rows[indices]
-    begins, ends = np.zeros_like(rows), np.zeros_like(rows)
-    for dim, lists in enumerate(regions.dims):
-        ends[:, dim] = lists.lengths[rows[:, dim]]
-    of_cut = np.flatnonzero(messages.chunk_counts[indices] > 1)
-    if not len(of_cut):
-        return begins, ends
-    known = messages.spans()
-    if known is None:
-        return None
-    first, table = known
-    spans = table[first[indices[of_cut]] + chunks[of_cut]]
-    begins[of_cut], ends[of_cut] = spans[:, :, 0], spans[:, :, 1]
-    return begins, ends
+    of_transfers = (peers, numbers, chunks, relayed)
+    return BoxTransfers.of(stack, messages.parts.itemsize, of_transfers, (firsts, starts, shapes))
 
 
 def _chunks(

@@ -11,13 +11,16 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.errors import PlanError
-from tricomm.layout.columns import numbers, offsets_of, positions, spread, starts_run
+from tricomm.layout.columns import counts_of, numbers, offsets_of, positions, spread, starts_run
 from tricomm.layout.intervals import Intervals, merged, without_repeats
 from tricomm.layout.spec import Holding
 from tricomm.plan.cost import MessageColumns
 from tricomm.plan.move import Move
-from tricomm.plan.program import BoxTransfers, Transfer, chunk_boxes, transfers
-from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND
+from tricomm.plan.parts import PartGroups
+from tricomm.plan.program import BoxTransfers, Transfer, transfers
+from tricomm.plan.routes.boxes import chunk_boxes
+from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, MessageTable
+from tricomm.plan.routes.joined import JoinedMessages
 from tricomm.plan.routes.rounds import Hop, hop_table
 from tricomm.plan.stacks import Stack
 from tricomm.plan.tasks import Task
@@ -67,10 +70,11 @@ class ChunkBoxes(NamedTuple):
 def boxes_of_stacks(move: Move, counts: np.ndarray) -> list[ChunkBoxes]:
     """Tabulate the chunks of a move, stack by stack; ``counts`` has the chunks of each message, (messages,)."""
     indices = np.arange(len(counts)).repeat(counts)
+    chunks = np.arange(len(indices)) - offsets_of(counts)[:-1].repeat(counts)
+    found = _boxes_of_columns(move, indices, chunks)
+    if found is not None:
+        return found
     dims = [len(stack.source.global_shape) for stack in move.stacks]
-    found = chunk_boxes(move.messages, indices, np.arange(len(indices)) - offsets_of(counts)[:-1].repeat(counts))
-    if found is not None and len(move.stacks) == 1:
-        return [ChunkBoxes(0, np.arange(len(indices) + 1), *found)]
     of_chunk: list[list[list[Box]]] = [[[] for _ in range(len(indices))] for _ in move.stacks]
     for number, chunk in enumerate(chunk for message in move.messages for chunk in message.chunks):
         for part in chunk:
@@ -80,6 +84,32 @@ def boxes_of_stacks(move: Move, counts: np.ndarray) -> list[ChunkBoxes]:
         offsets = offsets_of(numbers(map(len, chunks), len(chunks)))
         tabulated.append(ChunkBoxes(stack, offsets, *_edges([*chain.from_iterable(chunks)], dims[stack])))
     return tabulated
+
+
+def _boxes_of_columns(move: Move, indices: np.ndarray, chunks: np.ndarray) -> list[ChunkBoxes] | None:
+    """The same where messages are columns, those of a stack together; None where they are not.
+
+    Args:
+        move: with the chunks.
+        indices, chunks: (chunks,), the message of each and its number there.
+    """
+    groups, firsts = [move.messages], np.array([0, len(move.messages)])
+    if isinstance(move.messages, JoinedMessages):
+        groups, firsts = list(move.messages.groups), move.messages.offsets
+    found: dict[int, ChunkBoxes] = {}
+    for messages, first, last in zip(groups, firsts[:-1].tolist(), firsts[1:].tolist(), strict=True):
+        start, stop = np.searchsorted(indices, [first, last]).tolist()
+        boxes = chunk_boxes(messages, indices[start:stop] - first, chunks[start:stop])
+        if boxes is None or not isinstance(messages, MessageTable) or not isinstance(messages.parts, PartGroups):
+            return None
+        if messages.parts.stack in found:
+            return None
+        counts = np.zeros(len(indices), np.int64)
+        counts[start:stop] = counts_of(boxes[0])
+        found[messages.parts.stack] = ChunkBoxes(messages.parts.stack, offsets_of(counts), *boxes[1:])
+    nothing = [np.zeros((0, len(stack.source.global_shape)), np.int64) for stack in move.stacks]
+    offsets = np.zeros(len(indices) + 1, np.int64)
+    return [found.get(at, ChunkBoxes(at, offsets, none, none)) for at, none in enumerate(nothing)]
 
 
 Box = tuple[tuple[int, int], ...]

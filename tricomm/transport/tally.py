@@ -5,7 +5,7 @@ from time import perf_counter
 
 import numpy as np
 
-from tricomm.layout.columns import numbers
+from tricomm.layout.columns import counts_of, numbers
 from tricomm.options import ProgressCallback
 from tricomm.plan.program import BoxTransfers, RankProgram, Transfer
 from tricomm.plan.stacks import Stack
@@ -94,7 +94,7 @@ class Steps:
 def _touched(transfers: Sequence[Transfer], tensors: Sequence[np.ndarray], last: np.ndarray, step: int) -> int:
     """Note the step of the tensors that some transfers touch; returns their bytes."""
     if isinstance(transfers, BoxTransfers):
-        of_stack, own = tensors[transfers.stack], ~transfers.relayed
+        of_stack, own = tensors[transfers.stack], ~transfers.relayed.repeat(counts_of(transfers.firsts))
         boxes = zip(transfers.starts[own, :1].tolist(), transfers.shapes[own, :1].tolist(), strict=True)
         for start, shape in {(*start, *shape) for start, shape in boxes} if len(of_stack) > 1 else ((0, 1),):
             last[of_stack[start : start + shape]] = step

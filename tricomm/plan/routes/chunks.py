@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, numbers, offsets_of
+from tricomm.layout.columns import Lazy, counts_of, numbers, offsets_of
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings
 from tricomm.plan.network.nic_seconds import link_seconds
@@ -112,6 +112,20 @@ class PairColumns(NamedTuple):
         return PairColumns(self.senders[rows], self.receivers[rows], parts)
 
 
+class CutSpans(NamedTuple):
+    """Where the chunks of some messages lie, by place in the part of each; see Pattern.
+
+    Attributes:
+        first: (messages,), the number of the first chunk of each that has several.
+        firsts: (chunks + 1,), the first piece of each chunk.
+        table: (pieces, dims, 2), where each piece starts and stops.
+    """
+
+    first: np.ndarray
+    firsts: np.ndarray
+    table: np.ndarray
+
+
 class MessageTable(Lazy[Message]):
     """Messages as columns.
 
@@ -135,21 +149,20 @@ class MessageTable(Lazy[Message]):
         self.senders, self.parts, self.nbytes, self.cut = senders, parts, nbytes, cut
         self.chunk_counts = np.ones(len(senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
-        self._spans: tuple[np.ndarray, np.ndarray] | None = None
+        self._spans: CutSpans | None = None
 
-    def spans(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where those of each message begin, and the spans of the chunks of all that have several (see Pattern); None
-        if one of these chunks is more than one box of places.
-        """
+    def spans(self) -> "CutSpans | None":
+        """Where the chunks of those messages lie that have several; None if one of these has several parts."""
         if self._spans is None:
-            tables = [chunks.spans for chunks in self.cut.values()]
-            known = [table for table in tables if table is not None]
-            if not known or len(known) < len(tables):
+            patterns = [chunks.pattern for chunks in self.cut.values()]
+            spans = [one.spans for one in patterns if one.spans is not None]
+            if not spans or len(spans) < len(patterns):
                 return None
             rows = numbers(self.cut, len(self.cut))
             first = np.zeros(len(self), np.int64)
             first[rows] = offsets_of(self.chunk_counts[rows])[:-1]
-            self._spans = first, np.concatenate(known)
+            counts = np.concatenate([counts_of(one.firsts) for one in patterns])
+            self._spans = CutSpans(first, offsets_of(counts), np.concatenate(spans))
         return self._spans
 
     @property

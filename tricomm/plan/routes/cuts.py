@@ -7,7 +7,7 @@ from math import gcd, prod
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy
+from tricomm.layout.columns import Lazy, numbers, offsets_of
 from tricomm.layout.intervals import Piece, cut_shapes
 from tricomm.plan.parts import Part, taken
 
@@ -23,14 +23,16 @@ class Pattern:
         every: the pieces of each chunk; some may be empty.
         chunks: the same without those that are empty.
         nbytes: bytes of each chunk.
-        spans: (chunks, dims, 2), where each chunk starts and stops, by place in the part; None if there are several
-            parts or if a chunk is more than one box of places.
+        spans: (pieces, dims, 2), where each piece starts and stops, by place in the part; None if there are
+            several parts.
+        firsts: (chunks + 1,), the first piece of each chunk.
     """
 
     every: tuple[tuple[Piece, ...], ...]
     chunks: tuple[tuple[Piece, ...], ...]
     nbytes: tuple[int, ...]
     spans: np.ndarray | None
+    firsts: np.ndarray
 
 
 Kinds = tuple[tuple[int, tuple[int, ...]], ...]
@@ -66,18 +68,22 @@ def _pattern(kinds: Kinds, unit: int, points: Sequence[int], slack: int) -> Patt
     chunks = tuple(pieces for pieces in every if pieces)
     nbytes = tuple(sum(kinds[piece.region][0] * piece.numel for piece in pieces) for pieces in chunks)
     spans = None
-    if len(kinds) == 1 and all(len(pieces) == 1 for pieces in chunks):
-        spans = np.array([piece.spans for (piece,) in chunks], np.int64).reshape(len(chunks), -1, 2)
-    return Pattern(every, chunks, nbytes, spans)
+    firsts = offsets_of(numbers(map(len, chunks), len(chunks)))
+    if len(kinds) == 1:
+        spans = np.array([piece.spans for pieces in chunks for piece in pieces], np.int64).reshape(
+            int(firsts[-1]), -1, 2
+        )
+    return Pattern(every, chunks, nbytes, spans, firsts)
 
 
 class Chunks(Lazy[Chunk]):
     """The chunks of a message: their sizes are known, their parts are cut when somebody looks at them."""
 
-    __slots__ = ("nbytes", "parts", "pieces", "spans")
+    __slots__ = ("nbytes", "parts", "pattern", "pieces")
 
     def __init__(self, parts: Sequence[Part], pattern: Pattern) -> None:
-        self.parts, self.pieces, self.nbytes, self.spans = parts, pattern.chunks, pattern.nbytes, pattern.spans
+        self.parts, self.pattern = parts, pattern
+        self.pieces, self.nbytes = pattern.chunks, pattern.nbytes
 
     def __len__(self) -> int:
         return len(self.pieces)
