@@ -143,11 +143,20 @@ def llama(replicas: int) -> Iterator[Pair]:
     return sharded_tensors(llama_70b(), mesh(0, fsdp=8, tp=8), destination)
 
 
-def mixture_of_experts() -> Iterator[Pair]:
-    """A model of 45,395 tensors in the shape of DeepSeek-V3, from 256 ranks to 128.
+def llama_to_a_fleet() -> Iterator[Pair]:
+    """Llama 70B from 512 ranks of FSDP to 64 replicas of tensor parallelism 8."""
+    source, destination = mesh(0, fsdp=512), mesh(512, replica=64, tp=8)
+    for shape, dim, count in llama_70b():
+        before = ShardingSpec(source, (Shard(0),), shape, "bfloat16")
+        after = ShardingSpec(destination, (WHOLE, WHOLE if dim is None else Shard(dim)), shape, "bfloat16")
+        yield from [(before, after)] * count
 
-    Its experts lie on 64 groups of four ranks and go to two a rank; all others are cut by FSDP 32 and tensor
-    parallelism 8 and go to 16 replicas of tensor parallelism 8.
+
+def mixture_of_experts(sources: int = 256, destinations: int = 128) -> Iterator[Pair]:
+    """A model of 45,395 tensors in the shape of DeepSeek-V3.
+
+    Its experts lie on 64 groups of ranks and go to whole ranks, two or one to each; all others are cut by FSDP and
+    tensor parallelism 8 and go to replicas of tensor parallelism 8.
     """
     layers, dense, experts, hidden, inner = 61, 3, 256, 7168, 2048
     sparse = layers - dense
@@ -168,10 +177,13 @@ def mixture_of_experts() -> Iterator[Pair]:
         ((hidden, 18432), 1, dense),
         ((129280, hidden), 0, 2),
     ]
-    yield from sharded_tensors(table, mesh(0, fsdp=32, tp=8), mesh(256, replica=16, tp=8))
+    there = mesh(sources, replica=destinations // 8, tp=8)
+    yield from sharded_tensors(table, mesh(0, fsdp=sources // 8, tp=8), there)
+    group = sources // 64
     for expert in range(experts):
-        source = Mesh(range(expert // 4 * 4, expert // 4 * 4 + 4), ("fsdp",))
-        destination = Mesh([256 + expert // 2], ("expert",))
+        first = expert // 4 * group
+        source = Mesh(range(first, first + group), ("fsdp",))
+        destination = Mesh([sources + expert * destinations // experts], ("expert",))
         for shape, count in (((inner, hidden), 2 * sparse), ((hidden, inner), sparse)):
             for _ in range(count):
                 yield (

@@ -41,6 +41,9 @@ TARGET_SECONDS = {
     ("Llama 70B, 64 to 32 ranks", 723): 0.5,
     ("Llama 70B, 64 to 4 x 8 ranks", 723): 0.5,
     ("mixture of experts, 256 to 128 ranks", 45395): 5.0,
+    ("a set: Llama 70B, 512 to 64 x 8 ranks", 723): 1.0,
+    ("a set: mixture of experts, 256 to 128 ranks", 45395): 5.0,
+    ("a set: mixture of experts, 1024 to 256 ranks", 45395): 5.0,
 }
 
 
@@ -133,6 +136,20 @@ def one_rank(
     return steps, count
 
 
+def one_rank_of_set(pairs: Sequence[cases.Pair], topology: Topology, rank: int) -> tuple[Steps, int]:
+    """A rank's program of some tensors that share messages."""
+    steps: Steps = {}
+    sources, destinations = ({f"tensor {at}": pair[end] for at, pair in enumerate(pairs)} for end in (0, 1))
+    with timed(steps, "plan and program"):
+        plan = make_plan(sources, destinations, topology=topology, rank=rank)
+        programs = plan.for_rank(rank)
+    with timed(steps, "as objects"):
+        count = transfers_of(programs)
+    with timed(steps, "digest"):
+        plan.digest()
+    return steps, count
+
+
 def all_ranks(pair: cases.Pair) -> tuple[Steps, int]:
     """The plan of all ranks."""
     steps: Steps = {}
@@ -197,11 +214,27 @@ def run(largest: int, largest_global: int, repeats: int) -> list[Row]:
         few = len(pairs) < 1000
         once = partial(one_rank, pairs, hosts, False)
         rows.append(measured(what, len(pairs), once, repeats if few else 1, peak=few))
+    rows += run_sets(min(repeats, 3))
     for size in (size for size in (16, 64, 128, 256, 1024) if size <= largest_global):
         rows.append(
             measured("all ranks, rows to columns", size, partial(all_ranks, cases.rows_to_columns(size)), 1, False)
         )
     return rows
+
+
+def run_sets(repeats: int) -> list[Row]:
+    """Rows of sets of tensors. The rank is on the destination, where it receives the most."""
+    sets = (
+        ("Llama 70B, 512 to 64 x 8 ranks", list(cases.llama_to_a_fleet()), 1024),
+        ("mixture of experts, 256 to 128 ranks", list(cases.mixture_of_experts()), 384),
+        ("mixture of experts, 1024 to 256 ranks", list(cases.mixture_of_experts(1024, 256)), 1280),
+    )
+    return [
+        measured(
+            f"a set: {what}", len(pairs), partial(one_rank_of_set, pairs, cases.rails(ranks), ranks - 100), repeats
+        )
+        for what, pairs, ranks in sets
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -234,10 +267,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quality", type=int, metavar="N", help="N random layouts by formulas and by search, instead")
     parser.add_argument("--fan-out", action="store_true", help="simulated fan-outs, instead")
+    parser.add_argument("--sets", action="store_true", help="sets of tensors alone, instead")
     parser.add_argument("--json", type=Path, metavar="PATH", default=RESULTS, help="(%(default)s)")
     options = parser.parse_args(arguments)
     if options.quality or options.fan_out:
         print(fan_out.table() if options.fan_out else quality.table(quality.measured(range(options.quality))))
+        return
+    if options.sets:
+        print(table(run_sets(options.repeats)))
         return
     rows = run(options.largest, options.largest_global, options.repeats)
     print(table(rows))
