@@ -123,16 +123,17 @@ def test_a_rank_stopped_in_the_middle_is_named_by_every_other(doomed: Ranks, kin
     require_all_blame(doomed.collect(others), others, victim)
 
 
-def stay_away(rank: int, victim: int, first: bool, one_shot: bool) -> tuple[str, str, float]:
+def stay_away(rank: int, victim: int, first: bool, one_shot: bool, name: str) -> tuple[str, str, float]:
     """The victim is late for the first call, or comes to the first and is late for the second."""
+    options = {"timeout_seconds": TIMEOUT_SECONDS, "name": name}
 
     def call() -> None:
         if one_shot:
-            tricomm.reshard(shard_of(rank), SOURCE, COLUMNS, timeout_seconds=TIMEOUT_SECONDS)
+            tricomm.reshard(shard_of(rank), SOURCE, COLUMNS, **options)
         else:
             mover(shard_of(rank))
 
-    mover = None if one_shot else Resharder(SOURCE, COLUMNS, timeout_seconds=TIMEOUT_SECONDS, confirm=True)
+    mover = None if one_shot else Resharder(SOURCE, COLUMNS, confirm=True, **options)
     if not first:
         call()
     if rank == victim:
@@ -143,45 +144,94 @@ def stay_away(rank: int, victim: int, first: bool, one_shot: bool) -> tuple[str,
 
 
 @pytest.mark.parametrize(
-    ("victim", "first", "one_shot"),
-    [(0, True, True), (4, True, False), (4, False, True), (0, False, False)],
+    ("victim", "first", "one_shot", "name"),
+    [(0, True, True, ""), (4, True, False, "layer 3"), (4, False, True, "layer 3"), (0, False, False, "")],
     ids=["reshard", "Resharder", "reshard again", "Resharder again"],
 )
 def test_a_rank_that_never_calls_is_named_by_every_other_and_told_when_it_comes(
-    five: Ranks, victim: int, first: bool, one_shot: bool
+    five: Ranks, victim: int, first: bool, one_shot: bool, name: str
 ) -> None:
-    require_all_blame(five.run(stay_away, victim, first, one_shot), list(range(SIZE)), victim)
+    """In the same words on all ranks, and itself also which one it is."""
+    outcomes = five.run(stay_away, victim, first, one_shot, name)
+    require_all_blame(outcomes, list(range(SIZE)), victim)
+    (said,) = {text for rank, (_, text, _) in enumerate(outcomes) if rank != victim}
+    assert outcomes[victim][1] == (
+        f"{said}; this is rank {victim}, which came to that call when the others had given it up; call again on all "
+        "ranks"
+    )
+    assert name in said
 
 
-def skip_some(rank: int, skipped: int) -> list[tuple[str, str, float]]:
+def skip_some(rank: int, skipped: int, kind: str) -> list[tuple[str, str, float]]:
     """Rank 2 leaves out some calls; then all make the same calls, each after the one before has ended everywhere."""
+    options: dict[str, Any] = {"timeout_seconds": TIMEOUT_SECONDS}
+    mover = Resharder(SOURCE, COLUMNS, confirm=kind == "confirmed", **options)
 
-    def call() -> None:
-        output = tricomm.reshard(shard_of(rank), SOURCE, COLUMNS, timeout_seconds=TIMEOUT_SECONDS)
+    def call(step: int) -> None:
+        if kind.startswith("reshard"):
+            name = f"step {step}" if kind == "reshard named" else ""
+            output = tricomm.reshard(shard_of(rank), SOURCE, COLUMNS, name=name, **options)
+        else:
+            output = mover(shard_of(rank))
         if rank in COLUMNS.mesh:
             require_equal(output, pick(full_tensor(), COLUMNS, rank), f"rank {rank}")
 
-    call()
-    for _ in range(skipped):
+    call(0)
+    dist.barrier()
+    for step in range(skipped):
         if rank != 2:
-            assert attempt(rank, call)[0] == "TransportError"
+            kinds = attempt(rank, lambda step=step: call(1 + step))[0]
+            assert kinds == "TransportError" or (kind == "warm" and rank > 2)  # has no part in what rank 2 sends
         dist.barrier()
     outcomes = []
-    for _ in range(4):
-        outcomes.append(attempt(rank, call))
+    for step in range(5):
+        outcomes.append(attempt(rank, lambda step=step: call(1 + skipped + step)))
         dist.barrier()
     return outcomes
 
 
-@pytest.mark.parametrize("skipped", [1, 2])
-def test_ranks_of_which_one_skipped_calls_come_together_again(five: Ranks, skipped: int) -> None:
-    """Told the first time, rank 2 might have been late only; the second time it ends the call that others wait in."""
-    for rank, outcomes in enumerate(five.run(skip_some, skipped)):
-        kinds = [kind for kind, _, _ in outcomes]
-        assert kinds == ["TransportError", "TransportError", "returned", "returned"], f"rank {rank}: {outcomes}"
+@pytest.mark.parametrize(
+    ("kind", "skipped"), [("reshard", 1), ("reshard", 2), ("confirmed", 1), ("confirmed", 2), ("warm", 1), ("warm", 2)]
+)
+def test_ranks_of_which_one_skipped_calls_come_together_again(five: Ranks, kind: str, skipped: int) -> None:
+    """Told the first time, rank 2 might have been late only; the second time it ends the call that others wait in, and
+    all count their calls anew.
+    """
+    for rank, outcomes in enumerate(five.run(skip_some, skipped, kind)):
+        kinds = [one for one, _, _ in outcomes]
+        assert kinds == ["TransportError", "TransportError", *["returned"] * 3], f"rank {rank}: {outcomes}"
         _, text, seconds = outcomes[1]
-        assert ("rank 2 did not call" if rank == 2 else "rank 2 is one call behind") in text
+        assert "rank 2 is one call behind the others, and ends this one to catch up; call again on all ranks" in text
         assert seconds < TIMEOUT_SECONDS / 2, f"rank {rank} waited {seconds} s"
+
+
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_calls_that_say_what_they_are_for_come_together_at_once(five: Ranks, skipped: int) -> None:
+    """By its name rank 2 knows that the call which the others gave up is not the one that it makes."""
+    for rank, outcomes in enumerate(five.run(skip_some, skipped, "reshard named")):
+        assert [one for one, _, _ in outcomes] == ["returned"] * 5, f"rank {rank}: {outcomes}"
+
+
+def miscount(rank: int) -> list[tuple[str, str, float]]:
+    """Rank 1 refuses two calls of its own before all call again and again."""
+    mover = Resharder(SOURCE, COLUMNS, timeout_seconds=TIMEOUT_SECONDS, confirm=True)
+    mover(shard_of(rank))
+    dist.barrier()
+    if rank == 1:
+        for _ in range(2):
+            assert attempt(rank, lambda: mover(torch.zeros(3)))[0] == "SpecError"
+    dist.barrier()
+    outcomes = []
+    for _ in range(7):
+        outcomes.append(attempt(rank, lambda: mover(shard_of(rank))))
+        dist.barrier()
+    return outcomes
+
+
+def test_ranks_that_differ_in_the_number_of_a_call_say_so_once(five: Ranks) -> None:
+    for rank, outcomes in enumerate(five.run(miscount)):
+        assert [one for one, _, _ in outcomes[-2:]] == ["returned"] * 2, f"rank {rank}: {outcomes}"
+        assert sum("count anew from here" in text for _, text, _ in outcomes) == 1
 
 
 def disagree(rank: int, dissenters: dict[int, dict[str, Any]]) -> tuple[str, str, float]:

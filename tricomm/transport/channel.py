@@ -19,7 +19,7 @@ from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, CallId, Communicator
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.diagnosis import describe_missed
-from tricomm.transport.coordination.rendezvous import Intent
+from tricomm.transport.coordination.intent import Intent
 from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
 from tricomm.transport.handle import Ended

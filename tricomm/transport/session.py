@@ -21,8 +21,9 @@ from tricomm.packing.holdings import Tensors
 from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import CallId, Communicator
+from tricomm.transport.coordination.diagnosis import is_late
+from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late, describe_refusal
 from tricomm.transport.coordination.monitor import Run
-from tricomm.transport.coordination.rendezvous import Intent, MismatchError, describe_refusal
 from tricomm.transport.group import GroupContext
 from tricomm.transport.runtime import PlanExecution
 
@@ -36,7 +37,7 @@ NUMBER = "<number>"
 
 NUMBER_FIELD = "which Resharder of this layout and name it is"
 
-CALL_FIELD = "which call of the Resharder it is (after connect() on all ranks they count anew)"
+CALL_FIELD = "which call of the Resharder it is (all count anew from here, as after connect())"
 
 
 class State(Enum):
@@ -262,9 +263,13 @@ class Session:
                 communicator.confirm()
             is_complete = True
             self.last_run = None if run.pending is None else run
-        except TransportError:
+        except TransportError as error:
             self.last_run = None
-            raise
+            reason, rank = communicator.abort_reason, self._context.rank
+            if reason is None or (reason.tag, reason.call) != (call.tag, call.number) or not is_late(rank, reason.text):
+                raise
+            self._context.rendezvous.note_late(self._participants, self._channel_name)
+            raise TransportError(f"{error}; {describe_late(rank)}") from error
         except BaseException as error:
             communicator.abort(describe_failure(self._context.rank, str(call), error))
             self._told = error
@@ -281,7 +286,8 @@ class Session:
         fields = dict(self._fields)
         if self._is_counted:
             fields[NUMBER_FIELD] = f"number {self._number}"
-        if not self.meets_always:
+        counter = "" if self.meets_always else CALL_FIELD
+        if counter:
             fields[CALL_FIELD] = f"call {number}" if number else "connect()"
         digest = f"{self._digest}/{self._number}/{0 if self.meets_always else number}"
         if number:
@@ -290,11 +296,15 @@ class Session:
         call = f"call {number} of {self.label}" if number else f"the connecting of {self.label}"
         try:
             tag = self.channel.connect(
-                Intent(self._participants, fields, digest, self.channel.name, call), timeout_seconds
+                Intent(self._participants, fields, digest, self.channel.name, call, counter, self.identity),
+                timeout_seconds,
             )
         except BaseException as error:
             self._told = error
-            if not isinstance(error.__cause__, MismatchError):
+            problem = error.__cause__
+            if isinstance(problem, ProblemError) and problem.counts_anew and counter:
+                self.calls = 0
+            if not (isinstance(problem, ProblemError) and problem.is_mismatch):
                 self._uncount()
             raise
         self._tag = tag

@@ -9,8 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from tricomm import TransportError
+from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, describe_refusal
 from tricomm.transport.coordination.monitor import Monitor
-from tricomm.transport.coordination.rendezvous import Agreed, Intent, Rendezvous, describe_refusal
+from tricomm.transport.coordination.rendezvous import Rendezvous
 from tricomm.transport.coordination.status import StatusStore
 
 TIMEOUT_SECONDS = 1.5
@@ -109,6 +110,47 @@ def test_an_absent_rank_is_named_and_told_when_it_comes() -> None:
     with pytest.raises(TransportError, match="rank 1 did not call"):
         group.ranks[1].join(intent("a"), TIMEOUT_SECONDS)
     assert group.run(joining("a"), joining("a")) == [Agreed(2, "")] * 2
+
+
+def test_a_rank_that_left_out_a_call_of_another_kind_goes_on_to_the_next_one() -> None:
+    group = Group(2)
+    for what in ("a", "b"):
+        (text,) = group.run(joining(what))
+        assert text.startswith("rank 1 did not call within the timeout")
+    assert group.run(joining("c"), joining("c")) == [Agreed(3, "")] * 2
+
+
+def counting(number: int) -> Callable[[Rendezvous], Any]:
+    """A call of a thing that counts; True if it is to be counted anew."""
+
+    def call(rendezvous: Rendezvous) -> Any:
+        fields = {"what": "a", "call": str(number)}
+        try:
+            rendezvous.join(Intent((0, 1), fields, f"a{number}", "", "a call", "call", "a"), TIMEOUT_SECONDS)
+        except TransportError as error:
+            return isinstance(error.__cause__, ProblemError) and error.__cause__.counts_anew
+        return "met"
+
+    return call
+
+
+def test_what_only_counts_differ_about_is_counted_anew() -> None:
+    group = Group(2)
+    assert group.run(counting(1), counting(1)) == ["met"] * 2
+    assert group.run(counting(2), counting(3)) == [True, True]
+    assert group.run(counting(1), counting(1)) == ["met"] * 2
+    first, other = group.run(counting(2), joining("b"))
+    assert first is False
+    assert "disagrees" in other
+
+
+def test_who_catches_up_counts_anew_with_all_others() -> None:
+    group = Group(2)
+    for number in (1, 2):
+        assert group.run(counting(number)) == [False]
+    group.ranks[1].note_late((0, 1), "")
+    assert group.run(counting(3), after(0.3, counting(1))) == [True, True]
+    assert group.run(counting(1), counting(1)) == ["met"] * 2
 
 
 def test_a_rank_that_is_a_call_behind_catches_up() -> None:

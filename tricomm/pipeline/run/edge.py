@@ -39,7 +39,7 @@ from tricomm.pipeline.run.directed_link import (
 )
 from tricomm.pipeline.schedule.actions import MAX_COUNT
 from tricomm.plan.plan import digest_of
-from tricomm.transport.coordination.rendezvous import Intent
+from tricomm.transport.coordination.intent import Intent
 
 WITHOUT_GRADIENT = ("int", "uint", "bool")
 """Element types that begin so are numbers that cannot have a gradient."""

@@ -37,7 +37,7 @@ from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.plan.plan import digest_of
-from tricomm.transport.coordination.rendezvous import Intent
+from tricomm.transport.coordination.intent import Intent
 from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
 from tricomm.transport.session import describe_failure
 

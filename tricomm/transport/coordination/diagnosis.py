@@ -17,6 +17,10 @@ MAX_CIRCLE = 8
 SILENT_BEATS = 1.5
 """A rank is silent if its heartbeat did not change for so many intervals."""
 
+SILENT = "gave no sign of life"
+BUSY = "is alive but did not send or receive"
+"""What is said of the rank at fault, after its name."""
+
 Heartbeats = Mapping[int, Heartbeat]
 
 
@@ -52,6 +56,11 @@ rank must make the same calls in the same order
         at = here.peer
     circle = list(followed)[list(followed).index(at) :]
     return _describe_circle({member: followed[member] for member in circle}, followed[rank])
+
+
+def is_late(rank: int, text: str) -> bool:
+    """Whether a diagnosis says that a rank did not come, as it finds when it comes after all."""
+    return text.startswith(f"rank {rank} {SILENT}") or text.startswith(f"rank {rank} {BUSY}")
 
 
 def find_ends(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[int]) -> list[int]:
@@ -205,7 +214,7 @@ def _describe_end(rank: int, wait: Wait, at: int, heartbeats: Heartbeats, silent
     for other in reachable(rank, [at], heartbeats):
         if other in silent:
             return (
-                f"rank {other} gave no sign of life within the timeout: it hangs, is stopped, or never made this call; "
+                f"rank {other} {SILENT} within the timeout: it hangs, is stopped, or never made this call; "
                 f"see that rank's log (rank {rank} waited for rank {wait.peer} in {wait.call})"
             )
     computing = (other for other in reachable(rank, [at], heartbeats) if _computes(heartbeats[other]))
@@ -221,7 +230,7 @@ def _computes(heartbeat: Heartbeat) -> bool:
 def _describe_busy(rank: int, wait: Wait, at: int, elsewhere: Sequence[Wait]) -> str:
     other = f", and rank {at} is in {elsewhere[0].call}" if elsewhere else ""
     return (
-        f"rank {at} is alive but did not send or receive within the timeout; it makes another call, is busy elsewhere "
+        f"rank {at} {BUSY} within the timeout; it makes another call, is busy elsewhere "
         f"or the timeout is too short (rank {rank} waited for rank {wait.peer} in {wait.call}{other})"
     )
 

@@ -29,8 +29,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.attendance import (
@@ -49,6 +48,7 @@ from tricomm.transport.coordination.attendance import (
     advance,
     runs_of,
 )
+from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, describe_late, differ_in_count
 from tricomm.transport.coordination.monitor import Monitor, Run, deadline_after
 from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.coordination.store import LONGEST_PAUSE_SECONDS, store_errors, wait_for_key
@@ -65,36 +65,6 @@ WATCHERS = 2
 
 RANKS_AT_ONCE = 64
 """With more ranks, watchers look as many times more seldom, and all ranks ask for the outcome more seldom."""
-
-
-@dataclass(frozen=True, slots=True)
-class Intent:
-    """What a rank is about to do.
-
-    Args:
-        participants: who must come, sorted, this rank among them.
-        fields: what it is, by name, equal on all ranks.
-        digest: of the fields.
-        channel: calls are counted per participants and channel.
-        call: in words, for errors.
-    """
-
-    participants: tuple[int, ...]
-    fields: Mapping[str, str]
-    digest: str
-    channel: str
-    call: str
-
-
-class Agreed(NamedTuple):
-    """What the ranks agreed on: the number of the epoch, and what the last one decided."""
-
-    epoch: int
-    decision: str
-
-
-class MismatchError(TransportError):
-    """Ranks are about to do different things: the cause of the TransportError that says so."""
 
 
 class Rendezvous:
@@ -139,8 +109,8 @@ class Rendezvous:
                 in a call that they have not begun; None if it does not.
 
         Raises:
-            TransportError: somebody is about to do something else (from a MismatchError), refused, failed, or did not
-                come in time.
+            TransportError: somebody is about to do something else, refused, failed, or did not come in time; from a
+                ProblemError.
         """
         deadline = deadline_after(timeout_seconds)
         with store_errors():
@@ -157,7 +127,7 @@ class Rendezvous:
                     raise
                 try:
                     agreed = self._take(outcome, epoch, intent)
-                except MismatchError as error:
+                except ProblemError as error:
                     raise TransportError(str(error)) from error
                 if agreed is not None:
                     return agreed
@@ -201,35 +171,51 @@ class Rendezvous:
         with self._lock:
             for name, number in problem["epochs"]:
                 self._epochs[name] = max(self._epochs.get(name, 0), number)
+        text, counts_anew = problem["text"], problem["counted"] == intent.counted != ""
         if self.rank in problem["absent"]:
-            self._catch_up(epoch, intent)
+            if problem["digest"] != intent.digest:
+                return None  # the others have given up another call, which this rank has left out
+            caught_up = self._catch_up(epoch, intent)
+            counts_anew = caught_up is not None
+            text = caught_up or f"{text}; {describe_late(self.rank)}"
         if problem["refused_by"] != self.rank:
-            raise (MismatchError if problem["is_mismatch"] else TransportError)(problem["text"])
+            raise ProblemError(text, problem["is_mismatch"], counts_anew)
         # The others aborted this epoch when this rank refused an earlier call: the next one is meant.
         return None
 
-    def _catch_up(self, epoch: CallEpoch, intent: Intent) -> None:
+    def note_late(self, participants: Sequence[int], channel: str) -> None:
+        """This rank was told, in a call, that the others had given it up there."""
+        self._was_late.add(_name_of(participants, channel))
+
+    def _catch_up(self, epoch: CallEpoch, intent: Intent) -> str | None:
         """On the first miss, skip the aborted epochs: whoever calls again is found there. On the second one running
-        this rank is a call behind, and would be for ever, so it ends a call of the others.
+        this rank is a call behind, and would be for ever, so it ends a call of the others, and says how.
         """
         while self.store.check([_outcome_key(epoch._replace(number=self._epochs[epoch.name] + 1))]):
             self._epochs[epoch.name] += 1
-        if epoch.name in self._was_late:
-            text = f"rank {self.rank} is one call behind the others, and ends this one to catch up"
-            text = f"{text}; call again on all ranks"
-            self._abort_if_awaited(epoch.name, intent.participants, intent.channel, text)
+        is_behind = epoch.name in self._was_late
         self._was_late.add(epoch.name)
+        text = f"rank {self.rank} is one call behind the others, and ends this one to catch up"
+        text = f"{text}; call again on all ranks"
+        ends = is_behind and self._abort_if_awaited(
+            epoch.name, intent.participants, intent.channel, text, intent.counted
+        )
+        return text if ends else None
 
-    def _abort_if_awaited(self, name: str, participants: Sequence[int], channel: str, text: str) -> None:
+    def _abort_if_awaited(
+        self, name: str, participants: Sequence[int], channel: str, text: str, counted: str = ""
+    ) -> bool:
         """Abort the epoch in which others wait for this rank, if they do."""
         # Time for all who have come to say so.
         time.sleep(2 * PATIENCE_SECONDS)
         here = CallEpoch(name, self._epochs.get(name, 0))
         waiting = [note.epoch for note in self._read_notes(here, participants, channel).values()]
         awaited = max((epoch for epoch in waiting if epoch.name == name), default=here)
-        if awaited.number > here.number:
-            self._epochs[name] = awaited.number
-            self._end(text, self.rank, [awaited])
+        if awaited.number <= here.number:
+            return False
+        self._epochs[name] = awaited.number
+        self._end(text, self.rank, [awaited], counted=counted)
+        return True
 
     def _next_epoch(self, participants: Sequence[int], channel: str) -> CallEpoch:
         name = _name_of(participants, channel)
@@ -262,7 +248,8 @@ class Rendezvous:
                     case Decide():
                         return self._decide(epoch, intent, decide)
                     case Abort():
-                        return self._end(*action)
+                        counted = intent.counted if action.is_mismatch and differ_in_count(intent, view) else ""
+                        return self._end(*action, digest=intent.digest, counted=counted)
                     case Announce():
                         self._monitor.watch(run)
                         self._tell_fields(epoch, intent)
@@ -322,14 +309,22 @@ class Rendezvous:
         epochs: Sequence[CallEpoch],
         absent: Sequence[int] = (),
         is_mismatch: bool = False,
+        *,
+        digest: str = "",
+        counted: str = "",
     ) -> str:
-        """End the first epoch, and the others that clash with it, with a problem; the first one's outcome."""
+        """End the first epoch, and the others that clash with it, with a problem; the first one's outcome.
+
+        ``digest`` is of what the absent are missed in, ``counted`` what all ranks count anew.
+        """
         problem = {
             "text": text,
             "refused_by": refused_by,
             "epochs": list(epochs),
             "absent": list(absent),
             "is_mismatch": is_mismatch,
+            "digest": digest,
+            "counted": counted,
         }
         outcome = self._conclude(epochs[0], json.dumps(problem))
         if not outcome.startswith(DONE):
@@ -399,8 +394,3 @@ def _waiting_key(epoch: CallEpoch) -> str:
 
 def _count_key(epoch: CallEpoch, digest: str) -> str:
     return f"rendezvous/{epoch.name}/{epoch.number}/{digest}"
-
-
-def describe_refusal(rank: int, reason: str) -> str:
-    """Say that a rank did not come because of its own arguments."""
-    return f"rank {rank} refused the call: {reason}"

@@ -1,0 +1,70 @@
+"""What a rank is about to do, as the others compare it, and what is said when they do not come together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tricomm.errors import TransportError
+from tricomm.transport.coordination.attendance import View
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a rank is about to do.
+
+    Args:
+        participants: who must come, sorted, this rank among them.
+        fields: what it is, by name, equal on all ranks.
+        digest: of the fields.
+        channel: calls are counted per participants and channel.
+        call: in words, for errors.
+        counter: the name of the field that counts the calls of one thing, if any does.
+        counted: which thing that is.
+    """
+
+    participants: tuple[int, ...]
+    fields: Mapping[str, str]
+    digest: str
+    channel: str
+    call: str
+    counter: str = ""
+    counted: str = ""
+
+
+class Agreed(NamedTuple):
+    """What the ranks agreed on: the number of the epoch, and what the last one decided."""
+
+    epoch: int
+    decision: str
+
+
+class ProblemError(TransportError):
+    """What ended a rendezvous: the cause of the TransportError that says so.
+
+    Args:
+        text: in words.
+        is_mismatch: ranks are about to do different things.
+        counts_anew: all ranks of what this one calls have heard of it, and count its calls from one again.
+    """
+
+    def __init__(self, text: str, is_mismatch: bool = False, counts_anew: bool = False) -> None:
+        super().__init__(text)
+        self.is_mismatch = is_mismatch
+        self.counts_anew = counts_anew
+
+
+def describe_refusal(rank: int, reason: str) -> str:
+    """Say that a rank did not come because of its own arguments."""
+    return f"rank {rank} refused the call: {reason}"
+
+
+def describe_late(rank: int) -> str:
+    """Say to a rank that it is the one of which an error speaks."""
+    return f"this is rank {rank}, which came to that call when the others had given it up; call again on all ranks"
+
+
+def differ_in_count(intent: Intent, view: View) -> bool:
+    """Whether ranks disagree about nothing but which call of the same thing it is."""
+    said = [note.fields or {} for note in (view.notes or {}).values()]
+    others = [{name: value for name, value in one.items() if name != intent.counter} for one in said]
+    return bool(intent.counter) and all(one == others[0] for one in others)
