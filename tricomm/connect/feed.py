@@ -34,14 +34,15 @@ class Feed:
 
     Args:
         world: the group.
-        specs: what ``world.exchange`` gave: the tensors of both sides, of the same names.
+        specs: what ``world.exchange`` gave: the tensors of both sides, of the same names, or related by ``rules=``.
         source, destination: the sides.
         before: the feed of the epoch before, on ranks that had one, so that what they hold is known.
         options: of the moves: those of :class:`tricomm.Options`. ``timeout_seconds`` is for each move, and then for the
-            votes; ``name`` tells feeds of one world apart.
+            votes; ``name`` tells feeds of one world apart; ``rules`` are the same on all ranks, which is compared.
 
     Raises:
-        SpecError: names that one side has and the other has not, or layouts that contradict each other.
+        SpecError: names that one side has and the other has not, rules that do not fit them, or layouts that
+            contradict each other.
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -82,11 +83,14 @@ class Feed:
         if absent is not None:
             raise SpecError(f"specs have no side {absent!r}; pass what world.exchange(...) gave")
         here, there = specs[source], specs[destination]
-        odd = sorted(here.keys() ^ there.keys())
+        chosen = Options.of({**options, "group": world}, "Feed")
+        odd = sorted(here.keys() ^ there.keys()) if chosen.rules is None else ()
         if odd:
             side = source if odd[0] in here else destination
-            raise SpecError(f"only side {side!r} has tensor {odd[0]!r}; give both sides the same names")
-        chosen = Options.of({**options, "group": world}, "Feed")
+            raise SpecError(
+                f"only side {side!r} has tensor {odd[0]!r}; give both sides the same names, or say by rules= how the "
+                f"tensors of {destination!r} are made of those of {source!r}"
+            )
         # Confirmed, so that all ranks give up the same move and none waits for one that has done its part.
         chosen = replace(chosen, confirm=chosen.confirm is not False)
         self.world = world

@@ -24,10 +24,7 @@ class Movers:
     def __init__(
         self, sources: Mapping[str, ShardingSpec], destinations: Mapping[str, ShardingSpec], options: Options
     ) -> None:
-        names = sorted(sources)
-        self._mover = Resharder(
-            {name: sources[name] for name in names}, {name: destinations[name] for name in names}, **options.given()
-        )
+        self._mover = Resharder(dict(sorted(sources.items())), dict(sorted(destinations.items())), **options.given())
         self._is_written = any(self._mover.rank in spec.mesh for spec in destinations.values())
 
     def start(
