@@ -105,3 +105,41 @@ def test_a_meta_tensor_is_refused_wherever_it_stands() -> None:
         assert "is on meta" in text
         assert "a meta tensor has no data: pass one that was made on 'cpu'" in text
         assert "device=" not in text
+
+
+class Tied(torch.nn.Module):
+    """As small language models are: the last layer is the transpose of the first, in one memory."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(4, 4)
+        self.head = torch.nn.Linear(4, 4, bias=False)
+        self.head.weight = self.embed.weight
+        torch.nn.init.constant_(self.embed.weight, value)
+
+
+def without(names: dict[str, Any], text: str) -> dict[str, Any]:
+    """What is left after the remedy of a text, as it is written there."""
+    remedy = re.search(r"as in (\{.*?\}), and it has", text)
+    assert remedy is not None, text
+    left: dict[str, Any] = eval(remedy[1], {"state": names})
+    return left
+
+
+def test_the_remedy_for_tied_weights_works_as_it_is_written() -> None:
+    """Nobody knows on the rank that writes whether both names get the same bytes, so they are refused."""
+    trainer, server = Tied(3.0), Tied(0.0)
+    source, destination = (dict.fromkeys(trainer.state_dict(), one) for one in (WHOLE, ROWS))
+    mover = tricomm.Resharder(source, destination)
+    text = refused(lambda: mover(trainer.state_dict(), out=server.state_dict()), SpecError)
+    assert "out['embed.weight'] of rank 0 shares memory with out['head.weight']" in text
+    mover = tricomm.Resharder(without(source, text), without(destination, text))
+    mover(without(trainer.state_dict(), text), out=without(server.state_dict(), text))
+    assert all(bool((weight == 3.0).all()) for weight in server.state_dict().values())
+
+
+def test_what_is_read_and_written_has_another_remedy() -> None:
+    mover = tricomm.Resharder({"w": WHOLE}, {"w": ROWS})
+    weights = {"w": FULL.clone()}
+    text = refused(lambda: mover(weights, out=weights), SpecError)
+    assert text.endswith("apart from all else: pass another tensor, or leave out=None")

@@ -54,3 +54,12 @@ def of_device(there: torch.device, here: torch.device, role: str) -> str:
         return f"a meta tensor has no data: pass one that was made on {str(here)!r}"
     move = f"move it with .to({str(here)!r})" if role == "source" else f"pass one made with device={str(here)!r}"
     return f"{move} or pass device={str(there)!r}" if there.type in MOVED else move
+
+
+def of_tied(kept: str, left_out: str) -> str:
+    """Say how to move two names of one memory, of which nobody here knows whether they get the same bytes."""
+    return (
+        f"if both are one weight, leave {left_out!r} out on all ranks, of both layouts and of what is passed, as in "
+        f"{{name: tensor for name, tensor in state.items() if name != {left_out!r}}}, and it has what {kept!r} gets; "
+        "else pass another tensor, or leave out=None"
+    )

@@ -152,13 +152,13 @@ class TensorChecker:
         if pair is None:
             return
         first, second = pair
-        every = [
-            *(f"out[{name!r}]" for name in self._destinations),
-            *(f"tensor {name!r}" for name in self._sources),
-        ]
+        written, read = [*self._destinations], [*self._sources]
+        every = [*(f"out[{name!r}]" for name in written), *(f"tensor {name!r}" for name in read)]
+        kept, *other = (written[one] for one in pair if one < len(written))
+        remedy = remedies.of_tied(kept, other[0]) if other else "pass another tensor, or leave out=None"
         raise SpecError(
             f"{every[first]} of rank {self.rank} shares memory with {every[second]}; what is written must be "
-            "apart from all else: leave out one of two tied names on both sides, pass another tensor, or leave out=None"
+            f"apart from all else: {remedy}"
         )
 
 
