@@ -14,11 +14,12 @@ from tricomm import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = (ROOT / "tricomm" / "examples" / "README.md").read_text()
 BENCHMARKS = (ROOT / "bench" / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.S | re.M)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.S | re.M)
 
 
 def test_the_first_example_runs_and_prints_the_plan_that_is_shown() -> None:
@@ -28,11 +29,32 @@ def test_the_first_example_runs_and_prints_the_plan_that_is_shown() -> None:
     assert printed.getvalue() == blocks("text")[0]
 
 
+@pytest.mark.processes
+def test_the_job_runs_as_it_stands_there(tmp_path: Path) -> None:
+    """As somebody would copy it: into a file, started by torchrun, anywhere."""
+    command = re.search(r"Save this as `(\w+\.py)` and start it with `torchrun ([^`]*)`", README)
+    assert command is not None
+    (tmp_path / command[1]).write_text(blocks("python")[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(command[2])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[0.0] * 3] * 4 + [[1.0] * 3] * 4
+    said = [f"rank {rank} has {'nothing' if rank < 2 else rows}" for rank in range(4)]
+    assert sorted(done.stdout.splitlines()) == said
+
+
 def test_the_tuning_example_chooses_a_schedule() -> None:
     names: dict[str, object] = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(blocks("python")[3], "README.md", "exec"), names)
+        exec(compile(blocks("python", EXAMPLES)[0], "README.md", "exec"), names)
     assert printed.getvalue().startswith("chosen: ")
     assert names["schedule"].stages == 3
 
@@ -177,9 +199,14 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 181
 
 
+def test_it_links_to_the_examples() -> None:
+    assert "](tricomm/examples/README.md)" in README
+    assert "\n## Choose a schedule\n" in EXAMPLES
+
+
 def test_the_files_that_it_names_exist() -> None:
-    for text, folder in ((README, ROOT), (BENCHMARKS, ROOT / "bench")):
-        for target in re.findall(r"\]\(([^):]+)\)", text) + re.findall(r"`(results/[a-z_]+\.\w+)`", text):
+    for text, folder in ((README, ROOT), (BENCHMARKS, ROOT / "bench"), (EXAMPLES, ROOT / "tricomm" / "examples")):
+        for target in re.findall(r"\]\(([^):#]+)", text) + re.findall(r"`(results/[a-z_]+\.\w+)`", text):
             assert (folder / target).exists(), target
 
 

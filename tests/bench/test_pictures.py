@@ -1,9 +1,9 @@
-"""The pictures of the README are what the library draws now."""
+"""The pictures of the READMEs are what the library draws now."""
 
 import pytest
 
 from bench.pictures import FOLDER, PICTURES
-from tests.test_readme import README
+from tests.test_readme import EXAMPLES, README
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -13,4 +13,4 @@ def test_a_picture_is_drawn_as_it_is_committed(name: str) -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_is_shown(name: str) -> None:
-    assert f"](bench/results/{name})" in README
+    assert f"bench/results/{name})" in README + EXAMPLES
