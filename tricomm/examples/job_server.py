@@ -10,17 +10,18 @@ import torch
 import torch.distributed as dist
 
 from tricomm import Mesh, ShardingSpec, Subscriber, TransportError
+from tricomm.examples.job_rules import RULES
 
-SHAPES = {"0.weight": (31, 16), "0.bias": (31,), "2.weight": (16, 31), "2.bias": (16,)}
-CUTS = {"0.weight": ["S0", "R"], "0.bias": ["S0"], "2.weight": ["R", "S0"], "2.bias": ["R"]}  # by mesh axis 0
+SHAPES = {"up": (31, 17), "down": (31, 16), "down_bias": (16,)}
+CUTS = {"up": ["S0", "R"], "down": ["S0", "R"], "down_bias": ["R"]}  # by mesh axis 0
 
 
 def serve(weights: dict[str, torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
     """Compute a batch, each rank its part of the hidden features."""
-    hidden = torch.relu(batch @ weights["0.weight"].T + weights["0.bias"])
-    output = hidden @ weights["2.weight"].T
+    hidden = torch.relu(batch @ weights["up"][:, :-1].T + weights["up"][:, -1])
+    output = hidden @ weights["down"]
     dist.all_reduce(output)
-    return output + weights["2.bias"]
+    return output + weights["down_bias"]
 
 
 def main() -> None:
@@ -32,13 +33,12 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     probe = torch.linspace(-1, 1, 16).reshape(1, 16)
-
     ranks = Mesh(list(range(size)), ("tp",))
     specs = {name: ShardingSpec.from_dims(ranks, CUTS[name], shape, "float32") for name, shape in SHAPES.items()}
     weights = {name: torch.zeros(spec.local_shape(rank)) for name, spec in specs.items()}
     with Subscriber(
         options.meeting, side="server", side_rank=rank, side_size=size, source="trainer", specs=specs, out=weights,
-        secret=os.environ["TRICOMM_SECRET"],
+        secret=os.environ["TRICOMM_SECRET"], rules=RULES,
     ) as subscriber:  # fmt: skip
         taken = 0
         while taken < options.versions:

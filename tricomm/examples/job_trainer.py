@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from tricomm import Mesh, Publisher, Shard, ShardingSpec
+from tricomm.examples.job_rules import RULES
 
 
 def main() -> None:
@@ -29,12 +30,11 @@ def main() -> None:
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     probe = torch.linspace(-1, 1, 16).reshape(1, 16)
-
     ranks = Mesh(list(range(size)), ("fsdp",))
     specs = {name: ShardingSpec(ranks, (Shard(0),), p.shape, p.dtype) for name, p in model.named_parameters()}
     with Publisher(
         options.meeting, side="trainer", side_rank=rank, side_size=size, fleets=["server"], specs=specs,
-        secret=os.environ["TRICOMM_SECRET"],
+        secret=os.environ["TRICOMM_SECRET"], rules=RULES,
     ) as publisher:  # fmt: skip
         started = version = 0
         while started < options.pushes:
