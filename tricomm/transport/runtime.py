@@ -213,6 +213,10 @@ class PlanExecution:
             return self._move(0, order.sources(sources), order.destinations(destinations), staging, transport)
         return self._reduce_and_move(sources, destinations, staging, transport)
 
+    def items_of(self, sources: Tensors, destinations: Tensors) -> tuple[Tensors, Tensors]:
+        """The plan's items that are the rank's shards, or parts of them."""
+        return (sources, destinations) if self._views is None else self._views.of(sources, destinations)[:2]
+
     def release(self) -> None:
         """Free the buffers of the reductions; the next run makes them again."""
         if self._reducers:

@@ -1,0 +1,105 @@
+"""Digests on both sides are equal when all has come to its place, and differ when anything has not."""
+
+from typing import Any
+
+import torch
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+
+from tests.cases import RANKS
+from tests.packing.test_many import EXAMPLES, quick
+from tests.packing.test_rules import Mapped, given_shards, is_expressible, maps
+from tricomm import LocalTransport, Mesh, Plan, Replicate, Shard, ShardingSpec, make_plan
+from tricomm.packing.digests import Digests, digest
+from tricomm.transport.runtime import PlanExecution
+
+CPU = torch.device("cpu")
+
+
+def differences(
+    plan: Plan, tensors: dict[int, dict[str, torch.Tensor]], outputs: dict[int, dict[str, torch.Tensor]]
+) -> Any:
+    """(holder, receiver, tensor) of which digests differ."""
+    sent, come = [], []
+    for rank in plan.participants:
+        digests, execution = Digests(plan, rank), PlanExecution(plan, rank, CPU)
+        ends = plan.ends
+        read = [tensors[rank][one.name] for one in ends.sources if one.name in tensors.get(rank, {})]
+        written = [outputs[rank][one.name] for one in ends.destinations if one.name in outputs.get(rank, {})]
+        sources, destinations = execution.items_of(read, written)
+        if rank in digests.holders:
+            sent.append(digests.sent(sources))
+        if rank in digests.receivers:
+            come.append(digests.come(destinations))
+    return (torch.cat(sent, 0) != torch.cat(come, 1)).nonzero().tolist()
+
+
+@settings(quick, max_examples=EXAMPLES)
+@given(drawn=maps(), seed=st.integers(0, 1000))
+def test_digests_tell_one_wrong_element(drawn: Mapped, seed: int) -> None:
+    if not is_expressible(drawn):
+        reject()
+    plan = make_plan(drawn.before, drawn.after, rules=drawn.rules)
+    read = {item.part.source for item in plan.items if item.part is not None}
+    names = {plan.ends.sources[number].name for number in read}
+    tensors = {
+        rank: {name: shard for name, shard in given_shards(drawn, rank).items() if name in names}
+        for rank in range(RANKS)
+    }
+    outputs = LocalTransport().run(plan, {rank: tensors[rank] for rank in plan.participants})
+    assert differences(plan, tensors, outputs) == []
+    for rank, wrong in outputs.items():
+        for name, tensor in wrong.items():
+            part = next(
+                (one for one in plan.items if one.name.startswith(f"{name} <-") and rank in one.destination.mesh), None
+            )
+            if (
+                tensor.numel()
+                and part is not None
+                and not any(fill.tensor == index_of(plan, name) for fill in plan.ends.fills)
+            ):
+                tensor.view(-1)[seed % tensor.numel()] += 1
+                assert [found[2] for found in differences(plan, tensors, outputs)] == [index_of(plan, name)]
+                return
+
+
+def index_of(plan: Plan, name: str) -> int:
+    return [one.name for one in plan.ends.destinations].index(name)
+
+
+ROWS = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), (8, 6), "bfloat16")
+THERE = ShardingSpec(Mesh([2, 3], ("x",)), (Replicate(),))
+FULL = torch.arange(48).reshape(8, 6).to(torch.bfloat16)
+
+
+def moved() -> tuple[Plan, Any, Any]:
+    plan = make_plan({"a": ROWS, "b": ROWS}, {"a": THERE, "b": THERE})
+    tensors = {rank: {name: FULL[4 * rank : 4 * rank + 4] + (name == "b") for name in "ab"} for rank in range(2)}
+    return plan, tensors, LocalTransport().run(plan, tensors)
+
+
+def test_elements_that_change_places_are_told() -> None:
+    """Their plain sum is the same."""
+    plan, tensors, outputs = moved()
+    assert differences(plan, tensors, outputs) == []
+    outputs[3]["b"][6, 1:3] = outputs[3]["b"][6, 1:3].flip(0)
+    assert differences(plan, tensors, outputs) == [[1, 1, 1]]
+
+
+def test_tensors_that_change_places_are_told() -> None:
+    plan, tensors, outputs = moved()
+    outputs[2] = {"a": outputs[2]["b"], "b": outputs[2]["a"]}
+    assert differences(plan, tensors, outputs) == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+
+
+def test_a_large_shard_is_digested_in_parts() -> None:
+    """The same number, however it is held."""
+    shape = (3000, 1001)
+    whole = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), shape, "int32")
+    halves = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(1),), shape, "int32")
+    full = torch.arange(3000 * 1001, dtype=torch.int32).reshape(shape)
+    region = tuple(((0, size),) for size in shape)
+    parts = [
+        digest(shard, halves, rank, halves.holding(rank), torch.int32, 5) for rank, shard in enumerate(full.chunk(2, 1))
+    ]
+    assert int(sum(parts)) == int(digest(full, whole, 0, region, torch.int32, 5))
