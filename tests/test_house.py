@@ -25,7 +25,7 @@ LAYERS = [
     ["rules"],
     ["plan"],
     ["options", "packing"],
-    ["transport"],
+    ["checksums", "transport"],
     ["autograd"],
     ["selections"],
     ["resharder"],

@@ -1,6 +1,7 @@
 """Checksums: whether what has come is what was given, compared by all ranks after a call."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,8 +12,10 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.packing.digests import Digests
 from tricomm.packing.holdings import Tensors
 
-Move = Callable[[torch.Tensor | None], torch.Tensor | None]
-"""A Resharder of one tensor."""
+NOT_STARTED_TEXT = (
+    "checksum=True compares what has come when a call ends, and start() returns before; call the Resharder, or leave "
+    "checksum out"
+)
 
 
 class Checksums:
@@ -25,7 +28,7 @@ class Checksums:
     """
 
     def __init__(
-        self, digests: Digests, device: torch.device, make: Callable[[ShardingSpec, ShardingSpec, str], Move]
+        self, digests: Digests, device: torch.device, make: Callable[[ShardingSpec, ShardingSpec, str], Any]
     ) -> None:
         self._digests, self._device = digests, device
         holders, receivers = Mesh(digests.holders, ("holder",)), Mesh(digests.receivers, ("receiver",))
@@ -37,6 +40,11 @@ class Checksums:
         given = ShardingSpec(holders, (Shard(0),), shape, "int64")
         self._exchange = make(given, ShardingSpec(receivers, (Shard(1),)), "digests")
         self._tell = make(told, ShardingSpec(everybody, (Replicate(),)), "what digests say")
+
+    @property
+    def movers(self) -> tuple[Any, Any]:
+        """The two Resharders."""
+        return self._exchange, self._tell
 
     def check(self, sources: Tensors, destinations: Tensors) -> None:
         """Compare, on all ranks, after a move of items.

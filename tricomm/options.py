@@ -63,6 +63,7 @@ class ReshardOptions(LinkOptions, total=False):
     differentiable: bool
     grad_placements: Sequence[Any] | None
     progress: ProgressCallback | None
+    checksum: bool
 
 
 def _explains_names(cls: type[OptionsType]) -> type[OptionsType]:
@@ -112,6 +113,8 @@ class Options:
             make the calls with gradients on, in one order, and end with :func:`tricomm.backward`.
         grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
             default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.
+        checksum: whether each call ends with a comparison of digests of both sides, by the bits of every element and
+            where it belongs: a TransportError on all ranks then names a tensor and the two ranks that differ.
 
     Raises:
         SpecError: a value that breaks a rule; an ArgumentError if it is of the wrong kind.
@@ -135,6 +138,7 @@ class Options:
     differentiable: bool = False
     grad_placements: Sequence[Any] | None = None
     progress: ProgressCallback | None = None
+    checksum: bool = False
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy)
@@ -153,6 +157,8 @@ class Options:
             )
         if not isinstance(self.differentiable, bool):
             raise ArgumentError(f"differentiable={self.differentiable!r} is no truth value; pass True or False")
+        if not isinstance(self.checksum, bool):
+            raise ArgumentError(f"checksum={self.checksum!r} is no truth value; pass True or False")
         if self.progress is not None and not callable(self.progress):
             raise ArgumentError(f"progress={self.progress!r} cannot be called; pass a function of one Progress")
         object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))

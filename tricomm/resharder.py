@@ -4,22 +4,26 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, Self, Unpack, overload
 
 import torch
 
 from tricomm.autograd.layouts import check_differentiable_layouts
+from tricomm.checksums import NOT_STARTED_TEXT, Checksums
 from tricomm.compiled.registry import is_traced
 from tricomm.errors import ArgumentError, SpecError, TricommError
 from tricomm.kinds import checks_kinds, explains_missing
 from tricomm.layout.sides import Sides, as_specs, has_dtensors, shards_of
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
+from tricomm.packing.digests import Digests
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
 from tricomm.plan import Plan, make_plan
 from tricomm.plan.arguments import check_in_group, participants_of
+from tricomm.plan.describe import describe_layouts
 from tricomm.plan.ends.mapped import specs_of
 from tricomm.selections import Names, Selections
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
@@ -30,6 +34,9 @@ from tricomm.transport.streams import HostStreamContext
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 """Types of what is no DTensor, without a look."""
+
+NO_FRILLS: Any = {"differentiable": False, "grad_placements": None, "progress": None, "checksum": False}
+"""Options of what a Resharder needs for itself."""
 
 GRADIENT_FIELD = "whether the tensor requires grad"
 
@@ -127,6 +134,8 @@ class Resharder(Selections):
             raise
         self._gradient = None
         self._is_closed = False
+        mover_of = partial(self._mover_of_digests, group, meets_always)
+        self._checksums = None if self._digests is None else Checksums(self._digests, self.device, mover_of)
 
     def _plan(self, source: Sides, destination: Sides, options: ReshardOptions, group: Any) -> None:
         """Everything that needs no other rank."""
@@ -151,6 +160,8 @@ class Resharder(Selections):
         )
         check_casts(self.plan)
         self.participants = self.plan.participants
+        has_part = self.rank in self.participants
+        self._digests = Digests(self.plan, self.rank) if chosen.checksum and has_part else None
         if chosen.differentiable:
             check_differentiable_layouts(self.plan, chosen.grad_placements)
         # Ranks that are all on both meshes can ask for gradients, and then all must.
@@ -159,7 +170,7 @@ class Resharder(Selections):
         self.in_graph = self._facts_for_graphs()
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
-        if self.rank in self.participants:
+        if has_part:
             self._execution = PlanExecution(self.plan, self.rank, self.device, chosen.progress)
         self._planned, self._selections = self.plan, {}
         self._plan_seconds = perf_counter() - began
@@ -169,8 +180,15 @@ class Resharder(Selections):
         if group is None:
             raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
         meets_always = self._session is not None and self._session.meets_always
-        options = replace(self.options, group=group, differentiable=False, grad_placements=None, progress=None).given()
+        options = replace(self.options, group=group, **NO_FRILLS).given()
         return Resharder._made(source, destination, options, parent=self, meets_always=meets_always)
+
+    def _mover_of_digests(
+        self, group: Any, meets_always: bool, source: ShardingSpec, destination: ShardingSpec, what: str
+    ) -> "Resharder":
+        name = f"{what} of {self.name or describe_layouts(self.plan)}"
+        options = replace(self.options, group=group, name=name, rules=None, **NO_FRILLS).given()
+        return Resharder._made(source, destination, options, meets_always=meets_always)
 
     def _shards(self, tensor: Any, out: Any) -> tuple[Any, Any]:
         """What DTensors hold on this rank."""
@@ -233,6 +251,8 @@ class Resharder(Selections):
                     if last is not None:
                         channel.stream_context.wait_event(last.result()[1])
                     self._run(sources, destinations, session.calls)
+            if self._checksums is not None and self._execution is not None:
+                self._checksums.check(*self._execution.items_of(sources, destinations))
         except Exception as error:
             name_error(error, self.name)
             raise
@@ -279,6 +299,8 @@ class Resharder(Selections):
             return Handle(nothing, HostStreamContext())
         try:
             with session as channel:
+                if self._checksums is not None:
+                    raise SpecError(NOT_STARTED_TEXT)
                 asks = self.options.differentiable or (isinstance(tensor, torch.Tensor) and tensor.requires_grad)
                 if asks and torch.is_grad_enabled():
                     raise SpecError(
@@ -384,7 +406,7 @@ class Resharder(Selections):
         self._is_closed = True
         if self._session is not None:
             self._session.close()
-        for one in (self._gradient, *self._selections.values()):
+        for one in (self._gradient, *(self._checksums.movers if self._checksums else ()), *self._selections.values()):
             if one is not None:
                 one.close()
 

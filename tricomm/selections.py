@@ -51,6 +51,11 @@ class Selections(Gradients):
             chosen = checked_names(self._planned, names)
             if self._is_closed:
                 raise SpecError(CLOSED_TEXT)
+            if self.options.checksum:
+                raise SpecError(
+                    "checksum=True compares all tensors of a plan, and only= moves some of them; make a Resharder of "
+                    "these, or leave checksum out"
+                )
         except SpecError as error:
             name_error(error, self.name)
             session = self._speaker
@@ -121,6 +126,7 @@ class Selections(Gradients):
             "confirm": str(self.confirm),
             "channel": self.channel,
             "name": self.name,
+            "checksum": str(self.options.checksum),
             "differentiable": str(self.options.differentiable),
             "grad_placements": str(self.options.grad_placements),
         }

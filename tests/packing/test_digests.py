@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
@@ -9,8 +10,22 @@ from hypothesis import strategies as st
 from tests.cases import RANKS
 from tests.packing.test_many import EXAMPLES, quick
 from tests.packing.test_rules import Mapped, given_shards, is_expressible, maps
-from tricomm import LocalTransport, Mesh, Plan, Replicate, Shard, ShardingSpec, make_plan
+from tricomm import (
+    LocalTransport,
+    Mesh,
+    Partial,
+    Plan,
+    Replicate,
+    Resharder,
+    Shard,
+    ShardingSpec,
+    SpecError,
+    TransportError,
+    make_plan,
+)
+from tricomm.launch import Ranks
 from tricomm.packing.digests import Digests, digest
+from tricomm.rules import Rules, cat, source
 from tricomm.transport.runtime import PlanExecution
 
 CPU = torch.device("cpu")
@@ -34,7 +49,7 @@ def differences(
     return (torch.cat(sent, 0) != torch.cat(come, 1)).nonzero().tolist()
 
 
-@settings(quick, max_examples=EXAMPLES)
+@settings(quick, max_examples=max(EXAMPLES // 3, 1))
 @given(drawn=maps(), seed=st.integers(0, 1000))
 def test_digests_tell_one_wrong_element(drawn: Mapped, seed: int) -> None:
     if not is_expressible(drawn):
@@ -103,3 +118,48 @@ def test_a_large_shard_is_digested_in_parts() -> None:
         digest(shard, halves, rank, halves.holding(rank), torch.int32, 5) for rank, shard in enumerate(full.chunk(2, 1))
     ]
     assert int(sum(parts)) == int(digest(full, whole, 0, region, torch.int32, 5))
+
+
+# ---- between processes
+
+
+def checked(rank: int, fault: bool) -> str:
+    """Move by rules with digests; in one case rank 3 writes an element of its own."""
+    if rank > 3:
+        return ""
+    rules = Rules({"ab": cat([source("a"), source("b").permute(1, 0)], dim=1)})
+    there = {"ab": ShardingSpec(THERE.mesh, (Shard(0),), dtype="float32")}
+    before = {"a": ROWS, "b": ShardingSpec(ROWS.mesh, (Shard(1),), (2, 8), "bfloat16")}
+    mover = Resharder(before, there, rules=rules, checksum=True, timeout_seconds=60)
+    tensors = {"a": FULL[4 * rank : 4 * rank + 4], "b": torch.ones(2, 4, dtype=torch.bfloat16)} if rank < 2 else None
+    if fault and rank == 3:
+        run = mover._run
+
+        def wrong(sources: Any, destinations: Any, number: int) -> None:
+            run(sources, destinations, number)
+            destinations[0][1, 2] = 7
+
+        mover._run = wrong  # type: ignore[method-assign]
+    told = []
+    for _ in range(2):
+        try:
+            moved = mover(tensors)
+            told.append("" if rank < 2 else str(float(moved["ab"].sum())))
+        except TransportError as error:
+            told.append(str(error))
+    return told[0] if told[0] == told[1] else f"{told} differ"
+
+
+def test_digests_agree_over_gloo(ranks: Ranks) -> None:
+    assert ranks.run(checked, False)[:4] == ["", "", "284.0", "860.0"]
+
+
+def test_all_ranks_hear_which_tensor_is_wrong_where(ranks: Ranks) -> None:
+    for text in ranks.run(checked, True)[:4]:
+        assert text.startswith("tensor 'ab' on rank 3 is not what rank 1 has: their digests differ;"), text
+
+
+def test_what_digests_cannot_compare_is_refused() -> None:
+    partial = ShardingSpec(ROWS.mesh, (Partial(),), (8, 6), "float32")
+    with pytest.raises(SpecError, match=r"checksum=True compares .* tensor 'a' is Partial: .* leave it out"):
+        Digests(make_plan({"a": partial}, {"a": THERE}), 0)
