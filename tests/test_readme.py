@@ -6,11 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import tricomm
 from tricomm import cli
+from tricomm.launch import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,6 +53,45 @@ def test_the_job_runs_as_it_stands_there(tmp_path: Path) -> None:
     rows = [[0.0] * 3] * 4 + [[1.0] * 3] * 4
     said = [f"rank {rank} has {'nothing' if rank < 2 else rows}" for rank in range(4)]
     assert sorted(done.stdout.splitlines()) == said
+
+
+class Stand:
+    """A trainer or a server that has nothing but tensors."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.tensors
+
+
+PUSH = textwrap.dedent(re.findall(r"^  ```python\n(.*?)^  ```$", README, re.S | re.M)[0])
+
+
+def push(rank: int) -> bool:
+    """Carry out the lines of the README on one rank: half of them make layouts and rules, the last one moves."""
+    if rank > 5:
+        return True
+    names: dict[str, Any] = {"rank": rank, "tricomm": tricomm}
+    *before, last = PUSH.splitlines()
+    exec("\n".join(before), names)
+    source, destination, rules = names["source"], names["destination"], names["trained"].reverse().then(names["served"])
+    generator = torch.Generator().manual_seed(0)
+    full = {name: torch.randn(spec.shape, generator=generator) for name, spec in source.items()}
+    wanted = {name: tensor.to(torch.bfloat16) for name, tensor in rules.evaluate(full).items()}
+    if rank < 4:
+        names["trainer"] = Stand({name: tricomm.local_shard(full[name], spec, rank) for name, spec in source.items()})
+        exec(last, names)
+        return True
+    shards = {name: tricomm.local_shard(wanted[name], spec, rank) for name, spec in destination.items()}
+    names["server"] = Stand({name: torch.zeros_like(shard) for name, shard in shards.items()})
+    exec(last, names)
+    return all(torch.equal(names["server"].tensors[name], shard) for name, shard in shards.items())
+
+
+def test_a_push_from_torchtitan_to_vllm_takes_ten_lines(ranks: Ranks) -> None:
+    assert len([line for line in PUSH.splitlines() if line.strip()]) <= 10
+    assert all(ranks.run(push))
 
 
 def test_the_tuning_example_chooses_a_schedule() -> None:

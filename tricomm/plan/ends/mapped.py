@@ -155,8 +155,8 @@ def _check_names(made: Mapping[str, BoundTensor], wanted: Sides) -> None:
 
 def _destination(tensor: BoundTensor, sources: Sides, given: ShardingSpec) -> ShardingSpec:
     """The layout of a destination tensor, with the shape and dtype that its rule gives it."""
-    of_sources = {sources[name].element_type for name in tensor.sources}
-    dtype = tensor.dtype or given.dtype
+    of_sources = [sources[name].element_type for name in tensor.sources]
+    dtype = tensor.dtype or (of_sources[0] if of_sources else given.dtype)
     if dtype is None:
         raise SpecError(_where(tensor, "it is made of fills alone and has no dtype; give one in its layout"))
     if given.shape is not None and given.shape != tensor.shape:

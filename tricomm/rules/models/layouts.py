@@ -5,6 +5,7 @@ A map says nothing of ranks and a layout nothing of names on the other side, so 
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 from tricomm.errors import SpecError
@@ -32,7 +33,9 @@ _SERVER_COLUMNS = re.compile(r".*\.(q_b_proj|kv_b_proj)\.weight|.*\.sinks")
 _SERVER_ROWS = re.compile(r".*\.(o_proj|down_proj)\.weight")
 
 
-def torchtitan_layouts(shapes: Mapping[str, Shape], ranks: Sequence[int], *, tp: int = 1, ep: int = 1) -> Specs:
+def torchtitan_layouts(
+    shapes: Mapping[str, Shape], ranks: Sequence[int], *, tp: int = 1, ep: int = 1, dtype: str | None = None
+) -> Specs:
     """Torchtitan with FSDP2: every tensor cut by rows over the ranks of data parallelism, after tp or ep has cut it.
 
     Args:
@@ -40,6 +43,7 @@ def torchtitan_layouts(shapes: Mapping[str, Shape], ranks: Sequence[int], *, tp:
         ranks: all of them, those of one tensor-parallel group side by side.
         tp: ranks of tensor parallelism.
         ep: ranks of expert parallelism; the others cut each expert's rows once there are more ranks than experts.
+        dtype: of all tensors, if it is known.
 
     Example:
         >>> from tricomm.rules.models import LLAMA_3_8B, torchtitan
@@ -61,7 +65,7 @@ def torchtitan_layouts(shapes: Mapping[str, Shape], ranks: Sequence[int], *, tp:
             cuts["tp"] = Shard(1)
         return _cut(mesh, shape, cuts, ("tp", "dp"))
 
-    return {name: spec(name, shape) for name, shape in shapes.items()}
+    return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
 
 
 def megatron_layouts(
@@ -75,6 +79,7 @@ def megatron_layouts(
     etp: int = 1,
     chunks: int = 1,
     glu_interleave: int = 0,
+    dtype: str | None = None,
 ) -> Specs:
     """Megatron-core: stages of ranks, in each of them a grid (dp, tp), and (edp, ep, etp) for the experts.
 
@@ -85,6 +90,7 @@ def megatron_layouts(
         tp, pp, ep, etp: ranks of tensor, pipeline, expert and experts' tensor parallelism.
         chunks: parts of the model on each stage (virtual stages).
         glu_interleave: as the map was made with; then an expert's fc1 is cut by plain rows.
+        dtype: of all tensors, if it is known.
 
     Example:
         >>> from tricomm.rules.models import QWEN3_30B_A3B, megatron
@@ -115,11 +121,17 @@ def megatron_layouts(
             return _cut(dense[stage], shape, {"tp": Shard(1)})
         return _cut(dense[stage], shape, _fc(name[-len("fc1.weight") :], shape, "tp", False))
 
-    return {name: spec(name, shape) for name, shape in shapes.items()}
+    return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
 
 
 def vllm_layouts(
-    model: Model, shapes: Mapping[str, Shape], ranks: Sequence[int], *, tp: int = 1, expert_parallel: bool = False
+    model: Model,
+    shapes: Mapping[str, Shape],
+    ranks: Sequence[int],
+    *,
+    tp: int = 1,
+    expert_parallel: bool = False,
+    dtype: str | None = None,
 ) -> Specs:
     """vLLM: replicas of data parallelism for attention; the experts over all ranks, whole or each cut by rows.
 
@@ -129,6 +141,7 @@ def vllm_layouts(
         ranks: all of them, those of one replica side by side.
         tp: ranks of tensor parallelism in each replica.
         expert_parallel: whether ranks hold whole experts; if these do not divide, the first ranks one more.
+        dtype: of all tensors; of the server it defaults to the trainer's.
 
     Example:
         >>> from tricomm.rules.models import QWEN3_30B_A3B, vllm
@@ -168,7 +181,7 @@ def vllm_layouts(
             cuts["tp"] = Shard(1)
         return _cut(mesh, shape, cuts)
 
-    return {name: spec(name, shape) for name, shape in shapes.items()}
+    return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
 
 
 def _grid(ranks: Sequence[int], **axes: int) -> Mesh:
