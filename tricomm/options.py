@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import wraps
-from typing import Any, TypedDict, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 import torch
 
@@ -23,6 +23,10 @@ OptionsType = TypeVar("OptionsType")
 
 ProgressCallback = Callable[[Progress], object]
 """What ``progress`` is."""
+
+TransportName = Literal["auto", "network", "memory"]
+
+DEFAULT_TRANSPORT: TransportName = "network"
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -46,6 +50,7 @@ class StageOptions(PlanOptions, total=False):
     timeout_seconds: float | timedelta
     timeout: timedelta
     confirm: bool | None
+    transport: TransportName
 
 
 class LinkOptions(StageOptions, total=False):
@@ -111,6 +116,9 @@ class Options:
             straight from shards into shards. See :mod:`tricomm.rules`.
         differentiable: whether gradients come back between ranks that hold different things: all ranks of either mesh
             make the calls with gradients on, in one order, and end with :func:`tricomm.backward`.
+        transport: "network", the default, takes the network between all ranks; "auto" reads the sender's memory where
+            two ranks are on one host and may, and takes the network elsewhere; "memory" raises where two ranks cannot.
+            ``Resharder.transports`` tells what was found. All ranks give the same.
         grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
             default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.
         checksum: whether each call ends with a comparison of digests of both sides, by the bits of every element and
@@ -139,6 +147,7 @@ class Options:
     grad_placements: Sequence[Any] | None = None
     progress: ProgressCallback | None = None
     checksum: bool = False
+    transport: TransportName = DEFAULT_TRANSPORT
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy)
@@ -155,6 +164,9 @@ class Options:
             raise ArgumentError(
                 f"rules={self.rules!r} are no Rules; write Rules({{'name': source('name')}}), or leave it out"
             )
+        if self.transport not in (names := get_args(TransportName)):
+            kind = SpecError if isinstance(self.transport, str) else ArgumentError
+            raise kind(f"transport={self.transport!r} is none of {', '.join(names)}; write one of them, as a string")
         if not isinstance(self.differentiable, bool):
             raise ArgumentError(f"differentiable={self.differentiable!r} is no truth value; pass True or False")
         if not isinstance(self.checksum, bool):

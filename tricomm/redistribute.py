@@ -14,7 +14,7 @@ from tricomm.options import Options, ReshardOptions
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.reshard import reshard
 from tricomm.transport.group import context_of, is_whole_job, resolve_group
-from tricomm.transport.session import tell_all
+from tricomm.transport.telling import tell_all
 
 
 @explains_missing

@@ -15,7 +15,7 @@ from tricomm.plan.ends.mapped import items_and_ends
 from tricomm.resharder import Resharder
 from tricomm.transport.group import context_of, resolve_group
 from tricomm.transport.handle import Handle
-from tricomm.transport.session import tell_all
+from tricomm.transport.telling import tell_all
 
 
 def _one_shot(tensors: tuple[Any, Any], sides: tuple[Any, Any], given: ReshardOptions, caller: str) -> Resharder:

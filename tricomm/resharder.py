@@ -29,8 +29,9 @@ from tricomm.selections import Names, Selections
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import CLOSED_TEXT, State, name_error, tell_all
+from tricomm.transport.session import CLOSED_TEXT, State
 from tricomm.transport.streams import HostStreamContext
+from tricomm.transport.telling import name_error, tell_all
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 """Types of what is no DTensor, without a look."""
@@ -143,8 +144,7 @@ class Resharder(Selections):
         chosen = Options.of(options, "Resharder")
         self.device = device_of(chosen.device, group)
         self.options = replace(chosen, group=None, device=self.device, confirm=bool(chosen.confirm))
-        self.timeout_seconds = chosen.seconds
-        self.confirm = bool(chosen.confirm)
+        self.timeout_seconds, self.confirm = chosen.seconds, bool(chosen.confirm)
         self.channel, self.name = chosen.channel, chosen.name
         check_in_group(specs := specs_of(source, destination, chosen.rules), self.context.size)
         participants = participants_of(specs) or (self.rank,)  # a rank on no mesh learns that from anybody's plan

@@ -13,8 +13,10 @@ from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan.describe import describe_layouts
 from tricomm.plan.ends.ends import Named
 from tricomm.stats import Stats, Traffic
+from tricomm.transport.memory.rungs import PairTransports, Rung
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State, name_error
+from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State
+from tricomm.transport.telling import name_error
 
 Names = Collection[str]
 
@@ -129,6 +131,7 @@ class Selections(Gradients):
             "checksum": str(self.options.checksum),
             "differentiable": str(self.options.differentiable),
             "grad_placements": str(self.options.grad_placements),
+            "transport": self.options.transport,
         }
         is_selection = isinstance(self._planned, Selection)
         is_counted = self._is_counted and not meets_always and (parent is None or is_selection)
@@ -152,7 +155,16 @@ class Selections(Gradients):
             stays_broken=self._stays_broken,
             timeout_seconds=self.timeout_seconds,
             confirm=self.confirm,
+            transport=self.options.transport,
+            pairs=self._execution.pairs if self.options.transport == "memory" else (),
         )
+
+    @property
+    def transports(self) -> PairTransports:
+        """How bytes go between this rank and each other, by (sender, receiver): from memory or over the network, why
+        not a better way, and what would help. Empty before the ranks have met.
+        """
+        return {} if self._session is None else self._session.transports
 
     @property
     def stats(self) -> Stats:
@@ -176,7 +188,10 @@ class Selections(Gradients):
         if self._execution is None:
             return Stats(plan_seconds=self._plan_seconds)
         tally = self._execution.tally
-        transport = "gloo" if self.device.type == "cpu" else "nccl"
+        network = "gloo" if self.device.type == "cpu" else "nccl"
+        ways = self.transports
+        over = {ways[pair].rung is Rung.NETWORK for pair in self._execution.pairs} if ways else {True}
+        transport = network if over == {True} else "memory" if over == {False} else f"{network} and memory"
         sent = Traffic(
             transport=transport, messages=tally.messages, nbytes=tally.nbytes, wait_seconds=tally.wait_seconds
         )

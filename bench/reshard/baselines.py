@@ -23,6 +23,7 @@ RANKS = 4
 BYTES_ONLY = "hand: bytes only"
 COMPLETE = "hand: complete"
 RESHARDER = "tricomm.Resharder"
+BY_MEMORY = "tricomm.Resharder memory"
 CHECKPOINT = "torch.distributed.checkpoint"
 
 
@@ -174,12 +175,17 @@ def make_methods(setting: Setting, directory: Path | None) -> dict[str, Callable
     shard, out = setting.shard, setting.out
     warm = Resharder(source, destination)
     confirming = Resharder(source, destination, confirm=True)
+    by_memory = Resharder(source, destination, transport="memory")
+    by_memory_confirming = Resharder(source, destination, transport="memory", confirm=True)
     methods: dict[str, Callable[[], object]] = {
         BYTES_ONLY: Hand(setting, packs=False),
         COMPLETE: Hand(setting, packs=True),
         RESHARDER: lambda: warm(shard, out=out),
         "tricomm.Resharder confirm=True": lambda: confirming(shard, out=out),
         "tricomm.reshard": lambda: tricomm.reshard(shard, source, destination, out=out),
+        BY_MEMORY: lambda: by_memory(shard, out=out),
+        f"{BY_MEMORY} confirm=True": lambda: by_memory_confirming(shard, out=out),
+        "tricomm.reshard memory": lambda: tricomm.reshard(shard, source, destination, out=out, transport="memory"),
         "gather + broadcast + slice": GatherBroadcastSlice(setting),
     }
     if directory is not None:

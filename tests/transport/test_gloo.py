@@ -19,8 +19,8 @@ from tricomm.transport.communicator import Communicator
 EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_GLOO", "300"))
 
 
-def run_case(rank: int, case: Case, api: str) -> int:
-    """Reshard on this rank and compare; the bytes that this rank has sent."""
+def run_case(rank: int, case: Case, api: str, **others) -> int:
+    """Reshard on this rank, with some other options, and compare; the bytes that this rank has sent."""
     sent = 0
     post = Communicator.post
 
@@ -38,7 +38,7 @@ def run_case(rank: int, case: Case, api: str) -> int:
     shards, result = source_and_result(case.source, case.destination)
     shard = shards.get(rank)
     tensor = None if shard is None else restrided(shard, case.strides)
-    options = {**case.plan_arguments(), "timeout_seconds": 20.0}
+    options = {**case.plan_arguments(), "timeout_seconds": 20.0, **others}
     Communicator.post = counting
     try:
         output = call(rank, case, api, tensor, options)

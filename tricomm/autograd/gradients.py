@@ -17,7 +17,8 @@ from tricomm.packing.tensor_checker import Given, describe_transform
 from tricomm.plan import Plan
 from tricomm.plan.describe import describe_layouts
 from tricomm.transport.group import GroupContext
-from tricomm.transport.session import Session, name_error
+from tricomm.transport.session import Session
+from tricomm.transport.telling import name_error
 
 
 class Gradients(ABC):

@@ -3,7 +3,7 @@
 Where kernels run, one launch copies for all transfers of a round in one direction; elsewhere torch copies view by view.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from tricomm.kernels import pack as kernels
 from tricomm.kernels.reference import InWords, paired_views, view
 from tricomm.packing.copy_program import CopyProgram, Launches, Side, StagedTransfer, TensorBox
+from tricomm.packing.runs import Runs, runs_of
 
 Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 """(into, out of): what ``into.copy_(out_of)`` is to be called on, in order."""
@@ -95,12 +96,14 @@ class BoundTransfer(NamedTuple):
     """A transfer as tensors: its bytes, and what to copy before they are sent or after they have come.
 
     One launch for all transfers of a round stands at the first of the sends, which are read as a group before any is
-    posted, and at the last of the receives, which are waited for in order.
+    posted, and at the last of the receives, which are waited for in order. Where ``runs`` say where the bytes are in
+    the tensors themselves, there is nothing to copy, and the buffer is not used.
     """
 
     peer: int
     buffer: torch.Tensor
     copies: Copies
+    runs: Runs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,7 @@ def bind(
     sources: Sequence[torch.Tensor],
     destinations: Sequence[torch.Tensor],
     staging: torch.Tensor,
+    in_place: Collection[tuple[bool, int]] = (),
 ) -> Binding:
     """Make everything that a run needs.
 
@@ -136,7 +140,10 @@ def bind(
         program: made for tensors with these strides and alignments.
         sources, destinations: the rank's tensors, as its sides have them.
         staging: uint8, at least ``program.staging_nbytes``.
+        in_place: (whether it sends, peer) where bytes need not be in one piece, if their runs are long. Torch copies
+            there; a chunk that is relayed is in one piece always.
     """
+    relayed = {t.key for step in program.sends for t in step if t.relay}
     buffers: dict[tuple[int, int], torch.Tensor] = {}
 
     def buffer(transfer: StagedTransfer, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -159,8 +166,15 @@ def bind(
         for step, copies in zip(steps, _copies(program, tensors, staging, is_send), strict=True):
             yield tuple(
                 BoundTransfer(t.peer, buffer(t, tensors), before_or_after)
+                if (runs := found_runs(t, tensors, is_send)) is None
+                else BoundTransfer(t.peer, buffer(t, tensors), NOTHING, runs)
                 for t, before_or_after in zip(step, copies, strict=True)
             )
+
+    def found_runs(transfer: StagedTransfer, tensors: Sequence[torch.Tensor], is_send: bool) -> Runs | None:
+        if (is_send, transfer.peer) not in in_place or transfer.key in relayed or _has_kernels(staging.device):
+            return None
+        return runs_of(transfer.boxes, tensors, transfer.nbytes)
 
     receives = tuple(bound(destinations, False))
     return Binding(program, tuple(bound(sources, True)), receives, _local(program, sources, destinations))

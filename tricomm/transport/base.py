@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from tricomm.packing.runs import Runs
+
 
 class Operation(NamedTuple):
     """Send a buffer to a rank, or receive one from it.
@@ -14,11 +16,20 @@ class Operation(NamedTuple):
         is_send: the direction.
         peer: the other rank.
         buffer: 1-d contiguous uint8, never empty; it belongs to the transport until the work is done.
+        runs: the same bytes where they are in the rank's own tensors, in place of the buffer, which is then neither
+            packed before nor unpacked after; only where the transport takes them, see ``in_place``.
     """
 
     is_send: bool
     peer: int
     buffer: torch.Tensor
+    runs: Runs | None = None
+
+
+Directions = frozenset[tuple[bool, int]]
+"""(whether this rank sends, the other rank) for each of some pairs."""
+
+NOWHERE: Directions = frozenset()
 
 
 class Work(Protocol):
@@ -40,6 +51,11 @@ class Transport(Protocol):
     @property
     def depth(self) -> tuple[int, int]:
         """(receives ahead, rounds open): how early receives may be posted, how many rounds may be in flight."""
+        ...
+
+    @property
+    def in_place(self) -> Directions:
+        """Where operations may name runs of memory in place of a buffer."""
         ...
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:

@@ -23,6 +23,7 @@ from tricomm.transport.coordination.intent import Intent
 from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
 from tricomm.transport.handle import Ended
+from tricomm.transport.memory.meeting import Doorway
 from tricomm.transport.nccl import NcclConnections
 from tricomm.transport.streams import StreamContext, stream_context_of
 
@@ -125,6 +126,10 @@ class Channel:
         self.device = device
         self.name = name
         self._communicator: Communicator | None = None
+        self._has_memory = False
+        """Whether the ranks of the communicator looked for each other's memory."""
+        self._refused: dict[int, str] = {}
+        """Ranks whose memory could not be read in a call, and why."""
         self._current: list[weakref.ref[Communicator]] = []
         """The same for the end of the process, which must not keep alive what keeps this channel alive."""
         self.last_started: Future[Ended] | None = None
@@ -170,21 +175,23 @@ class Channel:
         """Whether there is a communicator that nobody aborted, as far as is known here."""
         return self.communicator is not None and self.communicator.abort_reason is None
 
-    def connect(self, intent: Intent, timeout_seconds: float) -> int:
+    def connect(self, intent: Intent, timeout_seconds: float, uses_memory: bool = False) -> int:
         """Compare with the other ranks what is going to be done, and connect to them; returns the tag for it.
 
         Any rank may have lost its communicator, by a failure or because nothing there used it any more. So all take a
-        new one if any rank asks for it; otherwise all have the same.
+        new one if any rank asks for it; otherwise all have the same. One that is to use memory takes the place of one
+        that cannot.
 
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
         communicator, store = self.communicator, self.coordinator.store
+        has_memory = uses_memory or (communicator is not None and self._has_memory)
 
         def decide(must_reconnect: bool) -> str:
             if must_reconnect or communicator is None:
-                return str(store.add(f"{self._place}/generations", 1))
-            return str(communicator.generation)
+                return f"{store.add(f'{self._place}/generations', 1)} {int(has_memory)}"
+            return f"{communicator.generation} {int(self._has_memory)}"
 
         seen: dict[int, int] = {}
         told: list[str] = []
@@ -202,27 +209,29 @@ class Channel:
 
         try:
             agreed = self.coordinator.rendezvous.join(
-                intent, timeout_seconds, not self.is_connected, decide, find_missed
+                intent, timeout_seconds, not self.is_connected or has_memory > self._has_memory, decide, find_missed
             )
         except TransportError:
             if told and communicator is not None:
                 communicator.abort(told[-1], CallId(CONNECTING_TAG, 0, intent.call))
             raise
-        generation = int(agreed.decision)
+        generation, with_memory = map(int, agreed.decision.split())
         if communicator is None or communicator.generation != generation:
             # Forget the old one first: should connecting fail, the next rendezvous must know that this rank has none.
             self.communicator = communicator = None
-            self.communicator = self._connected(generation, intent.call, timeout_seconds)
+            self.communicator = self._connected(generation, intent.call, timeout_seconds, bool(with_memory))
+            self._has_memory = bool(with_memory)
         return 1 + agreed.epoch % (MAX_TAG - 1)
 
-    def _connected(self, generation: int, call: str, timeout_seconds: float) -> Communicator:
+    def _connected(self, generation: int, call: str, timeout_seconds: float, has_memory: bool) -> Communicator:
         """A communicator whose connections stand on all ranks."""
-        found = Communicator(self.coordinator, self.participants, self._place, generation, self.device)
+        found = Communicator(self.coordinator, self.participants, self._place, generation, self.device, self._refused)
         run = found.begin(CallId(CONNECTING_TAG, 0, call), timeout_seconds, is_connecting=True)
         try:
             with self._telling(found, call):
                 if len(self.participants) > 1:
-                    found.connect(self._connect(found, timeout_seconds))
+                    door = self._doorway(found) if has_memory and self._accelerator is None else None
+                    found.connect(self._connect(found, timeout_seconds), door)
         finally:
             found.end(run)
         weakref.finalize(found, _post_closed, self.coordinator.status, found.place, os.getpid())
@@ -240,6 +249,11 @@ class Channel:
         except BaseException as error:
             found.abort(f"rank {self.coordinator.rank} failed while it connected for {call}: {error!r}")
             raise
+
+    def _doorway(self, found: Communicator) -> Doorway:
+        """Where the ranks of this host find this one."""
+        store = dist.PrefixStore(f"{found.place}/memory", self.coordinator.store)
+        return Doorway(store, self.coordinator.rank)
 
     def _connect(self, found: Communicator, timeout_seconds: float) -> Any:
         rank, store = self.coordinator.rank, self.coordinator.store

@@ -29,10 +29,14 @@ from typing import Any
 import torch
 
 from tricomm.errors import TransportError
-from tricomm.transport.base import ConnectionLostError, Connections, Operation, Work
+from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, Operation, Work
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.monitor import Run
 from tricomm.transport.coordination.status import AbortReason
+from tricomm.transport.memory.connections import HostConnections, met
+from tricomm.transport.memory.meeting import Doorway
+from tricomm.transport.memory.reading import UnreadableError
+from tricomm.transport.memory.rungs import ELSEWHERE, NOT_ASKED, ON_A_DEVICE, PairTransports, of_all
 
 LOG = logging.getLogger("tricomm")
 
@@ -46,14 +50,15 @@ by themselves, after so many timeouts and heartbeats."""
 
 
 class CallId:
-    """A call: the ``number``-th of the Resharder with a tag, and how errors name it."""
+    """A call: the ``number``-th of the Resharder with a tag, how errors name it, and whether it may use memory."""
 
-    __slots__ = ("name", "number", "tag")
+    __slots__ = ("name", "number", "tag", "uses_memory")
 
-    def __init__(self, tag: int, number: int, name: str) -> None:
+    def __init__(self, tag: int, number: int, name: str, uses_memory: bool = False) -> None:
         self.tag = tag
         self.number = number
         self.name = name
+        self.uses_memory = uses_memory
 
     def __str__(self) -> str:
         return f"call {self.number} of {self.name}" if self.number else self.name
@@ -116,6 +121,8 @@ class PostedWork:
         run.waiting_for = peer
         try:
             communicator.connections.wait(work, communicator.limit)
+        except UnreadableError as error:
+            raise communicator.unreadable(peer, error) from error
         except RuntimeError as error:
             raise communicator.lost(peer, error) from error
         run.waiting_for = None
@@ -130,6 +137,7 @@ class Communicator:
         place: its name on the store, the same on all ranks.
         generation: how many these ranks had before on this channel.
         device: where tensors live.
+        refused: ranks of this host whose memory could not be read, and why; added to.
     """
 
     def __init__(
@@ -139,6 +147,7 @@ class Communicator:
         place: str,
         generation: int,
         device: torch.device,
+        refused: dict[int, str] | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.participants = participants
@@ -158,22 +167,40 @@ class Communicator:
         """Runs whose calls have returned while the device still has to do what they queued, in their order."""
         self._has_failed_late = False
         self.connections: Connections = NoConnections()
+        self._network: Connections = self.connections
+        self._by_memory: HostConnections | None = None
+        self._refused = {} if refused is None else refused
         self.depth, self.launch = self.connections.depth, self.connections.launch
+        """See Transport."""
+        self.in_place: Directions = NOWHERE
         """See Transport."""
         self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
 
-    def connect(self, connections: Connections) -> None:
+    def connect(self, connections: Connections, door: Doorway | None = None) -> None:
         """Use the connections, once every rank has all its own.
 
         Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
         connection to it, which would fail there. Called in a run.
+
+        Args:
+            connections: over the network.
+            door: where the ranks of this host come to link their memory; None if nobody asks for that.
         """
-        self.connections = connections
+        self._network = self.connections = connections
         self.depth, self.launch = connections.depth, connections.launch
         if connections.has_tags:
             self.confirm()  # else to connect is to meet already
+        if door is not None:
+            self._by_memory = met(connections, door, self.post, self.interrupted, self._refused)
         connections.connected()
+
+    def transports(self, uses_memory: bool) -> PairTransports:
+        """How bytes go between this rank and each other, in calls that use memory or do not."""
+        by_memory = self._by_memory if uses_memory else None
+        otherwise = ON_A_DEVICE if self.device.type != "cpu" else ELSEWHERE if uses_memory else NOT_ASKED
+        found = {} if by_memory is None else by_memory.transports
+        return of_all(found, self.coordinator.rank, self.participants, otherwise)
 
     # ---- Transport
 
@@ -231,6 +258,10 @@ class Communicator:
     def begin(self, call: CallId, timeout_seconds: float, is_connecting: bool = False) -> Run:
         """Begin a call: all that it waits for must come within the timeout. ``end`` it in any case."""
         self.begun += 1
+        by_memory = self._by_memory
+        if by_memory is not None:
+            self.connections = by_memory if call.uses_memory else self._network
+            self.in_place = by_memory.in_place if call.uses_memory else NOWHERE
         run = Run(
             self.place,
             call.__str__,
@@ -255,6 +286,8 @@ class Communicator:
         What it has queued on a device stays watched until it is done.
         """
         if is_complete:
+            if self._by_memory is not None:
+                self._by_memory.finish(self.limit)
             self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:
@@ -306,7 +339,7 @@ class Communicator:
                     self.coordinator.dead[reason.lost] = reason.text
                 self.abort_reason = reason
                 self._fail_unfinished(reason.text)
-                self.connections.abort()
+                (self._by_memory or self.connections).abort()
             return TransportError(self.abort_reason.text)
 
     def lost(self, peer: int | None, error: RuntimeError) -> TransportError:
@@ -338,6 +371,12 @@ class Communicator:
         except TransportError as missing:
             text = f"rank {peer} failed in {self.call}, and {missing}"
         return self.abort(text, None, lost, is_dead)
+
+    def unreadable(self, peer: int, error: UnreadableError) -> TransportError:
+        """A rank's memory cannot be read though it is there: tell everybody, do without, and return the error."""
+        self._refused[peer] = f"its memory could not be read in {self.call}: {error}"
+        rank = self.coordinator.rank
+        return self.abort(f"rank {rank} could not read the memory of rank {peer} in {self.call}: {error}; call again")
 
     def interrupted(self) -> None:
         """Raise if somebody has aborted it."""

@@ -74,11 +74,18 @@ class PatientStore(dist.Store):
         """See torch's Store."""
         return int(self._store.add(key, value))
 
-    def delete_own(self) -> None:
-        """Delete what this rank has set: all ranks have read it."""
+    def close(self) -> None:
+        """Delete what this rank has set, which all ranks have read, and let go of who could interrupt it: it holds what
+        holds this store.
+        """
+        self._interrupted = _go_on
         for key in self._keys:
             self._store.delete_key(key)
         self._keys.clear()
+
+
+def _go_on() -> None:
+    """Interrupt nothing."""
 
 
 class GlooDevices:
@@ -147,7 +154,7 @@ class GlooConnections:
         here, index, backends = self._rank, self._index, self._backends
         works: list[tuple[int, Any]] = []
         # Packing happens as the iterable is read, outside of what counts as the peer's failure.
-        for is_send, peer, buffer in operations:
+        for is_send, peer, buffer, _ in operations:
             # One backend for messages up in rank and one for those down.
             backend = backends[is_send == (peer > here)]
             try:
@@ -161,7 +168,7 @@ class GlooConnections:
 
     def connected(self) -> None:
         """See Connections."""
-        self._store.delete_own()
+        self._store.close()
 
     def abort(self) -> None:
         """See Connections. gloo has no call for it, but a receive that times out closes its pair on both sides."""

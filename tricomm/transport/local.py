@@ -20,7 +20,7 @@ from tricomm.packing.selection import Planned, Selection
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
-from tricomm.transport.base import Operation, Work
+from tricomm.transport.base import NOWHERE, Directions, Operation, Work
 from tricomm.transport.runtime import PlanExecution, StagingProvider
 
 
@@ -104,6 +104,11 @@ class LocalEndpoint:
     def depth(self) -> tuple[int, int]:
         """See Transport."""
         return self.network.depth
+
+    @property
+    def in_place(self) -> Directions:
+        """See Transport."""
+        return NOWHERE
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:
         """See Transport."""

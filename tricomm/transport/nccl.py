@@ -296,7 +296,7 @@ def post_group(
     with accelerator.on_device(device):
         backend._start_coalescing()
         try:
-            for is_send, peer, buffer in operations:
+            for is_send, peer, buffer, _ in operations:
                 (backend.send if is_send else backend.recv)([buffer], index[peer], 0)
         except BaseException:
             # NCCL counts open groups in each thread: with one left open, nothing that is called later would start.

@@ -22,7 +22,7 @@ from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_pro
 from tricomm.packing.holdings import RankHoldings, Tensors
 from tricomm.packing.selection import Planned
 from tricomm.packing.views import ItemViews
-from tricomm.transport.base import Operation, Transport, Work
+from tricomm.transport.base import NOWHERE, Directions, Operation, Transport, Work
 from tricomm.transport.tally import Steps, Tally
 
 MAX_COPY_PROGRAMS = 16
@@ -31,6 +31,9 @@ MAX_COPY_PROGRAMS = 16
 StagingProvider = Callable[[int], torch.Tensor]
 """Gives the staging buffer: a uint8 tensor of at least so many bytes, valid until the next call."""
 
+
+Way = tuple[tuple[int, int], Directions]
+"""The depth of a transport, and where it takes runs of memory in place of buffers."""
 
 Step = tuple[Operation, Copies]
 """A transfer of a round: the operation, and what is to be packed before it or unpacked after it."""
@@ -57,7 +60,7 @@ def as_operations(binding: Binding, is_last: bool) -> Bound:
     """Return what a run of a binding posts and copies."""
 
     def steps(rounds: Sequence[Sequence[BoundTransfer]], is_send: bool) -> tuple[tuple[Step, ...], ...]:
-        return tuple(tuple((Operation(is_send, t.peer, t.buffer), t.copies) for t in one) for one in rounds)
+        return tuple(tuple((Operation(is_send, t.peer, t.buffer, t.runs), t.copies) for t in one) for one in rounds)
 
     def counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
         return sum(map(len, rounds)), sum(t.buffer.numel() for one in rounds for t in one)
@@ -180,6 +183,7 @@ class PlanExecution:
         self, plan: Planned, rank: int, device: torch.device, progress: ProgressCallback | None = None
     ) -> None:
         self.plan = plan
+        self._rank = rank
         self.programs = plan.for_rank(rank)
         self.tally = Tally()
         self._progress = progress
@@ -216,6 +220,13 @@ class PlanExecution:
     def items_of(self, sources: Tensors, destinations: Tensors) -> tuple[Tensors, Tensors]:
         """The plan's items that are the rank's shards, or parts of them."""
         return (sources, destinations) if self._views is None else self._views.of(sources, destinations)[:2]
+
+    @property
+    def pairs(self) -> set[tuple[int, int]]:
+        """(sender, receiver) of all that this rank sends and receives."""
+        rounds = [step for program in self.programs for step in program.rounds]
+        sends = {(self._rank, transfer.peer) for step in rounds for transfer in step.sends}
+        return sends | {(transfer.peer, self._rank) for step in rounds for transfer in step.receives}
 
     def release(self) -> None:
         """Free the buffers of the reductions; the next run makes them again."""
@@ -261,9 +272,10 @@ class PlanExecution:
     ) -> Iterator[Work]:
         """The steps of move ``index``."""
         cached = self._bindings.get(index)
-        if cached is None or not cached.is_of(sources, destinations, staging, transport.depth):
+        way = transport.depth, transport.in_place
+        if cached is None or not cached.is_of(sources, destinations, staging, way):
             began = perf_counter()
-            cached = self._bind(index, sources, destinations, staging, transport.depth)
+            cached = self._bind(index, sources, destinations, staging, *way)
             self.tally.bind_seconds += perf_counter() - began
         callback = self._progress
         return run_move(
@@ -282,11 +294,12 @@ class PlanExecution:
         destinations: Tensors,
         staging: StagingProvider,
         depth: tuple[int, int],
+        in_place: Directions = NOWHERE,
     ) -> "CachedBinding":
         """Bind the copy program to these tensors, and keep that until one of the tensors goes."""
         program = self._copy_program_for(index, sources, destinations, depth)
         buffer = staging(program.staging_nbytes)
-        binding = bind(program, [*map(_alias, sources)], [*map(_alias, destinations)], buffer)
+        binding = bind(program, [*map(_alias, sources)], [*map(_alias, destinations)], buffer, in_place)
         bindings = self._bindings
 
         def forget(_: object) -> None:
@@ -297,7 +310,7 @@ class PlanExecution:
             [(weakref.ref(tensor, forget), tensor.data_ptr(), tensor.stride()) for tensor in every],
             buffer,
             program.staging_nbytes,
-            depth,
+            (depth, in_place),
             as_operations(binding, index + 1 == len(self.plan.stacks)),
         )
         bindings[index] = cached
@@ -332,12 +345,12 @@ class CachedBinding:
     tensors: Sequence[tuple["weakref.ref[torch.Tensor]", int, tuple[int, ...]]]
     staging: torch.Tensor
     staging_nbytes: int
-    depth: tuple[int, int]
+    way: Way
     bound: Bound
 
-    def is_of(self, sources: Tensors, destinations: Tensors, staging: StagingProvider, depth: tuple[int, int]) -> bool:
+    def is_of(self, sources: Tensors, destinations: Tensors, staging: StagingProvider, way: Way) -> bool:
         """Whether a call with these may use the binding."""
-        if self.depth != depth or len(self.tensors) != len(sources) + len(destinations):
+        if self.way != way or len(self.tensors) != len(sources) + len(destinations):
             return False
         # Where a tensor's elements are, and its strides, may change under the same object (set_, data).
         for tensor, (reference, address, strides) in zip((*sources, *destinations), self.tensors, strict=True):

@@ -10,22 +10,22 @@ connections.
 
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from types import TracebackType
-from typing import Any
 
-from tricomm.errors import SpecError, TransportError, TricommError
-from tricomm.layout.spec import ShardingSpec
+from tricomm.errors import SpecError, TransportError
 from tricomm.packing.holdings import Tensors
 from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import CallId, Communicator
 from tricomm.transport.coordination.diagnosis import is_late
-from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late, describe_refusal
+from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late
 from tricomm.transport.coordination.monitor import Run
 from tricomm.transport.group import GroupContext
+from tricomm.transport.memory.rungs import PairTransports, describe_lacking
 from tricomm.transport.runtime import PlanExecution
+from tricomm.transport.telling import describe_failure
 
 MIN_RETRY_SECONDS = 0.05
 """With less of the timeout left a call is not made again."""
@@ -62,6 +62,8 @@ class Session:
         stays_broken: whether a session that broke cannot be used again.
         timeout_seconds: for each call.
         confirm: whether a call ends only when all ranks have what they need.
+        transport: "network", or what else may be used beside it.
+        pairs: of ranks between which this rank sends or receives.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Session:
         stays_broken: bool,
         timeout_seconds: float,
         confirm: bool,
+        transport: str = "network",
+        pairs: Collection[tuple[int, int]] = (),
     ) -> None:
         self._channel: Channel | None = channel
         self._channel_name = channel.name
@@ -94,6 +98,8 @@ class Session:
         self._stays_broken = stays_broken
         self._timeout_seconds = timeout_seconds
         self._confirm = confirm
+        self._uses_memory = transport != "network"
+        self._needs_memory = pairs if transport == "memory" else ()
         self._tag = 0
         self._communicator: Communicator | None = None
         self._met_in_call = 0
@@ -140,6 +146,12 @@ class Session:
     def communicator(self) -> Communicator | None:
         """What it used last."""
         return self._communicator
+
+    @property
+    def transports(self) -> PairTransports:
+        """How bytes go between this rank and each other, by (sender, receiver); empty before they have met."""
+        communicator = self._communicator
+        return {} if communicator is None else communicator.transports(self._uses_memory)
 
     # ---- a call: "with session: check, then run or start"
 
@@ -253,7 +265,7 @@ class Session:
         number: int,
         timeout_seconds: float,
     ) -> None:
-        call = CallId(self._tag, number, self.label)
+        call = CallId(self._tag, number, self.label, self._uses_memory)
         run = communicator.begin(call, timeout_seconds)
         is_complete = False
         try:
@@ -298,6 +310,7 @@ class Session:
             tag = self.channel.connect(
                 Intent(self._participants, fields, digest, self.channel.name, call, counter, self.identity),
                 timeout_seconds,
+                self._uses_memory,
             )
         except BaseException as error:
             self._told = error
@@ -311,6 +324,8 @@ class Session:
         self._met_in_call = number
         self._communicator = self.channel.communicator
         assert self._communicator is not None
+        if self._needs_memory and (lacking := describe_lacking(self._needs_memory, self.transports)):
+            raise self._communicator.abort(lacking, CallId(tag, number, self.label))
         return self._communicator
 
     def _uncount(self) -> None:
@@ -372,40 +387,3 @@ class Session:
         if self._communicator is not None:
             self._closed = weakref.ref(self._communicator)
         self._communicator = self._channel = self.last_run = None
-
-
-def describe_failure(rank: int, what: str, error: BaseException) -> str:
-    """Say why a rank does not go on: it refused its arguments, or something failed in what it did."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, TricommError):
-        return describe_refusal(rank, text)
-    return f"rank {rank} failed in {what}: {text}"
-
-
-def name_error(error: BaseException, name: str) -> None:
-    """Put the name of the Resharder before the text of an error of ours, unless it is in there."""
-    if name and isinstance(error, TricommError) and name not in str(error):
-        error.args = (f"{name}: {error}",)
-
-
-def tell_all(
-    context: GroupContext, error: BaseException, options: Mapping[str, Any], source: object, destination: object
-) -> None:
-    """Whatever stops this rank before its plan stands reaches whoever may wait for it: the ranks of the meshes, if they
-    are meshes, in the call that they make, and all others of the group.
-    """
-    # Any may be of the wrong kind, which is what the error may be about.
-    name, channel = (one if isinstance(one, str) else "" for one in (options.get("name"), options.get("channel")))
-    name_error(error, name)
-    text = describe_failure(context.rank, f"its call of tricomm{f' for {name}' if name else ''}", error)
-    everybody = tuple(range(context.size))
-    sides = [[*side.values()] if isinstance(side, Mapping) else [side] for side in (source, destination)]
-    specs = [spec for side in sides for spec in side if isinstance(spec, ShardingSpec)]
-    ranks = tuple(sorted({rank for mesh in {id(one.mesh): one.mesh for one in specs}.values() for rank in mesh.ranks}))
-    is_known = (
-        bool(ranks)
-        and len(specs) == len(sides[0]) + len(sides[1])
-        and context.rank in ranks
-        and ranks[-1] < context.size
-    )
-    context.rendezvous.abort(ranks if is_known else everybody, text, channel, everybody)

@@ -39,7 +39,7 @@ from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.plan.plan import digest_of
 from tricomm.transport.coordination.intent import Intent
 from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
-from tricomm.transport.session import describe_failure
+from tricomm.transport.telling import describe_failure
 
 
 class State(Enum):

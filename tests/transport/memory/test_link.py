@@ -1,0 +1,140 @@
+"""Two ends of a link in this process: matching, backlogs, slabs, and what comes with the wrong size."""
+
+import os
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+
+from tricomm.packing.runs import runs_in
+from tricomm.transport.base import ConnectionLostError, Operation
+from tricomm.transport.memory.arena import Arena
+from tricomm.transport.memory.link import Link, LinkClosedError, Patience
+from tricomm.transport.memory.reading import UnreadableError
+from tricomm.transport.memory.rungs import Rung
+
+TAG, OTHER = 3, 4
+
+
+@pytest.fixture(params=[Rung.READ, Rung.ARENA], ids=lambda rung: rung.value)
+def ends(request: pytest.FixtureRequest) -> tuple[Link, Link]:
+    """The two ends of a link."""
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here, there = (
+        Link(peer, end, os.getpid(), request.param, request.param) for peer, end in ((1, first), (0, second))
+    )
+    return here, there
+
+
+def patience(*links: Link, seconds: float = 5.0) -> Patience:
+    return Patience(timedelta(seconds=seconds), links)
+
+
+def data(value: int, nbytes: int = 100) -> torch.Tensor:
+    return torch.full((nbytes,), value, dtype=torch.uint8)
+
+
+def room(nbytes: int = 100) -> Operation:
+    return Operation(False, 0, torch.zeros(nbytes, dtype=torch.uint8))
+
+
+def test_receives_match_as_they_are_posted_however_they_are_waited_for(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    expected = [(operation := room(), there.expect(operation, TAG)) for _ in range(2)]
+    offers = [here.offer(Operation(True, 1, data(value)), tag) for value, tag in ((1, TAG), (7, OTHER), (2, TAG))]
+    late = room()
+    work = there.expect(late, TAG)
+    offers.append(here.offer(Operation(True, 1, data(3)), TAG))
+    for wait in (work, expected[1][1], expected[0][1]):
+        wait.wait(there, patience(there))
+    assert [int(operation.buffer[0]) for operation in (expected[0][0], expected[1][0], late)] == [1, 2, 3]
+    assert [offer.is_read for offer in offers] == [False] * 4
+    for offer in (offers[0], offers[2], offers[3]):
+        offer.wait(here, patience(here))
+    other = room()
+    there.expect(other, OTHER).wait(there, patience(there))
+    offers[1].wait(here, patience(here))
+    assert bool((other.buffer == 7).all())
+
+
+def test_more_messages_than_a_socket_has_room_for_arrive(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    count = 3000
+    offers = [here.offer(Operation(True, 1, data(number % 251, 8)), TAG) for number in range(count)]
+    assert here.is_crowded
+    waiting = patience(here, there)
+    for number in range(count):
+        operation = room(8)
+        there.expect(operation, TAG).wait(there, patience(here, there))
+        assert operation.buffer.tolist() == [number % 251] * 8
+    for offer in offers:
+        offer.wait(here, waiting)
+    assert not here.is_crowded
+    assert not there.is_crowded
+
+
+def test_another_size_is_refused_and_the_link_stands(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    here.offer(Operation(True, 1, data(1, 100)), TAG)
+    with pytest.raises(UnreadableError, match="100 bytes came where 99 were expected"):
+        there.expect(room(99), TAG).wait(there, patience(there))
+    assert not there.is_closed()
+
+
+def test_a_close_is_seen_by_both_and_what_was_done_before_counts(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    first = here.offer(Operation(True, 1, data(1)), TAG)
+    second = here.offer(Operation(True, 1, data(2)), TAG)
+    there.expect(room(), TAG).wait(there, patience(there))
+    here.close()
+    here.close()
+    assert here.is_closed()
+    assert there.is_closed()
+    with pytest.raises(LinkClosedError):
+        there.expect(room(), TAG).wait(there, patience(there))  # it came, and is read, and does not count
+    first.wait(here, patience(here))
+    with pytest.raises(LinkClosedError, match="rank 1"):
+        second.wait(here, patience(here))
+    with pytest.raises(ConnectionLostError):
+        there.offer(Operation(True, 0, data(1)), TAG)
+
+
+def test_a_wait_ends_at_its_limit(ends: tuple[Link, Link]) -> None:
+    with pytest.raises(LinkClosedError, match="no sign within the limit"):
+        ends[0].expect(room(), TAG).wait(ends[0], patience(ends[0], seconds=0.05))
+
+
+def test_an_end_that_goes_closes_the_other() -> None:
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ends = [Link(peer, end, os.getpid(), Rung.ARENA, Rung.ARENA) for peer, end in ((1, first), (0, second))]
+    ends[0].offer(Operation(True, 1, data(1)), TAG)
+    del first
+    ends.pop(0)
+    assert ends[0].is_closed()
+
+
+def test_runs_are_read_into_runs() -> None:
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here, there = (Link(peer, end, os.getpid(), Rung.READ, Rung.READ) for peer, end in ((1, first), (0, second)))
+    source, into = torch.arange(12.0).reshape(3, 4), torch.zeros(3, 4)
+    theirs = runs_in(torch.tensor([[source.data_ptr() + 8, 8], [source.data_ptr() + 32, 16]]))
+    ours = runs_in(torch.tensor([[into.data_ptr(), 4], [into.data_ptr() + 16, 20]]))
+    nothing = torch.zeros(24, dtype=torch.uint8)
+    offer = here.offer(Operation(True, 1, nothing, theirs), TAG)
+    there.expect(Operation(False, 0, nothing, ours), TAG).wait(there, patience(there))
+    offer.wait(here, patience(here))
+    assert into.reshape(-1).tolist() == [2, 0, 0, 0, 3, 8, 9, 10, 11, 0, 0, 0]
+
+
+def test_slabs_are_used_again() -> None:
+    arena = Arena()
+    first, file = arena.take(5000)
+    assert file is not None
+    os.close(file)
+    assert first.memory.numel() == 8192
+    arena.give_back(first)
+    assert arena.take(6000) == (first, None)
+    other, file = arena.take(6000)
+    assert other.number == 2
+    os.close(file)

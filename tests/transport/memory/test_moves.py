@@ -1,0 +1,178 @@
+"""Any layout to any layout over each rung, with real processes; and that nothing of it goes over sockets."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tricomm
+from tests.cases import RANKS, Case, cases
+from tests.oracle import pick, require_equal
+from tests.transport.memory.rungs import RUNGS, forced, network_nbytes
+from tests.transport.test_gloo import drawable, run_case
+from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError
+from tricomm.launch import Ranks
+from tricomm.transport.memory.link import Link
+
+EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_MEMORY", "100"))
+
+
+def run_on_rung(rank: int, case: Case, api: str, rung: str) -> dict[int, int]:
+    """What this rank sent over the network in a move that is compared with what it must be."""
+    with forced(rung, rank), network_nbytes() as sent:
+        run_case(rank, case, api, transport="auto", channel=rung)
+    return sent
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    derandomize="TRICOMM_FUZZ_MEMORY" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
+@given(case=cases().filter(drawable), api=st.sampled_from(["reshard", "async", "resharder", "out"]))
+def test_any_layout_to_any_layout(ranks: Ranks, rung: str, case: Case, api: str) -> None:
+    for rank, sent in enumerate(ranks.run(run_on_rung, case, api, rung)):
+        assert all(rung == "two hosts" and rank % 2 != other % 2 for other in sent), f"rank {rank}: {sent}"
+
+
+TRAIN = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
+SERVE = Mesh([4, 5, 6, 7], ("tp",))
+SHAPE = (64, 8192)
+"""Halves and quarters of rows are long enough to be read where they are."""
+
+LARGE = {
+    "rows to columns": ((Replicate(), Shard(0)), (Shard(1),), "float32"),
+    "columns to rows": ((Shard(1), Shard(1)), (Shard(0),), "float32"),
+    "a cast": ((Replicate(), Shard(0)), (Shard(1),), "bfloat16"),
+    "a sum": ((Partial(), Shard(0)), (Shard(1),), "float32"),
+    "a broadcast": ((Shard(0), Shard(1)), (Replicate(),), "float32"),
+}
+
+
+def move_large(rank: int, kind: str, rung: str) -> tuple[dict[int, int], set[str], int]:
+    """(bytes over the network, rungs of this rank, operations that named runs) of calls with one mover."""
+    before, after, dtype = LARGE[kind]
+    source = ShardingSpec(TRAIN, before, SHAPE, "float32")
+    destination = ShardingSpec(SERVE, after, SHAPE, dtype)
+    named = 0
+    offer, read = Link.offer, Link.read
+
+    def offering(link, operation, tag):
+        nonlocal named
+        named += operation.runs is not None
+        return offer(link, operation, tag)
+
+    def reading(link, ready, operation):
+        nonlocal named
+        named += operation.runs is not None
+        return read(link, ready, operation)
+
+    with forced(rung, rank), network_nbytes() as sent, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "offer", offering)
+        patch.setattr(Link, "read", reading)
+        mover = Resharder(
+            source, destination, timeout_seconds=20, transport="auto", channel=rung, strategy=tricomm.Broadcast(1 << 18)
+        )
+        for step in range(3):
+            full = torch.arange(SHAPE[0] * SHAPE[1], dtype=torch.float32).reshape(SHAPE) % 4099 + step
+            scale = 0.5 if kind == "a sum" else 1.0
+            tensor = pick(full, source, rank) * scale if rank in source.mesh else None
+            output = mover(tensor)
+            if rank in destination.mesh:
+                require_equal(output, pick(full.to(output.dtype), destination, rank), f"step {step} rank {rank}")
+    return sent, {found.rung.value for found in mover.transports.values()}, named
+
+
+@pytest.mark.parametrize("rung", RUNGS[:2])
+@pytest.mark.parametrize("kind", LARGE)
+def test_nothing_goes_over_sockets_where_memory_is_used(ranks: Ranks, kind: str, rung: str) -> None:
+    found = ranks.run(move_large, kind, rung)
+    assert [sent for sent, _, _ in found] == [{}] * RANKS
+    assert {name for _, names, _ in found for name in names} == {rung}
+    reads_in_place = rung == "process_vm_readv" and kind in ("rows to columns", "columns to rows", "a sum")
+    assert any(named for _, _, named in found) == reads_in_place
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_one_plan_mixes_memory_and_network(ranks: Ranks, kind: str) -> None:
+    found = ranks.run(move_large, kind, "two hosts")
+    assert any(sent for sent, _, _ in found)
+    assert all(other % 2 != rank % 2 for rank, (sent, _, _) in enumerate(found) for other in sent)
+    assert {name for _, names, _ in found for name in names} == {"process_vm_readv", "network"}
+
+
+def insist(rank: int, rung: str) -> tuple[str, str]:
+    """What transport="memory" says, and that the next call works."""
+    source = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (8,), "float32")
+    destination = ShardingSpec(Mesh([1], ("x",)), (Replicate(),))
+    if rank > 1:
+        return "", ""
+    tensor = torch.arange(8.0) if rank == 0 else None
+    text = ""
+    with forced(rung, rank):
+        mover = Resharder(source, destination, timeout_seconds=20, transport="memory", channel=f"insist {rung}")
+        try:
+            mover(tensor)
+        except TransportError as error:
+            text = str(error)
+    told = str(mover.transports[0, 1])
+    with Resharder(source, destination, timeout_seconds=20, channel=f"insist {rung}") as other:
+        output = other(tensor)
+    if rank == 1:
+        require_equal(output, torch.arange(8.0), "rank 1")
+    return text, told
+
+
+def test_memory_raises_where_it_cannot_and_tells_why(ranks: Ranks) -> None:
+    for text, told in ranks.run(insist, "two hosts")[:2]:
+        assert 'transport="memory", but rank 0 cannot reach rank 1 by memory: the ranks are on different hosts' in text
+        assert 'pass transport="auto"' in text
+        assert told.startswith("network; the ranks are on different hosts")
+    for text, told in ranks.run(insist, "arena")[:2]:
+        assert text == ""
+        assert told.startswith("arena; this process may not read the memory of the other; run both as one user")
+    assert ranks.run(insist, "process_vm_readv")[:2] == [("", "process_vm_readv")] * 2
+
+
+def disagree(rank: int) -> str:
+    source = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (8, 8), "float32")
+    destination = ShardingSpec(SERVE, (Shard(1),), (8, 8), "float32")
+    mover = Resharder(source, destination, timeout_seconds=20, transport="auto" if rank else "network")
+    with pytest.raises(TransportError) as caught:
+        mover(torch.zeros(source.local_shape(rank)) if rank in source.mesh else None)
+    return str(caught.value)
+
+
+def test_all_ranks_give_the_same_transport(ranks: Ranks) -> None:
+    for text in ranks.run(disagree):
+        assert "disagrees with rank 0 about transport: rank 0 says network" in text
+
+
+def network_after_memory(rank: int) -> None:
+    """Movers of one channel, one of which uses memory and the other does not, in turns."""
+    source = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (8, 8), "float32")
+    destination = ShardingSpec(SERVE, (Shard(1),), (8, 8), "float32")
+    full = torch.arange(64.0).reshape(8, 8)
+    movers = [Resharder(source, destination, timeout_seconds=20, transport=way) for way in ("network", "auto")]
+    for step in range(6):
+        with network_nbytes() as sent:
+            output = movers[step % 2](pick(full + step, source, rank) if rank in source.mesh else None)
+        if rank in destination.mesh:
+            require_equal(output, pick(full + step, destination, rank), f"step {step}")
+        assert not sent or step % 2 == 0
+
+
+def test_movers_of_one_channel_choose_for_themselves(ranks: Ranks) -> None:
+    ranks.run(network_after_memory)
+
+
+@pytest.mark.parametrize(("value", "kind"), [("nvlink", SpecError), (3, tricomm.ArgumentError)])
+def test_another_transport_is_refused(value: object, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="is none of auto, network, memory"):
+        tricomm.Options(transport=value)  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""Connections of which some pairs go by memory, beside a network for all others."""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from tricomm.transport.base import Connections, Directions, Operation, Work
+from tricomm.transport.memory.link import Link, LinkClosedError, Patience
+from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
+from tricomm.transport.memory.rungs import PairTransports, Rung
+
+Post = Callable[[Iterable[Operation]], list[Work]]
+"""Of a transport."""
+
+
+class HostConnections:
+    """See Connections.
+
+    Args:
+        network: for all pairs that have no link.
+        links: by rank.
+        transports: of the pairs of this rank, for whoever asks.
+    """
+
+    has_tags = True
+    launch: Any = staticmethod(operator.call)
+
+    def __init__(self, network: Connections, links: Mapping[int, Link], transports: PairTransports) -> None:
+        self.network = network
+        self.transports = transports
+        self.depth = network.depth
+        self._links = tuple(links.values())
+        ways = {(is_send, rank): links[rank].rung(is_send) for rank in links for is_send in (True, False)}
+        self._ways = {way: links[way[1]] for way, rung in ways.items() if rung is not Rung.NETWORK}
+        self.in_place: Directions = frozenset(way for way, rung in ways.items() if rung is Rung.READ)
+
+    def begin(self) -> None:
+        """See Connections."""
+
+    def join(self, is_aborted: Callable[[], bool]) -> None:
+        """See Connections. Works are waited for, each by itself."""
+
+    def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
+        """See Connections."""
+        works: list[tuple[int, Any]] = []
+        for operation in operations:
+            is_send, peer, _, _ = operation
+            link = self._ways.get((is_send, peer))
+            if link is None:
+                works += self.network.post((operation,), tag)
+            elif is_send:
+                works.append((peer, (link, link.offer(operation, tag))))
+            else:
+                works.append((peer, (link, link.expect(operation, tag))))
+        return works
+
+    def wait(self, work: Any, limit: timedelta) -> None:
+        """See Connections."""
+        if isinstance(work, tuple):
+            link, transfer = work
+            transfer.wait(link, Patience(limit, self._links))
+        else:
+            self.network.wait(work, limit)
+
+    def finish(self, limit: timedelta) -> None:
+        """Return when all has been told that is to be told: nobody looks after it once the call is over."""
+        for link in self._links:
+            while link.is_crowded:
+                try:
+                    if not link.flush():
+                        Patience(limit, (link,)).await_news(link)
+                except LinkClosedError:
+                    break  # the peer learns more from that
+
+    def connected(self) -> None:
+        """See Connections."""
+        self.network.connected()
+
+    def abort(self) -> None:
+        """See Connections. The links first: whoever reads this rank's memory must not count what it reads now."""
+        for link in self._links:
+            link.close()
+        self.network.abort()
+
+
+def met(
+    network: Connections, door: Doorway, post: Post, interrupted: Callable[[], None], refused: Mapping[int, str]
+) -> HostConnections:
+    """Connect to the ranks of this host, once all ranks are connected by the network.
+
+    Args:
+        network: see HostConnections.
+        door: of this rank.
+        post: sends and receives over the network, and is watched.
+        interrupted, refused: see ``meet``.
+    """
+
+    def exchange(texts: Mapping[int, str]) -> dict[int, str]:
+        theirs = {rank: torch.zeros(VERDICT_NBYTES, dtype=torch.uint8) for rank in texts}
+        ours = {rank: _padded(text) for rank, text in texts.items()}
+        for work in post(
+            [
+                *(Operation(False, rank, buffer) for rank, buffer in theirs.items()),
+                *(Operation(True, rank, buffer) for rank, buffer in ours.items()),
+            ]
+        ):
+            work.wait()
+        return {rank: bytes(buffer.tolist()).rstrip(b"\0").decode() for rank, buffer in theirs.items()}
+
+    try:
+        return HostConnections(network, *meet(door, exchange, interrupted, refused))
+    finally:
+        door.close()
+
+
+def _padded(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text.encode()[:VERDICT_NBYTES].ljust(VERDICT_NBYTES, b"\0")), dtype=torch.uint8)

@@ -1,0 +1,154 @@
+"""The protocol between two ranks of one host, as tables: what one end of a transfer has seen, and what it does next.
+
+The sender offers bytes with READY and leaves them alone until DONE. The receiver reads them, and they count only if the
+link still stands *afterwards*. An end that fails, times out, is cancelled or dies closes the link *before* its user
+gets control back and may change the bytes. So whoever read bytes that were changed meanwhile finds the link closed.
+
+    sender    OFFERED --DONE--> FREE                receiver   WAITING --READY--> READING --all read--> CHECKING
+              OFFERED --closed--> LOST                         CHECKING --stands--> HAS (and tells DONE)
+                                                               WAITING, CHECKING --closed--> LOST
+    READING --not all could be read--> DOUBTING --stands--> UNREADABLE, --closed--> LOST
+
+Messages of a link keep their order, and what was sent before the link closed is still seen: a DONE counts even then, as
+nothing is read after it.
+"""
+
+import struct
+from collections.abc import Mapping
+from enum import Enum
+from typing import NamedTuple
+
+
+class Sending(Enum):
+    """Where a transfer is at its sender."""
+
+    OFFERED = "offered"
+    FREE = "free"
+    LOST = "lost"
+
+
+class Receiving(Enum):
+    """Where a transfer is at its receiver."""
+
+    WAITING = "waiting"
+    READING = "reading"
+    CHECKING = "checking"
+    DOUBTING = "doubting"
+    HAS = "has"
+    LOST = "lost"
+    UNREADABLE = "unreadable"
+
+
+class Event(Enum):
+    """What an end of a transfer may see."""
+
+    READY = "ready"
+    DONE = "done"
+    ALL_READ = "all read"
+    NOT_ALL_READ = "not all could be read"
+    STANDS = "stands"
+    CLOSED = "closed"
+
+
+class Action(Enum):
+    """What an end of a transfer does next."""
+
+    LOOK = "look for a message, or whether the link closed"
+    READ = "read what READY names"
+    CHECK = "look whether the link still stands"
+    TELL_DONE = "tell DONE, and give the bytes to the user"
+    RETURN = "give the bytes back to the user"
+    FAIL = "close the link, then raise"
+
+
+SENDING: Mapping[tuple[Sending, Event], tuple[Sending, Action]] = {
+    (Sending.OFFERED, Event.DONE): (Sending.FREE, Action.RETURN),
+    (Sending.OFFERED, Event.CLOSED): (Sending.LOST, Action.FAIL),
+}
+"""After READY was told; it begins in OFFERED, to LOOK."""
+
+RECEIVING: Mapping[tuple[Receiving, Event], tuple[Receiving, Action]] = {
+    (Receiving.WAITING, Event.READY): (Receiving.READING, Action.READ),
+    (Receiving.WAITING, Event.CLOSED): (Receiving.LOST, Action.FAIL),
+    (Receiving.READING, Event.ALL_READ): (Receiving.CHECKING, Action.CHECK),
+    (Receiving.READING, Event.NOT_ALL_READ): (Receiving.DOUBTING, Action.CHECK),
+    (Receiving.CHECKING, Event.STANDS): (Receiving.HAS, Action.TELL_DONE),
+    (Receiving.CHECKING, Event.CLOSED): (Receiving.LOST, Action.FAIL),
+    (Receiving.DOUBTING, Event.STANDS): (Receiving.UNREADABLE, Action.FAIL),
+    (Receiving.DOUBTING, Event.CLOSED): (Receiving.LOST, Action.FAIL),
+}
+"""It begins in WAITING, to LOOK."""
+
+LEAVING = ("close", "return")
+"""What an end that fails does, in this order: nobody reads for a user who has control again."""
+
+
+class Ready(NamedTuple):
+    """The bytes of a transfer may be read.
+
+    Attributes:
+        number: of the transfer, among all that this end of the link offered.
+        tag: of the Resharder.
+        nbytes: in all.
+        address: where they are in the sender's memory; where the table of their runs is, if they are several; or where
+            they are in a slab of the sender's arena.
+        runs: rows of that table, each (address, bytes) in 16 bytes; 0 for none.
+        slab: number of the arena's slab; 0 for none.
+    """
+
+    number: int
+    tag: int
+    nbytes: int
+    address: int
+    runs: int = 0
+    slab: int = 0
+
+
+class Done(NamedTuple):
+    """The bytes of a transfer were read, and are not read any more."""
+
+    number: int
+
+
+class Slab(NamedTuple):
+    """A new slab of the sender's arena; its file comes with the message."""
+
+    slab: int
+    nbytes: int
+
+
+Message = Ready | Done | Slab
+
+_READY = struct.Struct("=BQQQQII")
+_DONE = struct.Struct("=BQ")
+_SLAB = struct.Struct("=BIQ")
+MAX_MESSAGE_NBYTES = 64
+
+
+def encode(message: Message) -> bytes:
+    """A message as bytes; its kind is the first."""
+    if isinstance(message, Ready):
+        return _READY.pack(1, *message)
+    if isinstance(message, Done):
+        return _DONE.pack(2, *message)
+    return _SLAB.pack(3, *message)
+
+
+def decode(data: bytes) -> Message:
+    """The message that bytes are.
+
+    Raises:
+        ValueError: they are none.
+    """
+    kind = data[0] if data else 0
+    try:
+        match kind:
+            case 1:
+                return Ready(*_READY.unpack(data)[1:])
+            case 2:
+                return Done(*_DONE.unpack(data)[1:])
+            case 3:
+                return Slab(*_SLAB.unpack(data)[1:])
+    except struct.error as error:
+        raise ValueError(f"a message of kind {kind} and {len(data)} bytes: {error}") from None
+    raise ValueError(f"a message of unknown kind {kind}")
