@@ -1,7 +1,7 @@
 """Resharder: a plan carried out again and again by the ranks of a process group."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -21,10 +21,11 @@ from tricomm.options import Options, ReshardOptions
 from tricomm.packing.digests import Digests
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
-from tricomm.plan import Plan, make_plan
+from tricomm.plan import Plan
 from tricomm.plan.arguments import check_in_group, participants_of
 from tricomm.plan.describe import describe_layouts
-from tricomm.plan.ends.mapped import specs_of
+from tricomm.plan.ends.mapped import items_and_ends
+from tricomm.plan.planner import plan_of
 from tricomm.selections import Names, Selections
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
@@ -146,18 +147,13 @@ class Resharder(Selections):
         self.options = replace(chosen, group=None, device=self.device, confirm=bool(chosen.confirm))
         self.timeout_seconds, self.confirm = chosen.seconds, bool(chosen.confirm)
         self.channel, self.name = chosen.channel, chosen.name
-        check_in_group(specs := specs_of(source, destination, chosen.rules), self.context.size)
-        participants = participants_of(specs) or (self.rank,)  # a rank on no mesh learns that from anybody's plan
-        self.plan: Plan = make_plan(
-            source,
-            destination,
-            strategy=chosen.strategy,
-            balance=chosen.balance,
-            topology=chosen.topology,
-            staging_bytes=chosen.staging_bytes,
-            rules=chosen.rules,
-            rank=self.rank if self.rank in participants else participants[0],
-        )
+        items, ends = items_and_ends(source, destination, chosen.rules)
+        check_in_group(ends.specs, self.context.size)
+        participants = participants_of(ends.specs) or (self.rank,)
+        # A rank on no mesh learns that from anybody's plan.
+        rank = self.rank if self.rank in participants else participants[0]
+        how = (chosen.topology, chosen.strategy, chosen.balance, chosen.staging_bytes, rank)
+        self.plan: Plan = plan_of(items, ends, isinstance(source, Mapping), *how)
         check_casts(self.plan)
         self.participants = self.plan.participants
         has_part = self.rank in self.participants

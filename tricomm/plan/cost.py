@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import numbers, offsets_of, positions, starts_run
+from tricomm.layout.columns import numbers, offsets_of, positions, spread, starts_run
 from tricomm.layout.topology import Topology
 from tricomm.plan.move import Move
 from tricomm.plan.network.links import ChainLinks, crossings, link_count
@@ -230,10 +230,12 @@ class MessageColumns(NamedTuple):
         if isinstance(messages, JoinedMessages):
             return cls._joined([cls.of(group) for group in messages.groups])
         if isinstance(messages, MessageTable):
-            counts, firsts = messages.chunk_counts, offsets_of(messages.chunk_counts)
-            nbytes = np.repeat(messages.nbytes, counts)
-            for row, chunks in messages.cut.items():
-                nbytes[firsts[row] : firsts[row + 1]] = chunks.nbytes
+            counts, nbytes = messages.chunk_counts, np.repeat(messages.nbytes, messages.chunk_counts)
+            several = np.flatnonzero(counts > 1)
+            if len(several):
+                cuts, of_each = messages.cuts(), counts[several]
+                ahead = np.arange(of_each.sum()) - offsets_of(of_each)[:-1].repeat(of_each)
+                nbytes[spread(offsets_of(counts), several)] = cuts.nbytes[cuts.first[several].repeat(of_each) + ahead]
             return cls(messages.links, counts, nbytes)
         sizes = [_nbytes_of(message) for message in messages]
         links = ChainLinks.of([message.chain for message in messages], [message.parents for message in messages])

@@ -93,18 +93,33 @@ def make_plan(
     check_topology(topology)
     check_staging_bytes(staging_bytes)
     items, ends = items_and_ends(*as_specs(source, destination), rules)
+    is_mapping = isinstance(source, Mapping)
+    return plan_of(items, ends, is_mapping, topology, strategy, balance, staging_bytes, rank)
+
+
+def plan_of(
+    items: tuple[Item, ...],
+    ends: Ends,
+    is_mapping: bool,
+    topology: Topology | None,
+    strategy: Strategy | Auto,
+    balance: SenderPolicy,
+    staging_bytes: int,
+    rank: int | None,
+) -> Plan:
+    """Plan the items that :func:`items_and_ends` found; see make_plan."""
     participants = participants_of(ends.specs)
     check_rank(rank, participants)
     if topology is None:
         topology = Topology.flat(participants[-1] + 1)
     topology.check_covers(participants)
-    is_mapping = isinstance(source, Mapping)
+    by_rules = ends.bound is not None
     try:
         return _make_plan(
-            items, None if rules is None else ends, is_mapping, topology, strategy, balance, staging_bytes, rank
+            items, ends if by_rules else None, is_mapping, topology, strategy, balance, staging_bytes, rank
         )
     except PlanError:
-        if rules is not None:
+        if by_rules:
             require_held(items)  # which says for which rule
         raise
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tricomm.errors import PlanError
-from tricomm.layout.columns import counts_of, numbers, offsets_of, positions, spread, starts_run
+from tricomm.layout.columns import counts_of, distinct, numbered, numbers, offsets_of, positions, spread, starts_run
 from tricomm.layout.intervals import Intervals, merged, without_repeats
 from tricomm.layout.spec import Holding
 from tricomm.plan.cost import MessageColumns
@@ -173,7 +173,7 @@ def _arrives_once(holding: Holding, starts: np.ndarray, stops: np.ndarray) -> bo
         return len(starts) == 1
     wanted_starts, wanted_stops = _edges([*product(*holding)], len(holding))
     columns = [starts, stops, wanted_starts, wanted_stops]
-    edges = [np.unique(np.concatenate([column[:, dim] for column in columns])) for dim in range(len(holding))]
+    edges = [distinct(np.concatenate([column[:, dim] for column in columns])) for dim in range(len(holding))]
     return bool(np.array_equal(_counted(edges, starts, stops), _counted(edges, wanted_starts, wanted_stops)))
 
 
@@ -263,19 +263,25 @@ def _verify_held(stack: Stack, senders: np.ndarray, chunks: np.ndarray, boxes: C
 
 def _verify_rounds(table: np.ndarray, require_all: Callable[[np.ndarray, str], None]) -> None:
     """Prove that no round has two chunks of a message between two ranks, or too many hops of one rank."""
-    for columns, most, claim in (
-        ([0, 1, 2, 3], 1, "is one of several chunks of its message between its ranks in its round"),
-        ([0, 1], MAX_PEERS_PER_ROUND, f"is one of more than {MAX_PEERS_PER_ROUND} that its source sends in its round"),
-        ([0, 2], MAX_PEERS_PER_ROUND, f"is one of more than {MAX_PEERS_PER_ROUND} that its end receives in its round"),
+    rounds, sources, destinations, messages, _ = table.T
+    here, there = int(sources.max(initial=0)) + 1, int(destinations.max(initial=0)) + 1
+    number = np.cumsum(starts_run(rounds)) if (rounds[1:] >= rounds[:-1]).all() else numbered(rounds)[1]
+    of_pair = (number * (int(messages.max(initial=0)) + 1) + messages) * there + destinations  # which have one source
+    for keys, most, claim in (
+        (of_pair, 1, "is one of several chunks of its message between its ranks in its round"),
+        (
+            number * here + sources,
+            MAX_PEERS_PER_ROUND,
+            f"is one of more than {MAX_PEERS_PER_ROUND} that its source sends in its round",
+        ),
+        (
+            number * there + destinations,
+            MAX_PEERS_PER_ROUND,
+            f"is one of more than {MAX_PEERS_PER_ROUND} that its end receives in its round",
+        ),
     ):
-        order = np.lexsort(table[:, columns[::-1]].T)
-        rows = table[order][:, columns]
-        is_new = np.ones(len(rows), bool)
-        is_new[1:] = (rows[1:] != rows[:-1]).any(1)
-        group = np.cumsum(is_new) - 1
-        few = np.ones(len(rows), bool)
-        few[order] = np.bincount(group)[group] <= most if len(rows) else few
-        require_all(few, claim)
+        _, place = numbered(keys)
+        require_all(np.bincount(place)[place] <= most, claim)
 
 
 def _verify_rounds_match(move: Move) -> None:

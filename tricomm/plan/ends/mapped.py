@@ -38,11 +38,6 @@ def items_and_ends(source: object, destination: object, rules: object = None) ->
     return items, Ends.of(items)
 
 
-def specs_of(source: object, destination: object, rules: object = None) -> list[tuple[str, ShardingSpec]]:
-    """(side, layout) of every tensor that a plan leads from or to."""
-    return items_and_ends(source, destination, rules)[1].specs
-
-
 def require_held(items: Sequence[Item]) -> None:
     """Refuse an item of which an element is needed and held by nobody.
 

@@ -39,7 +39,8 @@ def chunk_boxes(
         if (lists.offsets[rows[:, dim] + 1] - at != 1).any():
             return None
         starts[:, dim] = lists.starts[at]
-    starts = starts.repeat(counts_of(firsts), 0)
+    if len(begins) > len(starts):
+        starts = starts.repeat(counts_of(firsts), 0)
     return firsts, starts + begins, starts + ends
 
 
@@ -49,20 +50,25 @@ def _spans(
     """Find where the pieces of chunks start and stop in their messages' regions, by place: (the first piece of each
     chunk, starts, stops); None if chunks have several parts.
     """
-    pieces = np.ones(len(indices), np.int64)
+    rows = regions.rows[indices]
     of_cut = np.flatnonzero(messages.chunk_counts[indices] > 1)
-    known = messages.spans() if len(of_cut) else None
-    if known is not None:
-        numbers = known.first[indices[of_cut]] + chunks[of_cut]
-        pieces[of_cut] = counts_of(known.firsts)[numbers]
-    elif len(of_cut):
-        return None
-    firsts = offsets_of(pieces)
-    rows = regions.rows[indices].repeat(pieces, 0)
-    begins, ends = np.zeros_like(rows), np.zeros_like(rows)
+    firsts = np.arange(len(indices) + 1)
+    if len(of_cut):
+        cuts = messages.cuts()
+        if cuts.spans is None:
+            return None
+        chosen = cuts.first[indices[of_cut]] + chunks[of_cut]
+        if not cuts.are_whole:
+            counts = np.ones(len(indices), np.int64)
+            counts[of_cut] = cuts.firsts[chosen + 1] - cuts.firsts[chosen]
+            firsts, rows = offsets_of(counts), rows.repeat(counts, 0)
+            chosen, of_cut = spread(cuts.firsts, chosen), spread(firsts, of_cut)
+        spans = cuts.spans[chosen]
+        if len(of_cut) == len(rows):
+            return firsts, spans[:, :, 0], spans[:, :, 1]
+    begins, ends = np.zeros_like(rows), np.empty_like(rows)
     for dim, lists in enumerate(regions.dims):
         ends[:, dim] = lists.lengths[rows[:, dim]]
-    if known is not None:
-        at, spans = spread(firsts, of_cut), known.table[spread(known.firsts, numbers)]
-        begins[at], ends[at] = spans[:, :, 0], spans[:, :, 1]
+    if len(of_cut):
+        begins[of_cut], ends[of_cut] = spans[:, :, 0], spans[:, :, 1]
     return firsts, begins, ends

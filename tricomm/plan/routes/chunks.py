@@ -17,7 +17,7 @@ from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings
 from tricomm.plan.network.nic_seconds import link_seconds
 from tricomm.plan.parts import Part, PartGroups, in_order, nbytes_of
-from tricomm.plan.routes.cuts import Chunk, Chunks, even_chunks, stepped_chunks
+from tricomm.plan.routes.cuts import Chunk, Chunks, Pattern, even_chunks, stepped_chunks
 
 MAX_PEERS_PER_ROUND = 128
 """A round groups at most this many sends and as many receives on a rank: 256 operations, above which one
@@ -112,18 +112,32 @@ class PairColumns(NamedTuple):
         return PairColumns(self.senders[rows], self.receivers[rows], parts)
 
 
-class CutSpans(NamedTuple):
-    """Where the chunks of some messages lie, by place in the part of each; see Pattern.
+class CutTable(NamedTuple):
+    """The chunks of some messages, equal ones once, as columns; see Pattern.
 
     Attributes:
         first: (messages,), the number of the first chunk of each that has several.
+        nbytes: (chunks,).
         firsts: (chunks + 1,), the first piece of each chunk.
-        table: (pieces, dims, 2), where each piece starts and stops.
+        spans: (pieces, dims, 2), where each piece starts and stops, by place in the part of its message; None if some
+            message has several parts, or none has several chunks.
+        are_whole: whether each chunk is one piece.
     """
 
     first: np.ndarray
+    nbytes: np.ndarray
     firsts: np.ndarray
-    table: np.ndarray
+    spans: np.ndarray | None
+    are_whole: bool
+
+    @classmethod
+    def of(cls, first: np.ndarray, patterns: Sequence[Pattern]) -> "CutTable":
+        """Of messages that are cut by some patterns."""
+        counts = np.concatenate([counts_of(one.firsts) for one in patterns] or [np.zeros(0, np.int64)])
+        nbytes = numbers(size for one in patterns for size in one.nbytes)
+        spans = [one.spans for one in patterns if one.spans is not None]
+        table = np.concatenate(spans) if spans and len(spans) == len(patterns) else None
+        return cls(first, nbytes, offsets_of(counts), table, bool((counts == 1).all()))
 
 
 class MessageTable(Lazy[Message]):
@@ -137,7 +151,7 @@ class MessageTable(Lazy[Message]):
         chunk_counts: (messages,).
     """
 
-    __slots__ = ("_spans", "chunk_counts", "cut", "nbytes", "parts", "senders")
+    __slots__ = ("_cuts", "chunk_counts", "cut", "nbytes", "parts", "senders")
 
     def __init__(
         self,
@@ -149,21 +163,26 @@ class MessageTable(Lazy[Message]):
         self.senders, self.parts, self.nbytes, self.cut = senders, parts, nbytes, cut
         self.chunk_counts = np.ones(len(senders), np.int64)
         self.chunk_counts[list(cut)] = [len(chunks) for chunks in cut.values()]
-        self._spans: CutSpans | None = None
+        self._cuts: CutTable | None = None
 
-    def spans(self) -> "CutSpans | None":
-        """Where the chunks of those messages lie that have several; None if one of these has several parts."""
-        if self._spans is None:
-            patterns = [chunks.pattern for chunks in self.cut.values()]
-            spans = [one.spans for one in patterns if one.spans is not None]
-            if not spans or len(spans) < len(patterns):
-                return None
-            rows = numbers(self.cut, len(self.cut))
+    def cuts(self) -> "CutTable":
+        """The chunks of those messages that have several."""
+        if self._cuts is None:
+            bases: dict[int, int] = {}  # by pattern, which most messages share
+            patterns: list[Pattern] = []
+            count, of_messages = 0, []
+            for chunks in self.cut.values():
+                pattern = chunks.pattern
+                base = bases.get(id(pattern))
+                if base is None:
+                    base = bases[id(pattern)] = count
+                    patterns.append(pattern)
+                    count += len(pattern.chunks)
+                of_messages.append(base)
             first = np.zeros(len(self), np.int64)
-            first[rows] = offsets_of(self.chunk_counts[rows])[:-1]
-            counts = np.concatenate([counts_of(one.firsts) for one in patterns])
-            self._spans = CutSpans(first, offsets_of(counts), np.concatenate(spans))
-        return self._spans
+            first[numbers(self.cut, len(self.cut))] = of_messages
+            self._cuts = CutTable.of(first, patterns)
+        return self._cuts
 
     @property
     @abstractmethod
