@@ -10,8 +10,8 @@ connections: after a failure there are new ones. The *tag* is the identity of a 
 rendezvous in which all ranks met for it last, of a count that is the same on all of them. Of one tag, calls and
 rounds follow each other on every pair of ranks, as they do on the ranks. gloo keeps a queue for each tag, so bytes of
 another Resharder are never delivered; on NCCL, whose messages match in order alone, ``confirm`` compares tag and
-call. Ranks that call in different orders therefore wait for each other, until the deadline at the latest, and are
-told both calls.
+call, and a board does after the calls. Ranks that call in different orders wait for each other, until the deadline at
+the latest, or have each other's bytes on NCCL without ``confirm``; and are told both calls.
 
 **Failure.** Whoever knows a cause posts it, with the call in which it happened, and then closes its connections.
 Whoever finds a connection closed reads the cause. If it concerns a call that is over here (others were in the
@@ -21,6 +21,7 @@ made again.
 
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -30,6 +31,7 @@ import torch
 
 from tricomm.errors import TransportError
 from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, Operation, Work
+from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.monitor import Run
 from tricomm.transport.coordination.status import AbortReason
@@ -166,6 +168,10 @@ class Communicator:
         self._unfinished: deque[Run] = deque()
         """Runs whose calls have returned while the device still has to do what they queued, in their order."""
         self._has_failed_late = False
+        self._board: CallBoard | None = None
+        """Where messages have no tags, what calls were made."""
+        self._last_runs: dict[int, Run] = {}
+        """There, the last one of each tag, whose Resharder hears of a difference."""
         self.connections: Connections = NoConnections()
         self._network: Connections = self.connections
         self._by_memory: HostConnections | None = None
@@ -191,6 +197,9 @@ class Communicator:
         self.depth, self.launch = connections.depth, connections.launch
         if connections.has_tags:
             self.confirm()  # else to connect is to meet already
+        else:
+            tell = weakref.WeakMethod(self._misordered)
+            self._board = CallBoard(self.coordinator.status, self.place, self.participants, tell)
         if door is not None:
             self._by_memory = met(connections, door, self.post, self.interrupted, self._refused)
         connections.connected()
@@ -277,6 +286,10 @@ class Communicator:
             self.limit = timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + SPARE_BEATS * run.heartbeat_seconds)
         self.call = call
         self.run = run
+        if self._board is not None:
+            self._board.add(call.tag, call.number, call.name)
+            self._last_runs[call.tag] = run
+            run.board = self._board
         self.coordinator.monitor.watch(run)
         return run
 
@@ -391,6 +404,12 @@ class Communicator:
                 self._has_failed_late = True
             self.coordinator.monitor.release(run)
         self._unfinished.clear()
+
+    def _misordered(self, text: str) -> None:
+        """Calls were made in another order, and may have returned with each other's bytes: the next ones say so."""
+        self.abort(text)
+        for run in list(self._last_runs.values()):
+            run.failure = run.failure or text
 
     def _abort_run(self, run: Run, call: CallId, text: str) -> None:
         """End a run, from the monitor's thread, unless it has ended by itself."""

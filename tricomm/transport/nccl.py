@@ -116,7 +116,7 @@ class DeviceRun:
 
 class NcclConnections:
     """See Connections. Messages have no tags: they match in the order in which they are posted, and what tells calls
-    apart is what ``Communicator.confirm`` compares.
+    apart is what ``Communicator.confirm`` compares, or afterwards a CallBoard.
 
     Args:
         accelerator: of the device.

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from tricomm.errors import TransportError
 from tricomm.transport.base import GroupLostError, Pending
+from tricomm.transport.coordination.board import LOOKS, CallBoard
 from tricomm.transport.coordination.diagnosis import (
     SILENT_BEATS,
     Observations,
@@ -80,6 +81,7 @@ class Run:
         "abort",
         "awaited",
         "began",
+        "board",
         "computed_before",
         "deadline",
         "describe",
@@ -123,6 +125,8 @@ class Run:
         """When the backend said that it lost some connection, and what it said."""
         self.failure: str | None = None
         """Why it failed on the device, after its call had returned."""
+        self.board: CallBoard | None = None
+        """Where it stands which calls were made, if messages do not say it."""
         self.is_told = False
         """Whether somebody has raised that failure."""
 
@@ -288,8 +292,9 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
         for run in watcher.look(runs, time.monotonic(), shared.computing):
             shared.runs.pop(id(run), None)
             run.abort = None
-        shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.heartbeat_seconds for run in runs)])
-        if not runs and not shared.computing.what:
+        if runs or not watcher.boards:
+            shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.heartbeat_seconds for run in runs)])
+        if not runs and not watcher.boards and not shared.computing.what:
             shared.is_idle = True
             shared.busy.clear()
             # A run may have begun between the lines above.
@@ -319,6 +324,8 @@ class Watcher:
         self.status = status
         self._observations = Observations(status)
         self._heartbeats = 0
+        self.boards: dict[CallBoard, int] = {}
+        """At which it still has to look, and how often."""
         self._suspicions: dict[str, str] = {}
         """What looked like calls in another order at the last look, by place."""
 
@@ -328,6 +335,8 @@ class Watcher:
         Returns:
             The runs that a device has done.
         """
+        boards = {board: left - 1 for board, left in self.boards.items() if left > 1}
+        self.boards = boards | {run.board: LOOKS for run in runs if run.board is not None}
         done = [run for run in runs if run.follow(now)]
         runs = [run for run in runs if run not in done]
         slow = [run for run in runs if now - run.began >= 0.9 * run.heartbeat_seconds]
@@ -336,6 +345,8 @@ class Watcher:
             self._observations.clear()
             self._suspicions.clear()
         try:
+            for board in self.boards:
+                board.compare()
             if slow or is_slow:
                 self._heartbeats += 1
                 waits = tuple(run.wait() for run in slow if run.awaited is not None)
