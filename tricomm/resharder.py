@@ -53,8 +53,7 @@ class Resharder(Selections):
 
     Ranks make the same calls in the same order. If they do not, every call gives the right result or a TransportError
     that names both calls, never the bytes of another Resharder: two are told apart by their layouts and options, by
-    ``name``, or by being the n-th of these that a rank has made. (On NCCL, after the first call and without
-    ``confirm``, the error comes with the next call, a few heartbeats later.)
+    ``name``, or by being the n-th of these that a rank has made (on NCCL without ``confirm`` the next call says so).
 
     Calls on one channel come from one thread at a time; a second thread is refused at once, and takes a ``channel``
     of its own. Connections and a background thread are shared by the Resharders of the same ranks and channel. They
