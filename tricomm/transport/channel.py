@@ -23,7 +23,7 @@ from tricomm.transport.coordination.intent import Intent
 from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
 from tricomm.transport.handle import Ended
-from tricomm.transport.memory.meeting import Doorway
+from tricomm.transport.memory.meeting import Doorway, doorway
 from tricomm.transport.nccl import NcclConnections
 from tricomm.transport.streams import StreamContext, stream_context_of
 
@@ -250,10 +250,10 @@ class Channel:
             found.abort(f"rank {self.coordinator.rank} failed while it connected for {call}: {error!r}")
             raise
 
-    def _doorway(self, found: Communicator) -> Doorway:
+    def _doorway(self, found: Communicator) -> Doorway | None:
         """Where the ranks of this host find this one."""
         store = dist.PrefixStore(f"{found.place}/memory", self.coordinator.store)
-        return Doorway(store, self.coordinator.rank)
+        return doorway(store, self.coordinator.rank)
 
     def _connect(self, found: Communicator, timeout_seconds: float) -> Any:
         rank, store = self.coordinator.rank, self.coordinator.store

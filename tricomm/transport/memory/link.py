@@ -36,8 +36,11 @@ from tricomm.transport.memory.protocol import (
 from tricomm.transport.memory.reading import UnreadableError, read_run, read_runs
 from tricomm.transport.memory.rungs import Rung
 
-GONE = select.POLLHUP | select.POLLRDHUP | select.POLLERR | select.POLLNVAL
-FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+HALF_CLOSED = getattr(select, "POLLRDHUP", 0)
+"""Linux has it, and links are made nowhere else."""
+
+GONE = select.POLLHUP | HALF_CLOSED | select.POLLERR | select.POLLNVAL
+FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
 BUFFER_NBYTES = 1 << 20
 Backlog = deque[tuple[bytes, int | None]]
 """Messages that wait for room in a socket, with the file that goes with each."""
@@ -69,7 +72,7 @@ class Link:
         end.setblocking(False)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_NBYTES)
         self._poll = select.poll()
-        self._poll.register(end, select.POLLIN | select.POLLRDHUP)
+        self._poll.register(end, select.POLLIN | HALF_CLOSED)
         self._process = _opened(pid)
         if self._process is not None:
             self._poll.register(self._process, select.POLLIN)

@@ -8,10 +8,12 @@ network what it found: so both ends know both verdicts before anything depends o
 
 import ctypes
 import json
+import logging
 import os
 import secrets
 import socket
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from tricomm.transport.memory.arena import mapped_slab, new_slab
 from tricomm.transport.memory.link import Link
 from tricomm.transport.memory.reading import UnreadableError, read_run
 from tricomm.transport.memory.rungs import BEST, PairTransport, Rung, unreadable
+
+LOG = logging.getLogger("tricomm")
 
 NONCE_NBYTES = 16
 VERDICT_NBYTES = 512
@@ -83,7 +87,9 @@ class Doorway:
     def others(self) -> dict[int, Presence]:
         """The other ranks of this host, once all ranks have come."""
         count = self._store.add(f"{self._host}/count", 0)
-        found = [Presence(*json.loads(self._store.get(f"{self._host}/{number}"))) for number in range(1, count + 1)]
+        keys = [f"{self._host}/{number}" for number in range(1, count + 1)]
+        # One that fails meanwhile takes its own away, and then this rank hears of it over the network.
+        found = [Presence(*json.loads(self._store.get(key))) for key in keys if self._store.check([key])]
         return {one.rank: one for one in sorted(found, key=lambda one: one.rank) if one.rank != self.here.rank}
 
     def close(self) -> None:
@@ -92,6 +98,15 @@ class Doorway:
         self._store.delete_key(f"{self._host}/{self._number}")
         if self._number == 1:
             self._store.delete_key(f"{self._host}/count")
+
+
+def doorway(store: Any, rank: int) -> Doorway | None:
+    """This rank's doorway; None where the system has none of what it takes, so that the others do not find it."""
+    try:
+        return Doorway(store, rank) if sys.platform == "linux" else None
+    except OSError as error:
+        LOG.info("rank %d takes the network alone: %s", rank, error)
+        return None
 
 
 class Candidate:

@@ -42,7 +42,7 @@ NOT_ASKED = PairTransport(
 )
 ELSEWHERE = PairTransport(
     Rung.NETWORK,
-    "the ranks are on different hosts or in different network namespaces",
+    "the ranks are on different hosts or in different network namespaces, or one is not on Linux",
     "let containers of one host share the network namespace (docker run --network=host)",
 )
 ON_A_DEVICE = PairTransport(
