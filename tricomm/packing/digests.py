@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tricomm.errors import SpecError
-from tricomm.layout.intervals import Intervals, Region, first_runs
+from tricomm.layout.intervals import Region, first_runs
 from tricomm.layout.spec import ShardingSpec
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors
@@ -140,8 +140,13 @@ def digest(
         >>> bool(digest(full[2:], rows, 1, region, full.dtype, 0) == digest(full, whole, 2, region, full.dtype, 0))
         True
     """
+    # Interval by interval, as a run may go on in both concatenations where coordinates do not.
     per_dim = [
-        [(_coordinate(inner, run.inner_start), run.outer_start, run.length) for run in first_runs(inner, outer)]
+        [
+            (low + run.inner_start, run.outer_start, run.length)
+            for low, high in inner
+            for run in first_runs(((low, high),), outer)
+        ]
         for inner, outer in zip(region, spec.holding(rank), strict=True)
     ]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
@@ -175,12 +180,3 @@ def _weighted(
     if dtype.itemsize == 16:
         weights = torch.stack([weights, weights ^ FIRST_FACTOR], dim=-1).reshape(-1)
     return (bits * weights).sum()
-
-
-def _coordinate(intervals: Intervals, position: int) -> int:
-    """The coordinate at a place of the concatenation."""
-    for start, stop in intervals:
-        if position < stop - start:
-            return start + position
-        position -= stop - start
-    raise AssertionError("a run begins inside of what it is a run of")
