@@ -31,7 +31,7 @@ from tricomm.plan.routes.chunks import (
     cut_where,
     unicast,
 )
-from tricomm.plan.routes.cuts import Chunks, even_chunks, stepped_chunks
+from tricomm.plan.routes.cuts import Chunks, even_pattern, stepped_pattern
 from tricomm.plan.routes.joined import Routes
 from tricomm.plan.routes.rounds import schedule
 from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy
@@ -216,8 +216,8 @@ class Way:
         nbytes = parts.nbytes
         if self.chunk_bytes is not None:
             most = max(self.chunk_bytes, parts.itemsize)
-            return cut_where(parts, -(-nbytes // most), lambda of_row, _: stepped_chunks(of_row, most))
-        return cut_where(parts, chunk_counts(nbytes, self.chunks, self.limit_nbytes), even_chunks)
+            return cut_where(parts, -(-nbytes // most), lambda kinds, _: stepped_pattern(kinds, most))
+        return cut_where(parts, chunk_counts(nbytes, self.chunks, self.limit_nbytes), even_pattern)
 
 
 class Load(NamedTuple):

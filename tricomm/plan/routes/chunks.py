@@ -17,7 +17,17 @@ from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings
 from tricomm.plan.network.nic_seconds import link_seconds
 from tricomm.plan.parts import Part, PartGroups, in_order, nbytes_of
-from tricomm.plan.routes.cuts import Chunk, Chunks, Pattern, even_chunks, stepped_chunks
+from tricomm.plan.routes.cuts import (
+    Chunk,
+    Chunks,
+    Kinds,
+    Pattern,
+    even_chunks,
+    even_pattern,
+    kinds_of,
+    stepped_chunks,
+    stepped_pattern,
+)
 
 MAX_PEERS_PER_ROUND = 128
 """A round groups at most this many sends and as many receives on a rank: 256 operations, above which one
@@ -231,9 +241,9 @@ class Unicasts(MessageTable):
         return (int(self.pairs.receivers[row]),)
 
     @classmethod
-    def of(cls, pairs: PairColumns, counts: np.ndarray, cutter: Callable[[Sequence[Part], int], Chunks]) -> "Unicasts":
+    def of(cls, pairs: PairColumns, counts: np.ndarray, pattern_of: Callable[[Kinds, int], Pattern]) -> "Unicasts":
         """Cut each message into as many chunks as ``counts`` says, and leave out empty ones."""
-        return cls(pairs, cut_where(pairs.parts, counts, cutter))
+        return cls(pairs, cut_where(pairs.parts, counts, pattern_of))
 
     def touching(self, rank: int) -> "Unicasts":
         """Take the messages that a rank sends or receives."""
@@ -244,12 +254,22 @@ class Unicasts(MessageTable):
         return Unicasts(self.pairs.take(rows), {at[row]: chunks for row, chunks in self.cut.items() if row in at})
 
 
-def cut_where(parts: Grouped, counts: np.ndarray, cutter: Callable[[Sequence[Part], int], Chunks]) -> dict[int, Chunks]:
+def cut_where(parts: Grouped, counts: np.ndarray, pattern_of: Callable[[Kinds, int], Pattern]) -> dict[int, Chunks]:
     """Cut the groups of which ``counts`` says that they have several chunks."""
     rows = np.flatnonzero(counts > 1)
+    several = zip(rows.tolist(), counts[rows].tolist(), strict=True)
+    if not len(rows):
+        return {}
+    if isinstance(parts, PartGroups) and parts.groups.single:
+        regions = parts.groups.regions
+        extents = [lists.lengths[regions.rows[rows, dim]].tolist() for dim, lists in enumerate(regions.dims)]
+        cut = zip(several, zip(*extents, strict=True), strict=True)
+        return {row: Chunks(parts, row, pattern_of(((parts.itemsize, shape),), count)) for (row, count), shape in cut}
     wholes = parts._items(rows) if isinstance(parts, PartGroups) else [parts[row] for row in rows.tolist()]
-    several = zip(rows.tolist(), counts[rows].tolist(), wholes, strict=True)
-    return {row: cutter(whole, count) for row, count, whole in several}
+    return {
+        row: Chunks((whole,), 0, pattern_of(kinds_of(whole), count))
+        for (row, count), whole in zip(several, wholes, strict=True)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +348,7 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
     """
     topology, peers = context.topology, context.peers
     if chunk_bytes is not None:
-        return Unicasts.of(pairs, -(-pairs.nbytes // chunk_bytes), lambda parts, _: stepped_chunks(parts, chunk_bytes))
+        return Unicasts.of(pairs, -(-pairs.nbytes // chunk_bytes), lambda kinds, _: stepped_pattern(kinds, chunk_bytes))
     limit = min(MAX_UNICAST_CHUNK_NBYTES, context.chunk_limit_nbytes(min(peers, MAX_PEERS_PER_ROUND)))
     # A round is worth its cost if it takes much longer.
     round_seconds = ROUND_COSTS * (topology.latency_seconds + peers * topology.overhead_seconds) / peers
@@ -339,7 +359,7 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
         wanted = np.minimum(nbytes / np.maximum(rates * round_seconds, MIN_CHUNK_NBYTES), UNICAST_CHUNKS)
     parts = np.maximum(np.maximum(wanted.astype(np.int64), -(-nbytes // limit)), 1)
     _, doublings = np.frexp((parts - 1).astype(np.float64))
-    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_chunks)
+    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_pattern)
 
 
 def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int) -> np.ndarray:

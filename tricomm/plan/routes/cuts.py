@@ -39,18 +39,21 @@ Kinds = tuple[tuple[int, tuple[int, ...]], ...]
 """(itemsize, shape) of some parts: all that cutting them depends on."""
 
 
-def _kinds(parts: Sequence[Part]) -> Kinds:
+def kinds_of(parts: Sequence[Part]) -> Kinds:
+    """What cutting some parts depends on."""
     return tuple([(part.itemsize, part.shape) for part in parts])
 
 
 @lru_cache(maxsize=4096)
-def _even_pattern(kinds: Kinds, count: int) -> Pattern:
+def even_pattern(kinds: Kinds, count: int) -> Pattern:
+    """See :func:`even_parts`."""
     unit, total = _unit_and_total(kinds)
     return _pattern(kinds, unit, [total * index // count for index in range(1, count)], total // count // 16)
 
 
 @lru_cache(maxsize=4096)
-def _stepped_pattern(kinds: Kinds, most_nbytes: int) -> Pattern:
+def stepped_pattern(kinds: Kinds, most_nbytes: int) -> Pattern:
+    """See :func:`stepped_chunks`."""
     unit, total = _unit_and_total(kinds)
     most = max(most_nbytes // unit, 1)
     return _pattern(kinds, unit, range(most, total, most), 0)
@@ -77,19 +80,26 @@ def _pattern(kinds: Kinds, unit: int, points: Sequence[int], slack: int) -> Patt
 
 
 class Chunks(Lazy[Chunk]):
-    """The chunks of a message: their sizes are known, their parts are cut when somebody looks at them."""
+    """The chunks of a message: their sizes are known, their parts are cut when somebody looks at them.
 
-    __slots__ = ("nbytes", "parts", "pattern", "pieces")
+    Args:
+        groups: the parts of messages.
+        row: which of them.
+        pattern: how its parts are cut.
+    """
 
-    def __init__(self, parts: Sequence[Part], pattern: Pattern) -> None:
-        self.parts, self.pattern = parts, pattern
+    __slots__ = ("_groups", "_row", "nbytes", "pattern", "pieces")
+
+    def __init__(self, groups: Sequence[Sequence[Part]], row: int, pattern: Pattern) -> None:
+        self._groups, self._row, self.pattern = groups, row, pattern
         self.pieces, self.nbytes = pattern.chunks, pattern.nbytes
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def _items(self, rows: np.ndarray) -> Iterator[Chunk]:
-        return (taken(self.pieces[row], self.parts) for row in rows.tolist())
+        parts = self._groups[self._row]
+        return (taken(self.pieces[row], parts) for row in rows.tolist())
 
 
 def even_parts(parts: Sequence[Part], count: int) -> list[Chunk]:
@@ -101,14 +111,14 @@ def even_parts(parts: Sequence[Part], count: int) -> list[Chunk]:
     """
     if count == 1:
         return [tuple(parts)]
-    return [taken(pieces, parts) for pieces in _even_pattern(_kinds(parts), count).every]
+    return [taken(pieces, parts) for pieces in even_pattern(kinds_of(parts), count).every]
 
 
 def even_chunks(parts: Sequence[Part], count: int) -> Chunks:
     """Cut parts as :func:`even_parts` does, and leave out empty groups."""
-    return Chunks(parts, _even_pattern(_kinds(parts), count))
+    return Chunks((parts,), 0, even_pattern(kinds_of(parts), count))
 
 
 def stepped_chunks(parts: Sequence[Part], most_nbytes: int) -> Chunks:
     """Cut parts into chunks of ``most_nbytes``, or of one element if that is larger; the last may have less."""
-    return Chunks(parts, _stepped_pattern(_kinds(parts), most_nbytes))
+    return Chunks((parts,), 0, stepped_pattern(kinds_of(parts), most_nbytes))
