@@ -16,7 +16,7 @@ from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, Sp
 from tricomm.launch import Ranks
 from tricomm.transport.memory.link import Link
 
-EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_MEMORY", "100"))
+EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_MEMORY", "40"))
 
 
 def run_on_rung(rank: int, case: Case, api: str, rung: str) -> dict[int, int]:
@@ -95,8 +95,7 @@ def test_nothing_goes_over_sockets_where_memory_is_used(ranks: Ranks, kind: str,
     found = ranks.run(move_large, kind, rung)
     assert [sent for sent, _, _ in found] == [{}] * RANKS
     assert {name for _, names, _ in found for name in names} == {rung}
-    reads_in_place = rung == "process_vm_readv" and kind in ("rows to columns", "columns to rows", "a sum")
-    assert any(named for _, _, named in found) == reads_in_place
+    assert any(named for _, _, named in found) == (rung == "process_vm_readv" and kind != "a cast")
 
 
 @pytest.mark.parametrize("kind", LARGE)
@@ -159,7 +158,10 @@ def network_after_memory(rank: int) -> None:
     source = ShardingSpec(TRAIN, (Replicate(), Shard(0)), (8, 8), "float32")
     destination = ShardingSpec(SERVE, (Shard(1),), (8, 8), "float32")
     full = torch.arange(64.0).reshape(8, 8)
-    movers = [Resharder(source, destination, timeout_seconds=20, transport=way) for way in ("network", "auto")]
+    movers = [
+        Resharder(source, destination, timeout_seconds=20, transport=way, channel="in turns")
+        for way in ("network", "auto")
+    ]
     for step in range(6):
         with network_nbytes() as sent:
             output = movers[step % 2](pick(full + step, source, rank) if rank in source.mesh else None)
