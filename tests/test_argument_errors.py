@@ -111,3 +111,9 @@ def test_what_is_forgotten_or_too_much_is_said(name: str) -> None:
         else:
             found += ["surplus is taken"] * ("surplus" in given)
     assert not found, f"{len(found)} bare errors:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("one", [tricomm.Meeting, tricomm.Publisher, tricomm.Subscriber, tricomm.Feed, tricomm.connect])
+def test_jobs_of_their_own_hear_what_they_have_forgotten(one: Callable[..., Any]) -> None:
+    with pytest.raises(tricomm.ArgumentError, match=rf"^{one.__name__}\(\) lacks \w+ and .*; write {one.__name__}\("):
+        one()

@@ -40,8 +40,6 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 NO_FRILLS: Any = {"differentiable": False, "grad_placements": None, "progress": None, "checksum": False}
 """Options of what a Resharder needs for itself."""
 
-GRADIENT_FIELD = "whether the tensor requires grad"
-
 
 @explains_missing
 class Resharder(Selections):
@@ -162,7 +160,8 @@ class Resharder(Selections):
             check_differentiable_layouts(self.plan, chosen.grad_placements)
         # Ranks that are all on both meshes can ask for gradients, and then all must.
         agree = chosen.differentiable or self._is_everywhere
-        self._call_fields = [{GRADIENT_FIELD: str(asked)} if agree else {} for asked in (False, True)]
+        asks = "whether the tensor requires grad"
+        self._call_fields = [{asks: str(asked)} if agree else {} for asked in (False, True)]
         self.in_graph = self._facts_for_graphs()
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
@@ -185,6 +184,9 @@ class Resharder(Selections):
         name = f"{what} of {self.name or describe_layouts(self.plan)}"
         options = replace(self.options, group=group, name=name, rules=None, **NO_FRILLS).given()
         return Resharder._made(source, destination, options, meets_always=meets_always)
+
+    def __repr__(self) -> str:
+        return f"<Resharder {self.name or describe_layouts(self.plan)}: {self.state.value}>"
 
     def _shards(self, tensor: Any, out: Any) -> tuple[Any, Any]:
         """What DTensors hold on this rank."""

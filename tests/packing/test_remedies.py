@@ -143,3 +143,25 @@ def test_what_is_read_and_written_has_another_remedy() -> None:
     weights = {"w": FULL.clone()}
     text = refused(lambda: mover(weights, out=weights), SpecError)
     assert text.endswith("apart from all else: pass another tensor, or leave out=None")
+
+
+def test_a_module_is_taken_for_what_it_is() -> None:
+    module = torch.nn.Linear(4, 4, bias=False)
+    assert "pass one of its parameters, as module.weight.detach()" in refused(
+        lambda: tricomm.reshard(module, WHOLE, ROWS)
+    )
+    assert torch.equal(tricomm.reshard(module.weight.detach(), WHOLE, ROWS), module.weight)
+    mover = tricomm.Resharder({"weight": WHOLE}, {"weight": ROWS})
+    assert refused(lambda: mover(module)).endswith("pass {name: tensor}, as its state_dict() is")
+    assert refused(lambda: mover(module.named_parameters())).endswith("pass {name: tensor}, as dict(...) of it is")
+    assert torch.equal(mover(module.state_dict())["weight"], module.weight)
+
+
+def test_what_moves_says_what_it_is() -> None:
+    mover = tricomm.Resharder(WHOLE, ROWS)
+    layouts = "float32[4, 4] replicated over x on (x=1: rank 0) -> float32[4/x, 4] on (x=1: rank 0)"
+    assert repr(mover) == f"<Resharder {layouts}: new>"
+    handle = mover.start(FULL)
+    handle.wait()
+    assert repr(handle) == "<Handle: done>"
+    assert repr(mover) == f"<Resharder {layouts}: connected>"

@@ -1,5 +1,7 @@
 """What to do about a tensor that is not what a plan moves: one that is read may be a copy, one that is written not."""
 
+from collections.abc import Iterator
+
 import torch
 
 MOVED = ("cpu", "cuda")
@@ -19,6 +21,8 @@ def of_kind(tensor: object, role: str) -> str:
         >>> of_kind([1.0, 2.0], "source")
         'pass torch.as_tensor(...) of it'
     """
+    if isinstance(tensor, torch.nn.Module):
+        return "pass one of its parameters, as module.weight.detach()"
     if not isinstance(tensor, torch.Tensor):
         return "pass torch.as_tensor(...) of it" if role == "source" else "pass a tensor, or leave out=None"
     if hasattr(tensor, "to_local"):
@@ -63,3 +67,15 @@ def of_tied(kept: str, left_out: str) -> str:
         f"{{name: tensor for name, tensor in state.items() if name != {left_out!r}}}, and it has what {kept!r} gets; "
         "else pass another tensor, or leave out=None"
     )
+
+
+def of_many(given: object) -> str:
+    """Say how to pass many tensors.
+
+    Example:
+        >>> of_many(torch.nn.Linear(2, 2).named_parameters())
+        'pass {name: tensor}, as dict(...) of it is'
+    """
+    if isinstance(given, torch.nn.Module):
+        return "pass {name: tensor}, as its state_dict() is"
+    return f"pass {{name: tensor}}{', as dict(...) of it is' if isinstance(given, Iterator) else ''}"

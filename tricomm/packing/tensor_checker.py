@@ -126,8 +126,8 @@ class TensorChecker:
             given = {}
         if not isinstance(given, Mapping):
             raise ArgumentError(
-                f"{what} of rank {self.rank} is a {type(given).__name__}, and this plan is of many tensors; pass "
-                "{name: tensor}"
+                f"{what} of rank {self.rank} is a {type(given).__name__}, and this plan is of many tensors; "
+                f"{remedies.of_many(given)}"
             )
         names = self._names[what == "out"]
         for name, tensor in given.items():

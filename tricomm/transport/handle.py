@@ -36,6 +36,11 @@ class Handle:
         self._future = future
         self._stream_context = stream_context
 
+    def __repr__(self) -> str:
+        if not self.done():
+            return "<Handle: under way>"
+        return f"<Handle: {'failed' if self._future.exception() is not None else 'done'}>"
+
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once."""
         return self._future.done()

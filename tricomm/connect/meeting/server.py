@@ -14,6 +14,7 @@ from typing import Any, Self
 from tricomm.connect.meeting.handshake import checked_secret
 from tricomm.connect.meeting.host import Host
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.kinds import explains_missing
 
 LOG = logging.getLogger("tricomm")
 
@@ -48,6 +49,7 @@ def format_address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+@explains_missing
 class Meeting:
     """Listen where ranks of separate jobs meet, in this process, until it is closed.
 
