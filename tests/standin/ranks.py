@@ -1,5 +1,6 @@
 """Threads as ranks: a process group whose store, device and NCCL are stand-ins, and ranks that die or stop."""
 
+import os
 import threading
 import time
 import traceback
@@ -149,10 +150,10 @@ class Threads:
                     backend.is_aborted = True
             self.world.moved.notify_all()
         for group in self.groups:
-            monitor = context_of(group).monitor
-            monitor._shared.end()
-            if monitor._thread is not None:
-                monitor._thread.join(2)  # at the end of the interpreter nobody may be inside of a store
+            shared = context_of(group).monitor._shared
+            shared.end(os.getpid())
+            if shared.thread is not None:
+                shared.thread.join(2)
 
     def options(self, rank: int) -> dict[str, Any]:
         """What a Resharder needs to know of its rank."""

@@ -12,6 +12,7 @@ A pipeline computes while what it has posted waits in the background. For that t
 move on by it, and heartbeats say that the rank computes.
 """
 
+import os
 import threading
 import time
 import weakref
@@ -39,6 +40,9 @@ WATCHED_BEATS = 4.0
 """So many heartbeats before the deadline the monitor begins to watch those of other ranks."""
 
 MAX_HEARTBEAT_SECONDS = 1.0
+
+LAST_LOOK_SECONDS = 2.0
+"""For which the end of a process waits for the monitor to come back from the store."""
 
 LOST_BEATS = 2.0
 """So many heartbeats the monitor looks who is silent after a backend has said that it lost some connection."""
@@ -208,15 +212,24 @@ class _Shared:
         """Whether the thread waits for ``busy``, or is about to; asking the event itself takes longer."""
         self.computing = Computing()  # written by the thread that computes alone
         self.is_ended = False
+        self.thread: threading.Thread | None = None
 
     def wake(self) -> None:
         self.is_idle = False
         self.busy.set()
 
-    def end(self) -> None:
+    def end(self, process: int) -> None:
+        """End the thread, unless this is a fork of its process. When the process ends, wait until it has: a thread that
+        comes back from inside of the store when the interpreter is gone ends the process by a signal.
+        """
+        if os.getpid() != process:
+            return
         self.is_ended = True
         self.busy.set()
         self.hurry.set()
+        # What is called at the end of a process is called when its main thread is over.
+        if self.thread is not None and not threading.main_thread().is_alive():
+            self.thread.join(LAST_LOOK_SECONDS)
 
 
 class Monitor:
@@ -230,8 +243,7 @@ class Monitor:
         self.status = status
         self._shared = _Shared()
         self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
-        weakref.finalize(self, self._shared.end).atexit = False
+        weakref.finalize(self, self._shared.end, os.getpid())
 
     def watch(self, run: Run) -> None:
         """Begin to watch a run."""
@@ -242,10 +254,8 @@ class Monitor:
         if run.heartbeat_seconds < shared.seconds:
             shared.seconds = run.heartbeat_seconds
             shared.hurry.set()
-        if self._thread is None:
-            self._start()
         if shared.is_idle:
-            shared.wake()
+            self._wake()
 
     def release(self, run: Run) -> None:
         """End to watch a run."""
@@ -262,21 +272,22 @@ class Monitor:
         """
         shared, began = self._shared, time.monotonic()
         shared.computing = Computing(what, began, shared.computing.seconds_before, heartbeat_seconds(timeout_seconds))
-        if self._thread is None:
-            self._start()
         if shared.is_idle:
-            shared.wake()
+            self._wake()
         try:
             yield
         finally:
             shared.computing = Computing(seconds_before=shared.computing.seconds(time.monotonic()))
 
-    def _start(self) -> None:
+    def _wake(self) -> None:
+        """Begin to look, on a thread that the first run starts."""
+        shared = self._shared
         with self._starting:
-            if self._thread is None:
-                arguments = (self._shared, self.status)
-                self._thread = threading.Thread(target=_watch, args=arguments, name="tricomm-monitor", daemon=True)
-                self._thread.start()
+            if shared.thread is None:
+                arguments = (shared, self.status)
+                shared.thread = threading.Thread(target=_watch, args=arguments, name="tricomm-monitor", daemon=True)
+                shared.thread.start()
+        shared.wake()
 
 
 def _watch(shared: _Shared, status: StatusStore) -> None:
@@ -297,8 +308,8 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
         if not runs and not watcher.boards and not shared.computing.what:
             shared.is_idle = True
             shared.busy.clear()
-            # A run may have begun between the lines above.
-            if shared.runs or shared.computing.what:
+            # A run may have begun between the lines above, or the end have come.
+            if shared.runs or shared.computing.what or shared.is_ended:
                 shared.wake()
         del runs
 
