@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any, ClassVar, Self, Unpack, overload
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.checksums import NOT_STARTED_TEXT, Checksums
@@ -132,6 +133,7 @@ class Resharder(Selections):
         except BaseException as error:
             tell_all(self.context, error, options, source, destination)
             raise
+        self._is_taped = self.options.differentiable and self._session is not None
         self._gradient = None
         self._is_closed = False
         mover_of = partial(self._mover_of_digests, group, meets_always)
@@ -163,6 +165,7 @@ class Resharder(Selections):
         asks = "whether the tensor requires grad"
         self._call_fields = [{asks: str(asked)} if agree else {} for asked in (False, True)]
         self.in_graph = self._facts_for_graphs()
+        self._fits_graphs = self.in_graph is not None and not chosen.differentiable
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
         if has_part:
@@ -215,8 +218,7 @@ class Resharder(Selections):
         """Reshard. Arguments and result as for :func:`reshard`; ``only`` moves some of many tensors, see ``only()``."""
         if only is not None:
             return self._call_only(tensor, out, only)
-        plain = out is None and self.in_graph is not None and not self.options.differentiable
-        if torch.compiler.is_dynamo_compiling() or (plain and is_traced(tensor)):
+        if is_dynamo_compiling() or (out is None and self._fits_graphs and is_traced(tensor)):
             from tricomm.compiled.graph import call_in_graph
 
             return call_in_graph(self, tensor, out)
@@ -226,11 +228,10 @@ class Resharder(Selections):
             if out is not None:
                 bump_versions(out)
             return moved if out is None else out
-        if torch.is_grad_enabled():
-            if self.options.differentiable and self._session is not None:
-                return self._recorded(tensor, out)
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                return self._differentiated(tensor, out)
+        if self._is_taped and torch.is_grad_enabled():
+            return self._recorded(tensor, out)
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            return self._differentiated(tensor, out)
         return self._move(tensor, out, requires_grad=False)
 
     def _move(self, tensor: Given, out: Given, *, requires_grad: bool) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+_count_modes = torch._C._len_torch_dispatch_stack  # a call has no time to look it up
+
 STANDING = frozenset(
     (
         "FakeTensorMode",
@@ -74,7 +76,7 @@ def is_traced(tensor: Any) -> bool:
     torch makes operators stand for what they do, as fake tensors and selective checkpoints do. Modes that only watch,
     such as counters, see what the call does itself.
     """
-    if torch._C._len_torch_dispatch_stack() and any(type(mode).__name__ in STANDING for mode in _modes()):
+    if _count_modes() and any(type(mode).__name__ in STANDING for mode in _modes()):
         return True
     return isinstance(tensor, torch.Tensor) and (tensor.is_meta or type(tensor).__name__ == "FakeTensor")
 

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import OPAQUE, dtype_name
@@ -20,6 +21,12 @@ NamedTensors = Mapping[str, torch.Tensor | None] | Mapping[str, torch.Tensor]
 
 Given = torch.Tensor | NamedTensors | None
 """What a caller passes: a tensor, or many by name; None where the rank has none."""
+
+DENSE = frozenset((torch.Tensor, torch.nn.Parameter))
+"""Types of tensors whose elements are where they say."""
+
+_is_in_transform = torch._C._are_functorch_transforms_active  # a call has no time to look it up
+_strided = torch.strided
 
 IN_A_TRANSFORM = (
     "tricomm was called inside of a torch.func transform (vmap, grad, jvp), where tensors have no memory of their own; "
@@ -73,16 +80,14 @@ class TensorChecker:
             SpecError: one is missing, given where the rank holds none, of another kind, shape, dtype or device; or one
                 to be written shares memory with a source, with another, or with itself.
         """
-        if torch._C._are_functorch_transforms_active():
+        if _is_in_transform():
             raise SpecError(IN_A_TRANSFORM)
         only = self._only
         if only is None:
             sources = self._many_sources(given)
             return sources, self._many_outs(out, sources)
-        source = only.check_source("the tensor", given)
-        sources = [] if source is None else [source]
-        destination = only.check_out("out", out, sources)
-        return sources, [] if destination is None else [destination]
+        sources = [only.check_source("the tensor", given)] if only.has_source or given is not None else []
+        return sources, [only.check_out("out", out, sources)] if only.has_destination or out is not None else []
 
     def _many_sources(self, given: Given) -> list[torch.Tensor]:
         tensors = self._by_name("tensor", given, self._sources)
@@ -94,23 +99,18 @@ class TensorChecker:
                     f"tensor {name!r} of rank {self.rank} requires grad, and gradients do not come back through a "
                     "mapping; call under torch.no_grad(), pass tensor.detach(), or move it alone"
                 )
-            source = checker.check_source(f"tensor {name!r}", tensor)
-            assert source is not None
-            sources.append(source)
+            sources.append(checker.check_source(f"tensor {name!r}", tensor))
         return sources
 
     def _many_outs(self, out: Given, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if out is None:
-            made = [checker.check_out("out", None, ()) for checker in self._destinations.values()]
-            return [tensor for tensor in made if tensor is not None]
+            return [checker.check_out("out", None, ()) for checker in self._destinations.values()]
         tensors = self._by_name("out", out, self._destinations)
         outs = []
         for name, checker in self._destinations.items():
             if tensors.get(name) is None:
                 raise SpecError(f"out of rank {self.rank} has no tensor {name!r}; give all of them, or leave out=None")
-            found = checker.check_out(f"out[{name!r}]", tensors[name], ())
-            assert found is not None
-            outs.append(found)
+            outs.append(checker.check_out(f"out[{name!r}]", tensors[name], ()))
         self._check_apart(outs, sources)
         return outs
 
@@ -169,27 +169,29 @@ class ItemChecker:
         source, destination: its layouts.
         rank: whose side.
         device: where the tensors must be.
+
+    Attributes:
+        has_source, has_destination: whether the rank is on the mesh, and has something to check.
     """
 
     def __init__(self, source: ShardingSpec, destination: ShardingSpec, rank: int, device: torch.device) -> None:
         self._source, self._destination = source, destination
         self._rank = rank
         self._device = device
-        self._source_shape = source.local_shape(rank) if rank in source.mesh else None
+        self.has_source, self.has_destination = rank in source.mesh, rank in destination.mesh
+        self._source_shape = source.local_shape(rank) if self.has_source else ()
         self._source_dtype = torch_dtype(source.element_type)
-        self._destination_shape = destination.local_shape(rank) if rank in destination.mesh else None
+        self._destination_shape = destination.local_shape(rank) if self.has_destination else ()
         self._destination_dtype = torch_dtype(destination.element_type)
 
-    def check_source(self, name: str, tensor: Given) -> torch.Tensor | None:
-        """See TensorChecker; None off the source mesh."""
-        if self._source_shape is None:
-            if tensor is not None:
-                _refuse_many(name, tensor)
-                raise SpecError(
-                    f"rank {self._rank} gave a tensor of shape {_shape(tensor)} but is not on the source mesh "
-                    f"{self._source.mesh}; pass None there"
-                )
-            return None
+    def check_source(self, name: str, tensor: Given) -> torch.Tensor:
+        """See TensorChecker; refuses what is given off the source mesh."""
+        if not self.has_source:
+            _refuse_many(name, tensor)
+            raise SpecError(
+                f"rank {self._rank} gave a tensor of shape {_shape(tensor)} but is not on the source mesh "
+                f"{self._source.mesh}; pass None there"
+            )
         if tensor is None:
             which = "no tensor" if name == "the tensor" else f"no {name}"
             raise SpecError(
@@ -201,16 +203,14 @@ class ItemChecker:
             tensor = tensor.resolve_conj().resolve_neg()
         return tensor.detach() if tensor.requires_grad else tensor
 
-    def check_out(self, name: str, out: Given, sources: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """See TensorChecker; None off the destination mesh."""
-        if self._destination_shape is None:
-            if out is not None:
-                _refuse_many(name, out)
-                raise SpecError(
-                    f"rank {self._rank} gave {name} of shape {_shape(out)} but is not on the destination mesh "
-                    f"{self._destination.mesh}; pass None there"
-                )
-            return None
+    def check_out(self, name: str, out: Given, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See TensorChecker; refuses what is given off the destination mesh."""
+        if not self.has_destination:
+            _refuse_many(name, out)
+            raise SpecError(
+                f"rank {self._rank} gave {name} of shape {_shape(out)} but is not on the destination mesh "
+                f"{self._destination.mesh}; pass None there"
+            )
         if out is None:
             return _empty(self._destination_shape, self._destination_dtype, self._device)
         out = self._checked("out", name, out, self._destination_shape, self._destination_dtype)
@@ -236,7 +236,7 @@ class ItemChecker:
 
     def _checked(self, role: str, name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         rank = self._rank
-        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        is_plain = type(tensor) in DENSE and tensor.layout is _strided
         if not is_plain or tensor.is_quantized or tensor.is_nested:
             _refuse_many(name, tensor)
             raise ArgumentError(
@@ -248,7 +248,7 @@ class ItemChecker:
                 f"{name} of rank {rank} has shape {tuple(tensor.shape)}, and its spec gives it {shape}; "
                 f"{remedies.of_shape(role)}"
             )
-        if tensor.dtype != dtype:
+        if tensor.dtype is not dtype:
             raise SpecError(
                 f"{name} of rank {rank} has dtype {tensor.dtype}, and its spec says {dtype}; "
                 f"{remedies.of_dtype(dtype, role)}"
@@ -272,7 +272,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def describe_transform() -> str | None:
     """Say that a transform of torch.func is at work, in which a tensor has no memory to move; None if none is."""
-    return IN_A_TRANSFORM if torch._C._are_functorch_transforms_active() else None
+    return IN_A_TRANSFORM if _is_in_transform() else None
 
 
 def check_casts(plan: Plan) -> None:
@@ -307,7 +307,7 @@ def bump_versions(out: Given) -> None:
     """Tell autograd that tensors were written."""
     for tensor in (out,) if isinstance(out, torch.Tensor) else (out or {}).values():
         if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+            increment_version(tensor)
 
 
 def _shape(tensor: object) -> object:
