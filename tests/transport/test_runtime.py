@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle import require_equal
-from tricomm import Mesh, Replicate, Shard, ShardingSpec, make_plan
+from tricomm import Broadcast, Mesh, Replicate, Shard, ShardingSpec, make_plan
 from tricomm.kernels import pack as kernels
 from tricomm.transport.local import LocalEndpoint, LocalNetwork, _run_all
 from tricomm.transport.runtime import PlanExecution
@@ -62,3 +62,39 @@ def test_a_binding_of_a_view_goes_with_it() -> None:
     assert execution._bindings
     del source, out
     assert not execution._bindings
+
+
+@pytest.mark.parametrize("depth", [(0, 0), (0, 2), (4, 2)])
+def test_every_work_is_awaited_once(depth: tuple[int, int]) -> None:
+    """Gloo's wait for a message that has been waited for does not return. Rank 1 sends on what it has received, with
+    nothing open even after the round of its receive has ended.
+    """
+    source = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), SHAPE, "int32")
+    plan = make_plan(source, ShardingSpec(Mesh([1, 2, 3], ("x",)), (Replicate(),)), strategy=Broadcast(chunk_bytes=128))
+    full = torch.arange(8 * 24, dtype=torch.int32).reshape(SHAPE)
+    outs = {rank: torch.zeros_like(full) for rank in (1, 2, 3)}
+    executions = {rank: PlanExecution(plan, rank, torch.device("cpu")) for rank in plan.participants}
+    network = LocalNetwork(True, depth)
+    _run_all(
+        {
+            rank: execution.steps(
+                [] if rank else [full],
+                [outs[rank]] if rank else [],
+                lambda nbytes: torch.full((nbytes,), 0xFF, dtype=torch.uint8),
+                LocalEndpoint(network, rank),
+            )
+            for rank, execution in executions.items()
+        },
+        network,
+    )
+    forwarded = 0
+    for rank, execution in executions.items():
+        steps = execution._bindings[0].bound.steps
+        posted = sum(len(step.receives) + len(step.sends) for step in steps)
+        completions = [one for step in steps for _, ended in step.ended for one in ended]
+        ended = [number for number, _ in completions if number is not None]
+        forwarded += sum(len(step.relayed) for step in steps)
+        assert sorted([*(number for step in steps for number in step.relayed), *ended]) == [*range(posted)]
+        if rank:
+            require_equal(outs[rank], full, f"rank {rank}")
+    assert forwarded or depth == (0, 0)

@@ -5,10 +5,11 @@ in-process transport goes on with another rank. The order is COSTA's: receives f
 copies while the network works, and unpack in the order of the rounds.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.options import ProgressCallback
 from tricomm.packing.arithmetic import Reducer
-from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, bind
+from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, TorchCopies, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors
 from tricomm.packing.selection import Planned
@@ -35,39 +36,102 @@ StagingProvider = Callable[[int], torch.Tensor]
 Way = tuple[tuple[int, int], Directions]
 """The depth of a transport, and where it takes runs of memory in place of buffers."""
 
-Step = tuple[Operation, Copies]
-"""A transfer of a round: the operation, and what is to be packed before it or unpacked after it."""
+Completion = tuple[int | None, Callable[[], object] | None]
+"""The work of a transfer, None if it has been awaited before or there is none, and what unpacks then, if anything."""
+
+Send = tuple[Operation, Callable[[], object] | None]
+"""A send, and what packs it, if anything does."""
+
+
+class Step(NamedTuple):
+    """What a run does between two pauses. Works count from 0 in the order in which they are posted.
+
+    Attributes:
+        relayed: works that are awaited first: what has come goes on from here.
+        receives, sends: posted as one group.
+        ended: rounds that are awaited and unpacked last, by their numbers; -1 for the local copies.
+    """
+
+    relayed: tuple[int, ...]
+    receives: tuple[Operation, ...]
+    sends: tuple[Send, ...]
+    ended: tuple[tuple[int, tuple[Completion, ...]], ...]
 
 
 class Bound(NamedTuple):
-    """A binding as operations, made once.
+    """A binding as what a run does, made once.
 
     Attributes:
-        sends, receives: per round.
+        steps: in order.
         sent, received: (messages, bytes) of a run.
         calls: how many calls end with it.
+        staging_nbytes: that it needs.
     """
 
-    binding: Binding
-    sends: tuple[tuple[Step, ...], ...]
-    receives: tuple[tuple[Step, ...], ...]
+    steps: tuple[Step, ...]
     sent: tuple[int, int]
     received: tuple[int, int]
     calls: int
+    staging_nbytes: int
 
 
-def as_operations(binding: Binding, is_last: bool) -> Bound:
-    """Return what a run of a binding posts and copies."""
+def schedule(binding: Binding, is_last: bool) -> Bound:
+    """Return what every run of a binding does.
 
-    def steps(rounds: Sequence[Sequence[BoundTransfer]], is_send: bool) -> tuple[tuple[Step, ...], ...]:
-        return tuple(tuple((Operation(is_send, t.peer, t.buffer, t.runs), t.copies) for t in one) for one in rounds)
+    Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for and
+    unpacked, whereupon its places in the staging buffer are free. Receives are posted with the rounds before theirs, as
+    far ahead as the transport likes.
+    """
+    program, count = binding.program, len(binding.sends)
+    steps: list[Step] = []
+    numbers = itertools.count()
+    received: list[list[int]] = []
+    sent: list[list[int]] = []
+    arrivals: dict[tuple[int, int], int] = {}
+    awaited: set[int] = set()
+    for index in range(max(count + program.rounds_open, 1)):
+        relayed, receives, sends = list[int](), list[Operation](), list[Send]()
+        ended: list[tuple[int, tuple[Completion, ...]]] = [] if index else [(-1, _local_of(binding))]
+        if index < count:
+            relayed += sorted({arrivals[one.key] for one in program.sends[index] if one.relay} - awaited)
+            awaited.update(relayed)
+            for early in range(len(received), min(index + program.receives_ahead + 1, count)):
+                received.append([next(numbers) for _ in program.receives[early]])
+                arrivals.update(zip((one.key for one in program.receives[early]), received[early], strict=True))
+                receives += (Operation(False, one.peer, one.buffer, one.runs) for one in binding.receives[early])
+            sent.append([next(numbers) for _ in program.sends[index]])
+            sends += (
+                (Operation(True, one.peer, one.buffer, one.runs), _run_of(one.copies)) for one in binding.sends[index]
+            )
+        done = index - program.rounds_open
+        if 0 <= done < count:
+            of_receives = zip(received[done], binding.receives[done], strict=True)
+            completions = [(None if number in awaited else number, _run_of(one.copies)) for number, one in of_receives]
+            ended.append((done, (*completions, *((number, None) for number in sent[done]))))
+            awaited.update(received[done])
+        if index == 0 or relayed or receives or sends:
+            steps.append(Step(tuple(relayed), tuple(receives), tuple(sends), tuple(ended)))
+        else:
+            steps[-1] = steps[-1]._replace(ended=(*steps[-1].ended, *ended))
+    counts = _counted(binding.sends), _counted(binding.receives)
+    return Bound(tuple(steps), *counts, int(is_last), program.staging_nbytes)
 
-    def counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
-        return sum(map(len, rounds)), sum(t.buffer.numel() for one in rounds for t in one)
 
-    ways = binding.sends, binding.receives
-    sent, received = map(counted, ways)
-    return Bound(binding, steps(ways[0], True), steps(ways[1], False), sent, received, int(is_last))
+def _counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
+    return sum(map(len, rounds)), sum(one.buffer.numel() for step in rounds for one in step)
+
+
+def _local_of(binding: Binding) -> tuple[Completion, ...]:
+    return () if binding.local is NOTHING else ((None, binding.local.run),)
+
+
+def _run_of(copies: Copies) -> Callable[[], object] | None:
+    if copies is NOTHING:
+        return None
+    if isinstance(copies, TorchCopies) and len(copies.pairs) == 1:
+        ((into, out_of),) = copies.pairs
+        return partial(into.copy_, out_of)
+    return copies.run
 
 
 def run_move(
@@ -75,96 +139,61 @@ def run_move(
 ) -> Iterator[Work]:
     """Run one move of one rank; each yielded work must be done before the generator is resumed.
 
-    Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for and
-    unpacked, whereupon its places in the staging buffer are free. Receives are posted with the rounds before theirs, as
-    far ahead as the transport likes.
-
     Args:
         bound: the rank's copy program, bound to tensors and a staging buffer; read and written until the run ends.
         transport: the rank's end of the network.
         tally: to which is added what the run costs.
         report: called with the number of each round that is done; with -1 after the local copies.
     """
-    binding, sends, receives, sent_counts, received_counts, calls = bound
-    program, count, launch = binding.program, len(sends), transport.launch
-    received: list[list[Work]] = []
-    sent: list[list[Work]] = []
-    arrivals: dict[tuple[int, int], Work] = {}
-    for index in range(max(count + program.rounds_open, 1)):
-        if index < count:
-            if program.relays:
-                for transfer in program.sends[index]:
-                    if transfer.relay:
-                        yield from tally.awaited(arrivals[transfer.key])
-            early = range(len(received), min(index + program.receives_ahead + 1, count))
-            began, packed = perf_counter(), tally.pack_seconds
-            works = transport.post(_operations(sends[index], receives, early, launch, tally))
-            tally.post_seconds += perf_counter() - began - (tally.pack_seconds - packed)
-            first = 0
-            for step in early:
-                end = first + len(program.receives[step])
-                received.append(works[first:end])
-                if program.relays:
-                    arrivals.update(
-                        (transfer.key, work)
-                        for transfer, work in zip(program.receives[step], received[step], strict=True)
-                    )
-                first = end
-            sent.append(works[first:])
-        if index == 0:
-            if binding.local is not NOTHING:
-                launch(binding.local.run)
+    steps, sent, received, calls, staging_nbytes = bound
+    works: list[Work] = []
+    for relayed, receives, sends, rounds in steps:
+        began = perf_counter()
+        if relayed:
+            for number in relayed:
+                yield works[number]
+            began = tally.waited_since(began)
+        if sends:
+            packed = tally.pack_seconds
+            works += transport.post(_packed(receives, sends, transport.launch, tally))
+            began += tally.pack_seconds - packed
+        elif receives:
+            works += transport.post(receives)
+        posted = perf_counter()
+        tally.post_seconds += posted - began
+        for index, completions in rounds:
+            for awaited, unpack in completions:
+                if awaited is not None:
+                    yield works[awaited]
+                if unpack is not None:
+                    came = perf_counter()
+                    transport.launch(unpack)
+                    unpacked = perf_counter() - came
+                    tally.unpack_seconds += unpacked
+                    posted += unpacked
             if report is not None:
-                report(-1)
-        done = index - program.rounds_open
-        if 0 <= done < count:
-            yield from _retired(received[done], receives[done], sent[done], launch, tally)
-            if report is not None:
-                report(done)
+                report(index)
+        tally.wait_seconds += perf_counter() - posted
     tally.calls += calls
-    tally.messages += sent_counts[0]
-    tally.nbytes += sent_counts[1]
-    tally.received_messages += received_counts[0]
-    tally.received_nbytes += received_counts[1]
-    tally.staging_nbytes = max(tally.staging_nbytes, program.staging_nbytes)
+    tally.messages += sent[0]
+    tally.nbytes += sent[1]
+    tally.received_messages += received[0]
+    tally.received_nbytes += received[1]
+    tally.staging_nbytes = max(tally.staging_nbytes, staging_nbytes)
 
 
-def _retired(
-    received: Sequence[Work],
-    receives: Sequence[Step],
-    sent: Sequence[Work],
-    launch: Callable[[Callable[[], None]], None],
-    tally: Tally,
-) -> Iterator[Work]:
-    """Wait for a round and unpack it."""
-    began = perf_counter()
-    for work, (_, copies) in zip(received, receives, strict=True):
-        yield work
-        if copies is not NOTHING:
-            came = perf_counter()
-            launch(copies.run)
-            unpacked = perf_counter() - came
-            tally.unpack_seconds += unpacked
-            began += unpacked
-    yield from sent
-    tally.wait_seconds += perf_counter() - began
-
-
-def _operations(
-    sends: Sequence[Step],
-    receives: Sequence[Sequence[Step]],
-    early: range,
-    launch: Callable[[Callable[[], None]], None],
+def _packed(
+    receives: Sequence[Operation],
+    sends: Sequence[Send],
+    launch: Callable[[Callable[[], object]], None],
     tally: Tally,
 ) -> Iterator[Operation]:
-    """The receives of the rounds ``early``, then the sends of one round, packed as they are asked for."""
-    for step in early:
-        for operation, _ in receives[step]:
-            yield operation
-    for operation, copies in sends:
-        if copies is not NOTHING:
+    """Receives, then sends, packed as they are asked for."""
+    yield from receives
+    for operation, pack in sends:
+        if pack is not None:
             began = perf_counter()
-            launch(copies.run)
+            launch(pack)
             tally.pack_seconds += perf_counter() - began
         yield operation
 
@@ -311,7 +340,7 @@ class PlanExecution:
             buffer,
             program.staging_nbytes,
             (depth, in_place),
-            as_operations(binding, index + 1 == len(self.plan.stacks)),
+            schedule(binding, index + 1 == len(self.plan.stacks)),
         )
         bindings[index] = cached
         return cached
@@ -350,13 +379,14 @@ class CachedBinding:
 
     def is_of(self, sources: Tensors, destinations: Tensors, staging: StagingProvider, way: Way) -> bool:
         """Whether a call with these may use the binding."""
-        if self.way != way or len(self.tensors) != len(sources) + len(destinations):
+        every = (*sources, *destinations)
+        if self.way != way or len(self.tensors) != len(every):
             return False
         # Where a tensor's elements are, and its strides, may change under the same object (set_, data).
-        for tensor, (reference, address, strides) in zip((*sources, *destinations), self.tensors, strict=True):
+        for tensor, (reference, address, strides) in zip(every, self.tensors, strict=True):
             if reference() is not tensor or tensor.data_ptr() != address or tensor.stride() != strides:
                 return False
-        return staging(self.staging_nbytes) is self.staging
+        return not self.staging_nbytes or staging(self.staging_nbytes) is self.staging
 
 
 def _described(tensor: torch.Tensor) -> LocalTensor:

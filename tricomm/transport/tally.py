@@ -1,6 +1,6 @@
 """Tally: what the runs of one rank's plan have cost so far, and how far the one under way has come."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -10,7 +10,6 @@ from tricomm.options import ProgressCallback
 from tricomm.plan.program import BoxTransfers, RankProgram, Transfer
 from tricomm.plan.stacks import Stack
 from tricomm.stats import Progress
-from tricomm.transport.base import Work
 
 
 class Tally:
@@ -43,11 +42,11 @@ class Tally:
         self.staging_nbytes = 0
         self.bind_seconds = self.pack_seconds = self.post_seconds = self.wait_seconds = self.unpack_seconds = 0.0
 
-    def awaited(self, work: Work) -> Iterator[Work]:
-        """Hand out a work to wait for, and count for how long that took."""
-        began = perf_counter()
-        yield work
-        self.wait_seconds += perf_counter() - began
+    def waited_since(self, began: float) -> float:
+        """Add a wait that began then and is over; returns the time, of perf_counter."""
+        now = perf_counter()
+        self.wait_seconds += now - began
+        return now
 
 
 class Steps:
