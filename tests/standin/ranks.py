@@ -23,6 +23,11 @@ class Gone(BaseException):
     """The rank of this thread is dead, or all ranks are closed."""
 
 
+def thread_name(rank: int) -> str:
+    """Of the thread that is a rank, and not one of those that it starts."""
+    return f"stand-in rank {rank}"
+
+
 class RankStore(dist.Store):
     """The store as one rank sees it: a rank that is stopped or dead does nothing any more.
 
@@ -36,6 +41,9 @@ class RankStore(dist.Store):
         self.ranks, self.rank = ranks, rank
 
     def _store(self) -> Any:
+        if self.rank in self.ranks.dead and threading.current_thread().name == thread_name(self.rank):
+            # It unwinds, which no process does that is gone; what it lets go must not wait in the way.
+            raise RuntimeError("the process of this rank is gone")
         with self.ranks.world.moved:
             while self.rank in self.ranks.frozen and not self.ranks.is_closed:
                 self.ranks.world.moved.wait()
@@ -129,6 +137,7 @@ class Threads:
         self.store = dist.HashStore()
         self.timeout_seconds = timeout_seconds
         self.frozen: set[int] = set()
+        self.dead: set[int] = set()
         self.is_closed = False
         self._stores = [RankStore(self, rank) for rank in range(size)]
         self.groups = [Group(store, rank, size) for rank, store in enumerate(self._stores)]
@@ -202,6 +211,7 @@ class Threads:
         """Its process is gone, and its kernels with it."""
         with self.world.moved:
             self.frozen.add(rank)
+            self.dead.add(rank)
             device = self.world.devices[rank]
             for backend in self.standins[rank].backends:
                 backend.die()
@@ -229,7 +239,9 @@ class Result:
         self._barrier = barrier
         self.value: Any = None
         self.error = ""
-        self._thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(function, arguments), name=thread_name(rank), daemon=True
+        )
         self._thread.start()
 
     @property
