@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 N ?= 20000
-WORKERS ?= 3
+WORKERS ?= 2
 GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
 .PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check gpu-check-full clean
@@ -13,8 +13,7 @@ demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
 # In workers, their threads, and one fixed set of processes each; and the rehearsal of gpu-check, which no change may
-# break. A file stays with one worker, since its fixtures do; the long ones are not kept for last. Many tests wait, so there
-# is one worker more than two cores need. WORKERS=0 runs all in one process, for a debugger.
+# break. A file stays with one worker, since its fixtures do. WORKERS=0 runs all in one process, for a debugger.
 test: $(VENV)/.test
 	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not processes or rehearsal" --durations 25
 

@@ -16,6 +16,22 @@ STARTS = ((subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, 
 STARTS_THE_FIXED_RANKS: ContextVar[bool] = ContextVar("STARTS_THE_FIXED_RANKS", default=False)
 
 
+LONGEST_FIRST = (
+    "test_properties.py",
+    "test_gpu_check_processes.py",
+    "test_executor.py",
+    "test_against_dtensor.py",
+    "test_gloo.py",
+    "test_many.py",
+)
+"""Files that take longest. They begin first, so that no worker is left with one of them when the others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the longest files forward; all else stays in order."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+
+
 class UnmarkedProcess(AssertionError):  # noqa: N818 - no error of the library
     """A test without the marker ``processes`` started a process of its own."""
 
