@@ -23,6 +23,10 @@ LONGEST_FIRST = (
     "test_against_dtensor.py",
     "test_gloo.py",
     "test_many.py",
+    "test_promise.py",
+    "test_torch_adapter.py",
+    "test_identity.py",
+    "test_communicators.py",
 )
 """Files that take longest. They begin first, so that no worker is left with one of them when the others are done."""
 
