@@ -7,12 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.cases import EXTENTS, Case, cases, specs
 from tests.plan.test_plan import planned_afresh, without_indices
-from tricomm import Auto, Mesh, Naive, Replicate, SendRecv, Shard, ShardingSpec, Split, make_plan
+from tricomm import (
+    Auto,
+    Broadcast,
+    LocalTransport,
+    Mesh,
+    Naive,
+    Replicate,
+    SendRecv,
+    Shard,
+    ShardingSpec,
+    Split,
+    make_plan,
+)
 from tricomm.layout.columns import IntervalLists, by_first, distinct, numbered, positions, spread
 from tricomm.layout.intervals import Region, chunk
 from tricomm.plan.choice import ROUNDING, WORTH_IT, assigned_seconds
@@ -233,3 +246,12 @@ def test_tasks_compare_with_tuples_of_tasks() -> None:
     tasks = unit_tasks(source, ShardingSpec(Mesh([2], ("x",)), (Replicate(),), (4,), "float32"))
     assert isinstance(tasks, Tasks)
     assert tasks == (Task((Part(0, 4, (((0, 2),),)),), (0,), (2,)), Task((Part(0, 4, (((2, 4),),)),), (1,), (2,)))
+
+
+@pytest.mark.parametrize("strategy", [SendRecv(1), Broadcast(1), Auto()])
+def test_a_tensor_without_dims_is_one_chunk_however_small_chunks_are(strategy: Any) -> None:
+    source = ShardingSpec(Mesh([1], ("x",)), (Replicate(),), (), "float64")
+    plan = make_plan(source, ShardingSpec.explicit({0: ()}, (), "float64"), strategy=strategy)
+    plan.verify()
+    value = torch.tensor(3.0, dtype=torch.float64)
+    assert torch.equal(LocalTransport().run(plan, {1: value})[0], value)

@@ -263,7 +263,8 @@ def cut_where(parts: Grouped, counts: np.ndarray, pattern_of: Callable[[Kinds, i
     if isinstance(parts, PartGroups) and parts.groups.single:
         regions = parts.groups.regions
         extents = [lists.lengths[regions.rows[rows, dim]].tolist() for dim, lists in enumerate(regions.dims)]
-        cut = zip(several, zip(*extents, strict=True), strict=True)
+        shapes = zip(*extents, strict=True) if extents else [()] * len(rows)  # tensors without dims
+        cut = zip(several, shapes, strict=True)
         return {row: Chunks(parts, row, pattern_of(((parts.itemsize, shape),), count)) for (row, count), shape in cut}
     wholes = parts._items(rows) if isinstance(parts, PartGroups) else [parts[row] for row in rows.tolist()]
     return {
