@@ -1,10 +1,12 @@
 """What Hypothesis draws: pairs of layouts with everything that DESIGN.md lists, on up to eight ranks."""
 
 import math
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tricomm import (
@@ -67,6 +69,18 @@ FIFTHS = st.integers(0, 4)
 BOOLEANS = st.booleans()
 PLACEMENT_KINDS = st.sampled_from(["shard", "shard", "replicate", "partial"])
 SUM_OR_AVG = st.sampled_from(["sum", "avg"])
+
+
+def of_random_moves(examples: int, variable: str) -> settings:
+    """The settings of a test that moves what is drawn: the same each time, but where a variable asks for a number."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        derandomize=variable not in os.environ,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tricomm
+from tests.interop.torchrun import output_of_job
 from tricomm import cli
 from tricomm.launch import Ranks
 
@@ -40,19 +41,10 @@ def test_the_job_runs_as_it_stands_there(tmp_path: Path) -> None:
     command = re.search(r"Save this as `(\w+\.py)` and start it with `torchrun ([^`]*)`", README)
     assert command is not None
     (tmp_path / command[1]).write_text(blocks("python")[1])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(command[2])],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )
-    assert done.returncode == 0, done.stderr
+    output = output_of_job(*shlex.split(command[2]), folder=tmp_path, timeout_seconds=120)
     rows = [[0.0] * 3] * 4 + [[1.0] * 3] * 4
     said = [f"rank {rank} has {'nothing' if rank < 2 else rows}" for rank in range(4)]
-    assert sorted(done.stdout.splitlines()) == said
+    assert sorted(output.splitlines()) == said
 
 
 class Stand:
@@ -212,16 +204,14 @@ def test_the_pipeline_excerpt_is_from_the_example() -> None:
 @pytest.mark.processes
 def test_the_pipeline_example_trains() -> None:
     assert f"-m {EXAMPLE}" in README
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", EXAMPLE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    output = output_of_job("--nproc-per-node", "3", "-m", EXAMPLE, folder=ROOT, timeout_seconds=120)
     losses = {
         (int(step), int(rank)): float(loss)
-        for step, rank, loss in re.findall(r"step (\d+), rank (\d): loss of its part ([\d.]+)", done.stdout)
+        for step, rank, loss in re.findall(r"step (\d+), rank (\d): loss of its part ([\d.]+)", output)
     }
     assert {rank for _, rank in losses} == {1, 2}
     assert all(losses[19, rank] < losses[0, rank] for rank in (1, 2))
-    assert re.search(r"^\(StageCost\(forward_seconds=.*\nchosen: ", done.stdout, re.M)
+    assert re.search(r"^\(StageCost\(forward_seconds=.*\nchosen: ", output, re.M)
 
 
 @pytest.mark.parametrize("package", ["safetensors", "tqdm"])

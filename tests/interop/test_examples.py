@@ -2,14 +2,13 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.interop.torchrun import output_of_job
 from tricomm.examples import change_parallelism
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,18 +21,8 @@ def output_of(name: str, folder: Path) -> str:
     command = re.search(r"^torchrun --nproc-per-node (\d+) -m (\S+)$", str(module.__doc__), re.M)
     assert command is not None
     assert command[2] == module.__name__
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", command[1]]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", module.__name__],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    arguments = ("--nproc-per-node", command[1], "-m", module.__name__)
+    return output_of_job(*arguments, folder=folder, timeout_seconds=280)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

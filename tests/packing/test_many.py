@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tricomm
-from tests.cases import RANKS, Case, cases
+from tests.cases import RANKS, Case, cases, of_random_moves
 from tests.oracle import filled, pick, require_equal, source_and_result
 from tests.transport.test_properties import TRANSPORTS, restrided
 from tricomm import (
@@ -33,14 +33,7 @@ from tricomm.options import DEFAULT_STAGING_BYTES
 from tricomm.transport.runtime import PlanExecution
 
 EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_MANY", "150"))
-quick = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    derandomize="TRICOMM_FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+quick = of_random_moves(EXAMPLES, "TRICOMM_FUZZ")
 Set = dict[str, Case]
 
 

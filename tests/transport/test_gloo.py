@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tricomm
-from tests.cases import RANKS, Case, cases
+from tests.cases import RANKS, Case, cases, of_random_moves
 from tests.oracle import pick, require_equal, source_and_result
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError, make_plan
@@ -73,14 +73,7 @@ def drawable(case: Case) -> bool:
     return not case.destination.dtype.startswith(("bits", "float4"))
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    derandomize="TRICOMM_FUZZ_GLOO" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+@of_random_moves(EXAMPLES, "TRICOMM_FUZZ_GLOO")
 @given(case=cases().filter(drawable), api=st.sampled_from(["reshard", "async", "resharder", "out"]))
 def test_any_layout_to_any_layout(ranks: Ranks, case: Case, api: str) -> None:
     sent = ranks.run(run_case, case, api)

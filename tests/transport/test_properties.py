@@ -3,10 +3,10 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import Case, cases
+from tests.cases import Case, cases, of_random_moves
 from tests.oracle import WORDS, pick, require_equal, source_and_result, torch_dtype
 from tricomm import LocalTransport, make_plan
 
@@ -56,14 +56,7 @@ def expected_wire_nbytes(case: Case) -> int:
     return total
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    derandomize="TRICOMM_FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+@of_random_moves(EXAMPLES, "TRICOMM_FUZZ")
 @given(case=cases(), transport=st.sampled_from(TRANSPORTS))
 def test_any_layout_to_any_layout(case: Case, transport: LocalTransport) -> None:
     plan = make_plan(case.source, case.destination, **case.plan_arguments())

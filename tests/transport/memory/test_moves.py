@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tricomm
-from tests.cases import RANKS, Case, cases
+from tests.cases import RANKS, Case, cases, of_random_moves
 from tests.oracle import pick, require_equal
 from tests.transport.memory.rungs import RUNGS, forced, network_nbytes
 from tests.transport.test_gloo import drawable, run_case
@@ -27,14 +27,7 @@ def run_on_rung(rank: int, case: Case, api: str, rung: str) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    derandomize="TRICOMM_FUZZ_MEMORY" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
+@of_random_moves(EXAMPLES, "TRICOMM_FUZZ_MEMORY")
 @given(case=cases().filter(drawable), api=st.sampled_from(["reshard", "async", "resharder", "out"]))
 def test_any_layout_to_any_layout(ranks: Ranks, rung: str, case: Case, api: str) -> None:
     for rank, sent in enumerate(ranks.run(run_on_rung, case, api, rung)):
