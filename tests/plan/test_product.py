@@ -80,7 +80,7 @@ def test_it_is_about_as_fast_as_the_best_that_search_finds() -> None:
     found = measured(range(60))
     ratios = [one.ratio for one in found]
     assert np.median(ratios) <= 1.0
-    assert np.quantile(ratios, 0.9) <= 1.03
+    assert max(ratios) <= 1.03
     assert sum(one.is_less_level for one in found) <= 3
 
 

@@ -1,9 +1,10 @@
 """Whether formulas apply to a move, and which of their ways it takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.pieces import Cutting
 from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
+from tricomm.plan.product.tried import SIMULATED_RANKS, fastest
 from tricomm.plan.refine import cells
 from tricomm.plan.routes.chunks import (
     MAX_PEERS_PER_ROUND,
@@ -36,6 +38,9 @@ from tricomm.plan.routes.joined import Routes
 from tricomm.plan.routes.rounds import schedule
 from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy
 from tricomm.plan.tasks import wire_itemsize
+
+FEW_SHARES = 9
+"""Where ways are simulated, each holder has fewer shares than that of what it sends, or as many as are level."""
 
 
 class Nics(NamedTuple):
@@ -156,7 +161,12 @@ class ProductMove:
 
     def routes(self, rank: int | None) -> Routes:
         """What all ranks do, or what one has part in."""
-        way = best_way(self)
+        if len(self.participants) > SIMULATED_RANKS:
+            return self._routes_of(best_way(ways_of(self)), rank)
+        found = fastest(ways_of(self, range(FEW_SHARES)), attrgetter("seconds"), self._routes_of, self.context.topology)
+        return self._routes_of(found, rank)
+
+    def _routes_of(self, way: "Way", rank: int | None = None) -> Routes:
         return self._directly(way, rank) if way.children == 0 else self._round_about(way, rank)
 
     def _parts(self, regions: Groups) -> PartGroups:
@@ -243,20 +253,25 @@ class Load(NamedTuple):
         return cls(piece, ranks * tile / holders, each + shares - 1 + int(holders > 1))
 
 
-def best_way(move: ProductMove) -> Way:
-    """The fastest, the plainest one that is about as fast."""
+def ways_of(move: ProductMove, shares: Iterable[int] = range(4)) -> list[Way]:
+    """The ways that a move may go, plain ones first, with so many shares a holder, or as many as are level."""
     ways: list[Way] = []
     if isinstance(move.strategy, Auto | SendRecv) or move.rings.replicas == 1:
-        ways += [direct_way(move, shares) for shares in (0, 1)]
+        ways += [direct_way(move, count) for count in (0, 1)]
     if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
         # As many messages as places to enter at, so that all NICs are busy from the first step to the last.
         messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).piece_nbytes), 1)
         places = _places(move)
-        level = {0, 1, 2, 3}
+        level = set(shares)
         if move.shared is None:
             level |= {-(-places // messages), places // gcd(places, messages), -(-2 * _rails(move) // messages)}
         kinds = (1, 2) if isinstance(move.strategy, Auto) and move.rings.most_hosts > 2 else (1,)
-        ways += [round_way(move, shares, children) for children in kinds for shares in sorted(level)]
+        ways += [round_way(move, count, children) for children in kinds for count in sorted(level)]
+    return ways
+
+
+def best_way(ways: Sequence[Way]) -> Way:
+    """The fastest, the plainest one that is about as fast."""
     best = ways[0]
     for way in ways[1:]:
         if way.seconds < best.seconds * (1 - WORTH_IT):

@@ -1,0 +1,45 @@
+"""Moves of few ranks and few messages: ways are simulated, which costs little and is right where an estimate is not."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from tricomm.layout.topology import Topology
+from tricomm.plan.cost import MessageColumns, simulated_seconds
+from tricomm.plan.routes.joined import Routes
+
+SIMULATED_RANKS = 64
+"""Up to so many ranks ways are simulated; one rank's part of more shall cost little, and loads differ less there."""
+
+SIMULATED_HOPS = 1 << 13
+"""So many hops in all ways together: ten or twenty milliseconds."""
+
+WORTH_A_CHANGE = 0.01
+"""By how much a way must be faster than all those that were expected to be."""
+
+Way = TypeVar("Way")
+
+
+def fastest(
+    ways: Sequence[Way], seconds_of: Callable[[Way], float], routes_of: Callable[[Way], Routes], topology: Topology
+) -> Way:
+    """Simulate ways, those first that should be fast, until there are too many hops; the fastest, or the first.
+
+    Every rank finds the same, as it simulates what all ranks do.
+
+    Args:
+        ways: at least one, plain ones first.
+        seconds_of: what each should take.
+        routes_of: what all ranks do.
+        topology: hosts and rates.
+    """
+    ordered = sorted(ways, key=seconds_of)
+    best, least, hops = ordered[0], float("inf"), 0
+    for way in ordered:
+        routes = routes_of(way)
+        hops += len(routes.hops)
+        if hops > SIMULATED_HOPS:
+            break
+        seconds = simulated_seconds(MessageColumns.of(routes.messages), routes.hops, topology)
+        if seconds < least * (1 - WORTH_A_CHANGE):
+            best, least = way, seconds
+    return best
