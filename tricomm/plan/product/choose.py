@@ -18,7 +18,7 @@ from tricomm.plan.choice import WORTH_IT
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, ranks_of
 from tricomm.plan.product.loads import Loads
-from tricomm.plan.product.pieces import Cutting
+from tricomm.plan.product.pieces import BY_TURNS, Cutting
 from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
 from tricomm.plan.product.tried import SIMULATED_RANKS, fastest
@@ -163,7 +163,9 @@ class ProductMove:
         """What all ranks do, or what one has part in."""
         if len(self.participants) > SIMULATED_RANKS:
             return self._routes_of(best_way(ways_of(self)), rank)
-        found = fastest(ways_of(self, range(FEW_SHARES)), attrgetter("seconds"), self._routes_of, self.context.topology)
+        found = fastest(
+            ways_of(self, range(BY_TURNS, FEW_SHARES)), attrgetter("seconds"), self._routes_of, self.context.topology
+        )
         return self._routes_of(found, rank)
 
     def _routes_of(self, way: "Way", rank: int | None = None) -> Routes:
@@ -206,7 +208,7 @@ class Way:
     Attributes:
         context: what a strategy may know.
         children: 0 if each replica hears from holders; 1 if pieces go from host to host in chains, 2 in trees.
-        shares: how many each holder has of the line of its tile's cells; 0 leaves cells whole.
+        shares: how many each holder has of the line of its tile's cells; 0 or BY_TURNS leaves cells whole.
         chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
         chunk_bytes: the size of chunks, where a strategy says so.
@@ -245,7 +247,7 @@ class Load(NamedTuple):
         cells = int(np.prod([np.bincount(held).max() for held in move.cutting.held])) * copies
         cell = int(np.prod([lengths.max() for lengths in move.cutting.lengths])) * itemsize
         each = -(-cells // holders)
-        if not shares:
+        if shares <= 0:
             return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each)
         if move.cutting.alone:
             return cls(cell / holders / shares, ranks * tile / holders, cells * shares)
@@ -257,7 +259,7 @@ def ways_of(move: ProductMove, shares: Iterable[int] = range(4)) -> list[Way]:
     """The ways that a move may go, plain ones first, with so many shares a holder, or as many as are level."""
     ways: list[Way] = []
     if isinstance(move.strategy, Auto | SendRecv) or move.rings.replicas == 1:
-        ways += [direct_way(move, count) for count in (0, 1)]
+        ways += [direct_way(move, count) for count in (0, 1, BY_TURNS)]
     if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
         # As many messages as places to enter at, so that all NICs are busy from the first step to the last.
         messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).piece_nbytes), 1)

@@ -12,6 +12,9 @@ from tricomm.plan.refine import Cells
 WIDE = 64
 """A dim of so many coordinates is fine enough to be cut where shares end."""
 
+BY_TURNS = -1
+"""In the place of a number of shares: cells stay whole, and the holders of a tile take turns in sending them."""
+
 
 class Line(NamedTuple):
     """The cells of each tile one after the other, the last dim fastest: where a cell begins follows from its place in
@@ -21,16 +24,18 @@ class Line(NamedTuple):
         before: per dim and cell, coordinates of the cells before it in the same part.
         totals: per dim and part, coordinates of all its cells.
         ordinals: per dim and cell, how many cells of the same part are before it.
+        counts: per dim and part, how many cells it has.
     """
 
     before: list[np.ndarray]
     totals: list[np.ndarray]
     ordinals: list[np.ndarray]
+    counts: list[np.ndarray]
 
     @classmethod
     def of(cls, lengths: Sequence[np.ndarray], parts: Sequence[np.ndarray], counts: Sequence[int]) -> "Line":
         """From the coordinates and the part of each cell, dim by dim."""
-        before, totals, ordinals = [], [], []
+        before, totals, ordinals, numbers = [], [], [], []
         for extent, part, count in zip(lengths, parts, counts, strict=True):
             order = part.argsort(kind="stable")
             total = np.zeros(count, np.int64)
@@ -39,11 +44,13 @@ class Line(NamedTuple):
             found = np.empty(len(part), np.int64)
             found[order] = ends - offsets_of(total)[part[order]]
             number = np.empty(len(part), np.int64)
-            number[order] = np.arange(len(part)) - offsets_of(np.bincount(part, minlength=count))[part[order]]
+            of_part = np.bincount(part, minlength=count)
+            number[order] = np.arange(len(part)) - offsets_of(of_part)[part[order]]
             before.append(found)
             totals.append(total)
             ordinals.append(number)
-        return cls(before, totals, ordinals)
+            numbers.append(of_part)
+        return cls(before, totals, ordinals, numbers)
 
     @property
     def largest(self) -> int:
@@ -155,7 +162,7 @@ class Cutting:
         Args:
             copies: 1 if each piece is sent once, or as many as a tile has replicas.
             shares: how many each holder has of the line of a tile's cells; 0 leaves cells whole, and holders may then
-                send more than others.
+                send more than others; so may they by turns, but as many messages.
             rank: only what this rank sends or, in its own tile, receives; None is everything.
         """
         if rank is None:
@@ -177,8 +184,10 @@ class Cutting:
         size = self.numel(rows)
         begin, total = self._lines(rows, size, copies, copy_of)
         count = self.source.replicas * max(shares, 1)
-        if shares:
+        if shares > 0:
             first, last = begin * count // total, ((begin + size) * count - 1) // total
+        elif shares == BY_TURNS:
+            first = last = (self._numbers(rows) * copies + copy_of) % count
         else:
             first = (2 * begin + size) * count // (2 * total)
             if self.alone:
@@ -214,6 +223,14 @@ class Cutting:
         found = np.zeros(len(rows), np.int64)
         for dim, ordinals in enumerate(self.source_line.ordinals):
             found += ordinals[rows[:, dim]]
+        return found
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the cells of its source tile each is, the last dim fastest."""
+        found = np.zeros(len(rows), np.int64)
+        line, held = self.source_line, _columns(self.held, rows)
+        for dim, (ordinals, counts) in enumerate(zip(line.ordinals, line.counts, strict=True)):
+            found = found * counts[held[:, dim]] + ordinals[rows[:, dim]]
         return found
 
     def cut(self, rows: np.ndarray, parts: "Parts") -> tuple[np.ndarray, np.ndarray, Groups]:

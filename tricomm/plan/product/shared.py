@@ -99,7 +99,7 @@ class SharedHosts:
         """What is sent if replicas hand it on.
 
         Args:
-            shares: how many parts each holder sends of a cell; 0 leaves cells whole.
+            shares: how many parts each holder sends of a cell; 0 or BY_TURNS leaves cells whole.
             rank: only what this rank has part in; None is everything.
         """
         found: list[Visits] = []
@@ -120,7 +120,7 @@ class SharedHosts:
         """What is sent if each replica hears from a holder; at most one row for each pair of ranks.
 
         Args:
-            shares: 0 leaves cells whole; 1 has all holders share them.
+            shares: 0 or BY_TURNS leaves cells whole; 1 has all holders share them.
             rank: only what this rank has part in; None is everything.
         """
         senders: list[np.ndarray] = []
