@@ -1,7 +1,10 @@
 """Plans that formulas cannot make: they say what they cost, are refused where that is too much, and can be kept."""
 
+import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tricomm import (
@@ -52,15 +55,63 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for _ in range(2):
         planner._make_plan.cache_clear()
         plans.append(make_plan(*irregular(), strategy=strategy))
-    (kept,) = (tmp_path / "plans").iterdir()
+    assert len(list((tmp_path / "plans").iterdir())) == 1
     assert plans[0].digest() == plans[1].digest() == make_plan(*irregular(), strategy=Auto(29)).digest()
     assert plans[0].moves[0].messages == plans[1].moves[0].messages
     assert plans[0].moves[0].hops == plans[1].moves[0].hops
     plans[1].verify()
-    kept.write_bytes(b"half a plan")
+
+
+class Touches:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("cut short", ""),
+        ("a pickle", ""),
+        ("pickled columns", "allow_pickle=False"),
+        ("another order of hops", "do not have the digest"),
+        ("version", "its format is 0, and this tricomm reads 1"),
+        ("key", "it is of another plan"),
+    ],
+)
+def test_what_was_changed_is_not_read(
+    damage: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tricomm.plan.planner.WORTH_SAYING", 100)
+    strategy = Auto(search_up_to=28, cache=str(tmp_path / "plans"))
     planner._make_plan.cache_clear()
-    with pytest.raises(PlanError, match=r"cannot be read .* delete it"):
+    make_plan(*irregular(), strategy=strategy)
+    (kept,) = (tmp_path / "plans").iterdir()
+    with np.load(kept, allow_pickle=False) as file:
+        header, arrays = json.loads(file["header"].tobytes()), {name: file[name] for name in file.files}
+    evil = Touches(tmp_path / "ran")
+    if damage == "cut short":
+        kept.write_bytes(kept.read_bytes()[:-30])
+    elif damage == "a pickle":
+        kept.write_bytes(pickle.dumps(evil))
+    else:
+        if damage == "pickled columns":
+            arrays["chains"] = np.array([evil], object)
+        elif damage == "another order of hops":
+            arrays["hops"] = arrays["hops"][::-1]
+        else:
+            header[damage] = 0
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        with kept.open("wb") as changed:
+            np.savez(changed, **arrays)
+    planner._make_plan.cache_clear()
+    with pytest.raises(PlanError, match=rf"cannot be read .*{reason}.* delete it"):
         make_plan(*irregular(), strategy=strategy)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("strategy", [SendRecv(), SendRecv(4096), Broadcast(), Broadcast(4096), GlobalAllGather()])

@@ -244,7 +244,7 @@ class _Draft:
         # Text of all ranks and hosts, which takes long to write.
         key = repr((PLANNER_VERSION, numbers, self.stacks, self.strategy, self.balance, self.topology))
         key += repr((self.participants, self.staging_nbytes))
-        return kept(cache, key, lambda: self._best(numbers, chosen, None))
+        return kept(cache, key, Auto().candidates, lambda: self._best(numbers, chosen, None))
 
     def _best(self, numbers: Sequence[int], chosen: Sequence[Tasks], rank: int | None) -> Routes:
         """The best of the strategies, given the tasks."""

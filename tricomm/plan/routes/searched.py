@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tricomm.errors import PlanError
 from tricomm.plan.routes.joined import Routes
+from tricomm.plan.routes.stored import read, written
+from tricomm.plan.routes.strategies import Strategy
 from tricomm.plan.tasks import Tasks
 
 SECONDS_PER_DELIVERY = 80e-6
@@ -50,12 +51,13 @@ def check_search(deliveries: int, is_kept: bool) -> None:
         )
 
 
-def kept(folder: str, key: str, search: Callable[[], Routes]) -> Routes:
+def kept(folder: str, key: str, strategies: Sequence[Strategy], search: Callable[[], Routes]) -> Routes:
     """Read what was found for a key from a folder, or find it and write it there.
 
     Args:
-        folder: that this user alone can write, for what is read is trusted.
+        folder: that this user alone should write: what is read runs nothing, but how tensors move follows it.
         key: text that determines what is found.
+        strategies: one of which is found.
         search: finds it.
 
     Raises:
@@ -64,7 +66,7 @@ def kept(folder: str, key: str, search: Callable[[], Routes]) -> Routes:
     path = Path(folder, f"{hashlib.sha256(key.encode()).hexdigest()}.plan")
     if path.exists():
         try:
-            found: Routes = pickle.loads(path.read_bytes())
+            found = read(path.read_bytes(), key, strategies)
         except Exception as error:
             raise PlanError(
                 f"the kept plan {path} cannot be read ({error!r}); delete it, and it is made again"
@@ -73,6 +75,6 @@ def kept(folder: str, key: str, search: Callable[[], Routes]) -> Routes:
     found = search()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_bytes(pickle.dumps(found))
+    unfinished.write_bytes(written(found, key, strategies))
     unfinished.replace(path)
     return found
