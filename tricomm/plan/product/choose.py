@@ -244,8 +244,7 @@ class Load(NamedTuple):
         """With cells shared evenly, or each cell whole."""
         holders, itemsize, ranks = move.source.replicas, move.itemsize, move.sending.ranks
         tile = move.cutting.source_line.largest * itemsize * copies
-        cells = int(np.prod([np.bincount(held).max() for held in move.cutting.held])) * copies
-        cell = int(np.prod([lengths.max() for lengths in move.cutting.lengths])) * itemsize
+        cells, cell = move.cutting.source_line.most_cells * copies, move.cutting.largest_cell * itemsize
         each = -(-cells // holders)
         if shares <= 0:
             return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each)

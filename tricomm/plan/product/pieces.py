@@ -1,6 +1,7 @@
 """Pieces: what each holder of a source tile sends of it, as columns."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -25,12 +26,16 @@ class Line(NamedTuple):
         totals: per dim and part, coordinates of all its cells.
         ordinals: per dim and cell, how many cells of the same part are before it.
         counts: per dim and part, how many cells it has.
+        largest: elements of the largest tile.
+        most_cells: of a tile.
     """
 
     before: list[np.ndarray]
     totals: list[np.ndarray]
     ordinals: list[np.ndarray]
     counts: list[np.ndarray]
+    largest: int
+    most_cells: int
 
     @classmethod
     def of(cls, lengths: Sequence[np.ndarray], parts: Sequence[np.ndarray], counts: Sequence[int]) -> "Line":
@@ -50,12 +55,8 @@ class Line(NamedTuple):
             totals.append(total)
             ordinals.append(number)
             numbers.append(of_part)
-        return cls(before, totals, ordinals, numbers)
-
-    @property
-    def largest(self) -> int:
-        """Elements of the largest tile."""
-        return int(np.prod([totals.max() for totals in self.totals]))
+        largest, most_cells = (prod([int(of_dim.max()) for of_dim in dims]) for dims in (totals, numbers))
+        return cls(before, totals, ordinals, numbers, largest, most_cells)
 
     def place(self, rows: np.ndarray, lengths: Sequence[np.ndarray], parts: np.ndarray) -> np.ndarray:
         """Elements of its tile before each cell (rows: its place in each dim; parts: of its tile)."""
@@ -116,6 +117,7 @@ class Cutting:
         self.needed = [dim.needed.classes for dim in cells]
         self.source_line = Line.of(self.lengths, self.held, source.parts)
         self.destination_line = Line.of(self.lengths, self.needed, destination.parts)
+        self.largest_cell = prod([int(lengths.max()) for lengths in self.lengths])
 
     @property
     def every(self) -> np.ndarray:
