@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from tricomm.errors import PlanError
 from tricomm.kinds import explains_missing
+from tricomm.layout.mesh import Mesh
 from tricomm.layout.sides import Sides, as_specs
 from tricomm.layout.topology import Topology
 from tricomm.plan.arguments import (
@@ -16,7 +17,8 @@ from tricomm.plan.arguments import (
     check_topology,
     participants_of,
 )
-from tricomm.plan.choice import Candidate
+from tricomm.plan.choice import WORTH_IT, Candidate
+from tricomm.plan.cost import MessageColumns, lower_bound_seconds, simulated_seconds
 from tricomm.plan.ends.ends import Ends
 from tricomm.plan.ends.mapped import items_and_ends, require_held
 from tricomm.plan.move import Move
@@ -35,6 +37,8 @@ from tricomm.plan.tasks import joined as joined_tasks
 from tricomm.rules import BoundRules, Rules
 
 DEFAULT_STAGING_BYTES = 256 << 20
+BULK_NBYTES = 1 << 20
+"""Bytes of a message from which on it does not matter that there are more messages than need be."""
 
 
 @explains_missing
@@ -169,9 +173,17 @@ class _Draft:
         auto = self.strategy if isinstance(self.strategy, Auto) else Auto()
         return len(self.participants) > auto.search_up_to
 
+    @property
+    def _is_compared(self) -> bool:
+        """Whether few ranks take part, but of many tensors, some of them to several ranks: a search takes one strategy
+        for all of them, and formulas take for each what suits it.
+        """
+        is_free = isinstance(self.strategy, Auto) and self.strategy.search_up_to > 0
+        return is_free and not self.is_large and len(self.stacks) > 1 and not self.is_known_to_each_rank
+
     def _formulas(self) -> dict[int, ProductMove]:
         """What routes the stacks that formulas can route, by number."""
-        if not self.is_large or not isinstance(self.balance, Split):
+        if not (self.is_large or self._is_compared) or not isinstance(self.balance, Split):
             return {}
         found = {}
         for number, stack in enumerate(self.stacks):
@@ -183,8 +195,13 @@ class _Draft:
 
     def _context(self, numbers: Sequence[int]) -> RouteContext:
         """What a strategy may know that routes some stacks."""
-        bounds = [peer_bound(self.stacks[number].source, self.stacks[number].destination) for number in numbers]
-        return RouteContext(self.topology, max(min(sum(bounds), len(self.participants)), 1), self.staging_nbytes)
+        stacks = [self.stacks[number] for number in numbers]
+        bounds = [peer_bound(stack.source, stack.destination) for stack in stacks]
+        most = len(self.participants)
+        sides = [{rank for mesh in side for rank in mesh.ranks} for side in zip(*map(_meshes, stacks), strict=True)]
+        if sides and sides[0].isdisjoint(sides[1]):
+            most = max(map(len, sides))  # a rank sends, or it receives
+        return RouteContext(self.topology, max(min(sum(bounds), most), 1), self.staging_nbytes)
 
     def _is_known(self, number: int) -> bool:
         """Whether no choice for a stack depends on other ranks' tasks: there is one holder or a fixed choice, and
@@ -208,13 +225,30 @@ class _Draft:
             unit_tasks(stack.source, stack.destination, rank, number) for number, stack in enumerate(self.stacks)
         )
         formulas = self._formulas()
-        others = [number for number in range(len(self.stacks)) if number not in formulas]
-        groups = [others]
         if self.is_large:
-            known = [number for number in others if self._is_known(number)]
-            groups = [known, [number for number in others if number not in known]]
-        routes = [self._searched(group, refined, rank) for group in groups if group or len(groups) == 1]
+            return self._apart(refined, formulas, rank)
+        if not formulas:
+            return self._move(refined, [self._searched(range(len(self.stacks)), refined, rank)])
+        apart = self._apart(refined, formulas, rank)
+        columns = MessageColumns.of(apart.messages)
+        seconds = simulated_seconds(columns, apart.hops, self.topology)
+        is_bulk = apart.wire_nbytes >= BULK_NBYTES * len(apart.messages)
+        if is_bulk and seconds <= lower_bound_seconds(apart.tasks, self.topology, self.participants) * (1 + WORTH_IT):
+            return apart  # nothing that a search finds is worth it
+        together = self._searched(range(len(self.stacks)), refined, rank)
+        found = simulated_seconds(MessageColumns.of(together.messages), together.hops, self.topology)
+        return apart if seconds < found * (1 - WORTH_IT) else self._move(refined, [together])
+
+    def _apart(self, refined: tuple[Tasks, ...], formulas: dict[int, ProductMove], rank: int | None) -> Move:
+        """Each stack by formulas where there are such, and the others by what their ranks know."""
+        others = [number for number in range(len(self.stacks)) if number not in formulas]
+        known = [number for number in others if self._is_known(number)]
+        groups = [known, [number for number in others if number not in known]]
+        routes = [self._searched(group, refined, rank) for group in groups if group]
         routes += [self._by_formulas(formulas[number], number, rank) for number in sorted(formulas)]
+        return self._move(refined, routes)
+
+    def _move(self, refined: tuple[Tasks, ...], routes: Sequence[Routes]) -> Move:
         messages, hops = joined(routes)
         return Move(self.stacks, refined, tuple(one.strategy for one in routes), messages, hops)
 
@@ -267,6 +301,10 @@ class _Draft:
                 best = candidate
         assert best is not None
         return Routes(best.strategy, best.messages, best.hops)
+
+
+def _meshes(stack: Stack) -> tuple[Mesh, Mesh]:
+    return stack.source.mesh, stack.destination.mesh
 
 
 def _multicasts(tasks: Tasks) -> bool:

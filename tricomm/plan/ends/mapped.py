@@ -83,12 +83,17 @@ def ends_of_rules(rules: object, source: object, destination: object) -> tuple[t
 def _ends(
     rules: Rules | BoundRules, sources: tuple[Named, ...], given: tuple[Named, ...]
 ) -> tuple[tuple[Item, ...], Ends]:
+    known: dict[ShardingSpec, ShardingSpec] = {}  # work on pieces is shared by tensors that share a spec
+    sources, given = (
+        tuple([Named(name, known.setdefault(spec, spec)) for name, spec in side]) for side in (sources, given)
+    )
     bound = _bound(rules, sources)
     by_name = {tensor.name: tensor for tensor in bound.tensors}
     specs = dict(given)
     _check_names(by_name, specs)
     held = dict(sources)
-    destinations = tuple([Named(name, _destination(by_name[name], held, spec)) for name, spec in specs.items()])
+    made = [Named(name, _destination(by_name[name], held, spec)) for name, spec in specs.items()]
+    destinations = tuple([Named(name, known.setdefault(spec, spec)) for name, spec in made])
     numbers = {named.name: number for number, named in enumerate(sources)}
     maker = _Items(sources, numbers)
     items: list[Item] = []

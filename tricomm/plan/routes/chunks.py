@@ -130,7 +130,7 @@ class CutTable(NamedTuple):
         nbytes: (chunks,).
         firsts: (chunks + 1,), the first piece of each chunk.
         spans: (pieces, dims, 2), where each piece starts and stops, by place in the part of its message; None if some
-            message has several parts, or none has several chunks.
+            message has several parts, parts differ in their number of dims, or no message has several chunks.
         are_whole: whether each chunk is one piece.
     """
 
@@ -146,7 +146,8 @@ class CutTable(NamedTuple):
         counts = np.concatenate([counts_of(one.firsts) for one in patterns] or [np.zeros(0, np.int64)])
         nbytes = numbers(size for one in patterns for size in one.nbytes)
         spans = [one.spans for one in patterns if one.spans is not None]
-        table = np.concatenate(spans) if spans and len(spans) == len(patterns) else None
+        alike = len({one.shape[1] for one in spans}) == 1 and len(spans) == len(patterns)
+        table = np.concatenate(spans) if alike else None
         return cls(first, nbytes, offsets_of(counts), table, bool((counts == 1).all()))
 
 

@@ -158,7 +158,7 @@ def vllm_layouts(
 
     def experts(name: str, shape: Shape) -> ShardingSpec:
         if expert_parallel:
-            return _shared_out(ranks, shape)
+            return _cut(flat, shape, {"ep": Shard(0)}) if shape[0] % len(ranks) == 0 else _shared_out(ranks, shape)
         rows = shape[1] // 2
         if ".w13_" in name:
             return _cut(flat, shape, {"ep": Shard(1) if plain else Shard(1, segments=(rows, rows))})

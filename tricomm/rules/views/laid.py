@@ -1,6 +1,7 @@
 """The layout of one side of a piece: in placements where these say it, else what each rank holds."""
 
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,13 +11,17 @@ from tricomm.layout.placement import Partial, Placement, Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.rules.views.view import View
 
+Cuts = list[tuple[int, Placement]]
+"""How a mesh axis, taken apart into axes of these extents, cuts a box."""
+
 
 def laid(view: View, spec: ShardingSpec) -> ShardingSpec | None:
     """The layout of a box of a tensor that is laid out so; None if no rank holds any of it.
 
     Placements stay placements where they can, as formulas plan those at any size: a dim that the box walks through
-    from end to end, or segment by segment, or in whole steps of its longest digit. Ranks of an axis that cuts a dim in
-    which the box stands still are left out but for those that hold it.
+    from end to end, or segment by segment, or evenly digit after digit, where an axis with more ranks than a digit has
+    places is taken apart into two. Ranks of an axis that cuts a dim in which the box stands still are left out but for
+    those that hold it.
 
     Args:
         view: settled.
@@ -42,7 +47,8 @@ def laid(view: View, spec: ShardingSpec) -> ShardingSpec | None:
 
 def _as_placements(view: View, spec: ShardingSpec) -> ShardingSpec | None:
     """The layout in placements; None if they cannot say it."""
-    placements: list[Placement] = [one if isinstance(one, Partial) else Replicate() for one in spec.placements]
+    partial = [one if isinstance(one, Partial) else Replicate() for one in spec.placements]
+    cuts: list[Cuts] = [[(extent, one)] for extent, one in zip(spec.mesh.shape, partial, strict=True)]
     fixed: dict[int, int] = {}
     for dim in range(len(spec.global_shape)):
         axes = spec.cutting_axes(dim)
@@ -57,14 +63,31 @@ def _as_placements(view: View, spec: ShardingSpec) -> ShardingSpec | None:
         if found is None:
             return None
         for axis in axes:
-            placements[axis] = found
+            cuts[axis] = found[axis]
     free = [axis for axis in range(spec.mesh.ndim) if axis not in fixed]
     if not free:
         only = _ranks(spec, fixed)
         return ShardingSpec(Mesh([int(only)], ("rank",)), (Replicate(),), view.shape, spec.dtype)
-    mesh = spec.mesh if not fixed else Mesh(_ranks(spec, fixed).tolist(), [spec.mesh.axis_names[a] for a in free])
-    order = tuple([free.index(axis) for axis in spec.axis_order or range(spec.mesh.ndim) if axis in free])
-    return ShardingSpec(mesh, tuple([placements[axis] for axis in free]), view.shape, spec.dtype, order)
+    order = [axis for axis in spec.axis_order or range(spec.mesh.ndim) if axis in free]
+    return _on_parts_of_axes(_ranks(spec, fixed), spec, view.shape, {axis: cuts[axis] for axis in free}, order)
+
+
+def _on_parts_of_axes(
+    ranks: np.ndarray, spec: ShardingSpec, shape: tuple[int, ...], cuts: dict[int, Cuts], order: list[int]
+) -> ShardingSpec:
+    """A layout on a mesh of which each axis is as many as its cuts, the first of them slowest."""
+    extents = [extent for parts in cuts.values() for extent, _ in parts]
+    placements = [placement for parts in cuts.values() for _, placement in parts]
+    names: list[str] = []
+    numbers: dict[int, list[int]] = {}
+    for axis, parts in cuts.items():
+        name = spec.mesh.axis_names[axis]
+        numbers[axis] = list(range(len(names), len(names) + len(parts)))
+        names += [name] if len(parts) == 1 else [f"{name}_{part}" for part in range(len(parts))]
+    mesh = spec.mesh if list(spec.mesh.axis_names) == names else Mesh(ranks.reshape(extents).tolist(), names)
+    return ShardingSpec(
+        mesh, tuple(placements), shape, spec.dtype, tuple([number for axis in order for number in numbers[axis]])
+    )
 
 
 def _ranks(spec: ShardingSpec, fixed: dict[int, int]) -> np.ndarray:
@@ -85,31 +108,81 @@ def _coordinates(spec: ShardingSpec, dim: int, coordinate: int) -> dict[int, int
     raise AssertionError(f"every coordinate of dim {dim} is held where axes cut it")
 
 
-def _cut_alike(view: View, spec: ShardingSpec, dim: int) -> Shard | None:
-    """How each axis that cuts a dim of the tensor cuts the box; None if one placement does not say it."""
+def _cut_alike(view: View, spec: ShardingSpec, dim: int) -> dict[int, Cuts] | None:
+    """How each axis that cuts a dim of the tensor cuts the box; None if placements do not say it."""
     digits = sorted(view.along(dim), key=lambda index: -view.walks[index].step)
-    if any(view.walks[index].is_copies for index in digits):
-        return None
-    walk = view.walks[digits[0]]
-    extent, start = spec.global_shape[dim], view.start[dim]
-    segments = {spec._segments(axis) for axis in spec.cutting_axes(dim)}
+    axes = spec.cutting_axes(dim)
+    segments = {spec._segments(axis) for axis in axes}
     if len(segments) != 1:
         return None
-    of_axes = segments.pop()
-    if len(digits) == 1 and walk.step == 1:
-        edges = [0, *accumulate(of_axes or (extent,))]
+    sizes = segments.pop() or (spec.global_shape[dim],)
+    walk, start = view.walks[digits[0]], view.start[dim]
+    if len(digits) == 1 and walk.step == 1 and not walk.is_copies:
+        edges = [0, *accumulate(sizes)]
         stop = start + walk.size
         if start in edges and stop in edges:
             inside = tuple([high - low for low, high in pairwise(edges) if start <= low < high <= stop])
-            return Shard(digits[0], None if len(inside) == 1 else inside)
+            placement = Shard(digits[0], None if len(inside) == 1 else inside)
+            return {axis: [(spec.mesh.shape[axis], placement)] for axis in axes}
+    block = _block(view, digits, start, sizes)
+    return None if block is None else _cut_evenly(view, block, {axis: spec.mesh.shape[axis] for axis in axes})
+
+
+class _Block(NamedTuple):
+    """Coordinates of a dim that its axes cut evenly, and the digits that walk through them.
+
+    Attributes:
+        size: of the block.
+        start: of the box in it.
+        digits: longest step first.
+    """
+
+    size: int
+    start: int
+    digits: list[int]
+
+
+def _block(view: View, digits: list[int], start: int, sizes: tuple[int, ...]) -> _Block | None:
+    """The segment in which a box lies, or the first of equal ones if its longest digit walks from one to the next."""
+    edges = [0, *accumulate(sizes)]
+    number = next(at for at, stop in enumerate(edges[1:]) if start < stop)
+    reach = start - edges[number] + sum([(view.walks[at].size - 1) * view.walks[at].step for at in digits])
+    if reach < sizes[number]:
+        return _Block(sizes[number], start - edges[number], digits)
+    walk = view.walks[digits[0]]
+    inside = reach - (walk.size - 1) * walk.step
+    walked = sizes[number : number + walk.size]
+    if walk.is_copies or inside >= walk.step or set(walked) != {walk.step} or len(walked) < walk.size:
         return None
-    rest = sum([(view.walks[index].size - 1) * view.walks[index].step for index in digits[1:]])
-    if of_axes or start + rest >= walk.step or walk.size * walk.step != extent:
-        return None
-    size = extent
-    for axis in spec.cutting_axes(dim):
-        # Uneven parts are those of torch.chunk again only if steps are cut whole, and nothing is cut once more.
-        if size % (spec.mesh.shape[axis] * walk.step):
+    return _Block(walk.step, start - edges[number], digits[1:])
+
+
+def _cut_evenly(view: View, block: _Block, extents: dict[int, int]) -> dict[int, Cuts] | None:
+    """Cut digits by axes, both from the outside in: an axis that has more ranks than a digit has places goes on with
+    the next digit. None where a part would be no box, or uneven: so it is that of torch.chunk, and cut once more it is
+    still.
+    """
+    found: dict[int, Cuts] = {axis: [] for axis in extents}
+    left = [[axis, extent] for axis, extent in extents.items() if extent > 1]
+    size, start, digits = block
+    for at, index in enumerate(digits):
+        walk = view.walks[index]
+        reach = start + sum([(view.walks[one].size - 1) * view.walks[one].step for one in digits[at + 1 :]])
+        if not left and not walk.is_copies:
+            continue
+        if walk.size * walk.step != size or reach >= walk.step:
             return None
-        size //= spec.mesh.shape[axis]
-    return Shard(digits[0])
+        places = walk.size
+        while left and places > 1:
+            axis, extent = left[0]
+            part = min(extent, places)
+            if extent % part or places % part:
+                return None
+            found[axis].append((part, Replicate() if walk.is_copies else Shard(index)))
+            places //= part
+            left[0][1] //= part
+            left = left if left[0][1] > 1 else left[1:]
+        if walk.is_copies and places > 1:
+            return None  # a rank holds several copies
+        size = walk.step
+    return None if left else {axis: parts or [(1, Replicate())] for axis, parts in found.items()}
