@@ -1,12 +1,15 @@
 """Cuts of regions: nothing is lost, the order stays, and a cut is no further from its point than allowed."""
 
 import itertools
+from math import prod
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.layout.test_spec import expand, interval_lists, quick
-from tricomm.layout.intervals import Region, region_numel, region_shape
+from tricomm.layout import intervals
+from tricomm.layout.intervals import Region, cut_shapes, region_numel, region_shape
 from tricomm.plan.parts import Part, cut_parts, nbytes_of
 
 
@@ -39,3 +42,20 @@ def test_cuts_keep_every_element_in_order(
     for group, point in zip(groups, points, strict=False):
         before += nbytes_of(group)
         assert abs(before - point) < slack + max(itemsizes)  # an element is never cut
+
+
+@quick
+@given(
+    shape=st.lists(st.sampled_from([1, 2, 3, 7, 64, 100, 1000]), max_size=4).map(tuple),
+    weight=st.sampled_from([1, 2, 4]),
+    where=st.lists(st.floats(0, 1), max_size=9),
+    slack=st.integers(0, 400),
+)
+def test_cuts_between_rows_are_those_of_pieces(
+    shape: tuple[int, ...], weight: int, where: list[float], slack: int
+) -> None:
+    points = sorted(int(fraction * prod(shape) * weight) for fraction in where)
+    found = cut_shapes([shape], [weight], points, slack)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "_cuts_of_one", lambda *_: None)
+        assert found == cut_shapes([shape], [weight], points, slack)

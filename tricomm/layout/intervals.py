@@ -216,6 +216,12 @@ def cut_shapes(
         slack: by what weight a cut may move from its point so that it falls between regions, between rows, or at a
             multiple of ``ALIGNED_NUMEL``. A part may end up empty.
     """
+    cuts = _cuts_of_one(shapes[0], weights[0], points, slack) if len(shapes) == 1 else None
+    if cuts is not None:
+        dim, edges = cuts
+        before, behind = (tuple((0, extent) for extent in side) for side in (shapes[0][:dim], shapes[0][dim + 1 :]))
+        spans = pairwise([0, *edges, shapes[0][dim]])
+        return [(Piece(0, (*before, span, *behind)),) if span[0] < span[1] else () for span in spans]
     parts: list[tuple[Piece, ...]] = []
     current: list[Piece] = []
     rest = [Piece(index, tuple((0, extent) for extent in shape)) for index, shape in enumerate(shapes)][::-1]
@@ -241,6 +247,44 @@ def cut_shapes(
     return parts
 
 
+def _cuts_of_one(
+    shape: tuple[int, ...], weight: int, points: Sequence[int], slack: int
+) -> tuple[int, list[int]] | None:
+    """(dim, where) to cut one region if every cut falls between the rows of one dim, as most do; else None.
+
+    It cuts where :func:`_cut_piece` does, without making pieces of what is to be cut again.
+    """
+    dim = next((dim for dim, extent in enumerate(shape) if extent > 1), None)
+    if dim is None:
+        return None
+    row, slack_numel = prod(shape[dim + 1 :]), slack // weight
+    edges: list[int] = []
+    start = 0
+    for point in points:
+        ahead, rest = point - start * row * weight, shape[dim] - start
+        if rest * row * weight <= ahead + slack:
+            start += rest
+        elif ahead > slack and ahead >= weight:
+            begin = _row_of_cut(ahead // weight, rest, row, slack_numel) if rest > 1 else None
+            if begin is None:
+                return None
+            start += begin
+        edges.append(start)
+    return dim, edges
+
+
+def _row_of_cut(point: int, rows: int, row: int, slack_numel: int) -> int | None:
+    """Before which of several rows of ``row`` elements to cut at a point; None if the cut falls inside of a row."""
+    begin, inside = divmod(point, row)
+    if row == 1 and slack_numel >= ALIGNED_NUMEL:
+        begin = round(point / ALIGNED_NUMEL) * ALIGNED_NUMEL
+    elif min(inside, row - inside) > slack_numel:
+        return None
+    else:
+        begin += 2 * inside > row
+    return min(max(begin, 1), rows - 1)
+
+
 ALIGNED_NUMEL = 64
 """Cuts inside a row fall at multiples of this where they may, so that wide words fit on both sides."""
 
@@ -252,10 +296,9 @@ def _cut_piece(piece: Piece, point: int, slack_numel: int) -> tuple[list[Piece],
     extent = extents[dim]
     row = prod(extents) // extent
     begin, inside = divmod(point, row)
-    if row == 1 and slack_numel >= ALIGNED_NUMEL:
-        begin = min(max(round(point / ALIGNED_NUMEL) * ALIGNED_NUMEL, 1), extent - 1)
-    elif min(inside, row - inside) <= slack_numel:
-        begin, inside = min(max(begin + (2 * inside > row), 1), extent - 1), 0
+    between = _row_of_cut(point, extent, row, slack_numel)
+    if between is not None:
+        begin, inside = between, 0
 
     def rows(start: int, stop: int) -> list[Piece]:
         first = piece.spans[dim][0]
