@@ -1,0 +1,5 @@
+"""``python -m bench.model``."""
+
+from bench.model.run import main
+
+main()
