@@ -235,8 +235,8 @@ class Resharder(Selections):
         return self._move(tensor, out, requires_grad=False)
 
     def _move(self, tensor: Given, out: Given, *, requires_grad: bool) -> Any:
-        session = self._session
-        if session is None:
+        session, execution = self._session, self._execution
+        if session is None or execution is None:
             return self._off_meshes(tensor, out)
         try:
             with session as channel:
@@ -249,9 +249,9 @@ class Resharder(Selections):
                 else:
                     if last is not None:
                         channel.stream_context.wait_event(last.result()[1])
-                    self._run(sources, destinations, session.calls)
-            if self._checksums is not None and self._execution is not None:
-                self._checksums.check(*self._execution.items_of(sources, destinations))
+                    session.run(execution, sources, destinations, session.calls)
+            if self._checksums is not None:
+                self._checksums.check(*execution.items_of(sources, destinations))
         except Exception as error:
             name_error(error, self.name)
             raise
@@ -337,15 +337,6 @@ class Resharder(Selections):
             name_error(error, self.name)
             raise
 
-    def _run(self, sources: Tensors, destinations: Tensors, number: int) -> None:
-        """Carry one call out on this thread."""
-        session, execution = self._session, self._execution
-        assert session is not None
-        assert execution is not None
-        session.run(execution, sources, destinations, number)
-        if session.meets_always:
-            execution.release()  # nobody says when a one-shot call was the last
-
     def _start(
         self,
         sources: Tensors,
@@ -353,8 +344,10 @@ class Resharder(Selections):
         events: Sequence[Any],
         depends_on: Sequence[Handle],
     ) -> Handle:
-        assert self._session is not None
-        session, channel, number = self._session, self._session.channel, self._session.calls
+        session, execution = self._session, self._execution
+        assert session is not None
+        assert execution is not None
+        channel, number = session.channel, session.calls
 
         def run_in_background() -> Ended:
             """On the channel's stream."""
@@ -362,7 +355,7 @@ class Resharder(Selections):
                 with channel.stream_context.after(events, *sources, *destinations):
                     for handle in depends_on:
                         handle.wait_done()
-                    self._run(sources, destinations, number)
+                    session.run(execution, sources, destinations, number)
                     return self._checker.result(destinations), channel.stream_context.record_end(), session.last_run
             except Exception as error:
                 name_error(error, self.name)

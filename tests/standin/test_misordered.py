@@ -10,7 +10,7 @@ from tests.standin.test_promise import TIMEOUT_SECONDS, attempt, check, finish, 
 from tests.standin.test_promise import mover_of as mover_of_promise
 from tricomm import Resharder
 from tricomm.transport.coordination.board import LOOKS, CallBoard
-from tricomm.transport.coordination.monitor import heartbeat_seconds
+from tricomm.transport.coordination.run import heartbeat_seconds
 from tricomm.transport.coordination.status import StatusStore
 
 SIZE = 4

@@ -16,7 +16,8 @@ from tricomm import TransportError
 from tricomm.transport import nccl
 from tricomm.transport.accelerator import CUDA
 from tricomm.transport.base import Operation
-from tricomm.transport.communicator import CallId, Communicator
+from tricomm.transport.communicator import Communicator
+from tricomm.transport.coordination.run import Place, Run
 from tricomm.transport.coordination.status import StatusStore
 from tricomm.transport.group import default_device, device_of
 
@@ -102,9 +103,9 @@ def test_a_round_is_one_group_on_its_device(backend: Backend) -> None:
 
 def connected(backend: Backend, rank: int, store: Any) -> Communicator:
     """A communicator on a device that is not there."""
-    coordinator = SimpleNamespace(rank=rank, status=StatusStore(store, rank), dead={})
+    coordinator = SimpleNamespace(rank=rank, status=StatusStore(store, rank), monitor=None, dead={})
     communicator = Communicator(coordinator, tuple(INDEX), "communicator/x", 1, torch.device("cpu"))
-    communicator.call = CallId(3, 2, "Resharder 'a'")
+    communicator.call = communicator.run = Run(3, 2, "Resharder 'a'", Place.of("communicator/x/1", 5.0))
     connections = object.__new__(nccl.NcclConnections)
     connections._accelerator, connections._index, connections._device = CUDA, INDEX, DEVICE
     connections.backend, connections.run = backend, object.__new__(nccl.DeviceRun)
@@ -188,6 +189,9 @@ class Untagged:
             if not operation.is_send:
                 operation.buffer.copy_(self.confirmed)
         return [(operation.peer, None) for operation in found]
+
+    def wait(self, work: Any, limit: timedelta) -> None:
+        assert work is None
 
     def join(self, is_aborted: Any) -> None:
         assert not is_aborted()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -32,20 +32,11 @@ Directions = frozenset[tuple[bool, int]]
 NOWHERE: Directions = frozenset()
 
 
-class Work(Protocol):
-    """A posted operation."""
-
-    @property
-    def peer(self) -> int:
-        """The other rank."""
-        ...
-
-    def wait(self) -> None:
-        """Return when the buffer may be read (receive) or reused (send), at once if it already may."""
-        ...
+Work = TypeVar("Work")
+"""What a transport gives for a posted operation, and whoever owns it can wait for: once."""
 
 
-class Transport(Protocol):
+class Transport(Protocol[Work]):
     """One rank's end of a network. Operations of a rank pair match in the order in which they are posted."""
 
     @property
@@ -130,8 +121,9 @@ class Connections(Protocol):
         """Whether messages of different tags never meet."""
         ...
 
-    def begin(self) -> Pending | None:
-        """A run begins; returns what tells of its end, if that is not the end of the call."""
+    @property
+    def begin(self) -> Callable[[], Pending] | None:
+        """Begins a run, and returns what tells of its end; None if that is the end of the call."""
         ...
 
     def launch(self, work: Callable[[], object]) -> None:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from tricomm.errors import TransportError
 from tricomm.transport.accelerator import Accelerator
-from tricomm.transport.communicator import CONNECTING_TAG, LOG, CallId, Communicator
+from tricomm.transport.communicator import CONNECTING_TAG, LOG, Communicator
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.diagnosis import describe_missed
 from tricomm.transport.coordination.intent import Intent
+from tricomm.transport.coordination.run import CallId
 from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
 from tricomm.transport.handle import Ended
@@ -125,7 +126,8 @@ class Channel:
         self.participants = participants
         self.device = device
         self.name = name
-        self._communicator: Communicator | None = None
+        self.communicator: Communicator | None = None
+        """The one of the moment."""
         self._has_memory = False
         """Whether the ranks of the communicator looked for each other's memory."""
         self._refused: dict[int, str] = {}
@@ -144,14 +146,11 @@ class Channel:
         key = repr((participants, device.type, name))
         self._place = f"communicator/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    @property
-    def communicator(self) -> Communicator | None:
-        """The one of the moment."""
-        return self._communicator
-
-    @communicator.setter
-    def communicator(self, communicator: Communicator | None) -> None:
-        self._communicator = communicator
+    def _take(self, communicator: Communicator | None) -> None:
+        """Use another one, or none, in place of that of the moment."""
+        if self.communicator is not None:
+            self.communicator.is_usable = False
+        self.communicator = communicator
         self._current[:] = [] if communicator is None else [weakref.ref(communicator)]
 
     def staging(self, nbytes: int) -> torch.Tensor:
@@ -172,8 +171,8 @@ class Channel:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a communicator that nobody aborted, as far as is known here."""
-        return self.communicator is not None and self.communicator.abort_reason is None
+        """Whether calls may begin as it is."""
+        return self.communicator is not None and self.communicator.is_usable
 
     def connect(self, intent: Intent, timeout_seconds: float, uses_memory: bool = False) -> int:
         """Compare with the other ranks what is going to be done, and connect to them; returns the tag for it.
@@ -218,15 +217,16 @@ class Channel:
         generation, with_memory = map(int, agreed.decision.split())
         if communicator is None or communicator.generation != generation:
             # Forget the old one first: should connecting fail, the next rendezvous must know that this rank has none.
-            self.communicator = communicator = None
-            self.communicator = self._connected(generation, intent.call, timeout_seconds, bool(with_memory))
+            communicator = None
+            self._take(None)
+            self._take(self._connected(generation, intent.call, timeout_seconds, bool(with_memory)))
             self._has_memory = bool(with_memory)
         return 1 + agreed.epoch % (MAX_TAG - 1)
 
     def _connected(self, generation: int, call: str, timeout_seconds: float, has_memory: bool) -> Communicator:
         """A communicator whose connections stand on all ranks."""
         found = Communicator(self.coordinator, self.participants, self._place, generation, self.device, self._refused)
-        run = found.begin(CallId(CONNECTING_TAG, 0, call), timeout_seconds, is_connecting=True)
+        run = found.begin(CONNECTING_TAG, 0, call, timeout_seconds, connecting=self.participants)
         try:
             with self._telling(found, call):
                 if len(self.participants) > 1:

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 from tricomm.errors import TransportError
-from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, Operation, Work
+from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, Operation
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
-from tricomm.transport.coordination.monitor import Run
+from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason
 from tricomm.transport.memory.connections import HostConnections, met
 from tricomm.transport.memory.meeting import Doorway
@@ -51,29 +51,12 @@ SPARE_BEATS = 3.0
 by themselves, after so many timeouts and heartbeats."""
 
 
-class CallId:
-    """A call: the ``number``-th of the Resharder with a tag, how errors name it, and whether it may use memory."""
-
-    __slots__ = ("name", "number", "tag", "uses_memory")
-
-    def __init__(self, tag: int, number: int, name: str, uses_memory: bool = False) -> None:
-        self.tag = tag
-        self.number = number
-        self.name = name
-        self.uses_memory = uses_memory
-
-    def __str__(self) -> str:
-        return f"call {self.number} of {self.name}" if self.number else self.name
-
-
 class NoConnections:
     """See Connections: those of a rank alone, and of ranks that do not have theirs yet."""
 
     depth = (1, 2)
     has_tags = True
-
-    def begin(self) -> None:
-        """See Connections."""
+    begin = None
 
     @staticmethod
     def launch(work: Callable[[], object]) -> None:
@@ -98,36 +81,8 @@ class NoConnections:
         """See Connections."""
 
 
-class PostedWork:
-    """One posted operation. Several NCCL operations of one group share the work underneath."""
-
-    __slots__ = ("_communicator", "_work", "peer")
-
-    def __init__(self, communicator: "Communicator", peer: int, work: Any) -> None:
-        self._communicator = communicator
-        self._work = work
-        self.peer = peer
-
-    def wait(self) -> None:
-        """See Work.
-
-        Raises:
-            TransportError: the peer, or a rank that it waits for, died, stopped or never called.
-        """
-        work, self._work = self._work, None
-        if work is None:
-            return
-        communicator, peer = self._communicator, self.peer
-        run = communicator.run
-        assert run is not None
-        run.waiting_for = peer
-        try:
-            communicator.connections.wait(work, communicator.limit)
-        except UnreadableError as error:
-            raise communicator.unreadable(peer, error) from error
-        except RuntimeError as error:
-            raise communicator.lost(peer, error) from error
-        run.waiting_for = None
+PostedWork = tuple[int, Any]
+"""The peer of a posted operation, and the backend's work. Several NCCL operations of one group share that."""
 
 
 class Communicator:
@@ -158,12 +113,17 @@ class Communicator:
         self.device = device
         self.abort_reason: AbortReason | None = None
         """Why it can no longer be used. Written once, under the lock."""
+        self.is_usable = True
+        """Whether calls may begin: nobody has aborted it, as far as is known here, nor taken another in its place."""
+        self._monitor = coordinator.monitor
         self.run: Run | None = None
         self.begun = 0
         """Calls that have begun here."""
         self.call = CallId(CONNECTING_TAG, 0, "")
-        self.limit = timedelta(0)
+        """The one that runs, or ran last."""
+        self._limit = timedelta(0)
         self._timeout_seconds = 0.0
+        self._place = Place.of(self.place, 0.0)
         self._completed: dict[int, int] = {}
         self._unfinished: deque[Run] = deque()
         """Runs whose calls have returned while the device still has to do what they queued, in their order."""
@@ -201,7 +161,7 @@ class Communicator:
             tell = weakref.WeakMethod(self._misordered)
             self._board = CallBoard(self.coordinator.status, self.place, self.participants, tell)
         if door is not None:
-            self._by_memory = met(connections, door, self.post, self.interrupted, self._refused)
+            self._by_memory = met(connections, door, self.exchange, self.interrupted, self._refused)
         connections.connected()
 
     def transports(self, uses_memory: bool) -> PairTransports:
@@ -213,12 +173,34 @@ class Communicator:
 
     # ---- Transport
 
-    def post(self, operations: Iterable[Operation]) -> list[Work]:
+    def post(self, operations: Iterable[Operation]) -> list[PostedWork]:
         """See Transport."""
         try:
-            return [PostedWork(self, *posted) for posted in self.connections.post(operations, self.call.tag)]
+            return self.connections.post(operations, self.call.tag)
         except ConnectionLostError as error:
             raise self.lost(error.peer, error) from error
+
+    def wait(self, posted: PostedWork) -> None:
+        """Return when the buffer of a posted operation may be read (receive) or reused (send).
+
+        Raises:
+            TransportError: the peer, or a rank that it waits for, died, stopped or never called.
+        """
+        run = self.run
+        assert run is not None
+        run.waiting_for, work = posted
+        try:
+            self.connections.wait(work, self._limit)
+        except UnreadableError as error:
+            raise self.unreadable(posted[0], error) from error
+        except RuntimeError as error:
+            raise self.lost(posted[0], error) from error
+        run.waiting_for = None
+
+    def exchange(self, operations: Iterable[Operation]) -> None:
+        """Post operations and wait for all of them."""
+        for work in self.post(operations):
+            self.wait(work)
 
     def confirm(self) -> None:
         """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
@@ -236,8 +218,7 @@ class Communicator:
         reach = 1
         while reach < len(ranks):
             to, back = ranks[(here + reach) % len(ranks)], ranks[(here - reach) % len(ranks)]
-            for work in self.post([Operation(False, back, theirs), Operation(True, to, ours)]):
-                work.wait()
+            self.exchange((Operation(False, back, theirs), Operation(True, to, ours)))
             if not self.connections.has_tags:
                 self._join()
                 self._compare(back, theirs)
@@ -264,34 +245,48 @@ class Communicator:
 
     # ---- calls
 
-    def begin(self, call: CallId, timeout_seconds: float, is_connecting: bool = False) -> Run:
-        """Begin a call: all that it waits for must come within the timeout. ``end`` it in any case."""
-        self.begun += 1
+    def begin(
+        self,
+        tag: int,
+        number: int,
+        name: str,
+        timeout_seconds: float,
+        uses_memory: bool = False,
+        connecting: tuple[int, ...] = (),
+    ) -> Run:
+        """Begin a call: all that it waits for must come within the timeout. ``end`` it in any case.
+
+        Args:
+            tag, number, name: see CallId.
+            timeout_seconds: of the call.
+            uses_memory: whether it may use the memory of other ranks.
+            connecting: the ranks that connect in it, if it is for that.
+        """
+        if timeout_seconds != self._timeout_seconds:
+            self._set_timeout(timeout_seconds, connecting)
         by_memory = self._by_memory
         if by_memory is not None:
-            self.connections = by_memory if call.uses_memory else self._network
-            self.in_place = by_memory.in_place if call.uses_memory else NOWHERE
-        run = Run(
-            self.place,
-            call.__str__,
-            timeout_seconds,
-            None,
-            self.participants if is_connecting else (),
-            self.begun,
-        )
-        run.abort = lambda text: self._abort_run(run, call, text)
-        run.pending = self.connections.begin()
-        if timeout_seconds != self._timeout_seconds:
-            self._timeout_seconds = timeout_seconds
-            self.limit = timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + SPARE_BEATS * run.heartbeat_seconds)
-        self.call = call
-        self.run = run
+            self.connections, self.in_place = (
+                (by_memory, by_memory.in_place) if uses_memory else (self._network, NOWHERE)
+            )
+        self.begun = begun = self.begun + 1
+        self.call = self.run = run = Run(tag, number, name, self._place, self, begun)
+        begin = self.connections.begin
+        if begin is not None:
+            run.pending = begin()
         if self._board is not None:
-            self._board.add(call.tag, call.number, call.name)
-            self._last_runs[call.tag] = run
+            self._board.add(tag, number, name)
+            self._last_runs[tag] = run
             run.board = self._board
-        self.coordinator.monitor.watch(run)
+        self._monitor.watch(run)
         return run
+
+    def _set_timeout(self, timeout_seconds: float, connecting: tuple[int, ...]) -> None:
+        """Bind once what calls with the same timeout have in common."""
+        self._timeout_seconds = 0.0 if connecting else timeout_seconds
+        self._place = Place.of(self.place, timeout_seconds, connecting)
+        spare_seconds = SPARE_BEATS * self._place.heartbeat_seconds
+        self._limit = timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + spare_seconds)
 
     def end(self, run: Run, is_complete: bool = False) -> None:
         """End a call, badly or well: then it is over here, and what fails later is another one.
@@ -300,20 +295,20 @@ class Communicator:
         """
         if is_complete:
             if self._by_memory is not None:
-                self._by_memory.finish(self.limit)
+                self._by_memory.finish(self._limit)
             self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:
-            self.coordinator.monitor.release(run)
+            self._monitor.release(run)
             return
         run.pending.close()
         with self._lock:
             while self._unfinished and self._unfinished[0].is_done():
-                self.coordinator.monitor.release(self._unfinished.popleft())
+                self._monitor.release(self._unfinished.popleft())
             if self.abort_reason is None:
                 self._unfinished.append(run)
                 return
-        self.coordinator.monitor.release(run)
+        self._monitor.release(run)
 
     def is_past(self) -> bool:
         """Whether it was aborted in a call that is over on this rank, by ranks that may all come again."""
@@ -350,7 +345,7 @@ class Communicator:
                     reason = mine._replace(text=f"{text}; {error}")
                 if reason.is_dead and reason.lost is not None:
                     self.coordinator.dead[reason.lost] = reason.text
-                self.abort_reason = reason
+                self.abort_reason, self.is_usable = reason, False
                 self._fail_unfinished(reason.text)
                 (self._by_memory or self.connections).abort()
             return TransportError(self.abort_reason.text)
@@ -402,7 +397,7 @@ class Communicator:
             if not run.is_done():
                 run.failure = text
                 self._has_failed_late = True
-            self.coordinator.monitor.release(run)
+            self._monitor.release(run)
         self._unfinished.clear()
 
     def _misordered(self, text: str) -> None:
@@ -411,7 +406,7 @@ class Communicator:
         for run in list(self._last_runs.values()):
             run.failure = run.failure or text
 
-    def _abort_run(self, run: Run, call: CallId, text: str) -> None:
-        """End a run, from the monitor's thread, unless it has ended by itself."""
+    def end_run(self, run: Run, text: str) -> None:
+        """See RunOwner."""
         if self.run is run or run in self._unfinished:
-            self.abort(text, call)
+            self.abort(text, run)

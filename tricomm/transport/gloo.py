@@ -119,6 +119,7 @@ class GlooConnections:
 
     depth = DEPTH
     has_tags = True
+    begin = None
 
     def __init__(
         self,
@@ -140,9 +141,6 @@ class GlooConnections:
             )
             for way, of_way in zip(("down", "up"), devices.get(), strict=True)
         ]
-
-    def begin(self) -> None:
-        """See Connections."""
 
     launch: Any = staticmethod(operator.call)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tricomm.errors import TransportError
-from tricomm.transport.coordination.monitor import Run
+from tricomm.transport.coordination.run import Run
 from tricomm.transport.streams import StreamContext
 
 Ended = tuple[torch.Tensor | None, Any, Run | None]

@@ -20,7 +20,7 @@ from tricomm.packing.selection import Planned, Selection
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
-from tricomm.transport.base import NOWHERE, Directions, Operation, Work
+from tricomm.transport.base import NOWHERE, Directions, Operation
 from tricomm.transport.runtime import PlanExecution, StagingProvider
 
 
@@ -35,10 +35,6 @@ class LocalWork:
     def peer(self) -> int:
         """The other rank."""
         return self.operation.peer
-
-    def wait(self) -> None:
-        """Only a check: the network completes works before it resumes a rank."""
-        assert self.done
 
 
 class LocalNetwork:
@@ -110,12 +106,11 @@ class LocalEndpoint:
         """See Transport."""
         return NOWHERE
 
-    def post(self, operations: Iterable[Operation]) -> list[Work]:
+    def post(self, operations: Iterable[Operation]) -> list[LocalWork]:
         """See Transport."""
         works = [LocalWork(operation) for operation in operations]
-        if works:
-            self.queue.append(works)
-        return list(works)
+        self.queue.append(works)
+        return works
 
     @staticmethod
     def launch(work: Callable[[], object]) -> None:
@@ -185,7 +180,7 @@ class LocalTransport:
                     "so take it out"
                 )
         outputs: dict[int, Any] = {}
-        running: dict[int, Iterator[Work]] = {}
+        running: dict[int, Iterator[LocalWork]] = {}
         for rank in plan.participants:
             checker = TensorChecker(plan, rank, device)
             sources, destinations = checker.check(tensors.get(rank), None)
@@ -198,12 +193,12 @@ class LocalTransport:
         return outputs, network.traffic
 
 
-def _run_all(running: dict[int, Iterator[Work]], network: LocalNetwork) -> None:
+def _run_all(running: dict[int, Iterator[LocalWork]], network: LocalNetwork) -> None:
     """Resume every rank until it waits; deliver when all wait; stop when all have ended."""
-    waiting: dict[int, Work | None] = dict.fromkeys(running)
+    waiting: dict[int, LocalWork | None] = dict.fromkeys(running)
     while waiting:
         for rank, work in list(waiting.items()):
-            while work is None or (isinstance(work, LocalWork) and work.done):
+            while work is None or work.done:
                 work = next(running[rank], None)
                 if work is None:
                     del waiting[rank]

@@ -135,7 +135,7 @@ def _run_of(copies: Copies) -> Callable[[], object] | None:
 
 
 def run_move(
-    bound: Bound, transport: Transport, tally: Tally, report: Callable[[int], None] | None = None
+    bound: Bound, transport: Transport[Work], tally: Tally, report: Callable[[int], None] | None = None
 ) -> Iterator[Work]:
     """Run one move of one rank; each yielded work must be done before the generator is resumed.
 
@@ -218,14 +218,14 @@ class PlanExecution:
         self._progress = progress
         self._holdings = RankHoldings.of(plan, rank)
         self._views = None if plan.ends.bound is None else ItemViews(plan, rank)
-        self._is_plain = len(plan.stacks) == 1 and self._holdings.is_in_order
+        self._is_one_move, self._is_in_order = len(plan.stacks) == 1, self._holdings.is_in_order
         self._copy_programs: dict[object, CopyProgram] = {}
         self._bindings: dict[int, CachedBinding] = {}
         self._device = device
         self._reducers: dict[int, Reducer] = {}
 
     def steps(
-        self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport
+        self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport[Work]
     ) -> Iterator[Work]:
         """Run the whole plan; each yielded work must be done before the generator is resumed.
 
@@ -239,12 +239,11 @@ class PlanExecution:
             sources, destinations, fills = self._views.of(sources, destinations)
             if fills is not NOTHING:
                 transport.launch(fills.run)
-        if self._is_plain:
-            return self._move(0, sources, destinations, staging, transport)
-        if len(self.plan.stacks) == 1:
-            order = self._holdings
-            return self._move(0, order.sources(sources), order.destinations(destinations), staging, transport)
-        return self._reduce_and_move(sources, destinations, staging, transport)
+        if not self._is_one_move:
+            return self._reduce_and_move(sources, destinations, staging, transport)
+        if not self._is_in_order:
+            sources, destinations = self._holdings.sources(sources), self._holdings.destinations(destinations)
+        return self._move(0, sources, destinations, staging, transport)
 
     def items_of(self, sources: Tensors, destinations: Tensors) -> tuple[Tensors, Tensors]:
         """The plan's items that are the rank's shards, or parts of them."""
@@ -264,7 +263,7 @@ class PlanExecution:
             self._bindings.clear()
 
     def _reduce_and_move(
-        self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport
+        self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport[Work]
     ) -> Iterator[Work]:
         held, (first, last) = self._holdings, self.plan.stacks
         shards = dict(zip(held.source_items, sources, strict=True))
@@ -297,7 +296,7 @@ class PlanExecution:
         return self._reducers
 
     def _move(
-        self, index: int, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport
+        self, index: int, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport[Work]
     ) -> Iterator[Work]:
         """The steps of move ``index``."""
         cached = self._bindings.get(index)

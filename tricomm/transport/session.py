@@ -18,10 +18,10 @@ from tricomm.errors import SpecError, TransportError
 from tricomm.packing.holdings import Tensors
 from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
-from tricomm.transport.communicator import CallId, Communicator
+from tricomm.transport.communicator import Communicator
 from tricomm.transport.coordination.diagnosis import is_late
 from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late
-from tricomm.transport.coordination.monitor import Run
+from tricomm.transport.coordination.run import CallId, Run
 from tricomm.transport.group import GroupContext
 from tricomm.transport.memory.rungs import PairTransports, describe_lacking
 from tricomm.transport.runtime import PlanExecution
@@ -124,8 +124,7 @@ class Session:
         communicator = self._communicator
         if communicator is None:
             return State.NEW
-        is_current = communicator is self.channel.communicator
-        return State.CONNECTED if is_current and communicator.abort_reason is None else State.BROKEN
+        return State.CONNECTED if communicator.is_usable else State.BROKEN
 
     def _number_it(self, number: int) -> None:
         """Say which of its fields it is; that stands in its label too."""
@@ -168,7 +167,7 @@ class Session:
                 raise SpecError(CLOSED_TEXT)
             if self.last_run is not None:
                 self._raise_late(self.last_run)
-            if not channel.turn.acquire(blocking=False):
+            if not channel.turn.acquire(False):
                 raise SpecError(channel.describe_two_threads())
         except SpecError as error:
             self.tell(error)
@@ -216,12 +215,7 @@ class Session:
         if self.last_run is not None:
             self._raise_late(self.last_run)
         communicator = self._communicator
-        if (
-            communicator is None
-            or communicator.abort_reason is not None
-            or communicator is not self.channel.communicator
-            or (self.meets_always and self._met_in_call != number)
-        ):
+        if communicator is None or not communicator.is_usable or (self.meets_always and self._met_in_call != number):
             self._require_all(communicator)
             communicator = self._connect(number, self._timeout_seconds)
         try:
@@ -237,6 +231,8 @@ class Session:
             except TransportError as error:
                 raise TransportError(f"{before.text if before else ''}; then {error}") from error
             self._carry_out(communicator, execution, sources, destinations, number, deadline - time.monotonic())
+        if self.meets_always:
+            execution.release()  # nobody says when a one-shot call was the last
 
     def _raise_late(self, last: Run) -> None:
         """Raise, once, what became of a call that had returned before the device was done with it. The others wait for
@@ -265,12 +261,13 @@ class Session:
         number: int,
         timeout_seconds: float,
     ) -> None:
-        call = CallId(self._tag, number, self.label, self._uses_memory)
-        run = communicator.begin(call, timeout_seconds)
+        channel = self._channel
+        assert channel is not None
+        run = communicator.begin(self._tag, number, self.label, timeout_seconds, self._uses_memory)
         is_complete = False
         try:
-            for work in execution.steps(sources, destinations, self.channel.staging, communicator):
-                work.wait()
+            for work in execution.steps(sources, destinations, channel.staging, communicator):
+                communicator.wait(work)
             if self._confirm:
                 communicator.confirm()
             is_complete = True
@@ -278,12 +275,12 @@ class Session:
         except TransportError as error:
             self.last_run = None
             reason, rank = communicator.abort_reason, self._context.rank
-            if reason is None or (reason.tag, reason.call) != (call.tag, call.number) or not is_late(rank, reason.text):
+            if reason is None or (reason.tag, reason.call) != (run.tag, run.number) or not is_late(rank, reason.text):
                 raise
             self._context.rendezvous.note_late(self._participants, self._channel_name)
             raise TransportError(f"{error}; {describe_late(rank)}") from error
         except BaseException as error:
-            communicator.abort(describe_failure(self._context.rank, str(call), error))
+            communicator.abort(describe_failure(self._context.rank, str(run), error))
             self._told = error
             raise
         finally:

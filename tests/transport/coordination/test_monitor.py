@@ -9,7 +9,8 @@ SLOW_STORE = """
 import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from tricomm.transport.coordination.monitor import Monitor, Run
+from tricomm.transport.coordination.monitor import Monitor
+from tricomm.transport.coordination.run import Place, Run
 from tricomm.transport.coordination.status import StatusStore
 
 store = dist.TCPStore("127.0.0.1", 0, 1, True)
@@ -20,7 +21,7 @@ class Slow(StatusStore):
         store.wait(["nobody sets it"], timedelta(seconds=0.5))
 
 monitor = Monitor(Slow(store, 0))
-monitor.watch(Run("somewhere", lambda: "a call", 1.0, None))
+monitor.watch(Run(1, 1, "a call", Place.of("somewhere", 1.0)))
 time.sleep(0.3)
 if sys.argv[1] == "forks" and os.fork() == 0:
     sys.exit(0)  # the child has no such thread to wait for

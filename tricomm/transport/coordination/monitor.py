@@ -16,13 +16,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import NamedTuple
 
 from tricomm.errors import TransportError
-from tricomm.transport.base import GroupLostError, Pending
 from tricomm.transport.coordination.board import LOOKS, CallBoard
 from tricomm.transport.coordination.diagnosis import (
     SILENT_BEATS,
@@ -33,147 +31,18 @@ from tricomm.transport.coordination.diagnosis import (
     find_ends,
     find_other_order,
 )
+from tricomm.transport.coordination.run import MAX_HEARTBEAT_SECONDS, Run, heartbeat_seconds
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
 
 WATCHED_BEATS = 4.0
 """So many heartbeats before the deadline the monitor begins to watch those of other ranks."""
 
-MAX_HEARTBEAT_SECONDS = 1.0
-
 LAST_LOOK_SECONDS = 2.0
 """For which the end of a process waits for the monitor to come back from the store."""
 
 LOST_BEATS = 2.0
 """So many heartbeats the monitor looks who is silent after a backend has said that it lost some connection."""
-
-
-@lru_cache(maxsize=64)
-def heartbeat_seconds(timeout_seconds: float) -> float:
-    """Return the time between two heartbeats: a tenth of the timeout, at most a second."""
-    return min(MAX_HEARTBEAT_SECONDS, timeout_seconds / 10)
-
-
-@lru_cache(maxsize=64)
-def waiting_seconds(timeout_seconds: float) -> float:
-    """Return how long a wait lasts: a little less than its timeout, within which its error is to be there."""
-    return timeout_seconds - min(0.25, 0.05 * timeout_seconds)
-
-
-def deadline_after(timeout_seconds: float) -> float:
-    """Return when a wait that begins now must end."""
-    return time.monotonic() + waiting_seconds(timeout_seconds)
-
-
-class Run:
-    """A stretch of waiting that ends by a deadline: a call, the connecting before it, or a rendezvous.
-
-    The thread that runs and the monitor share it. All fields are written before the monitor sees them and never again,
-    but for ``waiting_for``: one immutable value, written by the thread that runs alone; the monitor may read that of a
-    moment ago. ``computed_before`` is how long the rank had computed when the run began.
-
-    Args:
-        place: a communicator or rendezvous.
-        describe: tells the call in words.
-        timeout_seconds: until the deadline.
-        abort: ends the run for a reason, from the monitor's thread; None if the thread that runs looks by itself.
-        participants: the ranks that connect, in a run that connects.
-        position: see Wait.
-    """
-
-    __slots__ = (
-        "abort",
-        "awaited",
-        "began",
-        "board",
-        "computed_before",
-        "deadline",
-        "describe",
-        "failure",
-        "heartbeat_seconds",
-        "is_told",
-        "lost",
-        "participants",
-        "pending",
-        "place",
-        "position",
-        "timeout_seconds",
-        "waiting_for",
-    )
-
-    def __init__(
-        self,
-        place: str,
-        describe: Callable[[], str],
-        timeout_seconds: float,
-        abort: Callable[[str], object] | None,
-        participants: Sequence[int] = (),
-        position: int = 0,
-    ) -> None:
-        self.place = place
-        self.position = position
-        self.describe = describe
-        self.began = time.monotonic()
-        self.deadline = self.began + waiting_seconds(timeout_seconds)
-        self.heartbeat_seconds = heartbeat_seconds(timeout_seconds)
-        self.abort = abort
-        self.participants = participants
-        self.waiting_for: int | None = None
-        self.computed_before = 0.0
-        self.timeout_seconds = timeout_seconds
-        self.pending: Pending | None = None
-        """What of it goes on on a device."""
-        self.awaited: tuple[int, ...] | None = ()
-        """The ranks whose messages the device waits for, one of which is at fault; None before it comes to the run."""
-        self.lost: tuple[float, RuntimeError] | None = None
-        """When the backend said that it lost some connection, and what it said."""
-        self.failure: str | None = None
-        """Why it failed on the device, after its call had returned."""
-        self.board: CallBoard | None = None
-        """Where it stands which calls were made, if messages do not say it."""
-        self.is_told = False
-        """Whether somebody has raised that failure."""
-
-    @property
-    def candidates(self) -> tuple[int, ...]:
-        """The ranks that it waits for: one, or some of which one is at fault."""
-        return (self.awaited or ()) if self.waiting_for is None else (self.waiting_for,)
-
-    def wait(self) -> Wait:
-        """Return what the run waits for now."""
-        peer, others = (self.candidates or (None,))[0], self.candidates[1:]
-        return Wait(self.place, peer, self.describe(), others, self.position)
-
-    def is_done(self) -> bool:
-        """Whether the device has done all of it; for the thread that runs."""
-        try:
-            return self.pending is not None and self.pending.is_begun() and self.pending.awaited() is None
-        except RuntimeError:
-            return False  # the monitor finds the same
-
-    def end(self, text: str) -> None:
-        """End it for a reason, unless it has ended by itself."""
-        abort = self.abort
-        if abort is not None:
-            abort(text)
-
-    def follow(self, now: float) -> bool:
-        """Look how far the device is; true when it has done all. For the monitor's thread."""
-        if self.pending is None or self.lost is not None:
-            return False
-        try:
-            if not self.pending.is_begun():
-                self.awaited = None
-                self.deadline = now + waiting_seconds(self.timeout_seconds)
-                return False
-            awaited = self.pending.awaited()
-        except RuntimeError as error:
-            if isinstance(error, GroupLostError):
-                self.awaited = error.peers
-            self.lost = (now, error)
-            return False
-        self.awaited = awaited or ()
-        return awaited is None
 
 
 class Computing(NamedTuple):
@@ -204,7 +73,7 @@ class _Shared:
     """What a monitor and its thread share; it keeps neither alive."""
 
     def __init__(self) -> None:
-        self.runs: dict[int, Run] = {}
+        self.runs: set[Run] = set()
         self.seconds = MAX_HEARTBEAT_SECONDS
         self.busy = threading.Event()
         self.hurry = threading.Event()
@@ -250,17 +119,18 @@ class Monitor:
         shared = self._shared
         computing = shared.computing
         run.computed_before = computing.seconds(run.began) if computing.what else computing.seconds_before
-        shared.runs[id(run)] = run
-        if run.heartbeat_seconds < shared.seconds:
-            shared.seconds = run.heartbeat_seconds
+        shared.runs.add(run)
+        seconds = run.place.heartbeat_seconds
+        if seconds < shared.seconds:
+            shared.seconds = seconds
             shared.hurry.set()
         if shared.is_idle:
             self._wake()
 
     def release(self, run: Run) -> None:
         """End to watch a run."""
-        self._shared.runs.pop(id(run), None)
-        run.abort = None  # it may be kept, and what it would abort must not
+        self._shared.runs.discard(run)
+        run.owner = None  # it may be kept, and what it would abort must not
 
     @contextmanager
     def computing(self, what: str, timeout_seconds: float) -> Iterator[None]:
@@ -299,12 +169,12 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
         if shared.is_ended:
             return
         shared.hurry.clear()
-        runs = list(shared.runs.values())
+        runs = list(shared.runs)
         for run in watcher.look(runs, time.monotonic(), shared.computing):
-            shared.runs.pop(id(run), None)
-            run.abort = None
+            shared.runs.discard(run)
+            run.owner = None
         if runs or not watcher.boards:
-            shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.heartbeat_seconds for run in runs)])
+            shared.seconds = min([MAX_HEARTBEAT_SECONDS, *(run.place.heartbeat_seconds for run in runs)])
         if not runs and not watcher.boards and not shared.computing.what:
             shared.is_idle = True
             shared.busy.clear()
@@ -320,7 +190,7 @@ def _seconds_to_next_look(shared: _Shared) -> float:
     """
     now = time.monotonic()
     shared.seconds = min(shared.seconds, shared.computing.heartbeat_seconds)
-    deadlines = [run.deadline - now for run in list(shared.runs.values()) if run.deadline > now]
+    deadlines = [run.deadline - now for run in list(shared.runs) if run.deadline > now]
     return max(min([shared.seconds, *deadlines]), 0.001)
 
 
@@ -350,7 +220,7 @@ class Watcher:
         self.boards = boards | {run.board: LOOKS for run in runs if run.board is not None}
         done = [run for run in runs if run.follow(now)]
         runs = [run for run in runs if run not in done]
-        slow = [run for run in runs if now - run.began >= 0.9 * run.heartbeat_seconds]
+        slow = [run for run in runs if now - run.began >= 0.9 * run.place.heartbeat_seconds]
         is_slow = bool(computing.what) and now - computing.since >= 0.9 * computing.heartbeat_seconds
         if not slow:
             self._observations.clear()
@@ -362,7 +232,7 @@ class Watcher:
                 self._heartbeats += 1
                 waits = tuple(run.wait() for run in slow if run.awaited is not None)
                 if slow and not waits:  # the device does something else
-                    waits = (Wait("", None, f"the computation that was queued before {slow[0].describe()}"),)
+                    waits = (Wait("", None, f"the computation that was queued before {slow[0]}"),)
                 if computing.what:  # that, and none of the ranks that it will need, keeps it
                     waits = (Wait("", None, computing.what), *(wait._replace(peer=None, others=()) for wait in waits))
                 self.status.post_heartbeat(Heartbeat(self._heartbeats, waits))
@@ -373,44 +243,44 @@ class Watcher:
                 if isinstance(lost, GroupOverError):
                     run.end(str(lost))
                 elif now >= computing.deadline_of(run, now):
-                    run.end(f"{run.describe()} took longer than its timeout, and {lost}")
+                    run.end(f"{run} took longer than its timeout, and {lost}")
         return done
 
     def _attend(self, run: Run, now: float, deadline: float) -> None:
-        if run.abort is None:
+        if run.owner is None:
             return
-        reason = self.status.abort_of(run.place)
+        reason = self.status.abort_of(run.place.name)
         if reason is not None:
             run.end(reason.text)
             return
-        if run.lost is None and now < deadline - WATCHED_BEATS * run.heartbeat_seconds:
+        if run.lost is None and now < deadline - WATCHED_BEATS * run.place.heartbeat_seconds:
             self._compare(run)
             return
-        first = run.candidates or tuple(run.participants)
+        first = run.candidates or run.place.participants
         if not first and run.lost is None:
             return  # busy with its own part; if it waits at the next look, its time is over then
         heartbeats = self._observations.look(first, now)
-        silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.heartbeat_seconds)
-        if run.lost is not None and now >= run.lost[0] + LOST_BEATS * run.heartbeat_seconds:
+        silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.place.heartbeat_seconds)
+        if run.lost is not None and now >= run.lost[0] + LOST_BEATS * run.place.heartbeat_seconds:
             ends = find_ends(self.status.rank, run.wait(), heartbeats, silent)
             suspects = [rank for rank in ends if rank in silent] or ends or list(first)
-            run.end(describe_lost(self.status.rank, run.describe(), suspects, str(run.lost[1])))
+            run.end(describe_lost(self.status.rank, str(run), suspects, str(run.lost[1])))
         elif run.lost is None and now >= deadline:
             run.end(self._diagnose(run, heartbeats, silent))
 
     def _compare(self, run: Run) -> None:
         """End a run in a circle of ranks that are in different calls at the same position, if seen at two looks."""
-        wait, before = run.wait(), self._suspicions.pop(run.place, None)
+        wait, before = run.wait(), self._suspicions.pop(run.place.name, None)
         text = find_other_order(self.status.rank, wait, self.status.heartbeat_of)
         if text is None:
             return
         if text == before:
             run.end(text)
         else:
-            self._suspicions[run.place] = text
+            self._suspicions[run.place.name] = text
 
     def _diagnose(self, run: Run, heartbeats: dict[int, Heartbeat], silent: Collection[int]) -> str:
         wait = run.wait()
         if wait.peer is None:
-            return diagnose_connecting(self.status.rank, wait.call, run.participants, silent)
+            return diagnose_connecting(self.status.rank, wait.call, run.place.participants, silent)
         return diagnose(self.status.rank, wait, heartbeats, silent)

@@ -49,7 +49,8 @@ from tricomm.transport.coordination.attendance import (
     runs_of,
 )
 from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, describe_late, differ_in_count
-from tricomm.transport.coordination.monitor import Monitor, Run, deadline_after
+from tricomm.transport.coordination.monitor import Monitor
+from tricomm.transport.coordination.run import Place, Run, deadline_after
 from tricomm.transport.coordination.status import Heartbeat
 from tricomm.transport.coordination.store import LONGEST_PAUSE_SECONDS, store_errors, wait_for_key
 
@@ -236,7 +237,7 @@ class Rendezvous:
         is_last = self.store.add(_count_key(epoch, intent.digest), 1) == len(intent.participants)
         terms = Terms(epoch, intent.participants, time.monotonic(), deadline, dict(self._dead))
         state, view = State(), View(terms.arrived, is_last=is_last)
-        run = Run(f"rendezvous/{epoch.name}", lambda: intent.call, timeout_seconds, None)
+        run = Run(0, 0, intent.call, Place.of(f"rendezvous/{epoch.name}", timeout_seconds))
         crowd = max(len(intent.participants) / RANKS_AT_ONCE, 1.0)
         watches, before = False, dict[int, int]()
         try:

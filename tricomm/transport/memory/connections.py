@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from tricomm.transport.base import Connections, Directions, Operation, Work
+from tricomm.transport.base import Connections, Directions, Operation
 from tricomm.transport.memory.link import Link, LinkClosedError, Patience
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.rungs import PairTransports, Rung
 
-Post = Callable[[Iterable[Operation]], list[Work]]
-"""Of a transport."""
+Exchange = Callable[[Iterable[Operation]], None]
+"""Posts operations and waits for all of them."""
 
 
 class HostConnections:
@@ -26,6 +26,7 @@ class HostConnections:
     """
 
     has_tags = True
+    begin = None
     launch: Any = staticmethod(operator.call)
 
     def __init__(self, network: Connections, links: Mapping[int, Link], transports: PairTransports) -> None:
@@ -36,9 +37,6 @@ class HostConnections:
         ways = {(is_send, rank): links[rank].rung(is_send) for rank in links for is_send in (True, False)}
         self._ways = {way: links[way[1]] for way, rung in ways.items() if rung is not Rung.NETWORK}
         self.in_place: Directions = frozenset(way for way, rung in ways.items() if rung is Rung.READ)
-
-    def begin(self) -> None:
-        """See Connections."""
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Works are waited for, each by itself."""
@@ -87,31 +85,30 @@ class HostConnections:
 
 
 def met(
-    network: Connections, door: Doorway, post: Post, interrupted: Callable[[], None], refused: Mapping[int, str]
+    network: Connections, door: Doorway, exchange: Exchange, interrupted: Callable[[], None], refused: Mapping[int, str]
 ) -> HostConnections:
     """Connect to the ranks of this host, once all ranks are connected by the network.
 
     Args:
         network: see HostConnections.
         door: of this rank.
-        post: sends and receives over the network, and is watched.
+        exchange: sends and receives over the network, and is watched.
         interrupted, refused: see ``meet``.
     """
 
-    def exchange(texts: Mapping[int, str]) -> dict[int, str]:
+    def tell(texts: Mapping[int, str]) -> dict[int, str]:
         theirs = {rank: torch.zeros(VERDICT_NBYTES, dtype=torch.uint8) for rank in texts}
         ours = {rank: _padded(text) for rank, text in texts.items()}
-        for work in post(
+        exchange(
             [
                 *(Operation(False, rank, buffer) for rank, buffer in theirs.items()),
                 *(Operation(True, rank, buffer) for rank, buffer in ours.items()),
             ]
-        ):
-            work.wait()
+        )
         return {rank: bytes(buffer.tolist()).rstrip(b"\0").decode() for rank, buffer in theirs.items()}
 
     try:
-        return HostConnections(network, *meet(door, exchange, interrupted, refused))
+        return HostConnections(network, *meet(door, tell, interrupted, refused))
     finally:
         door.close()
 
