@@ -1,6 +1,7 @@
 """A Resharder in compiled functions, exported programs, fake tensors and selective checkpoints."""
 
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import tricomm
 from tests.cases import RANKS
 from tests.oracle import pick
-from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError
+from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError, TricommError
 from tricomm.launch import Ranks
 
 ALL = Mesh(list(range(RANKS)), ("x",))
@@ -118,9 +119,6 @@ def without_data(rank: int) -> None:
     if rank:
         return
     shape, dtype = (16, 1), torch.float32
-    on_meta = mover(torch.empty(2, 8, device="meta"))
-    assert on_meta is not None
-    assert (on_meta.shape, on_meta.dtype, on_meta.device.type) == (shape, dtype, "meta")
     with FakeTensorMode() as mode:
         fake = mover(torch.empty(2, 8))
         assert fake is not None
@@ -133,8 +131,23 @@ def without_data(rank: int) -> None:
         assert output.args[0][-1].meta["val"].shape == shape
 
 
-def test_export_fake_and_meta_tensors_give_shapes(ranks: Ranks) -> None:
+def test_export_and_fake_tensors_give_shapes(ranks: Ranks) -> None:
     ranks.run(without_data)
+
+
+def one_without_data(rank: int) -> None:
+    """A meta tensor in a call that the other ranks make with data: nothing says that shapes are meant."""
+    mover = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+    mover(pick(FULL, ROWS, rank))
+    began = time.monotonic()
+    with pytest.raises(TricommError, match=r"rank 1 .*on meta.*a meta tensor has no data"):
+        mover(torch.empty(2, 8, device="meta") if rank == 1 else pick(FULL, ROWS, rank))
+    assert time.monotonic() - began < 30, "the other ranks are told at once"
+    assert torch.equal(mover(pick(FULL, ROWS, rank)), pick(FULL, COLUMNS, rank))
+
+
+def test_a_meta_tensor_outside_of_a_trace_is_refused_and_all_hear_it(ranks: Ranks) -> None:
+    ranks.run(one_without_data)
 
 
 def kept_by_a_checkpoint(rank: int) -> None:

@@ -72,13 +72,14 @@ def find(key: str) -> Any:
 
 
 def is_traced(tensor: Any) -> bool:
-    """Whether a call is to go through the operator though nothing is compiled: its tensor has no memory, or a mode of
+    """Whether a call is to go through the operator though nothing is compiled: its tensor is a fake one, or a mode of
     torch makes operators stand for what they do, as fake tensors and selective checkpoints do. Modes that only watch,
-    such as counters, see what the call does itself.
+    such as counters, see what the call does itself; so does a meta tensor, which does not say that shapes are meant,
+    while other ranks may wait for its data.
     """
     if _count_modes() and any(type(mode).__name__ in STANDING for mode in _modes()):
         return True
-    return isinstance(tensor, torch.Tensor) and (tensor.is_meta or type(tensor).__name__ == "FakeTensor")
+    return type(tensor).__name__ == "FakeTensor"
 
 
 def _modes() -> list[Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tricomm.transport.memory.protocol import (
-    LEAVING,
     RECEIVING,
     SENDING,
     Action,
@@ -24,6 +23,10 @@ from tricomm.transport.memory.protocol import (
 
 HALVES = 2
 """A read is not one moment: it takes a first and a second half."""
+
+
+LEAVING = ("close", "return")
+"""What an end that fails does, in this order: nobody reads for a user who has control again."""
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,6 @@ RECEIVING: Mapping[tuple[Receiving, Event], tuple[Receiving, Action]] = {
 }
 """It begins in WAITING, to LOOK."""
 
-LEAVING = ("close", "return")
-"""What an end that fails does, in this order: nobody reads for a user who has control again."""
-
 
 class Ready(NamedTuple):
     """The bytes of a transfer may be read.
