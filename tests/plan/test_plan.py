@@ -401,3 +401,17 @@ def test_a_rank_has_at_most_128_sends_and_128_receives_a_round() -> None:
         counts = Counter((hop.round, getattr(hop, side)) for hop in move.hops)
         assert max(counts.values()) == MAX_PEERS_PER_ROUND == 128
     assert len({hop.round for hop in move.hops}) <= -(-600 // 128)
+
+
+def test_the_digest_of_a_set_tells_which_tensor_lies_how_and_not_in_which_order_they_were_named() -> None:
+    rows, columns = (ShardingSpec(Mesh([0, 1], ("x",)), (Shard(dim),), (8, 4), "float32") for dim in (0, 1))
+    there = ShardingSpec(Mesh([2, 3], ("y",)), (Shard(0),))
+
+    def digest(sources: dict[str, ShardingSpec]) -> str:
+        return make_plan(sources, dict.fromkeys(sources, there)).digest()
+
+    first = digest({"a": rows, "b": columns})
+    assert first == digest({"b": columns, "a": rows})
+    assert first == digest({"a": rows, "b": ShardingSpec(columns.mesh, (Shard(1),), (8, 4), "float32")})
+    others = [{"a": columns, "b": rows}, {"a": rows, "c": columns}, {"a": rows}, {"a": rows, "b": rows}]
+    assert len({first, *map(digest, others)}) == 5

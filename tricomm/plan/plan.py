@@ -1,9 +1,9 @@
 """Plan: the immutable value in the middle. Everything before computes it, everything after obeys it."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 
 import numpy as np
 
@@ -195,7 +195,7 @@ class Plan:
 
     def digest(self) -> str:
         """Hash the inputs and the planner's version; equal digests mean equal plans."""
-        return digest_of(self.fields())
+        return plan_digest(self.ends, self.strategy, self.balance, self.topology, self.staging_nbytes)
 
     def __str__(self) -> str:
         return describe(self)
@@ -236,7 +236,7 @@ def plan_fields(
     staging_nbytes: int,
 ) -> dict[str, str]:
     """Name the inputs of a plan, as text."""
-    fields = {"planner version": str(PLANNER_VERSION)}
+    fields = _common_fields(ends, strategy, balance, topology, staging_nbytes)
     known: dict[int, dict[str, str]] = {}  # tensors that are alike often share a spec
     for side, tensors in (("source", ends.sources), ("destination", ends.destinations)):
         for name, spec in tensors:
@@ -244,12 +244,43 @@ def plan_fields(
             if id(spec) not in known:
                 known[id(spec)] = _spec_fields(spec)
             fields.update({f"{side} {field}{of}": text for field, text in known[id(spec)].items()})
-    fields.update(_rule_fields(ends))
-    fields["strategy"] = repr(strategy)
-    fields["balance"] = repr(balance)
-    fields["topology"] = repr(topology)
-    fields["staging_bytes"] = repr(staging_nbytes)
     return fields
+
+
+def plan_digest(
+    ends: Ends,
+    strategy: Strategy | Auto,
+    balance: SenderPolicy,
+    topology: Topology,
+    staging_nbytes: int,
+) -> str:
+    """Hash what :func:`plan_fields` names, without the text of every tensor: tensors that are alike share theirs."""
+    found = hashlib.sha256(digest_of(_common_fields(ends, strategy, balance, topology, staging_nbytes)).encode())
+    known: dict[int, str] = {}
+    for side, tensors in (("source", ends.sources), ("destination", ends.destinations)):
+        for name, spec in sorted(tensors, key=itemgetter(0)):
+            if id(spec) not in known:
+                known[id(spec)] = digest_of(_spec_fields(spec))
+            found.update(f"{side} {len(name)} {name}{known[id(spec)]}".encode(errors="surrogatepass"))
+    return found.hexdigest()
+
+
+def _common_fields(
+    ends: Ends,
+    strategy: Strategy | Auto,
+    balance: SenderPolicy,
+    topology: Topology,
+    staging_nbytes: int,
+) -> dict[str, str]:
+    """What is not of one tensor of a side."""
+    return {
+        "planner version": str(PLANNER_VERSION),
+        **_rule_fields(ends),
+        "strategy": repr(strategy),
+        "balance": repr(balance),
+        "topology": repr(topology),
+        "staging_bytes": repr(staging_nbytes),
+    }
 
 
 def _rule_fields(ends: Ends) -> dict[str, str]:
@@ -278,5 +309,9 @@ def _spec_fields(spec: ShardingSpec) -> dict[str, str]:
 
 
 def digest_of(fields: dict[str, str]) -> str:
-    """Hash named texts by SHA-256."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    """Hash named texts by SHA-256, one by one: together those of many tensors take as much memory again."""
+    found = hashlib.sha256()
+    for name in sorted(fields):
+        text = fields[name]
+        found.update(f"{len(name)} {len(text)} {name}{text}".encode(errors="surrogatepass"))
+    return found.hexdigest()
