@@ -1,7 +1,8 @@
 """What a Resharder of many tensors does with some of them, and what its calls have cost."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,6 +35,7 @@ class Selections(Gradients):
     _execution: PlanExecution | None
     _is_closed: bool
     _plan_seconds: float
+    _group: Callable[[], Any]
     _selections: dict[frozenset[str], Self]
 
     def only(self, names: Names) -> Self:
@@ -70,6 +72,44 @@ class Selections(Gradients):
         if chosen not in self._selections:
             self._selections[chosen] = self._selected(Selection.of(self.plan, chosen))
         return self._selections[chosen]
+
+    def reverse(self) -> Self:
+        """The Resharder back, of all tensors: from the destination's layouts to the source's, with the same options.
+
+        Every rank makes it. Dtypes are cast back. By rules, what they fill is left out, of copies the first is read,
+        and source tensors that they drop whole are not made.
+
+        Raises:
+            SpecError: the rules drop a part of a tensor, or the source is Partial, which nothing is resharded to.
+
+        Example:
+            >>> import torch, torch.distributed as dist
+            >>> from tricomm import Mesh, Replicate, Resharder, ShardingSpec
+            >>> from tricomm.rules import Rules, cat, source
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a job of one rank
+            >>> one = Mesh([0], ("tp",))
+            >>> parts = {name: ShardingSpec(one, (Replicate(),), (2,), "float32") for name in "qk"}
+            >>> rules = Rules({"qk": cat([source("q"), source("k")])})
+            >>> mover = Resharder(parts, {"qk": ShardingSpec(one, (Replicate(),))}, rules=rules)
+            >>> fused = mover({"q": torch.zeros(2), "k": torch.ones(2)})
+            >>> mover.reverse()(fused)
+            {'q': tensor([0., 0.]), 'k': tensor([1., 1.])}
+            >>> dist.destroy_process_group()
+        """
+        group = self._group()
+        if group is None:
+            raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
+        ends = self.plan.ends
+        rules = None if ends.bound is None else ends.bound.without_dtypes().reverse()
+        source: Any = dict(ends.destinations)
+        destination: Any = dict(ends.sources)
+        if rules is not None:
+            destination = {tensor.name: destination[tensor.name] for tensor in rules.tensors}
+        if not self.plan.is_mapping:
+            source, destination = source[""], destination[""]
+        make: Any = type(self)
+        made: Self = make(source, destination, **replace(self.options, group=group, rules=rules).given())
+        return made
 
     def _selected(self, selection: Selection) -> Self:
         made = copy(self)

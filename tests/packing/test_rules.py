@@ -257,3 +257,32 @@ def test_kept_views_do_not_keep_tensors() -> None:
     del tensors, first
     assert gone() is None
     assert views._last is None
+
+
+# ---- and back
+
+
+def there_and_back(rank: int) -> None:
+    """Two ranks to two others with a fusion, a padding, a drop and a cast; then back to what was given, cast twice."""
+    here, there = Mesh([0, 1], ("tp",)), Mesh([2, 3], ("tp",))
+    rows = {"q": (4, 3), "k": (2, 3), "unused": (2, 3)}
+    trained = {name: ShardingSpec(here, (Shard(0),), shape, "float32") for name, shape in rows.items()}
+    padded = cat([source("q"), source("k"), fill(0, (2, 3))])
+    served = {"qk": ShardingSpec(there, (Shard(1),), dtype="bfloat16")}
+    wholes = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in rows.items()}
+    given = {name: whole.chunk(2)[rank] for name, whole in wholes.items()} if rank < 2 else None
+    with tricomm.Resharder(trained, served, rules=Rules({"qk": padded}, drop=["unused"])) as mover:
+        fused = mover(given)
+        with mover.reverse() as back:
+            found = back(fused if rank in (2, 3) else None)
+            assert found.keys() == ({"q", "k"} if rank < 2 else set())
+            for name, tensor in found.items():
+                torch.testing.assert_close(tensor, wholes[name].bfloat16().float().chunk(2)[rank], rtol=0, atol=0)
+    one = ShardingSpec(here, (Shard(0),), (4, 3), "float32")
+    with tricomm.Resharder(one, ShardingSpec(there, (Shard(1),))) as single, single.reverse() as again:
+        moved = again(single(wholes["q"].chunk(2)[rank] if rank < 2 else None))
+        assert moved is None if rank >= 2 else torch.equal(moved, wholes["q"].chunk(2)[rank])
+
+
+def test_a_mover_is_reversed(ranks: Ranks) -> None:
+    ranks.run(there_and_back)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,17 @@ class BoundRules:
             if feeds[source.name] and not unwanted.fullmatch(source.name)
         ]
         return BoundRules(tuple(made), tuple(BoundSource(one.name, one.shape, one.dtype) for one in self.tensors))
+
+    def without_dtypes(self) -> "BoundRules":
+        """The same map for sources of any dtypes.
+
+        Example:
+            >>> from tricomm.rules import Rules, source
+            >>> Rules({"b": source("a", (2,))}).bind(dtypes={"a": "float32"}).without_dtypes().dtypes
+            {'b': None}
+        """
+        tensors = tuple([replace(tensor, dtype=None) for tensor in self.tensors])
+        return BoundRules(tensors, tuple([replace(source, dtype=None) for source in self.sources]))
 
     def then(self, other: "BoundRules") -> "BoundRules":
         """This map and then the other as one: nothing is made in between.
