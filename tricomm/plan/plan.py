@@ -236,7 +236,7 @@ def plan_fields(
     staging_nbytes: int,
 ) -> dict[str, str]:
     """Name the inputs of a plan, as text."""
-    fields = _common_fields(ends, strategy, balance, topology, staging_nbytes)
+    fields = {"planner version": str(PLANNER_VERSION)}
     known: dict[int, dict[str, str]] = {}  # tensors that are alike often share a spec
     for side, tensors in (("source", ends.sources), ("destination", ends.destinations)):
         for name, spec in tensors:
@@ -244,7 +244,8 @@ def plan_fields(
             if id(spec) not in known:
                 known[id(spec)] = _spec_fields(spec)
             fields.update({f"{side} {field}{of}": text for field, text in known[id(spec)].items()})
-    return fields
+    # Ranks are told the first field in which they differ: layouts say more than what follows from them.
+    return {**fields, **_common_fields(ends, strategy, balance, topology, staging_nbytes)}
 
 
 def plan_digest(
