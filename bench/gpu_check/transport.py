@@ -58,7 +58,7 @@ def ranks_of(
     return Ranks(
         size,
         timeout_seconds=seconds,
-        wrap=partial(prepare_rank, dump_seconds=0.9 * seconds, debug=debug, environment=dict(environment)),
+        wrap=partial(prepare_rank, dump_seconds=0.5 * seconds, debug=debug, environment=dict(environment)),
     )
 
 

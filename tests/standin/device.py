@@ -7,6 +7,8 @@ Rules:
 3. One computing kernel runs at a time, and none of any kind begins beside it. Then the one of the highest priority
    begins.
 4. Kernels that wait for messages stay on the device, beside others. There is room for so many.
+5. A kernel is loaded when it is launched for the first time, which waits on the host for all that run; meanwhile the
+   device answers nobody.
 """
 
 import threading
@@ -30,6 +32,7 @@ class Limits:
         queues: hardware queues (CUDA_DEVICE_MAX_CONNECTIONS; CUDA's default is 8).
         room: for kernels that wait for messages.
         error_seconds: after which NCCL notices that a rank is gone; None is never.
+        loads: whether kernels with a name are loaded.
         implicit_order: whether NCCL lets kernels begin in the order in which the host queued them, whatever their
             communicators (NCCL_LAUNCH_ORDER_IMPLICIT).
     """
@@ -38,6 +41,7 @@ class Limits:
     room: int = 32
     error_seconds: float | None = 0.2
     implicit_order: bool = False
+    loads: bool = False
 
 
 class Command:
@@ -71,6 +75,7 @@ class Event(Command):
     def query(self) -> bool:
         """Whether the device has come past it."""
         with self.stream.device.world.moved:
+            self.stream.device.answer()
             return self.done
 
 
@@ -180,6 +185,7 @@ class Stream:
     def record_event(self) -> Event:
         """See Accelerator's."""
         with self.device.world.moved:
+            self.device.answer()
             event = Event(self)
             self.push(event)
             return event
@@ -187,11 +193,15 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         """See Accelerator's."""
         with self.device.world.moved:
+            self.device.answer()
             self.push(Wait(self, event))
 
-    def launch(self, work: Callable[[], object], gate: Gate | None = None, seconds: float = 0.0) -> None:
-        """Queue a kernel that computes."""
+    def launch(
+        self, work: Callable[[], object], gate: Gate | None = None, seconds: float = 0.0, name: str = ""
+    ) -> None:
+        """Queue a kernel that computes; "" is loaded already."""
         with self.device.world.moved:
+            self.device.load(name)
             self.push(Kernel(self, work, gate, seconds))
 
 
@@ -212,6 +222,8 @@ class Device:
         self.running: list[Any] = []
         self.last_group: Any = None
         """Of any communicator."""
+        self.loaded = {""}
+        self.is_loading = False
         self.default = Stream(self, NORMAL)
         self._pool: list[Stream] = []
         self._given = 0
@@ -242,6 +254,23 @@ class Device:
             yield
         finally:
             self._current.stream = before
+
+    def load(self, name: str) -> None:
+        """Load a kernel; with the world's lock held."""
+        self.answer()
+        if name in self.loaded or not self.limits.loads:
+            return
+        self.loaded.add(name)
+        self.is_loading = True
+        while self.running and not self.world.is_closed:
+            self.world.moved.wait()
+        self.is_loading = False
+        self.world.moved.notify_all()
+
+    def answer(self) -> None:
+        """Return when the driver has time for the host; with the world's lock held."""
+        while self.is_loading and not self.world.is_closed:
+            self.world.moved.wait()
 
     @property
     def is_idle(self) -> bool:
@@ -281,6 +310,7 @@ class World:
         self.moved = threading.Condition(threading.RLock())
         self.limits = limits
         self.devices = [Device(self, limits) for _ in range(size)]
+        self.is_closed = False
         self._is_pumping = False
 
     def pump(self) -> None:

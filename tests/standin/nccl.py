@@ -1,15 +1,15 @@
 """NCCL, and torch's backend over it, on devices of ``tests.standin.device``.
 
 Rules, beside those of devices:
-5. To wait orders a stream; the host goes on.
-6. Groups of a communicator are done in the order in which they were queued, on a stream of its own, at high priority.
-7. Messages of two ranks match in the order in which they are queued. A send is done when it was received.
-8. A pair of ranks connects when it is first used, and the host waits for that.
-9. To abort ends what waits on this rank, on no other, and then waits for the device to be idle.
-10. A rank that died is noticed late: after a while works tell of it, if somebody asks; kernels wait for ever.
-11. A group that was begun is open until it is ended, on this thread; nothing is queued before.
-12. Kernels of several communicators begin in any order, unless NCCL_LAUNCH_ORDER_IMPLICIT is set.
-13. A backend has a watchdog, unless TORCH_NCCL_BLOCKING_WAIT is set when it is made. It counts from when a group was
+6. To wait orders a stream; the host goes on.
+7. Groups of a communicator are done in the order in which they were queued, on a stream of its own, at high priority.
+8. Messages of two ranks match in the order in which they are queued. A send is done when it was received.
+9. A pair of ranks connects when it is first used, and the host waits for that.
+10. To abort ends what waits on this rank, on no other, and then waits for the device to be idle.
+11. A rank that died is noticed late: after a while works tell of it, if somebody asks; kernels wait for ever.
+12. A group that was begun is open until it is ended, on this thread; nothing is queued before.
+13. Kernels of several communicators begin in any order, unless NCCL_LAUNCH_ORDER_IMPLICIT is set.
+14. A backend has a watchdog, unless TORCH_NCCL_BLOCKING_WAIT is set when it is made. It counts from when a group was
     queued; then it leaves a key on the user's store and ends the process.
 """
 

@@ -1,6 +1,7 @@
 """Steps of a pipeline on the stand-in: its real links and steps, with stages whose computation is only queued."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from tests.standin.ranks import Threads
 from tricomm import Mesh, Replicate, ShardingSpec
 from tricomm.pipeline import EdgeTensor, Queues, Schedule
-from tricomm.pipeline.run.step import Program, Step
+from tricomm.pipeline.run.step import Programs, Step
 from tricomm.pipeline.run.wiring import fifo_of, make_links
 from tricomm.pipeline.schedule.actions import Kind
 
@@ -49,24 +50,28 @@ class QueuedStage:
         self.outgoing = [edge for edge in schedule.edges if edge[0] == index]
         self.stage = SimpleNamespace(inputs=[name_of(edge) for edge in self.incoming], outputs=())
         self.done = 0
+        self._begun: Counter[str] = Counter()
+        self.version = 0
+        """Of its kernels: those of another version are to be loaded."""
         self.wrong: list[str] = []
 
     def forward(self, microbatch: int, inputs: dict[str, torch.Tensor], check_trains: bool) -> dict[str, torch.Tensor]:
         expected = [(inputs[name_of(edge)], value_of(edge[0], microbatch, 1)) for edge in self.incoming]
-        return self._compute(expected, [name_of(edge) for edge in self.outgoing], microbatch, 1)
+        return self._compute(expected, [name_of(edge) for edge in self.outgoing], microbatch, "forward")
 
     def backward(
         self, kind: Kind, microbatch: int, gradients: dict[str, list[torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         expected = [(gradients[name_of(edge)][0], value_of(edge[1], microbatch, -1)) for edge in self.outgoing]
-        return self._compute(expected, [name_of(edge) for edge in self.incoming], microbatch, -1)
+        return self._compute(expected, [name_of(edge) for edge in self.incoming], microbatch, "backward")
 
     def weight_gradients(self, microbatch: int) -> None:
-        self._compute([], [], microbatch, 1)
+        self._compute([], [], microbatch, "weight gradients")
 
     def _compute(
-        self, expected: list[tuple[torch.Tensor, float]], names: list[str], microbatch: int, sign: int
+        self, expected: list[tuple[torch.Tensor, float]], names: list[str], microbatch: int, kind: str
     ) -> dict[str, torch.Tensor]:
+        sign = -1 if kind == "backward" else 1
         results = {name: torch.zeros(SHAPE) for name in names}
         value = value_of(self.index, microbatch, sign)
 
@@ -78,8 +83,14 @@ class QueuedStage:
             for result in results.values():
                 result.fill_(value)
 
-        self.device.current.launch(kernel, seconds=self.seconds)
+        self.device.current.launch(kernel, seconds=self.seconds, name=self._kernel(kind))
         return results
+
+    def _kernel(self, kind: str) -> str:
+        """A name of its own for each kind, and for a second backward, which adds to the gradients of the first."""
+        name = f"stage {self.index} {kind} {self.version}"
+        self._begun[name] += 1
+        return f"{name}, adding" if kind == "backward" and self._begun[name] > 1 else name
 
 
 def value_of(stage: int, microbatch: int, sign: int) -> float:
@@ -96,6 +107,8 @@ def steps(
     count: int = 2,
     seconds: float = 0.0,
     timeout_seconds: float = 10.0,
+    loads_kernels: bool = False,
+    versions: tuple[int, ...] = (0, 0, 0),
 ) -> float:
     """Queue some steps, one right after the other; seconds until the device has done them.
 
@@ -110,13 +123,15 @@ def steps(
     options: Any = {"timeout_seconds": timeout_seconds, **threads.options(rank)}
     edges = edges_of(schedule)
     links = make_links(schedule, edges, rank, name, fifo_of(queues), options)
-    program = Program(schedule, edges, runs)
+    programs = Programs(schedule, edges, runs, loads_kernels)
     for link in links.values():
         link.connect()
     began = time.monotonic()
     try:
-        for _ in range(count):
-            Step(program, links, {}).run()
+        for version in versions[:count]:
+            for run in runs.values():
+                run.version = version
+            Step(programs.next(True, ()), links, {}).run()
         event = threads.standins[rank].device.current.record_event()
         while not event.query():
             assert time.monotonic() < began + 2 * timeout_seconds, f"the device of rank {rank} hangs"
@@ -127,7 +142,7 @@ def steps(
     finally:
         for link in links.values():
             link.close()
-    computed = count * sum(action.is_compute for action in program.actions)
+    computed = count * sum(action.is_compute for action in schedule.lists[rank])
     found = [text for run in runs.values() for text in run.wrong]
     assert not found, "; ".join(found)
     assert sum(run.done for run in runs.values()) == computed

@@ -116,7 +116,7 @@ class StandIn:
         self.kept.append((tensor, stream))
 
     def launch(self, work: Callable[[], object]) -> None:
-        self.device.current.launch(work)
+        self.device.current.launch(work, name="pack or unpack")
 
     def new_backend(self, store: Any, rank: int, size: int, timeout: timedelta) -> Backend:
         return Backend(self, store, rank, size, timeout)
@@ -153,7 +153,7 @@ class Threads:
 
     def __exit__(self, *_: object) -> None:
         with self.world.moved:
-            self.is_closed = True
+            self.is_closed = self.world.is_closed = True
             for standin in self.standins:
                 for backend in standin.backends:
                     backend.is_aborted = True

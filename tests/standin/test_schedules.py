@@ -50,6 +50,24 @@ def test_every_schedule_in_turns_runs(six: Threads, kind: str) -> None:
     six.run(steps, six, schedule, f"{kind} in turn", Queues.PER_DIRECTION)
 
 
+LOADS = Limits(error_seconds=None, loads=True)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_kernels_are_loaded_in_a_first_step_that_hides_nothing(kind: str) -> None:
+    edges = SKIPS + [(3, 4), (4, 5), (5, 6), (6, 7)] * (kind == "interleaved")
+    schedule = with_communication(SCHEDULES[kind](4, edges))
+    with Threads(6, LOADS) as threads:
+        threads.run(steps, threads, schedule, kind, Queues.PER_CHANNEL, 3, 0.0, 10.0, True)
+
+
+def test_kernels_that_are_loaded_while_messages_are_under_way_can_hang() -> None:
+    """And the ranks are told: the monitor asks a device that answers nobody, and goes on without its answer."""
+    schedule = with_communication(SCHEDULES["gpipe"](4, SKIPS))
+    with Threads(4, LOADS) as threads, pytest.raises(AssertionError, match=r"TransportError: .* answers nothing in"):
+        threads.run(steps, threads, schedule, "loading", Queues.PER_CHANNEL, 2, 0.0, 1.5, True, (0, 1))
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedules(), st.integers(0, 4))
 def test_any_schedule_that_is_proved_runs(schedule: Schedule, ahead: int) -> None:

@@ -24,6 +24,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +34,7 @@ from tricomm.errors import TransportError
 from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, Operation
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
+from tricomm.transport.coordination.questions import answer_of
 from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason
 from tricomm.transport.memory.connections import HostConnections, met
@@ -302,9 +304,13 @@ class Communicator:
             self._monitor.release(run)
             return
         run.pending.close()
+        for before in tuple(self._unfinished):
+            if not before.is_done():  # asked without the lock: an abort may be what the answer waits for
+                break
+            with self._lock, suppress(ValueError):  # which has dropped it meanwhile
+                self._unfinished.remove(before)
+            self._monitor.release(before)
         with self._lock:
-            while self._unfinished and self._unfinished[0].is_done():
-                self._monitor.release(self._unfinished.popleft())
             if self.abort_reason is None:
                 self._unfinished.append(run)
                 return
@@ -393,8 +399,10 @@ class Communicator:
 
     def _fail_unfinished(self, text: str) -> None:
         """Calls have returned that the device does not carry out any more; called with the lock held."""
-        for run in self._unfinished:
-            if not run.is_done():
+        runs = tuple(self._unfinished)
+        done = answer_of(lambda: [run for run in runs if run.is_done()]) or ()
+        for run in runs:
+            if run not in done:
                 run.failure = text
                 self._has_failed_late = True
             self._monitor.release(run)

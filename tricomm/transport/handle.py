@@ -1,5 +1,6 @@
 """Handle: what a reshard that runs in the background is waited for by."""
 
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -8,6 +9,10 @@ import torch
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.run import Run
 from tricomm.transport.streams import StreamContext
+
+FIRST_PAUSE_SECONDS = 20e-6
+LONGEST_PAUSE_SECONDS = 1e-3
+PAUSE_GROWTH = 1.5
 
 Ended = tuple[torch.Tensor | None, Any, Run | None]
 """A run that has ended on the host: its result, the event at which that is there, and what tells how the device fares.
@@ -68,6 +73,20 @@ class Handle:
         result, event = self._result()
         self._stream_context.wait_event(event)
         return result
+
+    def join(self) -> torch.Tensor | None:
+        """Return what ``wait`` does, but not before a GPU, too, has done the move: the host waits for that.
+
+        Raises:
+            TransportError: a rank failed.
+        """
+        _, event = self._result()
+        pause = FIRST_PAUSE_SECONDS
+        while event is not None and not event.query():
+            time.sleep(pause)
+            pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
+            self._result()
+        return self.wait()
 
     def _result(self) -> tuple[torch.Tensor | None, Any]:
         result, event, run = self._future.result()

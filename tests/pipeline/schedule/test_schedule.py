@@ -1,7 +1,7 @@
 """Schedules as values: text that parses back, generators by definition, torch's CSV, and a proof that finds faults."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import pytest
@@ -29,6 +29,8 @@ from tricomm.pipeline import (
     write_csv,
     zero_bubble,
 )
+from tricomm.pipeline.schedule.actions import receive, send
+from tricomm.pipeline.schedule.communication import with_synchronous_communication
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -199,6 +201,43 @@ def test_sends_and_receives_stand_where_they_should(schedule: Schedule, ahead: i
         for actions in lowered.lists:
             for action, after in pairwise(actions):
                 assert not action.kind.is_receive or after.is_compute or after.kind.is_receive
+
+
+@quick
+@given(schedules())
+def test_synchronous_sends_and_receives_meet(schedule: Schedule) -> None:
+    """Each rank goes on only when what it sends or receives has crossed, for which the other end must stand there."""
+    lowered = with_synchronous_communication(schedule)
+    assert lowered.compute_only() == schedule
+    lists = [list(actions) for actions in lowered.lists]
+    crossed, computed, moved = set(), set(), True
+    while moved:
+        moved = False
+        for actions in lists:
+            while actions and actions[0].is_compute:
+                action = actions.pop(0)
+                place = lowered.pipeline_rank_by_stage
+                for channel in lowered.inputs(action):
+                    if place[channel.sender] != place[channel.receiver]:
+                        assert (channel, action.microbatch) in crossed
+                computed.add(action)
+                moved = True
+        for one, other in permutations(lists, 2):
+            if one and other and one[0].kind.is_send and other[0].kind.is_receive:
+                there, here = (one[0].channel, one[0].microbatch), (other[0].channel, other[0].microbatch)
+                if there == here:
+                    assert lowered.producer(*here) in computed
+                    crossed.add(here)
+                    one.pop(0), other.pop(0)
+                    moved = True
+    assert not any(lists)
+    usual = with_communication(schedule)
+    for channel in schedule.channels:
+        order = [[one.microbatch for one in lowered.actions() if one == receive(channel, one.microbatch)]]
+        order += [[one.microbatch for one in lowered.actions() if one == send(channel, one.microbatch)]]
+        order += [[one.microbatch for one in usual.actions() if one == send(channel, one.microbatch)]]
+        assert order[0] == order[1] == order[2]
+        assert receive_ring(lowered, channel) <= receive_ring(usual, channel)
 
 
 def test_a_channel_receives_in_the_order_in_which_it_sends() -> None:

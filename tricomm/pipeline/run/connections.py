@@ -99,6 +99,11 @@ class Connections:
                 self._names, schedule.microbatches, first, self._everybody.ranks, name, options
             )
 
+    @property
+    def sizes(self) -> tuple[Sizes, ...]:
+        """Those of each microbatch of the step."""
+        return tuple(self._sizes)
+
     def connect(self) -> None:
         """Meet the other ranks, all in one order."""
         for one in self.tied:

@@ -83,6 +83,15 @@ class SendHandle:
             handle.wait()
         self._tensors = ()
 
+    def join(self) -> None:
+        """Return when the tensors were sent, on a GPU too.
+
+        Raises:
+            TransportError: a rank failed.
+        """
+        for handle in self._handles:
+            handle.join()
+
 
 class ReceiveHandle:
     """A receive that was posted: one transfer for each tensor of the edge.
@@ -118,6 +127,15 @@ class ReceiveHandle:
                     tensor.mul_(scale)
             self._scaled = True
         return tensors
+
+    def join(self) -> None:
+        """Return when the tensors are there, on a GPU too; ``wait`` still gives them.
+
+        Raises:
+            TransportError: a rank failed, or none sent it within the timeout.
+        """
+        for handle in self.handles or ():
+            handle.join()
 
     def wait(self) -> Tensors:
         """Return this rank's shard of the tensor, or a tuple of shards if the edge has several tensors.

@@ -28,7 +28,7 @@ from tricomm.pipeline.run.edge import EdgeTensor
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.sizes import GivenSizes
 from tricomm.pipeline.run.stage import LOSS, Stage, StageRun
-from tricomm.pipeline.run.step import Data, Evaluation, Observer, Program, Step
+from tricomm.pipeline.run.step import Data, Evaluation, Observer, Programs, Step
 from tricomm.pipeline.run.tied import Tied
 from tricomm.pipeline.run.unused import GradientUse
 from tricomm.pipeline.run.wiring import EdgeTensors, check_data, check_queues, check_step, check_wiring, gradient_names
@@ -59,7 +59,9 @@ class Executor:
     resharded from the layout of the one stage to that of the other, and gradients back.
 
     In its first step the ranks of a stage that are said to compute equal gradients of an input, or an equal loss,
-    compare them, and a stage that would train nothing is refused. Parameters that no loss depends on get no gradient,
+    compare them, and a stage that would train nothing is refused. On GPUs the first step, and the first with new sizes,
+    hides no communication: a kernel that is new to a device waits for whatever runs there, so nothing may be under way
+    that waits for another rank. Parameters that no loss depends on get no gradient,
     as in one process, also where another stage is the one that makes no use of them.
 
     A step adds to the ``grad`` of the parameters the gradient of the mean of the losses of its microbatches, each
@@ -155,8 +157,7 @@ class Executor:
             self._loss_scale = loss_scale
             self.runs = {index: self._run_of(index) for index, stage in enumerate(stages) if self.rank in stage.mesh}
             """The stages of this rank."""
-            self._training = Program(self.schedule, edges, self.runs)
-            self._evaluating = Program(self.schedule.forward_only(), edges, self.runs)
+            self._programs = self._new_programs()
             self._connections = self._new_connections()
         except BaseException as error:
             reason = describe_failure(self.rank, f"the making of executor {name!r}", error)
@@ -194,7 +195,7 @@ class Executor:
                 returns, and gets the error in its next call. Ranks of the *same* stage that wait for a failed one
                 inside of their own collectives are freed by the timeout of their own process group only.
         """
-        return self._run(self._training, data, sizes, loss_weights).loss
+        return self._run(True, data, sizes, loss_weights).loss
 
     def evaluate(
         self, data: Data, *, sizes: GivenSizes | None = None, loss_weights: Sequence[float] | None = None
@@ -209,7 +210,7 @@ class Executor:
         Raises:
             SpecError, TransportError: as for ``step``.
         """
-        return self._run(self._evaluating, data, sizes, loss_weights)
+        return self._run(False, data, sizes, loss_weights)
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """Give every rank the numbers of all: one row for each of ``ranks``.
@@ -252,7 +253,7 @@ class Executor:
     # ---- one call
 
     def _run(
-        self, program: Program, data: Data, sizes: GivenSizes | None, loss_weights: Sequence[float] | None
+        self, trains: bool, data: Data, sizes: GivenSizes | None, loss_weights: Sequence[float] | None
     ) -> Evaluation:
         if self.state is State.CLOSED:
             raise SpecError("a step of an executor that was closed; make another, or close it later")
@@ -264,13 +265,13 @@ class Executor:
         try:
             if self.state is State.FAILED:
                 self._connect_again()
-            trains = program.schedule.has_backward
+            trains = trains and self.schedule.has_backward
             refuse_wrong_kinds(Executor.step, sizes=sizes, loss_weights=loss_weights)
             check_step(trains, data, loss_weights, self.schedule.microbatches)
-            for index, names in program.data_names.items():
+            for index, names in self._programs.data_names.items():
                 check_data(index, self.rank, names, data, self.schedule.microbatches)
             self._connections.use(sizes, data, self._compare)
-            for index, names in program.data_names.items():
+            for index, names in self._programs.data_names.items():
                 self._connections.check_rows(index, self.rank, {name: data[name] for name in names})
             for run in self.runs.values():
                 run.begin(loss_weights or self._weights())
@@ -279,6 +280,7 @@ class Executor:
                 for index, recorder in self._use.begin({key: run.module for key, run in self.runs.items()}).items():
                     self.runs[index].recorder = recorder
             check = self._check if trains else None
+            program = self._programs.next(trains, self._connections.sizes)
             step = Step(program, self._connections.links, data, check, self.observer, self._computing)
             step.run()
             if trains:
@@ -332,6 +334,10 @@ class Executor:
         outputs = [name for edge, names in by_edge.items() if edge[0] == index for name in names]
         return StageRun(index, self.stages[index], inputs, outputs)
 
+    def _new_programs(self) -> Programs:
+        has_kernels = self.context.accelerator_of(self.device) is not None
+        return Programs(self.schedule, self.edges, self.runs, loads_kernels=has_kernels)
+
     def _new_connections(self) -> Connections:
         return Connections(
             self.schedule,
@@ -376,6 +382,7 @@ class Executor:
         """After a failure: wait until all ranks are in this call, and connect anew."""
         await_all(self.context.store, self.unique, self.rank, self.ranks, self._calls, self.timeout_seconds)
         self._connections.close()
+        self._programs = self._new_programs()
         self._connections = self._new_connections()
         self._connect()
         self._check = self._new_check()

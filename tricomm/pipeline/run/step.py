@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle
+from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle, Sizes
 from tricomm.pipeline.run.edge import Link
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.stage import LOSS, StageRun
 from tricomm.pipeline.run.wiring import EdgeTensors, data_names, gradient_names
 from tricomm.pipeline.schedule.actions import Action, Channel, Edge, Kind
+from tricomm.pipeline.schedule.communication import with_synchronous_communication
 from tricomm.pipeline.schedule.schedule import Schedule
 
 Data = Mapping[str, Sequence[torch.Tensor] | torch.Tensor]
@@ -38,10 +39,14 @@ class Program:
         schedule: with sends and receives; of forwards only for an evaluation.
         edges: what crosses them.
         runs: the stages of this rank.
+        is_synchronous: whether a rank goes on only when what it sends or receives has crossed; for a schedule of
+            ``with_synchronous_communication``.
     """
 
-    def __init__(self, schedule: Schedule, edges: EdgeTensors, runs: Mapping[int, StageRun]) -> None:
-        self.schedule, self.edges, self.runs = schedule, edges, runs
+    def __init__(
+        self, schedule: Schedule, edges: EdgeTensors, runs: Mapping[int, StageRun], is_synchronous: bool = False
+    ) -> None:
+        self.schedule, self.edges, self.runs, self.is_synchronous = schedule, edges, runs, is_synchronous
         self.gradient_names = {edge: gradient_names(schedule, tensors) for edge, tensors in edges.items()}
         self.data_names = {index: data_names(index, run.stage, edges) for index, run in runs.items()}
         self.actions: Sequence[Action] = ()
@@ -52,6 +57,44 @@ class Program:
         """The outputs of a stage that no edge carries, but for the loss."""
         carried = {name for (source, _), tensors in self.edges.items() if source == stage for name in tensors}
         return tuple(name for name in self.runs[stage].stage.outputs if name not in carried and name != LOSS)
+
+
+class Programs:
+    """What a rank does in steps that train and in evaluations, and in the first of either with new sizes.
+
+    A kernel that a device has not run before waits for all that run there while the driver loads it, and the host waits
+    with it, in whatever it asks of the device. A receive runs until its message comes, a send until it is received. So
+    two ranks that load kernels while messages are under way can wait for each other. Nothing is under way in the first
+    step, in which all kernels run that later ones need.
+
+    Args:
+        schedule, edges, runs: see Program.
+        loads_kernels: whether this rank computes on such a device.
+    """
+
+    def __init__(
+        self, schedule: Schedule, edges: EdgeTensors, runs: Mapping[int, StageRun], loads_kernels: bool
+    ) -> None:
+        schedules = {True: schedule, False: schedule.forward_only()}
+        self._usual = {trains: Program(one, edges, runs) for trains, one in schedules.items()}
+        self._first = {
+            trains: Program(with_synchronous_communication(one), edges, runs, is_synchronous=True)
+            for trains, one in schedules.items()
+            if loads_kernels
+        }
+        self._run: set[tuple[bool, tuple[Sizes, ...]]] = set()
+        self.data_names = self._usual[True].data_names
+
+    def next(self, trains: bool, sizes: tuple[Sizes, ...]) -> Program:
+        """Return that of the next step.
+
+        Args:
+            trains: whether it has backwards.
+            sizes: of its microbatches.
+        """
+        is_first = (trains, sizes) not in self._run
+        self._run.add((trains, sizes))
+        return self._first[trains] if is_first and self._first else self._usual[trains]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +185,16 @@ class Step:
         tensors = self._produced.pop((action.channel, action.microbatch))
         directed_link = self._directed_link(action.channel)
         if directed_link is not None:
-            directed_link.send(tensors, action.microbatch)
+            handle = directed_link.send(tensors, action.microbatch)
+            if self.program.is_synchronous:
+                handle.join()
 
     def _receive(self, action: Action) -> None:
         directed_link = self._directed_link(action.channel)
         if directed_link is not None:
-            self._posted[action.channel, action.microbatch] = directed_link.recv(action.microbatch)
+            handle = self._posted[action.channel, action.microbatch] = directed_link.recv(action.microbatch)
+            if self.program.is_synchronous:
+                handle.join()
 
     def _forward(self, action: Action, run: StageRun) -> None:
         schedule, stage, microbatch = self.program.schedule, action.stage, action.microbatch
@@ -194,7 +241,9 @@ class Step:
             self._produced[channel, microbatch] = tensors
         else:
             directed_link.send(tensors, microbatch)
-            self._posted[channel, microbatch] = directed_link.recv(microbatch)
+            handle = self._posted[channel, microbatch] = directed_link.recv(microbatch)
+            if self.program.is_synchronous:
+                handle.join()
 
     def _arrived(self, channel: Channel, action: Action) -> Sequence[torch.Tensor]:
         """Wait for what comes over a channel, for an action of this rank; nothing if the channel carries nothing."""

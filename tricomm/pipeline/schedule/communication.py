@@ -1,5 +1,6 @@
 """Where sends and receives stand in a schedule: sends right after their producer, receives ahead of their consumer."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from tricomm.errors import PlanError
@@ -53,6 +54,59 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
         ]
         lists.append(interleave(actions, [*sent, *received[pipeline_rank]]))
     return schedule.with_lists(lists)
+
+
+@checks_kinds
+def with_synchronous_communication(schedule: Schedule) -> Schedule:
+    """Put in sends and receives of which both ends may await each: none is under way while a rank computes.
+
+    All pipeline ranks follow one order, in which a tensor crosses right before it is needed. So a rank that waits for
+    another one in a send or a receive waits for what that one does earlier in the order, and none waits in a circle.
+    Each list computes in the order in which it did, and needs no more receive buffers than with receives ahead.
+
+    Args:
+        schedule: sends and receives that it has are dropped.
+
+    Raises:
+        PlanError: its computations cannot be done in the order in which they stand.
+
+    Example:
+        >>> from tricomm.pipeline.schedule.generators import gpipe
+        >>> print(with_synchronous_communication(gpipe(2, 2)))
+        0: 0F0      0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1
+        1: 1RECV_F0 1F0      1RECV_F1 1F1 1B0 1SEND_B0 1B1      1SEND_B1
+    """
+    schedule = schedule.compute_only()
+    inputs, outputs = _crossing(schedule, schedule.inputs), _crossing(schedule, schedule.outputs)
+    place = schedule.pipeline_rank_by_stage
+    lists: list[list[Action]] = [[] for _ in schedule.lists]
+    left = [deque(actions) for actions in schedule.lists]
+    waiting: dict[Channel, deque[int]] = {channel: deque() for channel in schedule.channels}
+    done: set[Action] = set()
+    while any(left):
+        before = len(done)
+        for pipeline_rank, actions in enumerate(left):
+            if not actions or not _needs(schedule, actions[0]) <= done:
+                continue
+            action = actions.popleft()
+            for channel in inputs[action.stage, action.kind]:
+                while action.microbatch in waiting[channel]:  # those that left before it come before it
+                    microbatch = waiting[channel].popleft()
+                    lists[place[channel.sender]].append(send(channel, microbatch))
+                    lists[pipeline_rank].append(receive(channel, microbatch))
+            lists[pipeline_rank].append(action)
+            done.add(action)
+            for channel in outputs[action.stage, action.kind]:
+                waiting[channel].append(action.microbatch)
+        if len(done) == before:
+            stuck = ", ".join(str(actions[0]) for actions in left if actions)
+            raise PlanError(f"{stuck} wait for each other; change the order of the actions of a pipeline rank")
+    return schedule.with_lists(lists)
+
+
+def _needs(schedule: Schedule, action: Action) -> set[Action]:
+    """What other stages compute before an action."""
+    return {schedule.producer(channel, action.microbatch) for channel in schedule.inputs(action)}
 
 
 def interleave(actions: Sequence[Action], placed: Iterable[tuple[int, Action]]) -> tuple[Action, ...]:

@@ -163,6 +163,19 @@ def describe_lost(rank: int, call: str, suspects: Sequence[int], error: str) -> 
     return f"{who} in {call}; see that rank's log ({said})"
 
 
+def describe_silent_device(rank: int, call: str) -> str:
+    """Say that a device answered nothing until a call's time was over.
+
+    Args:
+        rank: whose device.
+        call: in words.
+    """
+    return (
+        f"the device of rank {rank} answers nothing in {call}: most likely it loads a kernel that is new to it, which "
+        "waits for whatever runs there, while messages are under way; run what comes next once before they are"
+    )
+
+
 def reachable(me: int, first: Sequence[int], heartbeat_of: Mapping[int, Heartbeat] | StatusStore) -> Iterator[int]:
     """The ranks ``first``, then those for whom they wait anywhere, and so on, but not this rank."""
     seen, ahead = {me}, list(first)

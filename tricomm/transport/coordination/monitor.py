@@ -26,11 +26,13 @@ from tricomm.transport.coordination.diagnosis import (
     SILENT_BEATS,
     Observations,
     describe_lost,
+    describe_silent_device,
     diagnose,
     diagnose_connecting,
     find_ends,
     find_other_order,
 )
+from tricomm.transport.coordination.questions import DeviceQuestions
 from tricomm.transport.coordination.run import MAX_HEARTBEAT_SECONDS, Run, heartbeat_seconds
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
@@ -185,9 +187,7 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
 
 
 def _seconds_to_next_look(shared: _Shared) -> float:
-    """Return the time to the next heartbeat or deadline; the caller holds no run while it waits, which would keep the
-    connections of a group that is gone.
-    """
+    """Return the time to the next heartbeat or deadline; the caller meanwhile keeps no run of a group that is gone."""
     now = time.monotonic()
     shared.seconds = min(shared.seconds, shared.computing.heartbeat_seconds)
     deadlines = [run.deadline - now for run in list(shared.runs) if run.deadline > now]
@@ -207,6 +207,7 @@ class Watcher:
         self._heartbeats = 0
         self.boards: dict[CallBoard, int] = {}
         """At which it still has to look, and how often."""
+        self._devices = DeviceQuestions()
         self._suspicions: dict[str, str] = {}
         """What looked like calls in another order at the last look, by place."""
 
@@ -218,7 +219,7 @@ class Watcher:
         """
         boards = {board: left - 1 for board, left in self.boards.items() if left > 1}
         self.boards = boards | {run.board: LOOKS for run in runs if run.board is not None}
-        done = [run for run in runs if run.follow(now)]
+        done = self._devices.done([run for run in runs if run.pending is not None], now)
         runs = [run for run in runs if run not in done]
         slow = [run for run in runs if now - run.began >= 0.9 * run.place.heartbeat_seconds]
         is_slow = bool(computing.what) and now - computing.since >= 0.9 * computing.heartbeat_seconds
@@ -257,6 +258,9 @@ class Watcher:
             self._compare(run)
             return
         first = run.candidates or run.place.participants
+        if run.pending is not None and self._devices.are_unanswered and now >= deadline:
+            run.end(describe_silent_device(self.status.rank, str(run)))
+            return
         if not first and run.lost is None:
             return  # busy with its own part; if it waits at the next look, its time is over then
         heartbeats = self._observations.look(first, now)
