@@ -7,7 +7,8 @@ Rules, beside those of devices:
 9. A pair of ranks connects when it is first used, and the host waits for that.
 10. To abort ends what waits on this rank, on no other, and then waits for the device to be idle.
 11. A rank that died is noticed late: after a while works tell of it, if somebody asks; kernels wait for ever.
-12. A group that was begun is open until it is ended, on this thread; nothing is queued before.
+12. A group that was begun is open until it is ended, on this thread; nothing is queued before, of any communicator.
+    Where an operation in it was refused, torch does not end it.
 13. Kernels of several communicators begin in any order, unless NCCL_LAUNCH_ORDER_IMPLICIT is set.
 14. A backend has a watchdog, unless TORCH_NCCL_BLOCKING_WAIT is set when it is made. It counts from when a group was
     queued; then it leaves a key on the user's store and ends the process.
@@ -160,6 +161,7 @@ class Backend:
         self.is_aborted = self.is_dead = False
         self.connected: set[Pair] = set()
         self._open = threading.local()
+        self._refused = False
         self.stream = self.device.new_stream(HIGH)
 
     def eager_connect_single_device(self, device: torch.device) -> None:
@@ -176,6 +178,17 @@ class Backend:
 
     def _start_coalescing(self) -> None:
         self._open.operations = []
+        self.accelerator.opened.depth = self._depth + 1
+
+    @property
+    def _depth(self) -> int:
+        """How many groups are open on this thread."""
+        return getattr(self.accelerator.opened, "depth", 0)
+
+    def _group_end(self) -> None:
+        if not self._depth:
+            raise RuntimeError("NCCL error: not in a group call")
+        self.accelerator.opened.depth -= 1
 
     def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> None:
         """See DeviceBackend."""
@@ -189,6 +202,7 @@ class Backend:
         if self.is_aborted:
             raise RuntimeError("NCCL communicator was aborted")
         if not 0 <= rank < self.size or rank == self.rank:
+            self._refused = True
             raise RuntimeError(f"NCCL error: invalid argument: rank {rank}")
         assert tensor.numel() > 0
         assert tensor.is_contiguous()
@@ -196,12 +210,17 @@ class Backend:
 
     def _end_coalescing(self) -> Work:
         operations, self._open.operations = self._open.operations, None
+        if self._refused:
+            raise RuntimeError("NCCL error: invalid argument")
+        self._group_end()
         if not operations:
             raise RuntimeError("NCCL error: an empty group")
         with self.world.moved:
             self._connect(operations)
             start = self.device.current.record_event()
             self.stream.wait_event(start)
+            if self._depth:  # nothing is queued, and nobody is told
+                return Work(self, self.stream.record_event())
             group = Group(self.stream, self, operations)
             self.stream.push(group)
             work = Work(self, self.stream.record_event())

@@ -97,6 +97,7 @@ class StandIn:
         self.ranks, self.rank, self.store = ranks, rank, store
         self.device = ranks.world.devices[rank]
         self.backends: list[Backend] = []
+        self.opened = threading.local()
         self.kept: list[tuple[torch.Tensor, Stream]] = []
         """What the allocator was told."""
 

@@ -302,6 +302,8 @@ def post_group(
             # NCCL counts open groups in each thread: with one left open, nothing that is called later would start.
             with suppress(RuntimeError):
                 backend._end_coalescing()
+            with suppress(RuntimeError):
+                backend._group_end()  # torch leaves it open where NCCL refused an operation in it
             raise
         work: DeviceWork = backend._end_coalescing()
         return work
