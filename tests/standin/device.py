@@ -8,7 +8,7 @@ Rules:
    begins.
 4. Kernels that wait for messages stay on the device, beside others. There is room for so many.
 5. A kernel is loaded when it is launched for the first time, which waits on the host for all that run; meanwhile the
-   device answers nobody.
+   device answers nobody. To free memory waits in the same way.
 """
 
 import threading
@@ -261,6 +261,10 @@ class Device:
         if name in self.loaded or not self.limits.loads:
             return
         self.loaded.add(name)
+        self.wait_idle()
+
+    def wait_idle(self) -> None:
+        """Wait for all that run, and answer nobody meanwhile; with the world's lock held."""
         self.is_loading = True
         while self.running and not self.world.is_closed:
             self.world.moved.wait()

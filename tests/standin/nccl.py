@@ -280,4 +280,8 @@ class Backend:
             kernel.drop()
 
     def shutdown(self) -> None:
-        """See DeviceBackend."""
+        """See DeviceBackend. It frees memory."""
+        with self.world.moved:
+            if self.device.limits.loads:
+                self.device.answer()
+                self.device.wait_idle()

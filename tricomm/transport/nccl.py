@@ -35,6 +35,7 @@ WITHOUT_WATCHDOG = {
 MOST_CONNECTIONS = 16
 """torch has 32 streams of high priority on a device, which it gives out in turn; each of these takes two."""
 
+GIVE_BACK_PAUSE_SECONDS = 0.05
 FIRST_PAUSE_SECONDS = 20e-6
 LONGEST_PAUSE_SECONDS = 1e-3
 PAUSE_GROWTH = 1.5
@@ -81,6 +82,10 @@ class DeviceRun:
     def close(self) -> None:
         """See Pending."""
         self._end = self._here()
+
+    def is_over(self) -> bool:
+        """Whether the device has done all of it."""
+        return self._end is not None and self._end.query()
 
     def is_begun(self) -> bool:
         """See Pending."""
@@ -148,8 +153,12 @@ class NcclConnections:
         self.run: DeviceRun | None = None
         _warn(self, accelerator, device)
         self.backend = connect(accelerator, store, index[rank], len(index), device, timedelta(seconds=timeout_seconds))
-        self._release = weakref.finalize(self, self.backend.shutdown)
+        self._release = weakref.finalize(self, _give_back_later, self.backend, device)
         self._release.atexit = False
+
+    def is_idle_on(self, device: torch.device) -> bool:
+        """Whether nothing of it is under way on a device, as far as it was queued."""
+        return self._device != device or self.run is None or self.run.is_over()
 
     def begin(self) -> DeviceRun:
         """See Connections."""
@@ -222,6 +231,24 @@ def _warn(connections: NcclConnections, accelerator: Accelerator, device: torch.
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _give_back_later(backend: DeviceBackend, device: torch.device) -> None:
+    """Give a communicator back, on a thread of its own, when no other one has anything under way on the device.
+
+    Who frees its memory waits for all kernels of the device, receives too, and lets nobody else launch any meanwhile.
+    The thread that drops the last reference may be the monitor's, or one that is about to send.
+    """
+
+    def give_back() -> None:
+        while not all(one.is_idle_on(device) for one in list(_alive())):
+            time.sleep(GIVE_BACK_PAUSE_SECONDS)
+        try:
+            backend.shutdown()
+        except RuntimeError as error:
+            LOG.info("while NCCL was shut down: %s", error)
+
+    threading.Thread(target=give_back, name="tricomm-give-back", daemon=True).start()
 
 
 def _abort(backend: DeviceBackend) -> None:

@@ -1,0 +1,50 @@
+"""To give a communicator back holds up nothing, though it waits for all that the device has to do."""
+
+import gc
+import time
+
+import torch
+
+from tests.standin.device import Limits
+from tests.standin.ranks import Threads
+from tricomm import Mesh, Replicate, Resharder, ShardingSpec
+
+SOURCE, TARGET = (ShardingSpec(Mesh([rank], ("x",)), (Replicate(),), (64,), "float32") for rank in range(2))
+
+
+TIMEOUT_SECONDS = 3.0
+HEARTBEAT_SECONDS = TIMEOUT_SECONDS / 10
+
+
+def moved(rank: int, threads: Threads, mover: Resharder) -> torch.Tensor | None:
+    """A call, to its end on the device."""
+    out = mover(torch.ones(64) if rank == 0 else None)
+    event = threads.standins[rank].device.current.record_event()
+    while not event.query():
+        time.sleep(0.001)
+    return out
+
+
+def close_beside_a_receive(rank: int, threads: Threads) -> bool:
+    """While rank 1 waits for a message, it closes another Resharder, and goes on: only then the message is sent."""
+    options = {"timeout_seconds": TIMEOUT_SECONDS, **threads.options(rank)}
+    waiting, other = (Resharder(SOURCE, TARGET, channel=name, **options) for name in ("waiting", "other"))
+    moved(rank, threads, waiting)
+    moved(rank, threads, other)
+    threads.barrier.wait()
+    handle = waiting.start(None) if rank == 1 else None
+    while handle is not None and not handle.done():
+        time.sleep(0.001)
+    other.close()
+    del other
+    time.sleep(2 * HEARTBEAT_SECONDS)  # the monitor lets go of its calls
+    gc.collect()
+    threads.standins[rank].device.current.record_event()  # the host goes on
+    threads.barrier.wait()
+    out = handle.join() if handle is not None else waiting.start(torch.ones(64)).join()
+    return out is None or bool((out == 1).all())
+
+
+def test_closing_holds_up_neither_the_host_nor_what_is_under_way() -> None:
+    with Threads(2, Limits(error_seconds=None, loads=True)) as threads:
+        assert threads.run(close_beside_a_receive, threads) == [True, True]
