@@ -27,7 +27,8 @@ from tricomm.pipeline import (
     with_communication,
     zero_bubble,
 )
-from tricomm.pipeline.costs.clock import fair_rates, run_clock
+from tricomm.pipeline.costs.clock import run_clock
+from tricomm.pipeline.costs.rates import fair_rates
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -8,14 +8,12 @@ from math import inf
 from typing import NamedTuple
 
 from tricomm.errors import PlanError
-from tricomm.pipeline.costs.costs import Costs, Load, TransferCost
+from tricomm.pipeline.costs.costs import Costs, TransferCost
+from tricomm.pipeline.costs.rates import ROUNDING, fair_rates
 from tricomm.pipeline.costs.timeline import Span, Timeline, Transfer
 from tricomm.pipeline.schedule.actions import Action, Channel
 from tricomm.pipeline.schedule.check import Queues
 from tricomm.pipeline.schedule.schedule import Schedule
-
-ROUNDING = 1e-12
-"""Parts of a link or of a transfer that are no more than rounding."""
 
 Key = tuple[Channel, int]
 """The transfer of a microbatch on a channel. Within a clock transfers and queues have numbers: see ``Known``."""
@@ -64,12 +62,14 @@ class Known:
 
     Attributes:
         entries: by action.
+        programs: by pipeline rank, the list that it had last and the entries of that.
         transfers: the number of each transfer.
         queues: the number of each queue, by its key; see ``Queues.key``.
         rates: of channels that share at one time.
     """
 
     entries: dict[Action, _Compute | _Post] = field(default_factory=dict)
+    programs: dict[int, tuple[tuple[Action, ...], list[_Compute | _Post]]] = field(default_factory=dict)
     transfers: dict[Key, int] = field(default_factory=dict)
     queues: dict[tuple[int, ...], int] = field(default_factory=dict)
     rates: dict[tuple[Channel, ...], list[float]] = field(default_factory=dict)
@@ -101,9 +101,14 @@ class _Clock:
 
     def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, known: Known) -> None:
         self.schedule, self.costs, self.queues, self.known = schedule, costs, queues, known
+        self.is_blocking = queues is Queues.BLOCKING
         self.programs: list[list[_Compute | _Post]] = []
-        for actions in schedule.lists:
-            self.programs.append([known.entries.get(action) or self.entry(action) for action in actions])
+        for pipeline_rank, actions in enumerate(schedule.lists):
+            last = known.programs.get(pipeline_rank)
+            if last is None or last[0] is not actions:
+                program = [known.entries.get(action) or self.entry(action) for action in actions]
+                last = known.programs[pipeline_rank] = (actions, program)
+            self.programs.append(last[1])
         self.ranks_of = {
             channel: (schedule.pipeline_rank_of(channel.sender), schedule.pipeline_rank_of(channel.receiver))
             for channel in schedule.channels
@@ -198,31 +203,35 @@ class _Clock:
     def advance(self, pipeline_rank: int) -> None:
         """Go on with a pipeline rank's list as far as time and data allow."""
         program, index, now = self.programs[pipeline_rank], self.next_index[pipeline_rank], self.now
-        while index < len(program):
-            if self.busy_until[pipeline_rank] > now:
-                self.wake(pipeline_rank, self.busy_until[pipeline_rank])
+        length, busy_until = len(program), self.busy_until[pipeline_rank]
+        while index < length:
+            if busy_until > now:
+                self.wake(pipeline_rank, busy_until)
                 break
             entry = program[index]
-            if isinstance(entry, _Compute):
-                ready = self.ready(entry, pipeline_rank)
-                if ready is None:
-                    break  # woken when the data is on its way
-                if ready > now:
-                    self.wake(pipeline_rank, ready)
-                    break
-                end = now + entry.seconds
-                self.spans[pipeline_rank].append(Span(entry.action, now, end))
-                self.busy_until[pipeline_rank] = end
-                self.blocking[pipeline_rank].clear()
-            else:
+            if isinstance(entry, _Post):
                 self.post(entry, pipeline_rank)
+                index += 1
+                continue
+            action, seconds, needs = entry
+            ready = self.ready(needs, pipeline_rank)
+            if ready is None:
+                break  # woken when the data is on its way
+            if ready > now:
+                self.wake(pipeline_rank, ready)
+                break
+            busy_until = now + seconds
+            self.spans[pipeline_rank].append(Span(action, now, busy_until))
+            self.blocking[pipeline_rank].clear()
             index += 1
-        self.next_index[pipeline_rank] = index
+        self.next_index[pipeline_rank], self.busy_until[pipeline_rank] = index, busy_until
 
-    def ready(self, entry: _Compute, pipeline_rank: int) -> float | None:
+    def ready(self, needs: tuple[int, ...], pipeline_rank: int) -> float | None:
         """When the inputs of a compute action are there; None if that is not known yet."""
         latest = 0.0
-        for number in (*entry.needs, *self.blocking[pipeline_rank]):
+        if self.blocking[pipeline_rank]:
+            needs = (*needs, *self.blocking[pipeline_rank])
+        for number in needs:
             arrival = self.arrived.get(number)
             if arrival is None:
                 return None
@@ -230,16 +239,17 @@ class _Clock:
         return latest
 
     def post(self, entry: _Post, pipeline_rank: int) -> None:
-        one = self.moving.get(entry.number)
+        number, key, cost, is_send, queue = entry
+        one = self.moving.get(number)
         if one is None:
-            one = self.moving[entry.number] = _Moving(entry.number, entry.key, entry.cost)
-        if entry.is_send:
+            one = self.moving[number] = _Moving(number, key, cost)
+        if is_send:
             one.sent = self.now
         else:
             one.posted = self.now
-        if self.queues is Queues.BLOCKING:
-            self.blocking[pipeline_rank].append(entry.number)
-        self.enter(one, entry.queue)
+        if self.is_blocking:
+            self.blocking[pipeline_rank].append(number)
+        self.enter(one, queue)
 
     # ---- queues: who may begin
 
@@ -267,11 +277,12 @@ class _Clock:
         After all that ended at this moment have gone, so that whoever waits longest is first.
         """
         following: list[_Moving] = []
+        queues: dict[int, deque[_Moving]] = {}
         for one in done:
             for queue in one.ends:
-                self.waiting[queue].popleft()  # only the first of both its queues is on the wire
-        for queue in dict.fromkeys(queue for one in done for queue in one.ends):
-            waiting = self.waiting[queue]
+                queues[queue] = waiting = self.waiting[queue]
+                waiting.popleft()  # only the first of both its queues is on the wire
+        for waiting in queues.values():
             if waiting and len(waiting[0].ends) == 2:
                 following.append(waiting[0])
         if len(following) > 1:
@@ -306,7 +317,7 @@ class _Clock:
 
     def share(self) -> None:
         """Give each sharing transfer its rate."""
-        channels = tuple(one.key[0] for one in self.shared)
+        channels = tuple([one.key[0] for one in self.shared])
         rates = self.rates.get(channels)
         if rates is None:
             rates = self.rates[channels] = fair_rates([one.cost.loads for one in self.shared])
@@ -330,8 +341,12 @@ class _Clock:
             arrival = self.now + one.cost.latency_seconds
             self.arrived[one.number] = arrival
             self.transfers.append(Transfer(channel, microbatch, one.sent, one.posted, one.begin, self.now, arrival))
-            for pipeline_rank in self.ranks_of[channel]:
-                self.wake(pipeline_rank, arrival)
+            sender, receiver = self.ranks_of[channel]
+            # Whoever computes looks again when it ends, and a sender waits only where compute waits for all.
+            if arrival > self.now or self.is_blocking:
+                self.wake(sender, arrival)
+            if arrival > self.now or self.busy_until[receiver] <= self.now:
+                self.wake(receiver, arrival)
         if done:
             self.leave(done)
 
@@ -369,31 +384,3 @@ class _UnorderedClock(_Clock):
         ]
         for *_, one in sorted(following, key=lambda item: item[:3]):
             self.begin_if_first(one)
-
-
-def fair_rates(loads: Sequence[Sequence[Load]]) -> list[float]:
-    """The speed of each transfer, 1 being that of one that has all that it loads for itself.
-
-    What each takes of the link that it loads most rises together (max-min), until one moves at full speed or a link
-    is full; those on a full link keep what they have.
-    """
-    peaks = [max(load for _, load in one) for one in loads]
-    free = {name: 1.0 for one in loads for name, _ in one}
-    rates = [0.0] * len(loads)
-    rising = set(range(len(loads)))
-    while rising:
-        slopes: dict[str, float] = {}
-        for index in rising:
-            for name, load in loads[index]:
-                slopes[name] = slopes.get(name, 0.0) + load / peaks[index]
-        step = min(free[name] / slope for name, slope in slopes.items())
-        step = min(step, *(peaks[index] * (1 - rates[index]) for index in rising))
-        for name, slope in slopes.items():
-            free[name] -= step * slope
-        for index in rising:
-            rates[index] += step / peaks[index]
-        full = {name for name in slopes if free[name] <= ROUNDING}
-        rising -= {
-            index for index in rising if rates[index] >= 1 - ROUNDING or any(name in full for name, _ in loads[index])
-        }
-    return rates

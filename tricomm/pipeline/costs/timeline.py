@@ -1,5 +1,6 @@
 """Timeline: when a schedule's actions and transfers begin and end, and what follows from that."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -202,7 +203,8 @@ class Timeline:
             ]
             return min(queued, key=lambda other: (other.channel != one.channel, not self._share_an_end(one, other)))
         stage = one.channel.sender if one.sent >= one.posted else one.channel.receiver
-        ended = [span for span in self.compute[self.schedule.pipeline_rank_of(stage)] if span.end == one.begin]
+        spans = self.compute[self.schedule.pipeline_rank_of(stage)]
+        ended = spans[bisect_left(spans, one.begin, key=_end) : bisect_right(spans, one.begin, key=_end)]
         return max(ended, key=lambda span: span.begin, default=None)
 
     def _share_an_end(self, one: Transfer, other: Transfer) -> bool:
@@ -222,6 +224,10 @@ class Timeline:
 
     def __str__(self) -> str:
         return "\n".join(describe(self))
+
+
+def _end(span: Span) -> float:
+    return span.end
 
 
 Held = tuple[float, float, int]

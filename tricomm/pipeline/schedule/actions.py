@@ -57,6 +57,8 @@ class Kind(StrEnum):
         self.gives_gradient = text in ("B", "I")
         self.ends_microbatch = text in ("B", "W")
 
+    __hash__ = str.__hash__  # a kind equals its text; Enum's own hashes the name, in Python
+
 
 class Channel(NamedTuple):
     """One direction of an edge: activations flow to higher stages, gradients to lower ones.

@@ -8,6 +8,7 @@ a simulation: first one in which whatever is ready first goes first, then better
 that lie on the critical path have changed places (the neighbourhood of van Laarhoven et al. for job shops, 1992).
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from tricomm.errors import PlanError
@@ -77,15 +78,17 @@ def _improved(schedule: Schedule, timeline: Timeline, simulator: Simulator, tria
     best, seen = timeline, {tuple(following[0][0].values())}
     while following and best.makespan_seconds > enough * (1 + 1e-9):
         order, timeline = following.pop()
-        for other in _swaps(order, timeline):
+        posted = [_all_posted(schedule, order, pipeline_rank) for pipeline_rank in range(len(schedule.lists))]
+        for changed, other in _swaps(order, timeline):
             key = tuple(other.values())
             if key in seen:
                 continue
             if len(seen) > trials:
                 return best
             seen.add(key)
+            lists = [*posted[:changed], _all_posted(schedule, other, changed), *posted[changed + 1 :]]
             try:
-                found = simulator.run(_all_posted(schedule, other), Queues.PER_DIRECTION)
+                found = simulator.run(schedule.with_lists(lists), Queues.PER_DIRECTION)
             except PlanError:  # it made ranks wait for each other
                 continue
             if found.makespan_seconds < timeline.makespan_seconds * (1 - 1e-9):
@@ -110,8 +113,10 @@ def _order_of(timeline: Timeline) -> Order:
     return {queue: tuple(turns) for queue, turns in order.items()}
 
 
-def _swaps(order: Order, timeline: Timeline) -> Iterator[Order]:
-    """Orders in which a transfer of the critical path goes before the one of another channel that it waited for."""
+def _swaps(order: Order, timeline: Timeline) -> Iterator[tuple[int, Order]]:
+    """(a pipeline rank, the order in which there a transfer of the critical path goes before the one of another channel
+    that it waited for).
+    """
     critical = {(step.what, step.begin) for step in timeline.critical_path()}
     begins = {(one.channel, one.microbatch): one.begin for one in timeline.transfers}
     ends = {(one.channel, one.microbatch): one.end for one in timeline.transfers}
@@ -120,16 +125,14 @@ def _swaps(order: Order, timeline: Timeline) -> Iterator[Order]:
             before, one = turns[index - 1 : index + 1]
             has_waited = (one[0], begins[one]) in critical and ends[before] == begins[one]
             if has_waited and before[0] != one[0]:
-                yield {**order, queue: (*turns[: index - 1], one, before, *turns[index + 1 :])}
+                yield queue[0], {**order, queue: (*turns[: index - 1], one, before, *turns[index + 1 :])}
 
 
-def _all_posted(schedule: Schedule, order: Order) -> Schedule:
-    """The schedule with an order, all receives standing at the start."""
-    lists = []
-    for pipeline_rank, actions in enumerate(schedule.lists):
-        received = [(0, receive(*crossing)) for crossing in order[pipeline_rank, False]]
-        lists.append(interleave(actions, [*received, *_sends(schedule, order[pipeline_rank, True], pipeline_rank)]))
-    return schedule.with_lists(lists)
+def _all_posted(schedule: Schedule, order: Order, pipeline_rank: int) -> tuple[Action, ...]:
+    """The list of a pipeline rank with an order, all receives standing at the start."""
+    received = [(0, receive(*crossing)) for crossing in order[pipeline_rank, False]]
+    sent = _sends(schedule, order[pipeline_rank, True], pipeline_rank)
+    return interleave(schedule.lists[pipeline_rank], [*received, *sent])
 
 
 def _sends(schedule: Schedule, sent: Sequence[tuple[Channel, int]], pipeline_rank: int) -> Iterator[tuple[int, Action]]:
@@ -156,11 +159,11 @@ def _receives(
         for index, span in enumerate(spans)
         for channel in timeline.schedule.inputs(span.action)
     }
+    ends = [span.end for span in spans]
     found = []
     slot = len(spans)
     # From the last to the first: none may stand after one that comes later on the wire.
     for one in reversed(received):
-        current = next((index for index, span in enumerate(spans) if span.end > begins[one]), len(spans))
-        slot = min(slot, current, consumers[one])
+        slot = min(slot, bisect_right(ends, begins[one]), consumers[one])
         found.append((slot, receive(*one)))
     return found[::-1]
