@@ -126,13 +126,14 @@ def checked(rank: int, fault: bool) -> str:
     mover = Resharder(before, there, rules=rules, checksum=True, timeout_seconds=60)
     tensors = {"a": FULL[4 * rank : 4 * rank + 4], "b": torch.ones(2, 4, dtype=torch.bfloat16)} if rank < 2 else None
     if fault and rank == 3:
-        run = mover._run
+        session: Any = mover._session
+        run = session.run
 
-        def wrong(sources: Any, destinations: Any, number: int) -> None:
-            run(sources, destinations, number)
+        def wrong(execution: Any, sources: Any, destinations: Any, number: int) -> None:
+            run(execution, sources, destinations, number)
             destinations[0][1, 2] = 7
 
-        mover._run = wrong  # type: ignore[method-assign]
+        session.run = wrong
     told = []
     for _ in range(2):
         try:

@@ -53,6 +53,12 @@ class Backend:
             raise RuntimeError("NCCL error: remote process exited")
         return "work"
 
+    def _group_end(self) -> None:
+        """Of torch: raises where no group is open."""
+        if not self.depth:
+            raise RuntimeError("NCCL error: invalid usage")
+        self.depth -= 1
+
     def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
         self.lines.append(f"send {tensors[0].numel()} to {peer}")
         if peer == self.lost:
