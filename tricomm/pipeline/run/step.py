@@ -82,7 +82,7 @@ class Programs:
             for trains, one in schedules.items()
             if loads_kernels
         }
-        self._run: set[tuple[bool, tuple[Sizes, ...]]] = set()
+        self._had: set[tuple[bool, tuple[Sizes, ...]]] = set()
         self.data_names = self._usual[True].data_names
 
     def next(self, trains: bool, sizes: tuple[Sizes, ...]) -> Program:
@@ -92,8 +92,8 @@ class Programs:
             trains: whether it has backwards.
             sizes: of its microbatches.
         """
-        is_first = (trains, sizes) not in self._run
-        self._run.add((trains, sizes))
+        is_first = (trains, sizes) not in self._had
+        self._had.add((trains, sizes))
         return self._first[trains] if is_first and self._first else self._usual[trains]
 
 
