@@ -104,13 +104,12 @@ def steps(
     schedule: Schedule,
     name: str,
     queues: Queues = Queues.PER_CHANNEL,
-    count: int = 2,
+    versions: Sequence[int] = (0, 0),
     seconds: float = 0.0,
     timeout_seconds: float = 10.0,
     loads_kernels: bool = False,
-    versions: tuple[int, ...] = (0, 0, 0),
 ) -> float:
-    """Queue some steps, one right after the other; seconds until the device has done them.
+    """Queue a step with each version of the kernels, one right after the other; seconds until the device has done them.
 
     Raises:
         AssertionError: something came that is wrong, or the device does not come to its end.
@@ -128,21 +127,18 @@ def steps(
         link.connect()
     began = time.monotonic()
     try:
-        for version in versions[:count]:
+        for version in versions:
             for run in runs.values():
                 run.version = version
             Step(programs.next(True, ()), links, {}).run()
-        event = threads.standins[rank].device.current.record_event()
-        while not event.query():
-            assert time.monotonic() < began + 2 * timeout_seconds, f"the device of rank {rank} hangs"
-            time.sleep(0.001)
+        threads.finish(rank, began + 2 * timeout_seconds - time.monotonic())
         for one in (one for link in links.values() for way in link.directed_links for one in way.resharders):
             last = one._session.last_run
             assert last is None or last.failure is None, f"TransportError, found out late: {last.failure}"
     finally:
         for link in links.values():
             link.close()
-    computed = count * sum(action.is_compute for action in schedule.lists[rank])
+    computed = len(versions) * sum(action.is_compute for action in schedule.lists[rank])
     found = [text for run in runs.values() for text in run.wrong]
     assert not found, "; ".join(found)
     assert sum(run.done for run in runs.values()) == computed

@@ -197,6 +197,13 @@ class Threads:
         assert not errors, "\n".join(errors)
         return [result.value for result in results]
 
+    def finish(self, rank: int, seconds: float = 10.0) -> None:
+        """Wait on the host until the device of a rank has done all that its current stream has to do."""
+        event, deadline = self.standins[rank].device.current.record_event(), time.monotonic() + seconds
+        while not event.query():
+            assert time.monotonic() < deadline, f"the device of rank {rank} hangs"
+            time.sleep(0.001)
+
     def gate(self) -> Gate:
         """A new one."""
         return Gate(self.world)

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.standin.ranks import Threads
-from tests.standin.test_promise import TIMEOUT_SECONDS, attempt, check, finish, shard_of
+from tests.standin.test_promise import FINISH_SECONDS, TIMEOUT_SECONDS, attempt, check, shard_of
 from tests.standin.test_promise import mover_of as mover_of_promise
 from tricomm import Resharder
 from tricomm.transport.coordination.board import LOOKS, CallBoard
@@ -26,24 +26,24 @@ def in_another_order(rank: int, threads: Threads, odd: int, quick: int) -> list[
     movers = [mover_of(rank, threads, name) for name in ("queries", "keys")]
     for mover in movers:
         output = mover(shard_of(rank))
-        finish(threads, rank)
+        threads.finish(rank, FINISH_SECONDS)
         check(rank, output)
     for _ in range(quick):
         movers[0](shard_of(rank))
-        finish(threads, rank)
+        threads.finish(rank, FINISH_SECONDS)
     threads.barrier.wait()
     found = [attempt(lambda mover=mover: mover(shard_of(rank)))[0] for mover in movers[:: -1 if rank == odd else 1]]
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     time.sleep(LOOKS * heartbeat_seconds(TIMEOUT_SECONDS) + 0.5)
     threads.barrier.wait()
     for _ in range(ROUNDS):
         for mover in movers:
             found.append(attempt(lambda mover=mover: mover(shard_of(rank)))[0])
-            finish(threads, rank)
+            threads.finish(rank, FINISH_SECONDS)
         threads.barrier.wait()
     for mover in movers:
         output = mover(shard_of(rank))
-        finish(threads, rank)
+        threads.finish(rank, FINISH_SECONDS)
         check(rank, output)
     return [text for text in found if text]
 

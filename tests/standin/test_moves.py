@@ -39,13 +39,6 @@ def four() -> Iterator[Threads]:
         yield threads
 
 
-def finish(threads: Threads, rank: int) -> None:
-    """Wait on the host for what the current stream has to do."""
-    event = threads.standins[rank].device.current.record_event()
-    while not event.query():
-        time.sleep(0.001)
-
-
 def move(rank: int, threads: Threads, name: str, confirm: bool) -> list[torch.Tensor | None]:
     source, destination, strategy = CASES[name]
     shards, _ = source_and_result(source, destination)
@@ -53,7 +46,7 @@ def move(rank: int, threads: Threads, name: str, confirm: bool) -> list[torch.Te
     mover = Resharder(source, destination, **options)
     shard = shards.get(rank)
     found = [mover(shard), mover.start(shard).wait(), mover(shard)]
-    finish(threads, rank)
+    threads.finish(rank)
     return found
 
 
@@ -90,7 +83,7 @@ def start_late(rank: int, threads: Threads, gate: Any) -> tuple[float, bool, boo
     threads.barrier.wait()
     if rank == 0:
         gate.open()
-    finish(threads, rank)
+    threads.finish(rank)
     return seconds, before, event.query()
 
 

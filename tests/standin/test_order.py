@@ -16,6 +16,7 @@ from tricomm.transport.base import Operation
 from tricomm.transport.nccl import MOST_CONNECTIONS, connect, post_group
 
 TIMEOUT_SECONDS = 1.0
+FINISH_SECONDS = 2.0
 CROWDED = Limits(room=1, error_seconds=None)
 """A device on which one kernel that waits leaves no room for another."""
 SOURCE = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (64,), "float32")
@@ -27,7 +28,7 @@ def lane(rank: int, threads: Threads, name: str) -> Any:
     standin = threads.standins[rank]
     backend = connect(standin, dist.PrefixStore(name, standin.store), rank, 2, HOST, timedelta(seconds=5))
     exchange(rank, threads, backend).synchronize()
-    finish(rank, threads)
+    threads.finish(rank, FINISH_SECONDS)
     return backend
 
 
@@ -35,13 +36,6 @@ def exchange(rank: int, threads: Threads, backend: Any) -> Any:
     tensors = torch.full((8,), rank, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
     group = [Operation(True, 1 - rank, tensors[0]), Operation(False, 1 - rank, tensors[1])]
     return post_group(threads.standins[rank], backend, HOST, {0: 0, 1: 1}, group)
-
-
-def finish(rank: int, threads: Threads, seconds: float = 2.0) -> None:
-    event, deadline = threads.standins[rank].device.current.record_event(), time.monotonic() + seconds
-    while not event.query():
-        assert time.monotonic() < deadline, f"the device of rank {rank} hangs"
-        time.sleep(0.002)
 
 
 def two_streams(rank: int, threads: Threads) -> None:
@@ -57,7 +51,7 @@ def two_streams(rank: int, threads: Threads) -> None:
             exchange(rank, threads, backend).synchronize()
     for stream in streams:
         with standin.on_stream(stream):
-            finish(rank, threads)
+            threads.finish(rank, FINISH_SECONDS)
 
 
 def test_streams_of_their_own_can_hang_on_a_crowded_device() -> None:
@@ -77,7 +71,7 @@ def beside_a_move(rank: int, threads: Threads, how: str) -> None:
     mover = Resharder(SOURCE, TARGET, timeout_seconds=TIMEOUT_SECONDS, **threads.options(rank))
     tensor = torch.ones(64) if rank == 0 else None
     out = mover(tensor)
-    finish(rank, threads)
+    threads.finish(rank, FINISH_SECONDS)
     threads.barrier.wait()
     for _ in range(3):
         if how == "direct":
@@ -93,7 +87,7 @@ def beside_a_move(rank: int, threads: Threads, how: str) -> None:
                 time.sleep(0.001)
             exchange(rank, threads, backend)
             out = (handle or mover.start(tensor)).wait()
-    finish(rank, threads)
+    threads.finish(rank, FINISH_SECONDS)
     last = mover._session.last_run
     assert last is None or last.failure is None, f"TransportError, found out late: {last.failure}"
     assert out is None or bool((out == 1).all())

@@ -16,6 +16,7 @@ from tricomm.transport import nccl
 
 SIZE = 4
 TIMEOUT_SECONDS = 3.0
+FINISH_SECONDS = 2 * TIMEOUT_SECONDS
 SHAPE = (32, 24)
 SOURCE = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), SHAPE, "float32")
 DESTINATION = ShardingSpec(Mesh([2, 3], ("x",)), (Shard(1),), SHAPE, "float32")
@@ -39,14 +40,6 @@ def mover_of(rank: int, threads: Threads, **options: Any) -> Resharder:
     return Resharder(SOURCE, DESTINATION, **options, **threads.options(rank))
 
 
-def finish(threads: Threads, rank: int, seconds: float = 2 * TIMEOUT_SECONDS) -> None:
-    """Wait until the device of a rank has done all that its current stream has to do."""
-    event, deadline = threads.standins[rank].device.current.record_event(), time.monotonic() + seconds
-    while not event.query():
-        assert time.monotonic() < deadline, f"the device of rank {rank} hangs"
-        time.sleep(0.002)
-
-
 def check(rank: int, output: torch.Tensor | None) -> None:
     if rank in DESTINATION.mesh:
         assert output is not None
@@ -67,7 +60,7 @@ def lose_one(rank: int, threads: Threads, victim: int, how: str, confirm: bool) 
     """A call that works, then one that the victim does not come to; what that one and the next one say."""
     mover = mover_of(rank, threads, confirm=confirm)
     output = mover(shard_of(rank))
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     check(rank, output)
     threads.barrier.wait()
     began = time.monotonic()
@@ -75,7 +68,7 @@ def lose_one(rank: int, threads: Threads, victim: int, how: str, confirm: bool) 
         {"dies": threads.kill, "stops": threads.stop, "stays away": lambda _: None}[how](rank)
         return "", "", 0.0
     text, _ = attempt(lambda: mover(shard_of(rank)))
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     seconds = time.monotonic() - began
     return text, "" if confirm else attempt(lambda: mover(shard_of(rank)))[0], seconds
 
@@ -115,7 +108,7 @@ def stay_away_at_first(rank: int, threads: Threads) -> tuple[str, float]:
     mover.connect()
     if rank == 3:
         return "", 0.0
-    return attempt(lambda: [mover(shard_of(rank)), finish(threads, rank), mover(shard_of(rank))])
+    return attempt(lambda: [mover(shard_of(rank)), threads.finish(rank, FINISH_SECONDS), mover(shard_of(rank))])
 
 
 def test_a_pair_that_does_not_connect_blocks_the_host_no_longer_than_the_timeout(four: Threads) -> None:
@@ -128,7 +121,7 @@ def slow_but_healthy(rank: int, threads: Threads, gate: Any) -> None:
     """All compute for longer than the timeout before they come to a move, which was queued at once."""
     mover = mover_of(rank, threads)
     check_first = mover(shard_of(rank))
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     check(rank, check_first)
     device = threads.standins[rank].device
     threads.barrier.wait()
@@ -138,7 +131,7 @@ def slow_but_healthy(rank: int, threads: Threads, gate: Any) -> None:
     threads.barrier.wait()
     if rank == 0:
         gate.open_after(1.5 * TIMEOUT_SECONDS)
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     check(rank, output)
     check(rank, again)
 
@@ -203,7 +196,7 @@ def wait_on_two_channels(rank: int, threads: Threads) -> list[tuple[str, float]]
     movers = [mover_of(rank, threads, channel=channel) for channel in ("one", "two")]
     for mover in movers:
         mover(shard_of(rank))
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     threads.barrier.wait()
     if rank == 3:
         threads.kill(rank)
@@ -211,7 +204,7 @@ def wait_on_two_channels(rank: int, threads: Threads) -> list[tuple[str, float]]
     handles = [mover.start(shard_of(rank)) for mover in movers]
     for handle in handles:
         handle.wait()
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     return [attempt(lambda mover=mover: mover(shard_of(rank))) for mover in movers]
 
 
@@ -238,7 +231,7 @@ def late_by_a_timeout(rank: int, threads: Threads) -> list[str]:
     """All make the same calls without ``confirm``, rank 3 the second one so late that the others have given it up."""
     mover = mover_of(rank, threads)
     output = mover(shard_of(rank))
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     check(rank, output)
     threads.barrier.wait()
     if rank == 3:
@@ -246,10 +239,10 @@ def late_by_a_timeout(rank: int, threads: Threads) -> list[str]:
     texts = []
     for _ in range(2):
         texts.append(attempt(lambda: mover(shard_of(rank)))[0])
-        finish(threads, rank)
+        threads.finish(rank, FINISH_SECONDS)
         threads.barrier.wait()
     output = mover(shard_of(rank))
-    finish(threads, rank)
+    threads.finish(rank, FINISH_SECONDS)
     check(rank, output)
     return texts
 

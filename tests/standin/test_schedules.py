@@ -58,14 +58,14 @@ def test_kernels_are_loaded_in_a_first_step_that_hides_nothing(kind: str) -> Non
     edges = SKIPS + [(3, 4), (4, 5), (5, 6), (6, 7)] * (kind == "interleaved")
     schedule = with_communication(SCHEDULES[kind](4, edges))
     with Threads(6, LOADS) as threads:
-        threads.run(steps, threads, schedule, kind, Queues.PER_CHANNEL, 3, 0.0, 10.0, True)
+        threads.run(steps, threads, schedule, kind, Queues.PER_CHANNEL, (0, 0, 0), 0.0, 10.0, True)
 
 
 def test_kernels_that_are_loaded_while_messages_are_under_way_can_hang() -> None:
     """And the ranks are told: the monitor asks a device that answers nobody, and goes on without its answer."""
     schedule = with_communication(SCHEDULES["gpipe"](4, SKIPS))
     with Threads(4, LOADS) as threads, pytest.raises(AssertionError, match=r"TransportError: .* answers nothing in"):
-        threads.run(steps, threads, schedule, "loading", Queues.PER_CHANNEL, 2, 0.0, 1.5, True, (0, 1))
+        threads.run(steps, threads, schedule, "loading", Queues.PER_CHANNEL, (0, 1), 0.0, 1.5, True)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -94,11 +94,11 @@ def test_what_the_proof_refuses_hangs(six: Threads) -> None:
         check(REFUSED_IN_TURN, Queues.PER_DIRECTION)
     six.run(steps, six, REFUSED_IN_TURN, "each channel by itself")
     with pytest.raises(AssertionError, match=r"TransportError|hangs"):
-        six.run(steps, six, REFUSED_IN_TURN, "in turn", Queues.PER_DIRECTION, 1, 0.0, 1.5)
+        six.run(steps, six, REFUSED_IN_TURN, "in turn", Queues.PER_DIRECTION, (0,), 0.0, 1.5)
 
 
 def test_computation_that_takes_time_runs_too(six: Threads) -> None:
-    six.run(steps, six, with_communication(one_f_one_b(4, 4)), "slow", Queues.PER_CHANNEL, 1, 0.02)
+    six.run(steps, six, with_communication(one_f_one_b(4, 4)), "slow", Queues.PER_CHANNEL, (0,), 0.02)
 
 
 def test_with_one_hardware_queue_the_same_schedule_hangs() -> None:
@@ -111,4 +111,4 @@ def test_with_one_hardware_queue_the_same_schedule_hangs() -> None:
         Threads(4, Limits(queues=1, error_seconds=None)) as threads,
         pytest.raises(AssertionError, match=r"TransportError|hangs"),
     ):
-        threads.run(steps, threads, schedule, "one queue", Queues.PER_CHANNEL, 1, 0.0, 1.5)
+        threads.run(steps, threads, schedule, "one queue", Queues.PER_CHANNEL, (0,), 0.0, 1.5)

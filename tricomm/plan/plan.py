@@ -185,17 +185,11 @@ class Plan:
 
     def fields(self) -> dict[str, str]:
         """Name the inputs that determine the plan: what ranks compare."""
-        return plan_fields(
-            self.ends,
-            self.strategy,
-            self.balance,
-            self.topology,
-            self.staging_nbytes,
-        )
+        return plan_fields(self)
 
     def digest(self) -> str:
         """Hash the inputs and the planner's version; equal digests mean equal plans."""
-        return plan_digest(self.ends, self.strategy, self.balance, self.topology, self.staging_nbytes)
+        return plan_digest(self)
 
     def __str__(self) -> str:
         return describe(self)
@@ -228,37 +222,25 @@ def _programs(key: _ByIdentity, rank: int) -> tuple[RankProgram, ...]:
     return tuple(rank_program(move, rank) for move in key.plan.moves)
 
 
-def plan_fields(
-    ends: Ends,
-    strategy: Strategy | Auto,
-    balance: SenderPolicy,
-    topology: Topology,
-    staging_nbytes: int,
-) -> dict[str, str]:
+def plan_fields(plan: Plan) -> dict[str, str]:
     """Name the inputs of a plan, as text."""
     fields = {"planner version": str(PLANNER_VERSION)}
     known: dict[int, dict[str, str]] = {}  # tensors that are alike often share a spec
-    for side, tensors in (("source", ends.sources), ("destination", ends.destinations)):
+    for side, tensors in (("source", plan.ends.sources), ("destination", plan.ends.destinations)):
         for name, spec in tensors:
             of = f" of tensor {name!r}" if name else ""
             if id(spec) not in known:
                 known[id(spec)] = _spec_fields(spec)
             fields.update({f"{side} {field}{of}": text for field, text in known[id(spec)].items()})
     # Ranks are told the first field in which they differ: layouts say more than what follows from them.
-    return {**fields, **_common_fields(ends, strategy, balance, topology, staging_nbytes)}
+    return {**fields, **_common_fields(plan)}
 
 
-def plan_digest(
-    ends: Ends,
-    strategy: Strategy | Auto,
-    balance: SenderPolicy,
-    topology: Topology,
-    staging_nbytes: int,
-) -> str:
+def plan_digest(plan: Plan) -> str:
     """Hash what :func:`plan_fields` names, without the text of every tensor: tensors that are alike share theirs."""
-    found = hashlib.sha256(digest_of(_common_fields(ends, strategy, balance, topology, staging_nbytes)).encode())
+    found = hashlib.sha256(digest_of(_common_fields(plan)).encode())
     known: dict[int, str] = {}
-    for side, tensors in (("source", ends.sources), ("destination", ends.destinations)):
+    for side, tensors in (("source", plan.ends.sources), ("destination", plan.ends.destinations)):
         for name, spec in sorted(tensors, key=itemgetter(0)):
             if id(spec) not in known:
                 known[id(spec)] = digest_of(_spec_fields(spec))
@@ -266,21 +248,15 @@ def plan_digest(
     return found.hexdigest()
 
 
-def _common_fields(
-    ends: Ends,
-    strategy: Strategy | Auto,
-    balance: SenderPolicy,
-    topology: Topology,
-    staging_nbytes: int,
-) -> dict[str, str]:
+def _common_fields(plan: Plan) -> dict[str, str]:
     """What is not of one tensor of a side."""
     return {
         "planner version": str(PLANNER_VERSION),
-        **_rule_fields(ends),
-        "strategy": repr(strategy),
-        "balance": repr(balance),
-        "topology": repr(topology),
-        "staging_bytes": repr(staging_nbytes),
+        **_rule_fields(plan.ends),
+        "strategy": repr(plan.strategy),
+        "balance": repr(plan.balance),
+        "topology": repr(plan.topology),
+        "staging_bytes": repr(plan.staging_nbytes),
     }
 
 

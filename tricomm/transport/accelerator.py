@@ -3,6 +3,7 @@
 A stand-in that has the same methods, and keeps NCCL's rules without a GPU, runs everything above it in tests.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -13,6 +14,10 @@ import torch.distributed as dist
 
 from tricomm.errors import SpecError
 
+FIRST_PAUSE_SECONDS = 20e-6
+LONGEST_PAUSE_SECONDS = 1e-3
+PAUSE_GROWTH = 1.5
+
 
 class Event(Protocol):
     """A place in what a stream has to do."""
@@ -20,6 +25,19 @@ class Event(Protocol):
     def query(self) -> bool:
         """Whether the device has come past it."""
         ...
+
+
+def await_event(event: Event, is_given_up: Callable[[], bool]) -> None:
+    """Let the host wait until the device has come past an event.
+
+    Args:
+        event: to wait for.
+        is_given_up: asked meanwhile; true, or an exception, ends the wait.
+    """
+    pause = FIRST_PAUSE_SECONDS
+    while not event.query() and not is_given_up():
+        time.sleep(pause)
+        pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
 
 
 class Stream(Protocol):

@@ -34,7 +34,7 @@ from tricomm.errors import TransportError
 from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, Operation
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
-from tricomm.transport.coordination.questions import answer_of
+from tricomm.transport.coordination.questions import Question
 from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason
 from tricomm.transport.memory.connections import HostConnections, met
@@ -400,7 +400,7 @@ class Communicator:
     def _fail_unfinished(self, text: str) -> None:
         """Calls have returned that the device does not carry out any more; called with the lock held."""
         runs = tuple(self._unfinished)
-        done = answer_of(lambda: [run for run in runs if run.is_done()]) or ()
+        done = Question(lambda: [run for run in runs if run.is_done()]).answer() or ()
         for run in runs:
             if run not in done:
                 run.failure = text

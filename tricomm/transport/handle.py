@@ -1,18 +1,14 @@
 """Handle: what a reshard that runs in the background is waited for by."""
 
-import time
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
 from tricomm.errors import TransportError
+from tricomm.transport.accelerator import await_event
 from tricomm.transport.coordination.run import Run
 from tricomm.transport.streams import StreamContext
-
-FIRST_PAUSE_SECONDS = 20e-6
-LONGEST_PAUSE_SECONDS = 1e-3
-PAUSE_GROWTH = 1.5
 
 Ended = tuple[torch.Tensor | None, Any, Run | None]
 """A run that has ended on the host: its result, the event at which that is there, and what tells how the device fares.
@@ -81,12 +77,14 @@ class Handle:
             TransportError: a rank failed.
         """
         _, event = self._result()
-        pause = FIRST_PAUSE_SECONDS
-        while event is not None and not event.query():
-            time.sleep(pause)
-            pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
-            self._result()
+        if event is not None:
+            await_event(event, self._is_lost)
         return self.wait()
+
+    def _is_lost(self) -> bool:
+        """Raise if it failed."""
+        self._result()
+        return False
 
     def _result(self) -> tuple[torch.Tensor | None, Any]:
         result, event, run = self._future.result()

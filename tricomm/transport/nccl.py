@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tricomm.transport.accelerator import Accelerator, DeviceBackend, DeviceWork, Event
+from tricomm.transport.accelerator import Accelerator, DeviceBackend, DeviceWork, Event, await_event
 from tricomm.transport.base import ConnectionLostError, GroupLostError, Operation
 
 LOG = logging.getLogger("tricomm")
@@ -36,9 +36,6 @@ MOST_CONNECTIONS = 16
 """torch has 32 streams of high priority on a device, which it gives out in turn; each of these takes two."""
 
 GIVE_BACK_PAUSE_SECONDS = 0.05
-FIRST_PAUSE_SECONDS = 20e-6
-LONGEST_PAUSE_SECONDS = 1e-3
-PAUSE_GROWTH = 1.5
 
 
 class DeviceRun:
@@ -107,16 +104,13 @@ class DeviceRun:
                 self._groups.popleft()
         if self._posting:
             return self._posting
-        return None if self._end is not None and self._end.query() else ()
+        return None if self.is_over() else ()
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Where a connection is lost nothing ever comes; who is at fault the monitor finds out, which
         then aborts.
         """
-        event, pause = self._here(), FIRST_PAUSE_SECONDS
-        while not event.query() and not is_aborted():
-            time.sleep(pause)
-            pause = min(PAUSE_GROWTH * pause, LONGEST_PAUSE_SECONDS)
+        await_event(self._here(), is_aborted)
 
 
 class NcclConnections:
@@ -156,9 +150,10 @@ class NcclConnections:
         self._release = weakref.finalize(self, _give_back_later, self.backend, device)
         self._release.atexit = False
 
-    def is_idle_on(self, device: torch.device) -> bool:
-        """Whether nothing of it is under way on a device, as far as it was queued."""
-        return self._device != device or self.run is None or self.run.is_over()
+    @property
+    def is_idle(self) -> bool:
+        """Whether the device has done all that was queued."""
+        return self.run is None or self.run.is_over()
 
     def begin(self) -> DeviceRun:
         """See Connections."""
@@ -241,7 +236,7 @@ def _give_back_later(backend: DeviceBackend, device: torch.device) -> None:
     """
 
     def give_back() -> None:
-        while not all(one.is_idle_on(device) for one in list(_alive())):
+        while not all(one.is_idle for one in list(_alive()) if one._device == device):
             time.sleep(GIVE_BACK_PAUSE_SECONDS)
         try:
             backend.shutdown()

@@ -67,6 +67,18 @@ class Lane:
         """Send bytes of this value."""
         return self.post((True, filled(self.bed, value)))
 
+    def wait_on_rank_1(self) -> DeviceWork | None:
+        """Rank 1 queues a receive, which nobody sends yet."""
+        return self.post((False, filled(self.bed, 0))) if self.bed.rank == 1 else None
+
+    def release(self, work: DeviceWork | None) -> None:
+        """Once both hosts are here, rank 0 sends what rank 1 waits for, and both go on to the end."""
+        require(work is None or not work.is_completed(), "a receive ended without its message")
+        self.bed.barrier()
+        work = self.send(4) if work is None else work
+        work.synchronize()
+        finish(self.bed)
+
     def exchange(self) -> None:
         """Both ranks send and receive, to the end."""
         found = filled(self.bed, 0)

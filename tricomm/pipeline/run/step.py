@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle, Sizes
+from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle, SendHandle, Sizes
 from tricomm.pipeline.run.edge import Link
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.stage import LOSS, StageRun
@@ -92,9 +92,10 @@ class Programs:
             trains: whether it has backwards.
             sizes: of its microbatches.
         """
-        is_first = (trains, sizes) not in self._had
+        if not self._first or (trains, sizes) in self._had:
+            return self._usual[trains]
         self._had.add((trains, sizes))
-        return self._first[trains] if is_first and self._first else self._usual[trains]
+        return self._first[trains]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +186,12 @@ class Step:
         tensors = self._produced.pop((action.channel, action.microbatch))
         directed_link = self._directed_link(action.channel)
         if directed_link is not None:
-            handle = directed_link.send(tensors, action.microbatch)
-            if self.program.is_synchronous:
-                handle.join()
+            self._settle(directed_link.send(tensors, action.microbatch))
 
     def _receive(self, action: Action) -> None:
         directed_link = self._directed_link(action.channel)
         if directed_link is not None:
-            handle = self._posted[action.channel, action.microbatch] = directed_link.recv(action.microbatch)
-            if self.program.is_synchronous:
-                handle.join()
+            self._post(directed_link, action.channel, action.microbatch)
 
     def _forward(self, action: Action, run: StageRun) -> None:
         schedule, stage, microbatch = self.program.schedule, action.stage, action.microbatch
@@ -241,9 +238,17 @@ class Step:
             self._produced[channel, microbatch] = tensors
         else:
             directed_link.send(tensors, microbatch)
-            handle = self._posted[channel, microbatch] = directed_link.recv(microbatch)
-            if self.program.is_synchronous:
-                handle.join()
+            self._post(directed_link, channel, microbatch)
+
+    def _post(self, directed_link: DirectedLink, channel: Channel, microbatch: int) -> None:
+        """Post a receive."""
+        handle = self._posted[channel, microbatch] = directed_link.recv(microbatch)
+        self._settle(handle)
+
+    def _settle(self, handle: SendHandle | ReceiveHandle) -> None:
+        """Where all is synchronous, wait until it has crossed."""
+        if self.program.is_synchronous:
+            handle.join()
 
     def _arrived(self, channel: Channel, action: Action) -> Sequence[torch.Tensor]:
         """Wait for what comes over a channel, for an action of this rank; nothing if the channel carries nothing."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from tricomm.transport.coordination.run import Run
 
@@ -12,13 +12,23 @@ ANSWER_SECONDS = 0.25
 T = TypeVar("T")
 
 
-def answer_of(question: Callable[[], T]) -> T | None:
-    """Return the answer, or None if it does not come in time."""
-    answers: list[T] = []
-    thread = threading.Thread(target=lambda: answers.append(question()), name="tricomm-device", daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    return answers[0] if answers else None
+class Question(Generic[T]):
+    """Something that is asked on a thread of its own, from now on."""
+
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._answers: list[T] = []
+        self._thread = threading.Thread(target=lambda: self._answers.append(ask()), name="tricomm-device", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is no answer yet."""
+        return self._thread.is_alive()
+
+    def answer(self, seconds: float = ANSWER_SECONDS) -> T | None:
+        """Return the answer, or None if it does not come in time."""
+        self._thread.join(seconds)
+        return self._answers[0] if self._answers else None
 
 
 class DeviceQuestions:
@@ -27,13 +37,12 @@ class DeviceQuestions:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._done: list[Run] = []
+        self._last: Question[list[Run]] | None = None
 
     @property
     def are_unanswered(self) -> bool:
         """Whether the last question has no answer yet."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._last is not None and self._last.is_open
 
     def done(self, runs: Sequence[Run], now: float) -> list[Run]:
         """Return the runs that a device has done, as far as it says so in time.
@@ -44,15 +53,6 @@ class DeviceQuestions:
         """
         if not runs:
             return []
-        if self._thread is None or not self.are_unanswered:
-            self._done = []
-            self._thread = threading.Thread(
-                target=_ask, args=(runs, now, self._done), name="tricomm-device", daemon=True
-            )
-            self._thread.start()
-        self._thread.join(min([ANSWER_SECONDS, *(run.place.heartbeat_seconds for run in runs)]))
-        return [] if self.are_unanswered else self._done
-
-
-def _ask(runs: Sequence[Run], now: float, done: list[Run]) -> None:
-    done += [run for run in runs if run.follow(now)]
+        if self._last is None or not self._last.is_open:
+            self._last = Question(lambda: [run for run in runs if run.follow(now)])
+        return self._last.answer(min([ANSWER_SECONDS, *(run.place.heartbeat_seconds for run in runs)])) or []
