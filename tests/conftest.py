@@ -16,6 +16,9 @@ STARTS = ((subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, 
 STARTS_THE_FIXED_RANKS: ContextVar[bool] = ContextVar("STARTS_THE_FIXED_RANKS", default=False)
 
 
+PRELOADED = ("torch", "torch._dynamo", "torch.distributed.tensor", "tricomm", "pytest", "hypothesis", "tests.cases")
+"""What most ranks import sooner or later, for seconds on each; one process does it for all of them."""
+
 LONGEST_FIRST = (
     "test_properties.py",
     "test_gpu_check_processes.py",
@@ -69,7 +72,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def ranks() -> Iterator[Ranks]:
     """The fixed processes, on which every test without the marker runs what needs more than one rank."""
     token = STARTS_THE_FIXED_RANKS.set(True)
-    running = Ranks(RANKS, timeout_seconds=60)
+    running = Ranks(RANKS, timeout_seconds=60, preload=PRELOADED)
     STARTS_THE_FIXED_RANKS.reset(token)
     with running:
         yield running

@@ -32,6 +32,8 @@ class Ranks:
         store: where the processes meet; None starts one on this machine's loopback.
         store_address: of the store, as the processes see it.
         start_timeout_seconds: for all processes to start and to meet, which takes long on a busy machine.
+        preload: modules that one process imports, from which those of the ranks are then forked; empty starts each
+            by itself. Importing torch takes seconds on each rank. The first that names any in this process decides.
     """
 
     def __init__(
@@ -42,12 +44,15 @@ class Ranks:
         store: dist.TCPStore | None = None,
         store_address: str = "127.0.0.1",
         start_timeout_seconds: float = 180.0,
+        preload: Sequence[str] = (),
     ) -> None:
         self.size = size
         self.start_timeout_seconds = start_timeout_seconds
         self.timeout_seconds = timeout_seconds
         self.store = store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("forkserver" if preload else "spawn")
+        if preload:
+            context.set_forkserver_preload(list(preload))
         of_group = max(timeout_seconds, start_timeout_seconds)
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
