@@ -53,7 +53,7 @@ class FanOut:
         plan = make_plan(*self.specs, topology=topology)
         move = plan.moves[0]
         seconds = plan.simulated_seconds()
-        way = {0: "directly", 1: "chains", 2: "trees"}[getattr(move.messages, "children", 0)]
+        way = {0: "directly", 1: "chains", 2: "trees", -1: "to every host"}[getattr(move.messages, "children", 0)]
         return (
             f"| {self.sources} -> {self.receivers} | {self.devices} | {self.megabytes} MB | "
             f"{self.gigabytes_per_second:g} GB/s | {way}, {len(move.messages)} messages | {seconds * 1e3:.2f} ms | "

@@ -9,7 +9,8 @@ source's mesh axes and those that need it one of the destination's, so nothing h
   the same and no pair of ranks has more than one piece.
 - ``rings``: where sending each replica a copy would keep the source's NICs too long, a piece enters the ring of its
   tile's replicas at a place that follows from where it lies in the tile, so that all replicas forward alike; from
-  there it goes from host to host in a chain or, where many hosts would fill slowly, in a tree of two below each.
+  there it goes from host to host in a chain or, where many hosts would fill slowly, in a tree of two below each; or,
+  where hosts are few, its holder gives it to each of them by itself.
 - ``shared``: where hosts have ranks of both meshes, what is there stays there, and the hosts of the ring between two
   such get the cell from all of its holders.
 - ``loads``, ``choose``: which of the ways it is, and in how many chunks, from what the busiest NIC would carry.

@@ -19,7 +19,7 @@ from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, ranks_of
 from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.pieces import BY_TURNS, Cutting
-from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
+from tricomm.plan.product.rings import FROM_SENDER, RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
 from tricomm.plan.product.tried import SIMULATED_RANKS, fastest
 from tricomm.plan.refine import cells
@@ -41,6 +41,9 @@ from tricomm.plan.tasks import wire_itemsize
 
 FEW_SHARES = 9
 """Where ways are simulated, each holder has fewer shares than that of what it sends, or as many as are level."""
+
+FEW_HOSTS_OF_A_SENDER = 8
+"""Up to so many hosts a sender may give what it sends to each of them by itself."""
 
 
 class Nics(NamedTuple):
@@ -207,7 +210,8 @@ class Way:
 
     Attributes:
         context: what a strategy may know.
-        children: 0 if each replica hears from holders; 1 if pieces go from host to host in chains, 2 in trees.
+        children: 0 if each replica hears from holders; 1 if pieces go from host to host in chains, 2 in trees,
+            FROM_SENDER if a sender gives them to every host by itself.
         shares: how many each holder has of the line of its tile's cells; 0 or BY_TURNS leaves cells whole.
         chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
@@ -266,8 +270,7 @@ def ways_of(move: ProductMove, shares: Iterable[int] = range(4)) -> list[Way]:
         level = set(shares)
         if move.shared is None:
             level |= {-(-places // messages), places // gcd(places, messages), -(-2 * _rails(move) // messages)}
-        kinds = (1, 2) if isinstance(move.strategy, Auto) and move.rings.most_hosts > 2 else (1,)
-        ways += [round_way(move, count, children) for children in kinds for count in sorted(level)]
+        ways += [round_way(move, count, children) for children in _kinds(move) for count in sorted(level)]
     return ways
 
 
@@ -304,8 +307,8 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     busiest = max(leaving, entering, loads.handed_on * of_nic / move.receiving.send)
     # In one chunk each, a NIC receives in each step the messages that entered a ring at one place.
     step = loads.first * of_nic / move.receiving.receive
-    depth = max(loads.hosts if children == 1 else loads.hosts.bit_length(), 1)
-    if children == 1:
+    depth = max(loads.hosts if children != 2 else loads.hosts.bit_length(), 1)
+    if children != 2:
         fill = max(max(leaving, step) + (depth - 1) * step - busiest, 0.0)
     else:
         fill = depth * min(max(leaving, step), busiest)
@@ -314,15 +317,23 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
     if chunk_bytes is not None:
         chunks = max(-(-int(load.piece_nbytes) // chunk_bytes), 1)
-    together = messages if chunks > 1 or children > 1 else round(loads.first * messages / _rails(move))
+    together = messages if chunks > 1 or children != 1 else round(loads.first * messages / _rails(move))
     limit = context.chunk_limit_nbytes(min(together, MAX_PEERS_PER_ROUND))
     posts = max(load.messages * loads.free, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
     each = topology.overhead_seconds + topology.latency_seconds
-    filling = fill / chunks if children == 1 else fill / depth * min(depth, chunks) / chunks
+    filling = fill / chunks if children != 2 else fill / depth * min(depth, chunks) / chunks
     seconds = (
         max(busiest, posts * topology.overhead_seconds) + filling + (depth + rings.of_host.bit_length() - 1) * each
     )
     return Way(context, children, shares, chunks, limit, chunk_bytes, seconds)
+
+
+def _kinds(move: ProductMove) -> tuple[int, ...]:
+    """How pieces may go from host to host."""
+    hosts = move.rings.most_hosts
+    if hosts == 1 or not isinstance(move.strategy, Auto):
+        return (1,)
+    return (1, *((2,) if hosts > 2 else ()), *((FROM_SENDER,) if hosts <= FEW_HOSTS_OF_A_SENDER else ()))
 
 
 def _places(move: ProductMove) -> int:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tricomm.plan.product.rings import FROM_SENDER
 from tricomm.plan.product.shared import Arcs, SharedHosts
 
 FEW_HOSTS = 256
@@ -20,7 +21,7 @@ class Loads(NamedTuple):
 
     Attributes:
         hosts: of the longest way.
-        free: share of the tile in cells without holders on its hosts.
+        free: share of the tile in cells without holders on its hosts, as often as holders send it.
         heard: of what comes in.
         handed_on: of what is sent to others of the tile, in chains or trees.
         first: of what enters a host as the first one.
@@ -44,11 +45,13 @@ class Loads(NamedTuple):
             hosts: that have replicas of the tile.
             rails: NICs of a host by which they hear; every message keeps to one.
             messages: how many.
-            children: of the trees that they follow; 1 is a chain.
+            children: of the trees that they follow; 1 is a chain; FROM_SENDER none.
         """
         of_rail = -(-messages // rails)
         heard = of_rail * rails / messages
         first = -(-of_rail // hosts) * rails / messages
+        if children == FROM_SENDER:
+            return cls(1, float(hosts), heard, 0.0, heard, 0.0, 0.0)
         if children == 1:
             return cls(hosts, 1.0, heard, heard * (1 - of_rail // hosts / of_rail), first, 0.0, 0.0)
         if hosts > FEW_HOSTS or of_rail > FEW_HOSTS:
@@ -81,12 +84,14 @@ class Loads(NamedTuple):
             onward = numel[arcs.cell][arcs.spans > 0].sum()
             heard = handed_on = float((numel[arcs.cell] * arcs.spans).sum()) / hosts / rails
             first, sent = onward / hosts / rails, onward / hosts
+            if children == FROM_SENDER:
+                handed_on, first, sent = 0.0, heard, heard * rails
         else:
             pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares)
             heard, handed_on, first, sent = pieces.loads(hosts, rails, children)
         return cls(
-            max(int(arcs.spans.max(initial=0)), rings.most_hosts if len(free) else 0),
-            part,
+            1 if children == FROM_SENDER else max(int(arcs.spans.max(initial=0)), rings.most_hosts if len(free) else 0),
+            part * apart.free,
             heard * rails / total + part * apart.heard,
             handed_on * rails / total + part * apart.handed_on,
             first * rails / total + part * apart.first,
@@ -130,6 +135,7 @@ class Onward(NamedTuple):
         """
         if not len(self.weight):
             return 0.0, 0.0, 0.0, 0.0
+        alone = children == FROM_SENDER
         rail = self.turn % rails
         begin = (self.place + 1) % hosts
         heard = np.zeros((rails, 2 * hosts + 1))
@@ -139,7 +145,9 @@ class Onward(NamedTuple):
         heard = heard[:, :hosts] + heard[:, hosts:]
         first = np.zeros((rails, hosts))
         np.add.at(first, (rail, (begin + self.offset) % hosts), self.weight)
-        starting = np.bincount(self.sender, self.weight)
+        starting = np.bincount(self.sender, self.weight * self.span if alone else self.weight)
+        if alone:
+            return float(heard.max()), 0.0, float(heard.max()), float(starting.max())
         sent = np.zeros((rails, hosts))
         if children == 1 or self.span.sum() > FEW_PIECES:
             sent += heard

@@ -21,6 +21,9 @@ WITHIN_STEP_STRIDE = 1 << 16
 too many messages."""
 
 
+FROM_SENDER = -1
+"""In the place of a number of children: the sender of a message gives it to every host by itself."""
+
 BESIDE = 2
 """Replicas to which one gives a message on its own host."""
 
@@ -96,12 +99,12 @@ class RingMessages(MessageTable):
     """Messages that visit replicas of a tile; ascending by tile, then by sender, then by share.
 
     The replica at which a message enters a host gives it to two others there, and each of those to two more; and to
-    the entry of the host behind it in a chain, to those of two in a tree.
+    the entry of the host behind it in a chain, to those of two in a tree, to none where senders go to every host.
 
     Attributes:
         rings: of the tiles.
         visits: of each message.
-        children: hosts that a host gives a message to: 1 is a chain, 2 a tree.
+        children: hosts that a host gives a message to: 1 is a chain, 2 a tree; or FROM_SENDER.
         lengths: (messages,), replicas that each visits.
     """
 
@@ -130,7 +133,7 @@ class RingMessages(MessageTable):
         Args:
             visits: in any order.
             rings: of the tiles.
-            children: 1 or 2.
+            children: 1, 2 or FROM_SENDER.
             parts_of: says of which stack regions are.
             chunks_of: cuts messages, given their parts.
         """
@@ -157,7 +160,7 @@ class RingMessages(MessageTable):
         message, host, turn = hearers
         above = np.where(turn == 0, (host - 1) // self.children, host)
         giver = self._at(message, np.maximum(above, 0), np.maximum(turn - 1, 0) // BESIDE)
-        is_first = (turn == 0) & (host == 0)
+        is_first = turn == 0 if self.children == FROM_SENDER else (turn == 0) & (host == 0)
         return np.where(is_first, self.visits.senders[message], giver), self._at(message, host, turn)
 
     def _at(self, message: np.ndarray, host: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -193,7 +196,9 @@ class RingMessages(MessageTable):
         """The replicas that hear from a rank, and that rank itself."""
         visits, rings = self.visits, self.rings
         sent = np.flatnonzero(visits.senders == rank)
-        first = Hearers(sent, np.zeros_like(sent), np.zeros_like(sent))
+        hosts = visits.spans[sent] if self.children == FROM_SENDER else np.ones_like(sent)
+        sent = sent.repeat(hosts)
+        first = Hearers(sent, np.arange(len(sent)) - (np.cumsum(hosts) - hosts).repeat(hosts), np.zeros_like(sent))
         at = np.argwhere(rings.ranks == rank)
         if not len(at):
             return first
@@ -250,11 +255,15 @@ def ring_hops(
     circle = max(len(senders), len(rings.ranks))
     of_sender = np.array([senders[one] for one in visits.senders.tolist()], np.int64)
     distance = ((visits.tiles - of_sender) % circle * shares + visits.shares)[message]
-    depth = host if messages.children == 1 else _levels(host)
+    children = messages.children
+    if children == FROM_SENDER:  # all hosts at once
+        distance = distance * int(rings.most_hosts) + host
+        host = np.zeros_like(host)
+    depth = host if children == 1 else _levels(host)
     step = depth + _levels(turn)
     # Of a step: what enters first, what is handed on from host to host, within hosts, and to single replicas.
-    inside = messages.children + 1
-    within = np.where(turn > 0, inside + turn, np.where(host > 0, 1 + (host - 1) % messages.children, 0))
+    inside = max(children, 0) + 1
+    within = np.where(turn > 0, inside + turn, np.where(host > 0, 1 + (host - 1) % children, 0))
     only = visits.only[message]
     within = np.where(only >= 0, inside + rings.of_host + only, within)
     counts = messages.chunk_counts[message]

@@ -10,8 +10,8 @@ from tricomm.plan.routes.joined import Routes
 SIMULATED_RANKS = 64
 """Up to so many ranks ways are simulated; one rank's part of more shall cost little, and loads differ less there."""
 
-SIMULATED_HOPS = 1 << 13
-"""So many hops in all ways together: ten or twenty milliseconds."""
+SIMULATED_HOPS = 1 << 14
+"""So many hops in all ways together: twenty or forty milliseconds."""
 
 WORTH_A_CHANGE = 0.01
 """By how much a way must be faster than all those that were expected to be."""
