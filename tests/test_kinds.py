@@ -376,6 +376,15 @@ def test_what_a_public_callable_is_given_works_or_is_refused(name: str) -> None:
     assert not found, f"{len(found)} bare errors:\n" + "\n".join(found)
 
 
+@pytest.mark.parametrize("after", [3, True, "x", torch.zeros(2), ()], ids=str)
+def test_what_is_no_event_is_refused_by_start(after: Any) -> None:
+    """In host memory nothing waits for the event, so nothing else would say so."""
+    with tricomm.Resharder(WHOLE, ROWS) as mover:
+        with pytest.raises(tricomm.ArgumentError, match=r"^after=.* is no event; pass what record_event\(\) returned"):
+            mover.start(torch.zeros(4, 4), after=after)
+        assert mover.start(torch.ones(4, 4), after=mover.record_event()).wait().sum() == 16
+
+
 def public(owner: Any) -> Iterator[str]:
     for name in owner.__all__:
         one = getattr(owner, name)

@@ -310,6 +310,8 @@ class Resharder(Selections):
                     raise ArgumentError(
                         f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple"
                     )
+                if after is not None and not callable(getattr(after, "query", None)):
+                    raise ArgumentError(f"after={after!r} is no event; pass what record_event() returned, or None")
                 sources, destinations = self._checker.check(tensor, out)
                 events = [] if after is None else [after]
                 if after is None or (out is None and destinations):

@@ -18,6 +18,13 @@ DESTINATION = ShardingSpec(Mesh([2], ("x",)), (Replicate(),))
 RANKS = (0, 1, 2)
 
 
+class Event(int):
+    """A number for an event."""
+
+    def query(self) -> bool:
+        return True
+
+
 class Recorder:
     """A StreamContext of which every event is a number, and every call a line."""
 
@@ -28,7 +35,7 @@ class Recorder:
     def record_event(self) -> int:
         self.events += 1
         self.lines.append(f"event {self.events}")
-        return self.events
+        return Event(self.events)
 
     @contextmanager
     def after(self, events: Sequence[int], *tensors: torch.Tensor | None) -> Iterator[None]:
