@@ -11,6 +11,9 @@ HEADER_BYTES = 20 + 32
 BURST_SECONDS = 2e-3
 QUEUE_BYTES = 1_000_000
 CONTROL_SHARE = 0.1
+# Connections are told apart by these bits of both their ports; the lowest is the same for all that a kernel chooses.
+PORT_BITS = range(1, 4)
+LANES = 1 << 2 * len(PORT_BITS)
 
 
 def shaping_lines(
@@ -20,6 +23,10 @@ def shaping_lines(
 
     TCP's acknowledgements go ahead of the bulk, for behind a full queue they would slow the other direction down.
     Packets with any payload do not: those of a connection that overtake each other are taken for lost and sent again.
+    Connections share the rest packet by packet, as under the queueing that Linux has by default (fq_codel), which this
+    kernel may lack: in one queue for all, a message of a few bytes, such as gloo's that a receive is posted, would wait
+    for all that other connections have written before it. At these rates that is longer than a pipeline's stage
+    computes; at those of a real NIC it would be a thousandth of it. Two connections in 64 may still share a lane.
 
     Args:
         interface: whose queue is shaped.
@@ -35,24 +42,35 @@ def shaping_lines(
 
 
 def _link_lines(on: str, base: int, bits_per_second: int, match: str) -> list[str]:
-    """One link: a class at its rate, with a class for acknowledgements and one, by default, for the rest."""
+    """One link: a class at its rate, with a class for acknowledgements and, for the rest, one for each lane."""
     burst_bytes = max(MTU_BYTES + ETHERNET_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
     control = round(bits_per_second * CONTROL_SHARE)
     limits = f"ceil {bits_per_second}bit burst {burst_bytes} cburst {burst_bytes} quantum {MTU_BYTES + ETHERNET_BYTES}"
-    link, small, bulk = (f"{base + part:x}" for part in (0x1, 0x10, 0x20))
+    link, small, *lanes = (f"{base + part:x}" for part in (0x1, 0x10, *range(0x20, 0x20 + LANES)))
+    lane_rate = (bits_per_second - control) // LANES
     # IP packets shorter than 64 bytes: headers are 52 of them.
     is_small = " ".join([*([match] if match else []), "match u16 0x0000 0xffc0 at 2"])
     lines = [
         f"class add {on} parent 1: classid 1:{link} htb rate {bits_per_second}bit {limits}",
         f"class add {on} parent 1:{link} classid 1:{small} htb rate {control}bit {limits} prio 0",
-        f"class add {on} parent 1:{link} classid 1:{bulk} htb rate {bits_per_second - control}bit {limits} prio 1",
-        f"qdisc add {on} parent 1:{small} handle {small}: bfifo limit {QUEUE_BYTES}",
-        f"qdisc add {on} parent 1:{bulk} handle {bulk}: bfifo limit {QUEUE_BYTES}",
+        *(f"class add {on} parent 1:{link} classid 1:{lane} htb rate {lane_rate}bit {limits} prio 1" for lane in lanes),
+        *(f"qdisc add {on} parent 1:{leaf} handle {leaf}: bfifo limit {QUEUE_BYTES}" for leaf in (small, *lanes)),
         f"filter add {on} parent 1: protocol ip prio 1 u32 {is_small} flowid 1:{small}",
     ]
+    for number, lane in enumerate(lanes):
+        in_lane = " ".join([*([match] if match else []), "match ip protocol 6 0xff", _ports_of_lane(number)])
+        lines.append(f"filter add {on} parent 1: protocol ip prio 2 u32 {in_lane} flowid 1:{lane}")
     if match:
-        lines.append(f"filter add {on} parent 1: protocol ip prio 2 u32 {match} flowid 1:{bulk}")
+        lines.append(f"filter add {on} parent 1: protocol ip prio 3 u32 {match} flowid 1:{lanes[0]}")
     return lines
+
+
+def _ports_of_lane(lane: int) -> str:
+    """What tells the packets of a lane: some bits of either port, for one end of a connection may listen for all."""
+    source, destination = divmod(lane, 1 << len(PORT_BITS))
+    mask = sum(1 << bit for bit in PORT_BITS)
+    ports = (("sport", source), ("dport", destination))
+    return " ".join(f"match ip {side} {value << PORT_BITS[0]} {mask:#06x}" for side, value in ports)
 
 
 def kernel_settings() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,10 @@ def test_a_nic_is_shaped_in_both_directions_and_small_packets_go_first() -> None
         "quantum 1514",
         "class add dev nic0 parent 1:1 classid 1:10 htb rate 20000000bit ceil 200000000bit burst 50000 cburst 50000 "
         "quantum 1514 prio 0",
-        "class add dev nic0 parent 1:1 classid 1:20 htb rate 180000000bit ceil 200000000bit burst 50000 "
+        "class add dev nic0 parent 1:1 classid 1:20 htb rate 2812500bit ceil 200000000bit burst 50000 "
         "cburst 50000 quantum 1514 prio 1",
     )
-    assert sends.lines[-1].endswith("u32 match u16 0x0000 0xffc0 at 2 flowid 1:10")
+    assert filters_of(sends)[0] == "1 u32 match u16 0x0000 0xffc0 at 2 flowid 1:10"
     assert receives.namespace == "name-switch"
     assert "dev d0n0 parent 1: classid 1:1 htb rate 100000000bit" in receives.lines[1]
 
@@ -77,12 +78,33 @@ def test_links_have_the_rate_each() -> None:
     peers = ("10.77.0.2", "10.77.0.3")  # not the host's own other NIC
     for batch, side in ((sends, "dst"), (receives, "src")):
         assert sum("htb rate 400000000bit" in line for line in batch.lines) == len(peers)
-        assert [line.split("prio ")[1] for line in batch.lines if line.startswith("filter")] == [
+        assert [line for line in filters_of(batch) if not line.startswith("2 ")] == [
             f"1 u32 match ip {side} {peers[0]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:10",
-            f"2 u32 match ip {side} {peers[0]}/32 flowid 1:20",
+            f"3 u32 match ip {side} {peers[0]}/32 flowid 1:20",
             f"1 u32 match ip {side} {peers[1]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:110",
-            f"2 u32 match ip {side} {peers[1]}/32 flowid 1:120",
+            f"3 u32 match ip {side} {peers[1]}/32 flowid 1:120",
         ]
+
+
+def test_every_connection_has_one_lane_of_its_link() -> None:
+    ports = network.ports_of("name", [Host(1, (FAST,)), Host(1, (FAST,))])
+    sends, _ = network.shaping_commands("name", ports[0], ports)
+    lanes = [re.findall(r"match ip [sd]port (\d+) (0x\w+)", line) for line in filters_of(sends) if line[0] == "2"]
+    taken = {
+        (sport, dport): sum(
+            all(port & int(mask, 16) == int(value) for port, (value, mask) in zip((sport, dport), lane, strict=True))
+            for lane in lanes
+        )
+        for sport in range(40000, 40032)
+        for dport in range(40000, 40032)
+    }
+    assert set(taken.values()) == {1}
+    classes = [line for line in sends.lines if line.startswith("class add") and line.endswith("prio 1")]
+    assert len(lanes) == len(classes) == 64
+
+
+def filters_of(batch: network.Batch) -> list[str]:
+    return [line.split(" prio ")[1] for line in batch.lines if line.startswith("filter")]
 
 
 def test_all_of_the_network_is_in_namespaces_of_ours() -> None:

@@ -11,6 +11,7 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.resharder import Resharder
+from tricomm.transport.group import device_of, resolve_group
 from tricomm.transport.handle import Handle
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
@@ -35,7 +36,9 @@ class PerDirectionFifo:
 
     For Links that share a NIC: each transfer has all of it, and a planned order decides which comes first, where
     otherwise all of them would be slowed down together. All ranks of these Links have one, with orders that fit
-    together: ``check`` proves it of a schedule for ``Queues.PER_DIRECTION``.
+    together: ``check`` proves it of a schedule for ``Queues.PER_DIRECTION``. A turn ends when the bytes are there. In
+    host memory a send by itself ends as soon as the kernel has taken them, which may be long before; so there the ranks
+    of a transfer confirm it to each other, unless ``confirm=False`` is asked for.
 
     >>> fifo = PerDirectionFifo()  # give it to all Links of this rank: Link(..., fifo=fifo)
     >>> fifo.before(["send"])  # nothing has been started yet
@@ -232,7 +235,11 @@ class DirectedLink:
             sizes: for which.
             specs: (source, destination) of each tensor.
         """
-        resharders = [StepResharder(*pair, channel=self.name, **self._options) for pair in specs]
+        options = self._options
+        if self.fifo is not None and options.get("confirm") is None:
+            device = device_of(options.get("device"), resolve_group(options.get("group")))
+            options = {**options, "confirm": device.type == "cpu"}
+        resharders = [StepResharder(*pair, channel=self.name, **options) for pair in specs]
         self.rank = resharders[0].rank
         self.is_sender, self.is_receiver = (self.rank in ranks for ranks in self.ranks)
         if self.is_sender and self.is_receiver:
