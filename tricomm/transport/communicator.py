@@ -36,7 +36,7 @@ from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.questions import Question
 from tricomm.transport.coordination.run import CallId, Place, Run
-from tricomm.transport.coordination.status import AbortReason
+from tricomm.transport.coordination.status import AbortReason, Fault
 from tricomm.transport.memory.connections import HostConnections, met
 from tricomm.transport.memory.meeting import Doorway
 from tricomm.transport.memory.reading import UnreadableError
@@ -331,26 +331,25 @@ class Communicator:
     # ---- failure
 
     def abort(
-        self, text: str, call: CallId | None = None, lost: int | None = None, is_dead: bool = False
+        self, text: str, call: CallId | None = None, rank: int | None = None, fault: Fault = "left"
     ) -> TransportError:
         """Post a reason, unless one stands, and close the connections; returns the error to raise.
 
         Args:
             text: the reason.
             call: in which call; None is the one that runs, or ran last.
-            lost: a rank that does not come again.
-            is_dead: whether it died.
+            rank, fault: who is at fault, and what it did: see AbortReason.
         """
         call = self.call if call is None else call
         with self._lock:
             if self.abort_reason is None:
-                mine = AbortReason(text, call.tag, call.number, lost, is_dead)
+                mine = AbortReason(text, call.tag, call.number, rank, fault)
                 try:
                     reason = self.coordinator.status.post_abort(self.place, mine)
                 except TransportError as error:
                     reason = mine._replace(text=f"{text}; {error}")
-                if reason.is_dead and reason.lost is not None:
-                    self.coordinator.dead[reason.lost] = reason.text
+                if reason.dead is not None:
+                    self.coordinator.dead[reason.dead] = reason.text
                 self.abort_reason, self.is_usable = reason, False
                 self._fail_unfinished(reason.text)
                 (self._by_memory or self.connections).abort()
@@ -367,7 +366,8 @@ class Communicator:
         if self.abort_reason is not None:
             return TransportError(self.abort_reason.text)
         rank, status = self.coordinator.rank, self.coordinator.status
-        lost, is_dead = None, False
+        lost: int | None = None
+        fault: Fault = "left"
         try:
             reason = status.abort_of(self.place)
             if reason is not None:
@@ -381,10 +381,10 @@ class Communicator:
                 lost = peer
             else:
                 text = f"rank {peer} died: its connection to rank {rank} closed in {self.call}; see that rank's log"
-                lost, is_dead = peer, True
+                lost, fault = peer, "died"
         except TransportError as missing:
             text = f"rank {peer} failed in {self.call}, and {missing}"
-        return self.abort(text, None, lost, is_dead)
+        return self.abort(text, None, lost, fault)
 
     def unreadable(self, peer: int, error: UnreadableError) -> TransportError:
         """A rank's memory cannot be read though it is there: tell everybody, do without, and return the error."""
@@ -414,7 +414,7 @@ class Communicator:
         for run in list(self._last_runs.values()):
             run.failure = run.failure or text
 
-    def end_run(self, run: Run, text: str) -> None:
+    def end_run(self, run: Run, text: str, late: int | None) -> None:
         """See RunOwner."""
         if self.run is run or run in self._unfinished:
-            self.abort(text, run)
+            self.abort(text, run, late, "late")

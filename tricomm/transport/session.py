@@ -19,7 +19,6 @@ from tricomm.packing.holdings import Tensors
 from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import Communicator
-from tricomm.transport.coordination.diagnosis import is_late
 from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late
 from tricomm.transport.coordination.run import CallId, Run
 from tricomm.transport.group import GroupContext
@@ -275,7 +274,7 @@ class Session:
         except TransportError as error:
             self.last_run = None
             reason, rank = communicator.abort_reason, self._context.rank
-            if reason is None or (reason.tag, reason.call) != (run.tag, run.number) or not is_late(rank, reason.text):
+            if reason is None or (reason.tag, reason.call) != (run.tag, run.number) or reason.late != rank:
                 raise
             self._context.rendezvous.note_late(self._participants, self._channel_name)
             raise TransportError(f"{error}; {describe_late(rank)}") from error

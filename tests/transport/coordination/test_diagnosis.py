@@ -28,7 +28,7 @@ def found(
         heartbeats[rank] = Heartbeat(1, tuple(waits))
     mine = Wait("place", 1, "call 1 of a")
     assert set(reachable(0, [1], heartbeats)) <= set(range(8))
-    return diagnose(0, mine, heartbeats, silent)
+    return diagnose(0, mine, heartbeats, silent).text
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,12 @@ def test_a_rank_that_waits_in_another_place_is_told_with_its_call() -> None:
 
 
 def test_who_does_not_connect_is_named() -> None:
-    assert diagnose_connecting(0, "call 1 of a", (0, 1, 2), {2}).startswith("rank 2 gave no sign of life")
-    assert "did not connect within the timeout" in diagnose_connecting(0, "call 1 of a", (0, 1, 2), set())
+    text, late = diagnose_connecting(0, "call 1 of a", (0, 1, 2), {2})
+    assert text.startswith("rank 2 gave no sign of life")
+    assert late == 2
+    text, late = diagnose_connecting(0, "call 1 of a", (0, 1, 2), set())
+    assert "did not connect within the timeout" in text
+    assert late is None
 
 
 def test_a_rank_that_computes_is_found_through_those_that_wait_for_it() -> None:
@@ -76,7 +80,8 @@ def test_a_rank_that_computes_is_found_through_those_that_wait_for_it() -> None:
         1: Heartbeat(1, (Wait("link to 2", 2, "call 1 of link"),)),
         2: Heartbeat(1, (Wait("", None, "the computation of 2F3"), Wait("link to 1", None, "call 2 of link"))),
     }
-    text = diagnose(0, Wait("place", 1, "call 1 of a"), heartbeats, set())
+    text, late = diagnose(0, Wait("place", 1, "call 1 of a"), heartbeats, set())
+    assert late == 2
     assert text.startswith("rank 2 is alive but did not send or receive within the timeout")
     assert "(rank 0 waited for rank 1 in call 1 of a, and rank 2 is in the computation of 2F3)" in text
 

@@ -5,6 +5,7 @@ end is a silent rank, a rank that is alive and does something else, or a circle 
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 
@@ -17,14 +18,22 @@ MAX_CIRCLE = 8
 SILENT_BEATS = 1.5
 """A rank is silent if its heartbeat did not change for so many intervals."""
 
-SILENT = "gave no sign of life"
-BUSY = "is alive but did not send or receive"
-"""What is said of the rank at fault, after its name."""
-
 Heartbeats = Mapping[int, Heartbeat]
 
 
-def diagnose(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[int]) -> str:
+class Diagnosis(NamedTuple):
+    """Who is at fault for a wait that took too long.
+
+    Attributes:
+        text: in words.
+        late: the rank that did not come, and may still; None if ranks wait for each other.
+    """
+
+    text: str
+    late: int | None = None
+
+
+def diagnose(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[int]) -> Diagnosis:
     """Say who is at fault for a wait that took too long.
 
     Args:
@@ -35,7 +44,7 @@ def diagnose(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[i
 
     Example:
         >>> mine = Wait("link", 1, "call 2 of Resharder 'a'")
-        >>> print(diagnose(0, mine, {1: Heartbeat(7, (Wait("link", 0, "call 1 of Resharder 'b'"),))}, set()))
+        >>> print(diagnose(0, mine, {1: Heartbeat(7, (Wait("link", 0, "call 1 of Resharder 'b'"),))}, set()).text)
         rank 0 waits for rank 1 in call 2 of Resharder 'a', and rank 1 for rank 0 in call 1 of Resharder 'b'; every \
 rank must make the same calls in the same order
     """
@@ -55,12 +64,7 @@ rank must make the same calls in the same order
         followed[at] = here
         at = here.peer
     circle = list(followed)[list(followed).index(at) :]
-    return _describe_circle({member: followed[member] for member in circle}, followed[rank])
-
-
-def is_late(rank: int, text: str) -> bool:
-    """Whether a diagnosis says that a rank did not come, as it finds when it comes after all."""
-    return text.startswith(f"rank {rank} {SILENT}") or text.startswith(f"rank {rank} {BUSY}")
+    return Diagnosis(_describe_circle({member: followed[member] for member in circle}, followed[rank]))
 
 
 def find_ends(rank: int, wait: Wait, heartbeats: Heartbeats, silent: Collection[int]) -> list[int]:
@@ -133,14 +137,15 @@ def describe_missed(
     )
 
 
-def diagnose_connecting(rank: int, call: str, participants: Sequence[int], silent: Collection[int]) -> str:
+def diagnose_connecting(rank: int, call: str, participants: Sequence[int], silent: Collection[int]) -> Diagnosis:
     """Say who is at fault if ranks could not connect: the first that is silent."""
     found = [other for other in participants if other != rank and other in silent]
     if not found:
-        return f"ranks {list(participants)} did not connect within the timeout in {call}; raise the timeout"
-    return (
+        return Diagnosis(f"ranks {list(participants)} did not connect within the timeout in {call}; raise the timeout")
+    return Diagnosis(
         f"rank {found[0]} gave no sign of life while ranks {list(participants)} connected in {call}: it died, hangs or "
-        "is stopped; see that rank's log"
+        "is stopped; see that rank's log",
+        found[0],
     )
 
 
@@ -220,15 +225,16 @@ class Observations:
         self._seen.clear()
 
 
-def _describe_end(rank: int, wait: Wait, at: int, heartbeats: Heartbeats, silent: Collection[int]) -> str:
+def _describe_end(rank: int, wait: Wait, at: int, heartbeats: Heartbeats, silent: Collection[int]) -> Diagnosis:
     """The chain of waits in one place ends at a rank that is not there: the nearest silent rank from there on, else the
     nearest that computes (see ``Monitor.computing``), else that rank itself.
     """
     for other in reachable(rank, [at], heartbeats):
         if other in silent:
-            return (
-                f"rank {other} {SILENT} within the timeout: it hangs, is stopped, or never made this call; "
-                f"see that rank's log (rank {rank} waited for rank {wait.peer} in {wait.call})"
+            return Diagnosis(
+                f"rank {other} gave no sign of life within the timeout: it hangs, is stopped, or never made this call; "
+                f"see that rank's log (rank {rank} waited for rank {wait.peer} in {wait.call})",
+                other,
             )
     computing = (other for other in reachable(rank, [at], heartbeats) if _computes(heartbeats[other]))
     at = next(computing, at)
@@ -240,11 +246,12 @@ def _computes(heartbeat: Heartbeat) -> bool:
     return bool(heartbeat.waits) and not heartbeat.waits[0].place
 
 
-def _describe_busy(rank: int, wait: Wait, at: int, elsewhere: Sequence[Wait]) -> str:
+def _describe_busy(rank: int, wait: Wait, at: int, elsewhere: Sequence[Wait]) -> Diagnosis:
     other = f", and rank {at} is in {elsewhere[0].call}" if elsewhere else ""
-    return (
-        f"rank {at} {BUSY} within the timeout; it makes another call, is busy elsewhere "
-        f"or the timeout is too short (rank {rank} waited for rank {wait.peer} in {wait.call}{other})"
+    return Diagnosis(
+        f"rank {at} is alive but did not send or receive within the timeout; it makes another call, is busy elsewhere "
+        f"or the timeout is too short (rank {rank} waited for rank {wait.peer} in {wait.call}{other})",
+        at,
     )
 
 

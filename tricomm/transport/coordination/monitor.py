@@ -24,6 +24,7 @@ from tricomm.errors import TransportError
 from tricomm.transport.coordination.board import LOOKS, CallBoard
 from tricomm.transport.coordination.diagnosis import (
     SILENT_BEATS,
+    Diagnosis,
     Observations,
     describe_lost,
     describe_silent_device,
@@ -270,7 +271,7 @@ class Watcher:
             suspects = [rank for rank in ends if rank in silent] or ends or list(first)
             run.end(describe_lost(self.status.rank, str(run), suspects, str(run.lost[1])))
         elif run.lost is None and now >= deadline:
-            run.end(self._diagnose(run, heartbeats, silent))
+            run.end(*self._diagnose(run, heartbeats, silent))
 
     def _compare(self, run: Run) -> None:
         """End a run in a circle of ranks that are in different calls at the same position, if seen at two looks."""
@@ -283,7 +284,7 @@ class Watcher:
         else:
             self._suspicions[run.place.name] = text
 
-    def _diagnose(self, run: Run, heartbeats: dict[int, Heartbeat], silent: Collection[int]) -> str:
+    def _diagnose(self, run: Run, heartbeats: dict[int, Heartbeat], silent: Collection[int]) -> Diagnosis:
         wait = run.wait()
         if wait.peer is None:
             return diagnose_connecting(self.status.rank, wait.call, run.place.participants, silent)

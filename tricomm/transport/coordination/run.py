@@ -61,8 +61,8 @@ class CallId:
 class RunOwner(Protocol):
     """Who can end a run."""
 
-    def end_run(self, run: "Run", text: str) -> None:
-        """End it for a reason, unless it has ended by itself; called on the monitor's thread."""
+    def end_run(self, run: "Run", text: str, late: int | None) -> None:
+        """End it for a reason, unless it has ended by itself; called on the monitor's thread. See ``Run.end``."""
         ...
 
 
@@ -125,11 +125,11 @@ class Run(CallId):
         except RuntimeError:
             return False  # the monitor finds the same
 
-    def end(self, text: str) -> None:
-        """End it for a reason, unless it has ended by itself."""
+    def end(self, text: str, late: int | None = None) -> None:
+        """End it for a reason, unless it has ended by itself; ``late`` is the rank that did not come in time."""
         owner = self.owner
         if owner is not None:
-            owner.end_run(self, text)
+            owner.end_run(self, text, late)
 
     def follow(self, now: float) -> bool:
         """Look how far the device is; true when it has done all. For the monitor's thread."""

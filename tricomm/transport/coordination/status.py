@@ -11,7 +11,7 @@ another.
 """
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tricomm.transport.coordination.store import post_note, store_errors
 
@@ -51,21 +51,39 @@ class Heartbeat(NamedTuple):
         return next((wait for wait in self.waits if wait.place == place), None)
 
 
+Fault = Literal["left", "died", "late"]
+
+
 class AbortReason(NamedTuple):
     """Why a communicator was aborted.
 
     Attributes:
         text: in words.
         tag, call: in which call: the ``call``-th of the Resharder with that tag.
-        lost: a rank that does not come again, because it died or closed its Resharder; None if all may.
-        is_dead: whether that rank died.
+        rank: which is at fault; None if none is, or it is not known.
+        fault: what that rank did: it left for good, it died, or it did not come in time and still may.
     """
 
     text: str
     tag: int
     call: int
-    lost: int | None = None
-    is_dead: bool = False
+    rank: int | None = None
+    fault: Fault = "left"
+
+    @property
+    def lost(self) -> int | None:
+        """The rank that does not come again, because it died or closed its Resharder; None if all may."""
+        return None if self.fault == "late" else self.rank
+
+    @property
+    def dead(self) -> int | None:
+        """The rank that died."""
+        return self.rank if self.fault == "died" else None
+
+    @property
+    def late(self) -> int | None:
+        """The rank that did not come in time."""
+        return self.rank if self.fault == "late" else None
 
 
 class StatusStore:
