@@ -111,4 +111,5 @@ def test_with_one_hardware_queue_the_same_schedule_hangs() -> None:
         Threads(4, Limits(queues=1, error_seconds=None)) as threads,
         pytest.raises(AssertionError, match=r"TransportError|hangs"),
     ):
-        threads.run(steps, threads, schedule, "one queue", Queues.PER_CHANNEL, (0,), 0.0, 1.5)
+        # Whether a step does hangs on what comes first; of a few one does, on a busy machine too.
+        threads.run(steps, threads, schedule, "one queue", Queues.PER_CHANNEL, tuple(range(8)), 0.0, 1.5)
