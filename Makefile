@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 N ?= 20000
-WORKERS ?= 3
+WORKERS ?= 2
 GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
 .PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check gpu-check-full clean
