@@ -1,6 +1,7 @@
 """Beside communicators of the user's own: which orders NCCL runs, where a device has little room."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.standin.nccl import Backend
 from tests.standin.ranks import HOST, Threads
 from tricomm import Mesh, Replicate, Resharder, ShardingSpec
 from tricomm.transport.base import Operation
-from tricomm.transport.nccl import MOST_CONNECTIONS, connect, post_group
+from tricomm.transport.nccl import MOST_CONNECTIONS, AliveConnections, connect, post_group
 
 TIMEOUT_SECONDS = 1.0
 FINISH_SECONDS = 2.0
@@ -128,3 +129,25 @@ def test_more_channels_than_streams_are_warned_of() -> None:
         threads.run(connected, threads, MOST_CONNECTIONS)
     with Threads(2) as threads, pytest.warns(RuntimeWarning, match="more than 16 channels are connected on cpu"):
         threads.run(connected, threads, MOST_CONNECTIONS + 1)
+
+
+class Channel:
+    """What is counted of connections."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+
+def test_channels_are_counted_while_other_threads_connect() -> None:
+    alive: Any = AliveConnections()
+    kept: list[Channel] = []
+
+    def connect_and_count(_: int) -> int:
+        for _ in range(2000):
+            channel = Channel(HOST)
+            kept.append(channel)
+            alive.add(channel)
+        return max(len(alive.on(HOST)) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(connect_and_count, range(4))) == len(kept) == 8000

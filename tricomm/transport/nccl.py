@@ -200,10 +200,27 @@ class NcclConnections:
             threading.Thread(target=_abort, args=(self.backend,), name="tricomm-abort", daemon=True).start()
 
 
+class AliveConnections:
+    """The connections of this process, to which threads add while others look."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # to look may collect garbage, whose end may look again
+        self._found: weakref.WeakSet[NcclConnections] = weakref.WeakSet()
+
+    def add(self, connections: NcclConnections) -> None:
+        """Count it for as long as it lives."""
+        with self._lock:
+            self._found.add(connections)
+
+    def on(self, device: torch.device) -> list[NcclConnections]:
+        """Return those of a device."""
+        with self._lock:
+            return [one for one in self._found if one._device == device]
+
+
 @cache
-def _alive() -> "weakref.WeakSet[NcclConnections]":
-    """Those of this process."""
-    return weakref.WeakSet()
+def _alive() -> AliveConnections:
+    return AliveConnections()
 
 
 def _warn(connections: NcclConnections, accelerator: Accelerator, device: torch.device) -> None:
@@ -217,7 +234,7 @@ def _warn(connections: NcclConnections, accelerator: Accelerator, device: torch.
         )
     alive = _alive()
     alive.add(connections)
-    count = sum(one._accelerator is accelerator and one._device == device for one in list(alive))
+    count = sum(one._accelerator is accelerator for one in alive.on(device))
     if count == MOST_CONNECTIONS + 1:
         warnings.warn(
             f"more than {MOST_CONNECTIONS} channels are connected on {device}, where torch has 32 streams, so that "
@@ -236,7 +253,7 @@ def _give_back_later(backend: DeviceBackend, device: torch.device) -> None:
     """
 
     def give_back() -> None:
-        while not all(one.is_idle for one in list(_alive()) if one._device == device):
+        while not all(one.is_idle for one in _alive().on(device)):
             time.sleep(GIVE_BACK_PAUSE_SECONDS)
         try:
             backend.shutdown()
