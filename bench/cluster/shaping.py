@@ -1,6 +1,7 @@
 """Rates and queues of emulated NICs: the lines for ``tc``, and the kernel's settings that go with them."""
 
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 
 MTU_BYTES = 1500
 # Ethernet, IPv4, and TCP with time stamps. The shaper counts them in every packet.
@@ -11,9 +12,11 @@ HEADER_BYTES = 20 + 32
 BURST_SECONDS = 2e-3
 QUEUE_BYTES = 1_000_000
 CONTROL_SHARE = 0.1
-# Connections are told apart by these bits of both their ports; the lowest is the same for all that a kernel chooses.
-PORT_BITS = range(1, 4)
-LANES = 1 << 2 * len(PORT_BITS)
+LANES = 128
+# Where classic BPF counts from the header of IP, and what it calls its instructions.
+NETWORK_HEADER = 0xFFF00000
+LOAD_WORD, LOAD_HALF, TO_X, XOR_X, SHIFT_RIGHT = 0x20, 0x28, 0x07, 0xAC, 0x74
+AND, ADD, IF_EQUAL, RETURN, RETURN_A = 0x54, 0x04, 0x15, 0x06, 0x16
 
 
 def shaping_lines(
@@ -26,7 +29,7 @@ def shaping_lines(
     Connections share the rest packet by packet, as under the queueing that Linux has by default (fq_codel), which this
     kernel may lack: in one queue for all, a message of a few bytes, such as gloo's that a receive is posted, would wait
     for all that other connections have written before it. At these rates that is longer than a pipeline's stage
-    computes; at those of a real NIC it would be a thousandth of it. Two connections in 64 may still share a lane.
+    computes; at those of a real NIC it would be a thousandth of it.
 
     Args:
         interface: whose queue is shaped.
@@ -37,11 +40,11 @@ def shaping_lines(
     on = f"dev {interface}"
     lines = [f"qdisc add {on} root handle 1: htb" + ("" if peers else " default 20")]
     for number, peer in enumerate(peers or ("",)):
-        lines += _link_lines(on, 0x100 * number, bits_per_second, f"match ip {peer_is} {peer}/32" if peer else "")
+        lines += _link_lines(on, 0x100 * number, bits_per_second, peer, peer_is)
     return tuple(lines)
 
 
-def _link_lines(on: str, base: int, bits_per_second: int, match: str) -> list[str]:
+def _link_lines(on: str, base: int, bits_per_second: int, peer: str, peer_is: str) -> list[str]:
     """One link: a class at its rate, with a class for acknowledgements and, for the rest, one for each lane."""
     burst_bytes = max(MTU_BYTES + ETHERNET_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
     control = round(bits_per_second * CONTROL_SHARE)
@@ -49,7 +52,7 @@ def _link_lines(on: str, base: int, bits_per_second: int, match: str) -> list[st
     link, small, *lanes = (f"{base + part:x}" for part in (0x1, 0x10, *range(0x20, 0x20 + LANES)))
     lane_rate = (bits_per_second - control) // LANES
     # IP packets shorter than 64 bytes: headers are 52 of them.
-    is_small = " ".join([*([match] if match else []), "match u16 0x0000 0xffc0 at 2"])
+    is_small = " ".join([*([f"match ip {peer_is} {peer}/32"] if peer else []), "match u16 0x0000 0xffc0 at 2"])
     lines = [
         f"class add {on} parent 1: classid 1:{link} htb rate {bits_per_second}bit {limits}",
         f"class add {on} parent 1:{link} classid 1:{small} htb rate {control}bit {limits} prio 0",
@@ -57,20 +60,37 @@ def _link_lines(on: str, base: int, bits_per_second: int, match: str) -> list[st
         *(f"qdisc add {on} parent 1:{leaf} handle {leaf}: bfifo limit {QUEUE_BYTES}" for leaf in (small, *lanes)),
         f"filter add {on} parent 1: protocol ip prio 1 u32 {is_small} flowid 1:{small}",
     ]
-    for number, lane in enumerate(lanes):
-        in_lane = " ".join([*([match] if match else []), "match ip protocol 6 0xff", _ports_of_lane(number)])
-        lines.append(f"filter add {on} parent 1: protocol ip prio 2 u32 {in_lane} flowid 1:{lane}")
-    if match:
-        lines.append(f"filter add {on} parent 1: protocol ip prio 3 u32 {match} flowid 1:{lanes[0]}")
+    program = _lane_program(0x10000 + base + 0x20, peer, peer_is)
+    code = ",".join(" ".join(map(str, instruction)) for instruction in program)
+    lines.append(f'filter add {on} parent 1: protocol ip prio 2 bpf bytecode "{len(program)},{code},"')
     return lines
 
 
-def _ports_of_lane(lane: int) -> str:
-    """What tells the packets of a lane: some bits of either port, for one end of a connection may listen for all."""
-    source, destination = divmod(lane, 1 << len(PORT_BITS))
-    mask = sum(1 << bit for bit in PORT_BITS)
-    ports = (("sport", source), ("dport", destination))
-    return " ".join(f"match ip {side} {value << PORT_BITS[0]} {mask:#06x}" for side, value in ports)
+def _lane_program(first_lane: int, peer: str, peer_is: str) -> list[tuple[int, int, int, int]]:
+    """Classic BPF that finds the lane of a packet: from both ports, since one end of a connection may listen for many.
+
+    Args:
+        first_lane: the class of lane 0.
+        peer, peer_is: see ``shaping_lines``; packets of others are left to other filters.
+
+    Returns:
+        Instructions: code, how many to leave out if true, if false, operand.
+    """
+    ports = [
+        (LOAD_HALF, 0, 0, NETWORK_HEADER + 20),
+        (TO_X, 0, 0, 0),
+        (LOAD_HALF, 0, 0, NETWORK_HEADER + 22),
+        (XOR_X, 0, 0, 0),
+        (SHIFT_RIGHT, 0, 0, 1),  # the lowest bit is the same of all ports that a kernel chooses
+        (AND, 0, 0, LANES - 1),
+        (ADD, 0, 0, first_lane),
+        (RETURN_A, 0, 0, 0),
+    ]
+    if not peer:
+        return ports
+    address = NETWORK_HEADER + {"src": 12, "dst": 16}[peer_is]
+    is_peer = (IF_EQUAL, 0, len(ports), int(IPv4Address(peer)))
+    return [(LOAD_WORD, 0, 0, address), is_peer, *ports, (RETURN, 0, 0, 0)]
 
 
 def kernel_settings() -> dict[str, str]:

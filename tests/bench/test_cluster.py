@@ -2,17 +2,18 @@
 
 import argparse
 import os
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from bench.cluster import network
+from bench.cluster import network, shaping
 from bench.cluster.calibrate import Sampler, payload_bytes_per_second, ring
 from bench.cluster.cli import main, parse_hosts, parse_nic, parse_nics
 from bench.cluster.cluster import Cluster
 from bench.cluster.flows import Flow
 from bench.cluster.network import ClusterError, Host, Nic
+from bench.cluster.shaping import LANES, NETWORK_HEADER
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST, SLOW = Nic.symmetric(400e6), Nic(200_000_000, 100_000_000)
@@ -64,7 +65,7 @@ def test_a_nic_is_shaped_in_both_directions_and_small_packets_go_first() -> None
         "quantum 1514",
         "class add dev nic0 parent 1:1 classid 1:10 htb rate 20000000bit ceil 200000000bit burst 50000 cburst 50000 "
         "quantum 1514 prio 0",
-        "class add dev nic0 parent 1:1 classid 1:20 htb rate 2812500bit ceil 200000000bit burst 50000 "
+        "class add dev nic0 parent 1:1 classid 1:20 htb rate 1406250bit ceil 200000000bit burst 50000 "
         "cburst 50000 quantum 1514 prio 1",
     )
     assert filters_of(sends)[0] == "1 u32 match u16 0x0000 0xffc0 at 2 flowid 1:10"
@@ -78,29 +79,61 @@ def test_links_have_the_rate_each() -> None:
     peers = ("10.77.0.2", "10.77.0.3")  # not the host's own other NIC
     for batch, side in ((sends, "dst"), (receives, "src")):
         assert sum("htb rate 400000000bit" in line for line in batch.lines) == len(peers)
-        assert [line for line in filters_of(batch) if not line.startswith("2 ")] == [
+        assert [line for line in filters_of(batch) if line.startswith("1 ")] == [
             f"1 u32 match ip {side} {peers[0]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:10",
-            f"3 u32 match ip {side} {peers[0]}/32 flowid 1:20",
             f"1 u32 match ip {side} {peers[1]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:110",
-            f"3 u32 match ip {side} {peers[1]}/32 flowid 1:120",
         ]
+        for peer, lanes in zip(peers, (range(0x20, 0xA0), range(0x120, 0x1A0)), strict=True):
+            address = int.from_bytes(bytes(map(int, peer.split("."))), "big")
+            found = [lane_of(batch, address, side, 40000, port) for port in range(50000, 50256, 2)]
+            assert sorted(found) == list(lanes)
 
 
-def test_every_connection_has_one_lane_of_its_link() -> None:
+def test_connections_that_were_made_one_after_the_other_have_lanes_of_their_own() -> None:
     ports = network.ports_of("name", [Host(1, (FAST,)), Host(1, (FAST,))])
     sends, _ = network.shaping_commands("name", ports[0], ports)
-    lanes = [re.findall(r"match ip [sd]port (\d+) (0x\w+)", line) for line in filters_of(sends) if line[0] == "2"]
-    taken = {
-        (sport, dport): sum(
-            all(port & int(mask, 16) == int(value) for port, (value, mask) in zip((sport, dport), lane, strict=True))
-            for lane in lanes
-        )
-        for sport in range(40000, 40032)
-        for dport in range(40000, 40032)
-    }
-    assert set(taken.values()) == {1}
-    classes = [line for line in sends.lines if line.startswith("class add") and line.endswith("prio 1")]
-    assert len(lanes) == len(classes) == 64
+    classes = {int(line.split("classid 1:")[1].split()[0], 16) for line in sends.lines if line.endswith("prio 1")}
+    for listener in (30001, 45678):
+        there = [lane_of(sends, 0, "dst", listener, port) for port in range(40000, 40000 + 2 * LANES, 2)]
+        back = [lane_of(sends, 0, "dst", port, listener) for port in range(40000, 40000 + 2 * LANES, 2)]
+        assert set(there) == set(back) == classes
+        assert len(classes) == len(there) == LANES
+
+
+def lane_of(batch: network.Batch, peer: int, peer_is: str, source: int, destination: int) -> int:
+    """The class that the programs of a batch give a packet; 0 for none."""
+    at = {NETWORK_HEADER + 12: 0, NETWORK_HEADER + 16: 0, NETWORK_HEADER + 20: source, NETWORK_HEADER + 22: destination}
+    at[NETWORK_HEADER + {"src": 12, "dst": 16}[peer_is]] = peer
+    for line in filters_of(batch):
+        if line.startswith("2 "):
+            program = [tuple(map(int, one.split())) for one in line.split('"')[1].rstrip(",").split(",")[1:]]
+            found = returned_by(program, at)
+            if found:
+                return found - 0x10000
+    return 0
+
+
+def returned_by(program: Sequence[tuple[int, ...]], at: Mapping[int, int]) -> int:
+    """What a program in classic BPF returns for a packet."""
+    a = x = place = 0
+    while True:
+        code, if_true, if_false, operand = program[place]
+        place += 1
+        if code in (shaping.LOAD_WORD, shaping.LOAD_HALF):
+            a = at[operand]
+        elif code == shaping.TO_X:
+            x = a
+        elif code == shaping.IF_EQUAL:
+            place += if_true if a == operand else if_false
+        elif code in (shaping.RETURN, shaping.RETURN_A):
+            return a if code == shaping.RETURN_A else operand
+        else:
+            a = {
+                shaping.XOR_X: a ^ x,
+                shaping.SHIFT_RIGHT: a >> operand,
+                shaping.AND: a & operand,
+                shaping.ADD: a + operand,
+            }[code]
 
 
 def filters_of(batch: network.Batch) -> list[str]:
