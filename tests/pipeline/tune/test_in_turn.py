@@ -260,17 +260,16 @@ def test_queues_of_other_systems_are_refused(ranks: Ranks) -> None:
         assert "queues=Queues.PER_PAIR describes other systems; transfers of tricomm have queues PER_CHANNEL" in text
 
 
-def confirmed_by_a_link(rank: int, takes_turns: bool, options: dict[str, bool]) -> bool | None:
+def confirmed_by_a_link(rank: int, takes_turns: bool, confirm: bool | None) -> bool | None:
     if rank > 1:
         return None
     specs = [ShardingSpec(Mesh([one], ("dp",)), (Replicate(),), (2,), "float32") for one in (0, 1)]
     turns = PerDirectionFifo() if takes_turns else None
-    confirm = options.get("confirm")
     link = Link("a turn's end", [EdgeTensor(*specs)], microbatches=1, fifo=turns, confirm=confirm)
     return link.forward.resharders[0].confirm
 
 
 def test_a_turn_in_host_memory_ends_when_the_bytes_are_there_and_not_when_the_kernel_has_them(ranks: Ranks) -> None:
-    for takes_turns, options, confirms in ((True, {}, True), (False, {}, False), (True, {"confirm": False}, False)):
-        found = ranks.run(confirmed_by_a_link, takes_turns, options)
-        assert found[:2] == [confirms] * 2, (takes_turns, options)
+    for takes_turns, confirm, confirms in ((True, None, True), (False, None, False), (True, False, False)):
+        found = ranks.run(confirmed_by_a_link, takes_turns, confirm)
+        assert found[:2] == [confirms] * 2, (takes_turns, confirm)
