@@ -4,7 +4,7 @@ import math
 import random
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,15 @@ from tests.interop.layouts import EXTENTS, cut_in_order
 from tests.oracle import require_equal
 from tricomm import LocalTransport, Mesh, ShardingSpec, make_plan
 from tricomm.launch import Ranks
+from tricomm.layout.placement import REDUCTIONS
 
 ON_THREADS, ON_GLOO = 500, 60
 if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 forgot there what its destroy_process_group asks for
     threaded.ThreadLocalWorld.comms = []
 THREADS = 6
 MESHES = ((6,), (2, 3), (3, 2), (1, 6), (6, 1), (1, 2, 3), (2, 3, 1), (3, 1, 2))
+OPS = (("sum",), ("sum", "avg"), ("avg",), ("max",), ("min",))
+"""Reductions that one source may have: torch mixes sums and averages over axes, and nothing else."""
 GLOO_MESHES = ((8,), (2, 4), (4, 2), (2, 2, 2))
 
 
@@ -44,13 +47,25 @@ class Case:
         ranks = torch.arange(math.prod(self.mesh_shape)).reshape(self.mesh_shape).tolist()
         return Mesh(ranks, tuple("abc"[: len(self.mesh_shape)]))
 
+    @property
+    def ops(self) -> set[str]:
+        """What reduces the contributions."""
+        return {one.reduce_op for one in self.source if isinstance(one, Partial)}
+
+    @property
+    def reduced(self) -> tuple[Placement, ...]:
+        """The source as it lies when the contributions are reduced where they are."""
+        return tuple(Replicate() if isinstance(one, Partial) else one for one in self.source)
+
     def source_shard(self, rank: int) -> torch.Tensor:
-        """What a rank holds: whole numbers, which are summed without rounding; contributions differ by rank."""
+        """What a rank holds: whole numbers, which are summed without rounding, and multiples of 720, whose average over
+        up to 8 is whole; contributions differ, and which is the largest differs by element.
+        """
         full = torch.arange(math.prod(self.shape), dtype=torch.float64).reshape(self.shape)
-        if any(isinstance(placement, Partial) for placement in self.source):
+        if self.ops:
             coordinate = self.mesh.coordinate(rank)
             salt = [index + 1 for index, one in zip(coordinate, self.source, strict=True) if isinstance(one, Partial)]
-            full = full * math.prod(salt) * 720
+            full = (full + 1) * (7 * math.prod(salt) + sum(salt)) % 101 * 720
         shard = full
         for axis in order_of(self.source, self.mesh_shape):
             placement = self.source[axis]
@@ -75,17 +90,17 @@ def order_of(placements: tuple[Placement, ...], mesh_shape: tuple[int, ...]) -> 
     return None if found is None else [axis for entry in found for axis in entry.mesh_dims]
 
 
-def draw_placements(choose: random.Random, mesh_shape: tuple[int, ...], dims: int, partial: bool) -> Any:
-    """Axes cut in any order, which torch writes with strided placements; of others DTensor finds no whole tensor. Sums
-    only: torch's threads and gloo reduce nothing else to shards.
+def draw_placements(choose: random.Random, mesh_shape: tuple[int, ...], dims: int, ops: Sequence[str]) -> Any:
+    """Axes cut in any order, which torch writes with strided placements; of others DTensor finds no whole tensor. And
+    axes over which one of the given reductions is left to do.
     """
     found: list[Placement] = []
     for _ in mesh_shape:
-        kind = choose.choice(("shard", "shard", "shard", "replicate", "partial" if partial else "shard"))
+        kind = choose.choice(("shard", "shard", "shard", "replicate", "partial" if ops else "shard"))
         if kind == "shard":
             found.append(Shard(choose.randrange(dims)))
         else:
-            found.append(Replicate() if kind == "replicate" else Partial())
+            found.append(Replicate() if kind == "replicate" else Partial(choose.choice(ops)))
     entries = []
     for dim in range(dims):
         axes = [axis for axis, one in enumerate(found) if isinstance(one, Shard) and one.dim == dim]
@@ -97,13 +112,15 @@ def draw_placements(choose: random.Random, mesh_shape: tuple[int, ...], dims: in
 def draw_cases(count: int, meshes: tuple[tuple[int, ...], ...], seed: int) -> list[Case]:
     choose = random.Random(seed)
     cases = []
-    for _ in range(count):
+    for number in range(count):
         mesh_shape = choose.choice(meshes)
         shape = tuple(choose.choice(EXTENTS) for _ in range(choose.randint(1, 3)))
-        source = draw_placements(choose, mesh_shape, len(shape), partial=True)
-        cases.append(Case(mesh_shape, shape, source, draw_placements(choose, mesh_shape, len(shape), partial=False)))
+        source = draw_placements(choose, mesh_shape, len(shape), OPS[number % len(OPS)])
+        cases.append(Case(mesh_shape, shape, source, draw_placements(choose, mesh_shape, len(shape), ())))
     strided = [case for case in cases if any(isinstance(p, _StridedShard) for p in (*case.source, *case.destination))]
     assert len(strided) > count // 10
+    for op in REDUCTIONS:
+        assert sum(op in case.ops for case in cases) > count // 30, f"few sources are to be reduced by {op}"
     return cases
 
 
@@ -111,7 +128,7 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def moved_by_dtensor(case: Case, mesh: DeviceMesh, rank: int) -> tuple[DTensor, DTensor]:
+def moved_by_dtensor(case: Case, mesh: DeviceMesh, rank: int, reduce_first: bool = False) -> tuple[DTensor, DTensor]:
     """(before, after)"""
     before = DTensor.from_local(
         case.source_shard(rank),
@@ -121,7 +138,8 @@ def moved_by_dtensor(case: Case, mesh: DeviceMesh, rank: int) -> tuple[DTensor, 
         shape=torch.Size(case.shape),
         stride=contiguous_stride(case.shape),
     )
-    return before, before.redistribute(mesh, case.destination)
+    reduced = before.redistribute(mesh, case.reduced) if reduce_first else before
+    return before, reduced.redistribute(mesh, case.destination)
 
 
 def on_threads(size: int, function: Callable[[int], Any]) -> list[Any]:
@@ -164,7 +182,8 @@ def test_random_moves_end_as_in_dtensor() -> None:
         }
         found = []
         for case in cases:
-            before, after = moved_by_dtensor(case, meshes[case.mesh_shape], rank)
+            is_largest = bool(case.ops & {"max", "min"})  # which torch's threads do not reduce to shards
+            before, after = moved_by_dtensor(case, meshes[case.mesh_shape], rank, reduce_first=is_largest)
             specs = (ShardingSpec.from_dtensor(before), ShardingSpec.from_dtensor(after))
             found.append((after.to_local().clone(), specs))
         return found
