@@ -169,6 +169,32 @@ def test_ranks_share_what_their_tile_needs_where_senders_would_be_too_slow() -> 
     plan.verify()
 
 
+@pytest.mark.parametrize("experts", [4, 32])
+def test_ties_of_many_tensors_do_not_all_fall_on_the_same_holders(experts: int) -> None:
+    """Each expert is on four ranks and goes to one, whose NIC is the slowest whichever of the four it hears from."""
+    sources, destinations = {}, {}
+    for expert in range(experts):
+        holders = Mesh(range(4 * expert, 4 * expert + 4), ("dp",))
+        sources[f"expert{expert}"] = ShardingSpec(holders, (ALL,), (64, 1 << 20), "bfloat16")
+        destinations[f"expert{expert}"] = ShardingSpec(Mesh([4 * experts + expert], ("ep",)), (ALL,))
+    hosts = tuple(f"host{rank // 8}" for rank in range(5 * experts))
+    topology = Topology(hosts, nics_per_host=8)
+    plan = make_plan(sources, destinations, topology=topology, strategy=FORMULAS)
+    out, into = nic_nbytes(plan, topology)
+    assert max(out.values()) <= 1.05 * sum(out.values()) / (4 * experts)
+    assert set(into.values()) == {128 << 20}
+    assert plan.simulated_seconds() <= 1.05 * plan.lower_bound_seconds()
+    plan.verify()
+
+
+def test_small_tensors_of_a_set_are_not_cut_to_be_level() -> None:
+    holders, receivers = Mesh(range(64), ("dp",)), Mesh(range(64, 66), ("ep",))
+    names = ("gate", "norm")
+    sources = {name: ShardingSpec(holders, (ALL,), (64, at + 1), "bfloat16") for at, name in enumerate(names)}
+    plan = make_plan(sources, dict.fromkeys(names, ShardingSpec(receivers, (Shard(0),))))
+    assert len(plan.moves[0].messages) <= 2 * len(names)
+
+
 def test_a_holder_gives_a_piece_to_each_of_few_hosts_where_that_saves_a_hop() -> None:
     shape = (64, 2048)
     two = ShardingSpec(Mesh([0, 1], ("x",)), (ALL,), shape, "float32")

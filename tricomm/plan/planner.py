@@ -188,7 +188,15 @@ class _Draft:
         found = {}
         for number, stack in enumerate(self.stacks):
             context = self._context([number])
-            move = ProductMove.of(stack.source, stack.destination, number, context, self.participants, self.strategy)
+            move = ProductMove.of(
+                stack.source,
+                stack.destination,
+                number,
+                context,
+                self.participants,
+                self.strategy,
+                has_company=len(self.stacks) > 1,
+            )
             if move is not None:
                 found[number] = move
         return found

@@ -1,6 +1,6 @@
 """Whether formulas apply to a move, and which of their ways it takes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
@@ -92,6 +92,7 @@ class ProductMove:
         stack, itemsize: the number of the stack, and bytes of an element on the wire.
         senders: the source's ranks.
         participants: all ranks of either mesh, sorted.
+        has_company: whether other stacks move at the same time.
     """
 
     source: Grid
@@ -108,6 +109,7 @@ class ProductMove:
     itemsize: int
     senders: tuple[int, ...]
     participants: Sequence[int]
+    has_company: bool = False
 
     @classmethod
     def of(
@@ -118,6 +120,8 @@ class ProductMove:
         context: RouteContext,
         participants: Sequence[int],
         strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
+        *,
+        has_company: bool = False,
     ) -> "ProductMove | None":
         """None where formulas do not apply: explicit holdings, NICs that differ in a mesh, nothing to move, a strategy
         that is none of theirs, or no replicas, where each element has one way to go and nothing is to be chosen.
@@ -154,6 +158,7 @@ class ProductMove:
             wire_itemsize(source, destination),
             senders,
             participants,
+            has_company,
         )
 
     def loads(self, messages: int, shares: int, children: int) -> Loads:
@@ -165,11 +170,18 @@ class ProductMove:
     def routes(self, rank: int | None) -> Routes:
         """What all ranks do, or what one has part in."""
         if len(self.participants) > SIMULATED_RANKS:
-            return self._routes_of(best_way(ways_of(self)), rank)
-        found = fastest(
-            ways_of(self, range(BY_TURNS, FEW_SHARES)), attrgetter("seconds"), self._routes_of, self.context.topology
-        )
+            return self._routes_of(best_way(ways_of(self), self.delay), rank)
+        ways = ways_of(self, range(BY_TURNS, FEW_SHARES))
+        found = fastest(ways, attrgetter("seconds"), self.delay, self._routes_of, self.context.topology)
         return self._routes_of(found, rank)
+
+    def delay(self, way: "Way") -> float:
+        """Seconds by which a way may keep back other stacks that move at the same time.
+
+        Where receivers are the slower side, it is all the same to a stack alone how many of its holders send. But ties
+        fall alike for all stacks of a set, on the same holders, and those then keep the whole set waiting.
+        """
+        return way.uneven_seconds if self.has_company else 0.0
 
     def _routes_of(self, way: "Way", rank: int | None = None) -> Routes:
         return self._directly(way, rank) if way.children == 0 else self._round_about(way, rank)
@@ -217,6 +229,7 @@ class Way:
         limit_nbytes: the largest chunk that the staging budget allows.
         chunk_bytes: the size of chunks, where a strategy says so.
         seconds: what it should take.
+        uneven_seconds: for which the busiest NIC of the source sends longer than if all sent the same.
     """
 
     context: RouteContext
@@ -226,6 +239,7 @@ class Way:
     limit_nbytes: int
     chunk_bytes: int | None
     seconds: float
+    uneven_seconds: float
 
     def chunks_of(self, parts: PartGroups) -> Mapping[int, Chunks]:
         """The chunks of those messages that have more than one, given their parts."""
@@ -237,11 +251,19 @@ class Way:
 
 
 class Load(NamedTuple):
-    """What the busiest of the source sends: bytes of a message, bytes of a NIC, and messages of a rank."""
+    """What the busiest of the source sends: bytes of a message, bytes of a NIC, and messages of a rank; and the bytes
+    of a NIC if all sent the same.
+    """
 
     piece_nbytes: float
     nic_nbytes: float
     messages: int
+    even_nbytes: float
+
+    @property
+    def uneven_nbytes(self) -> float:
+        """Bytes that the busiest NIC sends more than if all sent the same."""
+        return self.nic_nbytes - self.even_nbytes
 
     @classmethod
     def of(cls, move: ProductMove, copies: int, shares: int) -> "Load":
@@ -249,13 +271,13 @@ class Load(NamedTuple):
         holders, itemsize, ranks = move.source.replicas, move.itemsize, move.sending.ranks
         tile = move.cutting.source_line.largest * itemsize * copies
         cells, cell = move.cutting.source_line.most_cells * copies, move.cutting.largest_cell * itemsize
-        each = -(-cells // holders)
+        each, even = -(-cells // holders), ranks * tile / holders
         if shares <= 0:
-            return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each)
+            return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each, even)
         if move.cutting.alone:
-            return cls(cell / holders / shares, ranks * tile / holders, cells * shares)
+            return cls(cell / holders / shares, even, cells * shares, even)
         piece = min(tile / holders / shares, cell)
-        return cls(piece, ranks * tile / holders, each + shares - 1 + int(holders > 1))
+        return cls(piece, even, each + shares - 1 + int(holders > 1), even)
 
 
 def ways_of(move: ProductMove, shares: Iterable[int] = range(4)) -> list[Way]:
@@ -274,13 +296,14 @@ def ways_of(move: ProductMove, shares: Iterable[int] = range(4)) -> list[Way]:
     return ways
 
 
-def best_way(ways: Sequence[Way]) -> Way:
-    """The fastest, the plainest one that is about as fast."""
-    best = ways[0]
-    for way in ways[1:]:
-        if way.seconds < best.seconds * (1 - WORTH_IT):
-            best = way
-    return best
+def best_way(ways: Sequence[Way], delay: Callable[[Way], float]) -> Way:
+    """The fastest with its delay of others, the plainest one that is about as fast."""
+    seconds = [way.seconds + delay(way) for way in ways]
+    best = 0
+    for number in range(1, len(ways)):
+        if seconds[number] < seconds[best] * (1 - WORTH_IT):
+            best = number
+    return ways[best]
 
 
 def direct_way(move: ProductMove, shares: int) -> Way:
@@ -292,7 +315,8 @@ def direct_way(move: ProductMove, shares: int) -> Way:
     leaving = max(load.nic_nbytes * loads.free, loads.directly * of_nic) / move.sending.send
     seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
-    return Way(move.context, 0, shares, 1, move.context.staging_nbytes, None, seconds + each)
+    uneven = load.uneven_nbytes * loads.free / move.sending.send
+    return Way(move.context, 0, shares, 1, move.context.staging_nbytes, None, seconds + each, uneven)
 
 
 def round_way(move: ProductMove, shares: int, children: int) -> Way:
@@ -325,7 +349,8 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     seconds = (
         max(busiest, posts * topology.overhead_seconds) + filling + (depth + rings.of_host.bit_length() - 1) * each
     )
-    return Way(context, children, shares, chunks, limit, chunk_bytes, seconds)
+    uneven = load.uneven_nbytes * loads.free / move.sending.send
+    return Way(context, children, shares, chunks, limit, chunk_bytes, seconds, uneven)
 
 
 def _kinds(move: ProductMove) -> tuple[int, ...]:

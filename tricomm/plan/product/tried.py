@@ -20,7 +20,11 @@ Way = TypeVar("Way")
 
 
 def fastest(
-    ways: Sequence[Way], seconds_of: Callable[[Way], float], routes_of: Callable[[Way], Routes], topology: Topology
+    ways: Sequence[Way],
+    seconds_of: Callable[[Way], float],
+    delay_of: Callable[[Way], float],
+    routes_of: Callable[[Way], Routes],
+    topology: Topology,
 ) -> Way:
     """Simulate ways, those first that should be fast, until there are too many hops; the fastest, or the first.
 
@@ -29,17 +33,18 @@ def fastest(
     Args:
         ways: at least one, plain ones first.
         seconds_of: what each should take.
+        delay_of: by how much each keeps others back.
         routes_of: what all ranks do.
         topology: hosts and rates.
     """
-    ordered = sorted(ways, key=seconds_of)
+    ordered = sorted(ways, key=lambda way: seconds_of(way) + delay_of(way))
     best, least, hops = ordered[0], float("inf"), 0
     for way in ordered:
         routes = routes_of(way)
         hops += len(routes.hops)
         if hops > SIMULATED_HOPS:
             break
-        seconds = simulated_seconds(MessageColumns.of(routes.messages), routes.hops, topology)
+        seconds = simulated_seconds(MessageColumns.of(routes.messages), routes.hops, topology) + delay_of(way)
         if seconds < least * (1 - WORTH_A_CHANGE):
             best, least = way, seconds
     return best
