@@ -8,10 +8,11 @@ import pytest
 import tricomm
 import tricomm.draw
 import tricomm.pipeline
+import tricomm.pipeline.torch_adapter
 import tricomm.rules
 from tests.test_house import MODULES
 
-PACKAGES = (tricomm, tricomm.draw, tricomm.pipeline, tricomm.rules)
+PACKAGES = (tricomm, tricomm.draw, tricomm.pipeline, tricomm.pipeline.torch_adapter, tricomm.rules)
 PUBLIC = [(module, name) for module in PACKAGES for name in module.__all__]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

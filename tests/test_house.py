@@ -40,7 +40,15 @@ LAYERS = [
 # The same inside of a package.
 LAYERS_WITHIN = {
     "autograd": [["layouts"], ["tape"], ["gradients"]],
-    "pipeline": [["schedule"], ["costs"], ["tune"], ["run"], ["torch_checks", "torch_dtensors"], ["torch_adapter"]],
+    "pipeline": [
+        ["schedule"],
+        ["costs"],
+        ["tune"],
+        ["run"],
+        ["torch_checks", "torch_dtensors"],
+        ["torch_stage"],
+        ["torch_adapter"],
+    ],
     "plan": [
         ["network", "parts", "reduction", "refine"],
         ["tasks"],
@@ -73,6 +81,7 @@ WITH_DISTRIBUTED = {
     "interop",
     "pipeline.run.executor",
     "pipeline.torch_adapter",
+    "pipeline.torch_stage",
     "demo",
     "examples",
 }

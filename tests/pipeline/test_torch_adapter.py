@@ -11,7 +11,7 @@ from torch.distributed import pipelining
 from tests.oracle import pick
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, SpecError
 from tricomm.launch import RankError, Ranks
-from tricomm.pipeline import Costs, Queues, Schedule, eager_one_f_one_b, in_turn, one_f_one_b, torch_adapter
+from tricomm.pipeline import Costs, Queues, Schedule, eager_one_f_one_b, in_turn, one_f_one_b, torch_stage
 from tricomm.pipeline.run.edge import EdgeTensor
 from tricomm.pipeline.torch_adapter import PlannedSchedule, ReshardStage, ScheduleEager1F1B, check_torch
 
@@ -288,8 +288,8 @@ def test_this_torch_is_known() -> None:
 
 
 def test_a_torch_that_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(torch_adapter.USED_OF_STAGE, "get_fwd_send_ops", ("chunk",))
-    monkeypatch.setitem(torch_adapter.USED_OF_RUNTIME, "_run", ())
+    monkeypatch.setitem(torch_stage.USED_OF_STAGE, "get_fwd_send_ops", ("chunk",))
+    monkeypatch.setitem(torch_stage.USED_OF_RUNTIME, "_run", ())
     with pytest.raises(SpecError) as caught:
         check_torch()
     assert str(caught.value) == (

@@ -1,7 +1,10 @@
-"""What the adapter for torch.distributed.pipelining refuses: stages and schedules that do not fit together."""
+"""What the adapter for torch.distributed.pipelining refuses: stages and schedules that do not fit together; and what
+torch would do for a stage that the adapter does itself.
+"""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tricomm.errors import PlanError, SpecError
@@ -21,6 +24,27 @@ def unknown_of(owner: type, used: Mapping[str, Sequence[str]]) -> list[str]:
         missing = [argument for argument in arguments if argument not in inspect.signature(method).parameters]
         found += [f"{owner.__name__}.{name} takes no {argument}" for argument in missing]
     return found
+
+
+@contextmanager
+def without_new_groups(made: Any, job: Any) -> Iterator[None]:
+    """Let torch make a stage of the whole job without a communicator for either direction.
+
+    From 2.14 on it makes two if its option ``pipeline_per_direction_p2p`` is on, in a call that all ranks of the job
+    have to make. It looks first whether it has made them before, and is told so here.
+
+    Args:
+        made: where torch keeps such pairs, by group; None before 2.14.
+        job: the group of all ranks.
+    """
+    if made is None or job in made:
+        yield
+        return
+    made[job] = (job, job)
+    try:
+        yield
+    finally:
+        del made[job]
 
 
 def check_place(
