@@ -1,27 +1,26 @@
 """Whether formulas apply to a move, and which of their ways it takes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from math import gcd
+from math import ceil, gcd
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from tricomm.layout.columns import Groups
-from tricomm.layout.mesh import Mesh
 from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
-from tricomm.layout.topology import Topology
-from tricomm.plan.choice import WORTH_IT
 from tricomm.plan.parts import PartGroups
-from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product, ranks_of
+from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
 from tricomm.plan.product.loads import Loads
-from tricomm.plan.product.pieces import BY_TURNS, Cutting
-from tricomm.plan.product.rings import FROM_SENDER, RingMessages, Visits, ring_hops
+from tricomm.plan.product.nics import Nics, nics_of, share_hosts
+from tricomm.plan.product.pieces import Cutting
+from tricomm.plan.product.rings import BESIDE, FROM_SENDER, RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
+from tricomm.plan.product.sharing import BY_TURNS, WHOLE, Sharing
 from tricomm.plan.product.tried import SIMULATED_RANKS, fastest
+from tricomm.plan.product.way import Way, best_way
 from tricomm.plan.refine import cells
 from tricomm.plan.routes.chunks import (
     MAX_PEERS_PER_ROUND,
@@ -29,11 +28,8 @@ from tricomm.plan.routes.chunks import (
     PairColumns,
     RouteContext,
     best_chunk_count,
-    chunk_counts,
-    cut_where,
     unicast,
 )
-from tricomm.plan.routes.cuts import Chunks, even_pattern, stepped_pattern
 from tricomm.plan.routes.joined import Routes
 from tricomm.plan.routes.rounds import schedule
 from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy
@@ -44,36 +40,6 @@ FEW_SHARES = 9
 
 FEW_HOSTS_OF_A_SENDER = 8
 """Up to so many hosts a sender may give what it sends to each of them by itself."""
-
-
-class Nics(NamedTuple):
-    """The NICs of a mesh, all equally fast.
-
-    Attributes:
-        ranks: the most that share one.
-        send, receive: bytes per second.
-    """
-
-    ranks: int
-    send: float
-    receive: float
-
-
-@lru_cache(maxsize=64)
-def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
-    """The NICs of a mesh; None if they are not all equally fast."""
-    nics, of_nic = np.unique(topology.nic_numbers[ranks_of(mesh)], return_counts=True)
-    send, receive = topology.nic_send_rates[nics], topology.nic_receive_rates[nics]
-    if (send != send[0]).any() or (receive != receive[0]).any():
-        return None
-    return Nics(int(of_nic.max()), float(send[0]), float(receive[0]))
-
-
-@lru_cache(maxsize=64)
-def share_hosts(first: Mesh, second: Mesh, topology: Topology) -> bool:
-    """Whether a host has ranks of both meshes."""
-    here, there = (topology.host_numbers[ranks_of(mesh)] for mesh in (first, second))
-    return bool(np.isin(here, there).any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,10 +127,10 @@ class ProductMove:
             has_company,
         )
 
-    def loads(self, messages: int, shares: int, children: int) -> Loads:
-        """What the NICs of a tile's replicas carry if it comes in so many messages, so many shares of a holder."""
+    def loads(self, messages: int, sharing: Sharing, children: int) -> Loads:
+        """What the NICs of a tile's replicas carry if it comes in so many messages, shared so among holders."""
         if self.shared is not None:
-            return Loads.among(self.shared, _rails(self), messages, shares, children)
+            return Loads.among(self.shared, _rails(self), messages, sharing, children)
         return Loads.apart(self.rings.most_hosts, _rails(self), messages, children)
 
     def routes(self, rank: int | None) -> Routes:
@@ -175,7 +141,7 @@ class ProductMove:
         found = fastest(ways, attrgetter("seconds"), self.delay, self._routes_of, self.context.topology)
         return self._routes_of(found, rank)
 
-    def delay(self, way: "Way") -> float:
+    def delay(self, way: Way) -> float:
         """Seconds by which a way may keep back other stacks that move at the same time.
 
         Where receivers are the slower side, it is all the same to a stack alone how many of its holders send. But ties
@@ -183,18 +149,18 @@ class ProductMove:
         """
         return way.uneven_seconds if self.has_company else 0.0
 
-    def _routes_of(self, way: "Way", rank: int | None = None) -> Routes:
+    def _routes_of(self, way: Way, rank: int | None = None) -> Routes:
         return self._directly(way, rank) if way.children == 0 else self._round_about(way, rank)
 
     def _parts(self, regions: Groups) -> PartGroups:
         """Regions of the stack."""
         return PartGroups(self.stack, self.itemsize, regions)
 
-    def _directly(self, way: "Way", rank: int | None) -> Routes:
+    def _directly(self, way: Way, rank: int | None) -> Routes:
         if self.shared is not None:
-            pairs = self.shared.pairs(way.shares, rank, self._parts)
+            pairs = self.shared.pairs(way.sharing, rank, self._parts)
         else:
-            pieces = self.cutting.pieces(self.rings.replicas, way.shares, rank)
+            pieces = self.cutting.pieces(self.rings.replicas, way.sharing, rank)
             receivers = self.destination.ranks[pieces.tiles, pieces.copies]
             order = np.lexsort((receivers, pieces.senders))
             parts = self._parts(pieces.regions.take(order))
@@ -203,51 +169,17 @@ class ProductMove:
         messages = unicast(pairs, strategy.chunk_bytes, self.context)
         return Routes(strategy, messages, schedule(messages, self.participants, self.context.topology))
 
-    def _round_about(self, way: "Way", rank: int | None) -> Routes:
+    def _round_about(self, way: Way, rank: int | None) -> Routes:
         if self.shared is not None:
-            visits = self.shared.visits(way.shares, rank)
+            visits = self.shared.visits(way.sharing, rank)
         else:
-            pieces = self.cutting.pieces(1, way.shares, rank)
+            pieces = self.cutting.pieces(1, way.sharing, rank)
             visits = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings)
         strategy = Broadcast() if isinstance(self.strategy, Auto) else self.strategy
         messages = RingMessages.of(visits, self.rings, way.children, self._parts, way.chunks_of)
         places = {one: place for place, one in enumerate(self.senders)}
-        hops = ring_hops(messages, max(way.shares, 1), places, self.participants, self.context.topology, rank)
+        hops = ring_hops(messages, way.sharing.each, places, self.participants, self.context.topology, rank)
         return Routes(strategy, messages, hops)
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a product move may go, and what that should take: from the largest tiles alone, so equal on every rank.
-
-    Attributes:
-        context: what a strategy may know.
-        children: 0 if each replica hears from holders; 1 if pieces go from host to host in chains, 2 in trees,
-            FROM_SENDER if a sender gives them to every host by itself.
-        shares: how many each holder has of the line of its tile's cells; 0 or BY_TURNS leaves cells whole.
-        chunks: into how many chunks a message is cut if it is not too small or too large for that.
-        limit_nbytes: the largest chunk that the staging budget allows.
-        chunk_bytes: the size of chunks, where a strategy says so.
-        seconds: what it should take.
-        uneven_seconds: for which the busiest NIC of the source sends longer than if all sent the same.
-    """
-
-    context: RouteContext
-    children: int
-    shares: int
-    chunks: int
-    limit_nbytes: int
-    chunk_bytes: int | None
-    seconds: float
-    uneven_seconds: float
-
-    def chunks_of(self, parts: PartGroups) -> Mapping[int, Chunks]:
-        """The chunks of those messages that have more than one, given their parts."""
-        nbytes = parts.nbytes
-        if self.chunk_bytes is not None:
-            most = max(self.chunk_bytes, parts.itemsize)
-            return cut_where(parts, -(-nbytes // most), lambda kinds, _: stepped_pattern(kinds, most))
-        return cut_where(parts, chunk_counts(nbytes, self.chunks, self.limit_nbytes), even_pattern)
 
 
 class Load(NamedTuple):
@@ -266,65 +198,76 @@ class Load(NamedTuple):
         return self.nic_nbytes - self.even_nbytes
 
     @classmethod
-    def of(cls, move: ProductMove, copies: int, shares: int) -> "Load":
+    def of(cls, move: ProductMove, copies: int, sharing: Sharing) -> "Load":
         """With cells shared evenly, or each cell whole."""
-        holders, itemsize, ranks = move.source.replicas, move.itemsize, move.sending.ranks
+        senders, itemsize, ranks = sharing.senders, move.itemsize, move.sending.ranks
         tile = move.cutting.source_line.largest * itemsize * copies
         cells, cell = move.cutting.source_line.most_cells * copies, move.cutting.largest_cell * itemsize
-        each, even = -(-cells // holders), ranks * tile / holders
-        if shares <= 0:
+        holders = move.source.replicas
+        each, even = -(-cells // senders), ranks * tile / holders
+        if sharing.shares <= 0:
             return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each, even)
+        busy = -(-ranks * senders // holders)  # of a NIC's ranks
         if move.cutting.alone:
-            return cls(cell / holders / shares, even, cells * shares, even)
-        piece = min(tile / holders / shares, cell)
-        return cls(piece, even, each + shares - 1 + int(holders > 1), even)
+            of_nic = max(even, busy * cell * copies / senders)
+            return cls(cell / sharing.parts, of_nic, -(-cells * senders // holders) * sharing.shares, even)
+        piece = min(tile / sharing.parts, cell)
+        return cls(piece, busy * tile / senders, each + sharing.shares - 1 + int(senders > 1), even)
 
 
 def ways_of(move: ProductMove, shares: Iterable[int] = range(4)) -> list[Way]:
-    """The ways that a move may go, plain ones first, with so many shares a holder, or as many as are level."""
+    """The ways that a move may go, plain ones first, with so many shares a sender, or as many as are level."""
     ways: list[Way] = []
+    holders = move.source.replicas
     if isinstance(move.strategy, Auto | SendRecv) or move.rings.replicas == 1:
-        ways += [direct_way(move, count) for count in (0, 1, BY_TURNS)]
+        ways += [direct_way(move, Sharing(holders, count)) for count in (WHOLE, 1, BY_TURNS)]
     if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
-        # As many messages as places to enter at, so that all NICs are busy from the first step to the last.
-        messages = max(round(_tile_nbytes(move) / Load.of(move, 1, 1).piece_nbytes), 1)
-        places = _places(move)
-        level = set(shares)
-        if move.shared is None:
-            level |= {-(-places // messages), places // gcd(places, messages), -(-2 * _rails(move) // messages)}
-        ways += [round_way(move, count, children) for children in _kinds(move) for count in sorted(level)]
+        sharings = [Sharing(holders, count) for count in sorted({*shares, *_level_shares(move, holders)})]
+        for senders in _fewer_senders(move):
+            sharings += [Sharing(senders, count) for count in sorted({1, 2, *_level_shares(move, senders)})]
+        ways += [round_way(move, sharing, children) for children in _kinds(move) for sharing in sharings]
     return ways
 
 
-def best_way(ways: Sequence[Way], delay: Callable[[Way], float]) -> Way:
-    """The fastest with its delay of others, the plainest one that is about as fast."""
-    seconds = [way.seconds + delay(way) for way in ways]
-    best = 0
-    for number in range(1, len(ways)):
-        if seconds[number] < seconds[best] * (1 - WORTH_IT):
-            best = number
-    return ways[best]
+def _level_shares(move: ProductMove, senders: int) -> set[int]:
+    """As many shares of a sender that there are messages for all places to enter at, so that all NICs are busy from the
+    first step to the last.
+    """
+    if move.shared is not None:
+        return set()
+    messages = max(round(_tile_nbytes(move) / Load.of(move, 1, Sharing(senders, 1)).piece_nbytes), 1)
+    places = _places(move)
+    return {-(-places // messages), places // gcd(places, messages), -(-2 * _rails(move) // messages)}
 
 
-def direct_way(move: ProductMove, shares: int) -> Way:
+def _fewer_senders(move: ProductMove) -> list[int]:
+    """How many of a tile's holders may send, if not all: for a message, or two, a NIC of a host or of all hosts."""
+    cutting = move.cutting
+    cells = 1 if cutting.alone else cutting.source_line.most_cells
+    least = -(-_rails(move) * cells // cutting.destination_line.most_cells)
+    return sorted(count for count in {least, 2 * least, least * move.rings.most_hosts} if count < move.source.replicas)
+
+
+def direct_way(move: ProductMove, sharing: Sharing) -> Way:
     """Every replica hears from holders."""
     topology, copies = move.context.topology, move.rings.replicas
-    load, loads = Load.of(move, copies, shares), move.loads(1, 1, 1)
+    load = Load.of(move, copies, sharing)
+    loads = move.loads(1, Sharing(move.source.replicas, 1), 1)
     of_nic = move.rings.tiles_of_nic * _tile_nbytes(move)
     entering = min(loads.heard, 1.0) * move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
     leaving = max(load.nic_nbytes * loads.free, loads.directly * of_nic) / move.sending.send
     seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
-    uneven = load.uneven_nbytes * loads.free / move.sending.send
-    return Way(move.context, 0, shares, 1, move.context.staging_nbytes, None, seconds + each, uneven)
+    uneven = _uneven_seconds(move, load, loads, sharing)
+    return Way(move.context, 0, sharing, 1, move.context.staging_nbytes, None, seconds + each, uneven)
 
 
-def round_way(move: ProductMove, shares: int, children: int) -> Way:
+def round_way(move: ProductMove, sharing: Sharing, children: int) -> Way:
     """Holders send each cell once, and replicas hand it on, in chains or trees of hosts."""
     context, topology, rings = move.context, move.context.topology, move.rings
-    load, tile = Load.of(move, 1, shares), _tile_nbytes(move)
+    load, tile = Load.of(move, 1, sharing), _tile_nbytes(move)
     messages = max(round(tile / load.piece_nbytes), 1)
-    loads = move.loads(messages, shares, children)
+    loads = move.loads(messages, sharing, children)
     of_nic = rings.tiles_of_nic * tile
     leaving = max(load.nic_nbytes * loads.free, loads.sent / _rails(move) * of_nic) / move.sending.send
     entering = loads.heard * of_nic / move.receiving.receive
@@ -337,7 +280,8 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     else:
         fill = depth * min(max(leaving, step), busiest)
     chunk_bytes = None if isinstance(move.strategy, Auto) else move.strategy.chunk_bytes
-    chunks = best_chunk_count(fill, busiest, messages, topology) if busiest else 1
+    copying, handing = _on_a_host(move, loads.first, messages)
+    chunks = best_chunk_count(fill + copying, busiest, messages, topology) if busiest else 1
     chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
     if chunk_bytes is not None:
         chunks = max(-(-int(load.piece_nbytes) // chunk_bytes), 1)
@@ -346,11 +290,36 @@ def round_way(move: ProductMove, shares: int, children: int) -> Way:
     posts = max(load.messages * loads.free, messages) * max(chunks, -(-int(load.piece_nbytes) // limit))
     each = topology.overhead_seconds + topology.latency_seconds
     filling = fill / chunks if children != 2 else fill / depth * min(depth, chunks) / chunks
-    seconds = (
-        max(busiest, posts * topology.overhead_seconds) + filling + (depth + rings.of_host.bit_length() - 1) * each
+    seconds = max(busiest, posts * topology.overhead_seconds) + filling + copying / chunks + handing + depth * each
+    return Way(
+        context, children, sharing, chunks, limit, chunk_bytes, seconds, _uneven_seconds(move, load, loads, sharing)
     )
-    uneven = load.uneven_nbytes * loads.free / move.sending.send
-    return Way(context, children, shares, chunks, limit, chunk_bytes, seconds, uneven)
+
+
+def _on_a_host(move: ProductMove, first: float, messages: int) -> tuple[float, float]:
+    """What follows on a host when the last step's messages have come, all at once, before its last replica has them:
+    (seconds in which they are copied, seconds in which copies are posted and begin).
+
+    Args:
+        move: of which.
+        first: see Loads.
+        messages: of a tile.
+    """
+    topology, of_host = move.context.topology, move.rings.of_host
+    levels, beside = of_host.bit_length() - 1, min(BESIDE, of_host - 1)
+    if not levels:
+        return 0.0, 0.0
+    of_replica = first * _tile_nbytes(move) / of_host
+    posts = max(beside * ceil(first * messages / of_host) - 1, 0)
+    each = topology.overhead_seconds + topology.latency_seconds
+    copying = levels * beside * of_replica / topology.intra_bytes_per_second
+    return copying, posts * topology.overhead_seconds + levels * each
+
+
+def _uneven_seconds(move: ProductMove, load: Load, loads: Loads, sharing: Sharing) -> float:
+    """For how much longer the busiest NIC of the source sends than if all sent the same; see Way."""
+    free = loads.free if sharing.senders == move.source.replicas else max(loads.free, 1.0)
+    return load.uneven_nbytes * free / move.sending.send
 
 
 def _kinds(move: ProductMove) -> tuple[int, ...]:

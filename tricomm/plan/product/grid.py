@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tricomm.layout.columns import positions
+from tricomm.layout.columns import offsets_of, positions
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial
 from tricomm.layout.spec import ShardingSpec
@@ -81,6 +81,7 @@ class Rings:
         firsts: int array (tiles, hosts + 1): where the replicas on each host begin; behind its last host all replicas.
         hosts: int array (tiles,): how many hosts have replicas of a tile.
         host_numbers: int array (tiles, hosts): the topology's numbers of those hosts; -1 behind the last.
+        number: int array (tiles,): how many of the tiles before it begin on the same host.
         of_host: the most replicas of a tile on one host.
         tiles_of_nic: how many tiles the busiest NIC carries, if a tile's replicas on a host hear equal parts of it.
     """
@@ -90,6 +91,7 @@ class Rings:
     firsts: np.ndarray
     hosts: np.ndarray
     host_numbers: np.ndarray
+    number: np.ndarray
     of_host: int
     tiles_of_nic: float
 
@@ -111,7 +113,9 @@ class Rings:
         counts = np.diff(firsts, axis=1)
         parts = 1 / counts[np.arange(len(ranks))[:, None], place]
         of_nic = np.bincount(topology.nic_numbers[ranks].reshape(-1), parts.reshape(-1))
-        return cls(ranks, place, firsts, count, numbers, int(counts.max()), float(of_nic.max()))
+        return cls(
+            ranks, place, firsts, count, numbers, _times_before(numbers[:, 0]), int(counts.max()), float(of_nic.max())
+        )
 
     @property
     def replicas(self) -> int:
@@ -147,3 +151,17 @@ class Rings:
         known = tile * width + self.host_numbers[tile, place]
         at = positions(known, np.where(hosts >= 0, tiles * width + hosts, -1))
         return np.where(at >= 0, place[at], -1)
+
+
+def _times_before(values: np.ndarray) -> np.ndarray:
+    """How often each value stands before it.
+
+    Example:
+        >>> _times_before(np.array([5, 3, 5, 5])).tolist()
+        [0, 0, 1, 2]
+    """
+    order = np.argsort(values, kind="stable")
+    _, counts = np.unique(values, return_counts=True)
+    found = np.empty(len(values), np.int64)
+    found[order] = np.arange(len(values)) - offsets_of(counts)[:-1].repeat(counts)
+    return found

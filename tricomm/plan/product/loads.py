@@ -6,6 +6,7 @@ import numpy as np
 
 from tricomm.plan.product.rings import FROM_SENDER
 from tricomm.plan.product.shared import Arcs, SharedHosts
+from tricomm.plan.product.sharing import Sharing
 
 FEW_HOSTS = 256
 """Up to so many hosts and messages of a tile the loads of trees are summed up; with more they are bounded."""
@@ -63,31 +64,31 @@ class Loads(NamedTuple):
         return cls(hosts, 1.0, heard, float(sent.max()) * rails / messages, first, 0.0, 0.0)
 
     @classmethod
-    def among(cls, shared: SharedHosts, rails: int, messages: int, shares: int, children: int) -> "Loads":
+    def among(cls, shared: SharedHosts, rails: int, messages: int, sharing: Sharing, children: int) -> "Loads":
         """Where hosts have ranks of both meshes: of a few tiles, in the place of all."""
         tiles = len(shared.rings.ranks)
         sampled = sorted({tiles * index // SAMPLED_TILES for index in range(SAMPLED_TILES)})
         apart = cls.apart(shared.rings.most_hosts, rails, messages, children)
-        found = [cls._of_tile(shared, tile, rails, shares, children, apart) for tile in sampled]
+        found = [cls._of_tile(shared, tile, rails, sharing, children, apart) for tile in sampled]
         return cls._make(map(max, zip(*found, strict=True)))
 
     @classmethod
     def _of_tile(
-        cls, shared: SharedHosts, tile: int, rails: int, shares: int, children: int, apart: "Loads"
+        cls, shared: SharedHosts, tile: int, rails: int, sharing: Sharing, children: int, apart: "Loads"
     ) -> "Loads":
         rings = shared.rings
         rows, numel, arcs, free = shared.of_tile(tile)
         total = max(int(numel.sum()), 1)
         part = float(numel[free].sum() / total)
         hosts = int(rings.hosts[tile])
-        if len(arcs.cell) * max(shares * shared.holders.replicas, 1) > FEW_PIECES:
+        if len(arcs.cell) * (1 if sharing.shares <= 0 else sharing.parts) > FEW_PIECES:
             onward = numel[arcs.cell][arcs.spans > 0].sum()
             heard = handed_on = float((numel[arcs.cell] * arcs.spans).sum()) / hosts / rails
             first, sent = onward / hosts / rails, onward / hosts
             if children == FROM_SENDER:
                 handed_on, first, sent = 0.0, heard, heard * rails
         else:
-            pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares)
+            pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), sharing)
             heard, handed_on, first, sent = pieces.loads(hosts, rails, children)
         return cls(
             1 if children == FROM_SENDER else max(int(arcs.spans.max(initial=0)), rings.most_hosts if len(free) else 0),
@@ -118,16 +119,16 @@ class Onward(NamedTuple):
     turn: np.ndarray
 
     @classmethod
-    def of(cls, shared: SharedHosts, rows: np.ndarray, arcs: Arcs, shares: int) -> "Onward":
+    def of(cls, shared: SharedHosts, rows: np.ndarray, arcs: Arcs, sharing: Sharing) -> "Onward":
         """Those of some arcs; cells are taken for one run of elements of their tile."""
-        arc, part, count = shared.parts(arcs, shares)
+        arc, part, count = shared.parts(arcs, sharing)
         chosen = arcs.take(arc)
         cells = rows[chosen.cell]
         numel = shared.cutting.numel(cells)
-        middles = shared.cutting.destination_places(cells) + numel * (2 * part + 1) // (2 * count)
-        turns = shared.turns(chosen, part)
-        sender = shared.hosts[shared.holder(chosen, part // max(shares, 1))]
-        return cls(numel / count, chosen.place, sender, chosen.spans, shared.offsets(chosen, middles), turns)
+        turns = shared.turns(cells, part, sharing)
+        sender = shared.hosts[shared.senders(chosen, part, sharing)]
+        offsets = shared.offsets(chosen, cells, part, count)
+        return cls(numel / count, chosen.place, sender, chosen.spans, offsets, turns)
 
     def loads(self, hosts: int, rails: int, children: int) -> tuple[float, float, float, float]:
         """(heard, handed on, heard first, sent first) by the busiest NIC of so many hosts with so many NICs each, in

@@ -8,13 +8,14 @@ import numpy as np
 
 from tricomm.layout.columns import Groups, IntervalLists, Regions, counts_of, offsets_of, spread
 from tricomm.plan.product.grid import Grid
+from tricomm.plan.product.sharing import BY_TURNS, Sharing
 from tricomm.plan.refine import Cells
 
 WIDE = 64
 """A dim of so many coordinates is fine enough to be cut where shares end."""
 
-BY_TURNS = -1
-"""In the place of a number of shares: cells stay whole, and the holders of a tile take turns in sending them."""
+SLIVERS = 128
+"""A part of a cell that is smaller than a share by so much goes with the part beside it: a message costs more."""
 
 
 class Line(NamedTuple):
@@ -70,6 +71,13 @@ class Line(NamedTuple):
             found += inner * before[rows[:, dim]]
         return found
 
+    def numbers(self, rows: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        """Which of the cells of its tile each is (rows: its place in each dim; parts: of its tile)."""
+        found = np.zeros(len(rows), np.int64)
+        for dim, (ordinals, counts) in enumerate(zip(self.ordinals, self.counts, strict=True)):
+            found = found * counts[parts[:, dim]] + ordinals[rows[:, dim]]
+        return found
+
     def sizes(self, parts: np.ndarray) -> np.ndarray:
         """Elements of tiles, given their parts."""
         found = np.ones(len(parts), np.int64)
@@ -84,7 +92,9 @@ class Pieces(NamedTuple):
     Attributes:
         senders: rank of each.
         tiles: the destination tile it is part of.
+        cells: which of the rows of cells each is of.
         copies: for which replica it is, where each replica is sent one of its own.
+        parts: of the line in which its cell lies, the number of its part.
         shares: which of its sender's shares it is in; no two pieces of one tile from one sender are of the same.
         places: elements of the destination tile before the middle of the piece, were it cut as the cells are.
         regions: one product of intervals each.
@@ -92,7 +102,9 @@ class Pieces(NamedTuple):
 
     senders: np.ndarray
     tiles: np.ndarray
+    cells: np.ndarray
     copies: np.ndarray
+    parts: np.ndarray
     shares: np.ndarray
     places: np.ndarray
     regions: Groups
@@ -158,25 +170,25 @@ class Cutting:
         """Elements of destination tiles."""
         return self.destination_line.sizes(np.stack(np.unravel_index(tiles, self.destination.parts), -1))
 
-    def pieces(self, copies: int, shares: int, rank: int | None) -> Pieces:
+    def pieces(self, copies: int, sharing: Sharing, rank: int | None) -> Pieces:
         """What is sent.
 
         Args:
             copies: 1 if each piece is sent once, or as many as a tile has replicas.
-            shares: how many each holder has of the line of a tile's cells; 0 leaves cells whole, and holders may then
-                send more than others; so may they by turns, but as many messages.
+            sharing: of the line of a tile's cells; where it leaves cells whole, holders may send more than others; so
+                may they by turns, but as many messages.
             rank: only what this rank sends or, in its own tile, receives; None is everything.
         """
         if rank is None:
-            return self.shared(self.every, copies, shares)
+            return self.shared(self.every, copies, sharing)
         held, needed = self.source.find(rank), self.destination.find(rank)
         if held is not None:
-            return self.shared(self.held_in(held[0]), copies, shares, holder=held[1])
+            return self.shared(self.held_in(held[0]), copies, sharing, holder=held[1])
         assert needed is not None
-        return self.shared(self.needed_in(needed[0]), copies, shares, copy=needed[1] if copies > 1 else None)
+        return self.shared(self.needed_in(needed[0]), copies, sharing, copy=needed[1] if copies > 1 else None)
 
     def shared(
-        self, rows: np.ndarray, copies: int, shares: int, holder: int | None = None, copy: int | None = None
+        self, rows: np.ndarray, copies: int, sharing: Sharing, holder: int | None = None, copy: int | None = None
     ) -> Pieces:
         """The pieces of some cells, of one holder and for one copy if they are given."""
         copy_of = np.zeros(len(rows), np.int64) if copy is None else np.full(len(rows), copy)
@@ -185,30 +197,32 @@ class Cutting:
             rows = rows.repeat(copies, 0)
         size = self.numel(rows)
         begin, total = self._lines(rows, size, copies, copy_of)
-        count = self.source.replicas * max(shares, 1)
-        if shares > 0:
-            first, last = begin * count // total, ((begin + size) * count - 1) // total
-        elif shares == BY_TURNS:
-            first = last = (self._numbers(rows) * copies + copy_of) % count
+        count, holders = sharing.parts, self.source.replicas
+        sources, tiles = self.tiles_of(rows)
+        turns = sources + tiles if self.alone else sources
+        if sharing.shares > 0:
+            sliver = total // SLIVERS
+            first = (begin * count + sliver) // total
+            last = np.maximum(((begin + size) * count - 1 - sliver) // total, first)
+        elif sharing.shares == BY_TURNS:
+            first = last = (self.numbers_held(rows) * copies + copy_of) % count
         else:
             first = (2 * begin + size) * count // (2 * total)
             if self.alone:
                 first = (first + self._ordinals(rows)) % count
             last = first
-        if holder is None:
-            low, high = first, last
-        else:
-            low = np.maximum(first, holder * max(shares, 1))
-            high = np.minimum(last, (holder + 1) * max(shares, 1) - 1)
+        low, high = first, last
+        if holder is not None:
+            least, most = sharing.of_holder(holder, turns, holders)
+            low, high = np.maximum(first, least), np.minimum(last, most)
         counts = np.maximum(high - low + 1, 0)
         row = np.arange(len(rows)).repeat(counts)
         share = np.arange(len(row)) - (offsets_of(counts)[:-1] - low).repeat(counts)
         parts = Parts(share, np.full(len(row), count), first[row], last[row], begin[row], total[row])
         kept, places, regions = self.cut(rows[row], parts)
         row, share = row[kept], share[kept]
-        sources, tiles = self.tiles_of(rows[row])
-        holders = self.source.ranks[sources, share // max(shares, 1)]
-        return Pieces(holders, tiles, copy_of[row], share % max(shares, 1), places, regions)
+        senders = self.source.ranks[sources[row], sharing.holders(share, turns[row], holders)]
+        return Pieces(senders, tiles[row], row, copy_of[row], share, share % sharing.each, places, regions)
 
     def _lines(
         self, rows: np.ndarray, size: np.ndarray, copies: int, copy_of: np.ndarray
@@ -227,13 +241,13 @@ class Cutting:
             found += ordinals[rows[:, dim]]
         return found
 
-    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+    def numbers_held(self, rows: np.ndarray) -> np.ndarray:
         """Which of the cells of its source tile each is, the last dim fastest."""
-        found = np.zeros(len(rows), np.int64)
-        line, held = self.source_line, _columns(self.held, rows)
-        for dim, (ordinals, counts) in enumerate(zip(line.ordinals, line.counts, strict=True)):
-            found = found * counts[held[:, dim]] + ordinals[rows[:, dim]]
-        return found
+        return self.source_line.numbers(rows, _columns(self.held, rows))
+
+    def numbers_needed(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the cells of its destination tile each is, the last dim fastest."""
+        return self.destination_line.numbers(rows, _columns(self.needed, rows))
 
     def cut(self, rows: np.ndarray, parts: "Parts") -> tuple[np.ndarray, np.ndarray, Groups]:
         """Cut cells where parts end.

@@ -61,7 +61,7 @@ class Visits(NamedTuple):
         Where a piece lies in its tile says where it enters, so each replica has equally much to forward.
         """
         hosts = rings.hosts[pieces.tiles]
-        entries = pieces.places * (hosts * rings.of_host) // tile_sizes + pieces.tiles
+        entries = pieces.places * (hosts * rings.of_host) // tile_sizes + rings.number[pieces.tiles]
         zeros = np.zeros_like(hosts)
         columns = (pieces.senders, pieces.tiles, pieces.shares, zeros, hosts, entries % hosts, entries // hosts)
         return cls(*columns, zeros - 1, pieces.regions)

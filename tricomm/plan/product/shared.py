@@ -10,6 +10,7 @@ from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Cutting, Parts
 from tricomm.plan.product.rings import Visits
+from tricomm.plan.product.sharing import Sharing
 from tricomm.plan.routes.chunks import PairColumns
 
 
@@ -95,32 +96,32 @@ class SharedHosts:
         self._tile_of = np.full(len(hosts), -1)
         self._tile_of[cutting.source.ranks] = np.arange(len(cutting.source.ranks))[:, None]
 
-    def visits(self, shares: int, rank: int | None) -> Visits:
+    def visits(self, sharing: Sharing, rank: int | None) -> Visits:
         """What is sent if replicas hand it on.
 
         Args:
-            shares: how many parts each holder sends of a cell; 0 or BY_TURNS leaves cells whole.
+            sharing: of each cell.
             rank: only what this rank has part in; None is everything.
         """
         found: list[Visits] = []
         for rows, holder in self._rows(rank):
             arcs, free = self.arcs(rows)
-            pieces = self.cutting.shared(rows[free], 1, shares, holder)
+            cells = rows[free]
+            pieces = self.cutting.shared(cells, 1, sharing, holder)
             about = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings)
-            source = self._tile_of[pieces.senders]
             found += [
-                about._replace(turns=about.turns + self._apart(source, pieces.tiles) + pieces.shares),
-                self._onward(rows, arcs.take(np.flatnonzero(arcs.spans > 0)), shares),
+                about._replace(turns=self.turns(cells[pieces.cells], pieces.parts, sharing)),
+                self._onward(rows, arcs.take(np.flatnonzero(arcs.spans > 0)), sharing),
                 self._beside(rows, arcs),
             ]
         joined = Visits.joined(found)
         return joined if rank is None else joined.take(self._with(joined, rank))
 
-    def pairs(self, shares: int, rank: int | None, parts_of: Callable[[Groups], PartGroups]) -> PairColumns:
+    def pairs(self, sharing: Sharing, rank: int | None, parts_of: Callable[[Groups], PartGroups]) -> PairColumns:
         """What is sent if each replica hears from a holder; at most one row for each pair of ranks.
 
         Args:
-            shares: 0 or BY_TURNS leaves cells whole; 1 has all holders share them.
+            sharing: of each cell, with one share a sender at most.
             rank: only what this rank has part in; None is everything.
         """
         senders: list[np.ndarray] = []
@@ -131,7 +132,7 @@ class SharedHosts:
             # Of what it needs, a rank looks at its own replica only.
             own = None if rank is None or holder is not None else self.cutting.destination.find(rank)
             copy = None if own is None or self.rings.replicas == 1 else own[1]
-            found = self.cutting.shared(rows[free], self.rings.replicas, shares, holder, copy)
+            found = self.cutting.shared(rows[free], self.rings.replicas, sharing, holder, copy)
             near, to, pieces = self._from_arcs(rows, arcs, None if own is None else rank)
             senders += [found.senders, near]
             receivers += [self.cutting.destination.ranks[found.tiles, found.copies], to]
@@ -170,42 +171,51 @@ class SharedHosts:
         free[arcs.cell] = False
         return arcs, np.flatnonzero(free)
 
-    def _onward(self, rows: np.ndarray, arcs: Arcs, shares: int) -> Visits:
+    def _onward(self, rows: np.ndarray, arcs: Arcs, sharing: Sharing) -> Visits:
         """What goes on to the hosts of arcs."""
-        arc, part, count = self.parts(arcs, shares)
-        chosen = arcs.take(arc)
-        cells = rows[chosen.cell]
-        kept, middles, regions = self.cutting.cut(cells, Parts.even(part, count, self.cutting.numel(cells)))
-        part, chosen = part[kept], chosen.take(kept)
+        arc, part, count = self.parts(arcs, sharing)
+        cells = rows[arcs.cell[arc]]
+        offsets = self.offsets(arcs.take(arc), cells, part, count)
+        kept, _, regions = self.cutting.cut(cells, Parts.even(part, count, self.cutting.numel(cells)))
+        part, chosen = part[kept], arcs.take(arc[kept])
         hosts = self.rings.hosts[chosen.tile]
         zeros = np.zeros_like(part)
         return Visits(
-            self.holder(chosen, part // max(shares, 1)),
+            self.senders(chosen, part, sharing),
             chosen.tile,
-            part % max(shares, 1),
+            part % sharing.each,
             (chosen.place + 1) % hosts,
             chosen.spans,
-            self.offsets(chosen, middles),
-            self.turns(chosen, part),
+            offsets[kept],
+            self.turns(cells[kept], part, sharing),
             zeros - 1,
             regions,
         )
 
-    def parts(self, arcs: Arcs, shares: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def parts(self, arcs: Arcs, sharing: Sharing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(arc, number of the part, how many parts its cell has) of what goes on from arcs; see ``visits``."""
-        count = np.full(len(arcs.cell), max(shares * self.holders.replicas, 1))
+        count = np.full(len(arcs.cell), 1 if sharing.shares <= 0 else sharing.parts)
         arc, part = _numbered(count)
         return arc, part, count[arc]
 
-    def turns(self, arcs: Arcs, part: np.ndarray) -> np.ndarray:
-        """Which replica of a host parts of cells enter at: level for neighbouring and for distant source tiles."""
-        turns: np.ndarray = part + self._apart(arcs.source, arcs.tile)
+    def turns(self, cells: np.ndarray, part: np.ndarray, sharing: Sharing) -> np.ndarray:
+        """Which replica of a host parts of cells enter at: level for neighbouring cells of a tile, and for those as far
+        apart as a host has replicas.
+        """
+        number = self.cutting.numbers_needed(cells)
+        count = 1 if sharing.shares <= 0 else sharing.parts
+        turns: np.ndarray = number * count + part + number * count // self.rings.of_host
         return turns
 
-    def _apart(self, source: np.ndarray, tile: np.ndarray) -> np.ndarray:
-        """A number that differs for neighbouring source tiles, and for those as far apart as a tile has hosts."""
-        found: np.ndarray = source + source // self.rings.hosts[tile]
-        return found
+    def senders(self, arcs: Arcs, part: np.ndarray, sharing: Sharing) -> np.ndarray:
+        """The holders that send parts of cells to arcs."""
+        holders = self.holders.replicas
+        if sharing.senders == holders:
+            return self.holder(arcs, part // sharing.each)
+        # As for cells without arcs, so that few senders are others for other tiles.
+        number = sharing.holders(part, arcs.source + arcs.tile + arcs.place, holders)
+        ranks: np.ndarray = self.cutting.source.ranks[arcs.source, number]
+        return ranks
 
     def holder(self, arcs: Arcs, number: np.ndarray) -> np.ndarray:
         """The holders that send to arcs, counted from those on the host before each."""
@@ -213,11 +223,15 @@ class SharedHosts:
         ranks: np.ndarray = self.holders.ranks[arcs.source, (first + number) % self.holders.replicas]
         return ranks
 
-    def offsets(self, arcs: Arcs, middles: np.ndarray) -> np.ndarray:
-        """Where pieces enter the hosts of arcs, counted from the first: it follows from where they lie in the tile."""
-        entries: np.ndarray = (
-            middles * (arcs.spans * self.rings.of_host) // self.cutting.sizes_of(arcs.tile) % arcs.spans
-        )
+    def offsets(self, arcs: Arcs, cells: np.ndarray, part: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Where parts of cells enter the hosts of arcs, counted from the first: level for the parts of a cell, and for
+        cells by where they lie in the tile.
+        """
+        sizes = self.cutting.sizes_of(arcs.tile)
+        middles = self.cutting.destination_places(cells) + self.cutting.numel(cells) // 2
+        turn = middles * self.rings.of_host * count + part * sizes
+        entries: np.ndarray = turn % (sizes * count) * arcs.spans // (sizes * count) + self.rings.number[arcs.tile]
+        entries %= arcs.spans
         return entries
 
     def _beside(self, rows: np.ndarray, arcs: Arcs) -> Visits:

@@ -1,0 +1,40 @@
+"""The NICs of a mesh."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from tricomm.layout.mesh import Mesh
+from tricomm.layout.topology import Topology
+from tricomm.plan.product.grid import ranks_of
+
+
+class Nics(NamedTuple):
+    """The NICs of a mesh, all equally fast.
+
+    Attributes:
+        ranks: the most that share one.
+        send, receive: bytes per second.
+    """
+
+    ranks: int
+    send: float
+    receive: float
+
+
+@lru_cache(maxsize=64)
+def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
+    """The NICs of a mesh; None if they are not all equally fast."""
+    nics, of_nic = np.unique(topology.nic_numbers[ranks_of(mesh)], return_counts=True)
+    send, receive = topology.nic_send_rates[nics], topology.nic_receive_rates[nics]
+    if (send != send[0]).any() or (receive != receive[0]).any():
+        return None
+    return Nics(int(of_nic.max()), float(send[0]), float(receive[0]))
+
+
+@lru_cache(maxsize=64)
+def share_hosts(first: Mesh, second: Mesh, topology: Topology) -> bool:
+    """Whether a host has ranks of both meshes."""
+    here, there = (topology.host_numbers[ranks_of(mesh)] for mesh in (first, second))
+    return bool(np.isin(here, there).any())
