@@ -26,6 +26,7 @@ from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec, Topology, Tri
 ONE = Mesh([0], ("x",))
 WHOLE = ShardingSpec(ONE, (Replicate(),), (4, 4), "float32")
 ROWS = ShardingSpec(ONE, (Shard(0),), (4, 4), "float32")
+AWAY = ShardingSpec(Mesh([1], ("x",)), (Shard(0),), (4, 4), "float32")
 PLAN = tricomm.make_plan(WHOLE, ROWS)
 EDGES = ((0, 1),)
 SCHEDULE = pl.gpipe(2, 2)
@@ -49,6 +50,17 @@ def module() -> nn.Module:
 
 def call_resharder(**given: Any) -> Any:
     return tricomm.Resharder(WHOLE, ROWS)(**given)
+
+
+@cache
+def group_of_two() -> dist.ProcessGroup:
+    """A group in which this process is rank 0, and where nobody plays rank 1."""
+    return dist.ProcessGroup(dist.HashStore(), 0, 2)
+
+
+def off_meshes(**options: Any) -> tricomm.Resharder:
+    """A Resharder between layouts of rank 1, on rank 0."""
+    return tricomm.Resharder(AWAY, AWAY, group=group_of_two(), **options)
 
 
 SECRET = "a secret of the tests"
@@ -383,6 +395,19 @@ def test_what_is_no_event_is_refused_by_start(after: Any) -> None:
         with pytest.raises(tricomm.ArgumentError, match=r"^after=.* is no event; pass what record_event\(\) returned"):
             mover.start(torch.zeros(4, 4), after=after)
         assert mover.start(torch.ones(4, 4), after=mover.record_event()).wait().sum() == 16
+
+
+@pytest.mark.parametrize("after", [3, True, "x", torch.zeros(2), ()], ids=str)
+def test_what_is_no_event_is_refused_off_the_meshes(after: Any) -> None:
+    with pytest.raises(tricomm.ArgumentError, match=r"^after=.* is no event; pass what record_event\(\) returned"):
+        off_meshes().start(after=after)
+
+
+@pytest.mark.parametrize("depends_on", [3, None, "x", [1], torch.zeros(2), {}], ids=str)
+def test_what_are_no_handles_is_refused_off_the_meshes(depends_on: Any) -> None:
+    with pytest.raises(tricomm.ArgumentError, match=r"^depends_on=.* are not Handles; pass what start\(\) returned"):
+        off_meshes().start(depends_on=depends_on)
+    assert off_meshes().start(depends_on=[off_meshes().start()]).wait() is None
 
 
 def public(owner: Any) -> Iterator[str]:

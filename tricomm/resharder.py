@@ -291,6 +291,7 @@ class Resharder(Selections):
             return mover.start(tensor, out=out, after=after, depends_on=depends_on)
         if has_dtensors(tensor) or has_dtensors(out):
             tensor, out = self._shards(tensor, out)
+        self._check_order(after, depends_on)
         session = self._session
         if session is None:
             nothing: Future[Ended] = Future()
@@ -306,12 +307,6 @@ class Resharder(Selections):
                         "what requires grad cannot be moved in the background; pass tensor.detach(), call the "
                         "Resharder directly, or use torch.no_grad()"
                     )
-                if not isinstance(depends_on, Sequence) or not all(isinstance(one, Handle) for one in depends_on):
-                    raise ArgumentError(
-                        f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple"
-                    )
-                if after is not None and not callable(getattr(after, "query", None)):
-                    raise ArgumentError(f"after={after!r} is no event; pass what record_event() returned, or None")
                 sources, destinations = self._checker.check(tensor, out)
                 events = [] if after is None else [after]
                 if after is None or (out is None and destinations):
@@ -324,6 +319,15 @@ class Resharder(Selections):
         except Exception as error:
             name_error(error, self.name)
             raise
+
+    def _check_order(self, after: Any, depends_on: Any) -> None:
+        """Refuse to wait for what is no event and no Handle, off the meshes too."""
+        if not isinstance(depends_on, Sequence) or not all(isinstance(one, Handle) for one in depends_on):
+            self._refuse(
+                ArgumentError(f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple")
+            )
+        if after is not None and not callable(getattr(after, "query", None)):
+            self._refuse(ArgumentError(f"after={after!r} is no event; pass what record_event() returned, or None"))
 
     def record_event(self) -> Any:
         """Record an event after all that the current stream has to do so far, for ``start``; None in host memory."""
