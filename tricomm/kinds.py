@@ -99,6 +99,23 @@ def explains_fields(cls: type[C]) -> type[C]:
     return cls
 
 
+def checks_fields(cls: type[C]) -> type[C]:
+    """As :func:`checks_kinds` for what a dataclass is made from: for classes that would keep whatever they are given.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @checks_fields
+        ... @dataclass(frozen=True)
+        ... class Cut:
+        ...     rows: int
+        >>> Cut("4")
+        Traceback (most recent call last):
+        tricomm.errors.ArgumentError: Cut(rows='4'): rows must be an integer; give one
+    """
+    cls.__init__ = checks_kinds(cls.__init__)  # type: ignore[method-assign]
+    return cls
+
+
 def refuse_wrong_kinds(function: Callable[..., Any], **given: Any) -> None:
     """Raise for the first argument that is not of the kind that a function's annotations say.
 

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_type_hi
 import torch
 
 from tricomm.errors import ArgumentError, SpecError, describe_unknown
+from tricomm.interop import read_placement
+from tricomm.layout.placement import Partial, Replicate, Shard
 from tricomm.layout.topology import Topology
 from tricomm.plan import DEFAULT_STAGING_BYTES, Auto, SenderPolicy, Split, Strategy
 from tricomm.plan.arguments import check_balance, check_staging_bytes, check_strategy, check_topology
@@ -248,6 +250,9 @@ def _checked_grad_placements(placements: object) -> tuple[Any, ...] | None:
         raise ArgumentError(
             f"grad_placements={placements!r} is not a sequence of placements; write one per mesh axis of the result"
         )
+    for one in placements:
+        if not isinstance(one, Shard | Replicate | Partial) and read_placement(one) is None:
+            raise ArgumentError(f"grad_placements has {one!r}, which is no placement; write Shard(0), or Partial()")
     return tuple(placements)
 
 

@@ -322,7 +322,7 @@ class Resharder(Selections):
 
     def _check_order(self, after: Any, depends_on: Any) -> None:
         """Refuse to wait for what is no event and no Handle, off the meshes too."""
-        if not isinstance(depends_on, Sequence) or not all(isinstance(one, Handle) for one in depends_on):
+        if not isinstance(depends_on, list | tuple) or not all(isinstance(one, Handle) for one in depends_on):
             self._refuse(
                 ArgumentError(f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple")
             )
@@ -390,8 +390,8 @@ class Resharder(Selections):
         Args:
             reason: a sentence that names this rank.
         """
-        if not isinstance(reason, str):
-            raise ArgumentError(f'reason={reason!r} is not a text; write why, as in "rank 3 ran out of data"')
+        if not isinstance(reason, str) or not reason:
+            raise ArgumentError(f'reason={reason!r} says nothing; write why, as in "rank 3 ran out of data"')
         session = self._speaker
         if session is not None and session.state is not State.BROKEN:
             session.abort(reason)

@@ -91,6 +91,14 @@ REFUSALS: dict[str, Refusal] = {
         "cache=3", "path of a folder", "or None to keep nothing"),
     "rank off the meshes": (lambda: move(rank=7), SpecError,
         "rank=7", "on neither mesh", "pass one of 0-3"),
+    "program of no rank": (lambda: move().for_rank(-1), PlanError,
+        "rank=-1", "must be at least 0", "give a rank"),
+    "resolved by no spec": (lambda: ROWS.resolved("float32"), ArgumentError,  # type: ignore[arg-type]
+        "source='float32'", "not a ShardingSpec", "pass the layout"),
+    "axes of no dim": (lambda: ROWS.cutting_axes(2), SpecError,
+        "dim=2", "is no dim of", "from 0 to 1"),
+    "axes of what is no dim": (lambda: ROWS.cutting_axes("rows"), ArgumentError,  # type: ignore[arg-type]
+        "dim='rows'", "not an integer", "name one tensor dim"),
     "source not a spec": (lambda: make_plan(None, ROWS), ArgumentError,
         "source=None", "not a ShardingSpec", "write ShardingSpec(mesh"),
     "mesh outside of the group": (lambda: arguments.check_ranks("source", ROWS.mesh, 1), SpecError,

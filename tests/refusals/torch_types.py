@@ -101,6 +101,10 @@ REFUSALS: dict[str, Refusal] = {
         "differentiable=1", "no truth value", "pass True or False"),
     "grad_placements": (lambda: Options(grad_placements="Partial"), ArgumentError,
         "'Partial'", "not a sequence", "one per mesh axis"),
+    "grad_placements of other kinds": (lambda: Options(grad_placements=(3,)), ArgumentError,
+        "has 3", "no placement", "write Shard(0)"),
+    "strides neither way": (lambda: ShardingSpec.from_placements(GRID, (), strided_as_order=3), ArgumentError,
+        "strided_as_order=3", "no truth value", "pass True or False"),
     "gradients of integers": (lambda: autograd.check_differentiable_layouts(
         make_plan(replace(ROWS, dtype="int32"), COLUMNS), None), SpecError,
         "int32", "has no gradients", "leave differentiable out"),

@@ -15,7 +15,7 @@ from tricomm.connect.world import World
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
-from tricomm.options import Options, ReshardOptions
+from tricomm.options import MAX_TIMEOUT_SECONDS, Options, ReshardOptions
 from tricomm.transport.channel import Worker
 from tricomm.transport.coordination.store import store_errors
 from tricomm.transport.group import context_of
@@ -146,12 +146,9 @@ class Feed:
                 push different versions.
         """
         self._check_side(self._is_source, "push", "source")
-        if beside not in (FENCE, SNAPSHOT):
-            raise SpecError(f'beside={beside!r} is neither "fence" nor "snapshot"; choose one')
-        if version < 0 or (self._last_version is not None and version <= self._last_version):
-            raise SpecError(
-                f"version={version} must be at least 0 and higher than {self._last_version}, the last one; count steps"
-            )
+        check_version(version, base_version, beside, wait_seconds)
+        if self._last_version is not None and version <= self._last_version:
+            raise SpecError(f"version={version} must be higher than {self._last_version}, the last one; count steps")
         self._attempts += 1
         number = self._number + 1
         with store_errors():
@@ -326,6 +323,24 @@ class Feed:
     def _check_side(self, is_right: bool, what: str, side: str) -> None:
         if not is_right:
             raise ArgumentError(f"{what}() is called on side {self.world.side!r}; only ranks of the {side} may")
+
+
+def check_version(version: int, base_version: int | None, beside: str, wait_seconds: float) -> None:
+    """Check what a push says of itself.
+
+    Raises:
+        SpecError: a value that breaks a rule.
+    """
+    for name, value in (("version", version), ("base_version", base_version)):
+        if value is not None and value < 0:
+            raise SpecError(f"{name}={value} must be at least 0; count steps")
+    if beside not in (FENCE, SNAPSHOT):
+        raise SpecError(f'beside={beside!r} is neither "fence" nor "snapshot"; choose one')
+    if not 0 <= wait_seconds <= MAX_TIMEOUT_SECONDS:
+        raise SpecError(
+            f"wait_seconds={wait_seconds!r} must be from 0 to {MAX_TIMEOUT_SECONDS:.0e}; give the seconds for which a "
+            "fleet may keep the trainer waiting"
+        )
 
 
 def part(feed: Feed) -> None:

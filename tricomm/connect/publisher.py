@@ -8,7 +8,7 @@ from typing import Any, Self, Unpack
 import torch
 
 from tricomm.connect.agreement import gathered
-from tricomm.connect.feed import FENCE, Feed, part
+from tricomm.connect.feed import FENCE, Feed, check_version, part
 from tricomm.connect.push import Push
 from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import checks_kinds
@@ -113,6 +113,7 @@ class Publisher:
             SpecError: tensors that do not fit, or a version that is not higher than those before.
             TransportError: a rank of this job died, or made another call.
         """
+        check_version(version, base_version, beside, wait_seconds)
         found = {}
         for fleet in self._fleets:
             found[fleet.name] = fleet.push = self._pushed(

@@ -15,7 +15,7 @@ import torch
 from tricomm.connect.agreement import gathered
 from tricomm.connect.feed import Feed, part
 from tricomm.connect.meeting.client import AbsentError
-from tricomm.errors import TransportError
+from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
@@ -78,6 +78,8 @@ class Subscriber:
         host: str | None = None,
         **options: Unpack[ReshardOptions],
     ) -> None:
+        if not source or source == side:
+            raise SpecError(f"source={source!r} must be the name of another side than {side!r}; name the trainer's")
         chosen = Options.of(options, "Subscriber")
         self._side, self._source = side, source
         self._sizes: dict[str, int | None] = {source: None, side: side_size}

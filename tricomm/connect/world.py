@@ -348,6 +348,8 @@ def connect(
     own = sizes[side] or 0
     if not 0 <= side_rank < own:
         raise SpecError(f"side_rank={side_rank!r} is none of the {own} ranks of side {side!r}; use 0 to {own - 1}")
+    if host == "":
+        raise SpecError("host='' names no machine; leave it out for the name that this one has")
     chosen = Options(timeout_seconds=timeout_seconds, device=device, name=name)
     where = device_here(chosen.device) if isinstance(chosen.device, torch.device) else _default_device()
     given = Appointment(

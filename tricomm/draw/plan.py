@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from tricomm.draw.svg import FAINT, INK, PANEL, axis, box, legend, sheet
+from tricomm.draw.svg import FAINT, INK, PANEL, axis, box, check_width, legend, sheet
 from tricomm.draw.timed_hops import Bar, TimedHop, bars_of, joined, timed_hops
+from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
 from tricomm.plan import Plan
@@ -25,6 +26,7 @@ TRACKS = ((12, 14), (24, 10), (40, 7), (MAX_RANKS, 5))
 """(most ranks, height of a track): a rank has two, for what it sends and for what it receives."""
 
 
+@checks_kinds
 def plan_svg(plan: Plan, *, title: str = "", width: int = 1400, topology: Topology | None = None) -> str:
     """Draw a plan as an SVG: a lane per host, a row per rank, a bar per hop at its simulated times.
 
@@ -42,7 +44,7 @@ def plan_svg(plan: Plan, *, title: str = "", width: int = 1400, topology: Topolo
         topology: hosts and rates; the plan's own if None.
 
     Raises:
-        PlanError: the plan was built for one rank only.
+        PlanError: the plan was built for one rank only, or a picture without room for anything.
 
     Example:
         >>> from tricomm import Mesh, ShardingSpec, make_plan
@@ -52,6 +54,7 @@ def plan_svg(plan: Plan, *, title: str = "", width: int = 1400, topology: Topolo
         >>> picture[:4], picture.count("rank 0 to rank 3: 32 B")  # where it leaves, and where it enters
         ('<svg', 2)
     """
+    check_width(width, LEFT + RIGHT)
     return "\n".join(_Drawing(plan, title, width, topology or plan.topology).lines())
 
 

@@ -4,9 +4,17 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from math import floor, log10
 
+from tricomm.errors import PlanError
+
 INK, FAINT, PANEL, GRID = "#333333", "#777777", "#f4f4f4", "#e4e4e4"
 LETTER = 6.4
 """Width of a letter of the legend, about."""
+
+
+def check_width(width: int, margins: int) -> None:
+    """Refuse a picture that is nothing but its margins."""
+    if width <= margins:
+        raise PlanError(f"width={width} must be above {margins}, which the margins take; give pixels, such as 1400")
 
 
 def sheet(width: int, height: int, title: str, left: float, elements: Iterable[str]) -> Iterator[str]:

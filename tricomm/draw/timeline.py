@@ -3,8 +3,11 @@
 import json
 from collections.abc import Iterator
 from html import escape
+from math import isfinite
 
-from tricomm.draw.svg import PANEL, axis, box, legend, sheet
+from tricomm.draw.svg import PANEL, axis, box, check_width, legend, sheet
+from tricomm.errors import PlanError
+from tricomm.kinds import checks_kinds
 from tricomm.pipeline.costs.timeline import Span, Timeline
 from tricomm.pipeline.schedule.actions import Channel, Kind
 
@@ -26,6 +29,7 @@ LEFT, RIGHT, TOP = 92, 24, 58
 ROW, LANE, GAP = 26, 8, 5
 
 
+@checks_kinds
 def timeline_perfetto(timeline: Timeline) -> str:
     """The timeline as trace events: a process per pipeline rank, a thread for compute and one per channel at each end.
 
@@ -88,6 +92,7 @@ def _held(pipeline_rank: int, spans: tuple[Span, ...]) -> Iterator[dict[str, obj
         yield {"ph": "C", "name": "activations", "pid": pipeline_rank, "ts": time * 1e6, "args": {"held": held}}
 
 
+@checks_kinds
 def timeline_svg(timeline: Timeline, *, title: str = "", width: int = 1400, until_seconds: float | None = None) -> str:
     """The timeline as an SVG: a row of compute per pipeline rank and, below it, a lane for each direction of its edges.
 
@@ -99,6 +104,9 @@ def timeline_svg(timeline: Timeline, *, title: str = "", width: int = 1400, unti
         width: in pixels.
         until_seconds: end of the time axis, to put pictures of several schedules on one scale; None is the makespan.
 
+    Raises:
+        PlanError: a picture without room for anything, or an axis without an end.
+
     Example:
         >>> from tricomm.pipeline import Costs, gpipe, simulate
         >>> timeline = simulate(gpipe(2, 4), Costs.uniform(2, 1.0, 1.0, 1.0))
@@ -106,6 +114,9 @@ def timeline_svg(timeline: Timeline, *, title: str = "", width: int = 1400, unti
         >>> picture[:4], picture.count("stage ")
         ('<svg', 2)
     """
+    check_width(width, LEFT + RIGHT)
+    if until_seconds is not None and not (isfinite(until_seconds) and until_seconds > 0):
+        raise PlanError(f"until_seconds={until_seconds!r} must be a finite time above 0; leave it out for the makespan")
     return "\n".join(_Drawing(timeline, title, width, until_seconds or timeline.makespan_seconds).lines())
 
 

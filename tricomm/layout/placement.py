@@ -38,7 +38,7 @@ class Shard:
         if not isinstance(dim, int) or isinstance(dim, bool):
             raise ArgumentError(f"Shard(dim={dim!r}): dim must be an integer; name one tensor dim")
         if segments is not None:
-            is_sequence = isinstance(segments, Sequence) and not isinstance(segments, str)
+            is_sequence = isinstance(segments, Sequence) and not isinstance(segments, str | bytes)
             if not is_sequence or not all(isinstance(size, int) and not isinstance(size, bool) for size in segments):
                 raise ArgumentError(
                     f"Shard(segments={segments!r}): segments must be sizes, a tuple of integers; "

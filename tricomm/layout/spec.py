@@ -181,6 +181,8 @@ class ShardingSpec:
             >>> print(ShardingSpec.from_placements(Mesh([0, 1], ("tp",)), (Shard(-1),), (8, 4), "float32"))
             float32[8, 4/tp] on (tp=2: ranks 0-1)
         """
+        if not isinstance(strided_as_order, bool):
+            raise ArgumentError(f"strided_as_order={strided_as_order!r} is no truth value; pass True or False")
         mesh = Mesh.of(mesh, group=group) if is_device_mesh(mesh) else mesh
         if not isinstance(mesh, Mesh):
             raise ArgumentError(f"mesh={mesh!r} is neither a DeviceMesh nor a Mesh; pass what init_device_mesh gave")
@@ -239,6 +241,8 @@ class ShardingSpec:
             >>> print(ShardingSpec(Mesh([2, 3], ("x",)), [Shard(1)]).resolved(rows))
             float32[8, 4/x] on (x=2: ranks 2-3)
         """
+        if not isinstance(source, ShardingSpec):
+            raise ArgumentError(f"source={source!r} is not a ShardingSpec; pass the layout of the source")
         shape = source.shape if self.shape is None else self.shape
         dtype = source.dtype if self.dtype is None else self.dtype
         if (shape, dtype) == (self.shape, self.dtype):
@@ -283,6 +287,8 @@ class ShardingSpec:
 
     def cutting_axes(self, dim: int) -> tuple[int, ...]:
         """The mesh axes that cut a dim, first cut first."""
+        if type(dim) is not int or (self.shape is not None and not 0 <= dim < len(self.shape)):
+            raise self._no_dim(dim)
         if self.holdings is not None:
             return ()
         axes: list[int] = []
@@ -291,6 +297,11 @@ class ShardingSpec:
             if isinstance(placement, Shard) and placement.dim == dim:
                 axes.append(axis)
         return tuple(axes)
+
+    def _no_dim(self, dim: object) -> SpecError:
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            return ArgumentError(f"dim={dim!r} is not an integer; name one tensor dim")
+        return SpecError(f"dim={dim} is no dim of {self}; give one from 0 to {len(self.global_shape) - 1}")
 
     def _dim_intervals(self, dim: int, coordinate: Mapping[int, int]) -> Intervals:
         """What a rank at ``coordinate`` (mesh axis -> index) holds of a dim."""

@@ -1,7 +1,8 @@
 """What a ShardingSpec is made from, checked once: shapes, placements, explicit holdings."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.intervals import Region, merged
@@ -16,7 +17,9 @@ def checked_shape(shape: object) -> tuple[int, ...]:
         SpecError: a negative extent; an ArgumentError where it is no sequence of integers.
     """
     try:
-        checked = tuple(operator.index(extent) for extent in shape)  # type: ignore[attr-defined]
+        # Integers of a set, a mapping or bytes have no order that somebody meant.
+        extents: Any = None if isinstance(shape, bytes | Set | Mapping) else shape
+        checked = tuple(operator.index(extent) for extent in extents)
     except (TypeError, ValueError, RuntimeError):
         raise ArgumentError(f"shape={shape!r} is not a sequence of integers; write (4096, 1024)") from None
     if any(extent < 0 for extent in checked):

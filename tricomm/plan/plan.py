@@ -161,6 +161,8 @@ class Plan:
         Raises:
             PlanError: the plan was built for another rank only.
         """
+        if rank < 0:
+            raise PlanError(f"rank={rank} must be at least 0; give a rank, which has nothing to do off both meshes")
         if self.rank not in (None, rank):
             raise PlanError(
                 f"this plan was built for rank {self.rank} only, not for rank {rank}; call make_plan without rank"

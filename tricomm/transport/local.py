@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tricomm.errors import ArgumentError, SpecError, TransportError
-from tricomm.kinds import explains_missing
+from tricomm.kinds import checks_fields, explains_missing
 from tricomm.packing.selection import Planned, Selection
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
@@ -118,7 +118,7 @@ class LocalEndpoint:
         work()
 
 
-@explains_missing
+@checks_fields
 @dataclass(frozen=True, slots=True)
 class LocalTransport:
     """Runs a plan for all its ranks in this process.
@@ -140,6 +140,12 @@ class LocalTransport:
     grouped: bool = True
     receives_ahead: int = 0
     rounds_open: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("receives_ahead", "rounds_open"):
+            value = getattr(self, name)
+            if value < 0:
+                raise SpecError(f"{name}={value} must be at least 0; give a number of rounds")
 
     @explains_missing
     def run(self, plan: Planned, tensors: Mapping[int, Given]) -> dict[int, Any]:

@@ -137,9 +137,9 @@ def test_a_workload_is_the_batch_whatever_it_is_split_into() -> None:
     assert costs.transfer(Channel(0, 1)) == TransferCost(1.0, 0.5, 8)
     again = Workload.measured(costs, 4, (Channel(0, 1),))
     assert again.costs(4) == costs
-    with pytest.raises(PlanError, match="overhead_seconds=-1 must be at least 0"):
-        Workload((), {}, -1)
-    with pytest.raises(PlanError, match="microbatches=0 must be a number from 1"):
+    with pytest.raises(PlanError, match="overhead_seconds=-1 must be a finite number from 0"):
+        Workload(workload.stages, {}, -1)
+    with pytest.raises(PlanError, match="microbatches=0 must be at least 1"):
         workload.costs(0)
 
 
@@ -269,7 +269,7 @@ def test_the_command_prints_a_grid_and_figures_and_writes_files(tmp_path: Path) 
         (["--seconds", "1,x"], "--seconds '1,x' is not three numbers; write F, I and W as 1,1,1"),
         (["--seconds", "1,1"], "is not three numbers"),
         (["--schedule", "fast"], "--schedule 'fast' is no schedule and no file; write tuned, gpipe"),
-        (["--stages", "0"], "stages is empty"),
+        (["--stages", "0"], "stages=0 must be from 1"),
     ],
 )
 def test_a_wrong_command_says_why(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

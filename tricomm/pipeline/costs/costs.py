@@ -7,7 +7,7 @@ from math import isfinite, prod
 from typing import Any
 
 from tricomm.errors import PlanError
-from tricomm.kinds import checks_kinds, explains_fields, explains_kinds, refuse_wrong_kinds
+from tricomm.kinds import checks_fields, checks_kinds, explains_fields, explains_kinds, refuse_wrong_kinds
 from tricomm.layout.topology import Topology
 from tricomm.pipeline.schedule.actions import MAX_STAGES, Action, Channel, Kind
 from tricomm.plan import Plan
@@ -16,7 +16,7 @@ Load = tuple[str, float]
 """(what transfers share, the part of it that a transfer takes when it has it alone)."""
 
 
-@explains_fields
+@checks_fields
 @dataclass(frozen=True, slots=True)
 class StageCost:
     """What one microbatch costs a stage.
@@ -64,7 +64,7 @@ class StageCost:
         return self.forward_seconds + self.backward_seconds
 
 
-@explains_fields
+@checks_fields
 @dataclass(frozen=True, slots=True)
 class TransferCost:
     """What one microbatch costs in one direction of an edge.
@@ -140,7 +140,7 @@ class TransferCost:
         """From its start to its arrival, if it shares nothing."""
         return self.busy_seconds + self.latency_seconds
 
-    @explains_kinds
+    @checks_kinds
     def sharing(self, sender: str, receiver: str, *, full_duplex: bool = True) -> "TransferCost":
         """The same transfer through the whole of two named NICs.
 
@@ -232,6 +232,8 @@ class Costs:
     @explains_kinds
     def transfer(self, channel: Channel) -> TransferCost:
         """What a microbatch costs on a channel."""
+        if type(channel) is not Channel:  # asked very often, and any key would find the cost of the others
+            refuse_wrong_kinds(Costs.transfer, channel=channel)
         return self._by_channel.get(channel, self.other)
 
     @property

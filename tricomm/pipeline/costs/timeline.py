@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
+from tricomm.kinds import explains_kinds
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind
 from tricomm.pipeline.schedule.schedule import Schedule
@@ -96,8 +97,10 @@ class Timeline:
         """From the start to the end of the last compute action."""
         return max(spans[-1].end for spans in self.compute)
 
+    @explains_kinds
     def busy_seconds(self, pipeline_rank: int) -> float:
         """For how long a pipeline rank computes."""
+        self.schedule.stages_of(pipeline_rank)  # or there is no such one
         return sum(span.end - span.begin for span in self.compute[pipeline_rank])
 
     @property

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, isfinite
 
 from tricomm.errors import PlanError
-from tricomm.kinds import checks_kinds, explains_fields
+from tricomm.kinds import checks_fields, checks_kinds
 from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.schedule.actions import Channel
 
 
-@explains_fields
+@checks_fields
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What a batch costs, whatever it is split into.
@@ -37,9 +37,12 @@ class Workload:
     overheads: tuple[StageCost, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.overhead_seconds >= 0:
+        if not self.stages:
+            raise PlanError("stages is empty; give one StageCost per stage")
+        if not (isfinite(self.overhead_seconds) and self.overhead_seconds >= 0):
             raise PlanError(
-                f"overhead_seconds={self.overhead_seconds!r} must be at least 0; it is what an empty microbatch takes"
+                f"overhead_seconds={self.overhead_seconds!r} must be a finite number from 0; give what an empty "
+                "microbatch takes"
             )
         if self.overheads and len(self.overheads) != len(self.stages):
             raise PlanError(f"overheads are of {len(self.overheads)} stages of {len(self.stages)}; give one for each")
@@ -57,6 +60,7 @@ class Workload:
             microbatches: of the step in which they were.
             channels: that the stages use; None is those that the costs name.
         """
+        _check_microbatches(microbatches)
         if channels is None:
             channels = costs.channels
         stages = tuple(_scaled_stage(stage, microbatches) for stage in costs.stages)
@@ -105,8 +109,7 @@ class Workload:
     @checks_kinds
     def costs(self, microbatches: int) -> Costs:
         """What one microbatch costs if the batch is split into so many."""
-        if microbatches < 1:
-            raise PlanError(f"microbatches={microbatches} must be a number from 1")
+        _check_microbatches(microbatches)
         fixed = self.overheads or (StageCost(0.0, 0.0, 0.0),) * len(self.stages)
         stages = tuple(
             _scaled_stage(stage, 1 / microbatches, *(self.overhead_seconds + one for one in _seconds(own)))
@@ -114,6 +117,11 @@ class Workload:
         )
         transfers = {channel: _scaled_transfer(cost, 1 / microbatches) for channel, cost in self.transfers.items()}
         return Costs(stages, transfers)
+
+
+def _check_microbatches(microbatches: int) -> None:
+    if microbatches < 1:
+        raise PlanError(f"microbatches={microbatches} must be at least 1; give the number in a step")
 
 
 def _seconds(stage: StageCost) -> tuple[float, float, float]:

@@ -61,12 +61,13 @@ def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf |
     """
     refuse_wrong_kinds(clip_gradients, executor=executor)
     if not executor.runs:
+        _check_norm(max_norm, layout_of)
         return torch.zeros((), dtype=torch.float64)
     row = torch.zeros(HEADER + 1 + len(executor.stages), dtype=torch.float64, device=executor.device)
     problem: Exception | None = None
     try:
         _check_norm(max_norm, layout_of)
-        row[1] = max_norm
+        row[1] = float(max_norm)
         row[HEADER:] = _sums_of_squares(executor, layout_of)
     except Exception as error:  # whatever it is, the other ranks wait for this one
         problem, row[0] = error, 1.0
@@ -78,7 +79,7 @@ def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf |
     table = table[:, HEADER:]
     _check_copies(executor, table)
     norm = table[:, 0].sum().sqrt()
-    factor = torch.clamp(max_norm / (norm + EPSILON), max=1.0)
+    factor = torch.clamp(float(max_norm) / (norm + EPSILON), max=1.0)
     for _, _, gradient in _gradients(executor):
         gradient.mul_(factor.to(gradient.dtype))
     return norm

@@ -363,7 +363,7 @@ class DirectedLink:
             )
         number = self._counts[call]
         expected = self.order[number % len(self.order)]
-        if microbatch != expected:
+        if type(microbatch) is not int or microbatch != expected:
             raise SpecError(
                 f"{call} of microbatch {microbatch} on {self.name}, where it is the turn of microbatch {expected}; "
                 f"microbatches cross in the order {_short(self.order)} at both ends: call in this order, or make the "

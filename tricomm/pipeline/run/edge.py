@@ -24,7 +24,7 @@ from typing import Self, Unpack
 import torch
 
 from tricomm.autograd.layouts import gradient_scale, gradient_specs
-from tricomm.errors import SpecError
+from tricomm.errors import ArgumentError, SpecError
 from tricomm.kinds import checks_kinds, explains_fields, explains_missing, refuse_wrong_kinds
 from tricomm.layout.placement import Placement, Shard
 from tricomm.layout.spec import ShardingSpec
@@ -233,12 +233,18 @@ class Link:
         """
         self.bind([()])
 
+    @checks_kinds
     def bind(self, sizes: Sequence[Sizes]) -> None:
         """Connect as ``connect`` does, for tensors whose sizes have names; later calls set other sizes.
 
         Args:
             sizes: of each microbatch of the coming steps, or one for all of them; the same on all ranks.
         """
+        if len(sizes) not in (1, self.microbatches):
+            raise SpecError(
+                f"sizes of edge {self.name!r} are {len(sizes)}, and a step has {self.microbatches} microbatches; give "
+                "one for each, or one for all of them"
+            )
         missing = [one for one in dict.fromkeys(sizes) if not self.forward.has(one)]
         for one in missing:
             self._make(one)
@@ -346,7 +352,11 @@ class Link:
 
 
 def _as_tuple(tensors: Tensors) -> tuple[torch.Tensor, ...]:
-    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    if isinstance(tensors, torch.Tensor):
+        return (tensors,)
+    if not isinstance(tensors, list | tuple):
+        raise ArgumentError(f"{tensors!r} is no tensor; pass one, or a tuple in the order of declaration")
+    return tuple(tensors)
 
 
 def _check(name: str, tensors: Sequence[EdgeTensor], microbatches: int, slots: tuple[int | None, int | None]) -> None:

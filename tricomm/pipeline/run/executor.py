@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
+from math import isfinite
 from typing import Self, Unpack
 
 import torch
@@ -154,6 +155,8 @@ class Executor:
             self.schedule = schedule if schedule.has_communication else with_communication(schedule)
             check_wiring(self.schedule, self.stages, edges)
             check(self.schedule, queues)
+            if loss_scale is not None and not isfinite(loss_scale):
+                raise SpecError(f"loss_scale={loss_scale} is no finite number; give the weight of a microbatch's loss")
             self._loss_scale = loss_scale
             self.runs = {index: self._run_of(index) for index, stage in enumerate(stages) if self.rank in stage.mesh}
             """The stages of this rank."""
@@ -225,6 +228,7 @@ class Executor:
         if self.state is not State.READY:
             raise SpecError(f"the ranks of executor {self.name!r} cannot tell each other numbers: {self.state.value}")
         try:
+            refuse_wrong_kinds(Executor.gather, row=row)
             return self._connections.gather(row)
         except BaseException as error:
             self._fail(error, None)
@@ -252,12 +256,19 @@ class Executor:
 
     # ---- one call
 
+    def _check_given(
+        self, trains: bool, data: Data, sizes: GivenSizes | None, loss_weights: Sequence[float] | None
+    ) -> None:
+        refuse_wrong_kinds(Executor.step, sizes=sizes, loss_weights=loss_weights)
+        check_step(trains, data, loss_weights, self.schedule.microbatches)
+
     def _run(
         self, trains: bool, data: Data, sizes: GivenSizes | None, loss_weights: Sequence[float] | None
     ) -> Evaluation:
         if self.state is State.CLOSED:
             raise SpecError("a step of an executor that was closed; make another, or close it later")
         if not self.runs:
+            self._check_given(False, data, sizes, loss_weights)
             return Evaluation()
         self._calls += 1
         began = time.perf_counter()
@@ -266,8 +277,7 @@ class Executor:
             if self.state is State.FAILED:
                 self._connect_again()
             trains = trains and self.schedule.has_backward
-            refuse_wrong_kinds(Executor.step, sizes=sizes, loss_weights=loss_weights)
-            check_step(trains, data, loss_weights, self.schedule.microbatches)
+            self._check_given(trains, data, sizes, loss_weights)
             for index, names in self._programs.data_names.items():
                 check_data(index, self.rank, names, data, self.schedule.microbatches)
             self._connections.use(sizes, data, self._compare)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tricomm.errors import SpecError, TransportError
-from tricomm.kinds import explains_fields
+from tricomm.kinds import checks_kinds, explains_fields
 from tricomm.layout.topology import Topology
 from tricomm.pipeline.costs.costs import Costs, StageCost, TransferCost
 from tricomm.pipeline.costs.simulate import simulate
@@ -199,6 +199,7 @@ class Measurement:
             run.meter = None
         self.executor.on_step = None
 
+    @checks_kinds
     def compare(self, topology: Topology | None = None) -> StepComparison:
         """Predict a step from the measured costs, beside how long the steps took; the same on every rank.
 
@@ -220,6 +221,7 @@ class Measurement:
             ranks.append((busy, predicted - busy, max(0.0, self._step_seconds - busy)))
         return StepComparison(predicted, self._step_seconds, tuple(ranks))
 
+    @checks_kinds
     def costs(self, topology: Topology | None = None) -> Costs:
         """What one microbatch costs: the same on every rank of the pipeline, all of which call it.
 

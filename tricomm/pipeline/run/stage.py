@@ -10,7 +10,7 @@ from torch import nn
 
 from tricomm.autograd.layouts import gradient_scale
 from tricomm.errors import SpecError
-from tricomm.kinds import explains_fields, explains_missing
+from tricomm.kinds import checks_kinds, explains_fields, explains_missing, refuse_wrong_kinds
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Placement
 from tricomm.layout.spec import ShardingSpec
@@ -63,9 +63,10 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs"):
             names = getattr(self, name)
-            if isinstance(names, str) or len(set(names)) != len(names):
+            if not isinstance(names, list | tuple) or len(set(names)) != len(names):
                 raise SpecError(f"{name}={names!r} of a stage must be a tuple of distinct names; write ('hidden',)")
             object.__setattr__(self, name, tuple(names))
+        refuse_wrong_kinds(Stage.__init__, **{name: getattr(self, name) for name in Stage.__slots__})
         if (LOSS in self.outputs) != (self.loss is not None):
             raise SpecError(
                 f"a stage with outputs={self.outputs} and loss={self.loss} is not clear about its loss; name an output "
@@ -102,6 +103,7 @@ class WithLoss(nn.Module):
         loss: takes that tensor and the last input, and returns a scalar.
     """
 
+    @checks_kinds
     def __init__(self, module: nn.Module, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.module = module

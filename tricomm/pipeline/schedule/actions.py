@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tricomm.errors import PlanError
-from tricomm.kinds import explains_fields, explains_kinds
+from tricomm.kinds import explains_fields, explains_kinds, refuse_wrong_kinds
 
 
 class Kind(StrEnum):
@@ -149,6 +149,8 @@ class Action:
     peer: int | None = None
 
     def __post_init__(self) -> None:
+        if type(self.stage) is not int or type(self.microbatch) is not int or type(self.kind) is not Kind:
+            refuse_wrong_kinds(Action.__init__, stage=self.stage, microbatch=self.microbatch, kind=self.kind)
         if self.stage < 0 or self.microbatch < 0:
             raise PlanError(
                 f"stage {self.stage} and microbatch {self.microbatch} of an action are counted from 0; give numbers "

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import Enum
 
 from tricomm.errors import PlanError
-from tricomm.kinds import checks_kinds, explains_kinds
+from tricomm.kinds import checks_kinds, explains_kinds, refuse_wrong_kinds
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind, receive, send
 from tricomm.pipeline.schedule.schedule import Schedule
 
@@ -47,6 +47,8 @@ class Queues(Enum):
     @explains_kinds
     def key(self, schedule: Schedule, channel: Channel, stage: int) -> tuple[int, ...]:
         """The queue, at the end of a channel that ``stage`` is, in which its transfers stand."""
+        if type(channel) is not Channel:
+            refuse_wrong_kinds(Queues.key, channel=channel)
         here = schedule.pipeline_rank_of(stage)
         if self is Queues.PER_PIPELINE_RANK:
             return (here,)

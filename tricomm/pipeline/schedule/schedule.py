@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
-from tricomm.errors import PlanError
-from tricomm.kinds import checks_kinds, explains_fields, explains_kinds
+from tricomm.errors import ArgumentError, PlanError
+from tricomm.kinds import checks_kinds, explains_fields, explains_kinds, refuse_wrong_kinds
 from tricomm.pipeline.schedule.actions import MAX_STAGES, Action, Channel, Edge, Kind
 
 
@@ -17,8 +17,8 @@ def chain(stages: int) -> tuple[Edge, ...]:
         >>> [str(edge) for edge in chain(3)]
         ['0-1', '1-2']
     """
-    if stages > MAX_STAGES:
-        raise PlanError(f"stages={stages} is more than {MAX_STAGES}; give the stages of one pipeline")
+    if not 1 <= stages <= MAX_STAGES:
+        raise PlanError(f"stages={stages} must be from 1 to {MAX_STAGES}; give the stages of one pipeline")
     return tuple(Edge(stage, stage + 1) for stage in range(stages - 1))
 
 
@@ -66,6 +66,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
+        if isinstance(self.edges, str | bytes):
+            raise ArgumentError(f"edges={self.edges!r} are no pairs of stages; write [(0, 1), (1, 2)]")
         set_field(self, "lists", tuple(tuple(actions) for actions in self.lists))
         set_field(self, "_pipeline_rank_of", _pipeline_ranks(self.lists))
         split = (one for one in self.actions() if one.kind is Kind.INPUT_GRADIENT)
@@ -107,11 +109,12 @@ class Schedule:
     @explains_kinds
     def pipeline_rank_of(self, stage: int) -> int:
         """The pipeline rank that holds a stage."""
-        try:
-            return self._pipeline_rank_of[stage]
-        except IndexError:
-            count = len(self._pipeline_rank_of)
-            raise PlanError(f"stage {stage} is not of this schedule, which has {count}; count from 0") from None
+        count = len(self._pipeline_rank_of)
+        if type(stage) is not int:
+            refuse_wrong_kinds(Schedule.pipeline_rank_of, stage=stage)
+        if not 0 <= stage < count:
+            raise PlanError(f"stage {stage} is not of this schedule, which has {count}; count from 0")
+        return self._pipeline_rank_of[stage]
 
     @property
     def pipeline_rank_by_stage(self) -> tuple[int, ...]:
@@ -128,9 +131,13 @@ class Schedule:
         """The old name of ``pipeline_rank_of``, kept for one version."""
         return self.pipeline_rank_of(stage)
 
-    @explains_kinds
+    @checks_kinds
     def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
         """The stages that a pipeline rank holds."""
+        if not 0 <= pipeline_rank < self.pipeline_ranks:
+            raise PlanError(
+                f"pipeline rank {pipeline_rank} is not of this schedule, which has {self.pipeline_ranks}; count from 0"
+            )
         return tuple(stage for stage, at in enumerate(self._pipeline_rank_of) if at == pipeline_rank)
 
     @property
@@ -160,7 +167,7 @@ class Schedule:
         for actions in self.lists:
             yield from actions
 
-    @explains_kinds
+    @checks_kinds
     def with_lists(self, lists: Iterable[Sequence[Action]]) -> "Schedule":
         """Return the same computation with other sends and receives among it; nothing is checked again."""
         other = object.__new__(Schedule)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tricomm.errors import PlanError
-from tricomm.kinds import explains_fields, explains_kinds, refuse_wrong_kinds
+from tricomm.kinds import checks_kinds, explains_fields, refuse_wrong_kinds
 from tricomm.pipeline.costs.clock import Known, run_clock
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.costs.timeline import Timeline
@@ -41,20 +41,28 @@ class Limits:
             if value is not None and value < 1:
                 raise PlanError(f"{name}={value} leaves room for nothing; give at least 1, or None for no limit")
 
-    @explains_kinds
+    @checks_kinds
     def allow(self, activations: int, nbytes: int) -> bool:
         """Whether so much may be held."""
+        _check_held(activations=activations, nbytes=nbytes)
         return (self.activations is None or activations <= self.activations) and (
             self.nbytes is None or nbytes <= self.nbytes
         )
 
-    @explains_kinds
+    @checks_kinds
     def most_held(self, activation_nbytes: int, microbatches: int) -> int:
         """Return how many activations of some bytes may be held, at least one."""
+        _check_held(activation_nbytes=activation_nbytes, microbatches=microbatches)
         most = microbatches if self.activations is None else min(microbatches, self.activations)
         if self.nbytes is not None and activation_nbytes:
             most = min(most, self.nbytes // activation_nbytes)
         return max(1, most)
+
+
+def _check_held(**given: int) -> None:
+    for name, value in given.items():
+        if value < 0:
+            raise PlanError(f"{name}={value} must be at least 0; give what is held")
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ def in_turn(schedule: Schedule, costs: Costs, *, trials: int = 0) -> Schedule:
         PlanError: costs of another number of stages or of other edges, or a schedule that cannot run.
     """
     check_costs(schedule, costs)
+    if trials < 0:
+        raise PlanError(f"trials={trials} must be at least 0; give how many other orders may be tried")
     simulator = Simulator(costs)
     ideal = simulator.ideal(schedule, Queues.PER_DIRECTION)
     return order_in_turn(schedule.compute_only(), simulator, ideal, trials=trials)
