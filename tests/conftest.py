@@ -5,12 +5,12 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cases import RANKS
-from tricomm.launch import Ranks
+if TYPE_CHECKING:
+    from tricomm.launch import Ranks
 
 STARTS = ((subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, "start"), (os, "fork"))
 STARTS_THE_FIXED_RANKS: ContextVar[bool] = ContextVar("STARTS_THE_FIXED_RANKS", default=False)
@@ -69,8 +69,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks() -> Iterator["Ranks"]:
     """The fixed processes, on which every test without the marker runs what needs more than one rank."""
+    # Not before: the process that only hands tests to workers needs no torch, and the workers wait for it.
+    from tests.cases import RANKS
+    from tricomm.launch import Ranks
+
     token = STARTS_THE_FIXED_RANKS.set(True)
     running = Ranks(RANKS, timeout_seconds=60, preload=PRELOADED)
     STARTS_THE_FIXED_RANKS.reset(token)

@@ -134,7 +134,7 @@ def read_imports(module: str, node: ast.AST, function: str = "", typing: bool = 
             whole = f"{node.module}.{alias.name}"
             is_module = whole.removeprefix("tricomm.") in MODULES or whole in BENCH or whole == "torch.distributed"
             yield Import(module, function, whole if is_module else str(node.module))
-    elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+    elif isinstance(node, ast.Attribute) and node.attr == "distributed" and ast.unparse(node) == "torch.distributed":
         yield Import(module, function, "torch.distributed")
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         function = node.name
@@ -142,7 +142,9 @@ def read_imports(module: str, node: ast.AST, function: str = "", typing: bool = 
         yield from read_imports(module, child, function, typing)
 
 
-IMPORTS = [found for module, path in MODULES.items() for found in read_imports(module, parsed(path))]
+@cache
+def imports() -> list[Import]:
+    return [found for module, path in MODULES.items() for found in read_imports(module, parsed(path))]
 
 
 def layer(name: str, layers: list[list[str]] = LAYERS) -> int:
@@ -156,7 +158,7 @@ def inside(found: Import) -> str | None:
 
 
 def test_imports_point_one_way() -> None:
-    for found in IMPORTS:
+    for found in imports():
         target = inside(found)
         if target is None:
             continue
@@ -219,14 +221,14 @@ def under(module: str, names: set[str]) -> bool:
 
 
 def test_planning_needs_no_torch() -> None:
-    for found in IMPORTS:
+    for found in imports():
         if under(found.module, WITHOUT_TORCH) and (found.module, found.function) != DETECTION:
             outside = [name for name in ("torch", "triton", "tricomm.kernels") if found.is_of(name)]
             assert not outside, f"tricomm.{found.module} imports {found.target}"
 
 
 def test_torch_distributed_stays_where_it_belongs() -> None:
-    for found in IMPORTS:
+    for found in imports():
         if found.is_of("torch.distributed.tensor"):
             assert under(found.module, {"interop", "examples"}), f"tricomm.{found.module} imports {found.target}"
         elif found.is_of("torch.distributed") and (found.module, found.function) != DETECTION:
@@ -234,7 +236,7 @@ def test_torch_distributed_stays_where_it_belongs() -> None:
 
 
 def test_kernels_know_torch_and_triton_and_nobody_else_knows_triton() -> None:
-    for found in IMPORTS:
+    for found in imports():
         if under(found.module, {"kernels"}):
             own = inside(found) is None or found.is_of("tricomm.kernels")
             assert own, f"kernels: {found.module} imports {found.target}"
@@ -246,7 +248,7 @@ TRITON = ("kernels.jit", "kernels.jit_casts")
 
 
 def test_kernels_import_triton_only_where_it_is_needed() -> None:
-    for found in IMPORTS:
+    for found in imports():
         needs = found.is_of("triton") or any(found.is_of(f"tricomm.{module}") for module in TRITON)
         assert not needs or found.function or found.module in TRITON, f"{found.module} imports {found.target}"
 
@@ -271,7 +273,7 @@ def late():
     assert found[:4] == [("", "torch.distributed"), ("", "torch.distributed"), ("", "typing"), ("", "numpy")]
     assert found[4:] == [("late", "tricomm.reshard"), ("late", "tricomm.errors"), ("late", "torch.distributed")]
     assert {("layout.topology", "detect", "torch.distributed"), ("plan.planner", "", "tricomm.plan.tasks")} <= set(
-        IMPORTS
+        imports()
     )
     assert len(MODULES) > 30
 

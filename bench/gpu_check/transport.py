@@ -36,6 +36,8 @@ SHARED_GPU = {
 """Ranks that NCCL takes for hosts must not look for each other's memory. (NCCL before 2.29 has no setting that allows
 two ranks on a device; NCCL_HOSTID, different for each, keeps it from noticing.)
 """
+PRELOADED = ("torch", "tricomm")
+"""What is imported once for the ranks of a part; it touches no GPU, so that they may be forked from there."""
 MULTICAST_NBYTES = (1 << 12, 1 << 20, 1 << 24)
 REPEATS = 10
 """Of a multicast, queued one after the other."""
@@ -59,6 +61,7 @@ def ranks_of(
         size,
         timeout_seconds=seconds,
         wrap=partial(prepare_rank, dump_seconds=0.5 * seconds, debug=debug, environment=dict(environment)),
+        preload=PRELOADED,
     )
 
 
