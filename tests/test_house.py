@@ -23,9 +23,9 @@ LAYERS = [
     ["interop", "kinds"],
     ["layout"],
     ["rules"],
-    ["plan"],
+    ["hooks", "plan"],
     ["options", "packing"],
-    ["checksums", "transport"],
+    ["transport"],
     ["autograd"],
     ["selections"],
     ["resharder"],
@@ -66,7 +66,7 @@ LAYERS_WITHIN = {
         ["planner"],
     ],
 }
-WITHOUT_TORCH = {"errors", "kinds", "stats", "layout", "rules", "plan", "draw"}
+WITHOUT_TORCH = {"errors", "hooks", "kinds", "stats", "layout", "rules", "plan", "draw"}
 WITHOUT_TORCH |= {"pipeline.schedule", "pipeline.costs", "pipeline.tune"}
 # The demo compares with isend and irecv written by hand, and examples are what users write.
 WITH_DISTRIBUTED = {

@@ -38,6 +38,7 @@ def test_every_option_has_a_type_and_a_field() -> None:
         "grad_placements",
         "progress",
         "checksum",
+        "hooks",
     }
     assert set(get_type_hints(LinkOptions)) - set(get_type_hints(StageOptions)) == {"device"}
 

@@ -10,6 +10,7 @@ from tricomm.connect.subscriber import Subscriber
 from tricomm.connect.version import __version__ as __version__
 from tricomm.connect.world import World, connect
 from tricomm.errors import ArgumentError, PlanError, SpecError, TransportError, TricommError
+from tricomm.hooks import Hooks
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial, Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
@@ -46,6 +47,7 @@ __all__ = [
     "Feed",
     "GlobalAllGather",
     "Handle",
+    "Hooks",
     "Latest",
     "LeastLoaded",
     "LocalAllGather",

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_type_hi
 import torch
 
 from tricomm.errors import ArgumentError, SpecError, describe_unknown
+from tricomm.hooks import Hooks
 from tricomm.interop import read_placement
 from tricomm.layout.placement import Partial, Replicate, Shard
 from tricomm.layout.topology import Topology
@@ -71,6 +72,7 @@ class ReshardOptions(LinkOptions, total=False):
     grad_placements: Sequence[Any] | None
     progress: ProgressCallback | None
     checksum: bool
+    hooks: Hooks | None
 
 
 def _explains_names(cls: type[OptionsType]) -> type[OptionsType]:
@@ -125,6 +127,8 @@ class Options:
             default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.
         checksum: whether each call ends with a comparison of digests of both sides, by the bits of every element and
             where it belongs: a TransportError on all ranks then names a tensor and the two ranks that differ.
+        hooks: what this rank does with its tensors before they are sent and after modules have come; see
+            :class:`tricomm.Hooks`.
 
     Raises:
         SpecError: a value that breaks a rule; an ArgumentError if it is of the wrong kind.
@@ -150,6 +154,7 @@ class Options:
     progress: ProgressCallback | None = None
     checksum: bool = False
     transport: TransportName = DEFAULT_TRANSPORT
+    hooks: Hooks | None = None
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy)
@@ -173,6 +178,8 @@ class Options:
             raise ArgumentError(f"differentiable={self.differentiable!r} is no truth value; pass True or False")
         if not isinstance(self.checksum, bool):
             raise ArgumentError(f"checksum={self.checksum!r} is no truth value; pass True or False")
+        if self.hooks is not None and not isinstance(self.hooks, Hooks):
+            raise ArgumentError(f"hooks={self.hooks!r} are no Hooks; write Hooks(after={{'layers.3': function}})")
         if self.progress is not None and not callable(self.progress):
             raise ArgumentError(f"progress={self.progress!r} cannot be called; pass a function of one Progress")
         object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))

@@ -12,13 +12,13 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from tricomm.autograd.layouts import check_differentiable_layouts
-from tricomm.checksums import NOT_STARTED_TEXT, Checksums
 from tricomm.compiled.registry import is_traced
 from tricomm.errors import ArgumentError, SpecError, TricommError
-from tricomm.kinds import checks_kinds, explains_missing
+from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Sides, as_specs, has_dtensors, shards_of
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
+from tricomm.packing.checksums import NOT_STARTED_TEXT, Checksums
 from tricomm.packing.digests import Digests
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
@@ -38,7 +38,13 @@ from tricomm.transport.telling import name_error, tell_all
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 """Types of what is no DTensor, without a look."""
 
-NO_FRILLS: Any = {"differentiable": False, "grad_placements": None, "progress": None, "checksum": False}
+NO_FRILLS: Any = {
+    "differentiable": False,
+    "grad_placements": None,
+    "progress": None,
+    "checksum": False,
+    "hooks": None,
+}
 """Options of what a Resharder needs for itself."""
 
 
@@ -158,6 +164,7 @@ class Resharder(Selections):
         self.participants = self.plan.participants
         has_part = self.rank in self.participants
         self._digests = Digests(self.plan, self.rank) if chosen.checksum and has_part else None
+        self._hooks = self._bound_hooks(chosen.hooks)
         if chosen.differentiable:
             check_differentiable_layouts(self.plan, chosen.grad_placements)
         # Ranks that are all on both meshes can ask for gradients, and then all must.
@@ -222,9 +229,14 @@ class Resharder(Selections):
             from tricomm.compiled.graph import call_in_graph
 
             return call_in_graph(self, tensor, out)
+        if self._hooks is not None:
+            return self._hooked(tensor, out)
+        return self._unhooked(tensor, out)
+
+    def _unhooked(self, tensor: Given, out: Given) -> Any:
         if not (type(tensor) in PLAIN and type(out) in PLAIN) and (has_dtensors(tensor) or has_dtensors(out)):
             shard, place = self._shards(tensor, out)
-            moved = self._call(shard, place)
+            moved = (self._call if self._hooks is None else self._unhooked)(shard, place)
             if out is not None:
                 bump_versions(out)
             return moved if out is None else out
@@ -289,9 +301,10 @@ class Resharder(Selections):
         if only is not None:
             mover, tensor, out = self._of_only(tensor, out, only)
             return mover.start(tensor, out=out, after=after, depends_on=depends_on)
+        self._check_order(after, depends_on)
+        tensor = self._before(tensor)
         if has_dtensors(tensor) or has_dtensors(out):
             tensor, out = self._shards(tensor, out)
-        self._check_order(after, depends_on)
         session = self._session
         if session is None:
             nothing: Future[Ended] = Future()
@@ -315,7 +328,7 @@ class Resharder(Selections):
                     session.connect()
                 if out is not None:
                     bump_versions(out)
-                return self._start(sources, destinations, events, depends_on)
+                return self._start(sources, destinations, events, depends_on, is_hooked=True)
         except Exception as error:
             name_error(error, self.name)
             raise
@@ -349,6 +362,8 @@ class Resharder(Selections):
         destinations: Tensors,
         events: Sequence[Any],
         depends_on: Sequence[Handle],
+        *,
+        is_hooked: bool = False,
     ) -> Handle:
         session, execution = self._session, self._execution
         assert session is not None
@@ -362,39 +377,16 @@ class Resharder(Selections):
                     for handle in depends_on:
                         handle.wait_done()
                     session.run(execution, sources, destinations, number)
-                    return self._checker.result(destinations), channel.stream_context.record_end(), session.last_run
+                    moved = self._checker.result(destinations)
+                    if is_hooked:
+                        self._after(moved)
+                    return moved, channel.stream_context.record_end(), session.last_run
             except Exception as error:
                 name_error(error, self.name)
                 raise
 
         channel.last_started = channel.worker.submit(run_in_background)
         return Handle(channel.last_started, channel.stream_context)
-
-    def connect(self) -> None:
-        """Compare with the other ranks what the next call is going to do, and connect to them.
-
-        Raises:
-            TransportError: a rank does something else, refused, or did not come within the timeout.
-        """
-        if self._session is not None:
-            try:
-                self._session.connect()
-            except Exception as error:
-                name_error(error, self.name)
-                raise
-
-    @checks_kinds
-    def abort(self, reason: str) -> None:
-        """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError that says why.
-
-        Args:
-            reason: a sentence that names this rank.
-        """
-        if not isinstance(reason, str) or not reason:
-            raise ArgumentError(f'reason={reason!r} says nothing; write why, as in "rank 3 ran out of data"')
-        session = self._speaker
-        if session is not None and session.state is not State.BROKEN:
-            session.abort(reason)
 
     def close(self) -> None:
         """Give back what the Resharder holds, as soon as what it started is done. Later calls raise a SpecError.

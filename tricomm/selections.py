@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from tricomm.autograd.gradients import Gradients
-from tricomm.errors import SpecError
+from tricomm.errors import ArgumentError, SpecError
+from tricomm.hooks import BoundHooks, Hooks
+from tricomm.kinds import checks_kinds
 from tricomm.packing.selection import Planned, Selection, checked_names
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan.describe import describe_layouts
@@ -37,6 +39,8 @@ class Selections(Gradients):
     _plan_seconds: float
     _group: Callable[[], Any]
     _selections: dict[frozenset[str], Self]
+    _hooks: BoundHooks | None
+    _unhooked: Callable[[Given, Given], Any]
 
     def only(self, names: Names) -> Self:
         """The Resharder of some of the tensors: nothing is planned anew, and it goes with this one.
@@ -60,6 +64,8 @@ class Selections(Gradients):
                     "checksum=True compares all tensors of a plan, and only= moves some of them; make a Resharder of "
                     "these, or leave checksum out"
                 )
+            if self._hooks is not None:
+                self._hooks.refuse_inside()
         except SpecError as error:
             name_error(error, self.name)
             session = self._speaker
@@ -108,13 +114,15 @@ class Selections(Gradients):
         if not self.plan.is_mapping:
             source, destination = source[""], destination[""]
         make: Any = type(self)
-        made: Self = make(source, destination, **replace(self.options, group=group, rules=rules).given())
+        made: Self = make(source, destination, **replace(self.options, group=group, rules=rules, hooks=None).given())
         return made
 
     def _selected(self, selection: Selection) -> Self:
         made = copy(self)
         made._planned, made._selections, made._plan_seconds = selection, {}, 0.0
         made._checker = TensorChecker(selection, self.rank, self.device)
+        if self._hooks is not None:
+            made._hooks = self._hooks.only([one.name for one in selection.ends.sources])
         if self._execution is not None:
             made._execution = PlanExecution(selection, self.rank, self.device, self.options.progress)
             names = [one.name for one in selection.ends.destinations]
@@ -128,7 +136,8 @@ class Selections(Gradients):
         """The Resharder of a selection, and what it takes of what was given."""
         chosen = self.only(only)
         every, some = self._planned.ends, chosen._planned.ends
-        return chosen, _taken(tensor, every.sources, some.sources), _taken(out, every.destinations, some.destinations)
+        unhooked = [one for one in every.sources if self._hooks is None or not self._hooks.takes(one.name)]
+        return chosen, _taken(tensor, unhooked, some.sources), _taken(out, every.destinations, some.destinations)
 
     def _call_only(self, tensor: Given, out: Given, only: Names) -> Any:
         if torch.compiler.is_compiling():
@@ -137,6 +146,66 @@ class Selections(Gradients):
             return run_eagerly(self._call_only, tensor, out, only)
         mover, tensor, out = self._of_only(tensor, out, only)
         return mover._call(tensor, out)
+
+    def _bound_hooks(self, hooks: Hooks | None) -> BoundHooks | None:
+        """The hooks of all tensors, on this rank."""
+        if hooks is None:
+            return None
+        ends = self.plan.ends
+        if not self.plan.is_mapping:
+            raise SpecError("hooks are called for modules by name, and one tensor alone has none; pass mappings")
+        names = [[one.name for one in side] for side in (ends.sources, ends.destinations)]
+        here = [{one.name for one in side if self.rank in one.spec.mesh} for side in (ends.sources, ends.destinations)]
+        return hooks.bind(*names, *here)
+
+    def _hooked(self, tensor: Given, out: Given) -> Any:
+        """A call with hooks before and after it."""
+        moved = self._unhooked(self._before(tensor), out)
+        self._after(moved)
+        return moved
+
+    def _before(self, tensor: Given) -> Given:
+        """What is sent; if a hook raises, this rank does not make the call."""
+        if self._hooks is None:
+            return tensor
+        self._hooks.refuse_inside()
+        try:
+            given: Given = self._hooks.before(tensor)
+        except Exception as error:
+            self._tell(error)
+            raise
+        return given
+
+    def _after(self, moved: Any) -> None:
+        """Call the hooks of what has come; if one raises, the others have what they need all the same."""
+        if self._hooks is not None:
+            self._hooks.after(moved)
+
+    def connect(self) -> None:
+        """Compare with the other ranks what the next call is going to do, and connect to them.
+
+        Raises:
+            TransportError: a rank does something else, refused, or did not come within the timeout.
+        """
+        if self._session is not None:
+            try:
+                self._session.connect()
+            except Exception as error:
+                name_error(error, self.name)
+                raise
+
+    @checks_kinds
+    def abort(self, reason: str) -> None:
+        """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError that says why.
+
+        Args:
+            reason: a sentence that names this rank.
+        """
+        if not isinstance(reason, str) or not reason:
+            raise ArgumentError(f'reason={reason!r} says nothing; write why, as in "rank 3 ran out of data"')
+        session = self._speaker
+        if session is not None and session.state is not State.BROKEN:
+            session.abort(reason)
 
     @property
     def _speaker(self) -> Session | None:
