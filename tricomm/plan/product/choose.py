@@ -1,6 +1,6 @@
 """Whether formulas apply to a move, and which of their ways it takes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, gcd
 from operator import attrgetter
@@ -13,7 +13,7 @@ from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
-from tricomm.plan.product.loads import Loads
+from tricomm.plan.product.loads import Loads, sent_directly
 from tricomm.plan.product.nics import Nics, nics_of, share_hosts
 from tricomm.plan.product.pieces import Cutting
 from tricomm.plan.product.rings import BESIDE, FROM_SENDER, RingMessages, Visits, ring_hops
@@ -127,17 +127,19 @@ class ProductMove:
             has_company,
         )
 
-    def loads(self, messages: int, sharing: Sharing, children: int) -> Loads:
-        """What the NICs of a tile's replicas carry if it comes in so many messages, shared so among holders."""
+    def loads(self, messages: int, sharing: Sharing, kinds: Sequence[int]) -> list[Loads]:
+        """What the NICs of a tile's replicas carry if it comes in so many messages, shared so among holders; for some
+        numbers of children.
+        """
         if self.shared is not None:
-            return Loads.among(self.shared, _rails(self), messages, sharing, children)
-        return Loads.apart(self.rings.most_hosts, _rails(self), messages, children)
+            return Loads.among(self.shared, _rails(self), messages, sharing, kinds)
+        return [Loads.apart(self.rings.most_hosts, _rails(self), messages, children) for children in kinds]
 
     def routes(self, rank: int | None) -> Routes:
         """What all ranks do, or what one has part in."""
         if len(self.participants) > SIMULATED_RANKS:
             return self._routes_of(best_way(ways_of(self), self.delay), rank)
-        ways = ways_of(self, range(BY_TURNS, FEW_SHARES))
+        ways = ways_of(self, is_simulated=True)
         found = fastest(ways, attrgetter("seconds"), self.delay, self._routes_of, self.context.topology)
         return self._routes_of(found, rank)
 
@@ -215,17 +217,20 @@ class Load(NamedTuple):
         return cls(piece, busy * tile / senders, each + sharing.shares - 1 + int(senders > 1), even)
 
 
-def ways_of(move: ProductMove, shares: Iterable[int] = range(4)) -> list[Way]:
-    """The ways that a move may go, plain ones first, with so many shares a sender, or as many as are level."""
+def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
+    """The ways that a move may go, plain ones first: more of them where they are simulated, not estimated."""
     ways: list[Way] = []
     holders = move.source.replicas
     if isinstance(move.strategy, Auto | SendRecv) or move.rings.replicas == 1:
-        ways += [direct_way(move, Sharing(holders, count)) for count in (WHOLE, 1, BY_TURNS)]
+        (loads,), directly = move.loads(1, Sharing(holders, 1), (1,)), sent_directly(move.shared)
+        ways += [direct_way(move, Sharing(holders, count), loads, directly) for count in (WHOLE, 1, BY_TURNS)]
     if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
+        shares, fewer = (range(BY_TURNS, FEW_SHARES), {1, 2}) if is_simulated else (range(4), {1})
         sharings = [Sharing(holders, count) for count in sorted({*shares, *_level_shares(move, holders)})]
         for senders in _fewer_senders(move):
-            sharings += [Sharing(senders, count) for count in sorted({1, 2, *_level_shares(move, senders)})]
-        ways += [round_way(move, sharing, children) for children in _kinds(move) for sharing in sharings]
+            sharings += [Sharing(senders, count) for count in sorted({*fewer, *_level_shares(move, senders)})]
+        found = [round_ways(move, sharing) for sharing in sharings]
+        ways += [way for of_kind in zip(*found, strict=True) for way in of_kind]
     return ways
 
 
@@ -248,26 +253,31 @@ def _fewer_senders(move: ProductMove) -> list[int]:
     return sorted(count for count in {least, 2 * least, least * move.rings.most_hosts} if count < move.source.replicas)
 
 
-def direct_way(move: ProductMove, sharing: Sharing) -> Way:
-    """Every replica hears from holders."""
+def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: float) -> Way:
+    """Every replica hears from holders; ``directly`` is what ``sent_directly`` says."""
     topology, copies = move.context.topology, move.rings.replicas
     load = Load.of(move, copies, sharing)
-    loads = move.loads(1, Sharing(move.source.replicas, 1), 1)
     of_nic = move.rings.tiles_of_nic * _tile_nbytes(move)
     entering = min(loads.heard, 1.0) * move.receiving.ranks * _tile_nbytes(move) / move.receiving.receive
-    leaving = max(load.nic_nbytes * loads.free, loads.directly * of_nic) / move.sending.send
+    leaving = max(load.nic_nbytes * loads.free, directly * of_nic) / move.sending.send
     seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
     uneven = _uneven_seconds(move, load, loads, sharing)
     return Way(move.context, 0, sharing, 1, move.context.staging_nbytes, None, seconds + each, uneven)
 
 
-def round_way(move: ProductMove, sharing: Sharing, children: int) -> Way:
-    """Holders send each cell once, and replicas hand it on, in chains or trees of hosts."""
+def round_ways(move: ProductMove, sharing: Sharing) -> list[Way]:
+    """Holders send each cell once, and replicas hand it on, in chains or trees of hosts; or not."""
+    load, kinds = Load.of(move, 1, sharing), _kinds(move)
+    messages = max(round(_tile_nbytes(move) / load.piece_nbytes), 1)
+    every = zip(kinds, move.loads(messages, sharing, kinds), strict=True)
+    return [_round_way(move, sharing, children, load, loads) for children, loads in every]
+
+
+def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, loads: Loads) -> Way:
     context, topology, rings = move.context, move.context.topology, move.rings
-    load, tile = Load.of(move, 1, sharing), _tile_nbytes(move)
+    tile = _tile_nbytes(move)
     messages = max(round(tile / load.piece_nbytes), 1)
-    loads = move.loads(messages, sharing, children)
     of_nic = rings.tiles_of_nic * tile
     leaving = max(load.nic_nbytes * loads.free, loads.sent / _rails(move) * of_nic) / move.sending.send
     entering = loads.heard * of_nic / move.receiving.receive
@@ -291,9 +301,8 @@ def round_way(move: ProductMove, sharing: Sharing, children: int) -> Way:
     each = topology.overhead_seconds + topology.latency_seconds
     filling = fill / chunks if children != 2 else fill / depth * min(depth, chunks) / chunks
     seconds = max(busiest, posts * topology.overhead_seconds) + filling + copying / chunks + handing + depth * each
-    return Way(
-        context, children, sharing, chunks, limit, chunk_bytes, seconds, _uneven_seconds(move, load, loads, sharing)
-    )
+    uneven = _uneven_seconds(move, load, loads, sharing)
+    return Way(context, children, sharing, chunks, limit, chunk_bytes, seconds, uneven)
 
 
 def _on_a_host(move: ProductMove, first: float, messages: int) -> tuple[float, float]:

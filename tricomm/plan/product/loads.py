@@ -1,5 +1,6 @@
 """What the NICs of a tile's replicas carry, as multiples of what each would if all were level."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,6 @@ class Loads(NamedTuple):
         handed_on: of what is sent to others of the tile, in chains or trees.
         first: of what enters a host as the first one.
         sent: of what holders of cells that are on the tile's hosts send.
-        directly: the same if each replica hears from one.
     """
 
     hosts: int
@@ -36,7 +36,6 @@ class Loads(NamedTuple):
     handed_on: float
     first: float
     sent: float
-    directly: float
 
     @classmethod
     def apart(cls, hosts: int, rails: int, messages: int, children: int) -> "Loads":
@@ -52,53 +51,61 @@ class Loads(NamedTuple):
         heard = of_rail * rails / messages
         first = -(-of_rail // hosts) * rails / messages
         if children == FROM_SENDER:
-            return cls(1, float(hosts), heard, 0.0, heard, 0.0, 0.0)
+            return cls(1, float(hosts), heard, 0.0, heard, 0.0)
         if children == 1:
-            return cls(hosts, 1.0, heard, heard * (1 - of_rail // hosts / of_rail), first, 0.0, 0.0)
+            return cls(hosts, 1.0, heard, heard * (1 - of_rail // hosts / of_rail), first, 0.0)
         if hosts > FEW_HOSTS or of_rail > FEW_HOSTS:
             # Half of the hosts of a tree hand on, twice, and the other half that of the next message.
-            return cls(hosts, 1.0, heard, 2 * -(-of_rail // 2) * rails / messages, first, 0.0, 0.0)
+            return cls(hosts, 1.0, heard, 2 * -(-of_rail // 2) * rails / messages, first, 0.0)
         entries = np.arange(hosts)[(2 * np.arange(of_rail) + 1) * hosts // (2 * of_rail) % hosts]
         sent = np.zeros(hosts, np.int64)
         np.add.at(sent, (entries[:, None] + np.arange(hosts)) % hosts, _given_on(hosts, children)[None, :])
-        return cls(hosts, 1.0, heard, float(sent.max()) * rails / messages, first, 0.0, 0.0)
+        return cls(hosts, 1.0, heard, float(sent.max()) * rails / messages, first, 0.0)
 
     @classmethod
-    def among(cls, shared: SharedHosts, rails: int, messages: int, sharing: Sharing, children: int) -> "Loads":
-        """Where hosts have ranks of both meshes: of a few tiles, in the place of all."""
-        tiles = len(shared.rings.ranks)
-        sampled = sorted({tiles * index // SAMPLED_TILES for index in range(SAMPLED_TILES)})
-        apart = cls.apart(shared.rings.most_hosts, rails, messages, children)
-        found = [cls._of_tile(shared, tile, rails, sharing, children, apart) for tile in sampled]
-        return cls._make(map(max, zip(*found, strict=True)))
+    def among(
+        cls, shared: SharedHosts, rails: int, messages: int, sharing: Sharing, kinds: Sequence[int]
+    ) -> "list[Loads]":
+        """Where hosts have ranks of both meshes, for some numbers of children: of a few tiles, in the place of all."""
+        apart = [cls.apart(shared.rings.most_hosts, rails, messages, children) for children in kinds]
+        found = [cls._of_tile(shared, tile, rails, sharing, kinds, apart) for tile in _sampled(shared)]
+        return [cls._make(map(max, zip(*of_kind, strict=True))) for of_kind in zip(*found, strict=True)]
 
     @classmethod
     def _of_tile(
-        cls, shared: SharedHosts, tile: int, rails: int, sharing: Sharing, children: int, apart: "Loads"
-    ) -> "Loads":
-        rings = shared.rings
+        cls,
+        shared: SharedHosts,
+        tile: int,
+        rails: int,
+        sharing: Sharing,
+        kinds: Sequence[int],
+        apart: "Sequence[Loads]",
+    ) -> "list[Loads]":
+        hosts = int(shared.rings.hosts[tile])
         rows, numel, arcs, free = shared.of_tile(tile)
-        total = max(int(numel.sum()), 1)
-        part = float(numel[free].sum() / total)
-        hosts = int(rings.hosts[tile])
         if len(arcs.cell) * (1 if sharing.shares <= 0 else sharing.parts) > FEW_PIECES:
-            onward = numel[arcs.cell][arcs.spans > 0].sum()
-            heard = handed_on = float((numel[arcs.cell] * arcs.spans).sum()) / hosts / rails
-            first, sent = onward / hosts / rails, onward / hosts
-            if children == FROM_SENDER:
-                handed_on, first, sent = 0.0, heard, heard * rails
+            whole, around = numel[arcs.cell][arcs.spans > 0].sum(), (numel[arcs.cell] * arcs.spans).sum()
+            heard = float(around) / hosts / rails
+            from_sender = heard, 0.0, heard, heard * rails
+            chained = heard, heard, whole / hosts / rails, whole / hosts
+            carried = [from_sender if children == FROM_SENDER else chained for children in kinds]
         else:
             pieces = Onward.of(shared, rows, arcs.take(np.flatnonzero(arcs.spans > 0)), sharing)
-            heard, handed_on, first, sent = pieces.loads(hosts, rails, children)
-        return cls(
-            1 if children == FROM_SENDER else max(int(arcs.spans.max(initial=0)), rings.most_hosts if len(free) else 0),
-            part * apart.free,
-            heard * rails / total + part * apart.heard,
-            handed_on * rails / total + part * apart.handed_on,
-            first * rails / total + part * apart.first,
-            sent / total,
-            _directly(shared, arcs, numel[arcs.cell]) / total,
-        )
+            carried = [pieces.loads(hosts, rails, children) for children in kinds]
+        total = max(int(numel.sum()), 1)
+        part = float(numel[free].sum() / total)
+        depth = max(int(arcs.spans.max(initial=0)), shared.rings.most_hosts if len(free) else 0)
+        return [
+            cls(
+                1 if children == FROM_SENDER else depth,
+                part * alone.free,
+                heard * rails / total + part * alone.heard,
+                handed_on * rails / total + part * alone.handed_on,
+                first * rails / total + part * alone.first,
+                sent / total,
+            )
+            for children, alone, (heard, handed_on, first, sent) in zip(kinds, apart, carried, strict=True)
+        ]
 
 
 class Onward(NamedTuple):
@@ -170,13 +177,28 @@ def _given_on(hosts: int, children: int) -> np.ndarray:
     return np.bincount((np.arange(1, hosts) - 1) // children, minlength=hosts)
 
 
-def _directly(shared: SharedHosts, arcs: Arcs, weights: np.ndarray) -> float:
-    """What the busiest host sends if each replica on the hosts of arcs hears from a holder."""
-    rings, holders = shared.rings, shared.holders
+def _sampled(shared: SharedHosts) -> list[int]:
+    """A few tiles, in the place of all."""
+    tiles = len(shared.rings.ranks)
+    return sorted({tiles * index // SAMPLED_TILES for index in range(SAMPLED_TILES)})
+
+
+def sent_directly(shared: SharedHosts | None) -> float:
+    """What the busiest host sends of a tile whose cells have holders on its hosts, if each replica hears from one; as a
+    multiple of the tile.
+    """
+    if shared is None:
+        return 0.0
+    return max(_directly(shared, *shared.of_tile(tile)[1:3]) for tile in _sampled(shared))
+
+
+def _directly(shared: SharedHosts, numel: np.ndarray, arcs: Arcs) -> float:
+    rings, holders, weights = shared.rings, shared.holders, numel[arcs.cell]
     replicas = rings.before(arcs.tile, arcs.place + arcs.spans + 1) - rings.before(arcs.tile, arcs.place + 1)
     sent = np.bincount(arcs.source, weights * replicas)
     sources = np.flatnonzero(sent)
     if not len(sources):
         return 0.0
     hosts = shared.hosts[holders.ranks[sources]]
-    return float(np.bincount(hosts.reshape(-1), (sent[sources] / holders.replicas).repeat(holders.replicas)).max())
+    each = (sent[sources] / holders.replicas).repeat(holders.replicas)
+    return float(np.bincount(hosts.reshape(-1), each).max()) / max(int(numel.sum()), 1)
