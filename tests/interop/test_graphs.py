@@ -1,6 +1,7 @@
 """Gradients across meshes: random graphs of moves give every leaf the gradient that one process gives it."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ SPECS = [
 ]
 SUMS = [ShardingSpec(Mesh([0, 1], ("a",)), (Partial(),), SHAPE, "float64")]
 """Layouts of leaves of which each rank holds a contribution."""
+LAYOUTS = SPECS + SUMS
+LEAST = {"disjoint meshes": 40, "several losses": 30, "unused output": 30, "frozen input": 10, "contributions": 10}
+"""Of AT_ONCE graphs at least so many have this."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Step:
     Attributes:
         kind: "leaf", "frozen", "move", "sine" or "sum".
         of: the values that it is made of.
-        layout: index in SPECS and SUMS, one list.
+        layout: index in LAYOUTS.
     """
 
     kind: str
@@ -57,14 +61,37 @@ class Graph:
         generator = torch.Generator().manual_seed(1000 * self.seed + number)
         return torch.randn(SHAPE, generator=generator, dtype=torch.float64)
 
+    def moves(self) -> Iterator[tuple[int, Step, Step]]:
+        """(number, the move, what it moves)"""
+        for number, step in enumerate(self.steps):
+            if step.kind == "move":
+                yield number, step, self.steps[step.of[0]]
+
     @property
-    def moves(self) -> int:
-        return sum(step.kind == "move" for step in self.steps)
+    def traits(self) -> set[str]:
+        """What is in it that could go wrong."""
+        used = {number for step in self.steps for number in step.of} | set(self.losses)
+        ranks = [set(spec.mesh.ranks) for spec in LAYOUTS]
+        found = {"several losses"} if len(self.losses) > 1 else set()
+        for number, step, moved in self.moves():
+            found |= {"disjoint meshes"} if not ranks[step.layout] & ranks[moved.layout] else set()
+            found |= {"unused output"} if number not in used else set()
+            found |= {"frozen input"} if moved.kind == "frozen" else set()
+            found |= {"contributions"} if moved.layout >= len(SPECS) else set()
+        return found
 
 
 def draw_graph(seed: int) -> Graph:
+    """One in which some leaf has a gradient."""
     choose = random.Random(seed)
-    steps = [Step(choose.choice(("leaf", "leaf", "frozen")), (), choose.randrange(len(SPECS))) for _ in range(2)]
+    while True:
+        graph = draw_steps(choose, seed)
+        if any(gradient is not None for gradient in in_one_process(graph).values()):
+            return graph
+
+
+def draw_steps(choose: random.Random, seed: int) -> Graph:
+    steps = [Step(choose.choice(("leaf", "frozen")), (), choose.randrange(len(SPECS))) for _ in range(2)]
     if choose.random() < 0.3:
         steps.append(Step("leaf", (), len(SPECS)))
     steps.append(Step("move", (len(steps) - 1,), choose.randrange(len(SPECS))))
@@ -105,13 +132,12 @@ def in_one_process(graph: Graph) -> dict[int, torch.Tensor | None]:
 
 
 def check_on_rank(rank: int, graph: Graph, mover_of: Any) -> None:
-    layouts = SPECS + SUMS
     values: list[torch.Tensor | None] = []
     leaves: dict[int, torch.Tensor] = {}
     for number, step in enumerate(graph.steps):
-        spec = layouts[step.layout]
+        spec = LAYOUTS[step.layout]
         if step.kind == "move":
-            values.append(mover_of(layouts[graph.steps[step.of[0]].layout], spec)(values[step.of[0]]))
+            values.append(mover_of(LAYOUTS[graph.steps[step.of[0]].layout], spec)(values[step.of[0]]))
         elif rank not in spec.mesh:
             values.append(None)
         elif step.of:
@@ -124,7 +150,7 @@ def check_on_rank(rank: int, graph: Graph, mover_of: Any) -> None:
     for number in graph.losses:
         value = values[number]
         if value is not None and value.requires_grad:
-            losses.append((value * pick(graph.tensor(100 + number), layouts[graph.steps[number].layout], rank)).sum())
+            losses.append((value * pick(graph.tensor(100 + number), LAYOUTS[graph.steps[number].layout], rank)).sum())
     tricomm.backward(*losses)
     expected = in_one_process(graph)
     for number, leaf in leaves.items():
@@ -132,7 +158,7 @@ def check_on_rank(rank: int, graph: Graph, mover_of: Any) -> None:
         if whole is None:
             assert leaf.grad is None or not leaf.grad.any()
             continue
-        spec = layouts[graph.steps[number].layout]
+        spec = LAYOUTS[graph.steps[number].layout]
         spec = SPECS[1] if spec in SUMS else spec  # the gradient of each contribution is that of the sum
         torch.testing.assert_close(leaf.grad, pick(whole, spec, rank), rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -157,5 +183,7 @@ def run_graphs(rank: int, graphs: list[Graph]) -> None:
 @pytest.mark.parametrize("first", range(0, GRAPHS, AT_ONCE))
 def test_random_graphs_of_moves_have_the_gradients_of_one_process(ranks: Ranks, first: int) -> None:
     graphs = [draw_graph(seed) for seed in range(first, first + AT_ONCE)]
-    assert sum(graph.moves for graph in graphs) > 2 * AT_ONCE
+    assert sum(len(list(graph.moves())) for graph in graphs) > 2 * AT_ONCE
+    for trait, least in LEAST.items():
+        assert sum(trait in graph.traits for graph in graphs) >= least, f"few graphs have: {trait}"
     ranks.run(run_graphs, graphs)
