@@ -17,7 +17,7 @@ from tricomm.layout.columns import counts_of, offsets_of
 from tricomm.plan.arguments import participants_of
 from tricomm.plan.ends.ends import Ends
 from tricomm.plan.plan import Plan
-from tricomm.plan.program import BoxTransfers, Copy, PackedRegion, RankProgram, Round, Transfer
+from tricomm.plan.program import BoxTransfers, Copy, PackedRegion, RankProgram, Round, Transfer, TransferColumns
 from tricomm.plan.stacks import Alike, Item, Stack, stacks_of_moves
 from tricomm.plan.tasks import wire_itemsize
 
@@ -251,8 +251,8 @@ class _Chosen:
     def _transfers(self, transfers: Sequence[Transfer], received: Mapping[Key, int]) -> Sequence[Transfer]:
         """What is left of some; of a relayed chunk, as much as was received of it."""
         if isinstance(transfers, BoxTransfers):
-            one = self._kept.get(transfers.stack)
-            return () if one is None else _boxes(transfers, one)
+            one = self._kept.get(transfers.all.stack)
+            return () if one is None else _boxes(transfers.columns, one)
         left = []
         for transfer in transfers:
             nbytes, regions = self._regions(transfer.regions)
@@ -287,15 +287,16 @@ class _Chosen:
 def _sizes(transfers: Sequence[Transfer]) -> dict[Key, int]:
     """Bytes by chunk."""
     if isinstance(transfers, BoxTransfers):
-        keys = zip(transfers.messages.tolist(), transfers.chunks.tolist(), strict=True)
-        return dict(zip(keys, transfers.nbytes.tolist(), strict=True))
+        columns = transfers.columns
+        keys = zip(columns.messages.tolist(), columns.chunks.tolist(), strict=True)
+        return dict(zip(keys, columns.nbytes.tolist(), strict=True))
     return {one.key: one.nbytes for one in transfers}
 
 
-def _boxes(transfers: BoxTransfers, one: _Kept) -> BoxTransfers:
+def _boxes(transfers: TransferColumns, one: _Kept) -> BoxTransfers:
     """What is left of transfers of boxes."""
     starts, shapes, firsts = transfers.starts, transfers.shapes, transfers.firsts
-    rows = np.arange(len(transfers))
+    rows = np.arange(len(transfers.peers))
     if not one.is_of_one:
         first, last = one.before[starts[:, 0]], one.before[starts[:, 0] + shapes[:, 0]]
         left = last > first

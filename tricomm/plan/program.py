@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, counts_of, offsets_of, spread
+from tricomm.layout.columns import Lazy, counts_of, offsets_of, spread, starts_run
 from tricomm.layout.intervals import first_runs, joint_runs, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
@@ -61,7 +61,7 @@ class Transfer(NamedTuple):
     regions: tuple[PackedRegion, ...]
 
 
-class BoxTransfers(Lazy[Transfer]):
+class TransferColumns(NamedTuple):
     """Transfers as columns, each of a chunk that is some boxes of a local stack, or that is relayed.
 
     Attributes:
@@ -73,25 +73,42 @@ class BoxTransfers(Lazy[Transfer]):
         offsets: (boxes,), the byte of its chunk at which each begins.
     """
 
-    __slots__ = ("chunks", "firsts", "messages", "nbytes", "offsets", "peers", "relayed", "shapes", "stack", "starts")
+    stack: int
+    peers: np.ndarray
+    messages: np.ndarray
+    chunks: np.ndarray
+    nbytes: np.ndarray
+    relayed: np.ndarray
+    firsts: np.ndarray
+    starts: np.ndarray
+    shapes: np.ndarray
+    offsets: np.ndarray
 
-    def __init__(
-        self,
-        stack: int,
-        peers: np.ndarray,
-        messages: np.ndarray,
-        chunks: np.ndarray,
-        nbytes: np.ndarray,
-        relayed: np.ndarray,
-        firsts: np.ndarray,
-        starts: np.ndarray,
-        shapes: np.ndarray,
-        offsets: np.ndarray,
-    ) -> None:
-        self.stack = stack
-        self.peers, self.messages, self.chunks, self.nbytes = peers, messages, chunks, nbytes
-        self.relayed, self.firsts = relayed, firsts
-        self.starts, self.shapes, self.offsets = starts, shapes, offsets
+    def between(self, start: int, stop: int) -> "TransferColumns":
+        """Take those from ``start`` to ``stop``."""
+        at, firsts = slice(start, stop), self.firsts[start : stop + 1]
+        boxes = slice(firsts[0], firsts[-1])
+        return TransferColumns(
+            self.stack,
+            *(self.peers[at], self.messages[at], self.chunks[at], self.nbytes[at], self.relayed[at]),
+            firsts - firsts[0],
+            *(self.starts[boxes], self.shapes[boxes], self.offsets[boxes]),
+        )
+
+
+class BoxTransfers(Lazy[Transfer]):
+    """Some transfers of columns that stand one behind the other there. The rounds of a program share their columns: to
+    cut those up for each of hundreds of rounds takes as long as the rest of the plan.
+
+    Attributes:
+        all: the columns.
+        start, stop: which of them.
+    """
+
+    __slots__ = ("all", "start", "stop")
+
+    def __init__(self, columns: TransferColumns, start: int, stop: int) -> None:
+        self.all, self.start, self.stop = columns, start, stop
 
     @classmethod
     def of(
@@ -113,33 +130,37 @@ class BoxTransfers(Lazy[Transfer]):
         ends = offsets_of(np.prod(shapes, axis=1) * itemsize)
         of_chunk = ends[firsts]
         offsets = ends[:-1] - of_chunk[:-1].repeat(counts_of(firsts))
-        return cls(stack, peers, messages, chunks, counts_of(of_chunk), relayed, firsts, starts, shapes, offsets)
+        nbytes = counts_of(of_chunk)
+        columns = TransferColumns(stack, peers, messages, chunks, nbytes, relayed, firsts, starts, shapes, offsets)
+        return cls(columns, 0, len(peers))
 
-    def between(self, start: int, stop: int) -> "BoxTransfers":
-        """Take those from ``start`` to ``stop``."""
-        at, firsts = slice(start, stop), self.firsts[start : stop + 1]
-        boxes = slice(firsts[0], firsts[-1])
-        return BoxTransfers(
-            self.stack,
-            *(self.peers[at], self.messages[at], self.chunks[at], self.nbytes[at], self.relayed[at]),
-            firsts - firsts[0],
-            *(self.starts[boxes], self.shapes[boxes], self.offsets[boxes]),
-        )
+    @property
+    def columns(self) -> TransferColumns:
+        """Those of these transfers alone."""
+        return self.all.between(self.start, self.stop)
+
+    def cut(self, edges: Sequence[int]) -> "list[BoxTransfers]":
+        """Those from each edge to the next."""
+        first = self.start
+        return [BoxTransfers(self.all, first + start, first + stop) for start, stop in pairwise(edges)]
 
     def __len__(self) -> int:
-        return len(self.peers)
+        return self.stop - self.start
 
     def _items(self, rows: np.ndarray) -> Iterator[Transfer]:
-        columns = (self.peers, self.messages, self.chunks, self.nbytes, self.relayed, counts_of(self.firsts))
-        origin = (0,) * self.starts.shape[1]
-        at = spread(self.firsts, rows)
-        starts, shapes = (map(tuple, column[at].tolist()) for column in (self.starts, self.shapes))
-        boxes = zip(self.offsets[at].tolist(), starts, shapes, strict=True)
-        every = zip(*(column[rows].tolist() for column in columns), strict=True)
-        for peer, message, chunk, nbytes, is_relayed, count in every:
+        every, rows = self.all, rows + self.start
+        columns = (every.peers, every.messages, every.chunks, every.nbytes, every.relayed)
+        origin = (0,) * every.starts.shape[1]
+        at = spread(every.firsts, rows)
+        starts, shapes = (map(tuple, column[at].tolist()) for column in (every.starts, every.shapes))
+        boxes = zip(every.offsets[at].tolist(), starts, shapes, strict=True)
+        counts = (every.firsts[rows + 1] - every.firsts[rows]).tolist()
+        for peer, message, chunk, nbytes, is_relayed, count in zip(
+            *(column[rows].tolist() for column in columns), counts, strict=True
+        ):
             regions = tuple(
                 [
-                    PackedRegion(self.stack, offset, shape, (Box(start, origin, shape),))
+                    PackedRegion(every.stack, offset, shape, (Box(start, origin, shape),))
                     for offset, start, shape in islice(boxes, count)
                 ]
             )
@@ -222,11 +243,10 @@ def _by_round(move: Move, rank: int, end: int, holdings: Holdings) -> dict[int, 
     found: dict[int, Sequence[Transfer]] = {}
     # The rounds of a group stand behind those of the one before.
     for numbers, passed in _groups(move, rank, end, holdings):
-        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-        for start, stop in pairwise(edges):
-            if start < stop:
-                columns = passed.between(start, stop) if isinstance(passed, BoxTransfers) else None
-                found[int(numbers[start])] = tuple(passed[start:stop]) if columns is None else columns
+        firsts = np.flatnonzero(starts_run(numbers))
+        edges = [*firsts.tolist(), len(numbers)]
+        slices = passed.cut(edges) if isinstance(passed, BoxTransfers) else [passed[a:b] for a, b in pairwise(edges)]
+        found.update(zip(numbers[firsts].tolist(), slices, strict=True))
     return found
 
 
@@ -241,7 +261,7 @@ def transfers(move: Move, rank: int, is_send: bool) -> Iterator[tuple[np.ndarray
 
 def _groups(
     move: Move, rank: int, end: int, holdings: Holdings
-) -> Iterator[tuple[np.ndarray, "BoxTransfers | list[Transfer]"]]:
+) -> Iterator[tuple[np.ndarray, BoxTransfers | tuple[Transfer, ...]]]:
     """List what a rank sends or receives; see :func:`transfers`.
 
     Args:
@@ -264,7 +284,7 @@ def _groups(
 
 def _of_group(
     messages: Sequence[Message], first: int, hops: np.ndarray, rank: int, end: int, holdings: Holdings
-) -> "BoxTransfers | list[Transfer]":
+) -> BoxTransfers | tuple[Transfer, ...]:
     """What stands in some hops, of a group of messages of which the first has the number ``first``."""
     peers = hops[:, _SENDS + _RECEIVES - end]
     sender = rank if end == _SENDS else None
@@ -311,7 +331,7 @@ def _chunks(
     peers: Sequence[int],
     holdings: Holdings,
     sender: int | None,
-) -> list[Transfer]:
+) -> tuple[Transfer, ...]:
     """Find the transfers of chunks one by one. What a rank only forwards lies in no tensor of its own."""
     used = {number: messages[number - first] for number in dict.fromkeys(number for number, _ in keys)}
     transfers: list[Transfer] = []
@@ -321,7 +341,7 @@ def _chunks(
         if sender in (None, message.chain[0]):
             packed = _packed(message.chunks[key[1]], holdings, sender is not None)
         transfers.append(Transfer(peer, key, message.chunk_nbytes(key[1]), packed))
-    return transfers
+    return tuple(transfers)
 
 
 def _packed(chunk: Sequence[Part], holdings: Holdings, is_sent: bool) -> tuple[PackedRegion, ...]:

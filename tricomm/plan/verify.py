@@ -310,6 +310,7 @@ def _sorted(rows: np.ndarray, columns: Sequence[int]) -> np.ndarray:
 def _columns(passed: Sequence[Transfer]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(peers, messages, chunks, bytes) of some transfers."""
     if isinstance(passed, BoxTransfers):
-        return passed.peers, passed.messages, passed.chunks, passed.nbytes
+        columns = passed.columns
+        return columns.peers, columns.messages, columns.chunks, columns.nbytes
     rows = np.array([(one.peer, *one.key, one.nbytes) for one in passed], np.int64).reshape(-1, 4)
     return rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3]

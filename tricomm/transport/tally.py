@@ -93,11 +93,12 @@ class Steps:
 def _touched(transfers: Sequence[Transfer], tensors: Sequence[np.ndarray], last: np.ndarray, step: int) -> int:
     """Note the step of the tensors that some transfers touch; returns their bytes."""
     if isinstance(transfers, BoxTransfers):
-        of_stack, own = tensors[transfers.stack], ~transfers.relayed.repeat(counts_of(transfers.firsts))
-        boxes = zip(transfers.starts[own, :1].tolist(), transfers.shapes[own, :1].tolist(), strict=True)
+        columns = transfers.columns
+        of_stack, own = tensors[columns.stack], ~columns.relayed.repeat(counts_of(columns.firsts))
+        boxes = zip(columns.starts[own, :1].tolist(), columns.shapes[own, :1].tolist(), strict=True)
         for start, shape in {(*start, *shape) for start, shape in boxes} if len(of_stack) > 1 else ((0, 1),):
             last[of_stack[start : start + shape]] = step
-        return int(transfers.nbytes.sum())
+        return int(columns.nbytes.sum())
     for transfer in transfers:
         for region in transfer.regions:
             of_stack = tensors[region.stack]
