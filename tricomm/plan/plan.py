@@ -241,12 +241,13 @@ def plan_fields(plan: Plan) -> dict[str, str]:
 def plan_digest(plan: Plan) -> str:
     """Hash what :func:`plan_fields` names, without the text of every tensor: tensors that are alike share theirs."""
     found = hashlib.sha256(digest_of(_common_fields(plan)).encode())
-    known: dict[int, str] = {}
+    known: dict[ShardingSpec, str] = {}  # by value: each tensor may have a spec of its own
     for side, tensors in (("source", plan.ends.sources), ("destination", plan.ends.destinations)):
         for name, spec in sorted(tensors, key=itemgetter(0)):
-            if id(spec) not in known:
-                known[id(spec)] = digest_of(_spec_fields(spec))
-            found.update(f"{side} {len(name)} {name}{known[id(spec)]}".encode(errors="surrogatepass"))
+            of_spec = known.get(spec)
+            if of_spec is None:
+                of_spec = known[spec] = digest_of(_spec_fields(spec))
+            found.update(f"{side} {len(name)} {name}{of_spec}".encode(errors="surrogatepass"))
     return found.hexdigest()
 
 

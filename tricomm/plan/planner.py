@@ -6,7 +6,6 @@ from functools import lru_cache
 
 from tricomm.errors import PlanError
 from tricomm.kinds import explains_missing
-from tricomm.layout.mesh import Mesh
 from tricomm.layout.sides import Sides, as_specs
 from tricomm.layout.topology import Topology
 from tricomm.plan.arguments import (
@@ -32,7 +31,7 @@ from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
 from tricomm.plan.senders.policy import Assignment, Naive, SenderPolicy
 from tricomm.plan.senders.split import Split
 from tricomm.plan.stacks import Item, Stack, alike, stacks_of_moves
-from tricomm.plan.tasks import Tasks, peer_bound, unit_tasks
+from tricomm.plan.tasks import Tasks, most_peers, unit_tasks
 from tricomm.plan.tasks import joined as joined_tasks
 from tricomm.rules import BoundRules, Rules
 
@@ -204,12 +203,8 @@ class _Draft:
     def _context(self, numbers: Sequence[int]) -> RouteContext:
         """What a strategy may know that routes some stacks."""
         stacks = [self.stacks[number] for number in numbers]
-        bounds = [peer_bound(stack.source, stack.destination) for stack in stacks]
-        most = len(self.participants)
-        sides = [{rank for mesh in side for rank in mesh.ranks} for side in zip(*map(_meshes, stacks), strict=True)]
-        if sides and sides[0].isdisjoint(sides[1]):
-            most = max(map(len, sides))  # a rank sends, or it receives
-        return RouteContext(self.topology, max(min(sum(bounds), most), 1), self.staging_nbytes)
+        peers = most_peers([(stack.source, stack.destination) for stack in stacks])
+        return RouteContext(self.topology, peers, self.staging_nbytes)
 
     def _is_known(self, number: int) -> bool:
         """Whether no choice for a stack depends on other ranks' tasks: there is one holder or a fixed choice, and
@@ -309,10 +304,6 @@ class _Draft:
                 best = candidate
         assert best is not None
         return Routes(best.strategy, best.messages, best.hops)
-
-
-def _meshes(stack: Stack) -> tuple[Mesh, Mesh]:
-    return stack.source.mesh, stack.destination.mesh
 
 
 def _multicasts(tasks: Tasks) -> bool:

@@ -5,7 +5,8 @@ Here each dim falls into cells that the same parts hold and need; the product of
 intersected, gives the tasks. All of it is columns: a Task is made when somebody looks at it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from tricomm.errors import PlanError
 from tricomm.layout.columns import Groups, Lazy, Regions, by_first, offsets_of
 from tricomm.layout.dtype import ITEMSIZE
+from tricomm.layout.mesh import Mesh
 from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.parts import Part, PartGroups, nbytes_of
@@ -169,20 +171,47 @@ def wire_itemsize(source: ShardingSpec, destination: ShardingSpec) -> int:
     return ITEMSIZE[wire_dtype(source, destination)]
 
 
-def peer_bound(source: ShardingSpec, destination: ShardingSpec) -> int:
-    """Bound how many messages one rank sends or receives if each task is a message per receiver.
+def most_peers(moved: Sequence[tuple[ShardingSpec, ShardingSpec]]) -> int:
+    """Bound how many messages one rank sends, or receives, of all that is moved between some layouts, if what goes from
+    one rank to another is one message; at least 1.
+
+    Tensors of other ranks do not count: each of hundreds of experts may have ranks of its own.
+    """
+    bounds: dict[tuple[Mesh, Mesh], tuple[int, int]] = {}
+    for source, destination in moved:
+        meshes = source.mesh, destination.mesh
+        sends, receives = bounds.get(meshes, (0, 0))
+        more_sends, more_receives = _peer_bounds(source, destination)
+        bounds[meshes] = sends + more_sends, receives + more_receives
+    sent, received = Counter[int](), Counter[int]()
+    for (here, there), (sends, receives) in bounds.items():
+        most = _most_peers(here.ranks, there.ranks)
+        sent.update(dict.fromkeys(here.ranks, min(sends, most)))
+        received.update(dict.fromkeys(there.ranks, min(receives, most)))
+    return min(max(*sent.values(), *received.values()), _most_peers(sent, received)) if bounds else 1
+
+
+def _peer_bounds(source: ShardingSpec, destination: ShardingSpec) -> tuple[int, int]:
+    """Bound how many messages one rank sends, and how many it receives, if each task is a message per receiver.
 
     Found from the dims alone, so that every rank knows it without building the others' tasks.
     """
     sends, receives = 1, 1
     for dim in _refinement(source, destination):
         if not len(dim.intervals):
-            return 1
+            return 1, 1
         sends *= int(np.bincount(dim.held.classes - NOBODY).max())
         receives *= int(np.bincount(dim.needed.classes).max())
     replicas = 1 if destination.exclusive else destination.mesh.size
     limit = max(source.mesh.size, destination.mesh.size)
-    return min(max(sends * replicas, receives), limit)
+    return min(sends * replicas, limit), min(receives, limit)
+
+
+def _most_peers(here: Collection[int], there: Collection[int]) -> int:
+    """With how many of some ranks one of others, or of the same, may exchange messages."""
+    every = {*here, *there}
+    is_apart = len(every) == len(here) + len(there)  # then a rank sends, or it receives
+    return max(len(here), len(there)) if is_apart else len(every)
 
 
 def _refinement(source: ShardingSpec, destination: ShardingSpec) -> list[Cells]:
