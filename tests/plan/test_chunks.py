@@ -3,7 +3,18 @@
 import pytest
 
 from tests.plan.test_plan import without_indices
-from tricomm import Auto, Broadcast, GlobalAllGather, LocalAllGather, Mesh, SendRecv, Shard, ShardingSpec, Topology
+from tricomm import (
+    Auto,
+    Broadcast,
+    GlobalAllGather,
+    LocalAllGather,
+    Mesh,
+    Replicate,
+    SendRecv,
+    Shard,
+    ShardingSpec,
+    Topology,
+)
 from tricomm.plan import make_plan
 
 
@@ -30,3 +41,19 @@ def test_ranks_send_to_those_after_them_first() -> None:
     for rank in range(6):
         (step,) = plan.for_rank(rank)[0].rounds
         assert [transfer.peer for transfer in step.sends] == [(rank + distance) % 6 for distance in range(1, 6)]
+
+
+def test_chunks_of_a_set_do_not_shrink_with_tensors_of_other_ranks() -> None:
+    """Experts on ranks of their own: each rank has one peer or two, however many experts there are."""
+
+    def most_nbytes(experts: int) -> int:
+        sources, destinations = {}, {}
+        for one in range(experts):
+            pair, there = Mesh([2 * one, 2 * one + 1], ("fsdp",)), Mesh([2 * experts + one], ("expert",))
+            sources[f"expert {one}"] = ShardingSpec(pair, (Shard(0),), (1 << 14, 1 << 10), "float32")
+            destinations[f"expert {one}"] = ShardingSpec(there, (Replicate(),))
+        plan = make_plan(sources, destinations, staging_bytes=64 << 20)
+        messages = plan.moves[0].messages
+        return max(message.chunk_nbytes(chunk) for message in messages for chunk in range(len(message.chunks)))
+
+    assert most_nbytes(40) == most_nbytes(1)
