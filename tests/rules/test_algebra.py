@@ -236,6 +236,15 @@ def test_what_is_left_when_pieces_are_taken_away(drawn: tuple[Pair, dict[str, np
     assert twice.repeated == min((place for piece in taken for place, _ in places(piece)), default=None)
 
 
+def test_a_dim_may_have_more_coordinates_than_fit_into_memory() -> None:
+    many = 3 << 40
+    (whole,) = Rules({"out": fill(0, (many,))}).bind().tensors[0].pieces
+    assert cover((many,), (whole,)) == (0, None, None)
+    (end,) = within(whole, [((1 << 40, many),)])
+    assert cover((many,), (end,)) == (1 << 40, (0,), None)
+    assert cover((many,), (whole, end)) == (0, None, (1 << 40,))
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [

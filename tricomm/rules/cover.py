@@ -7,7 +7,7 @@ to the same pieces behave alike, and counting is done on one cell for each combi
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -48,10 +48,55 @@ def cover(shape: Shape, pieces: tuple[Piece, ...]) -> Cover:
     """Count how often each element of a tensor of that shape is defined."""
     if 0 in shape:
         return Cover(0, None, None)
+    runs = [[_Runs.of(piece, dim) for piece in pieces] for dim in range(len(shape))]
+    units = [gcd(size, *(one.unit for one in of_dim)) for size, of_dim in zip(shape, runs, strict=True)]
     classes = [
-        _classes(size, [coordinates(piece, dim).reshape(-1) for piece in pieces]) for dim, size in enumerate(shape)
+        _classes(size // unit, [one.blocks(unit) for one in of_dim])
+        for size, unit, of_dim in zip(shape, units, runs, strict=True)
     ]
-    return _counted([labels for labels, _ in classes], [held for _, held in classes], np.arange(len(pieces)))
+    found = _counted([labels for labels, _ in classes], [held for _, held in classes], np.arange(len(pieces)))
+
+    def first(block: Shape | None) -> Shape | None:
+        return block and tuple(at * unit for at, unit in zip(block, units, strict=True))
+
+    return Cover(found.missing_numel * prod(units), first(found.missing), first(found.repeated))
+
+
+class _Runs(NamedTuple):
+    """What a piece holds of a dim, as runs of neighbours: a tensor of one dim may have billions of coordinates.
+
+    Attributes:
+        start: of the first run.
+        length: of each run.
+        outer: (size, step) of the digits that say where the others begin.
+    """
+
+    start: int
+    length: int
+    outer: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, piece: Piece, dim: int) -> "_Runs":
+        length, outer = 1, []
+        for digit in reversed(piece.digits):
+            if digit.dim == dim:
+                if digit.step == length:
+                    length *= digit.size
+                else:
+                    outer.append((digit.size, digit.step))
+        return cls(piece.start[dim], length, tuple(outer))
+
+    @property
+    def unit(self) -> int:
+        """The longest block, counted from 0 on, that is held whole or not at all, wherever it lies."""
+        return gcd(self.start, self.length, *(step for _, step in self.outer))
+
+    def blocks(self, unit: int) -> np.ndarray:
+        """Which blocks of some coordinates are held, for a divisor of the own unit."""
+        held = self.start // unit + np.arange(self.length // unit)
+        for size, step in self.outer:
+            held = np.add.outer(np.arange(size) * (step // unit), held)
+        return held.reshape(-1)
 
 
 def _counted(labels: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.ndarray) -> Cover:
