@@ -28,7 +28,10 @@ lint: $(VENV)/.dev
 	$(RUN) -m mypy
 
 fuzz: $(VENV)/.test
-	TRICOMM_FUZZ=$(N) TRICOMM_FUZZ_GLOO=$$(( $(N) / 10 )) $(RUN) -m pytest tests/transport/test_properties.py tests/transport/test_gloo.py
+	TRICOMM_FUZZ=$(N) TRICOMM_FUZZ_RULES=$$(( $(N) / 10 )) TRICOMM_FUZZ_MANY=$$(( $(N) / 10 )) \
+	TRICOMM_FUZZ_GLOO=$$(( $(N) / 10 )) TRICOMM_FUZZ_MEMORY=$$(( $(N) / 50 )) \
+	$(RUN) -m pytest $(SEED:%=--hypothesis-seed=%) tests/transport/test_properties.py tests/transport/test_gloo.py \
+		tests/transport/memory/test_moves.py tests/packing/test_many.py tests/rules/test_algebra.py
 
 bench: $(VENV)/.bench
 	$(RUN) -m bench.overhead

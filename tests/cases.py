@@ -71,10 +71,12 @@ PLACEMENT_KINDS = st.sampled_from(["shard", "shard", "replicate", "partial"])
 SUM_OR_AVG = st.sampled_from(["sum", "avg"])
 
 
-def of_random_moves(examples: int, variable: str) -> settings:
-    """The settings of a test that moves what is drawn: the same each time, but where a variable asks for a number."""
+def of_random_draws(variable: str, examples: int) -> settings:
+    """The settings of a test of what is drawn: as many examples each time, and the same ones; but where a variable of
+    the environment asks for a number it is others in each run, or those of pytest's ``--hypothesis-seed``.
+    """
     return settings(
-        max_examples=examples,
+        max_examples=int(os.environ.get(variable, examples)),
         deadline=None,
         database=None,
         print_blob=True,

@@ -1,6 +1,5 @@
 """Sets of tensors: random names, dtypes, layouts and orders, moved at once and compared one by one."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tricomm
-from tests.cases import RANKS, Case, cases, of_random_moves
+from tests.cases import RANKS, Case, cases, of_random_draws
 from tests.oracle import filled, pick, require_equal, source_and_result
 from tests.transport.test_properties import TRANSPORTS, restrided
 from tricomm import (
@@ -32,8 +31,7 @@ from tricomm.launch import Ranks
 from tricomm.options import DEFAULT_STAGING_BYTES
 from tricomm.transport.runtime import PlanExecution
 
-EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_MANY", "150"))
-quick = of_random_moves(EXAMPLES, "TRICOMM_FUZZ")
+quick = of_random_draws("TRICOMM_FUZZ_MANY", 150)
 Set = dict[str, Case]
 
 
@@ -154,7 +152,7 @@ def run_set(rank: int, chosen: Set, api: str) -> None:
     assert out is None or all(output[name].data_ptr() == tensor.data_ptr() for name, tensor in out.items())
 
 
-@settings(quick, max_examples=max(EXAMPLES // 5, 1))
+@settings(quick, max_examples=max(quick.max_examples // 5, 1))
 @given(chosen=sets(), api=st.sampled_from(["reshard", "async", "kept", "out"]))
 def test_any_set_over_gloo(ranks: Ranks, chosen: Set, api: str) -> None:
     ranks.run(run_set, chosen, api)

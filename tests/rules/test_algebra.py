@@ -1,20 +1,19 @@
 """Random expressions against numpy's own reshape, transpose, slices, concatenate and broadcast_to."""
 
-import os
 from math import prod
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cases import of_random_draws
 from tricomm.rules import Expression, Piece, Rules, cat, each, fill, source, stack, within, within_source
 from tricomm.rules.cover import coordinates, cover, without
 
-COUNT = int(os.environ.get("TRICOMM_FUZZ", "150"))
-quick = settings(max_examples=COUNT, deadline=None, derandomize=COUNT == 150, suppress_health_check=list(HealthCheck))
+quick = of_random_draws("TRICOMM_FUZZ_RULES", 150)
 
 Pair = tuple[Expression, np.ndarray]
 """An expression, and what numpy makes of it."""

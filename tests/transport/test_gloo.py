@@ -1,7 +1,5 @@
 """The same random layouts through eight gloo processes: the real transport does what the specification does."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,14 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tricomm
-from tests.cases import RANKS, Case, cases, of_random_moves
+from tests.cases import RANKS, Case, cases, of_random_draws
 from tests.oracle import pick, require_equal, source_and_result
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError, make_plan
 from tricomm.launch import Ranks
 from tricomm.transport.communicator import Communicator
-
-EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_GLOO", "300"))
 
 
 def run_case(rank: int, case: Case, api: str, **others) -> int:
@@ -73,7 +69,7 @@ def drawable(case: Case) -> bool:
     return not case.destination.dtype.startswith(("bits", "float4"))
 
 
-@of_random_moves(EXAMPLES, "TRICOMM_FUZZ_GLOO")
+@of_random_draws("TRICOMM_FUZZ_GLOO", 300)
 @given(case=cases().filter(drawable), api=st.sampled_from(["reshard", "async", "resharder", "out"]))
 def test_any_layout_to_any_layout(ranks: Ranks, case: Case, api: str) -> None:
     sent = ranks.run(run_case, case, api)

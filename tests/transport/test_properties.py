@@ -1,16 +1,12 @@
 """Random layouts through the in-process transport: exact by global coordinate, proved, and no byte too many."""
 
-import os
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import Case, cases, of_random_moves
+from tests.cases import Case, cases, of_random_draws
 from tests.oracle import WORDS, pick, require_equal, source_and_result, torch_dtype
 from tricomm import LocalTransport, make_plan
-
-EXAMPLES = int(os.environ.get("TRICOMM_FUZZ", "2000"))
 
 TRANSPORTS = [
     LocalTransport(),
@@ -56,7 +52,7 @@ def expected_wire_nbytes(case: Case) -> int:
     return total
 
 
-@of_random_moves(EXAMPLES, "TRICOMM_FUZZ")
+@of_random_draws("TRICOMM_FUZZ", 2000)
 @given(case=cases(), transport=st.sampled_from(TRANSPORTS))
 def test_any_layout_to_any_layout(case: Case, transport: LocalTransport) -> None:
     plan = make_plan(case.source, case.destination, **case.plan_arguments())

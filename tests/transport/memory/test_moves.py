@@ -1,22 +1,18 @@
 """Any layout to any layout over each rung, with real processes; and that nothing of it goes over sockets."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tricomm
-from tests.cases import RANKS, Case, cases, of_random_moves
+from tests.cases import RANKS, Case, cases, of_random_draws
 from tests.oracle import pick, require_equal
 from tests.transport.memory.rungs import RUNGS, forced, network_nbytes
 from tests.transport.test_gloo import drawable, run_case
 from tricomm import Mesh, Partial, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
 from tricomm.transport.memory.link import Link
-
-EXAMPLES = int(os.environ.get("TRICOMM_FUZZ_MEMORY", "40"))
 
 
 def run_on_rung(rank: int, case: Case, api: str, rung: str) -> dict[int, int]:
@@ -27,7 +23,7 @@ def run_on_rung(rank: int, case: Case, api: str, rung: str) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@of_random_moves(EXAMPLES, "TRICOMM_FUZZ_MEMORY")
+@of_random_draws("TRICOMM_FUZZ_MEMORY", 40)
 @given(case=cases().filter(drawable), api=st.sampled_from(["reshard", "async", "resharder", "out"]))
 def test_any_layout_to_any_layout(ranks: Ranks, rung: str, case: Case, api: str) -> None:
     for rank, sent in enumerate(ranks.run(run_on_rung, case, api, rung)):
