@@ -1,5 +1,6 @@
 """What the README says is what happens."""
 
+import ast
 import contextlib
 import io
 import re
@@ -236,6 +237,31 @@ def test_the_readme_is_short() -> None:
 def test_it_links_to_the_examples() -> None:
     assert "](tricomm/examples/README.md)" in README
     assert "\n## Choose a schedule\n" in EXAMPLES
+
+
+SAID = re.findall(r"^\| (\*.*?) \| (`\w+`|torch's) \| (.*?) \|$", EXAMPLES, re.M)
+
+
+def texts_of(path: Path) -> str:
+    """What a file says, its pieces of text put together and a line for each value in them."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\n" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return "\n\n".join(found)
+
+
+def test_the_errors_that_it_lists_are_raised() -> None:
+    assert len(SAID) > 25
+    sources = {path: texts_of(path) for path in (ROOT / "tricomm").rglob("*.py")}
+    for phrase, error, remedy in SAID:
+        pieces = re.findall(r"\*([^*]+)\*", phrase)
+        where = [path for path, text in sources.items() if all(piece in text for piece in pieces)]
+        assert where, f"nothing says {pieces}"
+        assert error == "torch's" or hasattr(tricomm, error.strip("`"))
+        assert remedy
 
 
 def test_the_files_that_it_names_exist() -> None:
