@@ -117,6 +117,22 @@ def test_a_compiled_function_breaks_its_graph_around_a_call(ranks: Any, fullgrap
     ranks.run(compiled, fullgraph)
 
 
+def breaks(rank: int) -> list[str]:
+    """Why the graph of a function breaks that computes, moves and computes."""
+    torch.compiler.reset()
+    explained = torch._dynamo.explain(lambda x: tricomm.reshard(x * 2, ROWS, COLUMNS, timeout_seconds=60) + 1)(
+        shard(rank)
+    )
+    assert explained.graph_count == 2
+    return [str(found.reason) for found in explained.break_reasons]
+
+
+def test_reshard_is_one_explained_break(ranks: Any) -> None:
+    for told in ranks.run(breaks):
+        assert len(told) == 1
+        assert "tricomm talks to other ranks, which no graph can hold" in told[0]
+
+
 @pytest.mark.processes
 def test_importing_tricomm_does_not_import_the_compiler() -> None:
     code = "import sys, tricomm; assert 'torch._dynamo' not in sys.modules"

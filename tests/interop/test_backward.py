@@ -158,6 +158,26 @@ def test_a_checkpoint_computes_a_move_again_or_says_that_it_cannot(ranks: Ranks)
         assert "is called again inside of a backward, as in a checkpoint" in told
 
 
+def asks_for_some_inputs(rank: int) -> str:
+    """One rank wants the gradient of one leaf alone, which leaves out a move that all others make."""
+    one, other = (Resharder(ROWS, COLUMNS, differentiable=True, timeout_seconds=120, name=name) for name in "ab")
+    leaves = [pick(torch.ones(16, 8, dtype=torch.float64), ROWS, rank).requires_grad_() for _ in range(2)]
+    loss = (one(leaves[0]) * other(leaves[1])).sum()
+    began = time.monotonic()
+    with pytest.raises(SpecError if rank == 3 else TransportError) as caught:
+        torch.autograd.grad(loss, leaves[1]) if rank == 3 else tricomm.backward(loss)
+    assert time.monotonic() - began < SECONDS_AT_ONCE
+    fresh = leaves[0].detach().requires_grad_()
+    tricomm.backward(one(fresh).sum())
+    assert torch.equal(fresh.grad, torch.ones_like(fresh))
+    return str(caught.value)
+
+
+def test_a_backward_to_some_inputs_names_the_move_that_it_leaves_out(ranks: Ranks) -> None:
+    for told in ranks.run(asks_for_some_inputs):
+        assert "does not run the gradient of Resharder 'a'" in told
+
+
 def summed_on_the_way(rank: int) -> None:
     """Column-parallel: each rank of the receivers has a part of the weight, and gives a part of the gradient."""
     if rank > 2:
