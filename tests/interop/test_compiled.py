@@ -3,6 +3,7 @@
 import shutil
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,15 @@ def without_data(rank: int) -> None:
         fake = mover(torch.empty(2, 8))
         assert fake is not None
         assert (fake.shape, fake.dtype) == (shape, dtype)
+        on_meta = mover(torch.empty(2, 8, device="meta"))
+        assert (on_meta.shape, on_meta.device.type) == (shape, "meta")
     assert mover(mode.from_tensor(torch.empty(2, 8))).shape == shape
-    for strict in (False, True):
-        program = torch.export.export(Layer(mover), (torch.empty(2, 8),), strict=strict)
+    for strict, device in product((False, True), ("cpu", "meta")):
+        program = torch.export.export(Layer(mover), (torch.empty(2, 8, device=device),), strict=strict)
         assert "tricomm.move.default" in str(program.graph)
         (output,) = (node for node in program.graph.nodes if node.op == "output")
-        assert output.args[0][-1].meta["val"].shape == shape
+        found = output.args[0][-1].meta["val"]
+        assert (found.shape, found.device.type) == (shape, device)
 
 
 def test_export_and_fake_tensors_give_shapes(ranks: Ranks) -> None:
