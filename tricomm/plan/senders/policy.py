@@ -14,7 +14,7 @@ from tricomm.kinds import explains_missing
 from tricomm.layout.columns import Lazy
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
-from tricomm.plan.network.hosts import HostsOf, by_host, other_hosts
+from tricomm.plan.network.hosts import Hosts, HostsOf, by_host, other_hosts
 from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.parts import Part, PartGroups, nbytes_of
 from tricomm.plan.tasks import Task, Tasks
@@ -105,7 +105,7 @@ class TransferDemand(NamedTuple):
 
     Attributes:
         holders: who may send.
-        hosts: the receivers, by host, of hosts where nobody holds the parts.
+        hosts: the receivers, by host, of hosts where nobody holds the parts; so none is a sender's own.
         parts, nbytes: what.
     """
 
@@ -131,26 +131,25 @@ class SendLoads:
         self._hosts_of = HostsOf(topology)
 
     def seconds_with(self, sender: int, demand: TransferDemand) -> float:
-        """For how long the sender's NIC would send if it sent this too."""
-        sends = self.fan_out.sends(other_hosts(demand.hosts, sender, self.topology))
-        return self.nics.after(self.topology.nic(sender), sends * demand.nbytes)
+        """For how long the NIC of a holder would send if it sent this too."""
+        return self.nics.after(self.topology.nic(sender), self.fan_out.sends(demand.hosts) * demand.nbytes)
 
     def assign(self, sender: int, demand: TransferDemand) -> Assignment:
-        """Choose this sender. The host whose NICs send most so far goes last, so that it forwards nothing."""
+        """Choose this holder. The host whose NICs send most so far goes last, so that it forwards nothing."""
         hosts = demand.hosts
         if self.fan_out.hosts_forward and len(hosts) > 1:
-            here = self.topology.host(sender)
-            others = other_hosts(hosts, sender, self.topology)
-            last = max(reversed(others), key=self._busy_seconds, default=None)  # the last one of equals
-            hosts = tuple(sorted(hosts, key=lambda ranks: (ranks is last, self.topology.host(ranks[0]) != here)))
-        assignment = Assignment(sender, tuple(rank for ranks in hosts for rank in ranks), demand.parts)
-        self.add(assignment, demand.nbytes)
-        return assignment
+            last = max(reversed(hosts), key=self._busy_seconds)  # the last one of equals
+            hosts = (*[ranks for ranks in hosts if ranks is not last], last)
+        self._add(sender, hosts, demand.nbytes)
+        return Assignment(sender, tuple([rank for ranks in hosts for rank in ranks]), demand.parts)
 
     def add(self, assignment: Assignment, nbytes: int) -> None:
         """Add an assignment whose sender and order of receivers are chosen."""
-        sender = assignment.sender
-        others = other_hosts(self._hosts_of[assignment.receivers], sender, self.topology)
+        hosts = self._hosts_of[assignment.receivers]
+        self._add(assignment.sender, other_hosts(hosts, assignment.sender, self.topology), nbytes)
+
+    def _add(self, sender: int, others: Hosts, nbytes: int) -> None:
+        """Add what goes to receivers on hosts that are not the sender's, in this order."""
         self.nics.add(self.topology.nic(sender), self.fan_out.sends(others) * nbytes)
         self.rank_nbytes[sender] = self.rank_nbytes.get(sender, 0) + nbytes
         for ranks in self.fan_out.forwarding(others):
@@ -165,7 +164,12 @@ class SendLoads:
 
     def best(self, demand: TransferDemand) -> int:
         """Find the holder whose NIC would send least; ties go to the rank that sends least, then to mesh order."""
-        return min(demand.holders, key=lambda rank: (self.seconds_with(rank, demand), self.rank_nbytes.get(rank, 0)))
+        nbytes, nic_of = self.fan_out.sends(demand.hosts) * demand.nbytes, self.topology.nic
+
+        def load(rank: int) -> tuple[float, int]:
+            return self.nics.after(nic_of(rank), nbytes), self.rank_nbytes.get(rank, 0)
+
+        return min(demand.holders, key=load)
 
     def _busy_seconds(self, ranks: Sequence[int]) -> float:
         return max(self.nics.of(self.topology.nic(rank)) for rank in ranks)
