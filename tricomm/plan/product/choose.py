@@ -14,7 +14,7 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
 from tricomm.plan.product.loads import Loads, sent_directly
-from tricomm.plan.product.nics import Nics, nics_of, share_hosts
+from tricomm.plan.product.nics import UNITS, Nics, nics_of, share_hosts, units_of
 from tricomm.plan.product.pieces import Cutting
 from tricomm.plan.product.rings import BESIDE, FROM_SENDER, RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
@@ -106,7 +106,7 @@ class ProductMove:
         holders, rings = Rings.of(first, topology), Rings.of(second, topology)
         per_dim = [cells(*parts) for parts in zip(part_table(source).parts, part_table(destination).parts, strict=True)]
         is_shared = share_hosts(source.mesh, destination.mesh, topology)
-        cutting = Cutting(per_dim, first, second, alone=is_shared)
+        cutting = Cutting(per_dim, first, second, alone=is_shared, units=units_of(first, topology))
         shared = SharedHosts(cutting, holders, rings, topology.host_numbers) if is_shared else None
         senders = source.mesh.ranks
         return cls(
@@ -209,6 +209,11 @@ class Load(NamedTuple):
         each, even = -(-cells // senders), ranks * tile / holders
         if sharing.shares <= 0:
             return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each, even)
+        units = move.cutting.units
+        if sharing.is_by_nic and units is not None:
+            least = int(units.sum(1).min())
+            piece = min(tile * int(units.max()) / least / sharing.each, cell)
+            return cls(piece, UNITS * tile / least, each + sharing.shares, UNITS * tile / least)
         busy = -(-ranks * senders // holders)  # of a NIC's ranks
         if move.cutting.alone:
             of_nic = max(even, busy * cell * copies / senders)
@@ -223,15 +228,23 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
     holders = move.source.replicas
     if isinstance(move.strategy, Auto | SendRecv) or move.rings.replicas == 1:
         (loads,), directly = move.loads(1, Sharing(holders, 1), (1,)), sent_directly(move.shared)
-        ways += [direct_way(move, Sharing(holders, count), loads, directly) for count in (WHOLE, 1, BY_TURNS)]
+        direct = [Sharing(holders, count) for count in (WHOLE, 1, BY_TURNS)]
+        ways += [direct_way(move, sharing, loads, directly) for sharing in direct + _by_nic(move, 1)]
     if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
         shares, fewer = (range(BY_TURNS, FEW_SHARES), {1, 2}) if is_simulated else (range(4), {1})
         sharings = [Sharing(holders, count) for count in sorted({*shares, *_level_shares(move, holders)})]
         for senders in _fewer_senders(move):
             sharings += [Sharing(senders, count) for count in sorted({*fewer, *_level_shares(move, senders)})]
-        found = [round_ways(move, sharing) for sharing in sharings]
+        found = [round_ways(move, sharing) for sharing in sharings + _by_nic(move, 2)]
         ways += [way for of_kind in zip(*found, strict=True) for way in of_kind]
     return ways
+
+
+def _by_nic(move: ProductMove, most_shares: int) -> list[Sharing]:
+    """Ways of sharing by NIC, with up to so many shares, where holders are unequally many on NICs."""
+    if move.cutting.units is None or move.shared is not None:
+        return []
+    return [Sharing(move.source.replicas, count, is_by_nic=True) for count in range(1, most_shares + 1)]
 
 
 def _level_shares(move: ProductMove, senders: int) -> set[int]:

@@ -7,7 +7,10 @@ import numpy as np
 
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.topology import Topology
-from tricomm.plan.product.grid import ranks_of
+from tricomm.plan.product.grid import Grid, ranks_of
+
+UNITS = 840
+"""Of what a NIC sends: up to eight ranks have equal parts of it."""
 
 
 class Nics(NamedTuple):
@@ -38,3 +41,15 @@ def share_hosts(first: Mesh, second: Mesh, topology: Topology) -> bool:
     """Whether a host has ranks of both meshes."""
     here, there = (topology.host_numbers[ranks_of(mesh)] for mesh in (first, second))
     return bool(np.isin(here, there).any())
+
+
+def units_of(grid: Grid, topology: Topology) -> np.ndarray | None:
+    """How many units each holder of a tile sends if NICs are level, (tiles, holders); None if all are the same.
+
+    Args:
+        grid: of a source.
+        topology: of all ranks.
+    """
+    nics = topology.nic_numbers[grid.ranks]
+    ranks = np.bincount(nics.reshape(-1))[nics]
+    return None if (ranks == ranks[0, 0]).all() else np.maximum(UNITS // ranks, 1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from tricomm.layout.columns import Groups, IntervalLists, Regions, counts_of, offsets_of, spread
 from tricomm.plan.product.grid import Grid
-from tricomm.plan.product.sharing import BY_TURNS, Sharing
+from tricomm.plan.product.sharing import BY_TURNS, Ends, Sharing
 from tricomm.plan.refine import Cells
 
 WIDE = 64
@@ -120,10 +120,14 @@ class Cutting:
         source, destination: the grids.
         alone: whether holders share each cell by itself, and not all cells of their tile as one line: so it must be
             where some cells have holders beside those who need them, and no line is as long as its tile.
+        units: (tiles, holders), what each holder sends if NICs are level; None if all send the same.
     """
 
-    def __init__(self, cells: Sequence[Cells], source: Grid, destination: Grid, alone: bool) -> None:
+    def __init__(
+        self, cells: Sequence[Cells], source: Grid, destination: Grid, alone: bool, units: np.ndarray | None = None
+    ) -> None:
         self.cells, self.source, self.destination, self.alone = cells, source, destination, alone
+        self.units = units
         self.lengths = [dim.intervals.lengths for dim in cells]
         self.held = [dim.held.classes for dim in cells]
         self.needed = [dim.needed.classes for dim in cells]
@@ -197,13 +201,17 @@ class Cutting:
             rows = rows.repeat(copies, 0)
         size = self.numel(rows)
         begin, total = self._lines(rows, size, copies, copy_of)
-        count, holders = sharing.parts, self.source.replicas
+        holders = self.source.replicas
         sources, tiles = self.tiles_of(rows)
         turns = sources + tiles if self.alone else sources
+        ends = Ends.of(self.units, sharing) if sharing.is_by_nic and self.units is not None else None
+        count = np.full(len(rows), sharing.parts) if ends is None else ends.count[sources]
         if sharing.shares > 0:
-            sliver = total // SLIVERS
+            sliver = total * (count // sharing.parts) // SLIVERS
             first = (begin * count + sliver) // total
             last = np.maximum(((begin + size) * count - 1 - sliver) // total, first)
+            if ends is not None:
+                first, last = ends.find(sources, first), ends.find(sources, last)
         elif sharing.shares == BY_TURNS:
             first = last = (self.numbers_held(rows) * copies + copy_of) % count
         else:
@@ -218,7 +226,8 @@ class Cutting:
         counts = np.maximum(high - low + 1, 0)
         row = np.arange(len(rows)).repeat(counts)
         share = np.arange(len(row)) - (offsets_of(counts)[:-1] - low).repeat(counts)
-        parts = Parts(share, np.full(len(row), count), first[row], last[row], begin[row], total[row])
+        start, stop = (share, share + 1) if ends is None else ends.spans(sources[row], share)
+        parts = Parts(share, first[row], last[row], start, stop, count[row], begin[row], total[row])
         kept, places, regions = self.cut(rows[row], parts)
         row, share = row[kept], share[kept]
         senders = self.source.ranks[sources[row], sharing.holders(share, turns[row], holders)]
@@ -279,38 +288,42 @@ class Cutting:
 
 
 class Parts(NamedTuple):
-    """Parts of cells, as columns. A cell lies in a line that is cut evenly.
+    """Parts of cells, as columns. A cell lies in a line that is cut into parts of some units.
 
     Attributes:
         share: which part of the line.
-        parts: of the line.
         first, last: the first and the last part that have elements of the cell.
+        start, stop: the first unit of the part, and the one behind its last.
+        units: of the line.
         begin: elements of the line before the cell.
         total: elements of the line.
     """
 
     share: np.ndarray
-    parts: np.ndarray
     first: np.ndarray
     last: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    units: np.ndarray
     begin: np.ndarray
     total: np.ndarray
 
     @classmethod
     def even(cls, share: np.ndarray, parts: np.ndarray, size: np.ndarray) -> "Parts":
-        """Of cells that are a line each."""
-        return cls(share, parts, np.zeros_like(share), parts - 1, np.zeros_like(share), size)
+        """Of cells that are a line each, which is cut evenly."""
+        zeros = np.zeros_like(share)
+        return cls(share, zeros, parts - 1, share, share + 1, parts, zeros, size)
 
     def span(self, size: np.ndarray, extent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(from, to): which coordinates of its cell each part has along a dim of some extents."""
 
-        def cut(point: np.ndarray) -> np.ndarray:
-            part = (point * self.total - self.begin * self.parts) / (self.parts * size)  # in [0, 1], of exact integers
+        def cut(unit: np.ndarray) -> np.ndarray:
+            part = (unit * self.total - self.begin * self.units) / (self.units * size)  # in [0, 1], of exact integers
             found: np.ndarray = np.rint(part * extent).astype(np.int64)
             return found
 
-        low = np.where(self.share == self.first, 0, cut(self.share))
-        return low, np.where(self.share == self.last, extent, cut(self.share + 1))
+        low = np.where(self.share == self.first, 0, cut(self.start))
+        return low, np.where(self.share == self.last, extent, cut(self.stop))
 
 
 def cut_lists(

@@ -10,7 +10,7 @@ from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Cutting, Parts
 from tricomm.plan.product.rings import Visits
-from tricomm.plan.product.sharing import Sharing
+from tricomm.plan.product.sharing import Sharing, turns_of
 from tricomm.plan.routes.chunks import PairColumns
 
 
@@ -204,7 +204,7 @@ class SharedHosts:
         """
         number = self.cutting.numbers_needed(cells)
         count = 1 if sharing.shares <= 0 else sharing.parts
-        turns: np.ndarray = number * count + part + number * count // self.rings.of_host
+        turns: np.ndarray = part + turns_of(number * count, self.rings.of_host)
         return turns
 
     def senders(self, arcs: Arcs, part: np.ndarray, sharing: Sharing) -> np.ndarray:
@@ -286,8 +286,7 @@ class SharedHosts:
 
 def taking_turns(arcs: Arcs) -> np.ndarray:
     """A number by which the holders of a source tile on a host take turns."""
-    turns: np.ndarray = arcs.tile + arcs.tile // arcs.holders
-    return turns
+    return turns_of(arcs.tile, arcs.holders)
 
 
 def _numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

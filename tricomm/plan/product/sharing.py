@@ -17,6 +17,7 @@ class Sharing(NamedTuple):
     Attributes:
         senders: of a tile's holders, how many send.
         shares: how many parts each sends; WHOLE and BY_TURNS leave cells whole, and all holders send.
+        is_by_nic: whether NICs, not holders, send equal parts: the fewer ranks use a NIC, the more each sends.
 
     Example:
         Two of six holders, three parts each; of the next tile the holders behind them:
@@ -31,6 +32,7 @@ class Sharing(NamedTuple):
 
     senders: int
     shares: int
+    is_by_nic: bool = False
 
     @property
     def each(self) -> int:
@@ -64,3 +66,60 @@ class Sharing(NamedTuple):
         sends = (number < self.senders) & (number * holders // self.senders == ahead)
         first = number * self.each
         return first, np.where(sends, first + self.each, first) - 1
+
+
+class Ends(NamedTuple):
+    """Where the parts of lines end that holders with unequal NICs share, in units that divide all parts.
+
+    Attributes:
+        count: int array (tiles,): units of each source tile's line.
+        ends: int array (tiles, parts): where each part ends.
+
+    Example:
+        The third of three holders has a NIC of its own, and the others share one:
+
+        >>> ends = Ends.of(np.array([[1, 1, 2]]), Sharing(senders=3, shares=1, is_by_nic=True))
+        >>> ends.count.tolist(), ends.ends.tolist()
+        ([4], [[1, 2, 4]])
+        >>> ends.find(np.zeros(4, np.int64), np.arange(4)).tolist()
+        [0, 1, 2, 2]
+    """
+
+    count: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, units: np.ndarray, sharing: Sharing) -> "Ends":
+        """From the units that each holder of each tile sends, (tiles, holders)."""
+        ends = np.cumsum(units.repeat(sharing.each, 1), 1)
+        return cls(ends[:, -1], ends)
+
+    def find(self, tiles: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """The part in which each of some units of some tiles' lines is."""
+        stride = int(self.count.max()) + 1
+        ends = self.ends + np.arange(len(self.ends))[:, None] * stride
+        found: np.ndarray = np.searchsorted(ends.reshape(-1), tiles * stride + units, side="right")
+        found -= tiles * self.ends.shape[1]
+        return found
+
+    def spans(self, tiles: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the first unit, the one behind the last) of some parts."""
+        return np.where(parts > 0, self.ends[tiles, parts - 1], 0), self.ends[tiles, parts]
+
+
+def turns_of(numbers: np.ndarray, count: np.ndarray | int) -> np.ndarray:
+    """Whose turn it is, of so many, for each of some numbers: level for those that are neighbours, and for those that
+    are ``count``, or a power of it, apart. The sum of a number's digits to the base ``count``, but for multiples of it.
+
+    Example:
+        >>> turns = turns_of(np.arange(8), 2) % 2
+        >>> turns.tolist(), turns[::2].tolist(), turns[::4].tolist()
+        ([0, 1, 1, 0, 1, 0, 0, 1], [0, 1, 1, 0], [0, 1])
+    """
+    count = np.broadcast_to(count, numbers.shape)
+    found = np.zeros_like(numbers)
+    numbers = np.where(count > 1, numbers, 0)
+    while numbers.any():
+        found += numbers
+        numbers = numbers // count
+    return found
