@@ -14,7 +14,7 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
 from tricomm.plan.product.loads import Loads, sent_directly
-from tricomm.plan.product.nics import UNITS, Nics, nics_of, share_hosts, units_of
+from tricomm.plan.product.nics import Nics, nics_of, share_hosts, units_of
 from tricomm.plan.product.pieces import Cutting
 from tricomm.plan.product.rings import BESIDE, FROM_SENDER, RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
@@ -211,9 +211,9 @@ class Load(NamedTuple):
             return cls(cell, min(ranks * each * cell, min(ranks, len(move.source.ranks)) * tile), each, even)
         units = move.cutting.units
         if sharing.is_by_nic and units is not None:
-            least = int(units.sum(1).min())
-            piece = min(tile * int(units.max()) / least / sharing.each, cell)
-            return cls(piece, UNITS * tile / least, each + sharing.shares, UNITS * tile / least)
+            piece = min(tile * int(units.max()) / int(units.sum(1).min()) / sharing.each, cell)
+            level = len(move.source.ranks) * tile / move.sending.number
+            return cls(piece, level, each + sharing.shares, level)
         busy = -(-ranks * senders // holders)  # of a NIC's ranks
         if move.cutting.alone:
             of_nic = max(even, busy * cell * copies / senders)

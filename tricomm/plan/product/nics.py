@@ -17,10 +17,12 @@ class Nics(NamedTuple):
     """The NICs of a mesh, all equally fast.
 
     Attributes:
+        number: how many they are.
         ranks: the most that share one.
         send, receive: bytes per second.
     """
 
+    number: int
     ranks: int
     send: float
     receive: float
@@ -33,7 +35,7 @@ def nics_of(mesh: Mesh, topology: Topology) -> Nics | None:
     send, receive = topology.nic_send_rates[nics], topology.nic_receive_rates[nics]
     if (send != send[0]).any() or (receive != receive[0]).any():
         return None
-    return Nics(int(of_nic.max()), float(send[0]), float(receive[0]))
+    return Nics(len(nics), int(of_nic.max()), float(send[0]), float(receive[0]))
 
 
 @lru_cache(maxsize=64)
@@ -52,4 +54,8 @@ def units_of(grid: Grid, topology: Topology) -> np.ndarray | None:
     """
     nics = topology.nic_numbers[grid.ranks]
     ranks = np.bincount(nics.reshape(-1))[nics]
-    return None if (ranks == ranks[0, 0]).all() else np.maximum(UNITS // ranks, 1)
+    if (ranks == ranks[0, 0]).all():
+        return None
+    units: np.ndarray = np.maximum(UNITS // ranks, 1)
+    units //= np.gcd.reduce(units, axis=None)
+    return units

@@ -205,7 +205,7 @@ class Cutting:
         sources, tiles = self.tiles_of(rows)
         turns = sources + tiles if self.alone else sources
         ends = Ends.of(self.units, sharing) if sharing.is_by_nic and self.units is not None else None
-        count = np.full(len(rows), sharing.parts) if ends is None else ends.count[sources]
+        count = np.full(len(rows), sharing.parts) if ends is None else ends.units[sources]
         if sharing.shares > 0:
             sliver = total * (count // sharing.parts) // SLIVERS
             first = (begin * count + sliver) // total

@@ -72,20 +72,20 @@ class Ends(NamedTuple):
     """Where the parts of lines end that holders with unequal NICs share, in units that divide all parts.
 
     Attributes:
-        count: int array (tiles,): units of each source tile's line.
+        units: int array (tiles,): of each source tile's line.
         ends: int array (tiles, parts): where each part ends.
 
     Example:
         The third of three holders has a NIC of its own, and the others share one:
 
         >>> ends = Ends.of(np.array([[1, 1, 2]]), Sharing(senders=3, shares=1, is_by_nic=True))
-        >>> ends.count.tolist(), ends.ends.tolist()
+        >>> ends.units.tolist(), ends.ends.tolist()
         ([4], [[1, 2, 4]])
         >>> ends.find(np.zeros(4, np.int64), np.arange(4)).tolist()
         [0, 1, 2, 2]
     """
 
-    count: np.ndarray
+    units: np.ndarray
     ends: np.ndarray
 
     @classmethod
@@ -94,11 +94,11 @@ class Ends(NamedTuple):
         ends = np.cumsum(units.repeat(sharing.each, 1), 1)
         return cls(ends[:, -1], ends)
 
-    def find(self, tiles: np.ndarray, units: np.ndarray) -> np.ndarray:
-        """The part in which each of some units of some tiles' lines is."""
-        stride = int(self.count.max()) + 1
+    def find(self, tiles: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The part in which each of some units is, given its tile and its place in the tile's line."""
+        stride = int(self.units.max()) + 1
         ends = self.ends + np.arange(len(self.ends))[:, None] * stride
-        found: np.ndarray = np.searchsorted(ends.reshape(-1), tiles * stride + units, side="right")
+        found: np.ndarray = np.searchsorted(ends.reshape(-1), tiles * stride + at, side="right")
         found -= tiles * self.ends.shape[1]
         return found
 
