@@ -23,7 +23,7 @@ from tricomm.plan.ends.mapped import items_and_ends, require_held
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import PLANNER_VERSION, Plan
-from tricomm.plan.product.choose import ProductMove
+from tricomm.plan.product.choose import ProductMove, product_move
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.joined import Routes, joined
 from tricomm.plan.routes.searched import WORTH_SAYING, check_search, deliveries_of, kept
@@ -187,15 +187,8 @@ class _Draft:
         found = {}
         for number, stack in enumerate(self.stacks):
             context = self._context([number])
-            move = ProductMove.of(
-                stack.source,
-                stack.destination,
-                number,
-                context,
-                self.participants,
-                self.strategy,
-                has_company=len(self.stacks) > 1,
-            )
+            ends, has_company = (stack.source, stack.destination), len(self.stacks) > 1
+            move = product_move(*ends, number, context, self.participants, self.strategy, has_company)
             if move is not None:
                 found[number] = move
         return found

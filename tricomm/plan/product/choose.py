@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, gcd
 from operator import attrgetter
 from typing import NamedTuple
@@ -138,10 +139,8 @@ class ProductMove:
     def routes(self, rank: int | None) -> Routes:
         """What all ranks do, or what one has part in."""
         if len(self.participants) > SIMULATED_RANKS:
-            return self._routes_of(best_way(ways_of(self), self.delay), rank)
-        ways = ways_of(self, is_simulated=True)
-        found = fastest(ways, attrgetter("seconds"), self.delay, self._routes_of, self.context.topology)
-        return self._routes_of(found, rank)
+            return self.routes_of(best_way(ways_of(self), self.delay), rank)
+        return self.routes_of(_simulated_way(self), rank)
 
     def delay(self, way: Way) -> float:
         """Seconds by which a way may keep back other stacks that move at the same time.
@@ -151,7 +150,8 @@ class ProductMove:
         """
         return way.uneven_seconds if self.has_company else 0.0
 
-    def _routes_of(self, way: Way, rank: int | None = None) -> Routes:
+    def routes_of(self, way: Way, rank: int | None = None) -> Routes:
+        """The same, by a way."""
         return self._directly(way, rank) if way.children == 0 else self._round_about(way, rank)
 
     def _parts(self, regions: Groups) -> PartGroups:
@@ -182,6 +182,32 @@ class ProductMove:
         places = {one: place for place, one in enumerate(self.senders)}
         hops = ring_hops(messages, way.sharing.each, places, self.participants, self.context.topology, rank)
         return Routes(strategy, messages, hops)
+
+
+def product_move(
+    source: ShardingSpec,
+    destination: ShardingSpec,
+    stack: int,
+    context: RouteContext,
+    participants: tuple[int, ...],
+    strategy: Strategy | Auto,
+    has_company: bool,
+) -> ProductMove | None:
+    """See :meth:`ProductMove.of`; of few ranks the same object for equal arguments, so that the plans of all of them
+    simulate its ways once.
+    """
+    of = _small_move if len(participants) <= SIMULATED_RANKS else ProductMove.of
+    return of(source, destination, stack, context, participants, strategy, has_company=has_company)
+
+
+_small_move = lru_cache(maxsize=64)(ProductMove.of)
+
+
+@lru_cache(maxsize=64)
+def _simulated_way(move: ProductMove) -> Way:
+    """The way that is the fastest when simulated; by identity of the move."""
+    ways = ways_of(move, is_simulated=True)
+    return fastest(ways, attrgetter("seconds"), move.delay, move.routes_of, move.context.topology)
 
 
 class Load(NamedTuple):
