@@ -116,6 +116,9 @@ CALLS: Calls = {
         "tensors": {"w": torch.zeros(4, 4)}, "version": 1, "base_version": None, "beside": "fence"}),
     "Feed.wait_newer": (lambda **given: make_feed("a").wait_newer(**given, timeout_seconds=0.01), {"than": None}),
     "GlobalAllGather": (tricomm.GlobalAllGather, {"chunk_bytes": 64}),
+    "Hooks": (tricomm.Hooks, {
+        "before": {"l.{l}": lambda _module, tensors: tensors}, "after": {"l.{l}": lambda _module, _tensors: None},
+        "l": [0, 1]}),
     "LeastLoaded": (tricomm.LeastLoaded, {}),
     "LocalAllGather": (tricomm.LocalAllGather, {"chunk_bytes": 64}),
     "LocalTransport": (tricomm.LocalTransport, {"grouped": True, "receives_ahead": 0, "rounds_open": 2}),
@@ -170,7 +173,7 @@ CALLS: Calls = {
         "tensor": None, "out": None, "after": None, "depends_on": ()}),
     "Resharder, off the meshes": (off_meshes, {
         "strategy": tricomm.Auto(), "balance": tricomm.Split(), "topology": None, "staging_bytes": 1 << 20,
-        "device": "cpu", "timeout_seconds": 3, "confirm": False, "channel": "a", "name": "b", "rules": None,
+        "device": "cpu", "timeout_seconds": 3, "confirm": False, "channel": "a", "name": "b", "rules": None, "hooks": None,
         "differentiable": False, "progress": None, "checksum": False, "transport": "network"}),
     "Resharder.abort": (lambda **given: tricomm.Resharder(WHOLE, ROWS).abort(**given), {"reason": "a test"}),
     "Resharder.start": (lambda **given: tricomm.Resharder(WHOLE, ROWS).start(**given).wait(), {

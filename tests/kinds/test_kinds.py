@@ -25,7 +25,7 @@ NOT_CALLED = {
     "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Progress", "Push",
     "Stats",
     "StepComparison", "World", "Subscriber.wait", "Timeline",
-    "Tuned", "Resharder.forward", "Resharder.backward",
+    "Tuned", "Hooks.bind", "Resharder.forward", "Resharder.backward",
     "Resharder.move_in_graph", "Resharder.tell_of_gradient",
     "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
 }  # fmt: skip

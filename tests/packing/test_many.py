@@ -32,6 +32,7 @@ from tricomm.options import DEFAULT_STAGING_BYTES
 from tricomm.transport.runtime import PlanExecution
 
 quick = of_random_draws("TRICOMM_FUZZ_MANY", 150)
+EXAMPLES = quick.max_examples
 Set = dict[str, Case]
 
 
@@ -152,7 +153,7 @@ def run_set(rank: int, chosen: Set, api: str) -> None:
     assert out is None or all(output[name].data_ptr() == tensor.data_ptr() for name, tensor in out.items())
 
 
-@settings(quick, max_examples=max(quick.max_examples // 5, 1))
+@settings(quick, max_examples=max(EXAMPLES // 5, 1))
 @given(chosen=sets(), api=st.sampled_from(["reshard", "async", "kept", "out"]))
 def test_any_set_over_gloo(ranks: Ranks, chosen: Set, api: str) -> None:
     ranks.run(run_set, chosen, api)
