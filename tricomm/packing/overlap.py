@@ -116,5 +116,9 @@ def _overlap(first: _Addresses, second: _Addresses) -> bool:
 
 
 def _byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """Of one that has elements."""
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
     reach = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+    return begin, begin + (reach + 1) * tensor.element_size()

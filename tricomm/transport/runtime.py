@@ -65,14 +65,12 @@ class Bound(NamedTuple):
         steps: in order.
         sent, received: (messages, bytes) of a run.
         calls: how many calls end with it.
-        staging_nbytes: that it needs.
     """
 
     steps: tuple[Step, ...]
     sent: tuple[int, int]
     received: tuple[int, int]
     calls: int
-    staging_nbytes: int
 
 
 def schedule(binding: Binding, is_last: bool) -> Bound:
@@ -114,7 +112,7 @@ def schedule(binding: Binding, is_last: bool) -> Bound:
         else:
             steps[-1] = steps[-1]._replace(ended=(*steps[-1].ended, *ended))
     counts = _counted(binding.sends), _counted(binding.receives)
-    return Bound(tuple(steps), *counts, int(is_last), program.staging_nbytes)
+    return Bound(tuple(steps), *counts, int(is_last))
 
 
 def _counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
@@ -145,7 +143,7 @@ def run_move(
         tally: to which is added what the run costs.
         report: called with the number of each round that is done; with -1 after the local copies.
     """
-    steps, sent, received, calls, staging_nbytes = bound
+    steps, sent, received, calls = bound
     works: list[Work] = []
     for relayed, receives, sends, rounds in steps:
         began = perf_counter()
@@ -179,7 +177,6 @@ def run_move(
     tally.nbytes += sent[1]
     tally.received_messages += received[0]
     tally.received_nbytes += received[1]
-    tally.staging_nbytes = max(tally.staging_nbytes, staging_nbytes)
 
 
 def _packed(
@@ -327,6 +324,7 @@ class PlanExecution:
         """Bind the copy program to these tensors, and keep that until one of the tensors goes."""
         program = self._copy_program_for(index, sources, destinations, depth)
         buffer = staging(program.staging_nbytes)
+        self.tally.staging_nbytes = max(self.tally.staging_nbytes, program.staging_nbytes)
         binding = bind(program, [*map(_alias, sources)], [*map(_alias, destinations)], buffer, in_place)
         bindings = self._bindings
 
