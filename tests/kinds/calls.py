@@ -173,8 +173,8 @@ CALLS: Calls = {
         "tensor": None, "out": None, "after": None, "depends_on": ()}),
     "Resharder, off the meshes": (off_meshes, {
         "strategy": tricomm.Auto(), "balance": tricomm.Split(), "topology": None, "staging_bytes": 1 << 20,
-        "device": "cpu", "timeout_seconds": 3, "confirm": False, "channel": "a", "name": "b", "rules": None, "hooks": None,
-        "differentiable": False, "progress": None, "checksum": False, "transport": "network"}),
+        "device": "cpu", "timeout_seconds": 3, "confirm": False, "channel": "a", "name": "b", "rules": None,
+        "hooks": None, "differentiable": False, "progress": None, "checksum": False, "transport": "network"}),
     "Resharder.abort": (lambda **given: tricomm.Resharder(WHOLE, ROWS).abort(**given), {"reason": "a test"}),
     "Resharder.start": (lambda **given: tricomm.Resharder(WHOLE, ROWS).start(**given).wait(), {
         "tensor": torch.zeros(4, 4), "out": None, "after": None, "depends_on": ()}),
