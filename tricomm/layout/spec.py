@@ -5,7 +5,7 @@ each tensor dim an ordered tuple of half-open intervals of global coordinates. T
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tricomm.errors import ArgumentError, SpecError
@@ -61,6 +61,7 @@ class ShardingSpec:
     dtype: str | None
     axis_order: tuple[int, ...] | None
     holdings: tuple[Holding, ...] | None
+    _held: dict[int, Holding] | None = field(init=False, compare=False)  # by rank, of those that were asked about
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class ShardingSpec:
             raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
         set_field = object.__setattr__
         set_field(self, "mesh", mesh)
+        set_field(self, "_held", None)
         set_field(self, "shape", None if shape is None else checked_shape(shape))
         set_field(self, "dtype", None if dtype is None else dtype_name(dtype))
         set_field(self, "holdings", None if holdings is None else checked_holdings(mesh, holdings, self.global_shape))
@@ -321,8 +323,15 @@ class ShardingSpec:
         """The global intervals that a rank holds, per dim."""
         if self.holdings is not None:
             return self.holdings[self.mesh.position(rank)]
-        coordinate = dict(enumerate(self.mesh.coordinate(rank)))
-        return tuple(self._dim_intervals(dim, coordinate) for dim in range(len(self.global_shape)))
+        if self._held is None:
+            object.__setattr__(self, "_held", {})  # tens of thousands of specs are never asked
+        assert self._held is not None
+        found = self._held.get(rank)
+        if found is None:
+            coordinate = dict(enumerate(self.mesh.coordinate(rank)))
+            found = tuple(self._dim_intervals(dim, coordinate) for dim in range(len(self.global_shape)))
+            self._held[rank] = found
+        return found
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of a rank's shard."""

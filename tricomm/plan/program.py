@@ -1,13 +1,13 @@
 """RankProgram: what one rank does in a move, in coordinates of its own shards. No tensors, no addresses."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, product
 from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, counts_of, offsets_of, spread, starts_run
+from tricomm.layout.columns import Lazy, Rows, counts_of, offsets_of, spread, starts_run
 from tricomm.layout.intervals import first_runs, joint_runs, region_shape, runs
 from tricomm.layout.spec import Holding
 from tricomm.plan.move import Move
@@ -242,7 +242,7 @@ def _by_round(move: Move, rank: int, end: int, holdings: Holdings) -> dict[int, 
     """Find what a rank sends or receives in each round; see :func:`_groups`."""
     found: dict[int, Sequence[Transfer]] = {}
     # The rounds of a group stand behind those of the one before.
-    for numbers, passed in _groups(move, rank, end, holdings):
+    for numbers, passed in _groups(move, rank, end, holdings, are_placed=True):
         firsts = np.flatnonzero(starts_run(numbers))
         edges = [*firsts.tolist(), len(numbers)]
         slices = passed.cut(edges) if isinstance(passed, BoxTransfers) else [passed[a:b] for a, b in pairwise(edges)]
@@ -252,15 +252,15 @@ def _by_round(move: Move, rank: int, end: int, holdings: Holdings) -> dict[int, 
 
 def transfers(move: Move, rank: int, is_send: bool) -> Iterator[tuple[np.ndarray, Sequence[Transfer]]]:
     """List what a rank sends or receives in a move, group by group of messages: the round of each transfer, and the
-    transfers. That is what its program divides into rounds.
+    transfers. That is what its program divides into rounds, but for where chunks that are no boxes lie in its tensors.
     """
     sides = [one.source if is_send else one.destination for one in move.stacks]
     holdings = {at: spec.holding(rank) for at, spec in enumerate(sides) if rank in spec.mesh}
-    return _groups(move, rank, _SENDS if is_send else _RECEIVES, holdings)
+    return _groups(move, rank, _SENDS if is_send else _RECEIVES, holdings, are_placed=False)
 
 
 def _groups(
-    move: Move, rank: int, end: int, holdings: Holdings
+    move: Move, rank: int, end: int, holdings: Holdings, are_placed: bool
 ) -> Iterator[tuple[np.ndarray, BoxTransfers | tuple[Transfer, ...]]]:
     """List what a rank sends or receives; see :func:`transfers`.
 
@@ -269,21 +269,28 @@ def _groups(
         rank: who.
         end: the field of a hop in which the rank stands: the source if it sends.
         holdings: what it holds at that end.
+        are_placed: whether transfers say where their chunks lie in what the rank holds; if they are boxes, all do.
     """
     hops = hops_of_rank(move.hops, rank, end)
     if not isinstance(move.messages, JoinedMessages):
-        yield hops[:, 0], _of_group(move.messages, 0, hops, rank, end, holdings)
+        yield hops[:, 0], _of_group(move.messages, 0, hops, rank, end, holdings, are_placed)
         return
     groups = np.searchsorted(move.messages.offsets, hops[:, 3], side="right") - 1
     edges = np.searchsorted(groups, np.arange(len(move.messages.groups) + 1))
     for group in np.flatnonzero(np.diff(edges)).tolist():
         messages, first = move.messages.groups[group], int(move.messages.offsets[group])
         of_group = hops[edges[group] : edges[group + 1]]
-        yield of_group[:, 0], _of_group(messages, first, of_group, rank, end, holdings)
+        yield of_group[:, 0], _of_group(messages, first, of_group, rank, end, holdings, are_placed)
 
 
 def _of_group(
-    messages: Sequence[Message], first: int, hops: np.ndarray, rank: int, end: int, holdings: Holdings
+    messages: Sequence[Message],
+    first: int,
+    hops: np.ndarray,
+    rank: int,
+    end: int,
+    holdings: Holdings,
+    are_placed: bool,
 ) -> BoxTransfers | tuple[Transfer, ...]:
     """What stands in some hops, of a group of messages of which the first has the number ``first``."""
     peers = hops[:, _SENDS + _RECEIVES - end]
@@ -291,7 +298,8 @@ def _of_group(
     boxes = _boxes(messages, first, hops[:, 3], hops[:, 4], peers, holdings, sender)
     if boxes is not None:
         return boxes
-    return _chunks(messages, first, [*zip(*hops[:, 3:].T.tolist(), strict=True)], peers.tolist(), holdings, sender)
+    keys = [*zip(*hops[:, 3:].T.tolist(), strict=True)]
+    return _chunks(messages, first, keys, peers.tolist(), holdings if are_placed else None, sender)
 
 
 def _boxes(
@@ -329,19 +337,25 @@ def _chunks(
     first: int,
     keys: Sequence[tuple[int, int]],
     peers: Sequence[int],
-    holdings: Holdings,
+    holdings: Holdings | None,
     sender: int | None,
 ) -> tuple[Transfer, ...]:
     """Find the transfers of chunks one by one. What a rank only forwards lies in no tensor of its own."""
-    used = {number: messages[number - first] for number in dict.fromkeys(number for number, _ in keys)}
+    wanted = [*dict.fromkeys(number for number, _ in keys)]
+    used = dict(zip(wanted, _taken(messages, [number - first for number in wanted]), strict=True))
     transfers: list[Transfer] = []
     for key, peer in zip(keys, peers, strict=True):
         message = used[key[0]]
         packed: tuple[PackedRegion, ...] = ()
-        if sender in (None, message.chain[0]):
+        if holdings is not None and sender in (None, message.chain[0]):
             packed = _packed(message.chunks[key[1]], holdings, sender is not None)
         transfers.append(Transfer(peer, key, message.chunk_nbytes(key[1]), packed))
     return tuple(transfers)
+
+
+def _taken(messages: Sequence[Message], rows: list[int]) -> Iterable[Message]:
+    """Some messages; of columns all at once, for each by itself takes many times as long."""
+    return messages._items(np.array(rows, np.int64)) if isinstance(messages, Rows) else [messages[row] for row in rows]
 
 
 def _packed(chunk: Sequence[Part], holdings: Holdings, is_sent: bool) -> tuple[PackedRegion, ...]:
