@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tricomm
 from tests.cases import RANKS
-from tests.packing.test_many import EXAMPLES, quick
+from tests.packing.test_many import quick
 from tests.packing.test_rules import Mapped, given_shards, is_expressible, maps
 from tricomm import (
     LocalTransport,
@@ -50,7 +50,7 @@ def differences(
     return (torch.cat(sent, 0) != torch.cat(come, 1)).nonzero().tolist()
 
 
-@settings(quick, max_examples=max(EXAMPLES // 3, 1))
+@settings(quick, max_examples=max(quick.max_examples // 3, 1))
 @given(drawn=maps(), seed=st.integers(0, 1000))
 def test_digests_tell_one_wrong_element(drawn: Mapped, seed: int) -> None:
     if not is_expressible(drawn):

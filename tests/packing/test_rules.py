@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import tricomm
 from tests.cases import RANKS, specs
 from tests.oracle import pick, require_equal
-from tests.packing.test_many import EXAMPLES, quick
+from tests.packing.test_many import quick
 from tests.rules.test_algebra import Pair, grown, sources
 from tests.transport.test_properties import TRANSPORTS, restrided
 from tricomm import (
@@ -90,7 +90,7 @@ def is_expressible(drawn: Mapped) -> bool:
     return True
 
 
-@settings(quick, max_examples=2 * EXAMPLES)
+@settings(quick, max_examples=2 * quick.max_examples)
 @given(drawn=maps(), transport=st.sampled_from(TRANSPORTS))
 def test_any_rules_between_any_layouts(drawn: Mapped, transport: LocalTransport) -> None:
     if not is_expressible(drawn):
@@ -128,7 +128,7 @@ def move(rank: int, drawn: Mapped, api: str) -> None:
         mover.close()
 
 
-@settings(quick, max_examples=max(EXAMPLES // 5, 1))
+@settings(quick, max_examples=max(quick.max_examples // 5, 1))
 @given(drawn=maps(), api=st.sampled_from(["reshard", "async", "kept"]))
 def test_any_rules_over_gloo(ranks: Ranks, drawn: Mapped, api: str) -> None:
     if not is_expressible(drawn):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.cases import RANKS
 from tests.oracle import require_equal
-from tests.packing.test_many import EXAMPLES, Set, arguments, check, quick, sets, shards_of, sides
+from tests.packing.test_many import Set, arguments, check, quick, sets, shards_of, sides
 from tests.packing.test_rules import Mapped, given_shards, is_expressible, maps, shards
 from tests.transport.test_properties import TRANSPORTS
 from tricomm import (
@@ -137,7 +137,7 @@ def run_selections(rank: int, chosen: Set, selections: list[list[str]]) -> tuple
     return mover.stats, expected
 
 
-@settings(quick, max_examples=max(EXAMPLES // 5, 1))
+@settings(quick, max_examples=max(quick.max_examples // 5, 1))
 @given(drawn=sets_and_some())
 def test_any_selection_over_gloo_is_counted(ranks: Ranks, drawn: tuple[Set, list[list[str]]]) -> None:
     results = ranks.run(run_selections, *drawn)
