@@ -81,7 +81,7 @@ def test_it_is_about_as_fast_as_the_best_that_search_finds() -> None:
     ratios = [one.ratio for one in found]
     assert np.median(ratios) <= 1.0
     assert max(ratios) <= 1.03
-    assert sum(one.is_less_level for one in found) <= 3
+    assert sum(one.is_less_level for one in found) <= 1
 
 
 def factors(dice: random.Random, count: int) -> list[int]:
@@ -212,11 +212,14 @@ FEWER_SENDERS = [419, 1074, 1088, 1170, 1259, 1274, 1459, 1491]
 ENTRIES = [191, 198, 1222, 1257, 1380]
 TURNS = [1219]
 NICS = [391]
+RAGGED_RINGS = [365]
+# Formulas were as fast, but loaded the busiest NIC more.
+LEVEL = [146, 179, 212, 269, 292, 331, 379, 1024, 1073, 1076]
 COPIES_ON_A_HOST = [1338]
 
 
-@pytest.mark.parametrize("seed", FEWER_SENDERS + ENTRIES + COPIES_ON_A_HOST + TURNS + NICS)
-def test_it_is_as_fast_as_search_where_it_once_was_not(seed: int) -> None:
+@pytest.mark.parametrize("seed", FEWER_SENDERS + ENTRIES + COPIES_ON_A_HOST + TURNS + NICS + RAGGED_RINGS + LEVEL)
+def test_it_is_as_good_as_search_where_it_once_was_not(seed: int) -> None:
     (found,) = measured([seed])
     assert not found.is_worse
     assert not found.is_less_level

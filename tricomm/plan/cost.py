@@ -198,6 +198,14 @@ def busiest_seconds(columns: "MessageColumns", topology: Topology) -> float:
     return float(max(busiest + each, posting + topology.latency_seconds, longest))
 
 
+def busiest_nic_seconds(columns: "MessageColumns", topology: Topology) -> float:
+    """For how long the NIC that sends or receives longest does so."""
+    links, nics = columns.links, len(topology.nic_send_rates)
+    crossed = crossings(links.sources, links.destinations, topology)
+    loads = link_seconds(crossed, columns.nbytes[links.chain], topology)
+    return float(max(seconds[:nics].max() for seconds in loads))
+
+
 def nic_seconds(moves: Sequence[Move], topology: Topology) -> tuple[np.ndarray, np.ndarray]:
     """Sum for how long each NIC sends and receives in all moves, (NICs,) each, by the topology's numbers."""
     tables = [hop_table(move.hops) for move in moves]

@@ -1,7 +1,7 @@
 """Whether formulas apply to a move, and which of their ways it takes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, gcd
 from operator import attrgetter
@@ -176,7 +176,7 @@ class ProductMove:
             visits = self.shared.visits(way.sharing, rank)
         else:
             pieces = self.cutting.pieces(1, way.sharing, rank)
-            visits = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings)
+            visits = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings, way.by_replica)
         strategy = Broadcast() if isinstance(self.strategy, Auto) else self.strategy
         messages = RingMessages.of(visits, self.rings, way.children, self._parts, way.chunks_of)
         places = {one: place for place, one in enumerate(self.senders)}
@@ -262,7 +262,10 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
         for senders in _fewer_senders(move):
             sharings += [Sharing(senders, count) for count in sorted({*fewer, *_level_shares(move, senders)})]
         found = [round_ways(move, sharing) for sharing in sharings + _by_nic(move, 2)]
-        ways += [way for of_kind in zip(*found, strict=True) for way in of_kind]
+        about = [way for of_kind in zip(*found, strict=True) for way in of_kind]
+        ways += about
+        if is_simulated and move.shared is None and move.rings.is_ragged:
+            ways += [replace(way, by_replica=True) for way in about]
     return ways
 
 
@@ -302,7 +305,7 @@ def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: floa
     seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
     uneven = _uneven_seconds(move, load, loads, sharing)
-    return Way(move.context, 0, sharing, 1, move.context.staging_nbytes, None, seconds + each, uneven)
+    return Way(move.context, 0, sharing, False, 1, move.context.staging_nbytes, None, seconds + each, uneven)
 
 
 def round_ways(move: ProductMove, sharing: Sharing) -> list[Way]:
@@ -341,7 +344,7 @@ def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, l
     filling = fill / chunks if children != 2 else fill / depth * min(depth, chunks) / chunks
     seconds = max(busiest, posts * topology.overhead_seconds) + filling + copying / chunks + handing + depth * each
     uneven = _uneven_seconds(move, load, loads, sharing)
-    return Way(context, children, sharing, chunks, limit, chunk_bytes, seconds, uneven)
+    return Way(context, children, sharing, False, chunks, limit, chunk_bytes, seconds, uneven)
 
 
 def _on_a_host(move: ProductMove, first: float, messages: int) -> tuple[float, float]:

@@ -118,6 +118,18 @@ class Rings:
         )
 
     @property
+    def entries(self) -> np.ndarray:
+        """The replicas of each tile, (tiles, replicas): the first on each of its hosts, then the second on each."""
+        turns = np.arange(self.replicas) - np.take_along_axis(self.firsts, self.place, 1)
+        order: np.ndarray = np.lexsort((self.place, turns), axis=-1)
+        return order
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether hosts have unequally many replicas of a tile."""
+        return bool((self.hosts * self.of_host != self.replicas).any())
+
+    @property
     def replicas(self) -> int:
         """Replicas of a tile."""
         return int(self.ranks.shape[1])

@@ -55,15 +55,28 @@ class Visits(NamedTuple):
     regions: Groups
 
     @classmethod
-    def round_about(cls, pieces: Pieces, tile_sizes: np.ndarray, rings: Rings) -> "Visits":
+    def round_about(cls, pieces: Pieces, tile_sizes: np.ndarray, rings: Rings, by_replica: bool = False) -> "Visits":
         """Each piece visits all replicas of its tile.
 
         Where a piece lies in its tile says where it enters, so each replica has equally much to forward.
+
+        Args:
+            pieces: what visits.
+            tile_sizes: elements of their tiles.
+            rings: of the tiles.
+            by_replica: whether as much enters at each replica, and not on each host, if hosts have unequally many.
         """
-        hosts = rings.hosts[pieces.tiles]
-        entries = pieces.places * (hosts * rings.of_host) // tile_sizes + rings.number[pieces.tiles]
+        hosts, number = rings.hosts[pieces.tiles], rings.number[pieces.tiles]
+        if by_replica:
+            entries = pieces.places * rings.replicas // tile_sizes + number
+            at = rings.entries[pieces.tiles, entries % rings.replicas]
+            places = rings.place[pieces.tiles, at]
+            turns = at - rings.firsts[pieces.tiles, places] + entries // rings.replicas
+        else:
+            entries = pieces.places * (hosts * rings.of_host) // tile_sizes + number
+            places, turns = entries % hosts, entries // hosts
         zeros = np.zeros_like(hosts)
-        columns = (pieces.senders, pieces.tiles, pieces.shares, zeros, hosts, entries % hosts, entries // hosts)
+        columns = (pieces.senders, pieces.tiles, pieces.shares, zeros, hosts, places, turns)
         return cls(*columns, zeros - 1, pieces.regions)
 
     @classmethod

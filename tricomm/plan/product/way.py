@@ -19,6 +19,7 @@ class Way:
         children: 0 if each replica hears from holders; 1 if pieces go from host to host in chains, 2 in trees,
             FROM_SENDER if a sender gives them to every host by itself.
         sharing: of what holders send.
+        by_replica: whether as much enters at each replica, and not on each host; see Visits.
         chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
         chunk_bytes: the size of chunks, where a strategy says so.
@@ -29,6 +30,7 @@ class Way:
     context: RouteContext
     children: int
     sharing: Sharing
+    by_replica: bool
     chunks: int
     limit_nbytes: int
     chunk_bytes: int | None
