@@ -91,3 +91,11 @@ def test_stats_add_up() -> None:
     assert (total.calls, total.messages, total.nbytes, total.minimum_nbytes, total.wait_seconds) == (3, 9, 30, 24, 1.5)
     assert total.transports == (Traffic(transport="gloo", messages=4, nbytes=12), Traffic(transport="memory"))
     assert pickle.loads(pickle.dumps(total)) == total
+
+
+def test_stats_in_one_line() -> None:
+    trainer = Stats(calls=2, tensors=20, nbytes=4_000_000, pack_seconds=0.25, unpack_seconds=0.25)
+    assert trainer.line == "20 tensors in 2 calls: 4.00 MB sent in 0.500 s, 0.01 GB/s"
+    server = replace(trainer, received_nbytes=3_000_000_000, minimum_nbytes=2_000_000_000, wait_seconds=1.0)
+    assert server.line == "20 tensors in 2 calls: 3000.00 MB received (minimum 2000.00 MB) in 1.500 s, 2.00 GB/s"
+    assert Stats().line == "0 tensors in 0 calls: 0.00 MB sent in 0.000 s"

@@ -293,6 +293,12 @@ class Selections(Gradients):
         """
         return sum((one.stats for one in self._selections.values()), self._own_stats())
 
+    def _tensors_here(self) -> int:
+        """How many tensors this rank needs, or if none, holds."""
+        ends = self._planned.ends
+        needed, held = (sum(self.rank in one.spec.mesh for one in side) for side in (ends.destinations, ends.sources))
+        return needed or held
+
     def _own_stats(self) -> Stats:
         if self._execution is None:
             return Stats(plan_seconds=self._plan_seconds)
@@ -307,6 +313,7 @@ class Selections(Gradients):
         needed = sum(stack.missing_nbytes(self.rank) for stacks in self._planned.stacks for stack in stacks)
         return Stats(
             calls=tally.calls,
+            tensors=tally.calls * self._tensors_here(),
             messages=tally.messages,
             nbytes=tally.nbytes,
             received_messages=tally.received_messages,

@@ -50,6 +50,7 @@ class Stats:
 
     Attributes:
         calls: carried out.
+        tensors: that the rank needs, or if it needs none that it holds, counted in each call.
         messages, nbytes: sent by this rank.
         received_messages, received_nbytes: that came to it.
         minimum_nbytes: the least that must have come to it: what it needs and does not hold.
@@ -64,9 +65,13 @@ class Stats:
         >>> print(one + one)
         2 calls: 4 messages sent, 8192 bytes; 0 received, 0 bytes (minimum 0); at most 0 bytes staged
         0.0 ms plan, 0.0 pack, 0.0 post, 4.0 wait, 0.0 unpack
+        >>> server = Stats(calls=2, tensors=390, received_nbytes=16 << 30, minimum_nbytes=16 << 30, wait_seconds=1.5)
+        >>> print(server.line)
+        390 tensors in 2 calls: 17179.87 MB received (minimum 17179.87 MB) in 1.500 s, 11.45 GB/s
     """
 
     calls: int = 0
+    tensors: int = 0
     messages: int = 0
     nbytes: int = 0
     received_messages: int = 0
@@ -90,6 +95,22 @@ class Stats:
         sums = _sums(self, other, "transports", "staging_nbytes")
         staging = max(self.staging_nbytes, other.staging_nbytes)
         return Stats(transports=tuple(traffic.values()), staging_nbytes=staging, **sums)
+
+    @property
+    def seconds(self) -> float:
+        """In calls, on the thread that made them; see above."""
+        return self.pack_seconds + self.post_seconds + self.wait_seconds + self.unpack_seconds
+
+    @property
+    def line(self) -> str:
+        """For a log: what has come to this rank, or what a rank to which nothing comes has sent, and how fast."""
+        nbytes, what = self.received_nbytes, f"received (minimum {self.minimum_nbytes / 1e6:.2f} MB)"
+        if not (self.received_nbytes or self.minimum_nbytes):
+            nbytes, what = self.nbytes, "sent"
+        rate = f", {nbytes / self.seconds / 1e9:.2f} GB/s" if self.seconds else ""
+        return (
+            f"{self.tensors} tensors in {self.calls} calls: {nbytes / 1e6:.2f} MB {what} in {self.seconds:.3f} s{rate}"
+        )
 
     def __str__(self) -> str:
         times = [

@@ -1,4 +1,6 @@
-"""What ``bench.model`` plans: four models at full size, each from the layout of a trainer to that of a server."""
+"""What ``bench.model`` plans, four models at full size, and what it executes, the same ones with fewer and narrower
+layers: each from the layout of a trainer to that of a server.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +12,7 @@ from tricomm.rules.models import (
     LLAMA_3_8B,
     LLAMA_3_70B,
     QWEN3_30B_A3B,
+    Latent,
     Model,
     megatron,
     megatron_layouts,
@@ -69,11 +72,7 @@ def rails(ranks: int) -> Topology:
 
 def llama_8b(trainers: int, servers: int) -> Setting:
     """FSDP2 to replicas of tensor parallelism 4."""
-    trained, served = torchtitan(LLAMA_3_8B).bind(), vllm(LLAMA_3_8B, tp=4).bind()
-    source = torchtitan_layouts(trained.shapes, range(trainers), dtype="bfloat16")
-    return _setting(
-        f"torchtitan FSDP {trainers}", LLAMA_3_8B, trained, source, served, trainers, servers, 4, expert_parallel=False
-    )
+    return _from_torchtitan(LLAMA_3_8B, trainers, servers, server_tp=4)
 
 
 def llama_70b(trainers: int, servers: int) -> Setting:
@@ -100,6 +99,60 @@ CASES = (
     Case("Qwen3-30B-A3B", qwen, "16 -> 16: 0.74-1.00 s (NeMo RL, H100)"),
     Case("DeepSeek-V3", deepseek, "128 -> 128: 1.45 s (nccl_m2n, GB200); 2.4-2.8 s (NeMo RL, H100)"),
 )
+
+
+EXECUTED_RANKS = 4
+"""Of the trainer, and as many of the server."""
+
+SMALL_LLAMA_8B = replace(LLAMA_3_8B, layers=4, hidden=512, heads=4, kv_heads=2, intermediate=1792, vocab=16032)
+SMALL_LLAMA_70B = replace(
+    LLAMA_3_70B, layers=8, hidden=512, heads=8, kv_heads=4, head_dim=64, intermediate=1792, vocab=8016
+)
+SMALL_QWEN = replace(
+    QWEN3_30B_A3B, layers=4, hidden=256, heads=8, head_dim=64, vocab=9496, experts=32, expert_intermediate=192
+)
+SMALL_DEEPSEEK = replace(
+    DEEPSEEK_V3,
+    layers=4,
+    dense_layers=1,
+    hidden=256,
+    heads=8,
+    latent=Latent(q_rank=96, kv_rank=32, nope=32, rope=16, value=32),
+    intermediate=1024,
+    vocab=8080,
+    experts=32,
+    expert_intermediate=256,
+)
+
+EXECUTED = (
+    Case("Llama-3-8B", lambda trainers, servers: _from_torchtitan(SMALL_LLAMA_8B, trainers, servers, server_tp=2)),
+    Case(
+        "Llama-3-70B",
+        lambda trainers, servers: _from_megatron(
+            SMALL_LLAMA_70B, trainers, servers, tp=2, pp=2, ep=1, server_tp=4, expert_parallel=False
+        ),
+    ),
+    Case(
+        "Qwen3-30B-A3B",
+        lambda trainers, servers: _from_megatron(
+            SMALL_QWEN, trainers, servers, tp=1, pp=2, ep=2, server_tp=2, expert_parallel=False
+        ),
+    ),
+    Case(
+        "DeepSeek-V3",
+        lambda trainers, servers: _from_megatron(
+            SMALL_DEEPSEEK, trainers, servers, tp=1, pp=1, ep=4, server_tp=2, expert_parallel=True
+        ),
+    ),
+)
+"""Names, fusions and layouts as above; fewer layers and experts, and narrower ones."""
+
+
+def _from_torchtitan(model: Model, trainers: int, servers: int, *, server_tp: int) -> Setting:
+    trained, served = torchtitan(model).bind(), vllm(model, tp=server_tp).bind()
+    source = torchtitan_layouts(trained.shapes, range(trainers), dtype="bfloat16")
+    title = f"torchtitan FSDP {trainers}"
+    return _setting(title, model, trained, source, served, trainers, servers, server_tp, expert_parallel=False)
 
 
 def _from_megatron(

@@ -1,6 +1,7 @@
-"""Whole models at full size, planned and simulated; no tensor is made.
+"""Whole models at full size, planned and simulated; no tensor is made. Or smaller ones, moved on an emulated cluster.
 
     python -m bench.model [--model NAME] [--largest RANKS] [--repeats N] [--json PATH]
+    python -m bench.model --execute [--model NAME] [--nic 200mbit] [--repeats N] [--json PATH]
 
 For each model and number of ranks: the seconds for which a rank of the server is busy with its part of the plan (rules
 applied, planned, its program made; with all caches empty), then, of the plan of all ranks, messages, bytes against the
@@ -13,18 +14,23 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bench.cluster.cli import parse_bits_per_second
 from bench.model.cases import CASES, SIZES, Case, Setting
+from bench.model.executed import Executed, executed
+from bench.model.executed import table as table_of_executed
 from bench.planner.run import forget
 from bench.results_file import earlier, other_rows
 from tricomm import Plan, make_plan
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "model.json"
+RESULTS_EXECUTED = RESULTS.with_name("model_executed.json")
 STAGING_BYTES = 1 << 30
 """For packed chunks on a rank, whose part of a model has up to 88 GB."""
 
@@ -153,9 +159,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=[case.name for case in CASES], help="this one alone")
     parser.add_argument("--largest", type=int, default=256, help="most ranks of the trainer (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="of a rank's plan (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", default=RESULTS, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of a rank's plan, or of a move (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="(model.json or model_executed.json in results)")
+    parser.add_argument("--execute", action="store_true", help="move smaller models on an emulated cluster; needs root")
+    parser.add_argument(
+        "--nic", type=parse_bits_per_second, default=parse_bits_per_second("200mbit"), help="there (%(default)s)"
+    )
     options = parser.parse_args(arguments)
+    if options.execute:
+        _execute(options)
+    else:
+        _plan(options)
+
+
+def _execute(options: argparse.Namespace) -> None:
+    """Move smaller models."""
+    rows = executed(options.nic, options.repeats, options.model)
+    set_up = {"machine": platform.platform(), "nic_bits_per_second": options.nic}
+    _save(options.json or RESULTS_EXECUTED, set_up, Executed, rows, lambda row: 0)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    """Plan full ones."""
     rows = [
         measured(case, *size, options.repeats)
         for case in CASES
@@ -163,10 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for size in SIZES
         if size[0] <= options.largest
     ]
-    set_up = {"machine": platform.platform()}
-    content = earlier(options.json, set_up)
+    _save(options.json or RESULTS, {"machine": platform.platform()}, Row, rows, lambda row: row.trainers)
+
+
+def _save(path: Path, set_up: dict[str, Any], kind: Any, rows: Sequence[Any], order_of: Callable[[Any], int]) -> None:
+    """Add rows to those that a file has of other cases, and print them all."""
+    content = earlier(path, set_up)
     order = [case.name for case in CASES]
-    every = sorted([*other_rows(content, Row, rows), *rows], key=lambda row: (order.index(row.model), row.trainers))
-    options.json.parent.mkdir(exist_ok=True)
-    options.json.write_text(json.dumps({**set_up, "rows": [asdict(row) for row in every]}, indent=1) + "\n")
-    print(table(every))
+    every = sorted([*other_rows(content, kind, rows), *rows], key=lambda row: (order.index(row.model), order_of(row)))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**set_up, "rows": [asdict(row) for row in every]}, indent=1) + "\n")
+    print(table(every) if kind is Row else table_of_executed(every))

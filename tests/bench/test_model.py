@@ -1,7 +1,13 @@
 """The benchmark of whole models: its cases are laid out and planned; the smallest is measured."""
 
+import pytest
+import torch
+
 from bench.model import run
-from bench.model.cases import CASES, rails
+from bench.model.by_hand import fills_of, read, transfers_of, written
+from bench.model.cases import CASES, EXECUTED, EXECUTED_RANKS, Case, rails
+from bench.model.executed import planned_on, shards_of, whole_tensors
+from tricomm import Topology
 
 
 def test_a_model_is_planned_at_full_size() -> None:
@@ -19,3 +25,28 @@ def test_every_gpu_has_a_nic() -> None:
     topology = rails(24)
     assert [topology.nic(rank) for rank in (0, 7, 8, 23)] == [0, 7, 8, 23]
     assert topology.nic_bytes_per_second * 8 == 400e9
+
+
+@pytest.mark.parametrize("case", EXECUTED, ids=lambda case: case.name)
+def test_what_is_executed_is_level_and_written_by_hand_the_same(case: Case) -> None:
+    """In one process: what the transfers by hand say, and fills, are all elements of every rank."""
+    setting = case.setting(EXECUTED_RANKS, EXECUTED_RANKS)
+    plan = planned_on(setting, Topology([f"host{rank}" for rank in range(2 * EXECUTED_RANKS)], 25e6))
+    assert plan.wire_nbytes == plan.minimum_nbytes
+    sending, receiving = plan.nic_seconds()
+    assert run.balance(sending[:EXECUTED_RANKS]) <= 1.05
+    assert run.balance(receiving[EXECUTED_RANKS:]) <= 1.05
+    full, made = whole_tensors(setting)
+    given = [shards_of(full, setting.source, rank) for rank in plan.participants]
+    expected = [shards_of(made, setting.destination, rank) for rank in plan.participants]
+    assert sum(tensor.nbytes for tensors in given for tensor in tensors.values()) <= 256 << 20
+    out = [{name: torch.full_like(tensor, 77) for name, tensor in tensors.items()} for tensors in expected]
+    for rank, tensors in enumerate(out):
+        for place, value in fills_of(rank, setting, tensors):
+            place.fill_(value)
+    for transfer in (one for of_tensor in transfers_of(setting) for one in of_tensor):
+        place = written(transfer, out[transfer.receiver][transfer.destination])
+        place.copy_(read(transfer, given[transfer.sender][transfer.source]))
+    for tensors, right in zip(out, expected, strict=True):
+        assert tensors.keys() == right.keys()
+        assert all(torch.equal(tensors[name], right[name]) for name in right)

@@ -84,6 +84,7 @@ def push(rank: int) -> list[Any]:
     with Resharder(trained, served, rules=rules, hooks=hooks) as mover:
         moved = mover(of_version(rank, 1))
         heard.append(("returned", sorted(moved)))
+        assert mover.stats.tensors == (len(trained) if rank < 2 else len(served))
         for layer in range(LAYERS):
             chosen = [name for name in served if name.startswith(f"layer{layer}.")]
             for some in (chosen[:1], chosen[1:]):
