@@ -117,7 +117,7 @@ def test_holdings_follow_the_definition(data: st.DataObject) -> None:
     mesh = data.draw(meshes())
     shape = tuple(data.draw(st.lists(EXTENTS, max_size=4)))
     order = data.draw(st.none() | st.permutations(range(mesh.ndim)).map(tuple))
-    require_defined(mesh, data.draw(placements(mesh, shape, "sum")), shape, order)
+    require_defined(mesh, placements(data.draw, mesh, shape, "sum"), shape, order)
 
 
 def torch_placement(placement: Shard | Replicate) -> Any:
