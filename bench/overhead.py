@@ -220,15 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [
         Case("64 MiB", 4096, options.repeats, target_ratio=1.05, memory_ratio=0.45, with_checkpoint=True),
         Case("4 KiB", 32, SMALL_REPEATS, target_ratio=1.2, memory_ratio=0.7, with_checkpoint=False),
-        Case(
-            "4 KiB, cold",
-            32,
-            SMALL_REPEATS,
-            target_ratio=1.2,
-            memory_ratio=0.7,
-            with_checkpoint=False,
-            starts_cold=True,
-        ),
+        Case("4 KiB, cold", 32, SMALL_REPEATS, 1.2, 0.7, with_checkpoint=False, starts_cold=True),
     ]
     hardware = describe_hardware()
     results = []
