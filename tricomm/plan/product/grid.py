@@ -125,6 +125,12 @@ class Rings:
         return order
 
     @property
+    def round(self) -> int:
+        """The least number of turns that goes round every host, whatever its number of replicas."""
+        counts = np.unique(np.diff(self.firsts, axis=1))
+        return int(np.lcm.reduce(counts[counts > 0]))
+
+    @property
     def is_ragged(self) -> bool:
         """Whether hosts have unequally many replicas of a tile."""
         return bool((self.hosts * self.of_host != self.replicas).any())

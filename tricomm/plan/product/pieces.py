@@ -8,7 +8,7 @@ import numpy as np
 
 from tricomm.layout.columns import Groups, IntervalLists, Regions, counts_of, offsets_of, spread
 from tricomm.plan.product.grid import Grid
-from tricomm.plan.product.sharing import BY_TURNS, Ends, Sharing
+from tricomm.plan.product.sharing import BY_TURNS, Ends, Sharing, turns_of
 from tricomm.plan.refine import Cells
 
 WIDE = 64
@@ -213,7 +213,7 @@ class Cutting:
             if ends is not None:
                 first, last = ends.find(sources, first), ends.find(sources, last)
         elif sharing.shares == BY_TURNS:
-            first = last = (self.numbers_held(rows) * copies + copy_of) % count
+            first = last = turns_of(self.numbers_held(rows) * copies + copy_of, count) % count
         else:
             first = (2 * begin + size) * count // (2 * total)
             if self.alone:

@@ -70,8 +70,8 @@ class Visits(NamedTuple):
         if by_replica:
             entries = pieces.places * rings.replicas // tile_sizes + number
             at = rings.entries[pieces.tiles, entries % rings.replicas]
-            places = rings.place[pieces.tiles, at]
-            turns = at - rings.firsts[pieces.tiles, places] + entries // rings.replicas
+            # Turns go round hosts of any number of replicas equally often.
+            places, turns = rings.place[pieces.tiles, at], pieces.places * rings.round // tile_sizes + number
         else:
             entries = pieces.places * (hosts * rings.of_host) // tile_sizes + number
             places, turns = entries % hosts, entries // hosts
