@@ -209,7 +209,7 @@ def test_a_holder_gives_a_piece_to_each_of_few_hosts_where_that_saves_a_hop() ->
 
 # Seeds of layouts at which formulas were slower than the search by 3 to 25 %, or off a bound that it reaches.
 FEWER_SENDERS = [419, 1074, 1088, 1170, 1259, 1274, 1459, 1491]
-ENTRIES = [191, 198, 1222, 1257, 1380]
+ENTRIES = [191, 198, 1222, 1257, 1380, 2162, 2469, 2498]
 TURNS = [1219, 2067]
 NICS = [391]
 RAGGED_RINGS = [365, 2058]

@@ -176,7 +176,8 @@ class ProductMove:
             visits = self.shared.visits(way.sharing, rank)
         else:
             pieces = self.cutting.pieces(1, way.sharing, rank)
-            visits = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings, way.by_replica)
+            sizes = self.cutting.sizes_of(pieces.tiles)
+            visits = Visits.round_about(pieces, sizes, self.rings, way.by_replica, way.skewed)
         strategy = Broadcast() if isinstance(self.strategy, Auto) else self.strategy
         messages = RingMessages.of(visits, self.rings, way.children, self._parts, way.chunks_of)
         places = {one: place for place, one in enumerate(self.senders)}
@@ -305,7 +306,7 @@ def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: floa
     seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
     uneven = _uneven_seconds(move, load, loads, sharing)
-    return Way(move.context, 0, sharing, False, 1, move.context.staging_nbytes, None, seconds + each, uneven)
+    return Way(move.context, 0, sharing, False, False, 1, move.context.staging_nbytes, None, seconds + each, uneven)
 
 
 def round_ways(move: ProductMove, sharing: Sharing) -> list[Way]:
@@ -344,7 +345,10 @@ def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, l
     filling = fill / chunks if children != 2 else fill / depth * min(depth, chunks) / chunks
     seconds = max(busiest, posts * topology.overhead_seconds) + filling + copying / chunks + handing + depth * each
     uneven = _uneven_seconds(move, load, loads, sharing)
-    return Way(context, children, sharing, False, chunks, limit, chunk_bytes, seconds, uneven)
+    # So few messages that the places where they enter would all be on one host.
+    apart = rings.most_hosts * rings.of_host // messages
+    skewed = rings.most_hosts > 1 and apart > 0 and apart % rings.most_hosts == 0
+    return Way(context, children, sharing, False, skewed, chunks, limit, chunk_bytes, seconds, uneven)
 
 
 def _on_a_host(move: ProductMove, first: float, messages: int) -> tuple[float, float]:

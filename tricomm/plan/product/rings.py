@@ -55,7 +55,9 @@ class Visits(NamedTuple):
     regions: Groups
 
     @classmethod
-    def round_about(cls, pieces: Pieces, tile_sizes: np.ndarray, rings: Rings, by_replica: bool = False) -> "Visits":
+    def round_about(
+        cls, pieces: Pieces, tile_sizes: np.ndarray, rings: Rings, by_replica: bool = False, skewed: bool = False
+    ) -> "Visits":
         """Each piece visits all replicas of its tile.
 
         Where a piece lies in its tile says where it enters, so each replica has equally much to forward.
@@ -65,6 +67,7 @@ class Visits(NamedTuple):
             tile_sizes: elements of their tiles.
             rings: of the tiles.
             by_replica: whether as much enters at each replica, and not on each host, if hosts have unequally many.
+            skewed: whether those of the next turn enter a host later, so that few pieces do not enter all on one host.
         """
         hosts, number = rings.hosts[pieces.tiles], rings.number[pieces.tiles]
         if by_replica:
@@ -74,7 +77,8 @@ class Visits(NamedTuple):
             places, turns = rings.place[pieces.tiles, at], pieces.places * rings.round // tile_sizes + number
         else:
             entries = pieces.places * (hosts * rings.of_host) // tile_sizes + number
-            places, turns = entries % hosts, entries // hosts
+            turns = entries // hosts
+            places = (entries + turns if skewed else entries) % hosts
         zeros = np.zeros_like(hosts)
         columns = (pieces.senders, pieces.tiles, pieces.shares, zeros, hosts, places, turns)
         return cls(*columns, zeros - 1, pieces.regions)

@@ -20,6 +20,7 @@ class Way:
             FROM_SENDER if a sender gives them to every host by itself.
         sharing: of what holders send.
         by_replica: whether as much enters at each replica, and not on each host; see Visits.
+        skewed: whether pieces of the next turn enter a host later; see Visits.
         chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
         chunk_bytes: the size of chunks, where a strategy says so.
@@ -31,6 +32,7 @@ class Way:
     children: int
     sharing: Sharing
     by_replica: bool
+    skewed: bool
     chunks: int
     limit_nbytes: int
     chunk_bytes: int | None
