@@ -23,6 +23,12 @@ def test_the_demo_moves_a_file_and_back(tmp_path: Path, capsys: pytest.CaptureFi
     demo.run_demo(str(tmp_path / "small.safetensors"))
     told = capsys.readouterr().out
     assert told.startswith("small.safetensors: 8 tensors; (dp=2 tp=2: ranks 0-3) -> (tp=4: ranks 4-7) and back")
+    trainer, server = told.splitlines()[1:3]
+    assert trainer.split(": ")[1] == (
+        "float32, int64; 5 cut by dim 0 over tp, 2 whole on every rank, 1 cut by dim 1 over tp"
+    )
+    assert server.split(": ")[1].strip().startswith("bfloat16, int64; ")
+    assert "The cast to bfloat16 changes no element by more than 0.3" in told
     # The server holds matrices once and vectors four times; of the trainer's two copies each, every rank has its own.
     matrices, vectors, halves = 24 * 16 + 32 * 24 + 3 * 16 * 24, 24 + 7, 32
     there, back = matrices + 4 * (halves + vectors), 2 * matrices + 2 * halves + 4 * vectors
@@ -32,3 +38,11 @@ def test_the_demo_moves_a_file_and_back(tmp_path: Path, capsys: pytest.CaptureFi
         "server -> trainer",
         "trainer -> server, fused",
     ]
+
+
+def test_the_error_of_a_cast_is_a_part_of_the_element() -> None:
+    before = torch.tensor([1.0, 0.0, float("inf"), 1 + 2**-8, -3.0])
+    assert demo.relative_error(before, before.bfloat16()) == pytest.approx(2**-8 / (1 + 2**-8))
+    assert demo.relative_error(before, before) == 0.0
+    assert demo.relative_error(torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)) == 0.0
+    assert demo.relative_error(torch.arange(3), torch.arange(3, dtype=torch.int32)) == 0.0
