@@ -59,6 +59,10 @@ class Program:
         return tuple(name for name in self.runs[stage].stage.outputs if name not in carried and name != LOSS)
 
 
+MAX_STEPS = 1024
+"""Sizes of so many steps are remembered, those used last; the same on all ranks, as all take the same steps."""
+
+
 class Programs:
     """What a rank does in steps that train and in evaluations, and in the first of either with new sizes.
 
@@ -82,7 +86,7 @@ class Programs:
             for trains, one in schedules.items()
             if loads_kernels
         }
-        self._had: set[tuple[bool, tuple[Sizes, ...]]] = set()
+        self._had: dict[tuple[bool, tuple[Sizes, ...]], None] = {}
         self.data_names = self._usual[True].data_names
 
     def next(self, trains: bool, sizes: tuple[Sizes, ...]) -> Program:
@@ -92,10 +96,14 @@ class Programs:
             trains: whether it has backwards.
             sizes: of its microbatches.
         """
-        if not self._first or (trains, sizes) in self._had:
+        if not self._first:
             return self._usual[trains]
-        self._had.add((trains, sizes))
-        return self._first[trains]
+        had = (trains, sizes) in self._had
+        self._had.pop((trains, sizes), None)
+        self._had[trains, sizes] = None  # as the last
+        if len(self._had) > MAX_STEPS:
+            del self._had[next(iter(self._had))]
+        return (self._usual if had else self._first)[trains]
 
 
 @dataclass(frozen=True, slots=True)
