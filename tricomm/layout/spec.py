@@ -323,12 +323,13 @@ class ShardingSpec:
         """The global intervals that a rank holds, per dim."""
         if self.holdings is not None:
             return self.holdings[self.mesh.position(rank)]
+        indices = self.mesh.coordinate(rank)  # which refuses what is no rank
         if self._held is None:
             object.__setattr__(self, "_held", {})  # tens of thousands of specs are never asked
         assert self._held is not None
         found = self._held.get(rank)
         if found is None:
-            coordinate = dict(enumerate(self.mesh.coordinate(rank)))
+            coordinate = dict(enumerate(indices))
             found = tuple(self._dim_intervals(dim, coordinate) for dim in range(len(self.global_shape)))
             self._held[rank] = found
         return found
