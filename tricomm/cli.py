@@ -103,10 +103,10 @@ def _meet(options: argparse.Namespace) -> None:
         raise SpecError(f"there is no secret; give --secret-file, or set {SECRET_VARIABLE}")
     for number in (signal.SIGTERM, signal.SIGINT):  # the latter is ignored in what a shell starts in the background
         signal.signal(number, signal.default_int_handler)
-    with Meeting(options.address, secret=secret) as meeting:
+    # From the address on: whoever reads it may interrupt before the next line runs.
+    with suppress(KeyboardInterrupt), Meeting(options.address, secret=secret) as meeting:
         print(meeting.address, flush=True)
-        with suppress(KeyboardInterrupt):
-            meeting.wait()
+        meeting.wait()
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
