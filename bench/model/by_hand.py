@@ -67,9 +67,9 @@ def read(transfer: Transfer, shard: torch.Tensor) -> torch.Tensor:
     return view(shard, part.shape, part.source_strided(shard.stride()))
 
 
-def written(transfer: Transfer, shard: torch.Tensor) -> torch.Tensor:
-    """The view of the receiver's shard."""
-    part = to_local(transfer.piece, transfer.needed)
+def written(piece: Piece, needed: Region, shard: torch.Tensor) -> torch.Tensor:
+    """The view of a receiver's shard, which has a region of the destination, where a piece belongs."""
+    part = to_local(piece, needed)
     return view(shard, part.shape, part.strided(shard.stride()))
 
 
@@ -86,9 +86,8 @@ def fills_of(rank: int, setting: Setting, out: Tensors) -> list[tuple[torch.Tens
         spec = setting.destination[tensor.name]
         for piece in tensor.pieces:
             if piece.tensor is None and rank in spec.mesh:
-                needed, shard = spec.holding(rank), out[tensor.name]
-                local = [to_local(part, needed) for part in within(piece, needed)]
-                found += [(view(shard, one.shape, one.strided(shard.stride())), float(one.value or 0)) for one in local]
+                needed, value = spec.holding(rank), float(piece.value or 0)
+                found += [(written(part, needed, out[tensor.name]), value) for part in within(piece, needed)]
     return found
 
 
@@ -135,7 +134,7 @@ class PointToPoint:
             for transfers, buffer in unpacked:
                 offset = 0
                 for one in transfers:
-                    place = written(one, self._out[one.destination])
+                    place = written(one.piece, one.needed, self._out[one.destination])
                     place.copy_(buffer[offset : offset + place.numel()].view(place.shape))
                     offset += place.numel()
 
@@ -182,9 +181,7 @@ class GatherBroadcastSlice:
                 continue
             dist.broadcast(full.view(-1).view(torch.uint8), self._first, self._group)
             for part, destination, needed in self._taken[name]:
-                out = self._out[destination]
-                local = to_local(part, needed)
-                place = view(out, local.shape, local.strided(out.stride()))
+                place = written(part, needed, self._out[destination])
                 place.copy_(view(full, part.shape, part.source_strided(full.stride())))
 
     def _gather(self, name: str, spec: ShardingSpec, full: torch.Tensor) -> None:
@@ -209,8 +206,8 @@ class GatherBroadcastSlice:
 
 def _place(full: torch.Tensor, held: Region, shard: torch.Tensor) -> None:
     """Write a shard where it belongs."""
-    indices = [torch.cat([torch.arange(start, stop) for start, stop in intervals]) for intervals in held]
     if all(len(intervals) == 1 for intervals in held):
         full[tuple([slice(*intervals[0]) for intervals in held])] = shard
     else:
+        indices = [torch.cat([torch.arange(start, stop) for start, stop in intervals]) for intervals in held]
         full[torch.meshgrid(*indices, indexing="ij")] = shard

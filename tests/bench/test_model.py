@@ -45,7 +45,7 @@ def test_what_is_executed_is_level_and_written_by_hand_the_same(case: Case) -> N
         for place, value in fills_of(rank, setting, tensors):
             place.fill_(value)
     for transfer in (one for of_tensor in transfers_of(setting) for one in of_tensor):
-        place = written(transfer, out[transfer.receiver][transfer.destination])
+        place = written(transfer.piece, transfer.needed, out[transfer.receiver][transfer.destination])
         place.copy_(read(transfer, given[transfer.sender][transfer.source]))
     for tensors, right in zip(out, expected, strict=True):
         assert tensors.keys() == right.keys()

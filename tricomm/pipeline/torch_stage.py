@@ -307,6 +307,3 @@ class ReshardStage(_Stage):  # type: ignore[misc]
             f"stages {self.stage_index - 1} and {self.stage_index} are on one rank, as in V-shaped schedules; a "
             "ReshardStage has its neighbours on other ranks: use a schedule that places stages in turn"
         )
-
-
-# ---- schedules
