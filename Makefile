@@ -13,7 +13,8 @@ demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
 # In workers, their threads, and one fixed set of processes each; and the rehearsal of gpu-check, which no change may
-# break. A file stays with one worker, since its fixtures do. WORKERS=0 runs all in one process, for a debugger.
+# break. One worker has the fixed processes, and a file stays with its worker, since its fixtures do (tests/conftest.py).
+# WORKERS=0 runs all in one process, for a debugger.
 test: $(VENV)/.test
 	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not processes or rehearsal" --durations 25
 

@@ -1,10 +1,13 @@
 """Processes are started once and fed many cases; a test that starts others carries the marker ``processes``."""
 
+import functools
 import multiprocessing.process
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,21 +25,48 @@ PRELOADED = ("torch", "torch._dynamo", "torch.distributed.tensor", "tricomm", "p
 LONGEST_FIRST = (
     "test_properties.py",
     "test_gpu_check_processes.py",
-    "test_executor.py",
-    "test_against_dtensor.py",
-    "test_gloo.py",
-    "test_many.py",
     "test_promise.py",
-    "test_torch_adapter.py",
-    "test_identity.py",
-    "test_communicators.py",
+    "test_columns.py",
+    "test_world.py",
+    "test_schedules.py",
+    "test_rendezvous.py",
 )
-"""Files that take longest. They begin first, so that no worker is left with one of them when the others are done."""
+"""Files that take longest without the fixed ranks. They begin first: no worker shall be left with one at the end."""
+
+
+@functools.cache
+def on_fixed_ranks(path: Path) -> bool:
+    """Whether a file has tests that take the fixture ``ranks``. Its type says so: whoever hands out tests has not
+    collected them.
+    """
+    return re.search(r"\branks: \"?Ranks\b", path.read_text()) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the longest files forward; all else stays in order."""
-    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+    """Bring forward what runs on the fixed ranks, then the longest files; all else stays in order."""
+
+    def place(item: pytest.Item) -> int:
+        if on_fixed_ranks(item.path):
+            return -1
+        return LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand whole files to workers, since fixtures stay with them, and all that runs on the fixed ranks to one worker.
+
+    Two sets of ranks beside each other take each other's two cores at every message: a test of 9 seconds took 100.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneSetOfRanks(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "the fixed ranks" if on_fixed_ranks(config.rootpath / file) else file
+
+    return OneSetOfRanks(config, log)
 
 
 class UnmarkedProcess(AssertionError):  # noqa: N818 - no error of the library

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import tricomm
 from tests.cases import RANKS
 from tests.oracle import coded, pick, require_equal
 from tricomm import LocalTransport, Mesh, Partial, Resharder, Shard, ShardingSpec, SpecError, make_plan
+from tricomm.launch import Ranks
 from tricomm.layout.dtype import ITEMSIZE
 
 ALL = Mesh(list(range(RANKS)), ("x",))
@@ -38,7 +38,7 @@ def in_inference_mode(rank: int) -> None:
         assert torch.equal(mover(FULL.clone()), RANKS * columns)
 
 
-def test_inference_mode_may_be_on_in_one_place_and_off_in_another(ranks: Any) -> None:
+def test_inference_mode_may_be_on_in_one_place_and_off_in_another(ranks: Ranks) -> None:
     ranks.run(in_inference_mode)
 
 
@@ -70,7 +70,7 @@ def under_transforms(rank: int) -> None:
     assert torch.equal(mover(shard(rank)), FULL.chunk(RANKS, 1)[rank])
 
 
-def test_transforms_are_refused_at_the_door(ranks: Any) -> None:
+def test_transforms_are_refused_at_the_door(ranks: Ranks) -> None:
     ranks.run(under_transforms)
 
 
@@ -90,7 +90,7 @@ def with_gradient_on_one_rank(rank: int) -> tuple[str, str]:
     return told[0], told[1]
 
 
-def test_gradients_asked_for_on_some_ranks_only_are_refused_in_the_meeting(ranks: Any) -> None:
+def test_gradients_asked_for_on_some_ranks_only_are_refused_in_the_meeting(ranks: Ranks) -> None:
     for told in ranks.run(with_gradient_on_one_rank):
         for text in told:
             assert "rank 1 disagrees with rank 0 about whether the tensor requires grad" in text
@@ -113,7 +113,7 @@ def compiled(rank: int, fullgraph: bool) -> str:
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_compiled_function_breaks_its_graph_around_a_call(ranks: Any, fullgraph: bool) -> None:
+def test_a_compiled_function_breaks_its_graph_around_a_call(ranks: Ranks, fullgraph: bool) -> None:
     ranks.run(compiled, fullgraph)
 
 
@@ -127,7 +127,7 @@ def breaks(rank: int) -> list[str]:
     return [str(found.reason) for found in explained.break_reasons]
 
 
-def test_reshard_is_one_explained_break(ranks: Any) -> None:
+def test_reshard_is_one_explained_break(ranks: Ranks) -> None:
     for told in ranks.run(breaks):
         assert len(told) == 1
         assert "tricomm talks to other ranks, which no graph can hold" in told[0]
