@@ -1,7 +1,10 @@
-"""Every public name has a docstring with an example, and every example of the library does what it says."""
+"""Public names, methods and properties have docstrings with examples, and every example does what it says."""
 
 import doctest
 import importlib
+import inspect
+from collections.abc import Iterator
+from functools import cached_property
 
 import pytest
 
@@ -10,15 +13,47 @@ import tricomm.draw
 import tricomm.pipeline
 import tricomm.pipeline.torch_adapter
 import tricomm.rules
+import tricomm.rules.models
 from tests.test_house import MODULES
 
-PACKAGES = (tricomm, tricomm.draw, tricomm.pipeline, tricomm.pipeline.torch_adapter, tricomm.rules)
+PACKAGES = (
+    tricomm,
+    tricomm.draw,
+    tricomm.pipeline,
+    tricomm.pipeline.torch_adapter,
+    tricomm.rules,
+    tricomm.rules.models,
+)
 PUBLIC = [(module, name) for module in PACKAGES for name in module.__all__]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def has_example(text: str | None) -> bool:
     return text is not None and bool(doctest.DocTestParser().get_examples(text))
+
+
+def has_block(text: str | None) -> bool:
+    """Whether there is code after a line that ends in two colons, for what needs other ranks."""
+    lines = inspect.cleandoc(text or "").splitlines()
+    return any(
+        first.endswith("::") and not between and code.startswith("    ")
+        for first, between, code in zip(lines, lines[1:], lines[2:], strict=False)
+    )
+
+
+def methods_of(kind: type) -> Iterator[tuple[str, str | None]]:
+    """(name, docstring) of the methods and properties that help() shows, inherited ones of the library too."""
+    for base in kind.__mro__:
+        for name, value in vars(base).items() if base.__module__.startswith("tricomm.") else ():
+            written = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", value)
+            is_code = inspect.isfunction(written) or isinstance(value, property | cached_property)
+            if is_code and not name.startswith("_"):
+                yield f"{base.__module__}.{base.__qualname__}.{name}", written.__doc__
+
+
+def methods() -> dict[str, str | None]:
+    classes = [value for module, name in PUBLIC if inspect.isclass(value := getattr(module, name))]
+    return {name: text for one in classes for name, text in methods_of(one)}
 
 
 def examples() -> list[doctest.DocTest]:
@@ -34,6 +69,39 @@ def test_a_public_name_has_an_example(module: object, name: str) -> None:
     text = getattr(module, name).__doc__
     assert text, f"{name} has no docstring"
     assert has_example(text), f"the docstring of {name} has no example that starts with >>>"
+
+
+def test_a_method_of_a_public_class_has_an_example() -> None:
+    found = methods()
+    assert len(found) > 200
+    assert [name for name, text in found.items() if not has_example(text) and not has_block(text)] == []
+
+
+def test_a_method_without_an_example_is_told() -> None:
+    class Wanting:
+        @property
+        def size(self) -> int:
+            """How many::"""
+            return 0
+
+        @classmethod
+        def of(cls) -> "Wanting":
+            """
+            >>> Wanting.of()
+            """
+            return cls()
+
+        def close(self) -> None:
+            """Close.
+
+            ::
+
+                one.close()
+            """
+
+    Wanting.__module__ = "tricomm.wanting"
+    found = {name.rpartition(".")[2]: has_example(text) or has_block(text) for name, text in methods_of(Wanting)}
+    assert found == {"size": False, "of": True, "close": True}
 
 
 @pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)

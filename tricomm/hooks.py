@@ -108,6 +108,12 @@ class Hooks:
 
         Raises:
             SpecError: a hook is for no tensor, or two are called before the same one is sent.
+
+        Example:
+            >>> hooks = Hooks(after={"l.{l}": lambda module, tensors: None}, l=range(2))
+            >>> names = ["l.0.w", "l.0.scale", "l.1.w"]
+            >>> [module.name for module in hooks.bind(names, names, sent=[], needed=names).modules_after]
+            ['l.0', 'l.1']
         """
         before = [
             _Module(module, run, _members(module, sources, "source"))

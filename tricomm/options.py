@@ -198,16 +198,29 @@ class Options:
         Raises:
             ArgumentError: no such option, or one of the wrong kind.
             SpecError: a value that breaks a rule.
+
+        Example:
+            >>> Options.of({"timeout": timedelta(minutes=2)}, "my_reshard").timeout_seconds
+            120.0
         """
         return cls(**_known_values(given, caller, known))
 
     def given(self) -> ReshardOptions:
-        """Give the options as keyword arguments, to pass them on."""
+        """Give the options as keyword arguments, to pass them on.
+
+        >>> options = Options(channel="kv cache", confirm=True)
+        >>> options.given()["channel"]  # as in reshard(tensor, source, destination, **options.given())
+        'kv cache'
+        """
         return cast(ReshardOptions, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @property
     def seconds(self) -> float:
-        """The timeout as a number."""
+        """The timeout as a number.
+
+        >>> Options(timeout_seconds=timedelta(minutes=2)).seconds
+        120.0
+        """
         assert isinstance(self.timeout_seconds, float)
         return self.timeout_seconds
 

@@ -31,7 +31,7 @@ from tricomm.selections import Names, Selections
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Ended, Handle
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import CLOSED_TEXT, State
+from tricomm.transport.session import CLOSED_TEXT
 from tricomm.transport.streams import HostStreamContext
 from tricomm.transport.telling import name_error, tell_all
 
@@ -206,13 +206,6 @@ class Resharder(Selections):
         except SpecError as error:
             self._refuse(error)
 
-    @property
-    def state(self) -> State:
-        """Whether it is new, connected, broken or closed; off the meshes it is new until it is closed."""
-        if self._session is not None:
-            return self._session.state
-        return State.CLOSED if self._is_closed else State.NEW
-
     @overload
     def __call__(
         self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None
@@ -285,6 +278,12 @@ class Resharder(Selections):
         Runs of the same ranks and channel follow each other in the order in which they were started. In the first call,
         or after a failure, the ranks meet in the background too, so channels may be started in any order.
 
+        ::
+
+            handle = mover.start(activation)
+            compute_something_else()
+            moved = handle.wait()
+
         Args:
             tensor, out: as for :func:`reshard`.
             after: on a GPU, the run begins after this event (see ``record_event``) on a stream of its own; None is all
@@ -342,10 +341,6 @@ class Resharder(Selections):
         if after is not None and not callable(getattr(after, "query", None)):
             self._refuse(ArgumentError(f"after={after!r} is no event; pass what record_event() returned, or None"))
 
-    def record_event(self) -> Any:
-        """Record an event after all that the current stream has to do so far, for ``start``; None in host memory."""
-        return None if self._session is None else self._session.channel.stream_context.record_event()
-
     def _off_meshes(self, tensor: Given, out: Given) -> Any:
         """A rank on neither mesh gives and gets nothing."""
         try:
@@ -392,6 +387,10 @@ class Resharder(Selections):
         """Give back what the Resharder holds, as soon as what it started is done. Later calls raise a SpecError.
 
         Every rank closes it, or none that another still calls.
+
+        ::
+
+            mover.close()  # or use it as ``with Resharder(...) as mover:``
         """
         self._is_closed = True
         if self._session is not None:

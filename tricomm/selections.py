@@ -48,6 +48,11 @@ class Selections(Gradients):
         Every rank that calls this Resharder calls it. ``mover(tensors, only=names)`` is ``mover.only(names)`` called
         with those of the tensors; the ranks meet once for each selection.
 
+        ::
+
+            attention = mover.only(["layers.0.wq", "layers.0.wo"])
+            attention({"layers.0.wq": wq, "layers.0.wo": wo})
+
         Args:
             names: in any order, the same on all ranks.
 
@@ -184,6 +189,11 @@ class Selections(Gradients):
     def connect(self) -> None:
         """Compare with the other ranks what the next call is going to do, and connect to them.
 
+        ::
+
+            mover = tricomm.Resharder(source, destination)
+            mover.connect()  # before the first step, which then waits for nobody
+
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
@@ -197,6 +207,14 @@ class Selections(Gradients):
     @checks_kinds
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one does not go on: whoever waits for it gets a TransportError that says why.
+
+        ::
+
+            try:
+                batch = next(batches)
+            except OSError as error:
+                mover.abort(f"rank {rank} cannot read its batch: {error}")
+                raise
 
         Args:
             reason: a sentence that names this rank.
@@ -269,9 +287,37 @@ class Selections(Gradients):
         )
 
     @property
+    def state(self) -> State:
+        """Whether it is new, connected, broken or closed; off the meshes it is new until it is closed.
+
+        ::
+
+            if mover.state.name == "BROKEN":
+                mover = tricomm.Resharder(source, destination)
+        """
+        if self._session is not None:
+            return self._session.state
+        return State.CLOSED if self._is_closed else State.NEW
+
+    def record_event(self) -> Any:
+        """Record an event after all that the current stream has to do so far, for ``start``; None in host memory.
+
+        ::
+
+            written = mover.record_event()  # after what writes the tensor
+            handle = mover.start(tensor, out=out, after=written)  # does not wait for what was queued since
+        """
+        return None if self._session is None else self._session.channel.stream_context.record_event()
+
+    @property
     def transports(self) -> PairTransports:
         """How bytes go between this rank and each other, by (sender, receiver): from memory or over the network, why
         not a better way, and what would help. Empty before the ranks have met.
+
+        ::
+
+            for (sender, receiver), found in mover.transports.items():
+                print(sender, receiver, found)
         """
         return {} if self._session is None else self._session.transports
 

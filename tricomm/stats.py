@@ -98,12 +98,20 @@ class Stats:
 
     @property
     def seconds(self) -> float:
-        """In calls, on the thread that made them; see above."""
+        """In calls, on the thread that made them; see above.
+
+        >>> Stats(calls=1, pack_seconds=0.25, wait_seconds=0.5).seconds
+        0.75
+        """
         return self.pack_seconds + self.post_seconds + self.wait_seconds + self.unpack_seconds
 
     @property
     def line(self) -> str:
-        """For a log: what has come to this rank, or what a rank to which nothing comes has sent, and how fast."""
+        """For a log: what has come to this rank, or what a rank to which nothing comes has sent, and how fast.
+
+        >>> Stats(calls=1, tensors=2, nbytes=1_000_000, post_seconds=0.5).line
+        '2 tensors in 1 calls: 1.00 MB sent in 0.500 s, 0.00 GB/s'
+        """
         nbytes, what = self.received_nbytes, f"received (minimum {self.minimum_nbytes / 1e6:.2f} MB)"
         if not (self.received_nbytes or self.minimum_nbytes):
             nbytes, what = self.nbytes, "sent"

@@ -11,7 +11,8 @@ from bench.pipeline.peers import LeaderPipeline, TorchPipeline
 from bench.pipeline.work import Seconds, Summed, Work, loss_of
 from tricomm import Mesh, Replicate, Shard, ShardingSpec, Topology
 from tricomm.pipeline import Queues, Schedule
-from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.run.stage import Stage
 

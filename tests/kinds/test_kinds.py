@@ -25,8 +25,7 @@ NOT_CALLED = {
     "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Progress", "Push",
     "Stats",
     "StepComparison", "World", "Subscriber.wait", "Timeline",
-    "Tuned", "Hooks.bind", "Resharder.forward", "Resharder.backward",
-    "Resharder.move_in_graph", "Resharder.tell_of_gradient",
+    "Tuned", "Hooks.bind",
     "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
 }  # fmt: skip
 # Strategies call these with each other's values.

@@ -7,7 +7,7 @@ from torch import nn
 
 from tricomm import Mesh, Replicate, ShardingSpec, TricommError
 from tricomm.pipeline import one_f_one_b
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.run.stage import Stage, WithLoss
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec, local_shard
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.stage import LOSS, Stage
 
 # ---- tensor parallelism inside of a stage, by the user's own means

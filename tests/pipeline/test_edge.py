@@ -9,7 +9,8 @@ import torch
 from tests.oracle import pick, require_equal, small_integers
 from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
-from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 
 FIRST = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
 SECOND = Mesh([4, 5, 6], ("tp",))

@@ -22,7 +22,7 @@ from tests.pipeline.chain import (
 )
 from tricomm.launch import Ranks
 from tricomm.pipeline import eager_one_f_one_b, gpipe, one_f_one_b
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
 from tricomm.transport.coordination.attendance import CallEpoch, Note, find_mismatch
 

@@ -27,7 +27,7 @@ from tricomm.pipeline import (
     zero_bubble,
 )
 from tricomm.pipeline.run import measure
-from tricomm.pipeline.run.directed_link import ReceiveHandle
+from tricomm.pipeline.run.edges.directed_link import ReceiveHandle
 
 SLOW_RANKS = (Mesh([0], ("x",)), Mesh([1, 2], ("x",)), Mesh([3], ("x",)))
 WAIT_SECONDS = 1000.0

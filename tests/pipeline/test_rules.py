@@ -26,7 +26,7 @@ from tests.pipeline.chain import (
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
 from tricomm.pipeline import Edge, Kind, Schedule, eager_one_f_one_b, gpipe, one_f_one_b, receive_ring
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.stage import Stage, StageRun

@@ -12,7 +12,7 @@ from tests.oracle import pick
 from tricomm import Mesh, Partial, PlanError, Replicate, Shard, ShardingSpec, SpecError
 from tricomm.launch import RankError, Ranks
 from tricomm.pipeline import Costs, Queues, Schedule, eager_one_f_one_b, in_turn, one_f_one_b, torch_stage
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.torch_adapter import PlannedSchedule, ReshardStage, ScheduleEager1F1B, check_torch
 
 WIDTH = 8

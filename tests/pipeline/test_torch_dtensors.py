@@ -21,7 +21,7 @@ from tests.pipeline.test_torch_adapter import (
 )
 from tricomm import Mesh, ShardingSpec, SpecError
 from tricomm.launch import Ranks
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.torch_adapter import ReshardStage
 
 SCHEDULES = ("ScheduleGPipe", "Schedule1F1B", "eager 1", "eager 1 split")

@@ -11,7 +11,7 @@ from torch.distributed.pipelining import Schedule1F1B
 from tests.cases import RANKS
 from tricomm import Mesh, Replicate, ShardingSpec
 from tricomm.launch import Ranks
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.torch_adapter import ReshardStage
 
 OPTIONS: Any = getattr(dist, "config", None)

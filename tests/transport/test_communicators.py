@@ -15,7 +15,8 @@ from tests.pipeline.chain import CHAIN, MICROBATCHES, TIMEOUT_SECONDS, chain, da
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
 from tricomm.pipeline import one_f_one_b
-from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
 from tricomm.transport.group import context_of
 

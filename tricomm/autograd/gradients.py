@@ -40,7 +40,7 @@ class Gradients(ABC):
         call: Any = self
         return call(tensor, out=out)
 
-    def move_in_graph(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def _move_in_graph(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Move what the operator of a graph is given: an empty tensor off the source mesh."""
         facts = self.in_graph
         assert facts is not None
@@ -68,7 +68,12 @@ class Gradients(ABC):
 
     @property
     def label(self) -> str:
-        """The Resharder in words, for errors."""
+        """The Resharder in words, for errors.
+
+        ::
+
+            print(mover.label)  # Resharder of float32[8/x, 4] on ...
+        """
         return f"Resharder of {describe_layouts(self.plan)}" if self._session is None else self._session.label
 
     def _tell(self, error: BaseException) -> None:
@@ -91,7 +96,7 @@ class Gradients(ABC):
     def _move(self, tensor: Given, out: Given, *, requires_grad: bool) -> Any:
         """Move a tensor."""
 
-    def forward(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def _forward(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Reshard a detached tensor whose gradient is going to be asked for."""
         moved: torch.Tensor | None = self._move(tensor, None, requires_grad=True)
         return moved
@@ -102,6 +107,12 @@ class Gradients(ABC):
         Where a source is Partial its contributions all get the same gradient, which for an average is still to
         be multiplied by ``gradient_scale``. With ranks on one mesh only (a pipeline), call it yourself in the
         backward pass, with the gradient on the destination's ranks and None on the others.
+
+        ::
+
+            gradient = mover.gradient()(output.grad if rank in destination.mesh else None)
+            if rank in source.mesh:
+                hidden.backward(gradient * mover.gradient_scale)
         """
         if self.plan.is_mapping:
             raise SpecError(NO_GRADIENTS_OF_MANY)
@@ -114,7 +125,13 @@ class Gradients(ABC):
 
     @property
     def gradient_scale(self) -> float:
-        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks."""
+        """What the result of ``gradient()`` is to be multiplied by: 1, or 1/n for a Partial("avg") over n ranks.
+
+        ::
+
+            mover = tricomm.Resharder(ShardingSpec(mesh, (Partial("avg"),), (8,), "float32"), whole)
+            mover.gradient_scale  # 0.25 where the mesh has 4 ranks
+        """
         return gradient_scale(self.plan.source)
 
     def _differentiated(self, tensor: torch.Tensor, out: Given) -> torch.Tensor | None:
@@ -160,17 +177,17 @@ class Gradients(ABC):
                 "compute it again; leave the move out of the checkpointed function"
             )
         if tensor is None or not tensor.requires_grad:
-            return self.forward(tensor)
+            return self._forward(tensor)
         result: torch.Tensor | None = ReshardFunction.apply(tensor, self)  # type: ignore[no-untyped-call]
         return result
 
-    def backward(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    def _backward(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Move the gradient of a result back to the source."""
         moved: torch.Tensor | None = self.gradient()._call(gradient, None)
         scale = self.gradient_scale
         return moved if scale == 1.0 or moved is None else moved * scale
 
-    def check_second_backward(self) -> None:
+    def _check_second_backward(self) -> None:
         """Refuse gradients of gradients where not all ranks would take part.
 
         Raises:
@@ -184,14 +201,20 @@ class Gradients(ABC):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """All that take part."""
+        """All that take part.
+
+        ::
+
+            if rank in mover.ranks:
+                mover(tensor)
+        """
         return self.plan.participants
 
-    def forget_gradient(self) -> None:
+    def _forget_gradient(self) -> None:
         """Make what moves gradients anew: after a failure the ranks have not made equally many calls of it."""
         self._gradient = None
 
-    def tell_of_gradient(self, error: BaseException) -> None:
+    def _tell_of_gradient(self, error: BaseException) -> None:
         """Tell those who wait for the gradient that it does not come."""
         self.gradient()._tell(error)
 
@@ -203,9 +226,9 @@ class ReshardFunction(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, mover: "Gradients") -> torch.Tensor | None:
         """Move."""
         ctx.mover = mover
-        return mover.forward(tensor.detach())
+        return mover._forward(tensor.detach())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, None]:
         """Move back."""
-        return ctx.mover.backward(gradients[0]), None
+        return ctx.mover._backward(gradients[0]), None

@@ -31,23 +31,23 @@ class Mover(Protocol):
         """All that take part."""
         ...
 
-    def forward(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def _forward(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Move what is detached."""
         ...
 
-    def check_second_backward(self) -> None:
+    def _check_second_backward(self) -> None:
         """Refuse gradients of gradients if other ranks would not take part."""
         ...
 
-    def backward(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    def _backward(self, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Move a gradient back."""
         ...
 
-    def tell_of_gradient(self, error: BaseException) -> None:
+    def _tell_of_gradient(self, error: BaseException) -> None:
         """Tell those who wait for a gradient of this mover that it does not come."""
         ...
 
-    def forget_gradient(self) -> None:
+    def _forget_gradient(self) -> None:
         """Begin anew with what moves gradients: the ranks have not made equally many calls of it."""
         ...
 
@@ -120,9 +120,9 @@ class Tape:
         for mover in reversed(left):
             if mover.ranks not in told:
                 told.add(mover.ranks)
-                mover.tell_of_gradient(error)
+                mover._tell_of_gradient(error)
         for mover in left:
-            mover.forget_gradient()
+            mover._forget_gradient()
         self._task, self._left, self.moves, self.tie = -1, 0, [], None
 
 
@@ -132,7 +132,7 @@ class Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tie: torch.Tensor, tensor: torch.Tensor | None, mover: Mover, tape: Tape) -> Any:
         """Move."""
-        moved = mover.forward(None if tensor is None else tensor.detach())
+        moved = mover._forward(None if tensor is None else tensor.detach())
         ctx.mover, ctx.tape, ctx.number = mover, tape, len(tape.moves)
         ctx.tie_device, ctx.has_tensor = tie.device, tensor is not None
         tape.moves.append(mover)
@@ -145,8 +145,8 @@ class Move(torch.autograd.Function):
         try:
             ctx.tape.begin(ctx.number)
             if torch.is_grad_enabled():
-                ctx.mover.check_second_backward()
-            moved = ctx.mover.backward(gradient)
+                ctx.mover._check_second_backward()
+            moved = ctx.mover._backward(gradient)
         except BaseException as error:
             ctx.tape.fail(error)
             raise

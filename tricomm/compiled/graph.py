@@ -38,7 +38,7 @@ def move(tensor: torch.Tensor, key: str) -> torch.Tensor:
     """
     mover = find(key)
     facts: InGraph = mover.in_graph
-    moved: torch.Tensor | None = mover.move_in_graph(tensor)
+    moved: torch.Tensor | None = mover._move_in_graph(tensor)
     return torch.empty(facts.shape, dtype=facts.dtype, device=facts.device) if moved is None else moved
 
 

@@ -132,6 +132,13 @@ class Feed:
 
         Every rank of the source calls it as often as the others; rank 0 decides for all.
 
+        ::
+
+            push = feed.push(model.state_dict(), version=step)  # returns at once
+            if push.is_started:
+                push.wait_source()  # the optimizer may write again
+                optimizer.step()
+
         Args:
             tensors: this rank's shards by name; None where it is not on the mesh.
             version: higher than any before in this epoch.
@@ -203,6 +210,13 @@ class Feed:
         """Say that this rank takes the next push whenever it starts: it will be in ``pull`` soon after.
 
         ``pull`` says so too. A destination of which one rank has not said so is skipped.
+
+        ::
+
+            feed.ready()
+            while feed.offered() is None:
+                serve_one_batch()
+            feed.pull(model.state_dict())
         """
         self._check_side(self._is_destination, "ready", "destination")
         if self._ready == self._number:
@@ -213,6 +227,11 @@ class Feed:
 
     def offered(self) -> Offer | None:
         """Return the push that has started and waits for this rank's ``pull``; None if there is none. Does not wait.
+
+        ::
+
+            if feed.offered() is not None:  # between two batches
+                feed.pull(model.state_dict())
 
         Raises:
             TransportError: the epoch is over, or the source has left.
@@ -232,6 +251,12 @@ class Feed:
         """Take the next push into tensors in place, and return what it brought when it is published.
 
         Every rank of the destination calls it. Until it returns, the tensors are a mix of versions.
+
+        ::
+
+            offer = feed.pull(model.state_dict(), timeout_seconds=5)
+            if offer is not None:
+                print(f"serving version {offer.version}")
 
         Args:
             out: this rank's tensors by name.
@@ -270,6 +295,11 @@ class Feed:
     def latest(self) -> Latest:
         """Return what the destination holds, as all ranks of both sides may ask.
 
+        ::
+
+            version, dirty = feed.latest()
+            print(f"version {version}" if not dirty else f"not usable: {dirty}")
+
         Raises:
             TransportError: the epoch is over.
         """
@@ -291,6 +321,10 @@ class Feed:
     def wait_newer(self, than: int | None, timeout_seconds: float | timedelta | None = None) -> int:
         """Return the version that was published last, when that is newer than another.
 
+        ::
+
+            version = feed.wait_newer(than=version, timeout_seconds=60)
+
         Raises:
             TransportError: none came in time, or the epoch is over.
         """
@@ -307,7 +341,13 @@ class Feed:
             pause = min(1.25 * pause, LONGEST_PAUSE_SECONDS)
 
     def close(self) -> None:
-        """Give back what its moves hold."""
+        """Give back what its moves hold.
+
+        ::
+
+            feed.close()
+            world.close()
+        """
         self._movers.close()
 
     def _settle(self, number: int, version: int, failure: str | None) -> str:

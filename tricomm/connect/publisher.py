@@ -109,6 +109,11 @@ class Publisher:
 
         Nothing that a fleet does raises: what was skipped or lost stands in ``Push.skipped``.
 
+        ::
+
+            for fleet, push in publisher.push(model.state_dict(), version=step).items():
+                print(fleet, push.skipped or "is on its way")
+
         Raises:
             SpecError: tensors that do not fit, or a version that is not higher than those before.
             TransportError: a rank of this job died, or made another call.
@@ -122,7 +127,14 @@ class Publisher:
         return found
 
     def wait_source(self) -> None:
-        """Return when the tensors that were pushed last may change; see ``Push.wait_source``."""
+        """Return when the tensors that were pushed last may change; see ``Push.wait_source``.
+
+        ::
+
+            publisher.push(model.state_dict(), version=step)
+            publisher.wait_source()
+            optimizer.step()
+        """
         for fleet in self._fleets:
             if fleet.push is not None:
                 fleet.push.wait_source()
@@ -173,7 +185,12 @@ class Publisher:
             raise
 
     def close(self) -> None:
-        """Leave in peace, when what was pushed is over."""
+        """Leave in peace, when what was pushed is over.
+
+        ::
+
+            publisher.close()  # or use it as ``with Publisher(...) as publisher:``
+        """
         for fleet in self._fleets:
             if fleet.push is not None:
                 try:

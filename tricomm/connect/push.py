@@ -58,12 +58,23 @@ class Push:
         """Return when the tensors that were pushed may change: at once after a snapshot, else when all is sent.
 
         On a GPU the host goes on before, and what it queues on the current stream runs afterwards.
+
+        ::
+
+            push = feed.push(model.state_dict(), version=step)
+            loss.backward()  # reads parameters only
+            push.wait_source()
+            optimizer.step()
         """
         for handle in self._handles:
             handle.wait_done()
 
     def done(self) -> bool:
-        """Whether wait() would return, or raise, at once."""
+        """Whether wait() would return, or raise, at once.
+
+        >>> Push(7, "1 of 3 ranks are ready").done()
+        True
+        """
         return self._outcome is None or self._outcome.done()
 
     def wait(self) -> bool:
@@ -71,6 +82,10 @@ class Push:
 
         Raises:
             TransportError: it failed. The destination's tensors are a mix until another push is published.
+
+        Example:
+            >>> Push(7, "1 of 3 ranks are ready").wait()  # skipped, which is no error
+            False
         """
         if self._outcome is None:
             return False

@@ -98,6 +98,13 @@ class Subscriber:
         """Take the version that the trainer pushes, if it has started to push one; return it, or None. Does not wait
         for a trainer that does nothing.
 
+        ::
+
+            while True:
+                if subscriber.poll() is not None:
+                    print(f"serving version {subscriber.version}")
+                serve_one_batch()
+
         Raises:
             TransportError: the push failed, and the tensors are a mix until another is taken; or a rank of this job
                 died; or the trainer cannot be met, as it has other versions.
@@ -114,6 +121,10 @@ class Subscriber:
 
     def wait(self, timeout_seconds: float | timedelta) -> int:
         """Poll until a version has been taken; return it.
+
+        ::
+
+            subscriber.wait(timeout_seconds=600)  # before the first batch
 
         Raises:
             TransportError: as ``poll``, or none came in time.
@@ -189,7 +200,12 @@ class Subscriber:
                 return feed
 
     def close(self) -> None:
-        """Leave in peace."""
+        """Leave in peace.
+
+        ::
+
+            subscriber.close()  # or use it as ``with Subscriber(...) as subscriber:``
+        """
         self._is_closed.set()
         if self._feed is not None:
             part(self._feed)

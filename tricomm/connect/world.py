@@ -5,20 +5,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from typing import NamedTuple, Self, Unpack
+from typing import Self, Unpack
 
 import torch
 import torch.distributed as dist
 
+from tricomm.connect.appointment import Appointment, checked_sizes, default_device
 from tricomm.connect.exchange import Exchange, Known
-from tricomm.connect.facts import join_of
 from tricomm.connect.meeting.client import Client
 from tricomm.connect.meeting.handshake import checked_secret
 from tricomm.connect.meeting.join import (
-    MAX_NAME_BYTES,
-    MAX_SIDE_RANKS,
-    MAX_SIDES,
-    Join,
     Missing,
     Paired,
     Refused,
@@ -27,7 +23,7 @@ from tricomm.connect.meeting.join import (
 from tricomm.connect.meeting.server import parse_address
 from tricomm.connect.specs import placed
 from tricomm.connect.store import EpochStore
-from tricomm.errors import ArgumentError, SpecError, TransportError
+from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Rates, Topology
@@ -38,49 +34,6 @@ from tricomm.transport.group import context_of
 
 MAX_KNOWN = 16
 """Layouts of so many exchanges are remembered for the next epoch."""
-
-OnWaiting = Callable[[Missing], object]
-
-
-class Appointment(NamedTuple):
-    """Where a rank meets others, and as whom: what stays the same from epoch to epoch.
-
-    Attributes:
-        address, secret: of the meeting.
-        side, side_rank: who it is.
-        side_sizes: of each side, in order; None is what that side says.
-        device: of the tensors.
-        host: what this machine is called.
-        name: tells meetings of the same sides apart.
-        timeout_seconds: for all to come, where a call does not say another.
-        on_waiting: called with whom it waits for.
-    """
-
-    address: str
-    secret: bytes
-    side: str
-    side_rank: int
-    side_sizes: Mapping[str, int | None]
-    device: torch.device
-    host: str | None
-    name: str
-    timeout_seconds: float
-    on_waiting: OnWaiting | None
-
-    def join(self) -> Join:
-        """Return what this rank says when it comes."""
-        sides = tuple((name, size or 0) for name, size in self.side_sizes.items())
-        return join_of(sides, self.side, self.side_rank, self.device, self.host, self.name)
-
-    def keep(self, client: Client | None, deadline: float) -> tuple[Client, Paired]:
-        """Return (client, epoch) when all are there; a client that is at the meeting already goes on.
-
-        Raises:
-            TransportError: they are not until the deadline, or say what contradicts this rank.
-        """
-        if client is None or client.connection.broken:
-            client = Client(self.address, self.secret, deadline)
-        return client, client.join(self.join(), deadline, self.on_waiting)
 
 
 class World(dist.ProcessGroup):
@@ -128,7 +81,13 @@ class World(dist.ProcessGroup):
         client.watch = _watcher(weakref.ref(self))
 
     def get_group_store(self) -> EpochStore:
-        """Return the store of the epoch, as torch's groups do."""
+        """Return the store of the epoch, as torch's groups do.
+
+        ::
+
+            world.get_group_store().set("my project/seed", "17")
+            world.get_group_store().get("my project/seed")  # b"17", on any rank
+        """
         return self._store
 
     @property
@@ -139,6 +98,10 @@ class World(dist.ProcessGroup):
     @checks_kinds
     def ranks_of(self, side: str) -> tuple[int, ...]:
         """Return the ranks of a side.
+
+        ::
+
+            mesh = Mesh(world.ranks_of("server"), ("tp",))
 
         Raises:
             SpecError: there is no such side.
@@ -151,12 +114,25 @@ class World(dist.ProcessGroup):
         raise SpecError(f"side {side!r} is none of {list(self.side_sizes)}; name one of them")
 
     def topology(self, **rates: Unpack[Rates]) -> Topology:
-        """Return the hosts of all sides; the rates are those of :class:`tricomm.Topology`."""
+        """Return the hosts of all sides; the rates are those of :class:`tricomm.Topology`.
+
+        ::
+
+            topology = world.topology(nic_bytes_per_second=50e9)
+            mover = tricomm.Resharder(source, destination, group=world, topology=topology)
+        """
         return Topology(self.hosts, **rates)
 
     @property
     def over(self) -> str:
-        """Why the epoch is over, as far as this rank has heard, which takes up to a second; "" while it is not."""
+        """Why the epoch is over, as far as this rank has heard, which takes up to a second; "" while it is not.
+
+        ::
+
+            while not world.over:
+                train_one_step()
+            world = world.renew()
+        """
         return self._over or self._client.connection.broken
 
     @checks_kinds
@@ -166,6 +142,14 @@ class World(dist.ProcessGroup):
         """Pair anew, and return the next epoch. All ranks of all sides must, those that started again by ``connect``.
 
         This epoch is over then, if it was not before.
+
+        ::
+
+            try:
+                mover(tensors)
+            except tricomm.TransportError:  # a rank of another job died, and is started again
+                world = world.renew()
+                mover = tricomm.Resharder(source, destination, group=world)
 
         Args:
             timeout_seconds: for all to come; None is what ``connect`` was told.
@@ -177,7 +161,7 @@ class World(dist.ProcessGroup):
         before = self._appointment
         if side_sizes is None:
             side_sizes = {name: size if name == self.side else None for name, size in before.side_sizes.items()}
-        again = before._replace(side_sizes=_checked_sizes(side_sizes, self.side))
+        again = before._replace(side_sizes=checked_sizes(side_sizes, self.side))
         found = _meet(again, self._client, self._seconds(timeout_seconds))
         found._known = dict(list(self._known.items())[-MAX_KNOWN:])
         return found
@@ -190,6 +174,11 @@ class World(dist.ProcessGroup):
 
         Every rank of every side calls it, so that nobody needs the configuration of another job. A side with no tensors
         gives {}. After ``renew``, layouts that were known before are not sent again.
+
+        ::
+
+            specs = world.exchange(my_specs)
+            mover = tricomm.Resharder(specs["trainer"], specs["server"], group=world)
 
         Args:
             specs: by name, on the ranks of this side from 0, as if there were no other; equal on all ranks of it.
@@ -224,7 +213,13 @@ class World(dist.ProcessGroup):
         return Options(timeout_seconds=given).seconds
 
     def refresh(self) -> str:
-        """Ask the meeting how the epoch stands now, and return ``over``."""
+        """Ask the meeting how the epoch stands now, and return ``over``.
+
+        ::
+
+            if world.refresh():
+                world = world.renew()
+        """
         with suppress(TransportError):
             self._hear(self._client.poll())
         return self.over
@@ -233,19 +228,29 @@ class World(dist.ProcessGroup):
     def peek(self, side_sizes: Mapping[str, int | None], name: str = "") -> Missing:
         """Return who of other sides is not waiting for this rank at the meeting now, without coming there itself.
 
+        ::
+
+            missing = world.peek({"trainer": 4, "server": None})
+            print(missing if missing.places else "all servers are waiting")
+
         Args:
             side_sizes, name: as ``connect`` would be told.
 
         Raises:
             TransportError: the meeting is gone.
         """
-        sizes = _checked_sizes(side_sizes, self.side)
+        sizes = checked_sizes(side_sizes, self.side)
         return self._client.peek(self._appointment._replace(side_sizes=sizes, name=name).join())
 
     def enable_collectives(self) -> None:
         """Connect all ranks for torch.distributed's own calls with ``group=world``; every rank calls it, once.
 
         tricomm needs it not: its calls connect those ranks that exchange data.
+
+        ::
+
+            world.enable_collectives()
+            dist.all_reduce(tensor, group=world)
         """
         timeout = timedelta(seconds=self._appointment.timeout_seconds)
         store = dist.PrefixStore("collectives", self._store)
@@ -261,7 +266,12 @@ class World(dist.ProcessGroup):
             self._set_default_backend(kinds.NCCL)
 
     def close(self) -> None:
-        """Leave in peace: the other ranks finish what they are in, and may pair anew without this one."""
+        """Leave in peace: the other ranks finish what they are in, and may pair anew without this one.
+
+        ::
+
+            world.close()  # or use it as ``with connect(...) as world:``
+        """
         self._over = self._over or f"rank {self.rank()} has closed its group of epoch {self.epoch}"
         self._client.close()
 
@@ -344,14 +354,14 @@ def connect(
         <World of trainer: 1; epoch 1, rank 0: rank 0 of 'trainer'>
     """
     parse_address(address)
-    sizes = _checked_sizes(side_sizes, side)
+    sizes = checked_sizes(side_sizes, side)
     own = sizes[side] or 0
     if not 0 <= side_rank < own:
         raise SpecError(f"side_rank={side_rank!r} is none of the {own} ranks of side {side!r}; use 0 to {own - 1}")
     if host == "":
         raise SpecError("host='' names no machine; leave it out for the name that this one has")
     chosen = Options(timeout_seconds=timeout_seconds, device=device, name=name)
-    where = device_here(chosen.device) if isinstance(chosen.device, torch.device) else _default_device()
+    where = device_here(chosen.device) if isinstance(chosen.device, torch.device) else default_device()
     given = Appointment(
         address, checked_secret(secret), side, side_rank, sizes, where, host, name, chosen.seconds, on_waiting
     )
@@ -360,23 +370,3 @@ def connect(
 
 def _meet(appointment: Appointment, client: Client | None, seconds: float) -> World:
     return World(appointment, *appointment.keep(client, time.monotonic() + seconds))
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _checked_sizes(sizes: Mapping[str, int | None], side: str) -> dict[str, int | None]:
-    example = '{"trainer": 4, "server": 3}'
-    if not 0 < len(sizes) <= MAX_SIDES:
-        raise SpecError(f"side_sizes={sizes!r} has {len(sizes)} sides, and needs 1 to {MAX_SIDES}; write {example}")
-    for name, size in sizes.items():
-        if not name or len(name.encode()) > MAX_NAME_BYTES:
-            raise SpecError(f"side {name!r} needs a name of 1 to {MAX_NAME_BYTES} bytes; write {example}")
-        if size is not None and not 0 < size <= MAX_SIDE_RANKS:
-            raise SpecError(f"side_sizes={dict(sizes)!r}: {size} is no number of ranks; write {example}")
-    if side not in sizes:
-        raise SpecError(f"side={side!r} is none of side_sizes={dict(sizes)!r}; name this job's side in both")
-    if sizes[side] is None:
-        raise ArgumentError(f"side_sizes={dict(sizes)!r} leaves out the size of this side, {side!r}; only others may")
-    return dict(sizes)

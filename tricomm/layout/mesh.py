@@ -152,12 +152,20 @@ class Mesh:
 
     @property
     def ndim(self) -> int:
-        """Number of axes."""
+        """Number of axes.
+
+        >>> Mesh([[0, 1, 2], [3, 4, 5]], ("dp", "tp")).ndim
+        2
+        """
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
+        """Number of ranks.
+
+        >>> Mesh([[0, 1, 2], [3, 4, 5]], ("dp", "tp")).size
+        6
+        """
         return len(self.ranks)
 
     def __contains__(self, rank: object) -> bool:
@@ -167,13 +175,22 @@ class Mesh:
             return False
 
     def position(self, rank: int) -> int:
-        """Row-major position of a rank in the mesh."""
+        """Row-major position of a rank in the mesh.
+
+        >>> Mesh([4, 2, 7], ("tp",)).position(7)
+        2
+        """
         if rank not in self:
             raise SpecError(f"rank {rank!r} is not in {self}; ask for one of its ranks {format_ranks(self.ranks)}")
         return self._index[rank]
 
     def coordinate(self, rank: int) -> tuple[int, ...]:
-        """Position of a rank along every axis."""
+        """Position of a rank along every axis.
+
+        >>> mesh = Mesh([[0, 1, 2], [3, 4, 5]], ("dp", "tp"))
+        >>> dict(zip(mesh.axis_names, mesh.coordinate(5), strict=True))
+        {'dp': 1, 'tp': 2}
+        """
         position = self.position(rank)
         coordinate = []
         for extent in reversed(self.shape):
@@ -182,7 +199,12 @@ class Mesh:
         return tuple(reversed(coordinate))
 
     def axis(self, key: int | str) -> int:
-        """The index of an axis given by index or by name."""
+        """The index of an axis given by index or by name.
+
+        >>> mesh = Mesh([[0, 1, 2], [3, 4, 5]], ("dp", "tp"))
+        >>> mesh.shape[mesh.axis("tp")]
+        3
+        """
         if isinstance(key, str) and key in self.axis_names:
             return self.axis_names.index(key)
         if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < self.ndim:

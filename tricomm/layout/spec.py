@@ -16,7 +16,7 @@ from tricomm.layout.intervals import Intervals, Region, merged, part_of_segments
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.notation import describe_layout, from_notation, to_notation
 from tricomm.layout.placement import Partial, Placement, Shard
-from tricomm.layout.spec_checks import checked_holdings, checked_placements, checked_shape
+from tricomm.layout.spec_checks import canonical_axis_order, checked_holdings, checked_placements, checked_shape
 from tricomm.layout.torch_layout import read_placements, write_placements
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ShardingSpec:
             set_field(self, "axis_order", None)
             return
         set_field(self, "placements", checked_placements(mesh, placements, self.shape))
-        set_field(self, "axis_order", self._canonical_axis_order(axis_order))
+        set_field(self, "axis_order", canonical_axis_order(mesh, self.placements, self.shape is not None, axis_order))
 
     # ---- other ways to write a spec
 
@@ -255,14 +255,22 @@ class ShardingSpec:
 
     @property
     def global_shape(self) -> tuple[int, ...]:
-        """The shape, which must be known by now."""
+        """The shape, which must be known by now.
+
+        >>> ShardingSpec.from_dims(Mesh([0, 1], ("tp",)), ["S0", "R"], (8, 6)).global_shape
+        (8, 6)
+        """
         if self.shape is None:
             raise self._incomplete()
         return self.shape
 
     @property
     def element_type(self) -> str:
-        """The dtype name, which must be known by now."""
+        """The dtype name, which must be known by now.
+
+        >>> ShardingSpec.from_dims(Mesh([0, 1], ("tp",)), ["S0"], (8,), "float16").element_type
+        'float16'
+        """
         if self.dtype is None:
             raise self._incomplete()
         return self.dtype
@@ -275,12 +283,20 @@ class ShardingSpec:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element.
+
+        >>> ShardingSpec.from_dims(Mesh([0, 1], ("tp",)), ["S0"], (8,), "float16").itemsize
+        2
+        """
         return ITEMSIZE[self.element_type]
 
     @property
     def partial_axes(self) -> tuple[int, ...]:
-        """The mesh axes that are Partial and have more than one rank."""
+        """The mesh axes that are Partial and have more than one rank.
+
+        >>> ShardingSpec(Mesh([[0, 1], [2, 3]], ("dp", "tp")), (Partial(), Shard(0)), (8,)).partial_axes
+        (0,)
+        """
         return tuple(
             axis
             for axis, placement in enumerate(self.placements)
@@ -288,7 +304,11 @@ class ShardingSpec:
         )
 
     def cutting_axes(self, dim: int) -> tuple[int, ...]:
-        """The mesh axes that cut a dim, first cut first."""
+        """The mesh axes that cut a dim, first cut first.
+
+        >>> ShardingSpec.from_dims(Mesh([[0, 1], [2, 3]], ("dp", "tp")), ["S10", "R"]).cutting_axes(0)  # tp, then dp
+        (1, 0)
+        """
         if type(dim) is not int or (self.shape is not None and not 0 <= dim < len(self.shape)):
             raise self._no_dim(dim)
         if self.holdings is not None:
@@ -320,7 +340,11 @@ class ShardingSpec:
         return placement.segments if isinstance(placement, Shard) else None
 
     def holding(self, rank: int) -> Holding:
-        """The global intervals that a rank holds, per dim."""
+        """The global intervals that a rank holds, per dim.
+
+        >>> ShardingSpec.from_dims(Mesh([4, 5], ("tp",)), ["S0", "R"], (8, 6)).holding(5)
+        (((4, 8),), ((0, 6),))
+        """
         if self.holdings is not None:
             return self.holdings[self.mesh.position(rank)]
         indices = self.mesh.coordinate(rank)  # which refuses what is no rank
@@ -335,12 +359,21 @@ class ShardingSpec:
         return found
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
-        """Shape of a rank's shard."""
+        """Shape of a rank's shard.
+
+        >>> spec = ShardingSpec.from_dims(Mesh([0, 1, 2], ("tp",)), ["S0", "R"], (8, 6))
+        >>> [spec.local_shape(rank) for rank in spec.mesh.ranks]  # as torch.chunk cuts
+        [(3, 6), (3, 6), (2, 6)]
+        """
         return region_shape(self.holding(rank))
 
     @property
     def exclusive(self) -> bool:
-        """True if ranks provably hold disjoint elements (an explicit spec of several ranks never promises it)."""
+        """True if ranks provably hold disjoint elements (an explicit spec of several ranks never promises it).
+
+        >>> ShardingSpec.from_dims(Mesh([[0, 1], [2, 3]], ("dp", "tp")), ["S1", "R"], (8, 6)).exclusive  # dp replicates
+        False
+        """
         if self.holdings is not None:
             return self.mesh.size == 1
         return all(
@@ -350,7 +383,11 @@ class ShardingSpec:
 
     @property
     def notation(self) -> str:
-        """The layout in the paper's letters, as ``from_dims`` reads them: digits are mesh axes, not tensor dims."""
+        """The layout in the paper's letters, as ``from_dims`` reads them: digits are mesh axes, not tensor dims.
+
+        >>> ShardingSpec(Mesh([[0, 1], [2, 3]], ("dp", "tp")), (Shard(1), Shard(0)), (8, 6)).notation
+        'S1 S0'
+        """
         return to_notation(self.mesh, self.placements, self.cutting_axes, self.shape, self.holdings)
 
     def __repr__(self) -> str:
@@ -363,30 +400,3 @@ class ShardingSpec:
     def __str__(self) -> str:
         layout = describe_layout(self.mesh, self.placements, self.cutting_axes, self.shape, self.holdings is not None)
         return f"{self.dtype or 'any'}{layout} on {self.mesh}"
-
-    # ---- checks, once, at construction
-
-    def _canonical_axis_order(self, axis_order: Sequence[int | str] | None) -> tuple[int, ...]:
-        """Keep of the order of cuts only what matters: which axis comes first among those that cut one dim."""
-        ndim = self.mesh.ndim
-        if axis_order is not None and (isinstance(axis_order, str) or not isinstance(axis_order, Sequence)):
-            raise ArgumentError(
-                f"axis_order={axis_order!r} is not a tuple of axes; list all of {self.mesh.axis_names}, first cut first"
-            )
-        given = range(ndim) if axis_order is None else [self.mesh.axis(key) for key in axis_order]
-        if sorted(given) != list(range(ndim)):
-            raise SpecError(
-                f"axis_order={axis_order} must name each of the {ndim} axes {self.mesh.axis_names} once; "
-                "list them all, first cut first"
-            )
-        if self.shape is None:
-            return tuple(given)  # which dims are the same, counted from the end, is known with the shape
-        by_dim: dict[int | None, list[int]] = {}
-        for axis in given:
-            placement = self.placements[axis]
-            by_dim.setdefault(placement.dim if isinstance(placement, Shard) else None, []).append(axis)
-        order = [0] * ndim
-        for dim, axes in by_dim.items():
-            for slot, axis in zip(sorted(axes), sorted(axes) if dim is None else axes, strict=True):
-                order[slot] = axis
-        return tuple(order)

@@ -115,3 +115,31 @@ def _checked_holding(rank: int, holding: object, shape: tuple[int, ...]) -> Regi
                     "intervals are half-open and within the global shape"
                 )
     return tuple(merged(intervals) for intervals in pairs)
+
+
+def canonical_axis_order(
+    mesh: Mesh, placements: Sequence[Placement], has_shape: bool, axis_order: object
+) -> tuple[int, ...]:
+    """Keep of the order of cuts only what matters: which axis comes first among those that cut one dim."""
+    ndim = mesh.ndim
+    if axis_order is not None and (isinstance(axis_order, str) or not isinstance(axis_order, Sequence)):
+        raise ArgumentError(
+            f"axis_order={axis_order!r} is not a tuple of axes; list all of {mesh.axis_names}, first cut first"
+        )
+    given = range(ndim) if axis_order is None else [mesh.axis(key) for key in axis_order]
+    if sorted(given) != list(range(ndim)):
+        raise SpecError(
+            f"axis_order={axis_order} must name each of the {ndim} axes {mesh.axis_names} once; "
+            "list them all, first cut first"
+        )
+    if not has_shape:
+        return tuple(given)  # which dims are the same, counted from the end, is known with the shape
+    by_dim: dict[int | None, list[int]] = {}
+    for axis in given:
+        placement = placements[axis]
+        by_dim.setdefault(placement.dim if isinstance(placement, Shard) else None, []).append(axis)
+    order = [0] * ndim
+    for dim, axes in by_dim.items():
+        for slot, axis in zip(sorted(axes), sorted(axes) if dim is None else axes, strict=True):
+            order[slot] = axis
+    return tuple(order)

@@ -148,6 +148,11 @@ class Topology:
     def detect(cls, group: Any = None, **rates: Unpack[Rates]) -> "Topology":
         """Ask every rank of a process group for its host name. Every rank of the group must call.
 
+        ::
+
+            topology = Topology.detect(nic_bytes_per_second=50e9)  # by every rank
+            mover = tricomm.Resharder(source, destination, topology=topology)
+
         Args:
             group: a torch.distributed process group; None is the default one.
             rates: the other fields, which are not measured, e.g. ``nic_bytes_per_second=50e9``.
@@ -184,7 +189,12 @@ class Topology:
         )
 
     def host(self, rank: int) -> int:
-        """Return the number of a rank's host: hosts are counted in the order in which ``hosts`` first names them."""
+        """Return the number of a rank's host: hosts are counted in the order in which ``hosts`` first names them.
+
+        >>> topology = Topology(["a", "a", "b"])
+        >>> [topology.host(rank) for rank in range(3)]
+        [0, 0, 1]
+        """
         try:
             if rank >= 0:
                 return self._host_of[rank]
@@ -193,7 +203,12 @@ class Topology:
         raise _unknown("rank", rank, len(self.hosts))
 
     def nic(self, rank: int) -> int:
-        """Return the number of the NIC that a rank uses; NICs are counted host by host."""
+        """Return the number of the NIC that a rank uses; NICs are counted host by host.
+
+        >>> topology = Topology(["a", "a", "b", "b"], nics_per_host=2)
+        >>> [topology.nic(rank) for rank in range(4)]
+        [0, 1, 2, 3]
+        """
         try:
             if rank >= 0:
                 return self._nic_of[rank]
@@ -202,7 +217,12 @@ class Topology:
         raise _unknown("rank", rank, len(self.hosts))
 
     def nic_rate(self, nic: int) -> NicRate:
-        """Return the rates of a NIC."""
+        """Return the rates of a NIC.
+
+        >>> topology = Topology(["a", "b"], nic_bytes_per_second={"a": 25e9, "b": (50e9, 12.5e9)})
+        >>> topology.nic_rate(topology.nic(1))
+        NicRate(send_bytes_per_second=50000000000.0, receive_bytes_per_second=12500000000.0)
+        """
         try:
             if nic >= 0:
                 return self._nic_rates[nic]
@@ -211,12 +231,21 @@ class Topology:
         raise _unknown("nic", nic, len(self._nic_rates))
 
     def share_host(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
-        """Whether each sender is on the same host as the receiver beside it."""
+        """Whether each sender is on the same host as the receiver beside it.
+
+        >>> Topology(["a", "a", "b"]).share_host(np.array([0, 0]), np.array([1, 2])).tolist()  # 0 to 1, 0 to 2
+        [True, False]
+        """
         shared: np.ndarray = self.host_numbers[senders] == self.host_numbers[receivers]
         return shared
 
     def rates_between(self, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
-        """Bytes per second at which each sender could reach the receiver beside it if nothing else travelled."""
+        """Bytes per second at which each sender could reach the receiver beside it if nothing else travelled.
+
+        >>> topology = Topology(["a", "a", "b"], nic_bytes_per_second=25e9, intra_bytes_per_second=200e9)
+        >>> topology.rates_between(np.array([0, 0]), np.array([1, 2])).tolist()  # 0 to 1, 0 to 2
+        [200000000000.0, 25000000000.0]
+        """
         rates = self.nic_send_rates[self.nic_numbers[senders]]
         return np.where(self.share_host(senders, receivers), self.intra_bytes_per_second, rates)
 
@@ -225,6 +254,11 @@ class Topology:
 
         Raises:
             SpecError: a rank beyond the list of hosts.
+
+        Example:
+            >>> Topology.flat(2).check_covers([0, 1, 2])
+            Traceback (most recent call last):
+            tricomm.errors.SpecError: rank 2 has no host: topology names 2 hosts; give one host name per rank
         """
         kinds = {*map(type, ranks)} if isinstance(ranks, Sequence) and not isinstance(ranks, str) else {str}
         if not all(issubclass(kind, int) for kind in kinds):

@@ -5,8 +5,9 @@ from tricomm.pipeline.costs.simulate import simulate
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.costs.workload import Workload
 from tricomm.pipeline.run.clip import clip_gradients
-from tricomm.pipeline.run.directed_link import PerDirectionFifo
-from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.directed_link import PerDirectionFifo
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.executor import Executor
 from tricomm.pipeline.run.measure import Measurement, StepComparison
 from tricomm.pipeline.run.stage import Stage, WithLoss

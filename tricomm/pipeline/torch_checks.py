@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tricomm.errors import PlanError, SpecError
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.schedule.actions import Kind
 from tricomm.pipeline.schedule.schedule import Schedule
 

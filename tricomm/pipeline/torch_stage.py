@@ -15,8 +15,9 @@ from torch.distributed.pipelining import stage as stages
 
 from tricomm.errors import SpecError
 from tricomm.options import LinkOptions, Options, StageOptions
-from tricomm.pipeline.run.directed_link import PerDirectionFifo, ReceiveHandle
-from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.directed_link import PerDirectionFifo, ReceiveHandle
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.torch_checks import check_place, unknown_of, without_new_groups
 from tricomm.pipeline.torch_dtensors import check_stage_mesh, gradient_to_send, shard_to_send, wrapped
 from tricomm.transport.accelerator import device_here
@@ -153,7 +154,12 @@ class ReshardStage(_Stage):  # type: ignore[misc]
 
     @property
     def stage_index_to_group_rank(self) -> dict[int, int]:
-        """For torch all stages are on this rank, so that it sets up no transfer of its own."""
+        """For torch all stages are on this rank, so that it sets up no transfer of its own.
+
+        ::
+
+            stage.stage_index_to_group_rank  # {0: 0, 1: 0} of two stages
+        """
         return dict.fromkeys(range(self.num_stages), 0)
 
     @stage_index_to_group_rank.setter
@@ -193,7 +199,13 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         return link
 
     def close(self) -> None:
-        """Give back the connections; later steps raise a SpecError."""
+        """Give back the connections; later steps raise a SpecError.
+
+        ::
+
+            schedule.step(x)
+            stage.close()
+        """
         for link in (self._before, self._after):
             if link is not None:
                 link.close()
@@ -210,18 +222,35 @@ class ReshardStage(_Stage):  # type: ignore[misc]
     # ---- one step
 
     def clear_runtime_states(self) -> None:
-        """Begin a step."""
+        """Begin a step.
+
+        ::
+
+            stage.clear_runtime_states()  # after a step that failed; torch's schedules call it first of all
+        """
         super().clear_runtime_states()
         self._forget()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
-        """Post the receive of an activation."""
+        """Post the receive of an activation.
+
+        ::
+
+            stage.get_fwd_recv_ops(0)  # []: it comes in the background, while the stage computes
+            output = stage.forward_one_chunk(0, ())
+        """
         if self._before is not None:
             self._post(self._activations, self._before.recv, fwd_chunk_id)
         return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
-        """Post the receive of a gradient."""
+        """Post the receive of a gradient.
+
+        ::
+
+            stage.get_bwd_recv_ops(0)  # []
+            stage.backward_one_chunk(0)
+        """
         if self.has_backward and self._after is not None and self._after.differentiable:
             self._post(self._gradients, self._after.recv_gradient, bwd_chunk_id)
         return []
@@ -256,7 +285,13 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         return tuple(found)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Compute, and keep the output until it is sent."""
+        """Compute, and keep the output until it is sent.
+
+        ::
+
+            output = stage.forward_one_chunk(0, (x,))  # of the first stage; others take what has come
+            stage.get_fwd_send_ops(0)
+        """
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         if self._after is not None:
             tensors = output if isinstance(output, list | tuple) else (output,)
@@ -267,7 +302,13 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         return output
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
-        """Start to send an activation."""
+        """Start to send an activation.
+
+        ::
+
+            stage.forward_one_chunk(0, (x,))
+            stage.get_fwd_send_ops(0)  # []: it goes in the background
+        """
         if self._after is not None:
             self._after.send(self._outputs.pop(fwd_chunk_id), fwd_chunk_id)
             self._forwards_sent += 1
@@ -276,7 +317,13 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
-        """Start to send a gradient; one that is not there is zero."""
+        """Start to send a gradient; one that is not there is zero.
+
+        ::
+
+            stage.backward_one_chunk(0)
+            stage.get_bwd_send_ops(0)  # []
+        """
         if self.has_backward and self._before is not None and self._before.differentiable:
             found = self.bwd_cache.pop(bwd_chunk_id)
             gradients = [
@@ -293,12 +340,21 @@ class ReshardStage(_Stage):  # type: ignore[misc]
                 link.flush()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """The last thing of a step with backwards."""
+        """The last thing of a step with backwards.
+
+        ::
+
+            stage.perform_reduce_grad(microbatches)  # divides gradients by it, and waits for what was sent
+        """
         super().perform_reduce_grad(grad_scale_factor)
         self._flush()
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         """What torch does between two stages of one rank.
+
+        ::
+
+            stage.set_local_fwd_input(output, 0)  # a SpecError
 
         Raises:
             SpecError: always; neighbouring stages are on different meshes here.

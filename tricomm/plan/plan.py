@@ -67,22 +67,47 @@ class Plan:
 
     @property
     def source(self) -> ShardingSpec:
-        """The resolved layout that a tensor given alone has before."""
+        """The resolved layout that a tensor given alone has before.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> print(make_plan(one, two).source)
+        float32[8/x] on (x=1: rank 0)
+        """
         return self._only.source
 
     @property
     def destination(self) -> ShardingSpec:
-        """The resolved layout that a tensor given alone has after."""
+        """The resolved layout that a tensor given alone has after.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> rows = ShardingSpec.from_dims(Mesh([0], ("x",)), ["R", "R"], (8, 4), "float32")
+        >>> print(make_plan(rows, ShardingSpec.from_dims(Mesh([1, 2], ("y",)), ["S0", "R"])).destination)
+        float32[8/y, 4] on (y=2: ranks 1-2)
+        """
         return self._only.destination
 
     @property
     def reduction(self) -> Reduction | None:
-        """What happens between the two moves of a tensor given alone that is Partial, else None."""
+        """What happens between the two moves of a tensor given alone that is Partial, else None.
+
+        >>> from tricomm import Mesh, Partial, Replicate, ShardingSpec, make_plan
+        >>> sums = ShardingSpec(Mesh([0, 1], ("x",)), (Partial(),), (8,), "float32")
+        >>> reduction = make_plan(sums, ShardingSpec(Mesh([2], ("y",)), (Replicate(),))).reduction
+        >>> reduction.op, reduction.divisor
+        ('sum', 1)
+        """
         return self.classes[0].reduction if self._only else None
 
     @property
     def is_on_the_same_ranks(self) -> bool:
-        """Whether a tensor given alone is before and after on the same ranks."""
+        """Whether a tensor given alone is before and after on the same ranks.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> make_plan(one, two).is_on_the_same_ranks
+        False
+        """
         return set(self.source.mesh.ranks) == set(self.destination.mesh.ranks)
 
     @property
@@ -93,23 +118,49 @@ class Plan:
 
     @property
     def stacks(self) -> tuple[tuple[Stack, ...], ...]:
-        """The tensors of each move, equal ones as one."""
+        """The tensors of each move, equal ones as one.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> (stacks,) = make_plan({"q": one, "k": one}, {"q": two, "k": two}).stacks  # of the only move
+        >>> [stack.items for stack in stacks]  # both are alike
+        [(0, 1)]
+        """
         return tuple(move.stacks for move in self.moves)
 
     @property
     def participants(self) -> tuple[int, ...]:
-        """Every rank of some mesh, sorted: these must all take part."""
+        """Every rank of some mesh, sorted: these must all take part.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> make_plan(one, two).participants
+        (0, 1, 2)
+        """
         return participants_of(self.ends.specs)
 
     @property
     def wire_nbytes(self) -> int:
-        """Count the bytes of all hops of all moves."""
+        """Count the bytes of all hops of all moves.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> make_plan(one, two).wire_nbytes
+        32
+        """
         self._require_global("wire_nbytes")
         return sum(move.wire_nbytes for move in self.moves)
 
     @property
     def minimum_nbytes(self) -> int:
-        """Count the bytes that any plan must send: what each rank needs and does not hold, move by move."""
+        """Count the bytes that any plan must send: what each rank needs and does not hold, move by move.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> plan = make_plan(one, two)
+        >>> plan.minimum_nbytes == plan.wire_nbytes  # nothing travels twice
+        True
+        """
         self._require_global("minimum_nbytes")
         return sum(move.minimum_nbytes for move in self.moves)
 
@@ -121,6 +172,14 @@ class Plan:
 
         Args:
             topology: hosts and rates; None is the plan's own.
+
+        Example:
+            >>> from tricomm import Mesh, ShardingSpec, make_plan
+            >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+            >>> from tricomm import Topology
+            >>> topology = Topology(["a", "b", "c"], nic_bytes_per_second=16.0)
+            >>> make_plan(one, two).lower_bound_seconds(topology)  # 32 bytes leave host a
+            2.0
         """
         self._require_global("lower_bound_seconds")
         topology = topology or self.topology
@@ -133,6 +192,14 @@ class Plan:
 
         Args:
             topology: hosts and rates; None is the plan's own.
+
+        Example:
+            >>> from tricomm import Mesh, ShardingSpec, make_plan
+            >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+            >>> from tricomm import Topology
+            >>> topology = Topology(["a", "b", "c"], nic_bytes_per_second=16.0, latency_seconds=0.5)
+            >>> make_plan(one, two).simulated_seconds(topology)
+            2.50002
         """
         self._require_global("simulated_seconds")
         topology = topology or self.topology
@@ -148,6 +215,15 @@ class Plan:
 
         Returns:
             (NICs,) seconds of sending and (NICs,) seconds of receiving, by the topology's numbers of NICs.
+
+        Example:
+            >>> from tricomm import Mesh, ShardingSpec, make_plan
+            >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+            >>> from tricomm import Topology
+            >>> topology = Topology(["a", "b", "c"], nic_bytes_per_second=16.0)
+            >>> sending, receiving = make_plan(one, two).nic_seconds(topology)
+            >>> sending.tolist(), receiving.tolist()
+            ([2.0, 0.0, 0.0], [0.0, 1.0, 1.0])
         """
         self._require_global("nic_seconds")
         topology = topology or self.topology
@@ -160,6 +236,13 @@ class Plan:
 
         Raises:
             PlanError: the plan was built for another rank only.
+
+        Example:
+            >>> from tricomm import Mesh, ShardingSpec, make_plan
+            >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+            >>> (program,) = make_plan(one, two).for_rank(0)
+            >>> [(send.peer, send.nbytes) for step in program.rounds for send in step.sends]
+            [(1, 16), (2, 16)]
         """
         if rank < 0:
             raise PlanError(f"rank={rank} must be at least 0; give a rank, which has nothing to do off both meshes")
@@ -175,6 +258,11 @@ class Plan:
 
         Raises:
             PlanError: the first claim that does not hold.
+
+        Example:
+            >>> from tricomm import Mesh, ShardingSpec, make_plan
+            >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+            >>> make_plan(one, two).verify()  # returns, so nothing is lost, sent twice or waited for in a circle
         """
         self._require_global("verify")
         classes = alike(self.items)
@@ -186,11 +274,23 @@ class Plan:
             verify_move(move)
 
     def fields(self) -> dict[str, str]:
-        """Name the inputs that determine the plan: what ranks compare."""
+        """Name the inputs that determine the plan: what ranks compare.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> make_plan(one, two).fields()["source mesh"]
+        "Mesh([0], ('x',))"
+        """
         return plan_fields(self)
 
     def digest(self) -> str:
-        """Hash the inputs and the planner's version; equal digests mean equal plans."""
+        """Hash the inputs and the planner's version; equal digests mean equal plans.
+
+        >>> from tricomm import Mesh, ShardingSpec, make_plan
+        >>> one, two = (ShardingSpec.from_dims(Mesh(at, ("x",)), ["S0"], (8,), "float32") for at in ([0], [1, 2]))
+        >>> make_plan(one, two).digest() == make_plan(one, two).digest() != make_plan(two, one).digest()
+        True
+        """
         return plan_digest(self)
 
     def __str__(self) -> str:

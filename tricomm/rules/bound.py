@@ -87,17 +87,32 @@ class BoundRules:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Shape by destination name."""
+        """Shape by destination name.
+
+        >>> from tricomm.rules import Rules, cat, fill, source
+        >>> Rules({"embed": cat([source("e"), fill(0, (6, 4))])}).bind({"e": (10, 4)}).shapes
+        {'embed': (16, 4)}
+        """
         return {tensor.name: tensor.shape for tensor in self.tensors}
 
     @property
     def dtypes(self) -> dict[str, str | None]:
-        """Dtype by destination name."""
+        """Dtype by destination name.
+
+        >>> from tricomm.rules import Rules, source
+        >>> Rules({"b": source("a").to("bfloat16"), "c": source("a")}).bind({"a": (2,)}, dtypes={"a": "float32"}).dtypes
+        {'b': 'bfloat16', 'c': 'float32'}
+        """
         return {tensor.name: tensor.dtype for tensor in self.tensors}
 
     @property
     def source_shapes(self) -> dict[str, Shape]:
-        """Shape by source name."""
+        """Shape by source name.
+
+        >>> from tricomm.rules import Rules, source
+        >>> Rules({"b": source("a", (4, 2))[:2]}, drop=["a", "c"]).bind({"a": (4, 2), "c": (3,)}).source_shapes
+        {'a': (4, 2), 'c': (3,)}
+        """
         return {source.name: source.shape for source in self.sources}
 
     def __str__(self) -> str:
@@ -108,6 +123,12 @@ class BoundRules:
 
         Args:
             arrays: a numpy array or a torch tensor by source name, of any strides.
+
+        Example:
+            >>> from tricomm.rules import Rules, cat, fill, source
+            >>> bound = Rules({"embed": cat([source("e"), fill(0, (2,))])}).bind({"e": (3,)})
+            >>> bound.evaluate({"e": np.array([7, 8, 9])})
+            {'embed': array([7, 8, 9, 0, 0])}
         """
         like = next(iter(arrays.values()), np.empty(0))
         known = {source.name: source for source in self.sources}

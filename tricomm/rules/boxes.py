@@ -67,34 +67,63 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The size of each digit."""
+        """The size of each digit.
+
+        >>> piece = Piece((Digit(4, 0, 1, 1, 1), Digit(6, 1, 1, 0, 1)), (0, 0), (0, 0), tensor=0)  # 4 x 6, transposed
+        >>> piece.shape
+        (4, 6)
+        """
         return tuple([digit.size for digit in self.digits])
 
     @property
     def numel(self) -> int:
-        """Elements of the destination."""
+        """Elements of the destination.
+
+        >>> piece = Piece((Digit(4, 0, 1, 1, 1), Digit(6, 1, 1, 0, 1)), (0, 0), (0, 0), tensor=0)  # 4 x 6, transposed
+        >>> piece.numel
+        24
+        """
         result = 1
         for digit in self.digits:
             result *= digit.size
         return result
 
     def strided(self, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-        """Offset, and stride per digit, in a destination with those strides (elements, or bytes)."""
+        """Offset, and stride per digit, in a destination with those strides (elements, or bytes).
+
+        >>> piece = Piece((Digit(4, 0, 1, 1, 1), Digit(6, 1, 1, 0, 1)), (0, 0), (0, 0), tensor=0)  # 4 x 6, transposed
+        >>> piece.strided((6, 1))  # as in torch.as_strided(destination, piece.shape, strides, offset)
+        (0, (6, 1))
+        """
         offset = sum(map(int.__mul__, self.start, strides))
         return offset, tuple([digit.step * strides[digit.dim] for digit in self.digits])
 
     def source_strided(self, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-        """The same in the source; the stride of a repeated digit is 0."""
+        """The same in the source; the stride of a repeated digit is 0.
+
+        >>> piece = Piece((Digit(4, 0, 1, 1, 1), Digit(6, 1, 1, 0, 1)), (0, 0), (0, 0), tensor=0)  # 4 x 6, transposed
+        >>> piece.source_strided((4, 1))  # the source has 6 rows of 4
+        (0, (1, 4))
+        """
         offset = sum(map(int.__mul__, self.source_start, strides))
         steps = [0 if d.source_dim == REPEATED else d.source_step * strides[d.source_dim] for d in self.digits]
         return offset, tuple(steps)
 
     def replaced(self, digits: Iterable[Digit], source_start: tuple[int, ...]) -> "Piece":
-        """This piece with the same place in the destination, walked by other digits of another source."""
+        """This piece with the same place in the destination, walked by other digits of another source.
+
+        >>> row = Piece((Digit(4, 0, 1, 0, 1),), (0,), (2,), tensor=0)
+        >>> print(row.replaced([Digit(4, 0, 1, 0, 3)], (5,)))
+        [4] at [0] <- tensor 0 at [5]: 4(d0+1 <- d0+3)
+        """
         return Piece(tuple(digits), self.start, source_start, self.tensor, self.value)
 
     def narrowed(self, index: int, begin: int, end: int) -> "Piece":
-        """Only the places [begin, end) of one digit, at least one."""
+        """Only the places [begin, end) of one digit, at least one.
+
+        >>> print(Piece((Digit(4, 0, 1, 0, 1),), (8,), (0,), tensor=0).narrowed(0, 1, 3))
+        [2] at [9] <- tensor 0 at [1]: 2(d0+1 <- d0+1)
+        """
         digit = self.digits[index]
         if (begin, end) == (0, digit.size):
             return self
@@ -108,7 +137,11 @@ class Piece:
         return Piece(digits, tuple(start), tuple(source_start), self.tensor, self.value)
 
     def split(self, index: int, inner: int) -> "Piece":
-        """One digit as two: the inner one of that size, which divides it."""
+        """One digit as two: the inner one of that size, which divides it.
+
+        >>> print(Piece((Digit(6, 0, 1, 0, 1),), (0,), (0,), tensor=0).split(0, inner=2))
+        [3, 2] at [0] <- tensor 0 at [0]: 3(d0+2 <- d0+2) 2(d0+1 <- d0+1)
+        """
         size, dim, step, source_dim, source_step = self.digits[index]
         pair = (
             Digit(size // inner, dim, step * inner, source_dim, source_step * inner),
@@ -118,7 +151,11 @@ class Piece:
         return self.replaced((*self.digits[:index], *kept, *self.digits[index + 1 :]), self.source_start)
 
     def exchanged(self) -> "Piece":
-        """Source and destination exchanged, repeated digits kept: to be cut like a source and exchanged again."""
+        """Source and destination exchanged, repeated digits kept: to be cut like a source and exchanged again.
+
+        >>> print(Piece((Digit(4, 0, 1, 1, 2),), (8,), (0, 3), tensor=0).exchanged())
+        [4] at [0, 3] <- tensor 0 at [8]: 4(d1+2 <- d0+1)
+        """
         digits = tuple([Digit(d.size, d.source_dim, d.source_step, d.dim, d.step) for d in self.digits])
         return Piece(digits, self.source_start, self.start, self.tensor, self.value)
 
@@ -127,6 +164,11 @@ class Piece:
 
         Args:
             tensor: the place of the destination tensor among the sources of the reversed map.
+
+        Example:
+            >>> thrice = Piece((Digit(3, 0, 1, REPEATED, 0), Digit(4, 1, 1, 0, 1)), (0, 0), (0,), tensor=0)
+            >>> print(thrice.turned(tensor=2))
+            [4] at [0] <- tensor 2 at [0, 0]: 4(d0+1 <- d1+1)
         """
         kept = [digit for digit in self.digits if digit.source_dim != REPEATED]
         digits = tuple([Digit(d.size, d.source_dim, d.source_step, d.dim, d.step) for d in kept])

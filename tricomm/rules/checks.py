@@ -1,6 +1,8 @@
 """Arguments in their one form: integers, shapes, slices."""
 
 import operator
+from collections.abc import Sequence
+from math import prod
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -70,3 +72,80 @@ def index_entry(of: object, entry: object) -> Entry:
             raise SpecError(f"{of}[{entry!r}] is no position; write an index variable in braces, such as '{{e}}'")
         return entry
     return integer(f"a position in {of}", entry)
+
+
+def joined_shape(what: str, word: str, dim: int, parts: Sequence[tuple[str, Shape]]) -> Shape:
+    """The shape of a cat or a stack.
+
+    Args:
+        what: the expression, for errors.
+        word: "cat" or "stack".
+        dim: in which they are joined.
+        parts: each in words, and its shape.
+
+    Raises:
+        SpecError: the parts do not agree, or have no such dim.
+    """
+    stacks = word == "stack"
+    name, first = parts[0]
+    ndim = len(first) + stacks
+    if not -ndim <= dim < ndim:
+        raise SpecError(f"{what}: parts of shape {first} have no dim {dim} to join; choose 0 to {ndim - 1}")
+    dim %= ndim
+    for part, shape in parts:
+        kept, wanted = (shape, first) if stacks else (shape[:dim] + shape[dim + 1 :], first[:dim] + first[dim + 1 :])
+        if kept != wanted or len(shape) != len(first):
+            raise SpecError(
+                f"{what}: {part} has shape {shape} and {name} has {first}; the parts of a {word} "
+                f"agree in every dim{'' if stacks else f' but {dim}'}; slice or fill one of them"
+            )
+    if stacks:
+        return (*first[:dim], len(parts), *first[dim:])
+    return (*first[:dim], sum(shape[dim] for _, shape in parts), *first[dim + 1 :])
+
+
+def expanded_shape(what: str, name: str, shape: Shape, sizes: Shape) -> Shape:
+    """The shape of what is expanded.
+
+    Args:
+        what: the expression, for errors.
+        name: what it expands, in words.
+        shape: of that.
+        sizes: -1 keeps a dim.
+
+    Raises:
+        SpecError: a dim that is not of size 1 would be repeated.
+    """
+    added = len(sizes) - len(shape)
+    old = (1,) * added + shape
+    fits = added >= 0 and all(size in (-1, have) or have == 1 for size, have in zip(sizes, old, strict=True))
+    if not fits or -1 in sizes[:added]:
+        raise SpecError(
+            f"{what}: {name} has shape {shape}, and only a dim of size 1 or a new one in front can be repeated; "
+            "unsqueeze or unflatten first"
+        )
+    return tuple(have if size == -1 else size for size, have in zip(sizes, old, strict=True))
+
+
+def unflattened_shape(what: str, name: str, shape: Shape, dim: int, sizes: Shape) -> Shape:
+    """The shape of what has one dim as several.
+
+    Args:
+        what: the expression, for errors.
+        name: what it unflattens, in words.
+        shape: of that.
+        dim: which, counted from the front.
+        sizes: of the new dims; one may be -1.
+
+    Raises:
+        SpecError: their product is not the size of the dim.
+    """
+    known = prod(size for size in sizes if size >= 0)
+    rest = shape[dim] // known if known else 0
+    found = tuple(rest if size < 0 else size for size in sizes)
+    if prod(found) != shape[dim] or (-1 in sizes and not known):
+        raise SpecError(
+            f"{what}: dim {dim} of {name} has size {shape[dim]}, which is not the product of {sizes}; "
+            "give sizes that divide it, or slice or fill first"
+        )
+    return (*shape[:dim], *found, *shape[dim + 1 :])

@@ -11,7 +11,18 @@ from types import EllipsisType
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import dtype_name
-from tricomm.rules.checks import Entry, Shape, Span, checked_shape, index_entry, integer, integers
+from tricomm.rules.checks import (
+    Entry,
+    Shape,
+    Span,
+    checked_shape,
+    expanded_shape,
+    index_entry,
+    integer,
+    integers,
+    joined_shape,
+    unflattened_shape,
+)
 from tricomm.rules.names import parse
 
 
@@ -40,29 +51,53 @@ class Expression:
         return Indexed(self, tuple(index_entry(self, entry) for entry in entries))
 
     def unsqueeze(self, dim: int) -> "Expression":
-        """A new dim of size 1, as ``torch.unsqueeze``."""
+        """A new dim of size 1, as ``torch.unsqueeze``.
+
+        >>> Source("down", (8, 6)).unsqueeze(0).shape
+        (1, 8, 6)
+        """
         if dim >= 0:
             return self[(slice(None),) * dim + (None,)]
         return self[(..., None) + (slice(None),) * (-1 - dim)]
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> "Expression":
-        """One dim as several, row-major, as ``torch.unflatten``; one size may be -1."""
+        """One dim as several, row-major, as ``torch.unflatten``; one size may be -1.
+
+        >>> Source("q", (32, 64)).unflatten(0, (4, -1)).shape  # 4 heads
+        (4, 8, 64)
+        """
         return Unflattened(self, integer("dim", dim), integers("sizes", sizes))
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> "Expression":
-        """Several neighbouring dims as one, row-major, as ``torch.flatten``."""
+        """Several neighbouring dims as one, row-major, as ``torch.flatten``.
+
+        >>> Source("q", (4, 8, 64)).flatten(0, 1).shape
+        (32, 64)
+        """
         return Flattened(self, integer("start_dim", start_dim), integer("end_dim", end_dim))
 
     def permute(self, *dims: int) -> "Expression":
-        """The dims in another order, as ``torch.permute``."""
+        """The dims in another order, as ``torch.permute``.
+
+        >>> Source("conv1d", (64, 192)).permute(1, 0).shape  # as GPT-2 keeps it
+        (192, 64)
+        """
         return Permuted(self, integers("dims", dims))
 
     def expand(self, *sizes: int) -> "Expression":
-        """Dims of size 1 repeated, as ``torch.Tensor.expand``: -1 keeps a dim, more sizes add dims in front."""
+        """Dims of size 1 repeated, as ``torch.Tensor.expand``: -1 keeps a dim, more sizes add dims in front.
+
+        >>> Source("k", (2, 1, 8)).expand(-1, 4, -1).flatten(0, 1).shape  # each head four times
+        (8, 8)
+        """
         return Expanded(self, integers("sizes", sizes))
 
     def to(self, dtype: object) -> "Expression":
-        """Cast, with torch's rounding, as ``torch.Tensor.to``; once on the way from a source to a destination."""
+        """Cast, with torch's rounding, as ``torch.Tensor.to``; once on the way from a source to a destination.
+
+        >>> print(Source("bias", (256,)).to("float32"))
+        bias.to('float32')
+        """
         return Cast(self, dtype_name(dtype))
 
     def __repr__(self) -> str:
@@ -239,24 +274,8 @@ class Joined(Expression):
         return Joined(children, self.dim, self.stacks)
 
     def _inferred(self) -> Shape:
-        shapes = [part.shape for part in self.parts if part.shape is not None]
-        first = shapes[0]
-        ndim = len(first) + self.stacks
-        if not -ndim <= self.dim < ndim:
-            raise SpecError(f"{self}: parts of shape {first} have no dim {self.dim} to join; choose 0 to {ndim - 1}")
-        dim = self.dim % ndim
-        for part, shape in zip(self.parts, shapes, strict=True):
-            kept, wanted = (
-                (shape, first) if self.stacks else (shape[:dim] + shape[dim + 1 :], first[:dim] + first[dim + 1 :])
-            )
-            if kept != wanted or len(shape) != len(first):
-                raise SpecError(
-                    f"{self}: {part} has shape {shape} and {self.parts[0]} has {first}; the parts of a {self._word} "
-                    f"agree in every dim{'' if self.stacks else f' but {dim}'}; slice or fill one of them"
-                )
-        if self.stacks:
-            return (*first[:dim], len(shapes), *first[dim:])
-        return (*first[:dim], sum(shape[dim] for shape in shapes), *first[dim + 1 :])
+        named = [(str(part), part.shape) for part in self.parts if part.shape is not None]
+        return joined_shape(str(self), self._word, self.dim, named)
 
     def _text(self, show: Callable[[object], str]) -> str:
         return f"{self._word}([{', '.join(part._text(show) for part in self.parts)}], dim={self.dim})"
@@ -314,16 +333,7 @@ class Unflattened(_Unary):
             raise SpecError(f"{self}: sizes are at least 0, and at most one of them is -1")
 
     def _inferred(self) -> Shape:
-        dim, shape = self._dim(self.dim), self._of_shape
-        known = prod(size for size in self.sizes if size >= 0)
-        rest = shape[dim] // known if known else 0
-        sizes = tuple(rest if size < 0 else size for size in self.sizes)
-        if prod(sizes) != shape[dim] or (-1 in self.sizes and not known):
-            raise SpecError(
-                f"{self}: dim {dim} of {self.of} has size {shape[dim]}, which is not the product of {self.sizes}; "
-                "give sizes that divide it, or slice or fill first"
-            )
-        return (*shape[:dim], *sizes, *shape[dim + 1 :])
+        return unflattened_shape(str(self), str(self.of), self._of_shape, self._dim(self.dim), self.sizes)
 
     def _suffix(self) -> str:
         return f".unflatten({self.dim}, {self.sizes})"
@@ -384,15 +394,7 @@ class Expanded(_Unary):
             raise SpecError(f"{self}: sizes are at least 0, or -1 to keep a dim")
 
     def _inferred(self) -> Shape:
-        added = len(self.sizes) - len(self._of_shape)
-        old = (1,) * added + self._of_shape
-        fits = added >= 0 and all(size in (-1, have) or have == 1 for size, have in zip(self.sizes, old, strict=True))
-        if not fits or -1 in self.sizes[:added]:
-            raise SpecError(
-                f"{self}: {self.of} has shape {self._of_shape}, and only a dim of size 1 or a new one in front can be "
-                "repeated; unsqueeze or unflatten first"
-            )
-        return tuple(have if size == -1 else size for size, have in zip(self.sizes, old, strict=True))
+        return expanded_shape(str(self), str(self.of), self._of_shape, self.sizes)
 
     def _suffix(self) -> str:
         return f".expand({', '.join(map(str, self.sizes))})"

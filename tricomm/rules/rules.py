@@ -108,12 +108,22 @@ class Rules:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every destination tensor."""
+        """Every destination tensor.
+
+        >>> from tricomm.rules import Rules, source
+        >>> Rules({"b.{l}": source("a.{l}")}, l=range(2)).names
+        ('b.0', 'b.1')
+        """
         return tuple(name for name, _ in _destinations(self))
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Every source tensor that a rule reads, each once."""
+        """Every source tensor that a rule reads, each once.
+
+        >>> from tricomm.rules import Rules, cat, source
+        >>> Rules({"qk": cat([source("q"), source("k")]), "k": source("k")}).source_names
+        ('q', 'k')
+        """
         found: dict[str, None] = {}
         for group in self.groups:
             for target, expression in group.definitions:
@@ -132,6 +142,11 @@ class Rules:
         Raises:
             SpecError: a source is missing, shapes or dtypes do not fit, or elements are used nowhere and not named
                 in ``drop``. The message names the rule.
+
+        Example:
+            >>> from tricomm.rules import Rules, source
+            >>> print(Rules({"b": source("a")[::2]}, drop=["a"]).bind({"a": (6,)}))
+            b (3,): 1 piece of a
         """
         shapes = None if source_shapes is None else {name: tuple(shape) for name, shape in source_shapes.items()}
         types = None if dtypes is None else {name: dtype_name(dtype) for name, dtype in dtypes.items()}

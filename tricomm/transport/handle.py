@@ -43,16 +43,32 @@ class Handle:
         return f"<Handle: {'failed' if self._future.exception() is not None else 'done'}>"
 
     def done(self) -> bool:
-        """Whether wait() would return, or raise, at once."""
+        """Whether wait() would return, or raise, at once.
+
+        ::
+
+            while not handle.done():
+                do_something_useful()
+        """
         return self._future.done()
 
     def check(self) -> None:
-        """Raise what wait() would raise. It waits until the run has ended, but lets nothing on a GPU wait."""
+        """Raise what wait() would raise. It waits until the run has ended, but lets nothing on a GPU wait.
+
+        ::
+
+            handle.check()  # a TransportError, if it failed; on a GPU nothing waits for the bytes
+        """
         self._result()
 
     def wait_done(self) -> None:
         """Return when it has ended, well or badly. On a GPU what is queued afterwards on the current stream runs after
         the move.
+
+        ::
+
+            handle.wait_done()
+            tensor.zero_()  # it was sent
         """
         if self._future.exception() is None:
             self._stream_context.wait_event(self._future.result()[1])
@@ -61,6 +77,11 @@ class Handle:
         """The rank's new shard; None off the destination mesh.
 
         On a GPU the host goes on at once, and what it queues afterwards on the current stream runs after the move.
+
+        ::
+
+            handle = mover.start(tensor)
+            shard = handle.wait()
 
         Raises:
             TransportError: a rank failed; nothing was returned, and a tensor given as ``out`` holds garbage. On a GPU
@@ -72,6 +93,11 @@ class Handle:
 
     def join(self) -> torch.Tensor | None:
         """Return what ``wait`` does, but not before a GPU, too, has done the move: the host waits for that.
+
+        ::
+
+            handle.join()
+            print("it is there")  # on a GPU too, for other streams and processes
 
         Raises:
             TransportError: a rank failed.

@@ -155,6 +155,13 @@ class LocalTransport:
         Raises:
             SpecError: a shard is missing, unexpected, or not what the plan's source says.
             TransportError: no rank can go on.
+
+        Example:
+            >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec, make_plan
+            >>> spec = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (4,), "float32")
+            >>> plan = make_plan({"w": spec}, {"w": ShardingSpec(Mesh([2], ("tp",)), (Replicate(),))})
+            >>> LocalTransport().run(plan, {rank: {"w": torch.full((2,), float(rank))} for rank in (0, 1)})
+            {2: {'w': tensor([0., 0., 1., 1.])}}
         """
         return self.run_observed(plan, tensors)[0]
 
@@ -162,7 +169,15 @@ class LocalTransport:
     def run_counted(
         self, plan: Planned, tensors: Mapping[int, Given]
     ) -> tuple[dict[int, Any], dict[tuple[int, int], int]]:
-        """As :meth:`run`; also the bytes that went over each ordered pair of ranks."""
+        """As :meth:`run`; also the bytes that went over each ordered pair of ranks.
+
+        >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec, make_plan
+        >>> rows = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (2, 2), "float32")
+        >>> plan = make_plan(rows, ShardingSpec(Mesh([2], ("tp",)), (Replicate(),)))
+        >>> outputs, traffic = LocalTransport().run_counted(plan, {rank: torch.ones(1, 2) for rank in (0, 1)})
+        >>> traffic
+        {(0, 2): 8, (1, 2): 8}
+        """
         outputs, traffic = self.run_observed(plan, tensors)
         return outputs, {pair: one.nbytes for pair, one in traffic.items()}
 
@@ -170,7 +185,15 @@ class LocalTransport:
     def run_observed(
         self, plan: Planned, tensors: Mapping[int, Given]
     ) -> tuple[dict[int, Any], dict[tuple[int, int], Traffic]]:
-        """As :meth:`run`; also the messages and bytes that went over each ordered pair of ranks."""
+        """As :meth:`run`; also the messages and bytes that went over each ordered pair of ranks.
+
+        >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec, make_plan
+        >>> rows = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (2, 2), "float32")
+        >>> plan = make_plan(rows, ShardingSpec(Mesh([2], ("tp",)), (Replicate(),)))
+        >>> outputs, traffic = LocalTransport().run_observed(plan, {rank: torch.ones(1, 2) for rank in (0, 1)})
+        >>> traffic[0, 2]
+        Traffic(transport='local', messages=1, nbytes=8, wait_seconds=0.0)
+        """
         if not isinstance(plan, Plan | Selection):
             raise ArgumentError(f"plan={plan!r} is not a Plan; pass what make_plan gave")
         if not isinstance(tensors, Mapping):

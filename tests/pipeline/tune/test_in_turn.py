@@ -36,7 +36,7 @@ from tricomm.pipeline import (
     tune,
     with_communication,
 )
-from tricomm.pipeline.run.directed_link import ReceiveHandle
+from tricomm.pipeline.run.edges.directed_link import ReceiveHandle
 from tricomm.pipeline.tune.evaluate import Simulator
 
 TURNS = Queues.PER_DIRECTION

@@ -101,12 +101,21 @@ class Meeting:
         close_in_children(loop, _Loop.forget)
 
     def close(self) -> None:
-        """Stop listening, and end all connections."""
+        """Stop listening, and end all connections.
+
+        >>> meeting = Meeting("tcp://127.0.0.1:0", secret="a secret of one example")
+        >>> meeting.close()
+        """
         self._end()
         self._thread.join()
 
     def wait(self) -> None:
-        """Serve until the process is interrupted."""
+        """Serve until the process is interrupted.
+
+        ::
+
+            Meeting("tcp://10.0.0.1:29600", secret=secret).wait()  # in a process of its own
+        """
         self._thread.join()
 
     def __enter__(self) -> Self:

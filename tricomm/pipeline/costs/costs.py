@@ -44,7 +44,11 @@ class StageCost:
 
     @explains_kinds
     def seconds(self, action: Action) -> float:
-        """How long an action computes."""
+        """How long an action computes.
+
+        >>> StageCost(1.0, 1.5, 0.5).seconds(Action.parse("0B3"))
+        2.0
+        """
         if action.kind is Kind.FORWARD:
             return self.forward_seconds
         if action.kind is Kind.INPUT_GRADIENT:
@@ -55,12 +59,20 @@ class StageCost:
 
     @property
     def backward_seconds(self) -> float:
-        """The whole backward, B."""
+        """The whole backward, B.
+
+        >>> StageCost(1.0, 1.5, 0.5).backward_seconds
+        2.0
+        """
         return self.input_gradient_seconds + self.weight_gradient_seconds
 
     @property
     def total_seconds(self) -> float:
-        """F + B."""
+        """F + B.
+
+        >>> StageCost(1.0, 1.5, 0.5).total_seconds
+        3.0
+        """
         return self.forward_seconds + self.backward_seconds
 
 
@@ -99,7 +111,11 @@ class TransferCost:
     @classmethod
     @checks_kinds
     def of_bytes(cls, nbytes: int, bytes_per_second: float, latency_seconds: float = 0.0) -> "TransferCost":
-        """One message over one link."""
+        """One message over one link.
+
+        >>> TransferCost.of_bytes(8 << 20, bytes_per_second=12.5e9, latency_seconds=2e-5)
+        TransferCost(busy_seconds=0.00067108864, latency_seconds=2e-05, nbytes=8388608, loads=())
+        """
         if bytes_per_second <= 0:
             raise PlanError(f"bytes_per_second={bytes_per_second!r} must be above 0; give the rate of the link")
         return cls(nbytes / bytes_per_second, latency_seconds, nbytes)
@@ -112,6 +128,14 @@ class TransferCost:
         Args:
             plan: of all ranks.
             topology: hosts and rates; the plan's own if None.
+
+        Example:
+            >>> from tricomm import Mesh, ShardingSpec, Topology, make_plan
+            >>> one, two = (ShardingSpec.from_dims(Mesh([rank], ("x",)), ["R"], (8,), "float32") for rank in (0, 1))
+            >>> hosts = Topology(["a", "b"], nic_bytes_per_second=16.0, latency_seconds=0.0)
+            >>> hop = TransferCost.of_plan(make_plan(one, two), hosts)
+            >>> round(hop.seconds, 3), hop.nbytes
+            (2.0, 32)
         """
         topology = topology or plan.topology
         seconds = plan.simulated_seconds(topology)
@@ -126,7 +150,12 @@ class TransferCost:
     @classmethod
     @checks_kinds
     def in_turn(cls, costs: Sequence["TransferCost"]) -> "TransferCost":
-        """Several transfers, one after the other: the tensors of one edge."""
+        """Several transfers, one after the other: the tensors of one edge.
+
+        >>> hidden, mask = TransferCost(0.25, nbytes=1024), TransferCost(0.125, nbytes=256)
+        >>> TransferCost.in_turn([hidden, mask]).seconds
+        0.375
+        """
         busy = sum(cost.busy_seconds for cost in costs)
         loads: dict[str, float] = {}
         for cost in costs:
@@ -137,7 +166,11 @@ class TransferCost:
 
     @property
     def seconds(self) -> float:
-        """From its start to its arrival, if it shares nothing."""
+        """From its start to its arrival, if it shares nothing.
+
+        >>> TransferCost(busy_seconds=0.5, latency_seconds=0.25).seconds
+        0.75
+        """
         return self.busy_seconds + self.latency_seconds
 
     @checks_kinds
@@ -147,6 +180,10 @@ class TransferCost:
         Args:
             sender, receiver: any names; transfers that name the same NIC share it.
             full_duplex: whether a NIC sends and receives at its full rate at once.
+
+        Example:
+            >>> TransferCost(0.5).sharing("node 0", "node 1", full_duplex=False).loads
+            (('node 0', 1.0), ('node 1', 1.0))
         """
         directions = (f"{sender} out", f"{receiver} in") if full_duplex else (sender, receiver)
         return replace(self, loads=tuple((name, 1.0) for name in dict.fromkeys(directions)))
@@ -205,7 +242,11 @@ class Costs:
         weight_gradient_seconds: float,
         hop: TransferCost | float = 0.0,
     ) -> "Costs":
-        """All stages alike, and all hops alike; a hop given in seconds occupies its channel for them."""
+        """All stages alike, and all hops alike; a hop given in seconds occupies its channel for them.
+
+        >>> Costs.uniform(4, 1.0, 1.0, 0.5, hop=0.25).stages[3].backward_seconds
+        1.5
+        """
         if stages > MAX_STAGES:
             raise PlanError(f"stages={stages} is more than {MAX_STAGES}; give the stages of one pipeline")
         stage = StageCost(forward_seconds, input_gradient_seconds, weight_gradient_seconds)
@@ -213,7 +254,11 @@ class Costs:
 
     @explains_kinds
     def seconds(self, action: Action) -> float:
-        """How long a compute action takes."""
+        """How long a compute action takes.
+
+        >>> Costs((StageCost(1.0, 1.0, 1.0), StageCost(2.0, 2.0, 2.0))).seconds(Action.parse("1F0"))
+        2.0
+        """
         if action.stage >= len(self.stages):
             raise PlanError(
                 f"{action} is of a stage without costs, of which there are {len(self.stages)}; give every stage its own"
@@ -222,33 +267,64 @@ class Costs:
 
     @property
     def channels(self) -> tuple[Channel, ...]:
-        """Those that have a cost of their own."""
+        """Those that have a cost of their own.
+
+        >>> Costs.uniform(2, 1, 1, 1).with_transfers([Channel(0, 1)], TransferCost(0.5)).channels
+        (Channel(sender=0, receiver=1),)
+        """
         return tuple(self._by_channel)
 
     def all_transfers(self) -> tuple[TransferCost, ...]:
-        """The costs of all channels that are named, and of the others."""
+        """The costs of all channels that are named, and of the others.
+
+        >>> costs = Costs.uniform(2, 1, 1, 1, hop=0.25).with_transfers([Channel(0, 1)], TransferCost(0.5))
+        >>> [transfer.seconds for transfer in costs.all_transfers()]
+        [0.5, 0.25]
+        """
         return (*self._by_channel.values(), self.other)
 
     @explains_kinds
     def transfer(self, channel: Channel) -> TransferCost:
-        """What a microbatch costs on a channel."""
+        """What a microbatch costs on a channel.
+
+        >>> costs = Costs.uniform(2, 1, 1, 1, hop=0.25).with_transfers([Channel(0, 1)], TransferCost(0.5))
+        >>> costs.transfer(Channel(0, 1)).seconds, costs.transfer(Channel(1, 0)).seconds
+        (0.5, 0.25)
+        """
         if type(channel) is not Channel:  # asked very often, and any key would find the cost of the others
             refuse_wrong_kinds(Costs.transfer, channel=channel)
         return self._by_channel.get(channel, self.other)
 
     @property
     def shares_anything(self) -> bool:
-        """Whether transfers of different channels may slow each other down."""
+        """Whether transfers of different channels may slow each other down.
+
+        >>> one, other = TransferCost(0.5).sharing("a", "b"), TransferCost(0.5).sharing("a", "c")
+        >>> Costs((StageCost(1, 1, 1),) * 3, {Channel(0, 1): one, Channel(0, 2): other}).shares_anything  # NIC a
+        True
+        """
         names = [name for one in self.all_transfers() for name, _ in one.loads]
         return len(names) > len(set(names)) or bool(self.other.loads)
 
     def without_transfers(self) -> "Costs":
-        """The same stages with hops that cost nothing: the yardstick for what is exposed."""
+        """The same stages with hops that cost nothing: the yardstick for what is exposed.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> costs, schedule = Costs.uniform(2, 1, 1, 1, hop=0.5), gpipe(2, 4)
+        >>> [simulate(schedule, one).makespan_seconds for one in (costs, costs.without_transfers())]
+        [16.0, 15.0]
+        """
         return Costs(self.stages)
 
     @checks_kinds
     def with_transfers(self, channels: Iterable[Channel], cost: TransferCost) -> "Costs":
-        """The same costs, but for some channels."""
+        """The same costs, but for some channels.
+
+        >>> costs = Costs.uniform(3, 1, 1, 1, hop=0.25)
+        >>> slow = costs.with_transfers([Channel(1, 2), Channel(2, 1)], TransferCost(1.0))  # between two hosts
+        >>> slow.transfer(Channel(1, 2)).seconds, slow.transfer(Channel(0, 1)).seconds
+        (1.0, 0.25)
+        """
         return replace(self, transfers={**self._by_channel, **dict.fromkeys(channels, cost)})
 
 

@@ -94,18 +94,36 @@ class Timeline:
 
     @property
     def makespan_seconds(self) -> float:
-        """From the start to the end of the last compute action."""
+        """From the start to the end of the last compute action.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> timeline.makespan_seconds
+        10.0
+        """
         return max(spans[-1].end for spans in self.compute)
 
     @explains_kinds
     def busy_seconds(self, pipeline_rank: int) -> float:
-        """For how long a pipeline rank computes."""
+        """For how long a pipeline rank computes.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> timeline.busy_seconds(0)
+        6.0
+        """
         self.schedule.stages_of(pipeline_rank)  # or there is no such one
         return sum(span.end - span.begin for span in self.compute[pipeline_rank])
 
     @property
     def bubble_fraction(self) -> float:
-        """The part of all pipeline ranks' time in which they do not compute."""
+        """The part of all pipeline ranks' time in which they do not compute.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> round(timeline.bubble_fraction, 2)
+        0.4
+        """
         busy = sum(self.busy_seconds(pipeline_rank) for pipeline_rank in range(self.schedule.pipeline_ranks))
         return 1 - busy / (self.makespan_seconds * self.schedule.pipeline_ranks) if self.makespan_seconds else 0.0
 
@@ -114,6 +132,11 @@ class Timeline:
 
         While it idles before an action, the wait counts from the moment at which the data that comes last was
         computed; before that it waits for the computation, which is bubble and not communication.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> next(timeline.waits())
+        Wait(pipeline_rank=0, channel=Channel(sender=1, receiver=0), begin=5.5, end=6.0)
         """
         arrivals = {(one.channel, one.microbatch): one for one in self.transfers}
         for pipeline_rank, spans in enumerate(self.compute):
@@ -125,14 +148,26 @@ class Timeline:
                 idle_since = span.end
 
     def exposed_seconds(self) -> dict[Channel, float]:
-        """Per channel, the sum of the waits for it, fill and drain of the pipeline among them."""
+        """Per channel, the sum of the waits for it, fill and drain of the pipeline among them.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> {str(channel): seconds for channel, seconds in timeline.exposed_seconds().items()}
+        {'0>1': 0.5, '1>0': 0.5}
+        """
         exposed = dict.fromkeys(self.schedule.channels, 0.0)
         for wait in self.waits():
             exposed[wait.channel] += wait.end - wait.begin
         return exposed
 
     def peaks(self) -> tuple[Peak, ...]:
-        """Per pipeline rank, the most that it holds at once."""
+        """Per pipeline rank, the most that it holds at once.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> timeline.peaks()[0]
+        Peak(activations=2, receives=2, nbytes=0)
+        """
         place = self.schedule.pipeline_rank_by_stage
         freed = {
             (span.action.stage, span.action.microbatch): span.end
@@ -161,6 +196,11 @@ class Timeline:
     def critical_path(self) -> tuple[Step, ...]:
         """A chain of compute actions and transfers without a gap, from the start to the end: the end comes earlier
         only if one of them is shorter. A transfer counts from when it went on the wire.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> print(*(step.what for step in timeline.critical_path()))
+        0F0 0>1 1F0 1F1 1B0 1>0 0B0 0B1
         """
         arrivals = {(one.channel, one.microbatch): one for one in self.transfers}
         before = {second.action: first for spans in self.compute for first, second in pairwise(spans)}
@@ -180,6 +220,11 @@ class Timeline:
     def critical_seconds(self) -> dict[Channel, float]:
         """Per channel, the seconds of the critical path that it takes. A hop that hides behind compute is there once,
         in the fill or the drain of the pipeline.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> {str(channel): seconds for channel, seconds in timeline.critical_seconds().items()}
+        {'0>1': 0.5, '1>0': 0.5}
         """
         seconds = dict.fromkeys(self.schedule.channels, 0.0)
         for step in self.critical_path():
@@ -188,7 +233,13 @@ class Timeline:
         return seconds
 
     def hop_seconds(self) -> dict[Channel, float]:
-        """Per channel, the mean time from the start of a transfer to its arrival."""
+        """Per channel, the mean time from the start of a transfer to its arrival.
+
+        >>> from tricomm.pipeline import gpipe, simulate
+        >>> timeline = simulate(gpipe(2, 2), Costs.uniform(2, 1, 1, 1, hop=0.5))
+        >>> {str(channel): seconds for channel, seconds in timeline.hop_seconds().items()}
+        {'0>1': 0.5, '1>0': 0.5}
+        """
         seconds = dict.fromkeys(self.schedule.channels, 0.0)
         for one in self.transfers:
             seconds[one.channel] += (one.arrival - one.begin) / self.schedule.microbatches

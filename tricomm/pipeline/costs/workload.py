@@ -59,6 +59,11 @@ class Workload:
             costs: of one microbatch, as :class:`tricomm.pipeline.Measurement` gives them.
             microbatches: of the step in which they were.
             channels: that the stages use; None is those that the costs name.
+
+        Example:
+            >>> costs = Costs.uniform(2, 0.5, 0.5, 0.5)  # what Measurement found with 8 microbatches
+            >>> Workload.measured(costs, microbatches=8).costs(16).stages[0].forward_seconds
+            0.25
         """
         _check_microbatches(microbatches)
         if channels is None:
@@ -108,7 +113,12 @@ class Workload:
 
     @checks_kinds
     def costs(self, microbatches: int) -> Costs:
-        """What one microbatch costs if the batch is split into so many."""
+        """What one microbatch costs if the batch is split into so many.
+
+        >>> batch = Workload((StageCost(8.0, 8.0, 8.0),) * 2, overhead_seconds=0.5)
+        >>> [batch.costs(microbatches).stages[0].forward_seconds for microbatches in (4, 8, 16)]
+        [2.5, 1.5, 1.0]
+        """
         _check_microbatches(microbatches)
         fixed = self.overheads or (StageCost(0.0, 0.0, 0.0),) * len(self.stages)
         stages = tuple(

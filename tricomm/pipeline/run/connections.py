@@ -15,8 +15,9 @@ from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
-from tricomm.pipeline.run.directed_link import Sizes, StepResharder
-from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.directed_link import Sizes, StepResharder
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.sizes import (
     REMEDY,
     GivenSizes,

@@ -16,20 +16,18 @@ before, and waited for after, anything that goes the other way or over another e
     link.send_gradient(y.grad, 0)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Self, Unpack
 
 import torch
 
-from tricomm.autograd.layouts import gradient_scale, gradient_specs
+from tricomm.autograd.layouts import gradient_scale
 from tricomm.errors import ArgumentError, SpecError
-from tricomm.kinds import checks_kinds, explains_fields, explains_missing, refuse_wrong_kinds
-from tricomm.layout.placement import Placement, Shard
+from tricomm.kinds import checks_kinds, explains_missing
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions, Options
-from tricomm.pipeline.run.directed_link import (
+from tricomm.pipeline.run.edges.directed_link import (
     DirectedLink,
     PerDirectionFifo,
     ReceiveHandle,
@@ -37,108 +35,10 @@ from tricomm.pipeline.run.directed_link import (
     Sizes,
     Tensors,
 )
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.schedule.actions import MAX_COUNT
 from tricomm.plan.plan import digest_of
 from tricomm.transport.coordination.intent import Intent
-
-WITHOUT_GRADIENT = ("int", "uint", "bool")
-"""Element types that begin so are numbers that cannot have a gradient."""
-
-
-@explains_fields
-@dataclass(frozen=True, slots=True)
-class EdgeTensor:
-    """Describe one tensor that crosses an edge.
-
-    >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec
-    >>> source = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (8, 512), "float32")
-    >>> hidden = EdgeTensor(source, ShardingSpec(Mesh([2], ("dp",)), (Replicate(),)))
-    >>> hidden.destination.shape  # as the source's
-    (8, 512)
-    >>> changing = ShardingSpec(Mesh([0], ("dp",)), (Replicate(),), dtype="int64")
-    >>> tokens = EdgeTensor(changing, ShardingSpec(Mesh([2], ("dp",)), (Replicate(),)), None, (8, "length"))
-    >>> tokens.bound({"length": 100}).source.shape
-    (8, 100)
-
-    Attributes:
-        source: its layout on the mesh of the source stage.
-        destination: its layout on the mesh of the destination stage; shape and dtype default to the source's.
-        gradient: the layout of the gradient that the destination stage computes, one placement per axis of its mesh.
-            () is that of ``destination``: ranks that hold the same elements compute the same gradient, of which one
-            copy travels. That is so if the stage sums gradients itself (as Megatron's column-parallel layers do).
-            If each rank of an axis computes a share of the gradient, say ``Partial()`` for that axis: the shares
-            are added. None: it has no gradient (tokens, a mask).
-        shape: the global shape, if some of its sizes change from step to step: those are names, which ``bound``
-            replaces, such as ``(8, "sequence", 512)``. The specs then have no shape. () means that they have it.
-
-    Raises:
-        SpecError: gradient placements that do not fit the mesh or cut other dims than the destination does, a gradient
-            of integers, or a shape given in both places or in none.
-    """
-
-    source: ShardingSpec
-    destination: ShardingSpec
-    gradient: tuple[Placement, ...] | None = ()
-    shape: tuple[int | str, ...] = ()
-
-    def __post_init__(self) -> None:
-        fields = {"source": self.source, "destination": self.destination, "gradient": self.gradient}
-        refuse_wrong_kinds(EdgeTensor.__init__, **fields, shape=self.shape)
-        object.__setattr__(self, "shape", tuple(self.shape))
-        if any(size == "" or (isinstance(size, int) and size < 0) for size in self.shape):
-            raise SpecError(f"shape={self.shape} of an EdgeTensor must be of sizes from 0 and of names; give each one")
-        object.__setattr__(self, "destination", self.destination.resolved(self.source))
-        if (self.source.shape is None) != bool(self.shape):
-            raise SpecError(
-                f"an EdgeTensor with shape={self.shape} and source {self.source} must have its sizes in one place; "
-                "give the source a shape, or leave it out there and write shape=(8, 'sequence', 512)"
-            )
-        for side in (self.source, self.destination):
-            if self.gradient is not None and side.element_type.startswith(WITHOUT_GRADIENT):
-                raise SpecError(
-                    f"an EdgeTensor of {side.element_type} cannot have a gradient, which is of real numbers; write "
-                    "EdgeTensor(source, destination, gradient=None)"
-                )
-        if self.gradient:
-            object.__setattr__(self, "gradient", tuple(self.gradient))
-            checked = replace(self.destination, placements=self.gradient)
-            for axis, (own, other) in enumerate(zip(checked.placements, self.destination.placements, strict=True)):
-                if own != other and checked.mesh.shape[axis] > 1 and isinstance(own, Shard):
-                    raise SpecError(
-                        f"gradient={self.gradient} cuts axis {checked.mesh.axis_names[axis]!r} by {own}, where the "
-                        f"tensor has {other}; a gradient has the shape of its tensor: use {other} or Partial()"
-                    )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the sizes that change."""
-        return tuple(size for size in self.shape if isinstance(size, str))
-
-    @checks_kinds
-    def bound(self, sizes: Mapping[str, int]) -> "EdgeTensor":
-        """Return the same with numbers for the names.
-
-        Raises:
-            SpecError: a name without a number.
-        """
-        if not self.shape:
-            return self
-        missing = [name for name in self.names if name not in sizes]
-        if missing:
-            raise SpecError(f"shape={self.shape} has no size for {missing[0]!r}; the known sizes are {dict(sizes)}")
-        shape = tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
-        source = replace(self.source, shape=shape)
-        return EdgeTensor(source, replace(self.destination, shape=shape), self.gradient)
-
-    @checks_kinds
-    def local_shape(self, rank: int, at_source: bool) -> tuple[int, ...]:
-        """Return the shape of a rank's shard at one end of the edge; with numbers for all sizes."""
-        return (self.source if at_source else self.destination).local_shape(rank)
-
-    def gradient_specs(self) -> tuple[ShardingSpec, ShardingSpec]:
-        """Return (layout of the gradient on the destination stage, on the source stage)."""
-        computed, wanted = gradient_specs(self.source, self.destination)
-        return (replace(computed, placements=self.gradient) if self.gradient else computed), wanted
 
 
 @explains_missing
@@ -227,6 +127,11 @@ class Link:
 
         Where ranks have several Links, all connect them in the same order.
 
+        ::
+
+            link = Link("0-1", [hidden], microbatches=4)
+            link.connect()  # on every rank of both meshes
+
         Raises:
             SpecError: sizes of its tensors have names; call ``bind`` instead.
             TransportError: a rank says something else, refused, or did not come within the timeout.
@@ -236,6 +141,11 @@ class Link:
     @checks_kinds
     def bind(self, sizes: Sequence[Sizes]) -> None:
         """Connect as ``connect`` does, for tensors whose sizes have names; later calls set other sizes.
+
+        ::
+
+            link = Link("0-1", [EdgeTensor(source, destination, shape=(8, "length", 512))], microbatches=2)
+            link.bind([(("length", 100),), (("length", 72),)])  # of each microbatch
 
         Args:
             sizes: of each microbatch of the coming steps, or one for all of them; the same on all ranks.
@@ -274,11 +184,22 @@ class Link:
         resharder.context.rendezvous.join(intent, resharder.timeout_seconds)
 
     def gradient_layouts(self) -> list[ShardingSpec]:
-        """Return the layout of each gradient of microbatch 0 that goes back, on the destination stage."""
+        """Return the layout of each gradient of microbatch 0 that goes back, on the destination stage.
+
+        ::
+
+            (spec,) = link.gradient_layouts()
+            gradient = torch.zeros(spec.local_shape(rank))  # for a stage that has none
+        """
         return [] if self.backward is None else [one.plan.source for one in self.backward.resharders_of(0)]
 
     def send(self, x: Tensors, microbatch: int) -> SendHandle:
         """Start to send the activations of a microbatch; on ranks of the source mesh.
+
+        ::
+
+            sent = [link.send(stage(x), microbatch) for microbatch, x in enumerate(data)]
+            sent[0].wait()  # that tensor may change now
 
         Args:
             x: this rank's shard of the tensor, or a tuple in the order of declaration if the edge has several. They
@@ -295,6 +216,12 @@ class Link:
     def recv(self, microbatch: int) -> ReceiveHandle:
         """Post the receive of the activations of a microbatch; on ranks of the destination mesh.
 
+        ::
+
+            coming = link.recv(0)  # early: it arrives while other things are computed
+            output = stage(coming.wait())
+            coming.release()  # its buffer, if the Link has slots
+
         Raises:
             SpecError: not this microbatch's turn, or no free buffer.
         """
@@ -302,17 +229,32 @@ class Link:
             return self.forward.recv(microbatch)
 
     def send_gradient(self, gradient: Tensors, microbatch: int) -> SendHandle:
-        """As send, for gradients of the tensors that have one; on ranks of the destination mesh."""
+        """As send, for gradients of the tensors that have one; on ranks of the destination mesh.
+
+        ::
+
+            link.send_gradient(hidden.grad, microbatch)
+        """
         with self._reporting():
             return self._gradients().send(_as_tuple(gradient), microbatch)
 
     def recv_gradient(self, microbatch: int) -> ReceiveHandle:
-        """As recv, for gradients; on ranks of the source mesh."""
+        """As recv, for gradients; on ranks of the source mesh.
+
+        ::
+
+            torch.autograd.backward(output, link.recv_gradient(microbatch).wait())
+        """
         with self._reporting():
             return self._gradients().recv(microbatch)
 
     def flush(self) -> None:
         """Return when all that was sent may be changed.
+
+        ::
+
+            link.flush()
+            optimizer.step()  # may change what was sent
 
         Raises:
             TransportError: a rank failed.
@@ -321,7 +263,12 @@ class Link:
             directed_link.flush()
 
     def close(self) -> None:
-        """Give back connections, threads and buffers, as soon as what was started is done; so does a dropped Link."""
+        """Give back connections, threads and buffers, as soon as what was started is done; so does a dropped Link.
+
+        ::
+
+            link.close()  # or use it as ``with Link(...) as link:``
+        """
         for directed_link in self.directed_links:
             directed_link.close()
 
@@ -332,7 +279,12 @@ class Link:
         self.close()
 
     def abort(self, reason: str) -> None:
-        """Tell the ranks of both meshes that this one does not go on, and why; their waits end in a TransportError."""
+        """Tell the ranks of both meshes that this one does not go on, and why; their waits end in a TransportError.
+
+        ::
+
+            link.abort("rank 3 found a loss that is not finite")
+        """
         for directed_link in self.directed_links:
             directed_link.abort(reason)
 

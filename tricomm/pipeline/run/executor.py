@@ -1,15 +1,4 @@
-"""Executor: runs a schedule for ordinary modules, each stage on its own mesh.
-
-Made once on every rank, with the same arguments but for the modules, then called every step:
-
-    stages = [
-        Stage(mesh_a, ("tokens",), ("hidden",), module_a),  # module: None on ranks of other meshes
-        Stage(mesh_b, ("hidden", "targets"), ("loss",), module_b, loss=(Replicate(),)),
-    ]
-    edges = {(0, 1): {"hidden": EdgeTensor(source_spec, destination_spec)}}
-    executor = Executor(eager_one_f_one_b(2, 8), stages, edges)
-    loss = executor.step({"tokens": tokens.chunk(8), "targets": targets.chunk(8)})  # gradients are in .grad
-"""
+"""Executor: runs a schedule for ordinary modules, each stage on its own mesh."""
 
 import time
 import uuid
@@ -25,7 +14,7 @@ from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import explains_missing, refuse_wrong_kinds
 from tricomm.options import LinkOptions, Options
 from tricomm.pipeline.run.connections import Connections, await_all
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.sizes import GivenSizes
 from tricomm.pipeline.run.stage import LOSS, Stage, StageRun
@@ -176,6 +165,12 @@ class Executor:
     ) -> torch.Tensor | None:
         """Run all microbatches forward and backward.
 
+        ::
+
+            optimizer.zero_grad()
+            loss = executor.step({"x": x.split(4), "target": target.split(4)})  # microbatches of 4 rows
+            optimizer.step()
+
         Args:
             data: the inputs that no edge brings, by name: one tensor for each microbatch, as this rank's module takes
                 it. Microbatches may have fewer rows than the edges declare, as ``tensor.split`` leaves them: what
@@ -207,6 +202,10 @@ class Executor:
 
         Modules stay in the mode in which they are: call ``module.eval()`` before, where dropout is to be off.
 
+        ::
+
+            loss = executor.evaluate({"x": x.split(4), "target": target.split(4)}).loss
+
         Args:
             data, sizes, loss_weights: as for ``step``.
 
@@ -217,6 +216,10 @@ class Executor:
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """Give every rank the numbers of all: one row for each of ``ranks``.
+
+        ::
+
+            norms = executor.gather(torch.tensor([norm_of_this_stage], dtype=torch.float64))
 
         Args:
             row: shape (n,), float64, n the same on all ranks.
@@ -235,7 +238,12 @@ class Executor:
             raise
 
     def close(self) -> None:
-        """Give back connections, threads and buffers; a later step raises a SpecError. So does a dropped executor."""
+        """Give back connections, threads and buffers; a later step raises a SpecError. So does a dropped executor.
+
+        ::
+
+            executor.close()  # or use it as ``with Executor(...) as executor:``
+        """
         self.state = State.CLOSED
         self._connections.close()
 
@@ -246,12 +254,23 @@ class Executor:
         self.close()
 
     def bound_edges(self) -> dict[Edge, list[EdgeTensor]]:
-        """Return the tensors of all edges, with the sizes of the last step."""
+        """Return the tensors of all edges, with the sizes of the last step.
+
+        ::
+
+            executor.step(data, sizes={"length": 100})
+            executor.bound_edges()[Edge(0, 1)][0].source.shape  # (8, 100, 512)
+        """
         return self._connections.bound_edges()
 
     @property
     def ring_nbytes(self) -> int:
-        """Bytes of receive buffers that this rank holds."""
+        """Bytes of receive buffers that this rank holds.
+
+        ::
+
+            print(f"{executor.ring_nbytes / 1e6:.0f} MB of receive buffers")
+        """
         return self._connections.nbytes
 
     # ---- one call
@@ -349,17 +368,8 @@ class Executor:
         return Programs(self.schedule, self.edges, self.runs, loads_kernels=has_kernels)
 
     def _new_connections(self) -> Connections:
-        return Connections(
-            self.schedule,
-            self.stages,
-            self.edges,
-            self.tied,
-            self.queues,
-            self.name,
-            self.runs,
-            self.rank,
-            self._options,
-        )
+        what = (self.schedule, self.stages, self.edges, self.tied)
+        return Connections(*what, self.queues, self.name, self.runs, self.rank, self._options)
 
     def _connect(self) -> str:
         """Compare with all ranks what is about to run, then connect, in one order on all; returns a name for it."""
@@ -373,8 +383,7 @@ class Executor:
         }
         call = f"the connecting of executor {self.name!r}"
         intent = Intent(self.ranks, fields, digest_of(fields), f"executor {self.name}", call)
-        rendezvous = self.context.rendezvous
-        unique = rendezvous.join(intent, self.timeout_seconds, decide=lambda _: uuid.uuid4().hex).decision
+        unique = self.context.rendezvous.join(intent, self.timeout_seconds, decide=lambda _: uuid.uuid4().hex).decision
         self._connections.connect()
         return unique
 

@@ -206,6 +206,10 @@ class Measurement:
         What is waited for more than predicted is overhead between actions, or a network that is slower than the
         topology says. On a GPU the host's clock tells, so measure several steps.
 
+        ::
+
+            print(measurement.compare(Topology.detect(nic_bytes_per_second=12.5e9)))
+
         Args:
             topology: as for ``costs``.
 
@@ -230,6 +234,11 @@ class Measurement:
         first forward, without parameters and inputs. (Checkpointing without reentry saves its inputs unseen.) Hops
         cost what their plans do on the topology, with the sizes of the last step; those that share a NIC there share
         it in the costs.
+
+        ::
+
+            costs = measurement.costs(Topology.detect(nic_bytes_per_second=12.5e9))
+            print(simulate(schedule, costs).makespan_seconds)
 
         Args:
             topology: hosts and the rates of their NICs; None is that of the executor.

@@ -20,8 +20,8 @@ from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
-from tricomm.pipeline.run.directed_link import StepResharder
-from tricomm.pipeline.run.edge import EdgeTensor
+from tricomm.pipeline.run.edges.directed_link import StepResharder
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.wiring import EdgeTensors
 
 REMEDY = (

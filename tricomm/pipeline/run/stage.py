@@ -78,13 +78,25 @@ class Stage:
 
     @property
     def loss_spec(self) -> ShardingSpec:
-        """The layout of the loss, a scalar."""
+        """The layout of the loss, a scalar.
+
+        >>> from tricomm import Mesh, Partial
+        >>> last = Stage(Mesh([2, 3], ("dp",)), ("hidden", "target"), ("loss",), loss=(Partial("avg"),))
+        >>> print(last.loss_spec)
+        float32[] avg over dp on (dp=2: ranks 2-3)
+        """
         assert self.loss is not None
         return ShardingSpec(self.mesh, self.loss, (), "float32")
 
     @property
     def loss_weight(self) -> float:
-        """What a rank's value counts in the loss: 1/n for the mean of n."""
+        """What a rank's value counts in the loss: 1/n for the mean of n.
+
+        >>> from tricomm import Mesh, Partial
+        >>> last = Stage(Mesh([2, 3], ("dp",)), ("hidden", "target"), ("loss",), loss=(Partial("avg"),))
+        >>> last.loss_weight
+        0.5
+        """
         return 1.0 if self.loss is None else gradient_scale(self.loss_spec)
 
 
@@ -110,7 +122,12 @@ class WithLoss(nn.Module):
         self.loss = loss
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return the loss."""
+        """Return the loss.
+
+        >>> module = WithLoss(nn.Identity(), nn.functional.l1_loss)
+        >>> module.forward(torch.zeros(2), torch.full((2,), 3.0))
+        tensor(3.)
+        """
         return self.loss(self.module(*inputs[:-1]), inputs[-1])
 
 

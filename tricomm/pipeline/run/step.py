@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tricomm.pipeline.run.directed_link import DirectedLink, ReceiveHandle, SendHandle, Sizes
 from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.directed_link import DirectedLink, ReceiveHandle, SendHandle, Sizes
 from tricomm.pipeline.run.replicas import ReplicaCheck
 from tricomm.pipeline.run.stage import LOSS, StageRun
 from tricomm.pipeline.run.wiring import EdgeTensors, data_names, gradient_names

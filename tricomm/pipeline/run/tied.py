@@ -11,7 +11,7 @@ from tricomm.kinds import explains_fields
 from tricomm.layout.placement import Replicate
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import LinkOptions
-from tricomm.pipeline.run.directed_link import StepResharder
+from tricomm.pipeline.run.edges.directed_link import StepResharder
 from tricomm.transport.handle import Handle
 
 

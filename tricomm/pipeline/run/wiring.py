@@ -9,8 +9,9 @@ import torch
 from tricomm.errors import ArgumentError, PlanError, SpecError
 from tricomm.layout.mesh import format_ranks
 from tricomm.options import LinkOptions
-from tricomm.pipeline.run.directed_link import PerDirectionFifo
-from tricomm.pipeline.run.edge import EdgeTensor, Link
+from tricomm.pipeline.run.edge import Link
+from tricomm.pipeline.run.edges.directed_link import PerDirectionFifo
+from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.run.stage import LOSS, Stage
 from tricomm.pipeline.schedule.actions import Channel, Edge, Kind
 from tricomm.pipeline.schedule.check import Queues, receive_ring

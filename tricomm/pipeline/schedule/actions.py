@@ -73,12 +73,20 @@ class Channel(NamedTuple):
 
     @property
     def is_forward(self) -> bool:
-        """Whether it carries activations."""
+        """Whether it carries activations.
+
+        >>> Channel(0, 1).is_forward, Channel(1, 0).is_forward
+        (True, False)
+        """
         return self.sender < self.receiver
 
     @property
     def edge(self) -> "Edge":
-        """The edge of which this is a direction."""
+        """The edge of which this is a direction.
+
+        >>> Channel(1, 0).edge == Channel(0, 1).edge
+        True
+        """
         return Edge(min(self), max(self))
 
     def __str__(self) -> str:
@@ -99,12 +107,20 @@ class Edge(NamedTuple):
 
     @property
     def forward(self) -> Channel:
-        """The direction of activations."""
+        """The direction of activations.
+
+        >>> print(Edge(0, 2).forward)
+        0>2
+        """
         return Channel(self.source, self.destination)
 
     @property
     def backward(self) -> Channel:
-        """The direction of gradients."""
+        """The direction of gradients.
+
+        >>> print(Edge(0, 2).backward)
+        2>0
+        """
         return Channel(self.destination, self.source)
 
     def __str__(self) -> str:
@@ -178,6 +194,11 @@ class Action:
 
         Raises:
             PlanError: text that is no action.
+
+        Example:
+            >>> action = Action.parse("1SEND_B3")
+            >>> action.stage, action.kind.name, action.microbatch, action.peer
+            (1, 'SEND_BACKWARD', 3, 0)
         """
         match = _TEXT.fullmatch(text)
         kind = Kind(match[2]) if match else None
@@ -188,13 +209,21 @@ class Action:
 
     @property
     def channel(self) -> Channel:
-        """The directed edge that a send or receive uses."""
+        """The directed edge that a send or receive uses.
+
+        >>> print(Action.parse("1SEND_B3").channel, Action.parse("1RECV_F3").channel)
+        1>0 0>1
+        """
         assert self.peer is not None, f"{self} uses no channel"
         return Channel(self.peer, self.stage) if self.kind.is_receive else Channel(self.stage, self.peer)
 
     @property
     def is_compute(self) -> bool:
-        """Whether the device computes, rather than sends or receives."""
+        """Whether the device computes, rather than sends or receives.
+
+        >>> [Action.parse(text).is_compute for text in ("1F0", "1SEND_F0")]
+        [True, False]
+        """
         return self.kind.is_compute
 
     def __str__(self) -> str:

@@ -41,12 +41,22 @@ class Queues(Enum):
 
     @property
     def is_of_peers(self) -> bool:
-        """Whether only other systems have such queues: the simulator models them, the executor refuses them."""
+        """Whether only other systems have such queues: the simulator models them, the executor refuses them.
+
+        >>> Queues.PER_CHANNEL.is_of_peers, Queues.PER_PAIR.is_of_peers
+        (False, True)
+        """
         return self not in (Queues.PER_CHANNEL, Queues.PER_DIRECTION)
 
     @explains_kinds
     def key(self, schedule: Schedule, channel: Channel, stage: int) -> tuple[int, ...]:
-        """The queue, at the end of a channel that ``stage`` is, in which its transfers stand."""
+        """The queue, at the end of a channel that ``stage`` is, in which its transfers stand.
+
+        >>> from tricomm.pipeline import Channel, gpipe
+        >>> schedule, both = gpipe(2, 1), (Channel(0, 1), Channel(1, 0))
+        >>> len({Queues.PER_PAIR.key(schedule, channel, stage=0) for channel in both})  # one for both directions
+        1
+        """
         if type(channel) is not Channel:
             refuse_wrong_kinds(Queues.key, channel=channel)
         here = schedule.pipeline_rank_of(stage)

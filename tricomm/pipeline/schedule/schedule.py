@@ -87,28 +87,49 @@ class Schedule:
     @classmethod
     @checks_kinds
     def parse(cls, lists: Iterable[str], edges: Iterable[tuple[int, int]] = ()) -> "Schedule":
-        """One text per pipeline rank, its actions separated by spaces: ``Schedule.parse(["0F0 0B0", "1F0 1B0"])``."""
+        """One text per pipeline rank, its actions separated by spaces: ``Schedule.parse(["0F0 0B0", "1F0 1B0"])``.
+
+        >>> skipping = Schedule.parse(["0F0", "1F0", "2F0"], edges=[(0, 1), (1, 2), (0, 2)])
+        >>> print(*skipping.edges)
+        0-1 1-2 0-2
+        """
         actions = tuple(tuple(Action.parse(word) for word in text.split()) for text in lists)
         return cls(actions, tuple(Edge(*edge) for edge in edges))
 
     @property
     def pipeline_ranks(self) -> int:
-        """How many pipeline ranks there are."""
+        """How many pipeline ranks there are.
+
+        >>> Schedule.parse(["0F0 2F0", "1F0 3F0"]).pipeline_ranks
+        2
+        """
         return len(self.lists)
 
     @property
     def stages(self) -> int:
-        """How many stages there are."""
+        """How many stages there are.
+
+        >>> Schedule.parse(["0F0 2F0", "1F0 3F0"]).stages
+        4
+        """
         return len(self._pipeline_rank_of)
 
     @property
     def microbatches(self) -> int:
-        """How many microbatches each stage computes."""
+        """How many microbatches each stage computes.
+
+        >>> Schedule.parse(["0F0 0F1 0F2"]).microbatches
+        3
+        """
         return self._microbatches
 
     @explains_kinds
     def pipeline_rank_of(self, stage: int) -> int:
-        """The pipeline rank that holds a stage."""
+        """The pipeline rank that holds a stage.
+
+        >>> Schedule.parse(["0F0 2F0", "1F0 3F0"]).pipeline_rank_of(stage=3)
+        1
+        """
         count = len(self._pipeline_rank_of)
         if type(stage) is not int:
             refuse_wrong_kinds(Schedule.pipeline_rank_of, stage=stage)
@@ -118,22 +139,38 @@ class Schedule:
 
     @property
     def pipeline_rank_by_stage(self) -> tuple[int, ...]:
-        """The pipeline rank of each stage."""
+        """The pipeline rank of each stage.
+
+        >>> Schedule.parse(["0F0 2F0", "1F0 3F0"]).pipeline_rank_by_stage
+        (0, 1, 0, 1)
+        """
         return self._pipeline_rank_of
 
     @property
     def positions(self) -> int:
-        """The old name of ``pipeline_ranks``, kept for one version."""
+        """The old name of ``pipeline_ranks``, kept for one version.
+
+        >>> Schedule.parse(["0F0", "1F0"]).positions
+        2
+        """
         return self.pipeline_ranks
 
     @explains_kinds
     def position_of(self, stage: int) -> int:
-        """The old name of ``pipeline_rank_of``, kept for one version."""
+        """The old name of ``pipeline_rank_of``, kept for one version.
+
+        >>> Schedule.parse(["0F0 2F0", "1F0 3F0"]).position_of(3)
+        1
+        """
         return self.pipeline_rank_of(stage)
 
     @checks_kinds
     def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
-        """The stages that a pipeline rank holds."""
+        """The stages that a pipeline rank holds.
+
+        >>> Schedule.parse(["0F0 2F0", "1F0 3F0"]).stages_of(pipeline_rank=0)
+        (0, 2)
+        """
         if not 0 <= pipeline_rank < self.pipeline_ranks:
             raise PlanError(
                 f"pipeline rank {pipeline_rank} is not of this schedule, which has {self.pipeline_ranks}; count from 0"
@@ -142,34 +179,63 @@ class Schedule:
 
     @property
     def is_split(self) -> bool:
-        """Whether some backward is split into I and W."""
+        """Whether some backward is split into I and W.
+
+        >>> Schedule.parse(["0F0 0I0 0W0"]).is_split, Schedule.parse(["0F0 0B0"]).is_split
+        (True, False)
+        """
         return bool(self._split)
 
     @property
     def has_communication(self) -> bool:
-        """Whether sends and receives have been put in."""
+        """Whether sends and receives have been put in.
+
+        >>> from tricomm.pipeline import gpipe, with_communication
+        >>> gpipe(2, 2).has_communication, with_communication(gpipe(2, 2)).has_communication
+        (False, True)
+        """
         return any(not action.is_compute for action in self.actions())
 
     @explains_kinds
     def gradient_of(self, stage: int, microbatch: int) -> Action:
-        """The B or I that gives the gradient of a stage's inputs."""
+        """The B or I that gives the gradient of a stage's inputs.
+
+        >>> print(Schedule.parse(["0F0 0I0 0W0"]).gradient_of(stage=0, microbatch=0))
+        0I0
+        """
         return Action(stage, Kind.INPUT_GRADIENT if (stage, microbatch) in self._split else Kind.BACKWARD, microbatch)
 
     @explains_kinds
     def producer(self, channel: Channel, microbatch: int) -> Action:
-        """The F, B or I that gives what a channel carries."""
+        """The F, B or I that gives what a channel carries.
+
+        >>> schedule = Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"])
+        >>> print(schedule.producer(Channel(1, 0), 1), schedule.producer(Channel(0, 1), 1))
+        1B1 0F1
+        """
         if channel.is_forward:
             return Action(channel.sender, Kind.FORWARD, microbatch)
         return self.gradient_of(channel.sender, microbatch)
 
     def actions(self) -> Iterator[Action]:
-        """All actions, pipeline rank by pipeline rank."""
+        """All actions, pipeline rank by pipeline rank.
+
+        >>> print(*Schedule.parse(["0F0 0B0", "1F0 1B0"]).actions())
+        0F0 0B0 1F0 1B0
+        """
         for actions in self.lists:
             yield from actions
 
     @checks_kinds
     def with_lists(self, lists: Iterable[Sequence[Action]]) -> "Schedule":
-        """Return the same computation with other sends and receives among it; nothing is checked again."""
+        """Return the same computation with other sends and receives among it; nothing is checked again.
+
+        >>> schedule = Schedule.parse(["0F0", "1F0"])
+        >>> sending = schedule.with_lists([[*schedule.lists[0], Action.parse("0SEND_F0")], *schedule.lists[1:]])
+        >>> print(sending)
+        0: 0F0 0SEND_F0
+        1: 1F0
+        """
         other = object.__new__(Schedule)
         for name in self.__slots__:
             object.__setattr__(other, name, getattr(self, name))
@@ -177,12 +243,22 @@ class Schedule:
         return other
 
     def compute_only(self) -> "Schedule":
-        """The same schedule without sends and receives."""
+        """The same schedule without sends and receives.
+
+        >>> from tricomm.pipeline import gpipe, with_communication
+        >>> with_communication(gpipe(2, 2)).compute_only() == gpipe(2, 2)
+        True
+        """
         return self.with_lists([one for one in actions if one.is_compute] for actions in self.lists)
 
     @explains_kinds
     def ends_microbatch(self, action: Action) -> bool:
-        """Whether its stage needs nothing more of its microbatch afterwards."""
+        """Whether its stage needs nothing more of its microbatch afterwards.
+
+        >>> schedule = Schedule.parse(["0F0 0I0 0W0"])
+        >>> [schedule.ends_microbatch(action) for action in schedule.actions()]
+        [False, False, True]
+        """
         return action.kind.ends_microbatch if self.has_backward else action.kind is Kind.FORWARD
 
     def forward_only(self) -> "Schedule":
@@ -198,12 +274,22 @@ class Schedule:
 
     @explains_kinds
     def inputs(self, action: Action) -> tuple[Channel, ...]:
-        """The channels (also those inside of a pipeline rank) whose data an F, B or I needs."""
+        """The channels (also those inside of a pipeline rank) whose data an F, B or I needs.
+
+        >>> schedule = Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"])
+        >>> [str(channel) for channel in schedule.inputs(Action.parse("1F0"))]
+        ['0>1']
+        """
         return self._inputs.get((action.stage, action.kind), ())
 
     @explains_kinds
     def outputs(self, action: Action) -> tuple[Channel, ...]:
-        """The channels (also those inside of a pipeline rank) that carry what an F, B or I gives."""
+        """The channels (also those inside of a pipeline rank) that carry what an F, B or I gives.
+
+        >>> schedule = Schedule.parse(["0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"])
+        >>> [str(channel) for channel in schedule.outputs(Action.parse("1B0"))]
+        ['1>0']
+        """
         return self._outputs.get((action.stage, action.kind), ())
 
     def __str__(self) -> str:

@@ -43,7 +43,11 @@ class Limits:
 
     @checks_kinds
     def allow(self, activations: int, nbytes: int) -> bool:
-        """Whether so much may be held."""
+        """Whether so much may be held.
+
+        >>> Limits(activations=4).allow(activations=5, nbytes=0)
+        False
+        """
         _check_held(activations=activations, nbytes=nbytes)
         return (self.activations is None or activations <= self.activations) and (
             self.nbytes is None or nbytes <= self.nbytes
@@ -51,7 +55,11 @@ class Limits:
 
     @checks_kinds
     def most_held(self, activation_nbytes: int, microbatches: int) -> int:
-        """Return how many activations of some bytes may be held, at least one."""
+        """Return how many activations of some bytes may be held, at least one.
+
+        >>> Limits(nbytes=8 << 30).most_held(activation_nbytes=3 << 30, microbatches=16)
+        2
+        """
         _check_held(activation_nbytes=activation_nbytes, microbatches=microbatches)
         most = microbatches if self.activations is None else min(microbatches, self.activations)
         if self.nbytes is not None and activation_nbytes:
@@ -97,12 +105,24 @@ class Candidate:
 
     @property
     def queues(self) -> Queues:
-        """How transfers wait for each other; to be given to the Executor with the schedule."""
+        """How transfers wait for each other; to be given to the Executor with the schedule.
+
+        >>> from tricomm.pipeline import Costs, tune
+        >>> best = tune(lambda _: Costs.uniform(2, 1, 1, 1, 0.5), [4]).best
+        >>> best.queues  # Executor(best.schedule, stages, edges, queues=best.queues)
+        <Queues.PER_CHANNEL: 'one per directed edge'>
+        """
         return Queues.PER_DIRECTION if self.receives_ahead is None else Queues.PER_CHANNEL
 
     @property
     def line(self) -> str:
-        """What it takes and what it is, in one line."""
+        """What it takes and what it is, in one line.
+
+        >>> from tricomm.pipeline import Costs, tune
+        >>> best = tune(lambda _: Costs.uniform(2, 1, 1, 1, 0.5), [4]).best
+        >>> best.line
+        '13.5 s  eager 1F1B, depth 1, W 2 per stage later, 4 microbatches, receives 1 ahead, holds 3 activations'
+        """
         held = f"holds {self.activations} activations" + (f", {self.nbytes / 1e6:.6g} MB" if self.nbytes else "")
         return f"{self.makespan_seconds:.6g} s  {self}, {held}"
 

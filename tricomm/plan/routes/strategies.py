@@ -38,11 +38,22 @@ class Strategy(Protocol):
 
     @property
     def fan_out(self) -> FanOut:
-        """How often a task leaves its sender's NIC: what the sender policy must know before routing."""
+        """How often a task leaves its sender's NIC: what the sender policy must know before routing.
+
+        >>> from tricomm import Broadcast
+        >>> Broadcast().fan_out  # of a task only one copy leaves its sender
+        <FanOut.ONCE: 'once; each host but the last forwards it'>
+        """
         ...
 
     def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
-        """Make the messages that bring every assignment to each of its receivers once."""
+        """Make the messages that bring every assignment to each of its receivers once.
+
+        >>> from tricomm import Broadcast, Topology
+        >>> assignment = Assignment(0, (1, 2), (Part(0, 4, (((0, 8),),)),))  # rank 0 brings 8 elements to ranks 1 and 2
+        >>> [message.chain for message in Broadcast().route([assignment], RouteContext(Topology.flat(3), 2, 1 << 20))]
+        [(0, 1, 2)]
+        """
         ...
 
     def __hash__(self) -> int: ...
@@ -88,11 +99,21 @@ class SendRecv(_Chunked):
 
     @property
     def fan_out(self) -> FanOut:
-        """See Strategy."""
+        """See Strategy.
+
+        >>> SendRecv().fan_out
+        <FanOut.EVERY_RANK: 'once for every receiver on another host'>
+        """
         return FanOut.EVERY_RANK
 
     def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
-        """See Strategy."""
+        """See Strategy.
+
+        >>> from tricomm import Topology
+        >>> assignment = Assignment(0, (1, 2), (Part(0, 4, (((0, 8),),)),))
+        >>> [message.chain for message in SendRecv().route([assignment], RouteContext(Topology.flat(3), 2, 1 << 20))]
+        [(0, 1), (0, 2)]
+        """
         return unicast(_pairs(assignments), self.chunk_bytes, context)
 
 
@@ -121,7 +142,16 @@ class _Chained(_Chunked, ABC):
     """A strategy in which receivers may forward what they receive."""
 
     def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
-        """See Strategy."""
+        """See Strategy.
+
+        >>> from tricomm import Topology
+        >>> assignment = Assignment(0, (1, 2), (Part(0, 4, (((0, 8),),)),))
+        >>> context = RouteContext(Topology.flat(3), 2, 1 << 20)
+        >>> [message.chain for message in Broadcast().route([assignment], context)]
+        [(0, 1, 2)]
+        >>> [message.chain for message in GlobalAllGather().route([assignment], context)]
+        [(0, 1, 2), (0, 2, 1)]
+        """
         if isinstance(assignments, DirectAssignments) or all(
             len(assignment.receivers) == 1 for assignment in assignments
         ):
@@ -157,7 +187,11 @@ class LocalAllGather(_Chained):
 
     @property
     def fan_out(self) -> FanOut:
-        """See Strategy."""
+        """See Strategy.
+
+        >>> LocalAllGather().fan_out
+        <FanOut.EVERY_HOST: 'once for every other host'>
+        """
         return FanOut.EVERY_HOST
 
     def _parts_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> PartsByChain:
@@ -190,7 +224,11 @@ class GlobalAllGather(_Chained):
 
     @property
     def fan_out(self) -> FanOut:
-        """See Strategy."""
+        """See Strategy.
+
+        >>> GlobalAllGather().fan_out
+        <FanOut.ONCE: 'once; each host but the last forwards it'>
+        """
         return FanOut.ONCE
 
     def _parts_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> PartsByChain:
@@ -226,7 +264,11 @@ class Broadcast(_Chained):
 
     @property
     def fan_out(self) -> FanOut:
-        """See Strategy."""
+        """See Strategy.
+
+        >>> Broadcast().fan_out
+        <FanOut.ONCE: 'once; each host but the last forwards it'>
+        """
         return FanOut.ONCE
 
     def _parts_by_chain(self, assignments: Sequence[Assignment], context: RouteContext) -> PartsByChain:
@@ -289,7 +331,11 @@ class Auto:
 
     @property
     def candidates(self) -> tuple[Strategy, ...]:
-        """List the strategies to compare, cheapest to run first: it wins ties."""
+        """List the strategies to compare, cheapest to run first: it wins ties.
+
+        >>> [type(strategy).__name__ for strategy in Auto().candidates]
+        ['SendRecv', 'Broadcast', 'LocalAllGather', 'GlobalAllGather']
+        """
         return SendRecv(), Broadcast(), LocalAllGather(), GlobalAllGather()
 
 

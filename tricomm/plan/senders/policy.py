@@ -94,6 +94,12 @@ class SenderPolicy(Protocol):
             tasks: all of a move.
             topology: hosts and rates.
             fan_out: of the strategy that will route.
+
+        Example:
+            >>> task = Task((Part(0, 4, (((0, 6),),)),), holders=(0, 1), receivers=(2,))
+            >>> (assignment,) = Naive().assign((task,), Topology.flat(3), FanOut.ONCE)
+            >>> assignment.sender, assignment.receivers, assignment.nbytes
+            (0, (2,), 24)
         """
         ...
 
@@ -248,7 +254,12 @@ class Naive:
     """
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See SenderPolicy."""
+        """See SenderPolicy.
+
+        >>> task = Task((Part(0, 4, (((0, 6),),)),), holders=(0, 1), receivers=(2,))
+        >>> [one.sender for one in Naive().assign((task, task), Topology.flat(3), FanOut.ONCE)]  # the first holder
+        [0, 0]
+        """
         without_choice = direct_assignments(tasks, first_holder=True)
         if without_choice is not None:
             return without_choice
@@ -282,7 +293,12 @@ class LeastLoaded:
     """
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See SenderPolicy."""
+        """See SenderPolicy.
+
+        >>> task = Task((Part(0, 4, (((0, 6),),)),), holders=(0, 1), receivers=(2,))
+        >>> [one.sender for one in LeastLoaded().assign((task, task), Topology.flat(3), FanOut.ONCE)]  # in turn
+        [0, 1]
+        """
         return choose_senders(tasks, topology, fan_out, greedy)
 
 

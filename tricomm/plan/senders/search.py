@@ -54,7 +54,13 @@ class Search:
         check_count("nodes", self.nodes, 1, "at least 1, an integer; leave it out for the default")
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See SenderPolicy."""
+        """See SenderPolicy.
+
+        >>> from tricomm.plan.parts import Part
+        >>> task = Task((Part(0, 4, (((0, 6),),)),), holders=(0, 1), receivers=(2,))
+        >>> [one.sender for one in Search().assign((task, task), Topology.flat(3), FanOut.ONCE)]
+        [0, 1]
+        """
         return choose_senders(tasks, topology, fan_out, self._choose)
 
     def _choose(self, demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
@@ -147,7 +153,14 @@ class RandomizedGreedy:
             raise ArgumentError(f"seed={self.seed!r} must be an integer, the same on all ranks; leave it out for 0")
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See SenderPolicy."""
+        """See SenderPolicy.
+
+        >>> from tricomm.plan.parts import Part
+        >>> task = Task((Part(0, 4, (((0, 6),),)),), holders=(0, 1), receivers=(2,))
+        >>> greedy = RandomizedGreedy(trials=3)
+        >>> sorted(one.sender for one in greedy.assign((task, task), Topology.flat(3), FanOut.ONCE))
+        [0, 1]
+        """
         return choose_senders(tasks, topology, fan_out, self._choose)
 
     def _choose(self, demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
@@ -179,7 +192,13 @@ class Ensemble:
     """
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See SenderPolicy."""
+        """See SenderPolicy.
+
+        >>> from tricomm.plan.parts import Part
+        >>> task = Task((Part(0, 4, (((0, 6),),)),), holders=(0, 1), receivers=(2,))
+        >>> [one.sender for one in Ensemble().assign((task, task), Topology.flat(3), FanOut.ONCE)]
+        [0, 1]
+        """
         without_choice = direct_assignments(tasks)
         if without_choice is not None:
             return without_choice

@@ -42,7 +42,13 @@ class Split:
     """
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
-        """See SenderPolicy."""
+        """See SenderPolicy.
+
+        >>> from tricomm.plan.parts import Part
+        >>> task = Task((Part(0, 4, (((0, 6),),)),), holders=(0, 1), receivers=(2,))
+        >>> [(one.sender, one.nbytes) for one in Split().assign((task, task, task), Topology.flat(4), FanOut.ONCE)]
+        [(0, 24), (1, 24), (0, 24)]
+        """
 
         def choose(demands: Sequence[TransferDemand], loads: SendLoads) -> tuple[Assignment, ...]:
             goal = receiving_seconds(tasks, topology)

@@ -11,7 +11,12 @@ from tricomm.rules.rules import Rules
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Sizes of multi-head latent attention (DeepSeek): ranks of the two compressions, and parts of a head."""
+    """Sizes of multi-head latent attention (DeepSeek): ranks of the two compressions, and parts of a head.
+
+    >>> latent = Latent(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128)  # DeepSeek-V3
+    >>> 128 * (latent.nope + latent.rope)  # rows of q_b, of 128 heads
+    24576
+    """
 
     q_rank: int
     kv_rank: int
@@ -38,6 +43,12 @@ class Model:
         rope_pairs: torchtitan rotates neighbouring rows of a head, not its halves (Llama).
         tied: the output uses the embedding.
         mtp_layers: layers for multi-token prediction after the last one.
+
+    Example:
+        >>> from tricomm.rules.models import vllm
+        >>> small = Model(layers=2, hidden=64, heads=4, vocab=1000, intermediate=128, kv_heads=2, head_dim=16)
+        >>> vllm(small, tp=2).bind().shapes["model.embed_tokens.weight"]  # rows to a multiple of 64
+        (1024, 64)
     """
 
     layers: int
@@ -71,14 +82,24 @@ class Model:
 
     @property
     def kinds(self) -> tuple[tuple[range, bool], ...]:
-        """The layers of each kind: which ones, and whether they have experts."""
+        """The layers of each kind: which ones, and whether they have experts.
+
+        >>> from tricomm.rules.models import DEEPSEEK_V3
+        >>> DEEPSEEK_V3.kinds
+        ((range(0, 3), False), (range(3, 61), True))
+        """
         dense = self.dense_layers if self.experts else self.layers
         kinds = ((range(dense), False), (range(dense, self.layers), True))
         return tuple((layers, moe) for layers, moe in kinds if layers)
 
     @property
     def mtp(self) -> range:
-        """The layers for multi-token prediction, as counted on disk."""
+        """The layers for multi-token prediction, as counted on disk.
+
+        >>> from tricomm.rules.models import DEEPSEEK_V3
+        >>> DEEPSEEK_V3.mtp
+        range(61, 61)
+        """
         return range(self.layers, self.layers + self.mtp_layers)
 
 

@@ -49,11 +49,24 @@ class PerDirectionFifo:
         self._last: dict[str, Handle] = {}
 
     def before(self, directions: Sequence[str]) -> list[Handle]:
-        """Return what must have ended before the next transfer of these directions begins."""
+        """Return what must have ended before the next transfer of these directions begins.
+
+        ::
+
+            handles = fifo.before(["send"])
+            handle = mover.start(tensor, depends_on=handles)
+            fifo.append(["send"], handle)
+        """
         return [self._last[direction] for direction in directions if direction in self._last]
 
     def append(self, directions: Sequence[str], handle: Handle) -> None:
-        """Record a transfer that was started."""
+        """Record a transfer that was started.
+
+        ::
+
+            fifo.append(["receive"], handle)
+            fifo.before(["receive"])  # [handle]
+        """
         self._last.update(dict.fromkeys(directions, handle))
 
 

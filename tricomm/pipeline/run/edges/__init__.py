@@ -1,0 +1,1 @@
+"""What an edge of a pipeline carries: its tensors, and one direction of it."""
