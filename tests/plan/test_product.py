@@ -225,6 +225,19 @@ def test_it_is_as_good_as_search_where_it_once_was_not(seed: int) -> None:
     assert not found.is_less_level
 
 
+def test_a_sliver_at_the_end_of_a_tile_is_sent_by_its_last_holder() -> None:
+    """The last of 32 parts is one row, less than a hundredth of what each of five holders sends."""
+    shape = (993, 4096)
+    five = ShardingSpec(Mesh(range(5), ("x",)), (ALL,), shape, "float32")
+    rows = ShardingSpec(Mesh(range(5, 37), ("y",)), (Shard(0),), shape)
+    plan = make_plan(five, rows)
+    assert goes_by_formulas(plan)
+    plan.verify()
+    for rank in (0, 4, 36):
+        assert list(what_passes(make_plan(five, rows, rank=rank), rank)) == list(what_passes(plan, rank))
+    assert [message.chain for message in plan.moves[0].messages if 36 in message.chain] == [(4, 36)]
+
+
 @pytest.mark.parametrize("rank", [0, 1, 4, 6, 15])
 def test_nics_send_the_same_where_they_have_unequally_many_holders(rank: int) -> None:
     shape = (60, 1024)

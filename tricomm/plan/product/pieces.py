@@ -208,7 +208,7 @@ class Cutting:
         count = np.full(len(rows), sharing.parts) if ends is None else ends.units[sources]
         if sharing.shares > 0:
             sliver = total * (count // sharing.parts) // SLIVERS
-            first = (begin * count + sliver) // total
+            first = np.minimum((begin * count + sliver) // total, count - 1)  # a sliver at the end has none behind it
             last = np.maximum(((begin + size) * count - 1 - sliver) // total, first)
             if ends is not None:
                 first, last = ends.find(sources, first), ends.find(sources, last)
