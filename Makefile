@@ -31,8 +31,10 @@ lint: $(VENV)/.dev
 fuzz: $(VENV)/.test
 	TRICOMM_FUZZ=$(N) TRICOMM_FUZZ_RULES=$$(( $(N) / 10 )) TRICOMM_FUZZ_MANY=$$(( $(N) / 10 )) \
 	TRICOMM_FUZZ_GLOO=$$(( $(N) / 10 )) TRICOMM_FUZZ_MEMORY=$$(( $(N) / 50 )) \
+	TRICOMM_FUZZ_BYTES=$$(( $(N) * 5 )) \
 	$(RUN) -m pytest $(SEED:%=--hypothesis-seed=%) tests/transport/test_properties.py tests/transport/test_gloo.py \
-		tests/transport/memory/test_moves.py tests/packing/test_many.py tests/rules/test_algebra.py
+		tests/transport/memory/test_moves.py tests/packing/test_many.py tests/rules/test_algebra.py \
+		tests/connect/test_told.py tests/connect/test_bytes.py
 
 bench: $(VENV)/.bench
 	$(RUN) -m bench.overhead

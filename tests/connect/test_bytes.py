@@ -3,6 +3,7 @@ is taken because somebody says so.
 """
 
 import logging
+import os
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.connect.maps import BOUND, RULES
 from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec
 from tricomm.connect.meeting import handshake, host
 from tricomm.connect.meeting.handshake import Seals
@@ -17,7 +19,9 @@ from tricomm.connect.meeting.host import Host
 from tricomm.connect.meeting.join import Join, Missing, Paired, Refused, Status, decode_status, encode_status
 from tricomm.connect.meeting.table import MAX_TABLE_BYTES, Table
 from tricomm.connect.meeting.wire import MAX_BODY_BYTES, MAX_VALUE_BYTES, FrameReader, Reader, WireError, Writer, framed
-from tricomm.connect.specs import decode_specs, encode_specs, placed
+from tricomm.connect.told.exchange import LAYOUTS, Document, decode_documents, encode_documents
+from tricomm.connect.told.maps import decode_map, encode_map
+from tricomm.connect.told.specs import decode_specs, encode_specs, placed
 from tricomm.errors import SpecError, TransportError, TricommError
 
 SECRET = b"a secret of the tests"
@@ -28,7 +32,7 @@ STATUSES: list[Status] = [
     Refused("why", is_over=True),
     Refused("why not"),
 ]
-FUZZED = 20_000
+FUZZED = int(os.environ.get("TRICOMM_FUZZ_BYTES", "20000"))
 ALLOCATION_BYTES = 1 << 20
 """Of inputs of some hundred bytes; a peer may announce gigabytes in them."""
 
@@ -92,6 +96,7 @@ def read_specs(data: bytes) -> None:
     placed(decode_specs(data), 2, "server", 4)
 
 
+DOCUMENTS = (Document.of(LAYOUTS, b"layouts"), Document.of(("trainer", "server"), b"rules"))
 MESH = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
 SPECS = {
     "even": ShardingSpec(MESH, (Replicate(), Shard(0)), (8, 6), "float32"),
@@ -102,6 +107,15 @@ SPECS = {
     "scalar": ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (), "int64"),
 }
 PARSERS["specs"] = (read_specs, [encode_specs(SPECS)])
+PARSERS["map"] = (lambda data: decode_map(data, 1 << 16), [encode_map(one) for one in (RULES, BOUND)])
+PARSERS["documents"] = (decode_documents, [encode_documents(DOCUMENTS)])
+
+
+def test_a_name_is_told_whole_or_not_at_all() -> None:
+    """It was cut, so that two names of a length became one."""
+    for name, word in (("x" * 5000, "a name has 5000 bytes, and the most are 4096"), ("\ud800", "is no text")):
+        with pytest.raises(SpecError, match=word):
+            encode_specs({name: SPECS["even"]})
 
 
 def test_layouts_are_told_as_they_are() -> None:
@@ -177,7 +191,7 @@ def test_fuzzed_bytes_are_a_documented_error_and_take_no_memory(name: str, caplo
     caplog.set_level(logging.ERROR)
     parse, valid = PARSERS[name]
     source = random.Random(name)
-    inputs = [mutated(source, valid) for _ in range(FUZZED // 8 + 1)]
+    inputs = [mutated(source, valid) for _ in range(FUZZED // len(PARSERS) + 1)]
     refused = 0
     tracemalloc.start()
     try:

@@ -13,7 +13,6 @@ from tests.connect.jobs import SECRET, join, raised, together, worlds_of
 from tests.oracle import pick
 from tricomm import Feed, Latest, Meeting, Mesh, Push, Replicate, Shard, ShardingSpec, SpecError, TransportError, World
 from tricomm.connect.ballot import Offer
-from tricomm.rules import Rules, cat, source
 
 SIZES = {"trainer": 2, "server": 3}
 SHAPES = {"a": (10, 6), "b": (7, 4)}
@@ -176,51 +175,6 @@ def test_the_source_may_change_when_it_is_told(ranks: list[Rank], beside: str) -
     assert raised(all_of(ranks, step)) == [*kept, 0, 0, 0]
     for rank in ranks[2:]:
         rank.require(3)
-
-
-FUSED_SHAPE = (8, 6)
-FUSED = Rules({"ab": cat([source("a")[:4], source("b").flatten()[:24].unflatten(0, (4, 6))])}, drop=["a", "b"])
-
-
-class FusedRank(Rank):
-    """A rank of a world whose destination has one tensor where the source has two."""
-
-    def __init__(self, world: World, rules: Rules = FUSED) -> None:
-        self.world = world
-        self.is_source = world.side == "trainer"
-        fused = {"ab": ShardingSpec(Mesh([0, 1, 2], ("tp",)), (Shard(0),))}
-        self.specs = world.exchange(OWN["trainer"] if self.is_source else fused, 10)
-        self.feed = Feed(
-            world, self.specs, source="trainer", destination="server", timeout_seconds=30.0, rules=rules, name="fused"
-        )
-        if self.is_source:
-            self.tensors = {name: self.shard(name, 0) for name in SHAPES}
-        else:
-            spec = replace(self.specs["server"]["ab"], shape=FUSED_SHAPE, dtype="float32")
-            self.tensors = {"ab": torch.zeros(spec.local_shape(world.rank()))}
-
-    def require(self, version: int) -> None:
-        whole = torch.cat([full("a", version)[:4], full("b", version).flatten()[:24].unflatten(0, (4, 6))])
-        spec = replace(self.specs["server"]["ab"], shape=FUSED_SHAPE, dtype="float32")
-        assert torch.equal(self.tensors["ab"], pick(whole, spec, self.world.rank()))
-
-
-def test_rules_between_the_sides(worlds: list[World]) -> None:
-    ranks = raised(together(*(lambda w=w: FusedRank(w) for w in worlds)))
-    for version in (1, 2):
-        assert raised(all_of(ranks, lambda r: moved(r, version))) == [True, True] + [Offer(version, None)] * 3  # noqa: B023
-        for rank in ranks[2:]:
-            rank.require(version)
-
-
-def test_rules_that_differ_between_the_sides_are_told(worlds: list[World]) -> None:
-    other = Rules({"ab": cat([source("b").flatten()[:24].unflatten(0, (4, 6)), source("a")[:4]])}, drop=["a", "b"])
-    found = together(*(lambda w=w: FusedRank(w, other if w.side == "server" else FUSED) for w in worlds))
-    ranks = [one for one in found if isinstance(one, FusedRank)]
-    assert len(ranks) == 5, found
-    pushed = all_of(ranks, lambda r: moved(r, 1))
-    assert all(isinstance(one, TransportError) for one in pushed), pushed
-    assert all(rank.feed.held is None for rank in ranks[2:])
 
 
 def test_a_delta_needs_its_base_everywhere(ranks: list[Rank]) -> None:

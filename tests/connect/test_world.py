@@ -17,7 +17,7 @@ import tricomm
 from tests.connect.jobs import SECRET, join, raised, together, usage, worlds_of
 from tests.oracle import pick, require_equal
 from tricomm import Meeting, Mesh, Missing, Resharder, Shard, ShardingSpec, SpecError, TransportError, World
-from tricomm.connect.exchange import Exchange
+from tricomm.connect.told.exchange import Exchange
 
 SIZES = {"trainer": 2, "server": 3}
 FULL = torch.arange(60.0).reshape(10, 6)

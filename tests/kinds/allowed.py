@@ -191,6 +191,7 @@ ALLOWED: dict[str, str] = {
     "tied": "[] ()",
     "timeout": "1d",
     "timeout_seconds": "3 2.5 1d",
+    "World.exchange.rules": "None {}",
     "World.exchange.timeout_seconds": "None 3 2.5 1d",
     "World.renew.timeout_seconds": "None 3 2.5 1d",
     "title": "'x' '' 'bf16'",

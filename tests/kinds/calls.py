@@ -212,7 +212,8 @@ CALLS: Calls = {
     "Topology.nic": (TOPOLOGY.nic, {"rank": 0}),
     "Topology.nic_rate": (TOPOLOGY.nic_rate, {"nic": 0}),
     "Topology.check_covers": (TOPOLOGY.check_covers, {"ranks": [0]}),
-    "World.exchange": (lambda **given: at_a_meeting().exchange(**given), {"specs": {"w": WHOLE}, "timeout_seconds": 3}),
+    "World.exchange": (lambda **given: at_a_meeting().exchange(**given), {
+        "specs": {"w": WHOLE}, "timeout_seconds": 3, "rules": None}),
     "World.peek": (lambda **given: at_a_meeting().peek(**given), {"side_sizes": {"a": 1, "b": None}, "name": "c"}),
     "World.ranks_of": (lambda **given: at_a_meeting().ranks_of(**given), {"side": "a"}),
     "World.renew": (lambda **given: at_a_meeting().renew(**given).close(), {

@@ -11,6 +11,7 @@ import torch
 from tricomm.connect.ballot import FIRST_PAUSE_SECONDS, GO, LONGEST_PAUSE_SECONDS, REFUSE, Ballot, Offer
 from tricomm.connect.movers import Movers
 from tricomm.connect.push import Latest, Push, Telling, failure_of
+from tricomm.connect.told.agreed import Told
 from tricomm.connect.world import World
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import checks_kinds
@@ -34,11 +35,12 @@ class Feed:
 
     Args:
         world: the group.
-        specs: what ``world.exchange`` gave: the tensors of both sides, of the same names, or related by ``rules=``.
+        specs: what ``world.exchange`` gave: the tensors of both sides, of the same names, or related by rules.
         source, destination: the sides.
         before: the feed of the epoch before, on ranks that had one, so that what they hold is known.
         options: of the moves: those of :class:`tricomm.Options`. ``timeout_seconds`` is for each move, and then for the
-            votes; ``name`` tells feeds of one world apart; ``rules`` are the same on all ranks, which is compared.
+            votes; ``name`` tells feeds of one world apart; ``rules`` default to those that a side told in the exchange,
+            and are the same on all ranks, which is compared.
 
     Raises:
         SpecError: names that one side has and the other has not, rules that do not fit them, or layouts that
@@ -84,12 +86,14 @@ class Feed:
             raise SpecError(f"specs have no side {absent!r}; pass what world.exchange(...) gave")
         here, there = specs[source], specs[destination]
         chosen = Options.of({**options, "group": world}, "Feed")
+        if chosen.rules is None and isinstance(specs, Told):
+            chosen = replace(chosen, rules=specs.rules.get((source, destination)))
         odd = sorted(here.keys() ^ there.keys()) if chosen.rules is None else ()
         if odd:
             side = source if odd[0] in here else destination
             raise SpecError(
-                f"only side {side!r} has tensor {odd[0]!r}; give both sides the same names, or say by rules= how the "
-                f"tensors of {destination!r} are made of those of {source!r}"
+                f"only side {side!r} has tensor {odd[0]!r}; give both sides the same names, or let one of them say by "
+                f"exchange(..., rules=) how the tensors of {destination!r} are made of those of {source!r}"
             )
         # Confirmed, so that all ranks give up the same move and none waits for one that has done its part.
         chosen = replace(chosen, confirm=chosen.confirm is not False)

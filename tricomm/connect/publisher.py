@@ -10,7 +10,7 @@ import torch
 from tricomm.connect.agreement import gathered
 from tricomm.connect.feed import FENCE, Feed, check_version, part
 from tricomm.connect.push import Push
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import PlanError, SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
@@ -53,7 +53,8 @@ class Publisher:
         specs: of the tensors, on the ranks of this job.
         timeout_seconds: for the ranks of this job to come, and for each move.
         device, host: see ``connect``.
-        options: of the moves: those of :class:`tricomm.Options`.
+        options: of the moves: those of :class:`tricomm.Options`. ``rules`` say how the tensors of each fleet are made
+            of these; they are told, and left out where a fleet tells its own.
 
     Raises:
         TransportError: a rank of this job did not come in time.
@@ -178,8 +179,12 @@ class Publisher:
         sizes: dict[str, int | None] = {self._side: self._size, fleet.name: None}
         world = self._connect(side_sizes=sizes, timeout_seconds=MEET_SECONDS)
         try:
-            specs = world.exchange(self._specs)
+            own = self._options.rules
+            specs = world.exchange(self._specs, rules=None if own is None else {(self._side, fleet.name): own})
             fleet.feed = Feed(world, specs, source=self._side, destination=fleet.name, **self._options.given())
+        except (SpecError, PlanError) as error:
+            world.close()
+            raise TransportError(f"side {fleet.name!r} cannot be fed: {error}") from error
         except BaseException:
             world.close()
             raise

@@ -15,6 +15,7 @@ import torch
 from tricomm.connect.agreement import gathered
 from tricomm.connect.feed import Feed, part
 from tricomm.connect.meeting.client import AbsentError
+from tricomm.connect.told.agreed import DifferenceError
 from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
@@ -45,7 +46,8 @@ class Subscriber:
         out: this rank's tensors by name, which are written.
         timeout_seconds: for the ranks of this job to come, and for each move.
         device, host: see ``connect``.
-        options: of the moves: those of :class:`tricomm.Options`.
+        options: of the moves: those of :class:`tricomm.Options`. ``rules`` say how these tensors are made of the
+            trainer's; they are told, and left out where the trainer tells them.
 
     Raises:
         TransportError: a rank of this job did not come in time.
@@ -107,7 +109,7 @@ class Subscriber:
 
         Raises:
             TransportError: the push failed, and the tensors are a mix until another is taken; or a rank of this job
-                died; or the trainer cannot be met, as it has other versions.
+                died; or the trainer cannot be met, as it has other versions or tells other rules.
         """
         what = self._agreement.decide(self._choice)
         if what == ADOPT:
@@ -187,13 +189,15 @@ class Subscriber:
                     raise
                 continue
             try:
-                specs = world.exchange(self._specs, self._options.seconds)
+                own = self._options.rules
+                rules = None if own is None else {(self._source, self._side): own}
+                specs = world.exchange(self._specs, self._options.seconds, rules=rules)
                 options = self._options.given()
                 feed = Feed(world, specs, source=self._source, destination=self._side, before=before, **options)
                 feed.ready()
             except TransportError as error:
                 world.close()
-                if self._is_closed.is_set():
+                if self._is_closed.is_set() or isinstance(error, DifferenceError):
                     raise
                 LOG.warning("%s", error)
             else:

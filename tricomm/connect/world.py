@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from tricomm.connect.appointment import Appointment, checked_sizes, default_device
-from tricomm.connect.exchange import Exchange, Known
 from tricomm.connect.meeting.client import Client
 from tricomm.connect.meeting.handshake import checked_secret
 from tricomm.connect.meeting.join import (
@@ -21,8 +20,11 @@ from tricomm.connect.meeting.join import (
     Status,
 )
 from tricomm.connect.meeting.server import parse_address
-from tricomm.connect.specs import placed
 from tricomm.connect.store import EpochStore
+from tricomm.connect.told.agreed import Told
+from tricomm.connect.told.exchange import Exchange, Known
+from tricomm.connect.told.maps import Map
+from tricomm.connect.told.specs import placed
 from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
@@ -32,8 +34,8 @@ from tricomm.transport.accelerator import device_here
 from tricomm.transport.coordination.store import store_errors
 from tricomm.transport.group import context_of
 
-MAX_KNOWN = 16
-"""Layouts of so many exchanges are remembered for the next epoch."""
+MAX_KNOWN = 64
+"""So many layouts and rules are remembered for the next epoch."""
 
 
 class World(dist.ProcessGroup):
@@ -168,31 +170,47 @@ class World(dist.ProcessGroup):
 
     @checks_kinds
     def exchange(
-        self, specs: Mapping[str, ShardingSpec], timeout_seconds: float | timedelta | None = None
-    ) -> dict[str, dict[str, ShardingSpec]]:
+        self,
+        specs: Mapping[str, ShardingSpec],
+        timeout_seconds: float | timedelta | None = None,
+        *,
+        rules: Mapping[tuple[str, str], Map] | None = None,
+    ) -> Told:
         """Tell the other sides the layouts of this side's tensors, and return those of all, on ranks of the group.
 
         Every rank of every side calls it, so that nobody needs the configuration of another job. A side with no tensors
-        gives {}. After ``renew``, layouts that were known before are not sent again.
+        gives {}. After ``renew``, what was known before is not sent again.
 
         ::
 
             specs = world.exchange(my_specs)
             mover = tricomm.Resharder(specs["trainer"], specs["server"], group=world)
+            told = world.exchange(my_specs, rules={("trainer", "server"): my_rules})  # told.rules, on all ranks
 
         Args:
             specs: by name, on the ranks of this side from 0, as if there were no other; equal on all ranks of it.
             timeout_seconds: for all to call; None is what ``connect`` was told.
+            rules: how the tensors of one side are made of those of another, by (source, destination), one of which is
+                this side. One of the two says it; if both do, it must mean the same.
 
         Returns:
-            {side: {name: spec}}, this side's too.
+            {side: {name: spec}}, this side's too, and in ``.rules`` what was told of rules. Give it whole to
+            :class:`tricomm.Feed`.
 
         Raises:
-            SpecError: a layout names a rank that the side has not.
-            TransportError: a rank says other layouts than its side's rank 0, or did not come in time.
+            SpecError: a layout names a rank that the side has not, or there is more than can be told.
+            TransportError: a rank says another thing than its side's rank 0, or did not come in time, or two sides tell
+                different rules.
         """
         own = self.ranks_of(self.side)
         placed(specs, own[0], self.side, len(own))
+        for one, other in rules or {}:
+            self.ranks_of(one), self.ranks_of(other)
+            if one == other or self.side not in (one, other):
+                raise SpecError(
+                    f"rules are given from side {one!r} to {other!r}, and this is side {self.side!r}; tell those "
+                    "between this side and another"
+                )
         seconds = self._seconds(timeout_seconds)
         self._exchanges += 1
         exchange = Exchange(
@@ -204,8 +222,11 @@ class World(dist.ProcessGroup):
             time.monotonic() + seconds,
         )
         with store_errors():
-            found = exchange.run(specs, self._known)
-        return {side: placed(told, self.ranks_of(side)[0], side, self.side_sizes[side]) for side, told in found.items()}
+            found = exchange.run(specs, rules or {}, self._known)
+        sizes = self.side_sizes
+        return Told(
+            {side: placed(told, self.ranks_of(side)[0], side, sizes[side]) for side, told in found.items()}, found.rules
+        )
 
     def _seconds(self, timeout_seconds: float | timedelta | None) -> float:
         """Return a timeout as a number; None is what ``connect`` was told."""

@@ -1,7 +1,4 @@
-"""How the server's tensors are made of the trainer's, as ``job_trainer`` and ``job_server`` read it.
-
-That they read the same is compared. Neither needs the other's layout.
-"""
+"""How the server's tensors are made of the trainer's. ``job_server`` reads it and tells it; ``job_trainer`` needs none."""
 
 from tricomm.rules import Rules, cat, source
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from tricomm import Mesh, Publisher, Shard, ShardingSpec
-from tricomm.examples.job_rules import RULES
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
     specs = {name: ShardingSpec(ranks, (Shard(0),), p.shape, p.dtype) for name, p in model.named_parameters()}
     with Publisher(
         options.meeting, side="trainer", side_rank=rank, side_size=size, fleets=["server"], specs=specs,
-        secret=os.environ["TRICOMM_SECRET"], rules=RULES,
+        secret=os.environ["TRICOMM_SECRET"],
     ) as publisher:  # fmt: skip
         started = version = 0
         while started < options.pushes:

@@ -85,10 +85,24 @@ class Rules:
                     f"rule {target!r}: {expression!r} is no expression under a name; write source(name) or the like"
                 )
         scope = Scope(tuple((name, frozen(name, values)) for name, values in indices.items()))
-        group = Group(tuple(definitions.items()), tuple(drop), scope)
-        _require_used(group)
-        _require_fitting(group)
-        object.__setattr__(self, "groups", (group,))
+        self._take((Group(tuple(definitions.items()), tuple(drop), scope),))
+
+    @classmethod
+    def of_groups(cls, groups: tuple[Group, ...]) -> "Rules":
+        """The map of some groups, checked as if it were written.
+
+        Raises:
+            SpecError: as the class does.
+        """
+        made = object.__new__(cls)
+        made._take(groups)
+        return made
+
+    def _take(self, groups: tuple[Group, ...]) -> None:
+        for group in groups:
+            _require_used(group)
+            _require_fitting(group)
+        object.__setattr__(self, "groups", groups)
         _require_unique(self)
 
     def __add__(self, other: "Rules") -> "Rules":

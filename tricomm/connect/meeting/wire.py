@@ -1,7 +1,7 @@
 """Bytes that processes of separate jobs exchange with the meeting: fields of checked sizes in frames of checked sizes.
 
-A field is an integer of 8 bytes, or bytes behind their length of 4; all little-endian. Nothing is taken from the
-length that a peer announces before it is compared with a limit and with what is really there.
+A field is an integer or a number of 8 bytes, a code of 1, or bytes behind their length of 4; all little-endian. Nothing
+is taken from the length that a peer announces before it is compared with a limit and with what is really there.
 
     frame    length (4) | seal (16) | body          length counts seal and body
     body     operation or answer (1) | fields
@@ -14,6 +14,7 @@ from tricomm.errors import TransportError
 
 LENGTH = struct.Struct("<I")
 INTEGER = struct.Struct("<q")
+REAL = struct.Struct("<d")
 SEAL_BYTES = 16
 
 MAX_VALUE_BYTES = 1 << 20
@@ -41,6 +42,16 @@ class Writer:
     def integer(self, value: int) -> "Writer":
         """Append an integer of 64 bits."""
         self._parts.append(INTEGER.pack(value))
+        return self
+
+    def code(self, value: int) -> "Writer":
+        """Append one byte."""
+        self._parts.append(bytes([value]))
+        return self
+
+    def real(self, value: float) -> "Writer":
+        """Append a number of double precision, bit for bit."""
+        self._parts.append(REAL.pack(value))
         return self
 
     def octets(self, value: bytes) -> "Writer":
@@ -99,6 +110,11 @@ class Reader:
         if not lowest <= value <= highest:
             raise WireError(f"{value} does not lie in {lowest} to {highest}; the peer is broken")
         return int(value)
+
+    def real(self) -> float:
+        """Take a number of double precision."""
+        (value,) = REAL.unpack(self._take(REAL.size))
+        return float(value)
 
     def octets(self, limit: int = MAX_VALUE_BYTES) -> bytes:
         """Take bytes behind their length."""

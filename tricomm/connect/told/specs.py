@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tricomm.connect.meeting.wire import Reader, WireError, Writer
+from tricomm.connect.told.words import MAX_DIMS, NONE, read_optional, write_name, write_optional
 from tricomm.errors import SpecError, TricommError
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial, Placement, Replicate, Shard
@@ -23,8 +24,6 @@ from tricomm.layout.spec import Holding, ShardingSpec
 MAX_SPECS_BYTES = 64 << 20
 MAX_TENSORS = 1 << 20
 MAX_RANKS = 1 << 20
-MAX_DIMS = 64
-NONE = -1
 
 Specs = Mapping[str, ShardingSpec]
 Layout = tuple[int, tuple[Placement, ...], tuple[int, ...] | None, tuple[Holding, ...] | None]
@@ -44,8 +43,9 @@ def encode_specs(specs: Specs) -> bytes:
         spec = specs[name]
         mesh = meshes.setdefault((spec.mesh.shape, spec.mesh.axis_names, spec.mesh.ranks), len(meshes))
         layout = (mesh, spec.placements, spec.axis_order, spec.holdings)
-        tensors.text(name).integer(layouts.setdefault(layout, len(layouts))).text(spec.dtype or "")
-        _write_optional(tensors, spec.shape)
+        write_name(tensors, name)
+        tensors.integer(layouts.setdefault(layout, len(layouts))).text(spec.dtype or "")
+        write_optional(tensors, spec.shape)
     writer = Writer().integer(len(meshes))
     for shape, names, ranks in meshes:
         writer.texts(names).integers(shape).integers(ranks)
@@ -74,7 +74,7 @@ def decode_specs(data: bytes) -> dict[str, ShardingSpec]:
         found: dict[str, ShardingSpec] = {}
         for _ in range(reader.count(24, MAX_TENSORS)):
             name, layout = reader.text(), layouts[reader.integer(0, len(layouts) - 1)]
-            dtype, shape = reader.text() or None, _read_optional(reader, MAX_DIMS)
+            dtype, shape = reader.text() or None, read_optional(reader, MAX_DIMS)
             number, placements, axis_order, holdings = layout
             if name in found:
                 raise WireError(f"tensor {name!r} is told twice")
@@ -114,27 +114,18 @@ def placed(specs: Specs, first: int, side: str, size: int) -> dict[str, Sharding
     return found
 
 
-def _write_optional(writer: Writer, values: tuple[int, ...] | None) -> None:
-    writer.integers([NONE] if values is None else values)
-
-
-def _read_optional(reader: Reader, limit: int) -> tuple[int, ...] | None:
-    values = reader.integers(limit)
-    return None if values == (NONE,) else values
-
-
 def _write_layout(writer: Writer, layout: Layout) -> None:
     mesh, placements, axis_order, holdings = layout
     writer.integer(mesh).integer(len(placements))
     for placement in placements:
         match placement:
             case Shard():
-                _write_optional(writer.text("S").integer(placement.dim), placement.segments)
+                write_optional(writer.text("S").integer(placement.dim), placement.segments)
             case Replicate():
                 writer.text("R")
             case Partial():
                 writer.text("P").text(placement.op)
-    _write_optional(writer, axis_order)
+    write_optional(writer, axis_order)
     writer.integer(NONE if holdings is None else len(holdings))
     for holding in holdings or ():
         writer.integer(len(holding))
@@ -145,7 +136,7 @@ def _write_layout(writer: Writer, layout: Layout) -> None:
 def _read_layout(reader: Reader, meshes: int) -> Layout:
     mesh = reader.integer(0, meshes - 1)
     placements = tuple(_read_placement(reader) for _ in range(reader.count(5, MAX_DIMS)))
-    axis_order = _read_optional(reader, MAX_DIMS)
+    axis_order = read_optional(reader, MAX_DIMS)
     count = reader.integer(NONE, MAX_RANKS)
     if count == NONE:
         return mesh, placements, axis_order, None
@@ -165,7 +156,7 @@ def _read_holding(reader: Reader) -> Holding:
 def _read_placement(reader: Reader) -> Placement:
     kind = reader.text(1)
     if kind == "S":
-        dim, segments = reader.integer(), _read_optional(reader, MAX_RANKS)
+        dim, segments = reader.integer(), read_optional(reader, MAX_RANKS)
         return Shard(dim, segments)
     if kind == "P":
         return Partial(reader.text(16))
