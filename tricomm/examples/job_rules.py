@@ -1,4 +1,4 @@
-"""How the server's tensors are made of the trainer's: ``job_server`` reads it and tells it, ``job_trainer`` needs none."""
+"""How the server's tensors are made of the trainer's: ``job_server`` reads and tells it, ``job_trainer`` needs none."""
 
 from tricomm.rules import Rules, cat, source
 

@@ -93,6 +93,12 @@ class Rules:
 
         Raises:
             SpecError: as the class does.
+
+        Example:
+            >>> from tricomm.rules import Rules, source
+            >>> rules = Rules({"b": source("a")}) + Rules({"d": source("c")})
+            >>> Rules.of_groups(rules.groups) == rules
+            True
         """
         made = object.__new__(cls)
         made._take(groups)
