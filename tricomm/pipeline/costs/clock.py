@@ -5,18 +5,15 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple
 
-from tricomm.errors import PlanError
 from tricomm.pipeline.costs.costs import Costs, TransferCost
+from tricomm.pipeline.costs.in_order import run_in_order
+from tricomm.pipeline.costs.programs import Key, Known, Post, Program
 from tricomm.pipeline.costs.rates import ROUNDING, fair_rates
-from tricomm.pipeline.costs.timeline import Span, Timeline, Transfer
-from tricomm.pipeline.schedule.actions import Action, Channel
+from tricomm.pipeline.costs.timeline import Span, Timeline, Transfer, require_ended
+from tricomm.pipeline.schedule.actions import Channel
 from tricomm.pipeline.schedule.check import Queues
 from tricomm.pipeline.schedule.schedule import Schedule
-
-Key = tuple[Channel, int]
-"""The transfer of a microbatch on a channel. Within a clock transfers and queues have numbers: see ``Known``."""
 
 
 def run_clock(
@@ -25,54 +22,21 @@ def run_clock(
     queues: Queues = Queues.PER_CHANNEL,
     *,
     in_order: bool = True,
-    known: "Known | None" = None,
+    known: Known | None = None,
 ) -> Timeline:
     """Do what ``simulate`` does, for a schedule with communication that is known to run: those that search call it.
 
     Without ``in_order`` queues have no order: whichever transfer is ready first goes first. Ranks could not do that,
     for they would have to know of each other which are ready.
 
-    ``known`` is filled with what the clock works out, for other schedules with the same costs, edges and queues.
+    ``known`` is filled with what is worked out, for other schedules with the same costs, edges and queues.
     """
+    known = Known() if known is None else known
+    programs = known.programs_of(schedule, costs, queues)
+    if in_order and queues is not Queues.BLOCKING and known.is_never_shared(schedule, costs, queues):
+        return run_in_order(schedule, costs, programs, known)
     kind = _Clock if in_order else _UnorderedClock
-    return kind(schedule, costs, queues, known or Known()).timeline()
-
-
-class _Compute(NamedTuple):
-    """A compute action as the clock sees it: ``needs`` are the numbers of the transfers whose data it uses."""
-
-    action: Action
-    seconds: float
-    needs: tuple[int, ...]
-
-
-class _Post(NamedTuple):
-    """A send or receive as the clock sees it: one end of a transfer, which has a number, comes to a queue."""
-
-    number: int
-    key: Key
-    cost: TransferCost
-    is_send: bool
-    queue: int
-
-
-@dataclass(slots=True)
-class Known:
-    """What clocks of the same costs, edges and queues have worked out: of each action, and of channels that share.
-
-    Attributes:
-        entries: by action.
-        programs: by pipeline rank, the list that it had last and the entries of that.
-        transfers: the number of each transfer.
-        queues: the number of each queue, by its key; see ``Queues.key``.
-        rates: of channels that share at one time.
-    """
-
-    entries: dict[Action, _Compute | _Post] = field(default_factory=dict)
-    programs: dict[int, tuple[tuple[Action, ...], list[_Compute | _Post]]] = field(default_factory=dict)
-    transfers: dict[Key, int] = field(default_factory=dict)
-    queues: dict[tuple[int, ...], int] = field(default_factory=dict)
-    rates: dict[tuple[Channel, ...], list[float]] = field(default_factory=dict)
+    return kind(schedule, costs, queues, programs, known).timeline()
 
 
 @dataclass(eq=False, slots=True)
@@ -99,16 +63,9 @@ class _Moving:
 class _Clock:
     """One simulation."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, known: Known) -> None:
-        self.schedule, self.costs, self.queues, self.known = schedule, costs, queues, known
+    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, programs: list[Program], known: Known) -> None:
+        self.schedule, self.costs, self.programs = schedule, costs, programs
         self.is_blocking = queues is Queues.BLOCKING
-        self.programs: list[list[_Compute | _Post]] = []
-        for pipeline_rank, actions in enumerate(schedule.lists):
-            last = known.programs.get(pipeline_rank)
-            if last is None or last[0] is not actions:
-                program = [known.entries.get(action) or self.entry(action) for action in actions]
-                last = known.programs[pipeline_rank] = (actions, program)
-            self.programs.append(last[1])
         self.ranks_of = {
             channel: (schedule.pipeline_rank_of(channel.sender), schedule.pipeline_rank_of(channel.receiver))
             for channel in schedule.channels
@@ -132,29 +89,6 @@ class _Clock:
         self.begun = 0
         self.waiting: dict[int, deque[_Moving]] = {}
 
-    def entry(self, action: Action) -> _Compute | _Post:
-        """Work out once what the clock needs of an action."""
-        self.known.entries[action] = found = self._entry(action)
-        return found
-
-    def _entry(self, action: Action) -> _Compute | _Post:
-        if action.is_compute:
-            needs = [
-                self.number_of((channel, action.microbatch))
-                for channel in self.schedule.inputs(action)
-                if channel in self.schedule.channels
-            ]
-            return _Compute(action, self.costs.seconds(action), tuple(needs))
-        key = (action.channel, action.microbatch)
-        queue = self.queues.key(self.schedule, action.channel, action.stage)
-        number = self.known.queues.setdefault(queue, len(self.known.queues))
-        cost = self.costs.transfer(action.channel)
-        return _Post(self.number_of(key), key, cost, action.kind.is_send, number)
-
-    def number_of(self, key: Key) -> int:
-        """Return the number of a transfer."""
-        return self.known.transfers.setdefault(key, len(self.known.transfers))
-
     def timeline(self) -> Timeline:
         for pipeline_rank in range(self.schedule.pipeline_ranks):
             self.advance(pipeline_rank)
@@ -169,12 +103,7 @@ class _Clock:
                 wake = heapq.heappop(self.wakes)
                 self.is_pending.discard(wake)
                 self.advance(wake[1])
-        for pipeline_rank, index in enumerate(self.next_index):
-            if index < len(self.schedule.lists[pipeline_rank]):
-                raise PlanError(
-                    f"{self.schedule.lists[pipeline_rank][index]} at pipeline rank {pipeline_rank} waits for ever; "
-                    "call check, which says for what"
-                )
+        require_ended(self.schedule, self.next_index)
         return Timeline(
             self.schedule,
             self.costs,
@@ -209,7 +138,7 @@ class _Clock:
                 self.wake(pipeline_rank, busy_until)
                 break
             entry = program[index]
-            if isinstance(entry, _Post):
+            if isinstance(entry, Post):
                 self.post(entry, pipeline_rank)
                 index += 1
                 continue
@@ -238,7 +167,7 @@ class _Clock:
             latest = max(latest, arrival)
         return latest
 
-    def post(self, entry: _Post, pipeline_rank: int) -> None:
+    def post(self, entry: Post, pipeline_rank: int) -> None:
         number, key, cost, is_send, queue = entry
         one = self.moving.get(number)
         if one is None:
@@ -354,8 +283,8 @@ class _Clock:
 class _UnorderedClock(_Clock):
     """One simulation in which a queue only keeps two transfers from being on the wire at once."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, known: Known) -> None:
-        super().__init__(schedule, costs, queues, known)
+    def __init__(self, schedule: Schedule, costs: Costs, queues: Queues, programs: list[Program], known: Known) -> None:
+        super().__init__(schedule, costs, queues, programs, known)
         self.entered: dict[int, int] = {}  # how many came to a queue
         self.complete: dict[int, dict[_Moving, None]] = {}  # those of which both ends came, and that wait
         self.occupied: set[int] = set()

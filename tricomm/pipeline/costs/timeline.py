@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
+from tricomm.errors import PlanError
 from tricomm.kinds import explains_kinds
 from tricomm.pipeline.costs.costs import Costs
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind
@@ -203,6 +204,9 @@ class Timeline:
         0F0 0>1 1F0 1F1 1B0 1>0 0B0 0B1
         """
         arrivals = {(one.channel, one.microbatch): one for one in self.transfers}
+        ended: dict[float, list[Transfer]] = {}
+        for one in self.transfers:
+            ended.setdefault(one.end, []).append(one)
         before = {second.action: first for spans in self.compute for first, second in pairwise(spans)}
         node: Span | Transfer | None = max((spans[-1] for spans in self.compute), key=lambda span: span.end)
         until = self.makespan_seconds
@@ -214,7 +218,7 @@ class Timeline:
                 previous, last = before.get(node.action), self._last_input(node.action, arrivals)
                 node = previous if last is None or (previous and previous.end >= last.arrival) else last
             else:
-                node = self._before_transfer(node)
+                node = self._before_transfer(node, ended.get(node.begin, ()))
         return tuple(reversed(path))
 
     def critical_seconds(self) -> dict[Channel, float]:
@@ -245,21 +249,23 @@ class Timeline:
             seconds[one.channel] += (one.arrival - one.begin) / self.schedule.microbatches
         return seconds
 
-    def _before_transfer(self, one: Transfer) -> Span | Transfer | None:
-        """What a transfer waited for: the list of an end, or a transfer that stood before it in a queue."""
+    def _before_transfer(self, one: Transfer, ended: Sequence[Transfer]) -> Span | Transfer | None:
+        """What a transfer waited for: the list of an end, or a transfer that stood before it in a queue, of those that
+        ended when it began.
+        """
         if one.begin > max(one.sent, one.posted):
             ends = {self.schedule.pipeline_rank_of(stage) for stage in one.channel}
             # Those before it only: where some take no time, several may begin and end at one moment.
             queued = [
                 other
-                for other in takewhile(lambda other: other != one, self.transfers)
-                if other.end == one.begin and ends & {self.schedule.pipeline_rank_of(stage) for stage in other.channel}
+                for other in takewhile(lambda other: other != one, ended)
+                if ends & {self.schedule.pipeline_rank_of(stage) for stage in other.channel}
             ]
             return min(queued, key=lambda other: (other.channel != one.channel, not self._share_an_end(one, other)))
         stage = one.channel.sender if one.sent >= one.posted else one.channel.receiver
         spans = self.compute[self.schedule.pipeline_rank_of(stage)]
-        ended = spans[bisect_left(spans, one.begin, key=_end) : bisect_right(spans, one.begin, key=_end)]
-        return max(ended, key=lambda span: span.begin, default=None)
+        computed = spans[bisect_left(spans, one.begin, key=_end) : bisect_right(spans, one.begin, key=_end)]
+        return max(computed, key=lambda span: span.begin, default=None)
 
     def _share_an_end(self, one: Transfer, other: Transfer) -> bool:
         """Whether both leave from one pipeline rank, or both come to one."""
@@ -278,6 +284,19 @@ class Timeline:
 
     def __str__(self) -> str:
         return "\n".join(describe(self))
+
+
+def require_ended(schedule: Schedule, next_index: Sequence[int]) -> None:
+    """Refuse a simulation that has come to no end, by the place in its list that each pipeline rank has come to.
+
+    Raises:
+        PlanError: the first pipeline rank that waits for ever.
+    """
+    for pipeline_rank, (actions, index) in enumerate(zip(schedule.lists, next_index, strict=True)):
+        if index < len(actions):
+            raise PlanError(
+                f"{actions[index]} at pipeline rank {pipeline_rank} waits for ever; call check, which says for what"
+            )
 
 
 def _end(span: Span) -> float:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from tricomm.errors import PlanError
 from tricomm.kinds import checks_kinds, explains_fields, refuse_wrong_kinds
-from tricomm.pipeline.costs.clock import Known, run_clock
+from tricomm.pipeline.costs.clock import run_clock
 from tricomm.pipeline.costs.costs import Costs
+from tricomm.pipeline.costs.programs import Known
 from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Edge
 from tricomm.pipeline.schedule.check import Queues

@@ -29,6 +29,11 @@ class Preference:
     patience: float
     weights_at_limit: bool
 
+    @property
+    def is_about_weights(self) -> bool:
+        """Whether it says more than which of F and I comes first."""
+        return self.patience > 0 or self.weights_at_limit
+
 
 PREFERENCES = tuple(
     Preference(forward_first, patience, weights_at_limit)

@@ -63,7 +63,7 @@ def order_in_turn(
         trials: so many other orders are simulated at most.
         enough: seconds that no order undercuts.
     """
-    timeline = _improved(schedule, ideal, simulator, trials, enough)
+    timeline = _improved(schedule, ideal, simulator, trials, enough) if trials else ideal
     order = _order_of(timeline)
     lists = []
     for pipeline_rank, actions in enumerate(schedule.lists):

@@ -63,6 +63,8 @@ def list_orders(
     for split in (True, False) if allow_split else (False,):
         for text, memory in profiles.items():
             for index, preference in enumerate(PREFERENCES):
+                if not split and preference.is_about_weights:
+                    continue  # there are none: another preference gives the same
                 schedule = list_schedule(costs, microbatches, memory, preference, split=split, edges=edges)
                 yield CandidateOrder(f"list schedule {index}, {text}, {'split' if split else 'whole'}", None, schedule)
 
