@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from tricomm.errors import PlanError
 from tricomm.kinds import checks_kinds
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind, receive, send
-from tricomm.pipeline.schedule.schedule import Schedule
+from tricomm.pipeline.schedule.schedule import Schedule, relisted
 
 _Crossing = dict[tuple[int, Kind], list[Channel]]
 """By stage and kind of action."""
@@ -53,7 +53,7 @@ def with_communication(schedule: Schedule, *, receives_ahead: int = 1) -> Schedu
             for channel in outputs[action.stage, action.kind]
         ]
         lists.append(interleave(actions, [*sent, *received[pipeline_rank]]))
-    return schedule.with_lists(lists)
+    return relisted(schedule, lists)
 
 
 @checks_kinds
@@ -101,7 +101,7 @@ def with_synchronous_communication(schedule: Schedule) -> Schedule:
         if len(done) == before:
             stuck = ", ".join(str(actions[0]) for actions in left if actions)
             raise PlanError(f"{stuck} wait for each other; change the order of the actions of a pipeline rank")
-    return schedule.with_lists(lists)
+    return relisted(schedule, lists)
 
 
 def _needs(schedule: Schedule, action: Action) -> set[Action]:

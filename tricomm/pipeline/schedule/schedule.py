@@ -236,11 +236,7 @@ class Schedule:
         0: 0F0 0SEND_F0
         1: 1F0
         """
-        other = object.__new__(Schedule)
-        for name in self.__slots__:
-            object.__setattr__(other, name, getattr(self, name))
-        object.__setattr__(other, "lists", tuple(tuple(actions) for actions in lists))
-        return other
+        return relisted(self, lists)
 
     def compute_only(self) -> "Schedule":
         """The same schedule without sends and receives.
@@ -249,7 +245,7 @@ class Schedule:
         >>> with_communication(gpipe(2, 2)).compute_only() == gpipe(2, 2)
         True
         """
-        return self.with_lists([one for one in actions if one.is_compute] for actions in self.lists)
+        return relisted(self, ([one for one in actions if one.is_compute] for actions in self.lists))
 
     @explains_kinds
     def ends_microbatch(self, action: Action) -> bool:
@@ -299,6 +295,15 @@ class Schedule:
         widths = [max(map(len, column)) for column in columns]
         lines = (" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
         return "\n".join(lines)
+
+
+def relisted(schedule: Schedule, lists: Iterable[Sequence[Action]]) -> Schedule:
+    """Do what ``with_lists`` does, for lists that are known to be right: a search makes hundreds of schedules."""
+    other = object.__new__(Schedule)
+    for name in Schedule.__slots__:
+        object.__setattr__(other, name, getattr(schedule, name))
+    object.__setattr__(other, "lists", tuple(tuple(actions) for actions in lists))
+    return other
 
 
 def _pipeline_ranks(lists: Sequence[Sequence[Action]]) -> tuple[int, ...]:

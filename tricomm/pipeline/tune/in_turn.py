@@ -19,7 +19,7 @@ from tricomm.pipeline.costs.timeline import Timeline
 from tricomm.pipeline.schedule.actions import Action, Channel, Kind, receive, send
 from tricomm.pipeline.schedule.check import Queues
 from tricomm.pipeline.schedule.communication import interleave
-from tricomm.pipeline.schedule.schedule import Schedule
+from tricomm.pipeline.schedule.schedule import Schedule, relisted
 from tricomm.pipeline.tune.evaluate import Simulator
 
 Order = dict[tuple[int, bool], tuple[tuple[Channel, int], ...]]
@@ -69,7 +69,7 @@ def order_in_turn(
     for pipeline_rank, actions in enumerate(schedule.lists):
         received = _receives(timeline, order[pipeline_rank, False], pipeline_rank)
         lists.append(interleave(actions, [*received, *_sends(schedule, order[pipeline_rank, True], pipeline_rank)]))
-    return schedule.with_lists(lists)
+    return relisted(schedule, lists)
 
 
 def _improved(schedule: Schedule, timeline: Timeline, simulator: Simulator, trials: int, enough: float) -> Timeline:
@@ -90,7 +90,7 @@ def _improved(schedule: Schedule, timeline: Timeline, simulator: Simulator, tria
             seen.add(key)
             lists = [*posted[:changed], _all_posted(schedule, other, changed), *posted[changed + 1 :]]
             try:
-                found = simulator.run(schedule.with_lists(lists), Queues.PER_DIRECTION)
+                found = simulator.run(relisted(schedule, lists), Queues.PER_DIRECTION)
             except PlanError:  # it made ranks wait for each other
                 continue
             if found.makespan_seconds < timeline.makespan_seconds * (1 - 1e-9):
