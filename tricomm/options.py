@@ -126,7 +126,8 @@ class Options:
         grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
             default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.
         checksum: whether each call ends with a comparison of digests of both sides, by the bits of every element and
-            where it belongs: a TransportError on all ranks then names a tensor and the two ranks that differ.
+            where it belongs: a TransportError on all ranks then names a tensor and the two ranks that differ. What
+            rules fill in is looked at too; of what a rank holds several times, the first.
         hooks: what this rank does with its tensors before they are sent and after modules have come; see
             :class:`tricomm.Hooks`.
 

@@ -18,7 +18,7 @@ from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Sides, as_specs, has_dtensors, shards_of
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
-from tricomm.packing.checksums import NOT_STARTED_TEXT, Checksums
+from tricomm.packing.checksums import Checksums
 from tricomm.packing.digests import Digests
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
@@ -256,7 +256,8 @@ class Resharder(Selections):
                         channel.stream_context.wait_event(last.result()[1])
                     session.run(execution, sources, destinations, session.calls)
             if self._checksums is not None:
-                self._checksums.check(*execution.items_of(sources, destinations))
+                items = execution.items_of(sources, destinations)
+                self._checksums.check(*items, partial(execution.unfilled, destinations))
         except Exception as error:
             name_error(error, self.name)
             raise
@@ -311,8 +312,6 @@ class Resharder(Selections):
             return Handle(nothing, HostStreamContext())
         try:
             with session as channel:
-                if self._checksums is not None:
-                    raise SpecError(NOT_STARTED_TEXT)
                 asks = self.options.differentiable or (isinstance(tensor, torch.Tensor) and tensor.requires_grad)
                 if asks and torch.is_grad_enabled():
                     raise SpecError(
@@ -327,7 +326,7 @@ class Resharder(Selections):
                     session.connect()
                 if out is not None:
                     bump_versions(out)
-                return self._start(sources, destinations, events, depends_on, is_hooked=True)
+                return self._start(sources, destinations, events, depends_on, is_whole=True)
         except Exception as error:
             name_error(error, self.name)
             raise
@@ -358,8 +357,9 @@ class Resharder(Selections):
         events: Sequence[Any],
         depends_on: Sequence[Handle],
         *,
-        is_hooked: bool = False,
+        is_whole: bool = False,
     ) -> Handle:
+        """Run in the background; ``is_whole`` if digests and hooks, too, are left to that."""
         session, execution = self._session, self._execution
         assert session is not None
         assert execution is not None
@@ -372,8 +372,12 @@ class Resharder(Selections):
                     for handle in depends_on:
                         handle.wait_done()
                     session.run(execution, sources, destinations, number)
+                    if is_whole and self._checksums is not None:
+                        items = execution.items_of(sources, destinations)
+                        unfilled = partial(execution.unfilled, destinations)
+                        self._checksums.check(*items, unfilled, in_background=True)
                     moved = self._checker.result(destinations)
-                    if is_hooked:
+                    if is_whole:
                         self._after(moved)
                     return moved, channel.stream_context.record_end(), session.last_run
             except Exception as error:

@@ -11,6 +11,7 @@ from tricomm.autograd.gradients import Gradients
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.hooks import BoundHooks, Hooks
 from tricomm.kinds import checks_kinds
+from tricomm.packing.checksums import Checksums
 from tricomm.packing.selection import Planned, Selection, checked_names
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan.describe import describe_layouts
@@ -40,6 +41,7 @@ class Selections(Gradients):
     _group: Callable[[], Any]
     _selections: dict[frozenset[str], Self]
     _hooks: BoundHooks | None
+    _checksums: Checksums | None
     _unhooked: Callable[[Given, Given], Any]
 
     def only(self, names: Names) -> Self:
@@ -64,11 +66,6 @@ class Selections(Gradients):
             chosen = checked_names(self._planned, names)
             if self._is_closed:
                 raise SpecError(CLOSED_TEXT)
-            if self.options.checksum:
-                raise SpecError(
-                    "checksum=True compares all tensors of a plan, and only= moves some of them; make a Resharder of "
-                    "these, or leave checksum out"
-                )
             if self._hooks is not None:
                 self._hooks.refuse_inside()
         except SpecError as error:
@@ -126,6 +123,8 @@ class Selections(Gradients):
         made = copy(self)
         made._planned, made._selections, made._plan_seconds = selection, {}, 0.0
         made._checker = TensorChecker(selection, self.rank, self.device)
+        if self._checksums is not None:
+            made._checksums = self._checksums.only(selection)
         if self._hooks is not None:
             made._hooks = self._hooks.only([one.name for one in selection.ends.sources])
         if self._execution is not None:
@@ -136,6 +135,17 @@ class Selections(Gradients):
             digest = "" if self._session is None else self._session.digest
             made._session = made._open({"of all tensors": digest, "only": repr(names)}, self, relation)
         return made
+
+    def _run_here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Move a tensor on the thread of the channel, inside of a run that was started and has the channel's turn."""
+        session, execution = self._session, self._execution
+        assert session is not None
+        assert execution is not None
+        session.calls += 1
+        sources, destinations = self._checker.check(tensor, None)
+        session.run(execution, sources, destinations, session.calls)
+        moved: torch.Tensor | None = self._checker.result(destinations)
+        return moved
 
     def _of_only(self, tensor: Given, out: Given, only: Names) -> tuple[Self, Given, Given]:
         """The Resharder of a selection, and what it takes of what was given."""

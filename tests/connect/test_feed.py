@@ -32,13 +32,13 @@ def full(name: str, version: int) -> torch.Tensor:
 class Rank:
     """One rank: its world, feed and tensors."""
 
-    def __init__(self, world: World, before: "Rank | None" = None, seconds: float = 30.0) -> None:
+    def __init__(self, world: World, before: "Rank | None" = None, seconds: float = 30.0, **options: Any) -> None:
         self.world = world
         self.specs = world.exchange(OWN[world.side], 10)
         self.is_source = world.side == "trainer"
         self.feed = Feed(
             world, self.specs, source="trainer", destination="server", timeout_seconds=seconds,
-            before=None if before is None else before.feed,
+            before=None if before is None else before.feed, **options,
         )  # fmt: skip
         if before is not None:
             self.tensors = before.tensors
@@ -109,6 +109,25 @@ def test_versions_are_published_one_after_the_other(ranks: list[Rank]) -> None:
             rank.require(version)
             assert (rank.feed.held, rank.feed.dirty) == (version, "")
         assert raised(all_of(ranks, lambda r: r.feed.latest())) == [Latest(version, "")] * 5
+
+
+def test_a_push_whose_bytes_were_lost_is_published_nowhere(meeting: Meeting, worlds: list[World]) -> None:
+    ranks = raised(together(*(lambda w=w: Rank(w, checksum=True) for w in worlds)))
+    assert raised(all_of(ranks, lambda r: moved(r, 1))) == [True, True] + [Offer(1, None)] * 3
+    session: Any = ranks[3].feed._movers._mover._session
+    run = session.run
+
+    def wrong(execution: Any, sources: Any, destinations: Any, number: int) -> None:
+        run(execution, sources, destinations, number)
+        destinations[1][6, 0] += 1
+
+    session.run = wrong
+    for error in all_of(ranks, lambda r: moved(r, 2)):
+        assert "tensor 'b' on rank 3 is not what rank 1 has: their digests differ" in str(error)
+    session.run = run
+    assert raised(all_of(ranks, lambda r: moved(r, 3))) == [True, True] + [Offer(3, None)] * 3
+    for rank in ranks[2:]:
+        rank.require(3)
 
 
 def test_a_destination_that_is_not_ready_is_skipped_before_the_start(ranks: list[Rank]) -> None:

@@ -12,6 +12,7 @@ from tests.cases import RANKS
 from tests.packing.test_many import quick
 from tests.packing.test_rules import Mapped, given_shards, is_expressible, maps
 from tricomm import (
+    Hooks,
     LocalTransport,
     Mesh,
     Partial,
@@ -26,7 +27,7 @@ from tricomm import (
 )
 from tricomm.launch import Ranks
 from tricomm.packing.digests import Digests, digest
-from tricomm.rules import Rules, cat, source
+from tricomm.rules import Rules, cat, fill, source
 from tricomm.transport.runtime import PlanExecution
 
 CPU = torch.device("cpu")
@@ -151,6 +152,91 @@ def test_digests_agree_over_gloo(ranks: Ranks) -> None:
 def test_all_ranks_hear_which_tensor_is_wrong_where(ranks: Ranks) -> None:
     for text in ranks.run(checked, True)[:4]:
         assert text.startswith("tensor 'ab' on rank 3 is not what rank 1 has: their digests differ;"), text
+
+
+PADDED = Rules({"{x}": cat([source("{x}"), fill(3, (2, 6))])}, x=["a", "c"])
+
+
+def together(rank: int, started: bool, only: str, fault: str) -> list[str]:
+    """What calls with digests say, two in a row; in the first, rank 3 writes an element of its own to a tensor."""
+    if rank > 3:
+        return []
+    before = {"a": ROWS, "c": ROWS}
+    hooks = Hooks(after={"a": lambda *_: told.append("hook")}) if only != "c" and rank > 1 else None
+    there = {"a": ShardingSpec(THERE.mesh, (Shard(0),)), "c": THERE}
+    mover = Resharder(before, there, rules=PADDED, checksum=True, timeout_seconds=60, hooks=hooks)
+    names = [only] if only else ["a", "c"]
+    tensors = {name: FULL[4 * rank : 4 * rank + 4] + (name == "c") for name in names} if rank < 2 else None
+    chosen: Any = mover.only(names) if only else mover
+    run = chosen._session.run
+
+    def wrong(execution: Any, sources: Any, destinations: Any, number: int) -> None:
+        run(execution, sources, destinations, number)
+        if fault and rank == 3 and number == 1:
+            place = names.index(fault[0])
+            destinations[place].view(-1)[-1 if fault[1:] == " filled" else 0] = 77
+
+    chosen._session.run = wrong
+    told: list[str] = []
+    for _ in range(2):
+        try:
+            if started:
+                handles = [mover.start(tensors, only=(only and [only]) or None)]
+                moved = handles[0].wait()
+            else:
+                moved = mover(tensors, only=[only]) if only else mover(tensors)
+            told += [f"{name} {float(one.float().sum()):g}" for name, one in sorted(moved.items())]
+        except TransportError as error:
+            told.append(str(error).split(":")[0].partition(";")[0])
+    mover.close()
+    return told
+
+
+SUMS = {"a": ["a 435", "a 729"], "c": ["c 1212", "c 1212"]}
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["called", "started"])
+@pytest.mark.parametrize("only", ["", "a", "c"])
+def test_digests_go_with_calls_in_the_background_selections_and_fills(ranks: Ranks, started: bool, only: str) -> None:
+    names = [only] if only else ["a", "c"]
+    hook = ["hook"] * ("a" in names)
+    right = [[], [], *([*hook, *(SUMS[name][rank] for name in names)] * 2 for rank in range(2))]
+    assert ranks.run(together, started, only, "")[:4] == right
+    for fault in (names[-1], f"{names[-1]} filled"):
+        error = f"tensor {names[-1]!r} on rank 3 is not " + (
+            "what its rule fills in" if "filled" in fault else f"what rank {1 if only == 'a' else 0} has"
+        )
+        after = [[error, *one[len(one) // 2 :]] for one in right]
+        assert ranks.run(together, started, only, fault)[:4] == after
+
+
+def unable(rank: int, started: bool) -> str:
+    """On rank 3 there is no memory for digests."""
+    if rank > 3:
+        return ""
+    mover = Resharder({"a": ROWS}, {"a": THERE}, checksum=True, timeout_seconds=60)
+    checksums: Any = mover._checksums
+
+    def come(_: object) -> None:
+        raise MemoryError("no memory for digests")
+
+    if rank == 3:
+        checksums._digests.come = come
+    tensors = {"a": FULL[4 * rank : 4 * rank + 4]} if rank < 2 else None
+    try:
+        if started:
+            mover.start(tensors).wait()
+        else:
+            mover(tensors)
+    except (MemoryError, TransportError) as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["called", "started"])
+def test_a_rank_that_cannot_digest_says_so(ranks: Ranks, started: bool) -> None:
+    for text in ranks.run(unable, started)[:4]:
+        assert "no memory for digests" in text
 
 
 def test_what_digests_cannot_compare_is_refused() -> None:

@@ -6,8 +6,9 @@ that: the one reads what it was given, the other what it wrote.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -16,6 +17,7 @@ from tricomm.layout.intervals import Region, first_runs
 from tricomm.layout.spec import ShardingSpec
 from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors
+from tricomm.packing.selection import Selection
 from tricomm.plan import Plan
 from tricomm.plan.tasks import Task
 
@@ -89,6 +91,23 @@ class Digests:
                 tensor = item if known is None else known.destination
                 found.append(Digested(item, tensor, part.region[len(items) > 1 :], others))
         return found
+
+    def only(self, selection: Selection) -> Self:
+        """Those of some of the tensors; the others count as nothing, on both sides."""
+        names = {one.name for one in selection.ends.destinations}
+        tensors = {number for number, one in enumerate(self.plan.ends.destinations) if one.name in names}
+        kept = [
+            number
+            for number, item in enumerate(self.plan.items)
+            if (number if item.part is None else item.part.destination) in tensors
+        ]
+        held = RankHoldings.of(selection, self.rank)
+        made = copy(self)
+        made._places = [
+            {kept[item]: at for at, item in enumerate(one)} for one in (held.source_items, held.destination_items)
+        ]
+        made._sent, made._come = ([one for one in all_ if one.tensor in tensors] for all_ in (self._sent, self._come))
+        return made
 
     def sent(self, items: Tensors) -> torch.Tensor:
         """(1, receivers, tensors) digests of what this rank holds first, by who receives it.

@@ -85,6 +85,10 @@ class ItemViews:
             last = self._last = self._made(sources, destinations)
         return last.sources, last.destinations, last.fills
 
+    def unfilled(self, destinations: Tensors) -> list[int]:
+        """Which of the destinations, by their place, have something else where rules fill them."""
+        return sorted({one.tensor for one in self._fills if not _is_filled(destinations[one.tensor], one.piece)})
+
     def _made(self, sources: Tensors, destinations: Tensors) -> "_Kept":
         read, written = ([tensor.detach() for tensor in tensors] for tensors in (sources, destinations))
         fills = [_fill(written[one.tensor], one.piece) for one in self._fills]
@@ -138,7 +142,18 @@ def _filled(fill: Fill, at: int, named: Named, rank: int) -> list[FilledBox]:
 
 
 def _fill(tensor: torch.Tensor, piece: Piece) -> Copies:
+    return copies_of((_box_and_value(tensor, piece),))
+
+
+def _is_filled(tensor: torch.Tensor, piece: Piece) -> bool:
+    """By bits: not every dtype can be compared, and no NaN."""
+    box, value = _box_and_value(tensor.detach(), piece)
+    bits, expected = (one.contiguous().reshape(-1).view(torch.uint8) for one in (box, value.expand(box.shape)))
+    return torch.equal(bits, expected)
+
+
+def _box_and_value(tensor: torch.Tensor, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
     offset, strides = piece.strided(tensor.stride())
     assert piece.value is not None
     value = torch.full((), piece.value, dtype=torch.float64, device=tensor.device).to(tensor.dtype)
-    return copies_of(((tensor.as_strided(piece.shape, strides, tensor.storage_offset() + offset), value),))
+    return tensor.as_strided(piece.shape, strides, tensor.storage_offset() + offset), value

@@ -20,7 +20,7 @@ from tricomm.options import ProgressCallback
 from tricomm.packing.arithmetic import Reducer
 from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, TorchCopies, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
-from tricomm.packing.holdings import RankHoldings, Tensors
+from tricomm.packing.holdings import RankHoldings, Tensors, tensors_of_rank
 from tricomm.packing.selection import Planned
 from tricomm.packing.views import ItemViews
 from tricomm.transport.base import NOWHERE, Directions, Operation, Transport, Work
@@ -245,6 +245,13 @@ class PlanExecution:
     def items_of(self, sources: Tensors, destinations: Tensors) -> tuple[Tensors, Tensors]:
         """The plan's items that are the rank's shards, or parts of them."""
         return (sources, destinations) if self._views is None else self._views.of(sources, destinations)[:2]
+
+    def unfilled(self, destinations: Tensors) -> list[str]:
+        """Names of the rank's new shards that have something else where rules fill them."""
+        if self._views is None or not self.plan.ends.fills:
+            return []
+        names = [self.plan.ends.destinations[number].name for number in tensors_of_rank(self.plan, self._rank)[1]]
+        return [names[at] for at in self._views.unfilled(destinations)]
 
     @property
     def pairs(self) -> set[tuple[int, int]]:
