@@ -10,11 +10,13 @@ import torch
 from tricomm.packing.runs import runs_in
 from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.memory.arena import Arena
-from tricomm.transport.memory.link import Link, LinkClosedError, Patience
+from tricomm.transport.memory.link import EAGER_NBYTES, EAGER_OFFERS, Link, Patience
 from tricomm.transport.memory.reading import UnreadableError
 from tricomm.transport.memory.rungs import Rung
+from tricomm.transport.memory.signals import LinkClosedError
 
 TAG, OTHER = 3, 4
+FEW, MANY = 100, EAGER_NBYTES + 100
 
 
 @pytest.fixture(params=[Rung.READ, Rung.ARENA], ids=lambda rung: rung.value)
@@ -39,20 +41,22 @@ def room(nbytes: int = 100) -> Operation:
     return Operation(False, 0, torch.zeros(nbytes, dtype=torch.uint8))
 
 
-def test_receives_match_as_they_are_posted_however_they_are_waited_for(ends: tuple[Link, Link]) -> None:
+@pytest.mark.parametrize("nbytes", [FEW, MANY])
+def test_receives_match_as_they_are_posted_however_they_are_waited_for(ends: tuple[Link, Link], nbytes: int) -> None:
     here, there = ends
-    expected = [(operation := room(), there.expect(operation, TAG)) for _ in range(2)]
-    offers = [here.offer(Operation(True, 1, data(value)), tag) for value, tag in ((1, TAG), (7, OTHER), (2, TAG))]
-    late = room()
+    expected = [(operation := room(nbytes), there.expect(operation, TAG)) for _ in range(2)]
+    values = ((1, TAG), (7, OTHER), (2, TAG))
+    offers = [here.offer(Operation(True, 1, data(value, nbytes)), tag) for value, tag in values]
+    late = room(nbytes)
     work = there.expect(late, TAG)
-    offers.append(here.offer(Operation(True, 1, data(3)), TAG))
+    offers.append(here.offer(Operation(True, 1, data(3, nbytes)), TAG))
     for wait in (work, expected[1][1], expected[0][1]):
         wait.wait(there, patience(there))
     assert [int(operation.buffer[0]) for operation in (expected[0][0], expected[1][0], late)] == [1, 2, 3]
-    assert [offer.is_read for offer in offers] == [False] * 4
+    assert [offer.is_free for offer in offers] == [nbytes == FEW] * 4
     for offer in (offers[0], offers[2], offers[3]):
         offer.wait(here, patience(here))
-    other = room()
+    other = room(nbytes)
     there.expect(other, OTHER).wait(there, patience(there))
     offers[1].wait(here, patience(here))
     assert bool((other.buffer == 7).all())
@@ -82,22 +86,58 @@ def test_another_size_is_refused_and_the_link_stands(ends: tuple[Link, Link]) ->
     assert not there.is_closed()
 
 
-def test_a_close_is_seen_by_both_and_what_was_done_before_counts(ends: tuple[Link, Link]) -> None:
+@pytest.mark.parametrize("nbytes", [FEW, MANY])
+def test_a_close_is_seen_by_both_and_what_was_done_before_counts(ends: tuple[Link, Link], nbytes: int) -> None:
     here, there = ends
-    first = here.offer(Operation(True, 1, data(1)), TAG)
-    second = here.offer(Operation(True, 1, data(2)), TAG)
-    there.expect(room(), TAG).wait(there, patience(there))
+    offers = [here.offer(Operation(True, 1, data(value, nbytes)), TAG) for value in (1, 2)]
+    there.expect(room(nbytes), TAG).wait(there, patience(there))
     here.close()
     here.close()
     assert here.is_closed()
     assert there.is_closed()
+    offers[0].wait(here, patience(here))
+    second = room(nbytes)
+    if nbytes == FEW or there.incoming is Rung.ARENA:
+        # Nobody changes what is in a slab: it came, is read and counts, whatever became of its sender.
+        there.expect(second, TAG).wait(there, patience(there))
+        assert bool((second.buffer == 2).all())
+    else:
+        with pytest.raises(LinkClosedError):
+            there.expect(second, TAG).wait(there, patience(there))  # it came, and is read, and does not count
+    if nbytes == FEW:
+        offers[1].wait(here, patience(here))
+    else:
+        with pytest.raises(LinkClosedError, match="rank 1"):
+            offers[1].wait(here, patience(here))
     with pytest.raises(LinkClosedError):
-        there.expect(room(), TAG).wait(there, patience(there))  # it came, and is read, and does not count
-    first.wait(here, patience(here))
-    with pytest.raises(LinkClosedError, match="rank 1"):
-        second.wait(here, patience(here))
+        there.expect(room(nbytes), TAG).wait(there, patience(there))
     with pytest.raises(ConnectionLostError):
-        there.offer(Operation(True, 0, data(1)), TAG)
+        there.offer(Operation(True, 0, data(1, nbytes)), TAG)
+
+
+def test_who_offers_few_bytes_may_change_them_at_once(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    bytes_of_user = data(1, EAGER_NBYTES)
+    here.offer(Operation(True, 1, bytes_of_user), TAG).wait(here, patience(here))
+    bytes_of_user.fill_(9)
+    read = room(EAGER_NBYTES)
+    there.expect(read, TAG).wait(there, patience(there))
+    assert bool((read.buffer == 1).all())
+
+
+def test_a_sender_that_is_far_ahead_waits_and_memory_stays_bounded(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    offers = [here.offer(Operation(True, 1, data(number)), TAG) for number in range(EAGER_OFFERS + 3)]
+    assert [offer.is_free for offer in offers] == [True] * EAGER_OFFERS + [False] * 3
+    with pytest.raises(LinkClosedError, match="no sign within the limit"):
+        offers[EAGER_OFFERS].wait(here, patience(here, seconds=0.05))
+    for number in range(len(offers)):
+        read = room()
+        there.expect(read, TAG).wait(there, patience(there))
+        assert bool((read.buffer == number).all())
+    for offer in offers:
+        offer.wait(here, patience(here))
+    assert here.offer(Operation(True, 1, data(1)), TAG).is_free
 
 
 def test_a_wait_ends_at_its_limit(ends: tuple[Link, Link]) -> None:
@@ -114,7 +154,9 @@ def test_an_end_that_goes_closes_the_other() -> None:
     assert ends[0].is_closed()
 
 
-def test_runs_are_read_into_runs() -> None:
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_runs_are_read_into_runs(is_eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tricomm.transport.memory.link.EAGER_NBYTES", 1 << 16 if is_eager else 0)
     first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     here, there = (Link(peer, end, os.getpid(), Rung.READ, Rung.READ) for peer, end in ((1, first), (0, second)))
     source, into = torch.arange(12.0).reshape(3, 4), torch.zeros(3, 4)

@@ -36,6 +36,8 @@ class Rules:
     receiving: Mapping[tuple[Receiving, Event], tuple[Receiving, Action]]
     sending: Mapping[tuple[Sending, Event], tuple[Sending, Action]]
     leaving: tuple[str, ...] = LEAVING
+    awaits_done: bool = True
+    """Before a slab is used again."""
 
 
 RULES = Rules(RECEIVING, SENDING)
@@ -47,26 +49,32 @@ class World:
 
     Attributes:
         calls: how many the sender still makes.
+        is_eager: whether it copies the bytes to its only slab where that is free, and does not wait.
         version: what stands in its bytes now; None when its process has gone.
         sender: of the transfer that is offered; None between calls.
         leaving: what a sender that fails has still to do.
-        to_receiver, to_sender: messages under way.
+        slab: the version that stands there; the receiver has it mapped, and it outlives the sender.
+        is_slab_free: whether the sender may use it.
+        to_receiver, to_sender: messages under way, each (version, whether it is in the slab).
         closed: whether the link is.
         receiver: of the transfer that is awaited; None when it has left.
-        ready: the version that READY was told for, of the transfer that is read.
+        ready: what READY was told for, of the transfer that is read, as (version, whether it is in the slab).
         halves: the versions that were read.
         counted: (offered, read) of what the receiver has given to its user.
     """
 
     calls: int
+    is_eager: bool = False
     version: int | None = 0
     sender: Sending | None = None
     leaving: tuple[str, ...] = ()
-    to_receiver: tuple[int, ...] = ()
-    to_sender: tuple[int, ...] = ()
+    slab: int | None = None
+    is_slab_free: bool = True
+    to_receiver: tuple[tuple[int, bool], ...] = ()
+    to_sender: tuple[tuple[int, bool], ...] = ()
     closed: bool = False
     receiver: Receiving | None = Receiving.WAITING
-    ready: int = 0
+    ready: tuple[int, bool] = (0, False)
     halves: tuple[int | None, ...] = ()
     counted: tuple[tuple[int, tuple[int | None, ...]], ...] = ()
 
@@ -83,14 +91,20 @@ def sender_moves(world: World, rules: Rules) -> Iterator[World]:
         return
     if world.sender is None and world.calls:
         version = world.version + 1
-        yield replace(
+        copies = world.is_eager and (world.is_slab_free or not rules.awaits_done)
+        offered = replace(
             world,
             calls=world.calls - 1,
             version=version,
-            sender=Sending.OFFERED,
-            to_receiver=(*world.to_receiver, version),
+            to_receiver=(*world.to_receiver, (version, copies)),
         )
-    if world.sender is Sending.OFFERED:
+        if copies:
+            yield replace(offered, slab=version, is_slab_free=False)
+        else:
+            yield replace(offered, sender=Sending.OFFERED)
+    if world.to_sender and world.to_sender[0][1]:
+        yield replace(world, to_sender=world.to_sender[1:], is_slab_free=True)
+    elif world.sender is Sending.OFFERED:
         event = Event.DONE if world.to_sender else Event.CLOSED if world.closed else None
         if event is not None:
             state, action = rules.sending[world.sender, event]
@@ -115,7 +129,7 @@ def receiver_moves(world: World, rules: Rules) -> Iterator[World]:
         if action is Action.READ:
             return replace(world, receiver=after, halves=())
         if action is Action.TELL_DONE:
-            counted = (*world.counted, (world.ready, world.halves))
+            counted = (*world.counted, (world.ready[0], world.halves))
             told = world.to_sender if world.closed else (*world.to_sender, world.ready)
             return replace(world, receiver=Receiving.WAITING, to_sender=told, counted=counted)
         if action is Action.FAIL:
@@ -129,7 +143,10 @@ def receiver_moves(world: World, rules: Rules) -> Iterator[World]:
         case Receiving.WAITING if world.closed:
             yield react(Event.CLOSED, world)
         case Receiving.READING if len(world.halves) < HALVES:
-            yield replace(world, halves=(*world.halves, world.version))
+            read = world.slab if world.ready[1] else world.version
+            yield replace(world, halves=(*world.halves, read))
+        case Receiving.READING if world.ready[1]:
+            yield react(Event.ALL_COPIED, world)
         case Receiving.READING:
             yield react(Event.NOT_ALL_READ if None in world.halves else Event.ALL_READ, world)
         case Receiving.CHECKING | Receiving.DOUBTING:
@@ -172,8 +189,9 @@ def explore(first: World, rules: Rules) -> tuple[int, str | None]:
     return len(seen), None
 
 
-def test_every_order_of_events_keeps_the_promise() -> None:
-    count, found = explore(World(calls=3), RULES)
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_every_order_of_events_keeps_the_promise(is_eager: bool) -> None:
+    count, found = explore(World(3, is_eager), RULES)
     assert found is None
     assert count > 200
 
@@ -210,16 +228,25 @@ def counts_what_was_not_read(rules: Rules) -> Rules:
     return replace(rules, receiving=receiving)
 
 
-@pytest.mark.parametrize("fault", [counts_before_the_check, changes_before_the_close, counts_what_was_not_read])
-def test_a_planted_fault_is_found(fault: Callable[[Rules], Rules]) -> None:
-    assert explore(World(calls=2), fault(RULES))[1] is not None
+def fills_a_slab_that_is_read(rules: Rules) -> Rules:
+    return replace(rules, awaits_done=False)
+
+
+FAULTS = [counts_before_the_check, changes_before_the_close, counts_what_was_not_read]
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_eager"), [*((fault, False) for fault in FAULTS), (fills_a_slab_that_is_read, True)]
+)
+def test_a_planted_fault_is_found(fault: Callable[[Rules], Rules], is_eager: bool) -> None:
+    assert explore(World(2, is_eager), fault(RULES))[1] is not None
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_orders_of_many_calls_keep_the_promise(seed: int) -> None:
     drawn = random.Random(seed)
-    for _ in range(50):
-        world, steps = World(calls=12), 0
+    for number in range(50):
+        world, steps = World(12, number % 2 == 1), 0
         while steps < 400:
             after = moves(world, RULES)
             assert problem(world, after) is None

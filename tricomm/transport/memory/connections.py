@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from tricomm.transport.base import Connections, Directions, Operation
-from tricomm.transport.memory.link import Link, LinkClosedError, Patience
+from tricomm.transport.memory.link import Link, Patience
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.rungs import PairTransports, Rung
+from tricomm.transport.memory.signals import LinkClosedError
 
 Exchange = Callable[[Iterable[Operation]], None]
 """Posts operations and waits for all of them."""

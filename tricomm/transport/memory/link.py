@@ -1,16 +1,13 @@
 """Link: one pair of ranks of one host. A local socket carries signals, memory the bytes; see ``protocol``.
 
-The socket keeps the order of messages and tells the end of its peer; where a forked child holds the peer's end too, a
-pidfd in the same poll tells the death. Whatever thread calls ``close``, both ends wake.
+Few bytes go by way of the arena even where the peer could read them from the tensor: the sender goes on at once, and is
+not woken once more to hear that they were read.
 """
 
 import os
-import select
 import socket
 import time
-import weakref
 from collections import deque
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -19,7 +16,6 @@ from tricomm.packing.runs import Runs, one_run, runs_in
 from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.memory.arena import Arena, SharedSlab, mapped_slab
 from tricomm.transport.memory.protocol import (
-    MAX_MESSAGE_NBYTES,
     RECEIVING,
     SENDING,
     Action,
@@ -30,30 +26,25 @@ from tricomm.transport.memory.protocol import (
     Receiving,
     Sending,
     Slab,
-    decode,
-    encode,
 )
 from tricomm.transport.memory.reading import UnreadableError, read_run, read_runs
 from tricomm.transport.memory.rungs import Rung
-
-HALF_CLOSED = getattr(select, "POLLRDHUP", 0)
-"""Linux has it, and links are made nowhere else."""
-
-GONE = select.POLLHUP | HALF_CLOSED | select.POLLERR | select.POLLNVAL
-FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
-BUFFER_NBYTES = 1 << 20
-Backlog = deque[tuple[bytes, int | None]]
-"""Messages that wait for room in a socket, with the file that goes with each."""
+from tricomm.transport.memory.signals import LinkClosedError, Signals
 
 CROWDED_MILLISECONDS = 1.0
 """How long to wait between two tries to tell what did not fit into a socket."""
 
+EAGER_NBYTES = 1 << 16
+"""At most so many bytes are copied for a sender that does not wait: up to here a copy takes less than to be woken."""
 
-class LinkClosedError(RuntimeError):
-    """The other end of a link closed, or this one, or its process has ended."""
+MAX_TABLES = 64
+"""Whose runs a link remembers."""
+
+EAGER_OFFERS = 16
+"""How many transfers of a link may be under way when another sender does not wait: memory stays bounded."""
 
 
-class Link:
+class Link(Signals):
     """One end of the link of this rank with another. One thread uses it at a time, but for ``close``.
 
     Args:
@@ -64,19 +55,10 @@ class Link:
     """
 
     def __init__(self, peer: int, end: socket.socket, pid: int, outgoing: Rung, incoming: Rung) -> None:
-        self.peer = peer
+        super().__init__(peer, end, pid)
         self.pid = pid
         self.outgoing = outgoing
         self.incoming = incoming
-        self._socket = end
-        end.setblocking(False)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_NBYTES)
-        self._poll = select.poll()
-        self._poll.register(end, select.POLLIN | HALF_CLOSED)
-        self._process = _opened(pid)
-        if self._process is not None:
-            self._poll.register(self._process, select.POLLIN)
-        self._backlog: Backlog = deque()
         self._early: dict[int, deque[Ready]] = {}
         """Offers that came before anybody expected them, by tag."""
         self._expected: dict[int, deque[Expected]] = {}
@@ -85,13 +67,12 @@ class Link:
         self._count = 0
         self._arena = Arena()
         self._slabs: dict[int, SharedSlab] = {}
-        weakref.finalize(self, _close, end, self._process, self._backlog, os.getpid()).atexit = False
+        self._tables: dict[int, Runs] = {}
+        """Runs of offers that were read last, by the address of their table in the peer's memory."""
 
     def rung(self, is_send: bool) -> Rung:
         """How bytes go in one direction."""
         return self.outgoing if is_send else self.incoming
-
-    # ---- transfers
 
     def offer(self, operation: Operation, tag: int) -> "Offer":
         """Tell the peer that bytes may be read: those of the operation's buffer, or of its runs.
@@ -101,29 +82,37 @@ class Link:
         """
         self._count += 1
         _, _, buffer, runs = operation
+        nbytes = buffer.numel() if runs is None else runs.nbytes
+        if self._offers:
+            self.look()  # what was read meanwhile is not under way any more
+        is_eager = nbytes <= EAGER_NBYTES and len(self._offers) < EAGER_OFFERS
         slab = None
-        if self.outgoing is Rung.ARENA:
-            slab = self._filled(buffer)
-            ready = Ready(self._count, tag, buffer.numel(), 0, 0, slab.number)
+        if is_eager or self.outgoing is Rung.ARENA:
+            slab = self._filled(operation, nbytes)
+            ready = Ready(self._count, tag, nbytes, 0, 0, slab.number)
         elif runs is None:
-            ready = Ready(self._count, tag, buffer.numel(), buffer.data_ptr())
+            ready = Ready(self._count, tag, nbytes, buffer.data_ptr())
         else:
-            ready = Ready(self._count, tag, runs.nbytes, runs.table.data_ptr(), len(runs.ends))
-        found = self._offers[self._count] = Offer(operation, slab)
+            ready = Ready(self._count, tag, nbytes, runs.table.data_ptr(), len(runs.ends))
+        found = self._offers[self._count] = Offer(None if is_eager else operation, slab)
         self._tell_of(ready)
         return found
 
-    def _filled(self, buffer: torch.Tensor) -> SharedSlab:
-        """A slab of the arena with the bytes of a buffer, of which the peer knows."""
-        slab, file = self._arena.take(buffer.numel())
+    def _filled(self, operation: Operation, nbytes: int) -> SharedSlab:
+        """A slab of the arena with the bytes of an operation, of which the peer knows."""
+        _, _, buffer, runs = operation
+        slab, file = self._arena.take(nbytes)
         if file is not None:
             self._tell_of(Slab(slab.number, slab.memory.numel()), file)
-        slab.memory[: buffer.numel()].copy_(buffer)
+        if runs is None:
+            slab.memory[:nbytes].copy_(buffer)
+        else:
+            read_runs(os.getpid(), one_run(slab.memory.data_ptr(), nbytes), runs)
         return slab
 
     def _tell_of(self, message: Message, file: int | None = None) -> None:
         try:
-            self._tell(message, file)
+            self.tell(message, file)
         except LinkClosedError as error:
             raise ConnectionLostError(self.peer, error) from error
 
@@ -152,7 +141,11 @@ class Link:
             text = f"{ready.nbytes} bytes came where {expected} were expected; the ranks do not follow the same plan"
             raise UnreadableError(0, text)
         if ready.slab:
-            buffer.copy_(self._slabs[ready.slab].memory[: ready.nbytes])
+            memory = self._slabs[ready.slab].memory
+            if runs is None:
+                buffer.copy_(memory[: ready.nbytes])
+            else:
+                read_runs(os.getpid(), runs, one_run(memory.data_ptr(), ready.nbytes))
         elif not ready.runs and runs is None:
             read_run(self.pid, buffer.data_ptr(), ready.address, ready.nbytes)
         else:
@@ -160,12 +153,17 @@ class Link:
             read_runs(self.pid, here, self._their_runs(ready))
 
     def _their_runs(self, ready: Ready) -> Runs:
-        """The runs of an offer; their table is read from the peer too, each time, as nothing of it may be kept."""
+        """The runs of an offer. Their table is read from the peer each time; only what it says is known by it."""
         if not ready.runs:
             return one_run(ready.address, ready.nbytes)
         table = torch.empty(ready.runs, 2, dtype=torch.int64)
         read_run(self.pid, table.data_ptr(), ready.address, table.nbytes)
-        found = runs_in(table)
+        found = self._tables.get(ready.address)
+        if found is None or not torch.equal(found.table, table):
+            found = runs_in(table)
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            self._tables[ready.address] = found
         if found.nbytes != ready.nbytes:
             raise UnreadableError(0, f"the runs of {ready.nbytes} offered bytes have {found.nbytes}")
         return found
@@ -173,55 +171,14 @@ class Link:
     def done(self, ready: Ready) -> None:
         """Tell the peer that what it offered was read. If it has closed, it learns from that."""
         try:
-            self._tell(Done(ready.number))
+            self.tell(Done(ready.number))
         except LinkClosedError:
             return
 
-    # ---- signals
-
-    def _tell(self, message: Message, file: int | None = None) -> None:
-        """Send a message, now or when there is room; the file is handed over with it, and closed."""
-        self._backlog.append((encode(message), file))
-        self.flush()
-
-    def flush(self) -> bool:
-        """Send what waits for room; true if nothing waits any more.
-
-        Raises:
-            LinkClosedError: the link is closed.
-        """
-        while self._backlog:
-            data, file = self._backlog[0]
-            try:
-                if file is None:
-                    self._socket.send(data, FLAGS)
-                else:
-                    socket.send_fds(self._socket, [data], [file], FLAGS)
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                _drop(self._backlog)
-                raise LinkClosedError(f"the link to rank {self.peer} is closed: {error}") from error
-            self._backlog.popleft()
-            if file is not None:
-                os.close(file)
-        return True
-
     def look(self) -> None:
         """Take what messages have come."""
-        while True:
-            try:
-                if self.incoming is Rung.ARENA:
-                    data, files, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE_NBYTES, 1, FLAGS)
-                else:
-                    data, files = self._socket.recv(MAX_MESSAGE_NBYTES, FLAGS), []
-            except BlockingIOError:
-                return
-            except OSError:
-                return  # reset: ``is_closed`` says so
-            if not data:
-                return
-            match message := decode(data):
+        for message, files in self.come():
+            match message:
                 case Ready():
                     expected = self._expected.get(message.tag)
                     if expected:
@@ -229,33 +186,12 @@ class Link:
                     else:
                         self._early.setdefault(message.tag, deque()).append(message)
                 case Done():
-                    self._offers.pop(message.number).is_read = True
+                    offer = self._offers.pop(message.number)
+                    offer.is_free = True
+                    if offer.slab is not None:
+                        self._arena.give_back(offer.slab)
                 case Slab():
                     self._slabs[message.slab] = mapped_slab(message.slab, files[0], message.nbytes)
-            for file in files:
-                os.close(file)
-
-    def wait(self, milliseconds: float) -> bool:
-        """Wait for a message, or the end of the link; true if it has ended. Messages may have come before that."""
-        return any(event & GONE or file == self._process for file, event in self._poll.poll(milliseconds))
-
-    def is_closed(self) -> bool:
-        """Whether either end has closed, or the peer's process has ended."""
-        return self.wait(0)
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether something waits for room in the socket."""
-        return bool(self._backlog)
-
-    def give_back(self, slab: SharedSlab) -> None:
-        """What was in it has been read."""
-        self._arena.give_back(slab)
-
-    def close(self) -> None:
-        """End the link for both. May be called from any thread, again too."""
-        with suppress(OSError):  # closed already
-            self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class Patience:
@@ -284,25 +220,33 @@ class Patience:
 
 
 class Offer:
-    """Bytes that the peer may read. Its link holds it, and it does not hold its link."""
+    """Bytes that the peer may read. Its link holds it, and it does not hold its link.
 
-    __slots__ = ("_operation", "_slab", "is_read")
+    Attributes:
+        operation: keeps alive what is read; None where the link has a copy.
+        slab: of the link's arena in which they are, if they are there.
+        is_free: whether whoever offered them may change them.
+    """
 
-    def __init__(self, operation: Operation, slab: SharedSlab | None) -> None:
-        self._operation = operation  # keeps alive what is read
-        self._slab = slab
-        self.is_read = False
+    __slots__ = ("is_free", "operation", "slab")
+
+    def __init__(self, operation: Operation | None, slab: SharedSlab | None) -> None:
+        self.operation = operation
+        self.slab = slab
+        self.is_free = operation is None
 
     def wait(self, link: Link, patience: Patience) -> None:
-        """Return when the peer has read them.
+        """Return when the sender may change them.
 
         Raises:
             LinkClosedError: the link has ended before.
         """
         state, is_over = Sending.OFFERED, False
+        if self.is_free:
+            return
         while state is Sending.OFFERED:
             link.look()
-            if self.is_read:
+            if self.is_free:
                 state, _ = SENDING[state, Event.DONE]
             elif is_over:
                 state, _ = SENDING[state, Event.CLOSED]
@@ -310,8 +254,6 @@ class Offer:
                 is_over = patience.await_news(link)
         if state is Sending.LOST:
             raise LinkClosedError(f"the link to rank {link.peer} is closed")
-        if self._slab is not None:
-            link.give_back(self._slab)
 
 
 class Expected:
@@ -358,31 +300,4 @@ class Expected:
             link.read(self.ready, self._operation)
         except UnreadableError as error:
             return Event.NOT_ALL_READ, error
-        return Event.ALL_READ, None
-
-
-def _opened(pid: int) -> int | None:
-    """A pidfd of a process; None if there is none to be had, or it has ended: then the socket tells its end."""
-    try:
-        return os.pidfd_open(pid) if pid else None
-    except OSError:
-        return None
-
-
-def _drop(backlog: Backlog) -> None:
-    """Nobody takes what waits for room any more."""
-    while backlog:
-        _, file = backlog.popleft()
-        if file is not None:
-            os.close(file)
-
-
-def _close(end: socket.socket, process: int | None, backlog: Backlog, owner: int) -> None:
-    """Give the descriptors back; only whose link it is also ends it, and not a forked child that has a copy."""
-    _drop(backlog)
-    if os.getpid() == owner:
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-    end.close()
-    if process is not None:
-        os.close(process)
+        return Event.ALL_COPIED if self.ready.slab else Event.ALL_READ, None

@@ -9,6 +9,11 @@ gets control back and may change the bytes. So whoever read bytes that were chan
                                                                WAITING, CHECKING --closed--> LOST
     READING --not all could be read--> DOUBTING --stands--> UNREADABLE, --closed--> LOST
 
+A sender that copies the bytes to a slab of its arena is FREE when it has told READY: the slab is the link's, and stays
+as it is until DONE, whatever becomes of the sender. What was read there counts without a look at the link.
+
+    READING --all read, from a slab--> HAS
+
 Messages of a link keep their order, and what was sent before the link closed is still seen: a DONE counts even then, as
 nothing is read after it.
 """
@@ -45,6 +50,7 @@ class Event(Enum):
     READY = "ready"
     DONE = "done"
     ALL_READ = "all read"
+    ALL_COPIED = "all read, from a slab"
     NOT_ALL_READ = "not all could be read"
     STANDS = "stands"
     CLOSED = "closed"
@@ -71,6 +77,7 @@ RECEIVING: Mapping[tuple[Receiving, Event], tuple[Receiving, Action]] = {
     (Receiving.WAITING, Event.READY): (Receiving.READING, Action.READ),
     (Receiving.WAITING, Event.CLOSED): (Receiving.LOST, Action.FAIL),
     (Receiving.READING, Event.ALL_READ): (Receiving.CHECKING, Action.CHECK),
+    (Receiving.READING, Event.ALL_COPIED): (Receiving.HAS, Action.TELL_DONE),
     (Receiving.READING, Event.NOT_ALL_READ): (Receiving.DOUBTING, Action.CHECK),
     (Receiving.CHECKING, Event.STANDS): (Receiving.HAS, Action.TELL_DONE),
     (Receiving.CHECKING, Event.CLOSED): (Receiving.LOST, Action.FAIL),

@@ -1,0 +1,145 @@
+"""Signals: the messages of one pair of ranks of one host, over a local socket.
+
+The socket keeps the order and the bounds of messages and tells the end of its peer; where a forked child holds the
+peer's end too, a pidfd in the same poll tells the death. Whatever thread calls ``close``, both ends wake.
+"""
+
+import os
+import select
+import socket
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+
+from tricomm.transport.memory.protocol import MAX_MESSAGE_NBYTES, Message, decode, encode
+
+HALF_CLOSED = getattr(select, "POLLRDHUP", 0)
+"""Linux has it, and links are made nowhere else."""
+
+GONE = select.POLLHUP | HALF_CLOSED | select.POLLERR | select.POLLNVAL
+FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
+BUFFER_NBYTES = 1 << 20
+Backlog = deque[tuple[bytes, int | None]]
+"""Messages that wait for room in a socket, with the file that goes with each."""
+
+
+class LinkClosedError(RuntimeError):
+    """The other end of a link closed, or this one, or its process has ended."""
+
+
+class Signals:
+    """One end. One thread uses it at a time, but for ``close``.
+
+    Args:
+        peer: the other rank.
+        end: a connected local socket that keeps the bounds of messages; this object's from now on.
+        pid: of the peer's process as this one sees it; 0 if it does not.
+    """
+
+    def __init__(self, peer: int, end: socket.socket, pid: int) -> None:
+        self.peer = peer
+        self._socket = end
+        end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_NBYTES)
+        self._poll = select.poll()
+        self._poll.register(end, select.POLLIN | HALF_CLOSED)
+        self._process = _opened(pid)
+        if self._process is not None:
+            self._poll.register(self._process, select.POLLIN)
+        self._backlog: Backlog = deque()
+        weakref.finalize(self, _close, end, self._process, self._backlog, os.getpid()).atexit = False
+
+    def tell(self, message: Message, file: int | None = None) -> None:
+        """Send a message, now or when there is room; the file is handed over with it, and closed.
+
+        Raises:
+            LinkClosedError: the link is closed.
+        """
+        self._backlog.append((encode(message), file))
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what waits for room; true if nothing waits any more.
+
+        Raises:
+            LinkClosedError: the link is closed.
+        """
+        while self._backlog:
+            data, file = self._backlog[0]
+            try:
+                if file is None:
+                    self._socket.send(data, FLAGS)
+                else:
+                    socket.send_fds(self._socket, [data], [file], FLAGS)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                _drop(self._backlog)
+                raise LinkClosedError(f"the link to rank {self.peer} is closed: {error}") from error
+            self._backlog.popleft()
+            if file is not None:
+                os.close(file)
+        return True
+
+    def come(self) -> Iterator[tuple[Message, list[int]]]:
+        """The messages that have come, each with the files handed over with it, which are closed afterwards."""
+        while True:
+            try:
+                data, files, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE_NBYTES, 1, FLAGS)
+            except BlockingIOError:
+                return
+            except OSError:
+                return  # reset: ``is_closed`` says so
+            if not data:
+                return
+            try:
+                yield decode(data), files
+            finally:
+                for file in files:
+                    os.close(file)
+
+    def wait(self, milliseconds: float) -> bool:
+        """Wait for a message, or the end of the link; true if it has ended. Messages may have come before that."""
+        return any(event & GONE or file == self._process for file, event in self._poll.poll(milliseconds))
+
+    def is_closed(self) -> bool:
+        """Whether either end has closed, or the peer's process has ended."""
+        return self.wait(0)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether something waits for room in the socket."""
+        return bool(self._backlog)
+
+    def close(self) -> None:
+        """End the link for both. May be called from any thread, again too."""
+        with suppress(OSError):  # closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _opened(pid: int) -> int | None:
+    """A pidfd of a process; None if there is none to be had, or it has ended: then the socket tells its end."""
+    try:
+        return os.pidfd_open(pid) if pid else None
+    except OSError:
+        return None
+
+
+def _drop(backlog: Backlog) -> None:
+    """Nobody takes what waits for room any more."""
+    while backlog:
+        _, file = backlog.popleft()
+        if file is not None:
+            os.close(file)
+
+
+def _close(end: socket.socket, process: int | None, backlog: Backlog, owner: int) -> None:
+    """Give the descriptors back; only whose link it is also ends it, and not a forked child that has a copy."""
+    _drop(backlog)
+    if os.getpid() == owner:
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+    end.close()
+    if process is not None:
+        os.close(process)
