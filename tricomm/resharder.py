@@ -29,7 +29,7 @@ from tricomm.plan.ends.mapped import items_and_ends
 from tricomm.plan.planner import plan_of
 from tricomm.selections import Names, Selections
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
-from tricomm.transport.handle import Ended, Handle
+from tricomm.transport.handle import Ended, Handle, SourceGate
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT
 from tricomm.transport.streams import HostStreamContext
@@ -364,6 +364,7 @@ class Resharder(Selections):
         assert session is not None
         assert execution is not None
         channel, number = session.channel, session.calls
+        gate = SourceGate(channel.stream_context.record_end)
 
         def run_in_background() -> Ended:
             """On the channel's stream."""
@@ -371,7 +372,9 @@ class Resharder(Selections):
                 with channel.stream_context.after(events, *sources, *destinations):
                     for handle in depends_on:
                         handle.wait_done()
-                    session.run(execution, sources, destinations, number)
+                    # Digests are of what was given, and so it may not change before they are compared.
+                    early = gate if self._checksums is None else None
+                    session.run(execution, sources, destinations, number, early)
                     if is_whole and self._checksums is not None:
                         items = execution.items_of(sources, destinations)
                         unfilled = partial(execution.unfilled, destinations)
@@ -379,13 +382,16 @@ class Resharder(Selections):
                     moved = self._checker.result(destinations)
                     if is_whole:
                         self._after(moved)
-                    return moved, channel.stream_context.record_end(), session.last_run
+                    gate.end(end := channel.stream_context.record_end())
+                    return moved, end, session.last_run
             except Exception as error:
                 name_error(error, self.name)
                 raise
+            finally:
+                gate.end()
 
         channel.last_started = channel.worker.submit(run_in_background)
-        return Handle(channel.last_started, channel.stream_context)
+        return Handle(channel.last_started, channel.stream_context, gate)
 
     def close(self) -> None:
         """Give back what the Resharder holds, as soon as what it started is done. Later calls raise a SpecError.

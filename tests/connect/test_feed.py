@@ -196,6 +196,36 @@ def test_the_source_may_change_when_it_is_told(ranks: list[Rank], beside: str) -
         rank.require(3)
 
 
+def test_a_rank_of_the_source_waits_for_its_own_part_alone(meeting: Meeting) -> None:
+    """A fence ends when this rank has sent, though another one's destination has not even begun."""
+    spec = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), (8, 4), "float32")
+    worlds = worlds_of(meeting, {"trainer": 2, "server": 2})
+    may_pull, second = threading.Event(), 2
+
+    def run(world: World) -> list[float]:
+        feed = Feed(world, world.exchange({"w": spec}, 10), source="trainer", destination="server", timeout_seconds=20)
+        found = []
+        for version in (1, second):
+            shard = torch.full((4, 4), float(10 * world.side_rank + version))
+            if world.side == "server":
+                feed.ready()
+                if version == second and world.side_rank == 1:
+                    assert may_pull.wait(15), "rank 0 of the trainer waits for what does not concern it"
+                feed.pull({"w": shard.zero_()})
+                found.append(float(shard.mean()))
+                continue
+            push = feed.push({"w": shard}, version, wait_seconds=10)
+            push.wait_source()
+            if version == second and world.side_rank == 0:
+                assert not push.done()
+                may_pull.set()
+            shard.fill_(-1.0)
+            assert push.wait()
+        return found
+
+    assert raised(together(*(lambda w=w: run(w) for w in worlds)))[2:] == [[1.0, 2.0], [11.0, 12.0]]
+
+
 def test_a_delta_needs_its_base_everywhere(ranks: list[Rank]) -> None:
     def refused(rank: Rank) -> str:
         if rank.is_source:

@@ -67,7 +67,7 @@ class Push:
             optimizer.step()
         """
         for handle in self._handles:
-            handle.wait_done()
+            handle.wait_source()
 
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once.

@@ -1,5 +1,7 @@
 """Handle: what a reshard that runs in the background is waited for by."""
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,6 +15,49 @@ from tricomm.transport.streams import StreamContext
 Ended = tuple[torch.Tensor | None, Any, Run | None]
 """A run that has ended on the host: its result, the event at which that is there, and what tells how the device fares.
 """
+
+
+class SourceGate:
+    """Says when the tensors that a run reads may change: once all that this rank sends of them has been sent.
+
+    Args:
+        record_event: gives the event, on a GPU, after all that the run has queued so far.
+    """
+
+    def __init__(self, record_event: Callable[[], Any]) -> None:
+        self._record_event = record_event
+        self._condition = threading.Condition()
+        self._event: Any = None
+        self._is_open = False
+        self._was_told = False
+
+    def open(self) -> None:
+        """All has been sent, or was queued on a GPU."""
+        event = self._record_event()
+        with self._condition:
+            self._event, self._is_open = event, True
+            self._condition.notify_all()
+
+    def end(self, event: Any = None) -> None:
+        """The run has ended, well (with its event) or badly, and reads nothing any more."""
+        with self._condition:
+            if not self._is_open:
+                self._event = event
+            self._is_open = True
+            self._condition.notify_all()
+
+    def take_back(self) -> bool:
+        """Close it again, as the run reads the tensors once more; false if somebody was told that they may change."""
+        with self._condition:
+            self._is_open, self._event = False, None
+            return not self._was_told
+
+    def wait(self) -> Any:
+        """Wait until it is open, and return the event; None if there is none."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._is_open)
+            self._was_told = True
+            return self._event
 
 
 class Handle:
@@ -33,9 +78,10 @@ class Handle:
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, future: "Future[Ended]", stream_context: StreamContext) -> None:
+    def __init__(self, future: "Future[Ended]", stream_context: StreamContext, gate: SourceGate | None = None) -> None:
         self._future = future
         self._stream_context = stream_context
+        self._gate = gate
 
     def __repr__(self) -> str:
         if not self.done():
@@ -72,6 +118,27 @@ class Handle:
         """
         if self._future.exception() is None:
             self._stream_context.wait_event(self._future.result()[1])
+
+    def wait_source(self) -> None:
+        """Return when the tensor that was given may change: all that this rank sends of it has been sent, though others
+        may still be at their parts, or the run has ended badly.
+
+        A run that failed for an earlier call is made again by itself, but not after this has returned: then it fails.
+        On a GPU what is queued afterwards on the current stream runs after the sends.
+
+        ::
+
+            handle = mover.start(weights)
+            handle.wait_source()
+            optimizer.step()  # the weights are on their way
+            handle.wait()
+        """
+        if self._gate is None:
+            self.wait_done()
+            return
+        event = self._gate.wait()
+        if event is not None:
+            self._stream_context.wait_event(event)
 
     def wait(self) -> torch.Tensor | None:
         """The rank's new shard; None off the destination mesh.

@@ -22,6 +22,7 @@ from tricomm.transport.communicator import Communicator
 from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late
 from tricomm.transport.coordination.run import CallId, Run
 from tricomm.transport.group import GroupContext
+from tricomm.transport.handle import SourceGate
 from tricomm.transport.memory.rungs import PairTransports, describe_lacking
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.telling import describe_failure
@@ -199,6 +200,7 @@ class Session:
         sources: Tensors,
         destinations: Tensors,
         number: int,
+        gate: SourceGate | None = None,
     ) -> None:
         """Carry one call out on this thread.
 
@@ -206,6 +208,7 @@ class Session:
             execution: of the plan.
             sources, destinations: checked.
             number: of the call.
+            gate: opened when the sources may change.
 
         Raises:
             TransportError: a rank failed.
@@ -218,18 +221,23 @@ class Session:
             self._require_all(communicator)
             communicator = self._connect(number, self._timeout_seconds)
         try:
-            self._carry_out(communicator, execution, sources, destinations, number, self._timeout_seconds)
-        except TransportError:
+            self._carry_out(communicator, execution, sources, destinations, number, self._timeout_seconds, gate)
+        except TransportError as failure:
             remaining = deadline - time.monotonic()
             if self._stays_broken or not communicator.is_past() or remaining < MIN_RETRY_SECONDS:
                 raise
             # What failed was an earlier call, which was over here: others meet for this one.
             before = communicator.abort_reason
+            if gate is not None and not gate.take_back():
+                whose = f"rank {self._context.rank} cannot repeat its call, as its tensors"
+                text = f"{failure}; {whose} may have changed since they were sent"
+                self.abort(text)
+                raise TransportError(text) from failure
             try:
                 communicator = self._connect(number, remaining)
             except TransportError as error:
                 raise TransportError(f"{before.text if before else ''}; then {error}") from error
-            self._carry_out(communicator, execution, sources, destinations, number, deadline - time.monotonic())
+            self._carry_out(communicator, execution, sources, destinations, number, deadline - time.monotonic(), gate)
         if self.meets_always:
             execution.release()  # nobody says when a one-shot call was the last
 
@@ -259,6 +267,7 @@ class Session:
         destinations: Tensors,
         number: int,
         timeout_seconds: float,
+        gate: SourceGate | None,
     ) -> None:
         channel = self._channel
         assert channel is not None
@@ -268,6 +277,8 @@ class Session:
             for work in execution.steps(sources, destinations, channel.staging, communicator):
                 communicator.wait(work)
             if self._confirm:
+                if gate is not None:
+                    gate.open()
                 communicator.confirm()
             is_complete = True
             self.last_run = None if run.pending is None else run
