@@ -117,8 +117,8 @@ def test_a_push_whose_bytes_were_lost_is_published_nowhere(meeting: Meeting, wor
     session: Any = ranks[3].feed._movers._mover._session
     run = session.run
 
-    def wrong(execution: Any, sources: Any, destinations: Any, number: int) -> None:
-        run(execution, sources, destinations, number)
+    def wrong(execution: Any, sources: Any, destinations: Any, number: int, *gate: Any) -> None:
+        run(execution, sources, destinations, number, *gate)
         destinations[1][6, 0] += 1
 
     session.run = wrong

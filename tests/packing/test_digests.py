@@ -130,8 +130,8 @@ def checked(rank: int, fault: bool) -> str:
         session: Any = mover._session
         run = session.run
 
-        def wrong(execution: Any, sources: Any, destinations: Any, number: int) -> None:
-            run(execution, sources, destinations, number)
+        def wrong(execution: Any, sources: Any, destinations: Any, number: int, *gate: Any) -> None:
+            run(execution, sources, destinations, number, *gate)
             destinations[0][1, 2] = 7
 
         session.run = wrong
@@ -170,8 +170,8 @@ def together(rank: int, started: bool, only: str, fault: str) -> list[str]:
     chosen: Any = mover.only(names) if only else mover
     run = chosen._session.run
 
-    def wrong(execution: Any, sources: Any, destinations: Any, number: int) -> None:
-        run(execution, sources, destinations, number)
+    def wrong(execution: Any, sources: Any, destinations: Any, number: int, *gate: Any) -> None:
+        run(execution, sources, destinations, number, *gate)
         if fault and rank == 3 and number == 1:
             place = names.index(fault[0])
             destinations[place].view(-1)[-1 if fault[1:] == " filled" else 0] = 77
