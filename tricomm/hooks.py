@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.kinds import checks_kinds
 from tricomm.rules.names import Scope, frozen, references
 
 BeforeHook = Callable[[str, dict[str, Any]], Mapping[str, Any]]
@@ -96,6 +97,7 @@ class Hooks:
         variables = dict.fromkeys(reference.variable for reference in references(template))
         return [scope.name(template) for scope in self.scope.over(tuple(variables))]
 
+    @checks_kinds
     def bind(
         self, sources: Sequence[str], destinations: Sequence[str], sent: Collection[str], needed: Collection[str]
     ) -> "BoundHooks":
@@ -256,8 +258,9 @@ def _is_in(name: str, module: str) -> bool:
 def _members(module: str, names: Sequence[str], side: str) -> frozenset[str]:
     found = frozenset(name for name in names if _is_in(name, module))
     if not found:
+        known = f"whose names are such as {names[0]!r}" if names else "which has none"
         raise SpecError(
-            f"the hook of {module!r} is for no tensor of the {side}, whose names are such as {names[0]!r}; name a "
-            "module of these, or leave the hook out"
+            f"the hook of {module!r} is for no tensor of the {side}, {known}; name a module of these, or leave the "
+            "hook out"
         )
     return found

@@ -7,7 +7,7 @@ is decorated with :func:`checks_kinds`: what it is given is compared with its an
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, wraps
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -267,7 +267,7 @@ def kind_of(hint: Any) -> Expected:
         return Expected(lambda value: any(option.is_of(value) for option in options), words)
     if origin is tuple and (len(arguments) != 2 or arguments[1] is not Ellipsis):
         return _tuple_of([kind_of(argument) for argument in arguments])
-    if origin in (tuple, list, Sequence, Iterable):
+    if origin in (tuple, list, Sequence, Collection, Iterable):
         return _items_of(origin, kind_of(arguments[0]))
     if origin in (dict, Mapping):
         return _mapping_of(*map(kind_of, arguments))
@@ -279,7 +279,8 @@ def kind_of(hint: Any) -> Expected:
     return ANYTHING
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether a value is one, of Python or of another kind, and not True or False."""
     return hasattr(value, "__index__") and not isinstance(value, bool) and _indexes(value)
 
 
@@ -294,8 +295,8 @@ def _indexes(value: Any) -> bool:
 
 
 _PLAIN: dict[Any, Expected] = {
-    int: Expected(_is_integer, "an integer"),
-    float: Expected(lambda value: isinstance(value, float) or _is_integer(value), "a number"),
+    int: Expected(is_integer, "an integer"),
+    float: Expected(lambda value: isinstance(value, float) or is_integer(value), "a number"),
     str: Expected(lambda value: isinstance(value, str), "a string"),
     bool: Expected(lambda value: isinstance(value, bool), "True or False"),
     NoneType: Expected(lambda value: value is None, "None"),
@@ -314,10 +315,11 @@ def _plural(words: str) -> str:
 
 
 def _items_of(origin: Any, item: Expected) -> Expected:
-    """A sequence; an iterable is looked into only if it is one."""
+    """A sequence, or what the annotation says; an iterator is not looked into."""
+    wanted = origin if origin in (Collection, Iterable) else Sequence
 
     def is_of(value: Any) -> bool:
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable if origin is Iterable else Sequence):
+        if isinstance(value, str | bytes) or not isinstance(value, wanted):
             return False
         if isinstance(value, Iterator):
             return True

@@ -61,6 +61,27 @@ def push(**given: Any) -> None:
     at_an_address(call)(address="here")
 
 
+def wait_newer(**given: Any) -> None:
+    def call(address: str) -> tricomm.Subscriber:
+        made = tricomm.Subscriber(
+            address,
+            side="a",
+            side_rank=0,
+            side_size=1,
+            source="b",
+            specs={"w": ROWS},
+            out={"w": torch.zeros(4, 4)},
+            secret=SECRET,
+            device="cpu",
+        )
+        made.poll = lambda: 7  # type: ignore[method-assign]  # a version has come
+        with made:
+            made.wait(**given)
+        return made
+
+    at_an_address(call)(address="here")
+
+
 @cache
 def at_a_meeting() -> tricomm.World:
     meeting = tricomm.Meeting("tcp://127.0.0.1:0", secret=SECRET)
@@ -119,6 +140,8 @@ CALLS: Calls = {
     "Hooks": (tricomm.Hooks, {
         "before": {"l.{l}": lambda _module, tensors: tensors}, "after": {"l.{l}": lambda _module, _tensors: None},
         "l": [0, 1]}),
+    "Hooks.bind": (tricomm.Hooks(after={"w": lambda _module, _tensors: None}).bind, {
+        "sources": ["w"], "destinations": ["w"], "sent": ["w"], "needed": {"w"}}),
     "LeastLoaded": (tricomm.LeastLoaded, {}),
     "LocalAllGather": (tricomm.LocalAllGather, {"chunk_bytes": 64}),
     "LocalTransport": (tricomm.LocalTransport, {"grouped": True, "receives_ahead": 0, "rounds_open": 2}),
@@ -201,6 +224,7 @@ CALLS: Calls = {
     "Subscriber": (at_an_address(tricomm.Subscriber), {
         "address": "here", "side": "a", "side_rank": 0, "side_size": 1, "source": "b", "specs": {"w": ROWS},
         "out": {"w": torch.zeros(4, 4)}, "secret": SECRET, "host": None, "timeout_seconds": 3, "device": "cpu"}),
+    "Subscriber.wait": (wait_newer, {"timeout_seconds": 3}),
     "Topology": (Topology, {
         "hosts": ("a",), "nic_bytes_per_second": 1e9, "nics_per_host": 1, "intra_bytes_per_second": 1e9,
         "latency_seconds": 0.0, "overhead_seconds": 0.0}),

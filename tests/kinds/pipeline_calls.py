@@ -78,6 +78,7 @@ TIMELINE = pl.simulate(MOVING, COSTS)
 PIPELINE_CALLS: Calls = {
     "Action": (pl.Action, {"stage": 0, "kind": pl.Kind.FORWARD, "microbatch": 0, "peer": None}),
     "Action.parse": (pl.Action.parse, {"text": "0F0"}),
+    "Channel": (pl.Channel, {"sender": 0, "receiver": 1}),
     "Costs": (pl.Costs, {
         "stages": COSTS.stages, "transfers": {CHANNEL: pl.TransferCost(1.0)}, "other": pl.TransferCost()}),
     "Costs.uniform": (pl.Costs.uniform, {
@@ -86,6 +87,7 @@ PIPELINE_CALLS: Calls = {
     "Costs.seconds": (COSTS.seconds, {"action": pl.Action(0, pl.Kind.FORWARD, 0)}),
     "Costs.transfer": (COSTS.transfer, {"channel": CHANNEL}),
     "Costs.with_transfers": (COSTS.with_transfers, {"channels": [CHANNEL], "cost": pl.TransferCost(1.0)}),
+    "Edge": (pl.Edge, {"source": 0, "destination": 1}),
     "EdgeTensor": (pl.EdgeTensor, {"source": OPEN, "destination": OPEN, "gradient": (), "shape": ("batch", 4)}),
     "EdgeTensor.bound": (pl.EdgeTensor(OPEN, OPEN, shape=("n", 4)).bound, {"sizes": {"n": 4}}),
     "EdgeTensor.local_shape": (LAYER.local_shape, {"rank": 0, "at_source": True}),

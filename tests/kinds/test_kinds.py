@@ -14,19 +14,20 @@ import torch.distributed as dist
 import tricomm
 import tricomm.draw
 import tricomm.pipeline as pl
+import tricomm.rules.models
 from tests.kinds.allowed import ALLOWED
 from tests.kinds.calls import CALLS, off_meshes
 from tests.kinds.pipeline_calls import PIPELINE_CALLS
+from tests.kinds.rules_calls import RULES_CALLS
 from tests.kinds.values import ROWS, WHOLE, WRONG
 from tricomm import PlanError, SpecError, TransportError
 
 # Values and results, which the library makes; and what torch or Python calls.
 NOT_CALLED = {
-    "Candidate", "Channel", "Edge", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Progress", "Push",
-    "Stats",
-    "StepComparison", "World", "Subscriber.wait", "Timeline",
-    "Tuned", "Hooks.bind",
-    "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
+    "Candidate", "Evaluation", "Handle", "Latest", "Missing", "Plan", "Progress", "Push", "Stats", "StepComparison",
+    "World", "Timeline", "Tuned", "Kind", "Queues", "PerDirectionFifo", "Turns", "WithLoss.forward", "Options.of",
+    "BoundSource", "BoundTensor", "Digit", "Expression",
+    "Piece", "Piece.narrowed", "Piece.replaced", "Piece.source_strided", "Piece.split", "Piece.strided", "Piece.turned",
 }  # fmt: skip
 # Strategies call these with each other's values.
 SEAMS = {"assign", "route", "before", "append", "share_host", "rates_between"}
@@ -55,9 +56,12 @@ def group_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", [*CALLS, *PIPELINE_CALLS])
+EVERY = {**CALLS, **PIPELINE_CALLS, **RULES_CALLS}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_what_a_public_callable_is_given_is_of_the_right_kind_or_refused(name: str) -> None:
-    function, arguments = {**CALLS, **PIPELINE_CALLS}[name]
+    function, arguments = EVERY[name]
     with suppress(TransportError):  # there is nobody else: the arguments were right
         function(**arguments)
     found = []
@@ -130,5 +134,7 @@ def public(owner: Any) -> Iterator[str]:
 def test_every_public_callable_is_there() -> None:
     assert set(public(tricomm)) - NOT_CALLED <= set(CALLS)
     assert {*public(pl), *public(tricomm.draw)} - NOT_CALLED <= set(PIPELINE_CALLS)
-    names = {name for calls in (CALLS, PIPELINE_CALLS) for _, arguments in calls.values() for name in arguments}
+    assert {*public(tricomm.rules), *public(tricomm.rules.models)} - NOT_CALLED <= set(RULES_CALLS)
+    assert len(EVERY) == len(CALLS) + len(PIPELINE_CALLS) + len(RULES_CALLS)
+    names = {name for _, arguments in EVERY.values() for name in arguments}
     assert {name.rpartition(".")[2] for name in ALLOWED} <= names

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tricomm.errors import SpecError
+from tricomm.kinds import checks_fields, checks_kinds
 from tricomm.layout.dtype import check_cast
 from tricomm.rules.boxes import REPEATED, Digit, Piece, renumbered
 from tricomm.rules.checks import Shape
@@ -67,6 +68,7 @@ class BoundTensor:
         return f"{self.name} {self.shape}{dtype}: {count} of {', '.join(self.sources) or 'fills'}"
 
 
+@checks_fields
 @dataclass(frozen=True, slots=True)
 class BoundRules:
     """A map of whole tensors, checked and proven: each destination element is defined exactly once.
@@ -118,6 +120,7 @@ class BoundRules:
     def __str__(self) -> str:
         return "\n".join(map(str, self.tensors))
 
+    @checks_kinds
     def evaluate(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The destination tensors, made in this process.
 
@@ -139,6 +142,7 @@ class BoundRules:
             result[tensor.name] = evaluated(tensor.name, tensor.shape, tensor.dtype, tensor.pieces, held, like)
         return result
 
+    @checks_kinds
     def reverse(self, *, drop: Sequence[str] = (), fill: float | None = None) -> "BoundRules":
         """The map back: this map and then that one give every source element back, bit for bit unless it was cast.
 
@@ -183,6 +187,7 @@ class BoundRules:
         tensors = tuple([replace(tensor, dtype=None) for tensor in self.tensors])
         return BoundRules(tensors, tuple([replace(source, dtype=None) for source in self.sources]))
 
+    @checks_kinds
     def then(self, other: "BoundRules") -> "BoundRules":
         """This map and then the other as one: nothing is made in between.
 

@@ -7,9 +7,13 @@ from types import EllipsisType
 from typing import NamedTuple
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.kinds import is_integer
 from tricomm.rules.names import parse, references
 
 Shape = tuple[int, ...]
+
+MAX_DIMS = 64
+"""That a tensor of torch may have."""
 
 
 class Span(NamedTuple):
@@ -34,9 +38,17 @@ Entry = int | str | Span | EllipsisType | None
 
 def integer(name: str, value: object) -> int:
     """An argument that is one."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_integer(value):
         raise ArgumentError(f"{name}={value!r} is no integer; give one")
-    return operator.index(value)
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+def new_dim(of: object, dim: object) -> int:
+    """The place of a new dim. ``of`` is what gets it, for errors."""
+    place = integer("dim", dim)
+    if not -MAX_DIMS <= place < MAX_DIMS:
+        raise SpecError(f"{of}: a new dim {dim} must be from {-MAX_DIMS} to {MAX_DIMS - 1}; choose a place")
+    return place
 
 
 def integers(name: str, values: object) -> Shape:

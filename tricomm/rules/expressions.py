@@ -21,6 +21,7 @@ from tricomm.rules.checks import (
     integer,
     integers,
     joined_shape,
+    new_dim,
     unflattened_shape,
 )
 from tricomm.rules.names import parse
@@ -56,7 +57,7 @@ class Expression:
         >>> Source("down", (8, 6)).unsqueeze(0).shape
         (1, 8, 6)
         """
-        if dim >= 0:
+        if new_dim(self, dim) >= 0:
             return self[(slice(None),) * dim + (None,)]
         return self[(..., None) + (slice(None),) * (-1 - dim)]
 

@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 
 from tricomm.errors import SpecError
+from tricomm.kinds import explains_kinds
 from tricomm.layout.intervals import Intervals, Region
 from tricomm.rules.boxes import REPEATED, Digit, Piece, cut, divide
 
 
+@explains_kinds
 def within(piece: Piece, region: Region) -> list[Piece]:
     """The parts of a piece that lie in a region of the destination, each within one interval of every dim.
 
@@ -23,6 +25,7 @@ def within(piece: Piece, region: Region) -> list[Piece]:
     return [part.exchanged() for part in within_source(piece.exchanged(), region)]
 
 
+@explains_kinds
 def within_source(piece: Piece, region: Region) -> list[Piece]:
     """The parts of a piece, not of a fill, that lie in a region of the source tensor that it reads.
 
@@ -34,12 +37,14 @@ def within_source(piece: Piece, region: Region) -> list[Piece]:
         >>> [part.shape for part in within_source(bound.tensors[0].pieces[0], (((1, 4),), ((0, 2), (4, 6))))]
         [(2, 3), (2, 3)]
     """
+    _require_dims(region, piece.source_start)
     parts = [piece]
     for dim, intervals in enumerate(region):
         parts = [found for part in parts for start, stop in intervals for found in _between(part, dim, start, stop)]
     return parts
 
 
+@explains_kinds
 def to_local(piece: Piece, region: Region) -> Piece:
     """A part of a piece by its place in the shard of a rank that holds this region, where its strides are the shard's.
 
@@ -54,10 +59,12 @@ def to_local(piece: Piece, region: Region) -> Piece:
         >>> [to_local(part, held).start for part in within(bound.tensors[0].pieces[0], held)]
         [(0,), (2,)]
     """
+    _require_dims(region, piece.start)
     start = tuple([_position(at, intervals) for at, intervals in zip(piece.start, region, strict=True)])
     return Piece(piece.digits, start, piece.source_start, piece.tensor, piece.value)
 
 
+@explains_kinds
 def to_local_source(piece: Piece, region: Region) -> Piece:
     """The same in the shard of a rank that holds this region of the source.
 
@@ -69,6 +76,11 @@ def to_local_source(piece: Piece, region: Region) -> Piece:
         [(0,), (2,)]
     """
     return to_local(piece.exchanged(), region).exchanged()
+
+
+def _require_dims(region: Region, start: tuple[int, ...]) -> None:
+    if len(region) != len(start):
+        raise SpecError(f"region {region!r} has {len(region)} dims and the tensor {len(start)}; give intervals of each")
 
 
 def _position(coordinate: int, intervals: Intervals) -> int:

@@ -1,10 +1,11 @@
 """Rules: which expression each destination tensor is, for all layers and experts at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.kinds import checks_kinds
 from tricomm.layout.dtype import dtype_name
 from tricomm.rules.bind import Definition, bound
 from tricomm.rules.bound import BoundRules
@@ -77,7 +78,8 @@ class Rules:
     ) -> None:
         if not isinstance(definitions, Mapping):
             raise ArgumentError(f"Rules({definitions!r}) takes a mapping; write Rules({{'name': source('name')}})")
-        if isinstance(drop, str) or not all(isinstance(one, str | Expression) for one in drop):
+        is_listed = isinstance(drop, Collection) and not isinstance(drop, str | Mapping)
+        if not is_listed or not all(isinstance(one, str | Expression) for one in drop):
             raise ArgumentError(f"drop={drop!r} is no list of name patterns and expressions; write drop=['mtp.*']")
         for target, expression in definitions.items():
             if not isinstance(target, str) or not isinstance(expression, Expression):
@@ -88,6 +90,7 @@ class Rules:
         self._take((Group(tuple(definitions.items()), tuple(drop), scope),))
 
     @classmethod
+    @checks_kinds
     def of_groups(cls, groups: tuple[Group, ...]) -> "Rules":
         """The map of some groups, checked as if it were written.
 
@@ -150,6 +153,7 @@ class Rules:
                 found.update({name: None for scope in group.instances(target) for _, name in leaves(expression, scope)})
         return tuple(found)
 
+    @checks_kinds
     def bind(
         self, source_shapes: Mapping[str, Sequence[int]] | None = None, dtypes: Mapping[str, object] | None = None
     ) -> BoundRules:
@@ -183,6 +187,7 @@ class Rules:
                     regions.append(Definition(f"drop {what}", what, instances))
         return bound(definitions, regions, patterns, shapes, types)
 
+    @checks_kinds
     def evaluate(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The destination tensors of these source tensors, numpy arrays or torch tensors, in one process.
 

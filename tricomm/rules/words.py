@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tricomm.errors import ArgumentError
+from tricomm.rules.checks import checked_shape
 from tricomm.rules.expressions import Each, Expression, Filled, Joined, Source
 
 
@@ -17,7 +18,7 @@ def source(name: str, shape: Sequence[int] | None = None) -> Expression:
         >>> source("q", (8, 16)).unflatten(0, (4, 2)).permute(1, 0, 2).shape
         (2, 4, 16)
     """
-    return Source(name, None if shape is None else tuple(shape))
+    return Source(name, None if shape is None else checked_shape(f"source({name!r})", shape))
 
 
 def fill(value: float, shape: Sequence[int]) -> Expression:
@@ -27,7 +28,7 @@ def fill(value: float, shape: Sequence[int]) -> Expression:
         >>> cat([source("embed", (10, 4)), fill(0, (6, 4))])
         cat([source('embed', (10, 4)), fill(0, (6, 4))], dim=0)
     """
-    return Filled(value, tuple(shape))
+    return Filled(value, checked_shape(f"fill({value!r})", shape))
 
 
 def each(variable: str, of: Expression) -> Each:

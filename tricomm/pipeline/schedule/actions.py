@@ -17,11 +17,13 @@ An edge between stages that are no neighbours names the other end: ``0SEND_F2>3`
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
-from tricomm.errors import PlanError
-from tricomm.kinds import explains_fields, explains_kinds, refuse_wrong_kinds
+from tricomm.errors import ArgumentError, PlanError
+from tricomm.kinds import explains_fields, explains_kinds, is_integer, refuse_wrong_kinds
+
+P = TypeVar("P", bound=tuple[int, int])
 
 
 class Kind(StrEnum):
@@ -60,6 +62,26 @@ class Kind(StrEnum):
     __hash__ = str.__hash__  # a kind equals its text; Enum's own hashes the name, in Python
 
 
+def _of_stages(cls: type[P]) -> type[P]:
+    """Refuse what are no numbers of stages where a pair of them is made."""
+    make = cls.__new__
+
+    @wraps(make)
+    def checked(kind: type[P], *args: Any, **kwargs: Any) -> P:
+        try:
+            found: P = make(kind, *args, **kwargs)
+        except TypeError as error:
+            raise ArgumentError(f"{cls.__name__}: {error}; write {cls.__name__}(0, 1)") from None
+        for stage in found:
+            if type(stage) is not int and not is_integer(stage):
+                raise ArgumentError(f"{cls.__name__}{tuple(found)!r}: {stage!r} is no number of a stage; give two")
+        return found
+
+    cls.__new__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_of_stages
 class Channel(NamedTuple):
     """One direction of an edge: activations flow to higher stages, gradients to lower ones.
 
@@ -93,6 +115,7 @@ class Channel(NamedTuple):
         return f"{self.sender}>{self.receiver}"
 
 
+@_of_stages
 class Edge(NamedTuple):
     """Activations of stage ``source`` are inputs of stage ``destination``, and gradients come back.
 

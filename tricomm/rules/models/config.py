@@ -4,11 +4,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tricomm.errors import SpecError
+from tricomm.kinds import checks_fields
 from tricomm.rules.expressions import Expression
 from tricomm.rules.resolve import words
 from tricomm.rules.rules import Rules
 
+MAX_COUNT = 1 << 40
+"""Of rows, ranks or layers."""
 
+
+def check_counts(least: int = 1, **counts: int) -> None:
+    """Refuse sizes, and numbers of ranks or stages, that are none.
+
+    Raises:
+        SpecError: one is below the least that makes sense, or beyond any machine.
+    """
+    for name, count in counts.items():
+        if not least <= count <= MAX_COUNT:
+            raise SpecError(f"{name}={count} must be from {least} to {MAX_COUNT}; give how many there are")
+
+
+@checks_fields
 @dataclass(frozen=True, slots=True)
 class Latent:
     """Sizes of multi-head latent attention (DeepSeek): ranks of the two compressions, and parts of a head.
@@ -24,7 +40,11 @@ class Latent:
     rope: int
     value: int
 
+    def __post_init__(self) -> None:
+        check_counts(**{name: getattr(self, name) for name in ("q_rank", "kv_rank", "nope", "rope", "value")})
 
+
+@checks_fields
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A decoder of a family that the maps know.
@@ -72,6 +92,9 @@ class Model:
     mtp_layers: int = 0
 
     def __post_init__(self) -> None:
+        check_counts(layers=self.layers, hidden=self.hidden, heads=self.heads, vocab=self.vocab)
+        others = ("intermediate", "kv_heads", "head_dim", "experts", "expert_intermediate", "shared_experts")
+        check_counts(0, **{name: getattr(self, name) for name in (*others, "dense_layers", "mtp_layers")})
         if self.latent is None and (not self.head_dim or not self.kv_heads or self.heads % self.kv_heads):
             raise SpecError(
                 f"{self.heads} heads do not share {self.kv_heads} kv heads of {self.head_dim} evenly; give "

@@ -3,6 +3,7 @@
 Each function gives source tensors under short names. ``{l}`` is the layer, ``{e}`` the expert.
 """
 
+from tricomm.kinds import checks_kinds
 from tricomm.rules.checks import Shape
 from tricomm.rules.expressions import Expression
 from tricomm.rules.models.config import Model, assembled
@@ -120,6 +121,7 @@ def mtp(model: Model) -> Parts:
     return parts | {"eh_proj": source(f"{LAYER}eh_proj.weight", (model.hidden, 2 * model.hidden))}
 
 
+@checks_kinds
 def tensors(model: Model) -> Rules:
     """Every tensor of the checkpoint as itself: its names and shapes, and the map from a checkpoint to a checkpoint.
 

@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from tricomm.errors import SpecError
+from tricomm.kinds import checks_kinds
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Replicate, Shard
 from tricomm.layout.spec import ShardingSpec
 from tricomm.rules.checks import Shape
-from tricomm.rules.models.config import Model
+from tricomm.rules.models.config import Model, check_counts
 from tricomm.rules.models.megatron import layers_of_stage
 
 Cuts = dict[str, Shard]
@@ -33,8 +35,9 @@ _SERVER_COLUMNS = re.compile(r".*\.(q_b_proj|kv_b_proj)\.weight|.*\.sinks")
 _SERVER_ROWS = re.compile(r".*\.(o_proj|down_proj)\.weight")
 
 
+@checks_kinds
 def torchtitan_layouts(
-    shapes: Mapping[str, Shape], ranks: Sequence[int], *, tp: int = 1, ep: int = 1, dtype: str | None = None
+    shapes: Mapping[str, Shape], ranks: Sequence[int], *, tp: int = 1, ep: int = 1, dtype: Any = None
 ) -> Specs:
     """Torchtitan with FSDP2: every tensor cut by rows over the ranks of data parallelism, after tp or ep has cut it.
 
@@ -51,6 +54,7 @@ def torchtitan_layouts(
         >>> torchtitan_layouts(shapes, range(8), tp=2)["layers.0.attention.wo.weight"].local_shape(0)
         (1024, 2048)
     """
+    check_counts(tp=tp, ep=ep)
     mesh = _grid(ranks, dp=len(ranks) // tp, tp=tp)
     sparse = _grid(ranks, efsdp=len(ranks) // ep, ep=ep)
 
@@ -68,6 +72,7 @@ def torchtitan_layouts(
     return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
 
 
+@checks_kinds
 def megatron_layouts(
     model: Model,
     shapes: Mapping[str, Shape],
@@ -79,7 +84,7 @@ def megatron_layouts(
     etp: int = 1,
     chunks: int = 1,
     glu_interleave: int = 0,
-    dtype: str | None = None,
+    dtype: Any = None,
 ) -> Specs:
     """Megatron-core: stages of ranks, in each of them a grid (dp, tp), and (edp, ep, etp) for the experts.
 
@@ -99,6 +104,8 @@ def megatron_layouts(
         >>> print(specs["decoder.layers.47.mlp.experts.linear_fc1.weight127"].mesh)
         (edp=1 ep=1 etp=1: rank 7)
     """
+    check_counts(tp=tp, pp=pp, ep=ep, etp=etp, chunks=chunks)
+    check_counts(0, glu_interleave=glu_interleave)
     size = len(ranks) // pp
     stages = [list(ranks[stage * size : (stage + 1) * size]) for stage in range(pp)]
     owner = {layer: s for s in range(pp) for part in layers_of_stage(model.layers, pp, s, chunks) for layer in part}
@@ -124,6 +131,7 @@ def megatron_layouts(
     return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
 
 
+@checks_kinds
 def vllm_layouts(
     model: Model,
     shapes: Mapping[str, Shape],
@@ -131,7 +139,7 @@ def vllm_layouts(
     *,
     tp: int = 1,
     expert_parallel: bool = False,
-    dtype: str | None = None,
+    dtype: Any = None,
 ) -> Specs:
     """vLLM: replicas of data parallelism for attention; the experts over all ranks, whole or each cut by rows.
 
@@ -150,6 +158,7 @@ def vllm_layouts(
         >>> specs["model.layers.0.mlp.experts.w13_weight"].local_shape(0)
         (128, 192, 2048)
     """
+    check_counts(tp=tp)
     mesh = _grid(ranks, dp=len(ranks) // tp, tp=tp)
     flat = _grid(ranks, ep=len(ranks))
     plain = model.fused_experts

@@ -7,13 +7,15 @@ Names carry the layer and the expert as the whole model counts them. A stage or 
 from collections.abc import Sequence
 
 from tricomm.errors import SpecError
+from tricomm.kinds import checks_kinds
 from tricomm.rules.expressions import Expression
 from tricomm.rules.models import hf
-from tricomm.rules.models.config import Model, assembled, padded
+from tricomm.rules.models.config import Model, assembled, check_counts, padded
 from tricomm.rules.rules import Rules
 from tricomm.rules.words import cat, fill
 
 
+@checks_kinds
 def megatron(
     model: Model, *, tp: int = 1, vocab_divisor: int = 128, glu_interleave: int = 0, output_copy: bool = False
 ) -> Rules:
@@ -35,8 +37,8 @@ def megatron(
         >>> megatron(QWEN3_30B_A3B, tp=8).bind().shapes["decoder.layers.0.mlp.experts.linear_fc1.weight127"]
         (1536, 2048)
     """
-    if tp < 1 or vocab_divisor < 1:
-        raise SpecError(f"tp={tp} and vocab_divisor={vocab_divisor} are at least 1; give the ranks of one tensor")
+    check_counts(tp=tp, vocab_divisor=vocab_divisor)
+    check_counts(0, glu_interleave=glu_interleave)
     top = hf.top(model)
     rows = fill(0, (padded(model.vocab, vocab_divisor * tp) - model.vocab, model.hidden))
     outside = {
@@ -53,6 +55,7 @@ def megatron(
     return result
 
 
+@checks_kinds
 def layers_of_stage(layers: int, stages: int, stage: int, chunks: int = 1) -> tuple[tuple[int, ...], ...]:
     """The layers of each chunk of a pipeline stage, for models whose layers are cut evenly.
 
@@ -60,6 +63,9 @@ def layers_of_stage(layers: int, stages: int, stage: int, chunks: int = 1) -> tu
         >>> layers_of_stage(8, stages=2, stage=0, chunks=2)
         ((0, 1), (4, 5))
     """
+    check_counts(layers=layers, stages=stages, chunks=chunks)
+    if not 0 <= stage < stages:
+        raise SpecError(f"stage={stage} is none of {stages} stages; count from 0")
     if layers % (stages * chunks):
         raise SpecError(
             f"{layers} layers are not cut evenly into {stages} stages of {chunks} chunks; list them yourself"

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tricomm.errors import SpecError
+from tricomm.kinds import checks_kinds
 from tricomm.rules.expressions import Expression
 from tricomm.rules.models import hf
-from tricomm.rules.models.config import Model, assembled, padded
+from tricomm.rules.models.config import Model, assembled, check_counts, padded
 from tricomm.rules.models.megatron import interleaved
 from tricomm.rules.rules import Rules
 from tricomm.rules.words import cat, each, fill, stack
@@ -23,6 +24,7 @@ class Names(NamedTuple):
     q_a_and_kv_a: str = "fused_qkv_a_proj"
 
 
+@checks_kinds
 def vllm(
     model: Model,
     *,
@@ -51,12 +53,18 @@ def vllm(
         >>> vllm(QWEN3_30B_A3B, tp=8).bind().shapes["model.layers.0.self_attn.qkv_proj.weight"]
         (6144, 2048)
     """
+    check_counts(tp=tp)
+    check_counts(0, lora_tokens=lora_tokens, glu_interleave=glu_interleave or 0)
+    unknown = next((one for one in slots or () if not 0 <= one < model.experts), None)
+    if unknown is not None:
+        raise SpecError(f"slots name expert {unknown}, which is none of {model.experts}; count experts from 0")
     names = Names("model.embedding.weight", "attn.") if model.fused_experts else Names()
     experts = _experts(model, "{logical[s]}", up_first, glu_interleave)
     numbers = tuple(range(model.experts)) if slots is None else tuple(slots)
     return _served(model, names, tp, padded(lora_tokens, VOCAB_MULTIPLE), experts, numbers)
 
 
+@checks_kinds
 def sglang(model: Model, *, tp: int = 1, fuse_shared: bool = False, glu_interleave: int | None = None) -> Rules:
     """From a Hugging Face checkpoint to SGLang; layouts as for vLLM.
 
@@ -71,6 +79,8 @@ def sglang(model: Model, *, tp: int = 1, fuse_shared: bool = False, glu_interlea
         >>> sglang(DEEPSEEK_V3, fuse_shared=True).bind().shapes["model.layers.60.mlp.experts.w2_weight"]
         (257, 7168, 2048)
     """
+    check_counts(tp=tp)
+    check_counts(0, glu_interleave=glu_interleave or 0)
     experts = _experts(model, "{s}", False, glu_interleave, fuse_shared)
     names = Names(q_a_and_kv_a="fused_qkv_a_proj_with_mqa")
     return _served(model, names, tp, 0, experts, tuple(range(model.experts)))

@@ -1,5 +1,6 @@
 """torchtitan: q, k and v apart, w1 (gate), w3 (up) and w2 (down), the experts of a layer as one tensor."""
 
+from tricomm.kinds import checks_kinds
 from tricomm.rules.expressions import Expression
 from tricomm.rules.models import hf
 from tricomm.rules.models.config import Model, assembled
@@ -33,6 +34,7 @@ _MLP = {"w1": "gate", "w2": "down", "w3": "up"}
 _EXPERTS = {"w1_EFD": "gate", "w2_EDF": "down", "w3_EFD": "up"}
 
 
+@checks_kinds
 def torchtitan(model: Model, *, fused_qkv: bool = False) -> Rules:
     """From a Hugging Face checkpoint to torchtitan.
 
