@@ -7,7 +7,7 @@ import numpy as np
 
 from tricomm import Mesh, Replicate, Shard, ShardingSpec, Topology
 from tricomm.layout.placement import Placement
-from tricomm.plan.product.choose import ProductMove
+from tricomm.plan.product.move import ProductMove
 from tricomm.plan.routes.chunks import RouteContext
 
 PLACES = ("apart", "apart", "shared hosts", "overlapping", "same ranks")

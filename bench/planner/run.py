@@ -266,12 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--largest-global", type=int, default=256, help="the same, planned for all (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quality", type=int, metavar="N", help="N random layouts by formulas and by search, instead")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="SEED", help="of those layouts (%(default)s)")
     parser.add_argument("--fan-out", action="store_true", help="simulated fan-outs, instead")
     parser.add_argument("--sets", action="store_true", help="sets of tensors alone, instead")
     parser.add_argument("--json", type=Path, metavar="PATH", default=RESULTS, help="(%(default)s)")
     options = parser.parse_args(arguments)
     if options.quality or options.fan_out:
-        print(fan_out.table() if options.fan_out else quality.table(quality.measured(range(options.quality))))
+        seeds = range(options.first_seed, options.first_seed + (options.quality or 0))
+        print(fan_out.table() if options.fan_out else quality.table(quality.measured(seeds)))
         return
     if options.sets:
         print(table(run_sets(options.repeats)))

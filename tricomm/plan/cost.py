@@ -191,19 +191,28 @@ def busiest_seconds(columns: "MessageColumns", topology: Topology) -> float:
         return 0.0
     each = topology.overhead_seconds + topology.latency_seconds
     crossed = crossings(links.sources, links.destinations, topology)
-    nbytes = columns.nbytes
-    busiest = max(seconds.max() for seconds in link_seconds(crossed, nbytes[links.chain], topology))
+    longest = (columns.nbytes / crossed.out_rates[links.firsts] + links.lengths * each).max()
+    return max(busiest_end_seconds(columns, topology), float(longest))
+
+
+def busiest_end_seconds(columns: "MessageColumns", topology: Topology) -> float:
+    """The same where messages may follow trees: by the time of the busiest link or rank."""
+    links, counts, _ = columns
+    if not len(counts):
+        return 0.0
+    each = topology.overhead_seconds + topology.latency_seconds
+    crossed = crossings(links.sources, links.destinations, topology)
+    busiest = max(seconds.max() for seconds in link_seconds(crossed, columns.nbytes[links.chain], topology))
     posting = np.bincount(links.sources, counts[links.chain] * topology.overhead_seconds).max()
-    longest = (nbytes / crossed.out_rates[links.firsts] + links.lengths * each).max()
-    return float(max(busiest + each, posting + topology.latency_seconds, longest))
+    return float(max(busiest + each, posting + topology.latency_seconds))
 
 
-def busiest_nic_seconds(columns: "MessageColumns", topology: Topology) -> float:
-    """For how long the NIC that sends or receives longest does so."""
+def busiest_nic_seconds(columns: "MessageColumns", topology: Topology) -> tuple[float, float]:
+    """For how long the NIC that sends longest does so, and the one that receives longest."""
     links, nics = columns.links, len(topology.nic_send_rates)
     crossed = crossings(links.sources, links.destinations, topology)
-    loads = link_seconds(crossed, columns.nbytes[links.chain], topology)
-    return float(max(seconds[:nics].max() for seconds in loads))
+    out, into = link_seconds(crossed, columns.nbytes[links.chain], topology)
+    return float(out[:nics].max()), float(into[:nics].max())
 
 
 def nic_seconds(moves: Sequence[Move], topology: Topology) -> tuple[np.ndarray, np.ndarray]:

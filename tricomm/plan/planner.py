@@ -23,7 +23,8 @@ from tricomm.plan.ends.mapped import items_and_ends, require_held
 from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import PLANNER_VERSION, Plan
-from tricomm.plan.product.choose import ProductMove, product_move
+from tricomm.plan.product.choose import product_move, routes_of_move
+from tricomm.plan.product.move import ProductMove
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.joined import Routes, joined
 from tricomm.plan.routes.searched import WORTH_SAYING, check_search, deliveries_of, kept
@@ -252,7 +253,7 @@ class _Draft:
         """What formulas say of a stack; nothing to a rank that has no part in it."""
         stack = self.stacks[number]
         if rank is None or rank in stack.source.mesh or rank in stack.destination.mesh:
-            return move.routes(rank)
+            return routes_of_move(move, rank)
         return Routes(SendRecv(), (), ())
 
     def _searched(self, numbers: Sequence[int], refined: Sequence[Tasks], rank: int | None) -> Routes:

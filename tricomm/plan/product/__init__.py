@@ -15,8 +15,8 @@ source's mesh axes and those that need it one of the destination's, so nothing h
   where hosts are few, its holder gives it to each of them by itself.
 - ``shared``: where hosts have ranks of both meshes, what is there stays there, and the hosts of the ring between two
   such get the cell from all of its holders.
-- ``loads``, ``choose``, ``way``, ``tried``: which of the ways it is, and in how many chunks, from what the busiest NIC
-  would carry; or, where ranks are few, from what a simulation of each finds.
+- ``move``: a move, and its routes by a way; ``loads``, ``choose``, ``way``, ``tried``: which of the ways it is, and in
+  how many chunks, from what the busiest NIC would carry; or, where ranks are few, from what a simulation of each finds.
 
 The plan of all ranks is the union of theirs: the same formulas over all cells. Imports ``layout`` and the rest of
 ``plan``, never torch.

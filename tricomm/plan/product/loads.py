@@ -115,12 +115,14 @@ class Onward(NamedTuple):
         weight: elements.
         place: the host before the stretch that each goes round.
         sender: a host from which it comes.
+        at: which of the tile's hosts that is; -1 if none.
         span, offset, turn: see Visits.
     """
 
     weight: np.ndarray
     place: np.ndarray
     sender: np.ndarray
+    at: np.ndarray
     span: np.ndarray
     offset: np.ndarray
     turn: np.ndarray
@@ -135,7 +137,8 @@ class Onward(NamedTuple):
         turns = shared.turns(cells, part, sharing)
         sender = shared.hosts[shared.senders(chosen, part, sharing)]
         offsets = shared.offsets(chosen, cells, part, count)
-        return cls(numel / count, chosen.place, sender, chosen.spans, offsets, turns)
+        at = shared.rings.find(chosen.tile, sender)
+        return cls(numel / count, chosen.place, sender, at, chosen.spans, offsets, turns)
 
     def loads(self, hosts: int, rails: int, children: int) -> tuple[float, float, float, float]:
         """(heard, handed on, heard first, sent first) by the busiest NIC of so many hosts with so many NICs each, in
@@ -168,7 +171,8 @@ class Onward(NamedTuple):
                 given = self.weight[of_span, None] * _given_on(span, children)
                 np.add.at(sent, (rail[of_span, None].repeat(span, 1), at), given)
         # A host that has holders hands on what it hears from others, too.
-        handed_on = sent.max() + (starting.max() / rails if len(self.weight) else 0.0)
+        own = np.bincount(self.at + 1, self.weight, hosts + 1)[1:]
+        handed_on = (sent + own / rails).max()
         return float(heard.max()), float(handed_on), float(first.max()), float(starting.max())
 
 

@@ -174,7 +174,7 @@ class Cutting:
         """Elements of destination tiles."""
         return self.destination_line.sizes(np.stack(np.unravel_index(tiles, self.destination.parts), -1))
 
-    def pieces(self, copies: int, sharing: Sharing, rank: int | None) -> Pieces:
+    def pieces(self, copies: int, sharing: Sharing, rank: int | None, allotment: np.ndarray | None = None) -> Pieces:
         """What is sent.
 
         Args:
@@ -182,19 +182,27 @@ class Cutting:
             sharing: of the line of a tile's cells; where it leaves cells whole, holders may send more than others; so
                 may they by turns, but as many messages.
             rank: only what this rank sends or, in its own tile, receives; None is everything.
+            allotment: where cells are allotted, whose each is; see ``allotted``.
         """
         if rank is None:
-            return self.shared(self.every, copies, sharing)
+            return self.shared(self.every, copies, sharing, allotment=allotment)
         held, needed = self.source.find(rank), self.destination.find(rank)
         if held is not None:
-            return self.shared(self.held_in(held[0]), copies, sharing, holder=held[1])
+            return self.shared(self.held_in(held[0]), copies, sharing, holder=held[1], allotment=allotment)
         assert needed is not None
-        return self.shared(self.needed_in(needed[0]), copies, sharing, copy=needed[1] if copies > 1 else None)
+        copy = needed[1] if copies > 1 else None
+        return self.shared(self.needed_in(needed[0]), copies, sharing, copy=copy, allotment=allotment)
 
     def shared(
-        self, rows: np.ndarray, copies: int, sharing: Sharing, holder: int | None = None, copy: int | None = None
+        self,
+        rows: np.ndarray,
+        copies: int,
+        sharing: Sharing,
+        holder: int | None = None,
+        copy: int | None = None,
+        allotment: np.ndarray | None = None,
     ) -> Pieces:
-        """The pieces of some cells, of one holder and for one copy if they are given."""
+        """The pieces of some cells, of one holder and for one copy if they are given; see ``pieces``."""
         copy_of = np.zeros(len(rows), np.int64) if copy is None else np.full(len(rows), copy)
         if copies > 1 and copy is None:
             copy_of = np.tile(np.arange(copies), len(rows))
@@ -212,6 +220,8 @@ class Cutting:
             last = np.maximum(((begin + size) * count - 1 - sliver) // total, first)
             if ends is not None:
                 first, last = ends.find(sources, first), ends.find(sources, last)
+        elif allotment is not None:
+            first = last = allotment[(*rows.T, copy_of)]
         elif sharing.shares == BY_TURNS:
             first = last = turns_of(self.numbers_held(rows) * copies + copy_of, count) % count
         else:

@@ -96,33 +96,42 @@ class SharedHosts:
         self._tile_of = np.full(len(hosts), -1)
         self._tile_of[cutting.source.ranks] = np.arange(len(cutting.source.ranks))[:, None]
 
-    def visits(self, sharing: Sharing, rank: int | None) -> Visits:
+    def visits(self, sharing: Sharing, rank: int | None, skewed: bool = False) -> Visits:
         """What is sent if replicas hand it on.
 
         Args:
             sharing: of each cell.
             rank: only what this rank has part in; None is everything.
+            skewed: whether pieces of the next turn enter a host later; see ``Visits``.
         """
         found: list[Visits] = []
         for rows, holder in self._rows(rank):
             arcs, free = self.arcs(rows)
             cells = rows[free]
             pieces = self.cutting.shared(cells, 1, sharing, holder)
-            about = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings)
+            about = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings, skewed=skewed)
             found += [
                 about._replace(turns=self.turns(cells[pieces.cells], pieces.parts, sharing)),
-                self._onward(rows, arcs.take(np.flatnonzero(arcs.spans > 0)), sharing),
+                self._onward(rows, arcs.take(np.flatnonzero(arcs.spans > 0)), sharing, skewed),
                 self._beside(rows, arcs),
             ]
         joined = Visits.joined(found)
         return joined if rank is None else joined.take(self._with(joined, rank))
 
-    def pairs(self, sharing: Sharing, rank: int | None, parts_of: Callable[[Groups], PartGroups]) -> PairColumns:
+    def pairs(
+        self,
+        sharing: Sharing,
+        rank: int | None,
+        parts_of: Callable[[Groups], PartGroups],
+        allotment: np.ndarray | None = None,
+    ) -> PairColumns:
         """What is sent if each replica hears from a holder; at most one row for each pair of ranks.
 
         Args:
             sharing: of each cell, with one share a sender at most.
             rank: only what this rank has part in; None is everything.
+            parts_of: says of which stack regions are.
+            allotment: see ``Cutting.pieces``.
         """
         senders: list[np.ndarray] = []
         receivers: list[np.ndarray] = []
@@ -132,7 +141,7 @@ class SharedHosts:
             # Of what it needs, a rank looks at its own replica only.
             own = None if rank is None or holder is not None else self.cutting.destination.find(rank)
             copy = None if own is None or self.rings.replicas == 1 else own[1]
-            found = self.cutting.shared(rows[free], self.rings.replicas, sharing, holder, copy)
+            found = self.cutting.shared(rows[free], self.rings.replicas, sharing, holder, copy, allotment)
             near, to, pieces = self._from_arcs(rows, arcs, None if own is None else rank)
             senders += [found.senders, near]
             receivers += [self.cutting.destination.ranks[found.tiles, found.copies], to]
@@ -171,11 +180,11 @@ class SharedHosts:
         free[arcs.cell] = False
         return arcs, np.flatnonzero(free)
 
-    def _onward(self, rows: np.ndarray, arcs: Arcs, sharing: Sharing) -> Visits:
+    def _onward(self, rows: np.ndarray, arcs: Arcs, sharing: Sharing, skewed: bool) -> Visits:
         """What goes on to the hosts of arcs."""
         arc, part, count = self.parts(arcs, sharing)
         cells = rows[arcs.cell[arc]]
-        offsets = self.offsets(arcs.take(arc), cells, part, count)
+        offsets = self.offsets(arcs.take(arc), cells, part, count, skewed)
         kept, _, regions = self.cutting.cut(cells, Parts.even(part, count, self.cutting.numel(cells)))
         part, chosen = part[kept], arcs.take(arc[kept])
         hosts = self.rings.hosts[chosen.tile]
@@ -223,7 +232,9 @@ class SharedHosts:
         ranks: np.ndarray = self.holders.ranks[arcs.source, (first + number) % self.holders.replicas]
         return ranks
 
-    def offsets(self, arcs: Arcs, cells: np.ndarray, part: np.ndarray, count: np.ndarray) -> np.ndarray:
+    def offsets(
+        self, arcs: Arcs, cells: np.ndarray, part: np.ndarray, count: np.ndarray, skewed: bool = False
+    ) -> np.ndarray:
         """Where parts of cells enter the hosts of arcs, counted from the first: level for the parts of a cell, and for
         cells by where they lie in the tile.
         """
@@ -231,6 +242,8 @@ class SharedHosts:
         middles = self.cutting.destination_places(cells) + self.cutting.numel(cells) // 2
         turn = middles * self.rings.of_host * count + part * sizes
         entries: np.ndarray = turn % (sizes * count) * arcs.spans // (sizes * count) + self.rings.number[arcs.tile]
+        if skewed:
+            entries += turn // (sizes * count)
         entries %= arcs.spans
         return entries
 

@@ -9,6 +9,10 @@ BY_TURNS = -1
 """In the place of a number of shares: cells stay whole, and the holders of a tile take turns in sending them."""
 
 
+ALLOTTED = -2
+"""The same, but each cell is sent by the holder that has least to do; see ``allotted``."""
+
+
 class Sharing(NamedTuple):
     """Some holders of a tile, spread evenly over all of them, send equally many equal parts each.
 
@@ -16,7 +20,7 @@ class Sharing(NamedTuple):
 
     Attributes:
         senders: of a tile's holders, how many send.
-        shares: how many parts each sends; WHOLE and BY_TURNS leave cells whole, and all holders send.
+        shares: how many parts each sends; WHOLE, BY_TURNS and ALLOTTED leave cells whole, and all holders send.
         is_by_nic: whether NICs, not holders, send equal parts: the fewer ranks use a NIC, the more each sends.
 
     Example:

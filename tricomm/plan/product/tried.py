@@ -1,11 +1,14 @@
 """Moves of few ranks and few messages: ways are simulated, which costs little and is right where an estimate is not."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from operator import itemgetter
+from typing import Generic, NamedTuple, TypeVar
 
 from tricomm.layout.topology import Topology
-from tricomm.plan.cost import MessageColumns, busiest_nic_seconds, simulated_seconds
-from tricomm.plan.routes.joined import Routes
+from tricomm.plan.choice import ROUNDING
+from tricomm.plan.cost import MessageColumns, busiest_end_seconds, busiest_nic_seconds, simulated_seconds
+from tricomm.plan.routes.chunks import Message
+from tricomm.plan.routes.rounds import Hop
 
 SIMULATED_RANKS = 64
 """Up to so many ranks ways are simulated; one rank's part of more shall cost little, and loads differ less there."""
@@ -16,20 +19,48 @@ SIMULATED_HOPS = 1 << 14
 WORTH_A_CHANGE = 0.01
 """By how much a way must be faster than those that were expected to be; or if as fast, its busiest NIC less busy."""
 
+EQUAL = 0.001
+"""Ways that differ by less are as fast as each other: only then it matters what the busiest NIC does the other way."""
+
 Way = TypeVar("Way")
 Tried = TypeVar("Tried")
+
+
+class Candidate(NamedTuple, Generic[Way]):
+    """A way before it is simulated.
+
+    Attributes:
+        way: which.
+        columns: what all ranks send.
+        delay_seconds: by which it keeps others back.
+        bound_seconds: with the delay, that a simulation does not find less than.
+        expected_seconds: with the delay, what it should take.
+    """
+
+    way: Way
+    columns: MessageColumns
+    delay_seconds: float
+    bound_seconds: float
+    expected_seconds: float
+
+    @property
+    def hops(self) -> int:
+        """Of all chunks."""
+        return int(self.columns.chunk_counts[self.columns.links.chain].sum())
 
 
 def fastest(
     ways: Sequence[Way],
     seconds_of: Callable[[Way], float],
     delay_of: Callable[[Way], float],
-    routes_of: Callable[[Way], Routes],
+    messages_of: Callable[[Way], Sequence[Message]],
+    hops_of: Callable[[Way], Sequence[Hop]],
     topology: Topology,
 ) -> Way:
     """Simulate ways, those first that should be fast, until there are too many hops; the fastest, or the first.
 
-    Of those that are about as fast, it is one whose busiest NIC is least busy.
+    Of those that are about as fast, it is the fastest of those whose busiest NIC is least busy. An estimate may be
+    wrong, so no way is expected to take less than its messages say.
 
     Every rank finds the same, as it simulates what all ranks do.
 
@@ -37,27 +68,34 @@ def fastest(
         ways: at least one, plain ones first.
         seconds_of: what each should take.
         delay_of: by how much each keeps others back.
-        routes_of: what all ranks do.
+        messages_of, hops_of: what all ranks do.
         topology: hosts and rates.
     """
-    ordered = sorted(ways, key=lambda way: seconds_of(way) + delay_of(way))
-    tried: list[tuple[float, float, Way]] = []
+    found: list[Candidate[Way]] = []
+    for way in ways:
+        columns, delay = MessageColumns.of(messages_of(way)), delay_of(way)
+        bound = busiest_end_seconds(columns, topology) * (1 - ROUNDING) + delay
+        found.append(Candidate(way, columns, delay, bound, max(bound, seconds_of(way) + delay)))
+    ordered = sorted(found, key=lambda one: one.expected_seconds)
+    tried: list[tuple[float, tuple[float, float], Way]] = []
     hops = 0
-    for way in ordered:
-        routes = routes_of(way)
-        hops += len(routes.hops)
+    for one in ordered:
+        if tried and one.bound_seconds > min(tried, key=itemgetter(0))[0] * (1 + WORTH_A_CHANGE):
+            continue
+        hops += one.hops
         if hops > SIMULATED_HOPS:
             break
-        columns = MessageColumns.of(routes.messages)
-        seconds = simulated_seconds(columns, routes.hops, topology) + delay_of(way)
-        tried.append((seconds, busiest_nic_seconds(columns, topology), way))
+        seconds = simulated_seconds(one.columns, hops_of(one.way), topology) + one.delay_seconds
+        loads = busiest_nic_seconds(one.columns, topology)
+        tried.append((seconds, (max(loads), min(loads)), one.way))
     if not tried:
-        return ordered[0]
-    fast = [(busiest, way) for seconds, busiest, way in _least(tried, lambda one: one[0])]
-    return _least(fast, lambda one: one[0])[0][1]
+        return ordered[0].way
+    fast = _least(tried, itemgetter(0))
+    level = _least(fast, lambda one: one[1][0])
+    return _least(_least(level, itemgetter(0), EQUAL), lambda one: one[1][1])[0][2]
 
 
-def _least(ways: Sequence[Tried], seconds_of: Callable[[Tried], float]) -> list[Tried]:
+def _least(ways: Sequence[Tried], seconds_of: Callable[[Tried], float], more: float = WORTH_A_CHANGE) -> list[Tried]:
     """Those that take about as long as the fastest, in their order."""
-    limit = min(map(seconds_of, ways)) * (1 + WORTH_A_CHANGE)
+    limit = min(map(seconds_of, ways)) * (1 + more)
     return [way for way in ways if seconds_of(way) <= limit]

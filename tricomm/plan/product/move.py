@@ -1,0 +1,189 @@
+"""A move that formulas can route, and its routes by a way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from tricomm.layout.columns import Groups
+from tricomm.layout.part_table import part_table
+from tricomm.layout.spec import ShardingSpec
+from tricomm.plan.parts import PartGroups
+from tricomm.plan.product.allotted import allotted
+from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
+from tricomm.plan.product.loads import Loads
+from tricomm.plan.product.nics import Nics, nics_of, share_hosts, units_of
+from tricomm.plan.product.pieces import Cutting
+from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
+from tricomm.plan.product.shared import SharedHosts
+from tricomm.plan.product.sharing import ALLOTTED, Sharing
+from tricomm.plan.product.way import Way
+from tricomm.plan.refine import cells
+from tricomm.plan.routes.chunks import PairColumns, RouteContext, Unicasts, unicast
+from tricomm.plan.routes.joined import Routes
+from tricomm.plan.routes.rounds import schedule
+from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy
+from tricomm.plan.tasks import wire_itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProductMove:
+    """A move that formulas can route.
+
+    Attributes:
+        source, destination: the grids.
+        holders: the ranks of each tile of the source, by host.
+        rings: those of the destination's.
+        cutting: of the source's tiles.
+        shared: what is sent where a host has ranks of both meshes, else None.
+        sending, receiving: the NICs of either side.
+        context: what a strategy may know.
+        strategy: as asked.
+        stack, itemsize: the number of the stack, and bytes of an element on the wire.
+        senders: the source's ranks.
+        participants: all ranks of either mesh, sorted.
+        has_company: whether other stacks move at the same time.
+    """
+
+    source: Grid
+    destination: Grid
+    holders: Rings
+    rings: Rings
+    cutting: Cutting
+    shared: SharedHosts | None
+    sending: Nics
+    receiving: Nics
+    context: RouteContext
+    strategy: Auto | SendRecv | Broadcast | GlobalAllGather
+    stack: int
+    itemsize: int
+    senders: tuple[int, ...]
+    participants: Sequence[int]
+    has_company: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        source: ShardingSpec,
+        destination: ShardingSpec,
+        stack: int,
+        context: RouteContext,
+        participants: Sequence[int],
+        strategy: Strategy | Auto = Auto(),  # noqa: B008  an immutable value
+        *,
+        has_company: bool = False,
+    ) -> "ProductMove | None":
+        """None where formulas do not apply: explicit holdings, NICs that differ in a mesh, nothing to move, a strategy
+        that is none of theirs, or no replicas, where each element has one way to go and nothing is to be chosen.
+        """
+        topology = context.topology
+        if not (is_product(source) and is_product(destination)) or 0 in (*source.global_shape, source.mesh.size):
+            return None
+        if not source.global_shape or (source.exclusive and destination.exclusive):
+            return None
+        if not isinstance(strategy, Auto | SendRecv | Broadcast | GlobalAllGather):
+            return None
+        sending, receiving = nics_of(source.mesh, topology), nics_of(destination.mesh, topology)
+        if sending is None or receiving is None:
+            return None
+        first, second = grid_of(source), grid_of(destination)
+        holders, rings = Rings.of(first, topology), Rings.of(second, topology)
+        per_dim = [cells(*parts) for parts in zip(part_table(source).parts, part_table(destination).parts, strict=True)]
+        is_shared = share_hosts(source.mesh, destination.mesh, topology)
+        cutting = Cutting(per_dim, first, second, alone=is_shared, units=units_of(first, topology))
+        shared = SharedHosts(cutting, holders, rings, topology.host_numbers) if is_shared else None
+        senders = source.mesh.ranks
+        return cls(
+            first,
+            second,
+            holders,
+            rings,
+            cutting,
+            shared,
+            sending,
+            receiving,
+            context,
+            strategy,
+            stack,
+            wire_itemsize(source, destination),
+            senders,
+            participants,
+            has_company,
+        )
+
+    @property
+    def rails(self) -> int:
+        """NICs of a host through which the replicas of a tile hear."""
+        return max(self.rings.of_host // self.receiving.ranks, 1)
+
+    @property
+    def tile_nbytes(self) -> int:
+        """Bytes of the largest tile of the destination."""
+        return self.cutting.destination_line.largest * self.itemsize
+
+    def loads(self, messages: int, sharing: Sharing, kinds: Sequence[int]) -> list[Loads]:
+        """What the NICs of a tile's replicas carry if it comes in so many messages, shared so among holders; for some
+        numbers of children.
+        """
+        if self.shared is not None:
+            return Loads.among(self.shared, self.rails, messages, sharing, kinds)
+        return [Loads.apart(self.rings.most_hosts, self.rails, messages, children) for children in kinds]
+
+    def delay(self, way: Way) -> float:
+        """Seconds by which a way may keep back other stacks that move at the same time.
+
+        Where receivers are the slower side, it is all the same to a stack alone how many of its holders send. But ties
+        fall alike for all stacks of a set, on the same holders, and those then keep the whole set waiting.
+        """
+        return way.uneven_seconds if self.has_company else 0.0
+
+    def routes_of(self, way: Way, rank: int | None = None) -> Routes:
+        """What all ranks do by a way, or what one has part in."""
+        messages, topology = self.messages_of(way, rank), self.context.topology
+        if isinstance(messages, Unicasts):
+            direct = self.strategy if isinstance(self.strategy, SendRecv) else SendRecv()
+            return Routes(direct, messages, schedule(messages, self.participants, topology))
+        strategy = Broadcast() if isinstance(self.strategy, Auto) else self.strategy
+        places = {one: place for place, one in enumerate(self.senders)}
+        hops = ring_hops(messages, way.sharing.each, places, self.participants, topology, rank)
+        return Routes(strategy, messages, hops)
+
+    def messages_of(self, way: Way, rank: int | None = None) -> Unicasts | RingMessages:
+        """The same without the order."""
+        return self._directly(way, rank) if way.children == 0 else self._round_about(way, rank)
+
+    def _parts(self, regions: Groups) -> PartGroups:
+        """Regions of the stack."""
+        return PartGroups(self.stack, self.itemsize, regions)
+
+    def _directly(self, way: Way, rank: int | None) -> Unicasts:
+        allotment = _allotment(self) if way.sharing.shares == ALLOTTED else None
+        if self.shared is not None:
+            pairs = self.shared.pairs(way.sharing, rank, self._parts, allotment)
+        else:
+            pieces = self.cutting.pieces(self.rings.replicas, way.sharing, rank, allotment)
+            receivers = self.destination.ranks[pieces.tiles, pieces.copies]
+            order = np.lexsort((receivers, pieces.senders))
+            parts = self._parts(pieces.regions.take(order))
+            pairs = PairColumns(pieces.senders[order], receivers[order], parts)
+        chunk_bytes = self.strategy.chunk_bytes if isinstance(self.strategy, SendRecv) else None
+        return unicast(pairs, chunk_bytes, self.context)
+
+    def _round_about(self, way: Way, rank: int | None) -> RingMessages:
+        if self.shared is not None:
+            visits = self.shared.visits(way.sharing, rank, way.skewed)
+        else:
+            pieces = self.cutting.pieces(1, way.sharing, rank)
+            sizes = self.cutting.sizes_of(pieces.tiles)
+            visits = Visits.round_about(pieces, sizes, self.rings, way.by_replica, way.skewed)
+        return RingMessages.of(visits, self.rings, way.children, self._parts, way.chunks_of)
+
+
+@lru_cache(maxsize=64)
+def _allotment(move: ProductMove) -> np.ndarray:
+    """Of all cells that have no holder on a host where they are needed; by identity of the move."""
+    rows = move.cutting.every
+    if move.shared is not None:
+        rows = rows[move.shared.arcs(rows)[1]]
+    return allotted(move.cutting, rows, move.rings.replicas, move.itemsize, move.context.topology)
