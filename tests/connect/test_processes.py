@@ -15,6 +15,7 @@ import pytest
 from tests.connect import workers
 from tests.connect.workers import SECRET, SIZES, TIMEOUT_SECONDS
 from tricomm import Meeting
+from tricomm.connect.meeting.host import SILENT_SECONDS
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +177,53 @@ def test_a_rank_that_comes_twice_is_told_and_the_group_goes_on(start: Start) -> 
     assert f"process {ranks[4].process.pid})" in text
     assert seconds < 6.0
     assert all(rank.process.is_alive() for rank in ranks)
+
+
+def told(start: Start, victim: tuple[str, int], what: str) -> dict[tuple[str, int], tuple[str, float]]:
+    """What each rank says that one of them does, and after how many seconds; of one that is stopped, nothing."""
+    ranks = {place: start(workers.abide, *place, what if place == victim else "") for place in PLACES}
+    return {place: rank.said() for place, rank in ranks.items() if place != victim or what != "is silent"}
+
+
+def test_a_job_that_leaves_in_peace_is_named(start: Start) -> None:
+    found = told(start, ("trainer", 1), "leaves")
+    for place in PLACES[2:]:
+        text, seconds = found[place]
+        assert "rank 1, which is rank 1 of side 'trainer'" in text
+        assert "has left epoch 1" in text
+        assert seconds < 3.0
+
+
+def test_a_host_that_says_nothing_any_more_is_named_after_twenty_seconds(start: Start) -> None:
+    for text, seconds in told(start, ("server", 1), "is silent").values():
+        assert "rank 3, which is rank 1 of side 'server'" in text
+        assert "gave no sign of life for 20 s" in text
+        assert SILENT_SECONDS - 2.0 < seconds < SILENT_SECONDS + 5.0
+
+
+def test_a_rank_that_passes_a_wrong_tensor_is_named(start: Start) -> None:
+    found = told(start, ("server", 1), "passes a wrong tensor")
+    own, _ = found.pop(("server", 1))
+    assert own.startswith("SpecError: ")
+    for text, seconds in found.values():
+        assert "the push of version 1 failed: rank 3: SpecError: " in text or "rank 3 failed" in text, text
+        assert seconds < TIMEOUT_SECONDS
+
+
+@pytest.mark.parametrize("what", ["sizes", "order", "versions"])
+def test_what_the_sides_do_not_agree_about_is_told_to_both_at_once(start: Start, what: str) -> None:
+    other: dict[str, Any] = {
+        "sizes": {"side_sizes": {"trainer": 2, "server": 4}},
+        "order": {"side_sizes": {"server": 3, "trainer": 2}},
+    }
+    ranks = [start(workers.come, "trainer", 0, {})]
+    if what == "versions":
+        ranks.append(start(workers.come_with, "server", 0, "9.9.9"))
+    else:
+        ranks.append(start(workers.come, "server", 0, other[what]))
+    texts, seconds = zip(*(rank.said() for rank in ranks), strict=True)
+    assert len(set(texts)) == 1, texts
+    for rank in ranks:
+        assert f"process {rank.process.pid})" in texts[0]
+    assert {"sizes": "that it has 4", "order": "in the same order", "versions": "torch 9.9.9"}[what] in texts[0]
+    assert min(seconds) < 2.0, "whoever came last"

@@ -11,7 +11,8 @@ import torch
 
 import tricomm
 from tests.oracle import pick
-from tricomm import Feed, Mesh, Shard, ShardingSpec, TransportError, World
+from tricomm import Feed, Mesh, Shard, ShardingSpec, SpecError, TransportError, World
+from tricomm.connect import facts
 from tricomm.connect.ballot import Ballot
 from tricomm.transport.communicator import Communicator
 
@@ -34,8 +35,8 @@ def full(version: int) -> torch.Tensor:
 
 def join(address: str, side: str, rank: int, is_first: bool = True, **options: Any) -> World:
     sizes: dict[str, int | None] = {name: size if is_first or name == side else None for name, size in SIZES.items()}
-    given = {"secret": SECRET, "timeout_seconds": 40.0, "device": "cpu", **options}
-    return tricomm.connect(address, side=side, side_rank=rank, side_sizes=sizes, **given)
+    given = {"side_sizes": sizes, "secret": SECRET, "timeout_seconds": 40.0, "device": "cpu", **options}
+    return tricomm.connect(address, side=side, side_rank=rank, **given)
 
 
 def come(address: str, side: str, rank: int, pipe: Connection, options: dict[str, Any]) -> None:
@@ -50,6 +51,42 @@ def come(address: str, side: str, rank: int, pipe: Connection, options: dict[str
     pipe.send(("", time.monotonic() - began))
     time.sleep(60)
     world.close()
+
+
+def come_with(address: str, side: str, rank: int, pipe: Connection, version: str) -> None:
+    """Join as a process with another torch would."""
+    real = facts.facts_of
+    facts.facts_of = lambda device: tuple((what, version if what == "torch" else found) for what, found in real(device))
+    come(address, side, rank, pipe, {})
+
+
+def abide(address: str, side: str, rank: int, pipe: Connection, what: str) -> None:
+    """Join, do something else than the others, if it is told what, or wait for a push; say how that ended."""
+    torch.set_num_threads(1)
+    world = join(address, side, rank)
+    specs = world.exchange(OWN[side], 20.0)
+    feed = Feed(world, specs, source="trainer", destination="server", timeout_seconds=TIMEOUT_SECONDS)
+    shape = specs[side]["w"].local_shape(world.rank())
+    tensors = {"w": torch.zeros(7) if what == "passes a wrong tensor" else torch.zeros(shape)}
+    world.get_group_store().add("all are here", 1)
+    while world.get_group_store().find("all are here") != str(world.size()).encode():
+        time.sleep(0.01)
+    began = time.monotonic()
+    try:
+        if what == "leaves":
+            world.close()
+            pipe.send(("", 0.0))
+            return
+        if what == "is silent":
+            end(signal.SIGSTOP)
+        if side == "server":
+            feed.pull(tensors, 40.0)
+        else:
+            feed.push(tensors, 1, wait_seconds=40.0).wait()
+        pipe.send(("published", time.monotonic() - began))
+    except (TransportError, SpecError) as error:
+        pipe.send((f"{type(error).__name__}: {error}", time.monotonic() - began))
+    time.sleep(1.0)  # others may still ask
 
 
 def end(number: int) -> None:

@@ -98,7 +98,7 @@ class Terms:
         participants: who must come, sorted.
         arrived: when this rank came.
         deadline: until when it waits.
-        dead: ranks known to have died, and how that is known.
+        dead: ranks known to have died or left, and how that is known; more may come while the rank waits.
     """
 
     epoch: CallEpoch
@@ -200,8 +200,9 @@ def advance(state: State, view: View, terms: Terms) -> tuple[State, Action]:
 
 def _hopeless(view: View, terms: Terms, absent: tuple[int, ...]) -> Abort | None:
     """The absent do not come, as is known or must be assumed; None as long as they may."""
-    if absent and all(rank in terms.dead for rank in absent) and view.now >= terms.arrived + DEAD_SECONDS:
-        text = f"{terms.dead[absent[0]]}; it did not come back. Ranks {list(terms.participants)} must all call"
+    fates = [terms.dead.get(rank) for rank in absent]
+    if fates and None not in fates and view.now >= terms.arrived + DEAD_SECONDS:
+        text = f"{fates[0]}; it did not come back. Ranks {list(terms.participants)} must all call"
         return Abort(text, None, (terms.epoch,), absent)
     if view.missed is not None:
         rank, text = view.missed

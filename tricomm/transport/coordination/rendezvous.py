@@ -235,7 +235,8 @@ class Rendezvous:
     ) -> str:
         """Be at one rendezvous; returns its outcome."""
         is_last = self.store.add(_count_key(epoch, intent.digest), 1) == len(intent.participants)
-        terms = Terms(epoch, intent.participants, time.monotonic(), deadline, dict(self._dead))
+        # Not a copy: somebody may die, or leave, while this rank waits for it.
+        terms = Terms(epoch, intent.participants, time.monotonic(), deadline, self._dead)
         state, view = State(), View(terms.arrived, is_last=is_last)
         run = Run(0, 0, intent.call, Place.of(f"rendezvous/{epoch.name}", timeout_seconds))
         crowd = max(len(intent.participants) / RANKS_AT_ONCE, 1.0)
