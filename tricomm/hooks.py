@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.kinds import checks_kinds
+from tricomm.layout.blocks import checked_blocks, first_cut_inside
+from tricomm.layout.spec import ShardingSpec
 from tricomm.rules.names import Scope, frozen, references
 
 BeforeHook = Callable[[str, dict[str, Any]], Mapping[str, Any]]
@@ -46,6 +48,8 @@ class Hooks:
 
     Args:
         before, after: hooks by the name of their module.
+        blocks: the size of blocks by the name of a tensor, such as (128, 128) where each has a scale: layouts that cut
+            one are refused. ``ShardingSpec.on_blocks`` gives layouts that do not.
         indices: the values of each index variable (a range or a list), and tables, by name.
 
     Raises:
@@ -72,12 +76,15 @@ class Hooks:
 
     before: tuple[tuple[str, BeforeHook], ...]
     after: tuple[tuple[str, AfterHook], ...]
+    blocks: tuple[tuple[str, tuple[int, ...]], ...]
     scope: Scope
 
     def __init__(
         self,
         before: Mapping[str, BeforeHook] | None = None,
         after: Mapping[str, AfterHook] | None = None,
+        *,
+        blocks: Mapping[str, Sequence[int]] | None = None,
         **indices: object,
     ) -> None:
         for option, given in (("before", before), ("after", after)):
@@ -87,15 +94,53 @@ class Hooks:
                 if not isinstance(module, str) or not callable(run):
                     raise ArgumentError(f"{option}={{{module!r}: {run!r}}} is no function under the name of a module")
             object.__setattr__(self, option, tuple((given or {}).items()))
+        if blocks is not None and not isinstance(blocks, Mapping):
+            raise ArgumentError(f"blocks={blocks!r} is no mapping; write blocks={{'layers.{{l}}.w': (128, 128)}}")
+        sizes = {name: checked_blocks(size, None) for name, size in (blocks or {}).items()}
+        object.__setattr__(self, "blocks", tuple(sizes.items()))
         scope = Scope(tuple((name, frozen(name, values)) for name, values in indices.items()))
         object.__setattr__(self, "scope", scope)
-        for template, _ in (*self.before, *self.after):
+        for template, _ in (*self.before, *self.after, *self.blocks):
             self._modules(template)
 
     def _modules(self, template: str) -> list[str]:
         """The name of each module that a name with indices stands for."""
         variables = dict.fromkeys(reference.variable for reference in references(template))
         return [scope.name(template) for scope in self.scope.over(tuple(variables))]
+
+    @checks_kinds
+    def check_blocks(self, specs: Sequence[tuple[str, ShardingSpec]], rank: int) -> None:
+        """Refuse layouts that cut blocks of what a rank holds.
+
+        Args:
+            specs: (name, layout) of all tensors of both sides.
+            rank: whose hooks these are.
+
+        Raises:
+            SpecError: one does, or there is no such tensor.
+
+        Example:
+            >>> from tricomm import Mesh, Shard, ShardingSpec
+            >>> rows = ShardingSpec(Mesh([0, 1], ("tp",)), (Shard(0),), (384, 256))
+            >>> Hooks(blocks={"w": (128, 128)}).check_blocks([("w", rows.on_blocks((128, 128)))], rank=0)
+            >>> Hooks(blocks={"w": (128, 128)}).check_blocks([("w", rows)], rank=0)
+            Traceback (most recent call last):
+            tricomm.errors.SpecError: 'w' on rank 0 is cut at 192 of dim 0, inside of a block of (128, 128), ...
+        """
+        for template, given in self.blocks:
+            for name in self._modules(template):
+                found = [spec for one, spec in specs if one == name]
+                if not found:
+                    raise SpecError(f"blocks={{{template!r}: ...}} names {name!r}, which no side has; name its tensors")
+                for spec in [one for one in found if rank in one.mesh]:
+                    sizes = checked_blocks(given, len(spec.global_shape))
+                    cut = first_cut_inside(spec.holding(rank), sizes, spec.global_shape)
+                    if cut is not None:
+                        raise SpecError(
+                            f"{name!r} on rank {rank} is cut at {cut[1]} of dim {cut[0]}, inside of a block of "
+                            f"{sizes}, which its hook would see in parts; take the layout's .on_blocks({sizes}), or "
+                            "other axes"
+                        )
 
     @checks_kinds
     def bind(

@@ -169,6 +169,7 @@ class Selections(Gradients):
         ends = self.plan.ends
         if not self.plan.is_mapping:
             raise SpecError("hooks are called for modules by name, and one tensor alone has none; pass mappings")
+        hooks.check_blocks([*ends.sources, *ends.destinations], self.rank)
         names = [[one.name for one in side] for side in (ends.sources, ends.destinations)]
         here = [{one.name for one in side if self.rank in one.spec.mesh} for side in (ends.sources, ends.destinations)]
         return hooks.bind(*names, *here)

@@ -139,7 +139,8 @@ CALLS: Calls = {
     "GlobalAllGather": (tricomm.GlobalAllGather, {"chunk_bytes": 64}),
     "Hooks": (tricomm.Hooks, {
         "before": {"l.{l}": lambda _module, tensors: tensors}, "after": {"l.{l}": lambda _module, _tensors: None},
-        "l": [0, 1]}),
+        "blocks": {"l.{l}.w": (128, 128)}, "l": [0, 1]}),
+    "Hooks.check_blocks": (tricomm.Hooks(blocks={"w": (1, 1)}).check_blocks, {"specs": [("w", ROWS)], "rank": 0}),
     "Hooks.bind": (tricomm.Hooks(after={"w": lambda _module, _tensors: None}).bind, {
         "sources": ["w"], "destinations": ["w"], "sent": ["w"], "needed": {"w"}}),
     "LeastLoaded": (tricomm.LeastLoaded, {}),
@@ -216,6 +217,8 @@ CALLS: Calls = {
         "mesh": ONE, "dims": ("S0",), "shape": (4,), "dtype": "int8"}),
     "ShardingSpec.explicit": (ShardingSpec.explicit, {
         "holdings": {0: (((0, 4),),)}, "shape": (4,), "dtype": "int8"}),
+    "ShardingSpec.trimmed": (ROWS.trimmed, {"shape": (2, 2)}),
+    "ShardingSpec.on_blocks": (ROWS.on_blocks, {"blocks": (2, 2)}),
     "ShardingSpec.resolved": (WHOLE.resolved, {"source": ROWS}),
     "ShardingSpec.cutting_axes": (WHOLE.cutting_axes, {"dim": 0}),
     "ShardingSpec.holding": (ROWS.holding, {"rank": 0}),

@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Any
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.interop import TorchLayout, describe_dtensor, is_device_mesh, is_dtensor
 from tricomm.kinds import explains_missing
+from tricomm.layout.blocks import checked_inside, in_blocks, of_blocks, trimmed_region
 from tricomm.layout.dtype import ITEMSIZE, dtype_name
 from tricomm.layout.intervals import Intervals, Region, merged, part_of_segments, region_shape, segments_of
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.notation import describe_layout, from_notation, to_notation
 from tricomm.layout.placement import Partial, Placement, Shard
-from tricomm.layout.spec_checks import canonical_axis_order, checked_holdings, checked_placements, checked_shape
+from tricomm.layout.spec_checks import (
+    canonical_axis_order,
+    check_mesh,
+    checked_holders,
+    checked_holdings,
+    checked_placements,
+    checked_shape,
+    incomplete,
+    no_such_dim,
+)
 from tricomm.layout.torch_layout import read_placements, write_placements
 
 if TYPE_CHECKING:
@@ -73,8 +83,7 @@ class ShardingSpec:
         *,
         holdings: tuple[Holding, ...] | None = None,
     ) -> None:
-        if not isinstance(mesh, Mesh):
-            raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
+        check_mesh(mesh)
         set_field = object.__setattr__
         set_field(self, "mesh", mesh)
         set_field(self, "_held", None)
@@ -111,8 +120,7 @@ class ShardingSpec:
             >>> print(ShardingSpec.from_dims(mesh, ["S01", "R"], (8, 6), "float32"))
             float32[8/dp/tp, 6] on (dp=2 tp=2: ranks 0-3)
         """
-        if not isinstance(mesh, Mesh):
-            raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
+        check_mesh(mesh)
         placements, axis_order = from_notation(mesh, dims)
         shape = None if shape is None else checked_shape(shape)
         if shape is not None and len(shape) != len(dims):
@@ -144,15 +152,7 @@ class ShardingSpec:
             (8, 16)
         """
         global_shape = checked_shape(shape)
-        if not isinstance(holdings, Mapping):
-            raise ArgumentError(
-                f"holdings={holdings!r} is not a mapping; write {{rank: holding}}, such as {{0: (((0, 4),),)}}"
-            )
-        if not holdings:
-            raise SpecError("explicit holdings are empty; name at least one rank")
-        mesh = Mesh(list(holdings), ("rank",))
-        ranks = sorted(mesh.ranks)
-        given: Any = tuple(holdings[rank] for rank in ranks)
+        ranks, given = checked_holders(holdings)
         return cls(Mesh(ranks, ("rank",)), (), global_shape, dtype, holdings=given)
 
     @classmethod
@@ -235,6 +235,40 @@ class ShardingSpec:
             raise SpecError(f"{self} is explicit, which torch has no placements for; keep the ShardingSpec")
         return write_placements(self.mesh, self.placements, self.cutting_axes, self.shape)
 
+    @explains_missing
+    def trimmed(self, shape: Sequence[int]) -> "ShardingSpec":
+        """The layout of a smaller tensor that is cut as this padded one is: each rank keeps what is real of its part.
+
+        Raises:
+            SpecError: the shape is not inside of this one's.
+
+        Example:
+            >>> padded = ShardingSpec(Mesh([0, 1, 2], ("tp",)), (Shard(0),), (192, 8))  # a vocabulary of 130 tokens
+            >>> [padded.trimmed((130, 8)).local_shape(rank) for rank in range(3)]
+            [(64, 8), (64, 8), (2, 8)]
+        """
+        smaller = checked_inside(shape, self.global_shape)
+        held = {rank: trimmed_region(self.holding(rank), smaller) for rank in self.mesh.ranks}
+        return ShardingSpec.explicit(held, smaller, self.dtype)
+
+    @explains_missing
+    def on_blocks(self, blocks: Sequence[int]) -> "ShardingSpec":
+        """The same layout with cuts on whole blocks, (128, 128) of a matrix, which are shared out as elements were.
+
+        Raises:
+            SpecError: a segment is no whole number of blocks, or the layout is Partial or explicit.
+
+        Example:
+            >>> rows = ShardingSpec(Mesh([0, 1], ("tp",)), (Shard(0),), (384, 256))
+            >>> [rows.on_blocks((128, 128)).local_shape(rank) for rank in range(2)]
+            [(256, 256), (128, 256)]
+        """
+        placements, shape, sizes = in_blocks(self.placements, self.global_shape, blocks, self.holdings is not None)
+        coarse = ShardingSpec(self.mesh, placements, shape, axis_order=self.axis_order)
+        held = {rank: of_blocks(coarse.holding(rank), sizes, self.global_shape) for rank in self.mesh.ranks}
+        same = all(self.holding(rank) == one for rank, one in held.items())
+        return self if same else ShardingSpec.explicit(held, self.global_shape, self.dtype)
+
     def resolved(self, source: "ShardingSpec") -> "ShardingSpec":
         """Take shape and dtype from ``source`` where this spec leaves them out.
 
@@ -261,7 +295,7 @@ class ShardingSpec:
         (8, 6)
         """
         if self.shape is None:
-            raise self._incomplete()
+            raise incomplete(str(self), shape=self.shape, dtype=self.dtype)
         return self.shape
 
     @property
@@ -272,14 +306,8 @@ class ShardingSpec:
         'float16'
         """
         if self.dtype is None:
-            raise self._incomplete()
+            raise incomplete(str(self), shape=self.shape, dtype=self.dtype)
         return self.dtype
-
-    def _incomplete(self) -> SpecError:
-        """All that is missing, at once."""
-        missing = [name for name in ("shape", "dtype") if getattr(self, name) is None]
-        remedy = ", ".join(f"{name}=..." for name in missing)
-        return SpecError(f"{self} has no {' and no '.join(missing)}; write ShardingSpec(mesh, placements, {remedy})")
 
     @property
     def itemsize(self) -> int:
@@ -310,23 +338,14 @@ class ShardingSpec:
         (1, 0)
         """
         if type(dim) is not int or (self.shape is not None and not 0 <= dim < len(self.shape)):
-            raise self._no_dim(dim)
+            raise no_such_dim(dim, str(self), self.global_shape)
         if self.holdings is not None:
             return ()
-        axes: list[int] = []
-        for axis in self.axis_order or ():
-            placement = self.placements[axis]
-            if isinstance(placement, Shard) and placement.dim == dim:
-                axes.append(axis)
-        return tuple(axes)
+        placements, order = self.placements, self.axis_order or ()
+        return tuple([axis for axis in order if isinstance(one := placements[axis], Shard) and one.dim == dim])
 
-    def _no_dim(self, dim: object) -> SpecError:
-        if not isinstance(dim, int) or isinstance(dim, bool):
-            return ArgumentError(f"dim={dim!r} is not an integer; name one tensor dim")
-        return SpecError(f"dim={dim} is no dim of {self}; give one from 0 to {len(self.global_shape) - 1}")
-
-    def _dim_intervals(self, dim: int, coordinate: Mapping[int, int]) -> Intervals:
-        """What a rank at ``coordinate`` (mesh axis -> index) holds of a dim."""
+    def _dim_intervals(self, dim: int, coordinate: Mapping[int, int] | Sequence[int]) -> Intervals:
+        """What a rank at ``coordinate`` (an index per mesh axis) holds of a dim."""
         extent = self.global_shape[dim]
         held: Intervals = merged(((0, extent),))
         for axis in self.cutting_axes(dim):
@@ -353,8 +372,7 @@ class ShardingSpec:
         assert self._held is not None
         found = self._held.get(rank)
         if found is None:
-            coordinate = dict(enumerate(indices))
-            found = tuple(self._dim_intervals(dim, coordinate) for dim in range(len(self.global_shape)))
+            found = tuple(self._dim_intervals(dim, indices) for dim in range(len(self.global_shape)))
             self._held[rank] = found
         return found
 

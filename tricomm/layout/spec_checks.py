@@ -27,6 +27,42 @@ def checked_shape(shape: object) -> tuple[int, ...]:
     return checked
 
 
+def checked_holders(holdings: object) -> tuple[list[int], Any]:
+    """The ranks of explicit holdings, sorted, and what each holds.
+
+    Raises:
+        SpecError: there are none; an ArgumentError where it is no mapping of ranks.
+    """
+    if not isinstance(holdings, Mapping):
+        raise ArgumentError(
+            f"holdings={holdings!r} is not a mapping; write {{rank: holding}}, such as {{0: (((0, 4),),)}}"
+        )
+    if not holdings:
+        raise SpecError("explicit holdings are empty; name at least one rank")
+    ranks = sorted(Mesh(list(holdings), ("rank",)).ranks)
+    return ranks, tuple([holdings[rank] for rank in ranks])
+
+
+def no_such_dim(dim: object, spec: str, shape: tuple[int, ...]) -> SpecError:
+    """What is wrong with a dim of a spec."""
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        return ArgumentError(f"dim={dim!r} is not an integer; name one tensor dim")
+    return SpecError(f"dim={dim} is no dim of {spec}; give one from 0 to {len(shape) - 1}")
+
+
+def incomplete(spec: str, **fields: object) -> SpecError:
+    """All that is missing of a spec, at once."""
+    missing = [name for name, value in fields.items() if value is None]
+    remedy = ", ".join(f"{name}=..." for name in missing)
+    return SpecError(f"{spec} has no {' and no '.join(missing)}; write ShardingSpec(mesh, placements, {remedy})")
+
+
+def check_mesh(mesh: object) -> None:
+    """Refuse what is no mesh, with an ArgumentError."""
+    if not isinstance(mesh, Mesh):
+        raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
+
+
 def checked_placements(mesh: Mesh, given: object, shape: tuple[int, ...] | None) -> tuple[Placement, ...]:
     """One placement per mesh axis, that fits the shape if it is known.
 

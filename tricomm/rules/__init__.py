@@ -40,6 +40,13 @@ Each of them is an ordinary item of shape ``piece.shape``; only packing and unpa
 ``piece.strided`` and ``piece.source_strided`` give for a tensor of any strides, and for a rank's shard after
 :func:`to_local` and :func:`to_local_source`.
 
+**What pads a tensor.** Megatron fills a vocabulary up to a multiple of 128 per rank, vLLM and SGLang to one of 64, each
+with zeros that the other side has not. Where a side's tensors are moved with their padding, the map says so: ``cat``
+with ``fill``, which ``reverse`` leaves out, and nothing of it travels. No placement does, since what a rank holds are
+coordinates of one tensor, and those of the padding would be nobody's on the other side. Where the padding is to stay as
+it is, no map is needed: ``padded.trimmed((130, 64))`` is the layout of the real rows on the ranks of a padded tensor,
+and ``out`` is ``weight[:rows]`` of each rank's ``local_shape``.
+
 Imports numpy, ``tricomm.errors`` and ``tricomm.layout``, never torch.
 """
 
