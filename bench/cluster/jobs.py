@@ -101,9 +101,8 @@ def main() -> None:
             within.append(max(ranks.run(plain, rate)[:TRAINERS]))
     (seconds, bound), plainly = statistics.median_low(found), statistics.median_low(within)
     print(f"a push of {SHAPE} float32, {TRAINERS} to {HOSTS - TRAINERS} hosts, median of {ROUNDS} times {PUSHES}")
-    print(
-        f"{seconds:.3f} s; the NICs need {bound:.3f} s, their {NIC_BITS_PER_SECOND / 1e6:.0f} Mbit/s less the headers"
-    )
+    nominal = NIC_BITS_PER_SECOND / 1e6
+    print(f"{seconds:.3f} s; the NICs need {bound:.3f} s, of {nominal:.0f} Mbit/s less the headers")
     print(f"{seconds / bound:.3f} x the NIC bound; {seconds / plainly:.3f} x the same move within one job")
 
 
