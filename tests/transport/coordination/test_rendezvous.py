@@ -101,6 +101,32 @@ def test_a_rank_that_refuses_tells_the_others_and_its_next_call_is_met() -> None
     assert group.run(joining("a"), joining("a"))[0] == Agreed(5, "")
 
 
+def test_a_refusal_is_settled_once_the_ranks_have_met() -> None:
+    """Whoever refused a call and has made it since is not said to refuse another one, in which it is slow."""
+    group = Group(3)
+    everybody, pair = intent("all", (0, 1, 2)), intent("a")
+
+    def meet(rendezvous: Rendezvous, what: Intent = everybody) -> Agreed:
+        return rendezvous.join(what, TIMEOUT_SECONDS)
+
+    refusal = describe_refusal(1, "SpecError: no")
+    group.ranks[1].abort((0, 1), refusal, audience=(0, 1, 2))
+    assert group.run(joining("a")) == [refusal]
+    assert group.run(joining("a"), joining("a"))[0] == Agreed(2, "")
+    assert group.run(meet, after(0.5, meet), meet) == [Agreed(1, "")] * 3
+    # Of a call that nobody else knows: whoever has met the rank since knows that it goes on.
+    group.ranks[1].abort((1,), refusal, audience=(0, 1, 2))
+
+    def told_and_again(rendezvous: Rendezvous) -> Agreed:
+        with pytest.raises(TransportError, match="SpecError: no"):
+            meet(rendezvous, pair)
+        return meet(rendezvous, pair)
+
+    assert group.run(told_and_again, after(0.5, lambda one: meet(one, pair))) == [Agreed(4, "")] * 2
+    assert group.run(lambda one: meet(one, pair), after(0.5, lambda one: meet(one, pair))) == [Agreed(5, "")] * 2
+    assert group.run(meet, after(0.5, meet), meet)[2] == refusal, "rank 2 has not met it"
+
+
 def test_an_absent_rank_is_named_and_told_when_it_comes() -> None:
     group = Group(2)
     began = time.monotonic()

@@ -75,6 +75,11 @@ class Note(NamedTuple):
         """True if a rank must come there."""
         return any(rank in range(first, last + 1, max(step, 1)) for first, last, step in self.participants)
 
+    @property
+    def ranks(self) -> set[int]:
+        """Who must come there."""
+        return {rank for first, last, step in self.participants for rank in range(first, last + 1, max(step, 1))}
+
     @classmethod
     def of(cls, value: Sequence[Any]) -> "Note":
         """Read a note from what JSON gives back."""

@@ -164,6 +164,7 @@ class Rendezvous:
         if outcome.startswith(DONE):
             self._last_digest[epoch.name] = intent.digest
             self._was_late.discard(epoch.name)
+            self._settle(epoch, intent)
             if self._dead:
                 for rank in intent.participants:
                     self._dead.pop(rank, None)
@@ -183,6 +184,16 @@ class Rendezvous:
             raise ProblemError(text, problem["is_mismatch"], counts_anew)
         # The others aborted this epoch when this rank refused an earlier call: the next one is meant.
         return None
+
+    def _settle(self, epoch: CallEpoch, intent: Intent) -> None:
+        """Whoever has met this rank since it refused a call waits for that no longer; nobody does if this was it."""
+        with self._lock:
+            note = self._notes.get(intent.channel)
+            if note is None or note.digest is not None:
+                return
+            told = set() if note.epoch.name == epoch.name else note.ranks.difference(intent.participants)
+            self._notes[note.channel] = note._replace(participants=runs_of(sorted(told)))
+            self.store.set(f"now/{self.rank}", json.dumps(list(self._notes.values())))
 
     def note_late(self, participants: Sequence[int], channel: str) -> None:
         """This rank was told, in a call, that the others had given it up there."""
