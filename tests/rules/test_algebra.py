@@ -1,5 +1,6 @@
 """Random expressions against numpy's own reshape, transpose, slices, concatenate and broadcast_to."""
 
+import tracemalloc
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.cases import of_random_draws
 from tricomm.rules import Expression, Piece, Rules, cat, each, fill, source, stack, within, within_source
-from tricomm.rules.cover import coordinates, cover, without
+from tricomm.rules.cover import cover, without
 
 quick = of_random_draws("TRICOMM_FUZZ_RULES", 150)
 
@@ -136,7 +137,8 @@ def require_sound(pieces: tuple[Piece, ...], shape: tuple[int, ...]) -> None:
     counts = np.zeros(shape, int)
     for piece in pieces:
         assert min(piece.shape, default=2) > 1, "no digit of size 1"
-        counts[np.ix_(*[coordinates(piece, dim).reshape(-1) for dim in range(len(shape))])] += 1
+        for place, _ in places(piece):
+            counts[place] += 1
     assert (counts == 1).all()
 
 
@@ -242,6 +244,28 @@ def test_a_dim_may_have_more_coordinates_than_fit_into_memory() -> None:
     (end,) = within(whole, [((1 << 40, many),)])
     assert cover((many,), (end,)) == (1 << 40, (0,), None)
     assert cover((many,), (whole, end)) == (0, None, (1 << 40,))
+
+
+def test_a_long_dim_is_cut_without_being_listed() -> None:
+    """84 million elements, which would take a gigabyte one by one, taken away at odd places and in many runs."""
+    many = 84_000_001
+    whole_flat = source("flat", (many,))
+    parts = {"out": whole_flat[7:-5], "odd": whole_flat[:21].unflatten(0, (3, 7))}
+    flat = Rules(parts, drop=[whole_flat[-5:]])
+    tracemalloc.start()
+    back = flat.bind().reverse(fill=0)
+    (whole,) = Rules({"out": fill(0, (many,))}).bind().tensors[0].pieces
+    blocks = source("flat", (many,))[3:80_000_003].unflatten(0, (80, 1_000_000))[:, 1:999_999]
+    striped = Rules({"out": blocks}, drop=["flat"]).bind().tensors[0].pieces
+    left = without([whole], [piece.turned() for piece in striped])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert str(back) == f"flat ({many},): 3 pieces of odd, out"
+    assert [(piece.start, piece.shape) for piece in back.tensors[0].pieces] == [
+        ((0,), (7,)), ((7,), (many - 12,)), ((many - 5,), (5,))
+    ]  # fmt: skip
+    assert sum(piece.numel for piece in left) == many - 80 * 999_998
+    assert peak < 50e6
 
 
 @pytest.mark.parametrize(

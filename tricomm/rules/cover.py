@@ -7,7 +7,7 @@ to the same pieces behave alike, and counting is done on one cell for each combi
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
-from math import gcd, prod
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -34,82 +34,96 @@ class Cover(NamedTuple):
     repeated: Shape | None
 
 
-def coordinates(piece: Piece, dim: int) -> np.ndarray:
-    """Destination coordinates along a dim: an array with one axis for each digit of that dim."""
-    result = np.array(piece.start[dim])
-    for digit in piece.digits:
-        if digit.dim == dim:
-            result = result[..., None] + np.arange(digit.size) * digit.step
-    return result
-
-
 @lru_cache(4096)
 def cover(shape: Shape, pieces: tuple[Piece, ...]) -> Cover:
     """Count how often each element of a tensor of that shape is defined."""
     if 0 in shape:
         return Cover(0, None, None)
-    runs = [[_Runs.of(piece, dim) for piece in pieces] for dim in range(len(shape))]
-    units = [gcd(size, *(one.unit for one in of_dim)) for size, of_dim in zip(shape, runs, strict=True)]
-    classes = [
-        _classes(size // unit, [one.blocks(unit) for one in of_dim])
-        for size, unit, of_dim in zip(shape, units, runs, strict=True)
-    ]
-    found = _counted([labels for labels, _ in classes], [held for _, held in classes], np.arange(len(pieces)))
+    cells = [_Cells.of(size, [_Runs.of(piece, dim) for piece in pieces]) for dim, size in enumerate(shape)]
+    sizes, held = [one.sizes for one in cells], [one.held for one in cells]
+    found = _counted([one.labels for one in cells], sizes, held, np.arange(len(pieces)))
 
-    def first(block: Shape | None) -> Shape | None:
-        return block and tuple(at * unit for at, unit in zip(block, units, strict=True))
+    def first(place: Shape | None) -> Shape | None:
+        return place and tuple([int(one.edges[at]) for at, one in zip(place, cells, strict=True)])
 
-    return Cover(found.missing_numel * prod(units), first(found.missing), first(found.repeated))
+    return Cover(found.missing_numel, first(found.missing), first(found.repeated))
 
 
 class _Runs(NamedTuple):
     """What a piece holds of a dim, as runs of neighbours: a tensor of one dim may have billions of coordinates.
 
     Attributes:
-        start: of the first run.
+        starts: of the runs, in order.
         length: of each run.
-        outer: (size, step) of the digits that say where the others begin.
     """
 
-    start: int
+    starts: np.ndarray
     length: int
-    outer: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, piece: Piece, dim: int) -> "_Runs":
-        length, outer = 1, []
+        length, starts = 1, np.array([piece.start[dim]])
         for digit in reversed(piece.digits):
             if digit.dim == dim:
                 if digit.step == length:
                     length *= digit.size
                 else:
-                    outer.append((digit.size, digit.step))
-        return cls(piece.start[dim], length, tuple(outer))
+                    starts = np.add.outer(np.arange(digit.size) * digit.step, starts)
+        return cls(np.sort(starts, axis=None), length)
 
     @property
-    def unit(self) -> int:
-        """The longest block, counted from 0 on, that is held whole or not at all, wherever it lies."""
-        return gcd(self.start, self.length, *(step for _, step in self.outer))
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where runs begin, and where they end."""
+        return self.starts, self.starts + self.length
 
-    def blocks(self, unit: int) -> np.ndarray:
-        """Which blocks of some coordinates are held, for a divisor of the own unit."""
-        held = self.start // unit + np.arange(self.length // unit)
-        for size, step in self.outer:
-            held = np.add.outer(np.arange(size) * (step // unit), held)
-        return held.reshape(-1)
+    def holds(self, places: np.ndarray) -> np.ndarray:
+        """Which coordinates lie in a run."""
+        last = np.searchsorted(self.starts, places, "right") - 1
+        held: np.ndarray = (last >= 0) & (places < self.starts[last] + self.length)
+        return held
 
 
-def _counted(labels: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.ndarray) -> Cover:
-    """The same from the classes of each dim: the label of every coordinate, and the labels that each piece holds."""
-    sizes = [int(one.max()) + 1 for one in labels]
-    if prod(sizes) > MAX_CELLS:
-        return _counted_by_class(labels, held, pieces)
-    counts = np.zeros(sizes, np.int64)
+class _Cells(NamedTuple):
+    """A dim in cells that pieces hold whole or not at all.
+
+    Attributes:
+        edges: where each cell begins, and the end.
+        labels: of each cell, see ``_classes``.
+        held: of each piece, the labels that it holds.
+    """
+
+    edges: np.ndarray
+    labels: np.ndarray
+    held: list[np.ndarray]
+
+    @classmethod
+    def of(cls, size: int, runs: list[_Runs]) -> "_Cells":
+        edges = np.unique(np.concatenate([np.array([0, size]), *(edge for one in runs for edge in one.edges)]))
+        sets = [np.flatnonzero(one.holds(edges[:-1])) for one in runs]
+        return cls(edges, *_classes(len(edges) - 1, sets))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many coordinates each class has."""
+        found = np.zeros(self.labels.max() + 1, np.int64)
+        np.add.at(found, self.labels, np.diff(self.edges))
+        return found
+
+
+def _counted(
+    labels: list[np.ndarray], sizes: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.ndarray
+) -> Cover:
+    """The same from the classes of each dim, with places in cells: the label of every cell, how many coordinates each
+    class has, and the labels that each piece holds.
+    """
+    if prod(map(len, sizes)) > MAX_CELLS:
+        return _counted_by_class(labels, sizes, held, pieces)
+    counts = np.zeros([len(one) for one in sizes], np.int64)
     for index in pieces:
         counts[np.ix_(*[dim[index] for dim in held])] += 1
     weights = np.ones((), np.int64)
-    for one in labels:
-        weights = weights[..., None] * np.bincount(one)
+    for one in sizes:
+        weights = weights[..., None] * one
 
     def first(cells: np.ndarray) -> Shape | None:
         found = np.argwhere(cells)
@@ -121,14 +135,15 @@ def _counted(labels: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.
     return Cover(int(weights[counts == 0].sum()), first(counts == 0), first(counts > 1))
 
 
-def _counted_by_class(labels: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.ndarray) -> Cover:
+def _counted_by_class(
+    labels: list[np.ndarray], sizes: list[np.ndarray], held: list[list[np.ndarray]], pieces: np.ndarray
+) -> Cover:
     """One class of the first dim after the other, where all at once would be too many cells."""
     numel, missing, repeated = 0, None, None
-    weights = np.bincount(labels[0])
     for label, first in enumerate(_firsts(labels[0]).tolist()):
         here = np.array([index for index in pieces if label in held[0][index]], np.int64)
-        found = _counted(labels[1:], held[1:], here)
-        numel += found.missing_numel * int(weights[label])
+        found = _counted(labels[1:], sizes[1:], held[1:], here)
+        numel += found.missing_numel * int(sizes[0][label])
         if missing is None and found.missing is not None:
             missing = (first, *found.missing)
         if repeated is None and found.repeated is not None:
@@ -175,28 +190,51 @@ def _firsts(labels: np.ndarray) -> np.ndarray:
 
 def _minus(piece: Piece, other: Piece) -> list[Piece]:
     """A piece without the elements of another."""
-    members = [np.isin(coordinates(piece, dim), coordinates(other, dim)) for dim in range(len(piece.start))]
-    if not all(held.any() for held in members):
-        return [piece]
     outside: list[Piece] = []
     inside = [piece]
     for dim in range(len(piece.start)):
-        parts = inside
-        inside = []
+        taken = _Runs.of(other, dim)
+        parts, inside = inside, []
         for part in parts:
-            held = np.isin(coordinates(part, dim), coordinates(other, dim))
-            outside += _masked(part, dim, ~held)
-            inside += _masked(part, dim, held)
+            held, bounds = _held(part, dim, taken)
+            outside += _masked(part, dim, ~held, bounds)
+            inside += _masked(part, dim, held, bounds)
+        if not inside:
+            return [piece]
     return outside
 
 
-def _masked(piece: Piece, dim: int, mask: np.ndarray) -> list[Piece]:
-    """The places of a piece where a mask over the digits of one dim is set."""
+def _held(piece: Piece, dim: int, taken: _Runs) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which coordinates of a piece others hold along a dim.
+
+    Returns:
+        A mask with one axis for each digit of that dim. If the last digit walks over neighbours, its axis has cells
+        instead, each held whole or not at all, and there are their bounds: where each begins, and the end.
+    """
+    digits = [digit for digit in piece.digits if digit.dim == dim]
+    size = digits.pop().size if digits and digits[-1].step == 1 else None
+    firsts = np.array(piece.start[dim])
+    for digit in digits:
+        firsts = firsts[..., None] + np.arange(digit.size) * digit.step
+    if size is None:
+        return taken.holds(firsts), None
+    edges, begins = np.unique(np.concatenate(taken.edges)), firsts.reshape(-1)
+    low, high = np.searchsorted(edges, begins), np.searchsorted(edges, begins + size)
+    counts = high - low
+    which = np.arange(counts.sum()) + np.repeat(low - counts.cumsum() + counts, counts)
+    bounds = np.unique(np.concatenate([np.array([0, size]), edges[which] - np.repeat(begins, counts)]))
+    return taken.holds(firsts[..., None] + bounds[:-1]), bounds
+
+
+def _masked(piece: Piece, dim: int, mask: np.ndarray, bounds: np.ndarray | None) -> list[Piece]:
+    """The places of a piece where a mask over the digits of one dim is set; see ``_held``."""
     indices = [index for index, digit in enumerate(piece.digits) if digit.dim == dim]
     result = []
     for box in _boxes(mask):
         part = piece
         for index, (begin, end) in reversed(list(zip(indices, box, strict=True))):
+            if bounds is not None and index == indices[-1]:
+                begin, end = int(bounds[begin]), int(bounds[end])
             part = part.narrowed(index, begin, end)
         result.append(part)
     return result
