@@ -85,6 +85,11 @@ def prepare(rank: int, number: int, topology: Topology) -> None:
         POINT_TO_POINT: PointToPoint(rank, setting, given, out),
         GATHER: GatherBroadcastSlice(rank, setting, given, out),
     }
+    keep(ways, mover, out, expected, rank)
+
+
+def keep(ways: Mapping[str, Callable[[], object]], mover: Resharder, out: Shards, expected: Shards, rank: int) -> None:
+    """Check what each way brings, and keep them to be sampled."""
     for name, way in ways.items():
         for tensor in out.values():
             tensor.view(torch.uint8).fill_(0x55)

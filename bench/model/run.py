@@ -2,6 +2,7 @@
 
     python -m bench.model [--model NAME] [--largest RANKS] [--repeats N] [--json PATH]
     python -m bench.model --execute [--model NAME] [--nic 200mbit] [--repeats N] [--json PATH]
+    python -m bench.model --loopback [--model NAME] [--repeats N] [--json PATH]
 
 For each model and number of ranks: the seconds for which a rank of the server is busy with its part of the plan (rules
 applied, planned, its program made; with all caches empty), then, of the plan of all ranks, messages, bytes against the
@@ -25,6 +26,8 @@ from bench.cluster.cli import parse_bits_per_second
 from bench.model.cases import CASES, SIZES, Case, Setting
 from bench.model.executed import Executed, executed
 from bench.model.executed import table as table_of_executed
+from bench.model.loopback import OnLoopback, on_loopback
+from bench.model.loopback import table as table_on_loopback
 from bench.planner.run import forget
 from bench.results_file import earlier, other_rows
 from tricomm import Plan, make_plan
@@ -165,8 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--nic", type=parse_bits_per_second, default=parse_bits_per_second("200mbit"), help="there (%(default)s)"
     )
+    parser.add_argument("--loopback", action="store_true", help="the same between processes here, and by checkpoint")
     options = parser.parse_args(arguments)
-    if options.execute:
+    if options.loopback:
+        rows = on_loopback(options.repeats, options.model)
+        path = options.json or RESULTS.with_name("model_loopback.json")
+        _save(path, {"machine": platform.platform()}, OnLoopback, rows, lambda row: 0)
+    elif options.execute:
         _execute(options)
     else:
         _plan(options)
@@ -198,4 +206,5 @@ def _save(path: Path, set_up: dict[str, Any], kind: Any, rows: Sequence[Any], or
     every = sorted([*other_rows(content, kind, rows), *rows], key=lambda row: (order.index(row.model), order_of(row)))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**set_up, "rows": [asdict(row) for row in every]}, indent=1) + "\n")
-    print(table(every) if kind is Row else table_of_executed(every))
+    tables: dict[Any, Callable[[Any], str]] = {Row: table, Executed: table_of_executed, OnLoopback: table_on_loopback}
+    print(tables[kind](every))

@@ -1,13 +1,16 @@
 """The benchmark of whole models: its cases are laid out and planned; the smallest is measured."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench.model import run
+from bench.model import loopback, run
 from bench.model.by_hand import fills_of, read, transfers_of, written
 from bench.model.cases import CASES, EXECUTED, EXECUTED_RANKS, Case, rails
 from bench.model.executed import planned_on, shards_of, whole_tensors
 from tricomm import Topology
+from tricomm.launch import Ranks
 
 
 def test_a_model_is_planned_at_full_size() -> None:
@@ -50,3 +53,13 @@ def test_what_is_executed_is_level_and_written_by_hand_the_same(case: Case) -> N
     for tensors, right in zip(out, expected, strict=True):
         assert tensors.keys() == right.keys()
         assert all(torch.equal(tensors[name], right[name]) for name in right)
+
+
+@pytest.mark.processes
+def test_a_checkpoint_brings_the_same(tmp_path: Path) -> None:
+    """On every rank, each way is compared element by element before it is measured."""
+    with Ranks(2 * EXECUTED_RANKS, preload=("bench.model.loopback",)) as ranks:
+        read_at_once = ranks.run(loopback.prepare, 3, str(tmp_path))
+    assert read_at_once[:EXECUTED_RANKS] == [0] * EXECUTED_RANKS, "trainers read nothing"
+    assert min(read_at_once[EXECUTED_RANKS:]) > 0
+    assert any(tmp_path.iterdir())
