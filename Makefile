@@ -7,7 +7,7 @@ N ?= 20000
 WORKERS ?= 2
 GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
-.PHONY: demo test test-processes lint fuzz bench bench-cluster gpu-check gpu-check-full clean
+.PHONY: demo test test-processes lint fuzz peers bench bench-cluster gpu-check gpu-check-full clean
 
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
@@ -35,6 +35,11 @@ fuzz: $(VENV)/.test
 	$(RUN) -m pytest $(SEED:%=--hypothesis-seed=%) tests/transport/test_properties.py tests/transport/test_gloo.py \
 		tests/transport/memory/test_moves.py tests/packing/test_many.py tests/rules/test_algebra.py \
 		tests/connect/test_told.py tests/connect/test_bytes.py
+
+# The maps of models against transformers' own code.
+peers: $(VENV)/.test
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[peers]
+	$(RUN) -m pytest tests/rules/test_transformers.py
 
 bench: $(VENV)/.bench
 	$(RUN) -m bench.overhead

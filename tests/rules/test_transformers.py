@@ -1,0 +1,74 @@
+"""The maps against transformers' own code: what it writes to disk, and how it keeps the same in memory."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tricomm.rules.models import Model, tensors, torchtitan, vllm
+
+SIZES: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 4, "vocab": 50, "kv_heads": 2, "head_dim": 8}
+MODELS = {
+    "Llama": Model(**SIZES, intermediate=48, rope_pairs=True),
+    "Qwen3Moe": Model(**SIZES, experts=4, expert_intermediate=16, qk_norm=True),
+}
+# In a process of its own, elsewhere: transformers looks for a package "kernels", and finds this checkout's folder.
+SCRIPT = """
+import sys
+import safetensors.torch, torch, transformers
+family = sys.argv[1]
+sizes = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+sizes |= dict(vocab_size=50, intermediate_size=48)
+if family == "Qwen3Moe":
+    sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+config = getattr(transformers, family + "Config")(**sizes)
+model = getattr(transformers, family + "ForCausalLM")(config)
+model.save_pretrained("saved")
+torch.save(safetensors.torch.load_file("saved/model.safetensors"), "disk.pt")
+torch.save(model.state_dict(), "memory.pt")
+"""
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers, which `make peers` installs"),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any, Any]:
+    """A model, its tensors on disk, and those in memory."""
+    folder: Path = tmp_path_factory.mktemp("transformers")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, request.param], cwd=folder, env=environment, check=True, timeout=300
+    )
+    disk, memory = (torch.load(folder / name) for name in ("disk.pt", "memory.pt"))
+    return MODELS[request.param], disk, memory
+
+
+def test_names_and_shapes_are_those_on_disk(model: tuple[Model, Any, Any]) -> None:
+    sizes, disk, _ = model
+    found = tensors(sizes).bind().source_shapes
+    assert found == {name: tuple(tensor.shape) for name, tensor in disk.items()}
+
+
+def test_fused_experts_are_those_in_memory(model: tuple[Model, Any, Any]) -> None:
+    sizes, disk, memory = model
+    made = vllm(sizes).bind().evaluate(disk)
+    fused = [name for name in memory if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(fused) == (2 * sizes.layers if sizes.experts else 0)
+    for name in fused:
+        ours = name.replace("gate_up_proj", "w13_weight").replace("down_proj", "w2_weight")
+        assert torch.equal(made[ours], memory[name]), name
+
+
+def test_there_and_back_is_what_was_on_disk(model: tuple[Model, Any, Any]) -> None:
+    sizes, disk, _ = model
+    for bound in (vllm(sizes).bind(), torchtitan(sizes).bind()):
+        back = bound.reverse().evaluate(bound.evaluate(disk))
+        assert all(torch.equal(back[name], tensor) for name, tensor in disk.items())
