@@ -75,6 +75,10 @@ PLACEMENT_KINDS = st.sampled_from(["shard", "shard", "replicate", "partial"])
 SUM_OR_AVG = st.sampled_from(["sum", "avg"])
 
 
+MOST_CHUNKS = 48
+"""Of the bytes of a case, or of a set of them: enough to reorder, not so many that one case takes a second."""
+
+
 def of_random_draws(variable: str, examples: int) -> settings:
     """The settings of a test of what is drawn: as many examples each time, and the same ones; but where a variable of
     the environment asks for a number it is others in each run, or those of pytest's ``--hypothesis-seed``.
@@ -246,8 +250,7 @@ def cases(draw: Any) -> Case:
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     chunk = draw(CHUNKS)
     if chunk is not None:
-        # Enough chunks to reorder, not so many that one case takes a second.
-        chunk = max(chunk, nbytes // 48)
+        chunk = max(chunk, nbytes // MOST_CHUNKS)
     strategies = [Auto(), Auto(0), SendRecv(chunk), Broadcast(chunk), LocalAllGather(chunk), GlobalAllGather(chunk)]
     strategy = strategies[draw(SIXTHS)]
     return Case(source, destination, strategy, draw(BALANCES), topology, draw(STAGING), draw(STRIDES))

@@ -120,8 +120,10 @@ def one_rank(
     made: list[tuple[Plan, tuple[RankProgram, ...]]] = []
     with timed(steps, "plan and program"):
         for source, destination in pairs:
-            plan = make_plan(source, destination, topology=topology, rank=rank)
-            made.append((plan, plan.for_rank(rank)))
+            # An expert that others train and serve is no plan of this rank.
+            if rank in source.mesh or rank in destination.mesh:
+                plan = make_plan(source, destination, topology=topology, rank=rank)
+                made.append((plan, plan.for_rank(rank)))
     count = 0
     with timed(steps, "as objects"):
         for _, programs in made:

@@ -1,6 +1,8 @@
 """Sets of tensors: random names, dtypes, layouts and orders, moved at once and compared one by one."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tricomm
-from tests.cases import RANKS, Case, cases, of_random_draws
+from tests.cases import MOST_CHUNKS, RANKS, Case, cases, of_random_draws
 from tests.oracle import filled, pick, require_equal, source_and_result
 from tests.transport.test_properties import TRANSPORTS, restrided
 from tricomm import (
@@ -28,6 +30,7 @@ from tricomm import (
     make_plan,
 )
 from tricomm.launch import Ranks
+from tricomm.layout.dtype import ITEMSIZE
 from tricomm.options import DEFAULT_STAGING_BYTES
 from tricomm.transport.runtime import PlanExecution
 
@@ -47,9 +50,13 @@ def sets(draw: Any) -> Set:
 
 
 def arguments(chosen: Set) -> dict[str, Any]:
-    """How all of a set are moved: as its first one, with staging for several."""
+    """How all of a set are moved: as its first one, with staging for several, and chunks not too small for all."""
     first = next(iter(chosen.values())).plan_arguments()
-    return {**first, "staging_bytes": DEFAULT_STAGING_BYTES}
+    strategy = first["strategy"]
+    if getattr(strategy, "chunk_bytes", None) is not None:
+        nbytes = sum(math.prod(case.source.shape) * ITEMSIZE[case.source.dtype] for case in chosen.values())
+        strategy = replace(strategy, chunk_bytes=max(strategy.chunk_bytes, nbytes // MOST_CHUNKS))
+    return {**first, "strategy": strategy, "staging_bytes": DEFAULT_STAGING_BYTES}
 
 
 def sides(chosen: Set) -> tuple[dict[str, ShardingSpec], dict[str, ShardingSpec]]:
