@@ -147,3 +147,13 @@ def test_the_command_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFi
     cli.main([*words, "--svg", str(path)])
     assert capsys.readouterr().out.startswith("reshard\n")
     assert {"host0", "host1"} <= set(words_of(ET.fromstring(path.read_text())))
+
+
+def test_nothing_arrives_before_it_has_left() -> None:
+    """The README's own command. Links that are free long before are simulated by themselves."""
+    source = ShardingSpec.from_dims(Mesh([[0, 1], [2, 3]], ("dp", "tp")), ["S1", "R"], (4096, 1024), "float32")
+    destination = ShardingSpec.from_dims(Mesh([4, 5, 6, 7], ("tp",)), ["R", "S0"])
+    picture = ET.fromstring(plan_svg(make_plan(source, destination)))
+    arrows = [one.attrib for one in picture.iter() if "marker-end" in one.attrib]
+    assert arrows
+    assert all(float(one["x1"]) <= float(one["x2"]) for one in arrows)

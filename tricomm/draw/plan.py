@@ -198,7 +198,7 @@ class _Drawing:
                 y1, y2 = (
                     (begin + self.track, end + self.track + 1) if end > begin else (begin, end + 2 * self.track + 1)
                 )
-                x2 = self.x(hop.into[1] + self.topology.latency_seconds)
+                x2 = self.x(hop.arrival)
                 yield (
                     f'<line x1="{self.x(hop.out[1]):.2f}" y1="{y1}" x2="{x2:.2f}" y2="{y2}" stroke="{colour}" '
                     f'stroke-width="1.2" marker-end="url(#arrow{numbers[colour]})"/>'

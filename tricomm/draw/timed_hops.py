@@ -72,6 +72,8 @@ def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
     result: list[TimedHop] = []
     for hop, (posted, out_begin, out_end, into_begin, into_end, arrival) in zip(move.hops, times, strict=True):
         message = messages[hop.message]
+        # Both links are simulated by themselves: one that is free enters "before" it leaves, and is drawn as it ends.
+        late = max(arrival - topology.latency_seconds - into_end, 0.0)
         result.append(
             TimedHop(
                 hop.source,
@@ -83,7 +85,7 @@ def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
                 topology.host(hop.source) == topology.host(hop.destination),
                 (posted - topology.overhead_seconds, posted),
                 (out_begin, out_end),
-                (into_begin, into_end),
+                (into_begin + late, into_end + late),
                 arrival,
             )
         )

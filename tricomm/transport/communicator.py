@@ -194,7 +194,7 @@ class Communicator:
         try:
             self.connections.wait(work, self._limit)
         except UnreadableError as error:
-            raise self.unreadable(posted[0], error) from error
+            raise (self.lost if error.is_of_dead else self.unreadable)(posted[0], error) from error
         except RuntimeError as error:
             raise self.lost(posted[0], error) from error
         run.waiting_for = None

@@ -127,6 +127,30 @@ def test_a_rank_that_ends_is_named_in_time(doomed: Ranks, point: str, deed: str)
     assert deed == "stopped" or seconds < TIMEOUT_SECONDS / 2, "a death is known at once"
 
 
+def read_of_a_dead_sender(rank: int) -> tuple[str, str, float]:
+    """The receiver finds no process where the sender's memory was: it was killed after READY, a moment before."""
+    mover = Resharder(SOURCE, DESTINATION, timeout_seconds=TIMEOUT_SECONDS, transport="memory")
+    mover(full(0) if rank == SENDER else None)
+    with pytest.MonkeyPatch.context() as patch:
+        read = Link.read
+
+        def late(link: Link, *arguments: Any) -> None:
+            os.kill(link.pid, signal.SIGKILL)
+            while Path(f"/proc/{link.pid}/statm").read_text().split()[0] != "0":
+                time.sleep(0.001)
+            read(link, *arguments)
+
+        patch.setattr(Link, "read", late)
+        return attempt(lambda: mover(full(1) if rank == SENDER else None))
+
+
+def test_a_sender_whose_memory_is_gone_has_died(doomed: Ranks) -> None:
+    doomed.start(read_of_a_dead_sender)
+    ((kind, text, seconds),) = doomed.collect([RECEIVER])
+    assert (kind, text.split(":")[0]) == ("TransportError", "rank 0 died"), text
+    assert seconds < TIMEOUT_SECONDS / 2
+
+
 def cancel() -> None:
     raise KeyboardInterrupt("enough")
 

@@ -29,6 +29,11 @@ class UnreadableError(RuntimeError):
         super().__init__(text)
         self.number = number
 
+    @property
+    def is_of_dead(self) -> bool:
+        """Whether there is no such process any more."""
+        return self.number == errno.ESRCH
+
 
 @cache
 def _read() -> Any:
