@@ -73,10 +73,7 @@ def prepare(rank: int, number: int, topology: Topology) -> None:
     """Make every way of a case, and check what each brings."""
     torch.set_num_threads(1)
     setting = EXECUTED[number].setting(EXECUTED_RANKS, EXECUTED_RANKS)
-    full, made = whole_tensors(setting)
-    given, expected = shards_of(full, setting.source, rank), shards_of(made, setting.destination, rank)
-    del full, made
-    out = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    given, expected, out = shards_for(rank, setting)
     mover = Resharder(
         setting.source, setting.destination, rules=setting.rules, topology=topology, staging_bytes=STAGING_BYTES
     )
@@ -86,6 +83,13 @@ def prepare(rank: int, number: int, topology: Topology) -> None:
         GATHER: GatherBroadcastSlice(rank, setting, given, out),
     }
     keep(ways, mover, out, expected, rank)
+
+
+def shards_for(rank: int, setting: Setting) -> tuple[Shards, Shards, Shards]:
+    """What a rank holds, what it is to have, and where that goes."""
+    full, made = whole_tensors(setting)
+    given, expected = shards_of(full, setting.source, rank), shards_of(made, setting.destination, rank)
+    return given, expected, {name: torch.empty_like(tensor) for name, tensor in expected.items()}
 
 
 def keep(ways: Mapping[str, Callable[[], object]], mover: Resharder, out: Shards, expected: Shards, rank: int) -> None:

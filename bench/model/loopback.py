@@ -25,9 +25,8 @@ from bench.model.executed import (
     keep,
     planned_on,
     sample,
-    shards_of,
+    shards_for,
     staged,
-    whole_tensors,
 )
 from tricomm import Resharder, Topology
 from tricomm.launch import Ranks
@@ -124,10 +123,7 @@ def prepare(rank: int, number: int, folder: str) -> int:
     """Make every way of a case, and check what each brings; returns what the checkpoint stages here."""
     torch.set_num_threads(1)
     setting = EXECUTED[number].setting(EXECUTED_RANKS, EXECUTED_RANKS)
-    full, made = whole_tensors(setting)
-    given, expected = shards_of(full, setting.source, rank), shards_of(made, setting.destination, rank)
-    del full, made
-    out = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    given, expected, out = shards_for(rank, setting)
     here = Topology(["here"] * 2 * EXECUTED_RANKS)
     through_files = Checkpoint(rank, setting, given, out, folder)
 

@@ -9,6 +9,7 @@ import tricomm
 from tricomm import Meeting, World
 
 SECRET = "a secret of the tests"
+SIZES = {"trainer": 2, "server": 3}
 
 
 def together(*calls: Callable[[], Any], timeout_seconds: float = 60.0) -> list[Any]:

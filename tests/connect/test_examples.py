@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,12 +63,6 @@ class Job:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as started:
-        yield started
 
 
 def require_equal(trained: dict[int, float], served: dict[int, float]) -> None:

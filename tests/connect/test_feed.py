@@ -2,19 +2,18 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.connect.jobs import SECRET, join, raised, together, worlds_of
+from tests.connect.jobs import join, raised, together, worlds_of
 from tests.oracle import pick
 from tricomm import Feed, Latest, Meeting, Mesh, Push, Replicate, Shard, ShardingSpec, SpecError, TransportError, World
 from tricomm.connect.ballot import Offer
 
-SIZES = {"trainer": 2, "server": 3}
 SHAPES = {"a": (10, 6), "b": (7, 4)}
 OWN = {
     "trainer": {
@@ -65,20 +64,6 @@ class Rank:
     def require(self, version: int) -> None:
         for name, tensor in self.tensors.items():
             assert torch.equal(tensor, self.shard(name, version)), f"{name} of {self.world}"
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as started:
-        yield started
-
-
-@pytest.fixture
-def worlds(meeting: Meeting) -> Iterator[list[World]]:
-    found = worlds_of(meeting, SIZES)
-    yield found
-    for world in found:
-        world.close()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Rules between the sides of a feed: told by one side or by both, and compared."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from tests.connect.jobs import SECRET, raised, together, worlds_of
-from tests.connect.test_feed import OWN, SHAPES, SIZES, Rank, all_of, full, moved
+from tests.connect.test_feed import OWN, SHAPES, Rank, all_of, full, moved
 from tests.oracle import pick
 from tricomm import Feed, Meeting, Mesh, Publisher, Shard, ShardingSpec, SpecError, Subscriber, TransportError, World
 from tricomm.connect.ballot import Offer
@@ -28,20 +27,6 @@ OTHER = Rules({"ab": cat([source("b").flatten()[:24].unflatten(0, (4, 6)), sourc
 BOUND = FUSED.bind(SHAPES, dict.fromkeys(SHAPES, "float32"))
 PAIR = ("trainer", "server")
 SERVED = {"ab": ShardingSpec(Mesh([0, 1, 2], ("tp",)), (Shard(0),))}
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as started:
-        yield started
-
-
-@pytest.fixture
-def worlds(meeting: Meeting) -> Iterator[list[World]]:
-    found = worlds_of(meeting, SIZES)
-    yield found
-    for world in found:
-        world.close()
 
 
 def exchanged(world: World, told: dict[str, Map]) -> Told:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -80,12 +80,6 @@ class Fleet:
             subscriber._agreement.world._client.connection._socket.close()
             if subscriber._feed is not None:
                 subscriber._feed.world._client.connection._socket.close()
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as started:
-        yield started
 
 
 class Trainer:

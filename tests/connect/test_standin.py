@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.connect.jobs import SECRET, join, raised, together, worlds_of
-from tests.connect.test_feed import SIZES, Rank, all_of, moved
+from tests.connect.jobs import SIZES, join, raised, together, worlds_of
+from tests.connect.test_feed import Rank, all_of, moved
 from tests.standin.ranks import Threads
 from tricomm import Meeting, TransportError, World
 from tricomm.connect import appointment
@@ -15,12 +15,6 @@ from tricomm.connect.ballot import Offer
 from tricomm.connect.meeting.join import Join
 from tricomm.transport.group import context_of
 from tricomm.transport.nccl import NcclConnections
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as started:
-        yield started
 
 
 @pytest.fixture

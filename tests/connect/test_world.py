@@ -4,7 +4,6 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -14,21 +13,14 @@ import torch
 import torch.distributed as dist
 
 import tricomm
-from tests.connect.jobs import SECRET, join, raised, together, usage, worlds_of
+from tests.connect.jobs import SECRET, SIZES, join, raised, together, usage, worlds_of
 from tests.oracle import pick, require_equal
 from tricomm import Meeting, Mesh, Missing, Resharder, Shard, ShardingSpec, SpecError, TransportError, World
 from tricomm.connect.told.exchange import Exchange
 
-SIZES = {"trainer": 2, "server": 3}
 FULL = torch.arange(60.0).reshape(10, 6)
 ROWS = ShardingSpec(Mesh([0, 1], ("dp",)), (Shard(0),), (10, 6), "float32")
 COLUMNS = ShardingSpec(Mesh([2, 3, 4], ("tp",)), (Shard(1),), (10, 6), "float32")
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as started:
-        yield started
 
 
 def push(world: World) -> torch.Tensor | None:
