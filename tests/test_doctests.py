@@ -3,8 +3,11 @@
 import doctest
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
+from enum import Enum
 from functools import cached_property
+from typing import get_type_hints
 
 import pytest
 
@@ -15,6 +18,7 @@ import tricomm.pipeline.torch_adapter
 import tricomm.rules
 import tricomm.rules.models
 from tests.test_house import MODULES
+from tricomm.options import ReshardOptions
 
 PACKAGES = (
     tricomm,
@@ -75,6 +79,47 @@ def test_a_method_of_a_public_class_has_an_example() -> None:
     found = methods()
     assert len(found) > 200
     assert [name for name, text in found.items() if not has_example(text) and not has_block(text)] == []
+
+
+MADE_BY_TRICOMM = {"Push", "World"}
+"""Nobody else calls these classes."""
+
+
+def undescribed() -> dict[str, list[str]]:
+    """The parameters, by public function, method and class, that a section of its docstring leaves out."""
+    found = {}
+    for module, name in PUBLIC:
+        value = getattr(module, name)
+        calls = {name: value}
+        if inspect.isclass(value):
+            calls |= {
+                f"{name}.{key}": getattr(one, "__func__", one) for key, one in vars(value).items() if key[0] != "_"
+            }
+        for called, function in calls.items():
+            text = inspect.getdoc(function) or ""
+            section = re.search(r"^(?:Args|Attributes):\n(.*?)(?=^\w|\Z)", text, re.M | re.S)
+            if section is None or not callable(function) or called in MADE_BY_TRICOMM or is_enum(function):
+                continue
+            named = re.findall(r"\w+", " ".join(re.findall(r"^ {4}([^:]+):", section[1], re.M)))
+            parameters = [one for one in inspect.signature(function).parameters if one not in ("self", "cls")]
+            missing = [one for one in parameters if one not in named and not one.startswith("_")]
+            found |= {called: missing} if missing else {}
+    return found
+
+
+def is_enum(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Enum)
+
+
+def test_every_parameter_is_described_where_some_are() -> None:
+    assert undescribed() == {}
+
+
+def test_every_option_of_a_reshard_is_described() -> None:
+    text = inspect.getdoc(tricomm.Options) or ""
+    assert [
+        name for name in get_type_hints(ReshardOptions) if not re.search(rf"^    {name}: |``{name}`` takes", text, re.M)
+    ] == []
 
 
 def test_a_method_without_an_example_is_told() -> None:

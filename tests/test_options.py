@@ -99,3 +99,14 @@ def test_stats_in_one_line() -> None:
     server = replace(trainer, received_nbytes=3_000_000_000, minimum_nbytes=2_000_000_000, wait_seconds=1.0)
     assert server.line == "20 tensors in 2 calls: 3000.00 MB received (minimum 2000.00 MB) in 1.500 s, 2.00 GB/s"
     assert Stats().line == "0 tensors in 0 calls: 0.00 MB sent in 0.000 s"
+
+
+def test_stats_say_that_memory_is_read_and_not_sent() -> None:
+    one = Stats(calls=1, messages=2, nbytes=8, received_messages=1, received_nbytes=4, wait_seconds=0.5)
+    by_memory, mixed = (replace(one, transports=(Traffic(transport=name),)) for name in ("memory", "gloo and memory"))
+    assert "2 messages sent, 8 bytes; 1 received, 4 bytes" in str(one)
+    assert "2 messages read by others, 8 bytes; 1 read from others, 4 bytes" in str(by_memory)
+    assert by_memory.line.startswith("0 tensors in 1 calls: 0.00 MB read from others (minimum 0.00 MB)")
+    for both in (mixed, one + by_memory + replace(one, transports=(Traffic(transport="gloo"),))):
+        assert "messages sent or read by others" in str(both)
+        assert " received or read, " in str(both)

@@ -1,6 +1,9 @@
 """tricomm moves a sharded tensor from one device mesh to another with a different layout."""
 
 import gc
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 # While Python makes hundreds of classes it collects garbage, and looks through all that torch has made for it: a third
 # of the time of this import, for nothing, since what modules make stays.
@@ -49,6 +52,14 @@ finally:
     if _collects:
         gc.enable()
 
+if TYPE_CHECKING:  # with "import tricomm" alone
+    from tricomm import draw as draw
+    from tricomm import examples as examples
+    from tricomm import kernels as kernels
+    from tricomm import launch as launch
+    from tricomm import pipeline as pipeline
+    from tricomm import rules as rules
+
 __all__ = [
     "ArgumentError",
     "Auto",
@@ -96,3 +107,17 @@ __all__ = [
     "reshard",
     "reshard_async",
 ]
+
+_PUBLIC_MODULES = ("draw", "examples", "kernels", "launch", "pipeline", "rules")
+"""What is reached as ``tricomm.pipeline`` without an import of its own, which happens when it is asked for."""
+
+if not TYPE_CHECKING:  # else type checkers would take any misspelt name for something
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _PUBLIC_MODULES:
+            return importlib.import_module(f"tricomm.{name}")
+        raise AttributeError(f"module 'tricomm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_PUBLIC_MODULES, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"])

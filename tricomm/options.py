@@ -36,6 +36,15 @@ DEFAULT_TIMEOUT_SECONDS = 300.0
 MAX_TIMEOUT_SECONDS = 1e9
 """The longest timeout, some 31 years; deadlines in nanoseconds would not hold ten times as much."""
 
+NO_FRILLS: Any = {
+    "differentiable": False,
+    "grad_placements": None,
+    "progress": None,
+    "checksum": False,
+    "hooks": None,
+}
+"""Options of what a Resharder needs for itself."""
+
 
 class PlanOptions(TypedDict, total=False):
     """Options that decide the plan; see :class:`Options`."""
@@ -125,6 +134,8 @@ class Options:
             ``Resharder.transports`` tells what was found. All ranks give the same.
         grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
             default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.
+        progress: called with a :class:`tricomm.Progress` as a call goes on, on the thread that moves; what it raises
+            ends the call on all ranks. None calls nothing.
         checksum: whether each call ends with a comparison of digests of both sides, by the bits of every element and
             where it belongs: a TransportError on all ranks then names a tensor and the two ranks that differ. What
             rules fill in is looked at too; of what a rank holds several times, the first.

@@ -128,6 +128,24 @@ def reshard(
     return mover._call(tensor, out)
 
 
+@overload
+def reshard_async(
+    tensor: torch.Tensor | None,
+    source: Side | None,
+    destination: Side | None,
+    *,
+    out: torch.Tensor | None = None,
+    **options: Unpack[ReshardOptions],
+) -> Handle: ...
+@overload
+def reshard_async(
+    tensor: NamedTensors | None,
+    source: Mapping[str, Side],
+    destination: Mapping[str, Side],
+    *,
+    out: NamedTensors | None = None,
+    **options: Unpack[ReshardOptions],
+) -> Handle[dict[str, torch.Tensor]]: ...
 @explains_missing
 def reshard_async(
     tensor: Given,
@@ -136,7 +154,7 @@ def reshard_async(
     *,
     out: Given = None,
     **options: Unpack[ReshardOptions],
-) -> Handle:
+) -> Handle[Any]:
     """As :func:`reshard`, in the background: ``handle.wait()`` gives the result.
 
     The ranks compare what they are about to do before this returns; data moves afterwards, and the tensor must
@@ -158,7 +176,7 @@ def reshard_async(
     if torch.compiler.is_compiling():
         from tricomm.compiled.graph import run_eagerly
 
-        handle: Handle = run_eagerly(reshard_async, tensor, source, destination, out=out, **options)
+        handle: Handle[Any] = run_eagerly(reshard_async, tensor, source, destination, out=out, **options)
         return handle
     mover = _one_shot((tensor, out), (source, destination), options, "reshard_async")
     return mover.start(tensor, out=out)

@@ -6,22 +6,22 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any, ClassVar, Self, Unpack, overload
+from typing import Any, ClassVar, Generic, Self, Unpack, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.compiled.registry import is_traced
-from tricomm.errors import ArgumentError, SpecError, TricommError
+from tricomm.errors import SpecError, TricommError
 from tricomm.kinds import explains_missing
-from tricomm.layout.sides import Sides, as_specs, has_dtensors, shards_of
+from tricomm.layout.sides import Side, Sides, as_specs, has_dtensors, shards_of
 from tricomm.layout.spec import ShardingSpec
-from tricomm.options import Options, ReshardOptions
+from tricomm.options import NO_FRILLS, Options, ReshardOptions
 from tricomm.packing.checksums import Checksums
 from tricomm.packing.digests import Digests
 from tricomm.packing.holdings import Tensors
-from tricomm.packing.tensor_checker import Given, NamedTensors, TensorChecker, bump_versions, check_casts
+from tricomm.packing.tensor_checker import Given, TensorChecker, bump_versions, check_casts
 from tricomm.plan import Plan
 from tricomm.plan.arguments import check_in_group, participants_of
 from tricomm.plan.describe import describe_layouts
@@ -29,7 +29,7 @@ from tricomm.plan.ends.mapped import items_and_ends
 from tricomm.plan.planner import plan_of
 from tricomm.selections import Names, Selections
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
-from tricomm.transport.handle import Ended, Handle, SourceGate
+from tricomm.transport.handle import Ended, Handle, Moved_co, SourceGate, order_problem
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT
 from tricomm.transport.streams import HostStreamContext
@@ -38,18 +38,9 @@ from tricomm.transport.telling import name_error, tell_all
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 """Types of what is no DTensor, without a look."""
 
-NO_FRILLS: Any = {
-    "differentiable": False,
-    "grad_placements": None,
-    "progress": None,
-    "checksum": False,
-    "hooks": None,
-}
-"""Options of what a Resharder needs for itself."""
-
 
 @explains_missing
-class Resharder(Selections):
+class Resharder(Selections, Generic[Moved_co]):
     """A reshard made once and called often: plan, copy programs, staging and connections are kept.
 
     Every rank of either mesh makes it and calls it; ranks on neither mesh may call too and get None. On the first call
@@ -96,12 +87,22 @@ class Resharder(Selections):
     _is_counted: ClassVar[bool] = True
     _stays_broken: ClassVar[bool] = False
 
+    @overload
     def __init__(
-        self,
-        source: Sides,
-        destination: Sides,
+        self: "Resharder[torch.Tensor | None]", source: Side, destination: Side, **options: Unpack[ReshardOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "Resharder[dict[str, torch.Tensor]]",
+        source: Mapping[str, Side],
+        destination: Mapping[str, Side],
         **options: Unpack[ReshardOptions],
-    ) -> None:
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "Resharder[Any]", source: Sides, destination: Sides, **options: Unpack[ReshardOptions]
+    ) -> None: ...
+    def __init__(self, source: Sides, destination: Sides, **options: Unpack[ReshardOptions]) -> None:
         self._make(source, destination, options)
 
     @classmethod
@@ -111,9 +112,9 @@ class Resharder(Selections):
         destination: Sides,
         options: ReshardOptions,
         *,
-        parent: "Resharder | None" = None,
+        parent: "Resharder[Any] | None" = None,
         meets_always: bool = False,
-    ) -> "Resharder":
+    ) -> "Resharder[Any]":
         """Make one for the gradients of another, or for one-shot calls, in each of which the ranks meet."""
         made = object.__new__(cls)
         made._make(source, destination, options, parent, meets_always)
@@ -124,7 +125,7 @@ class Resharder(Selections):
         source: Sides,
         destination: Sides,
         options: ReshardOptions,
-        parent: "Resharder | None" = None,
+        parent: "Resharder[Any] | None" = None,
         meets_always: bool = False,
     ) -> None:
         group = resolve_group(options.get("group"))
@@ -180,7 +181,7 @@ class Resharder(Selections):
         self._planned, self._selections = self.plan, {}
         self._plan_seconds = perf_counter() - began
 
-    def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> "Resharder":
+    def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> "Resharder[Any]":
         group = self._group()
         if group is None:
             raise SpecError("the process group of this Resharder is gone; keep it for as long as you call")
@@ -190,7 +191,7 @@ class Resharder(Selections):
 
     def _mover_of_digests(
         self, group: Any, meets_always: bool, source: ShardingSpec, destination: ShardingSpec, what: str
-    ) -> "Resharder":
+    ) -> "Resharder[Any]":
         name = f"{what} of {self.name or describe_layouts(self.plan)}"
         options = replace(self.options, group=group, name=name, rules=None, **NO_FRILLS).given()
         return Resharder._made(source, destination, options, meets_always=meets_always)
@@ -206,25 +207,21 @@ class Resharder(Selections):
         except SpecError as error:
             self._refuse(error)
 
-    @overload
-    def __call__(
-        self, tensor: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor | None: ...
-    @overload
-    def __call__(
-        self, tensor: NamedTensors | None = None, *, out: NamedTensors | None = None, only: Names | None = None
-    ) -> dict[str, torch.Tensor]: ...
-    def __call__(self, tensor: Given = None, *, out: Given = None, only: Names | None = None) -> Any:
-        """Reshard. Arguments and result as for :func:`reshard`; ``only`` moves some of many tensors, see ``only()``."""
+    def __call__(self, tensor: Given = None, *, out: Given = None, only: Names | None = None) -> Moved_co:
+        """Reshard. Arguments and result as for :func:`reshard`.
+
+        ``only`` names those of many tensors that move, see ``only()``; ``tensor`` and ``out`` may have the others too.
+        """
+        moved: Moved_co
         if only is not None:
-            return self._call_only(tensor, out, only)
-        if is_dynamo_compiling() or (out is None and self._fits_graphs and is_traced(tensor)):
+            moved = self._call_only(tensor, out, only)
+        elif is_dynamo_compiling() or (out is None and self._fits_graphs and is_traced(tensor)):
             from tricomm.compiled.graph import call_in_graph
 
-            return call_in_graph(self, tensor, out)
-        if self._hooks is not None:
-            return self._hooked(tensor, out)
-        return self._unhooked(tensor, out)
+            moved = call_in_graph(self, tensor, out)
+        else:
+            moved = (self._unhooked if self._hooks is None else self._hooked)(tensor, out)
+        return moved
 
     def _unhooked(self, tensor: Given, out: Given) -> Any:
         if not (type(tensor) in PLAIN and type(out) in PLAIN) and (has_dtensors(tensor) or has_dtensors(out)):
@@ -271,9 +268,9 @@ class Resharder(Selections):
         *,
         out: Given = None,
         after: Any = None,
-        depends_on: Sequence[Handle] = (),
+        depends_on: Sequence[Handle[Any]] = (),
         only: Names | None = None,
-    ) -> Handle:
+    ) -> Handle[Moved_co]:
         """Reshard in the background. The tensor must not change before ``wait`` returns.
 
         Runs of the same ranks and channel follow each other in the order in which they were started. In the first call,
@@ -291,17 +288,20 @@ class Resharder(Selections):
                 that the current stream has to do so far. Without ``out`` the run waits for that in any case: the memory
                 of the new tensor may be that of one which the current stream has still to read.
             depends_on: runs of this rank, whatever they move, that end before this one begins.
-            only: names of those of many tensors that move, see ``only()``.
+            only: names of those of many tensors that move, see ``only()``; ``tensor`` and ``out`` may have the others
+                too.
         """
         if torch.compiler.is_compiling():
             from tricomm.compiled.graph import run_eagerly
 
-            handle: Handle = run_eagerly(self.start, tensor, out=out, after=after, depends_on=depends_on, only=only)
+            given = {"out": out, "after": after, "depends_on": depends_on, "only": only}
+            handle: Handle[Moved_co] = run_eagerly(self.start, tensor, **given)
             return handle
         if only is not None:
             mover, tensor, out = self._of_only(tensor, out, only)
             return mover.start(tensor, out=out, after=after, depends_on=depends_on)
-        self._check_order(after, depends_on)
+        if (problem := order_problem(after, depends_on)) is not None:
+            self._refuse(problem)
         tensor = self._before(tensor)
         if has_dtensors(tensor) or has_dtensors(out):
             tensor, out = self._shards(tensor, out)
@@ -331,15 +331,6 @@ class Resharder(Selections):
             name_error(error, self.name)
             raise
 
-    def _check_order(self, after: Any, depends_on: Any) -> None:
-        """Refuse to wait for what is no event and no Handle, off the meshes too."""
-        if not isinstance(depends_on, list | tuple) or not all(isinstance(one, Handle) for one in depends_on):
-            self._refuse(
-                ArgumentError(f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple")
-            )
-        if after is not None and not callable(getattr(after, "query", None)):
-            self._refuse(ArgumentError(f"after={after!r} is no event; pass what record_event() returned, or None"))
-
     def _off_meshes(self, tensor: Given, out: Given) -> Any:
         """A rank on neither mesh gives and gets nothing."""
         try:
@@ -355,10 +346,10 @@ class Resharder(Selections):
         sources: Tensors,
         destinations: Tensors,
         events: Sequence[Any],
-        depends_on: Sequence[Handle],
+        depends_on: Sequence[Handle[Any]],
         *,
         is_whole: bool = False,
-    ) -> Handle:
+    ) -> Handle[Moved_co]:
         """Run in the background; ``is_whole`` if digests and hooks, too, are left to that."""
         session, execution = self._session, self._execution
         assert session is not None

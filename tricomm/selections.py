@@ -382,7 +382,7 @@ class Selections(Gradients):
             post_seconds=tally.post_seconds,
             wait_seconds=tally.wait_seconds,
             unpack_seconds=tally.unpack_seconds,
-            transports=(sent,) if tally.messages else (),
+            transports=(sent,) if tally.messages or tally.received_messages else (),
         )
 
 

@@ -32,9 +32,10 @@ class Traffic:
     """What one rank sent over one transport.
 
     Attributes:
-        transport: its name, such as "gloo", "nccl", "memory" or "local".
-        messages: sent.
-        nbytes: sent, without headers.
+        transport: its name, such as "gloo", "nccl", "memory" or "local"; "gloo and memory" where ranks take the one or
+            the other.
+        messages: sent; over "memory" those that others read from this rank.
+        nbytes: likewise, without headers.
         wait_seconds: for which the rank had nothing to do but to wait for it.
     """
 
@@ -51,8 +52,8 @@ class Stats:
     Attributes:
         calls: carried out.
         tensors: that the rank needs, or if it needs none that it holds, counted in each call.
-        messages, nbytes: sent by this rank.
-        received_messages, received_nbytes: that came to it.
+        messages, nbytes: sent by this rank, or read from its memory by ranks of its host.
+        received_messages, received_nbytes: that came to it, or that it read.
         minimum_nbytes: the least that must have come to it: what it needs and does not hold.
         staging_nbytes: the most that it had in packed chunks at once.
         plan_seconds: planning and binding, once per layout.
@@ -112,22 +113,32 @@ class Stats:
         >>> Stats(calls=1, tensors=2, nbytes=1_000_000, post_seconds=0.5).line
         '2 tensors in 1 calls: 1.00 MB sent in 0.500 s, 0.00 GB/s'
         """
-        nbytes, what = self.received_nbytes, f"received (minimum {self.minimum_nbytes / 1e6:.2f} MB)"
+        given, taken = self._verbs
+        nbytes, what = self.received_nbytes, f"{taken} (minimum {self.minimum_nbytes / 1e6:.2f} MB)"
         if not (self.received_nbytes or self.minimum_nbytes):
-            nbytes, what = self.nbytes, "sent"
+            nbytes, what = self.nbytes, given
         rate = f", {nbytes / self.seconds / 1e9:.2f} GB/s" if self.seconds else ""
         return (
             f"{self.tensors} tensors in {self.calls} calls: {nbytes / 1e6:.2f} MB {what} in {self.seconds:.3f} s{rate}"
         )
+
+    @property
+    def _verbs(self) -> tuple[str, str]:
+        """What happened to messages of this rank and to those for it: from memory nobody sends, but the other reads."""
+        names = {name for one in self.transports for name in one.transport.split(" and ")}
+        if names == {"memory"}:
+            return "read by others", "read from others"
+        return ("sent or read by others", "received or read") if "memory" in names else ("sent", "received")
 
     def __str__(self) -> str:
         times = [
             f"{1000 * getattr(self, f'{step}_seconds'):.1f}{' ms' if step == 'plan' else ''} {step}"
             for step in ("plan", "pack", "post", "wait", "unpack")
         ]
+        given, taken = self._verbs
         return (
-            f"{self.calls} calls: {self.messages} messages sent, {self.nbytes} bytes; "
-            f"{self.received_messages} received, {self.received_nbytes} bytes (minimum {self.minimum_nbytes}); "
+            f"{self.calls} calls: {self.messages} messages {given}, {self.nbytes} bytes; "
+            f"{self.received_messages} {taken}, {self.received_nbytes} bytes (minimum {self.minimum_nbytes}); "
             f"at most {self.staging_nbytes} bytes staged\n" + ", ".join(times)
         )
 

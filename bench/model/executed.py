@@ -92,7 +92,13 @@ def shards_for(rank: int, setting: Setting) -> tuple[Shards, Shards, Shards]:
     return given, expected, {name: torch.empty_like(tensor) for name, tensor in expected.items()}
 
 
-def keep(ways: Mapping[str, Callable[[], object]], mover: Resharder, out: Shards, expected: Shards, rank: int) -> None:
+def keep(
+    ways: Mapping[str, Callable[[], object]],
+    mover: Resharder[Any],
+    out: Shards,
+    expected: Shards,
+    rank: int,
+) -> None:
     """Check what each way brings, and keep them to be sampled."""
     for name, way in ways.items():
         for tensor in out.values():

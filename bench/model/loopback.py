@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,9 +128,9 @@ def prepare(rank: int, number: int, folder: str) -> int:
     here = Topology(["here"] * 2 * EXECUTED_RANKS)
     through_files = Checkpoint(rank, setting, given, out, folder)
 
-    def mover(transport: str) -> Resharder:
-        how = {"topology": here, "staging_bytes": STAGING_BYTES, "transport": transport}
-        return Resharder(setting.source, setting.destination, rules=setting.rules, **how)  # type: ignore[arg-type]
+    def mover(transport: str) -> Resharder[dict[str, torch.Tensor]]:
+        how: Any = {"topology": here, "staging_bytes": STAGING_BYTES, "transport": transport}
+        return Resharder(setting.source, setting.destination, rules=setting.rules, **how)
 
     over_sockets, from_memory = mover("network"), mover("auto")
     ways: dict[str, Callable[[], object]] = {

@@ -31,3 +31,10 @@ def test_a_misspelt_option_is_an_error(installed: Installed, tmp_path: Path) -> 
         script = tmp_path / "misspelt.py"
         script.write_text(text.replace(option, misspelt))
         assert f'Unexpected keyword argument "{misspelt.split("=")[0]}"' in installed.mypy(script, succeeds=False)
+
+
+def test_a_misspelt_name_of_tricomm_is_an_error(installed: Installed, tmp_path: Path) -> None:
+    """Although public modules are imported only when they are asked for."""
+    script = tmp_path / "misspelt.py"
+    script.write_text("import tricomm\ntricomm.pipelines.gpipe(2, 4)\n")
+    assert 'Module has no attribute "pipelines"' in installed.mypy(script, succeeds=False)

@@ -25,10 +25,21 @@ assert_type(plan, Plan)
 assert_type(tricomm.reshard(shard, source, destination, timeout_seconds=60.0), torch.Tensor | None)
 assert_type(tricomm.reshard_async(None, source, destination), Handle)
 assert_type(tricomm.reshard({"w": shard}, {"w": source}, {"w": destination}), dict[str, torch.Tensor])
+many = tricomm.reshard_async({"w": shard}, {"w": source}, {"w": destination})
+assert_type(many, Handle[dict[str, torch.Tensor]])
+assert_type(many.wait()["w"], torch.Tensor)
 assert_type(tricomm.local_shard(shard, source, 0), torch.Tensor)
 with Resharder(source, destination, confirm=True, strategy=tricomm.Auto()) as mover:
     assert_type(mover(shard), torch.Tensor | None)
     assert_type(mover.start(shard).wait(), torch.Tensor | None)
+with Resharder({"w": source}, {"w": destination}) as pusher:
+    assert_type(pusher({"w": shard}), dict[str, torch.Tensor])
+    assert_type(pusher(only=["w"]), dict[str, torch.Tensor])
+    assert_type(pusher.start().wait(), dict[str, torch.Tensor])
+    assert_type(pusher.only(["w"]).reverse().start({"w": shard}).join(), dict[str, torch.Tensor])
+    started: list[Handle[object]] = [many, pusher.start(depends_on=[many])]
+assert_type(tricomm.pipeline.gpipe(2, 4), tricomm.pipeline.Schedule)
+assert_type(tricomm.draw.plan_svg(plan), str)
 
 first, last = Mesh([0], ("dp",)), Mesh([1, 2], ("dp",))
 hidden = EdgeTensor(

@@ -1,6 +1,7 @@
 """What a feed moves its tensors with: one Resharder for all of them, which writes in place."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Movers:
 
     def start(
         self, tensors: Mapping[str, torch.Tensor | None], out: Mapping[str, torch.Tensor | None]
-    ) -> tuple[Handle, ...]:
+    ) -> tuple[Handle[Any], ...]:
         """Start the moves; what is written is in place.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tricomm.errors import TransportError, TricommError
 from tricomm.transport.handle import Handle
@@ -43,7 +43,7 @@ class Push:
         self,
         version: int,
         skipped: str,
-        handles: tuple[Handle, ...] = (),
+        handles: tuple[Handle[Any], ...] = (),
         outcome: "Future[str] | None" = None,
         snapshot_nbytes: int = 0,
     ) -> None:
@@ -115,7 +115,7 @@ class Telling:
             self._settle(f"rank {self._rank}: {type(error).__name__}: {error}")
 
 
-def failure_of(handles: tuple[Handle, ...]) -> str | None:
+def failure_of(handles: tuple[Handle[Any], ...]) -> str | None:
     """Wait until all have ended, and return why the first that failed did."""
     found = None
     for handle in handles:

@@ -3,18 +3,22 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Generic
 
 import torch
+from typing_extensions import TypeVar  # torch needs it; the one of typing has no default before Python 3.13
 
-from tricomm.errors import TransportError
+from tricomm.errors import ArgumentError, TransportError
 from tricomm.transport.accelerator import await_event
 from tricomm.transport.coordination.run import Run
 from tricomm.transport.streams import StreamContext
 
-Ended = tuple[torch.Tensor | None, Any, Run | None]
+Ended = tuple[Any, Any, Run | None]
 """A run that has ended on the host: its result, the event at which that is there, and what tells how the device fares.
 """
+
+Moved_co = TypeVar("Moved_co", covariant=True, default=torch.Tensor | None)
+"""What a move gives a rank: a shard or None, or of many tensors a dict by name."""
 
 
 class SourceGate:
@@ -60,8 +64,8 @@ class SourceGate:
             return self._event
 
 
-class Handle:
-    """A reshard that was started.
+class Handle(Generic[Moved_co]):
+    """A reshard that was started: one of many tensors is a ``Handle[dict[str, Tensor]]``.
 
     Example:
         >>> import torch.distributed as dist
@@ -140,8 +144,8 @@ class Handle:
         if event is not None:
             self._stream_context.wait_event(event)
 
-    def wait(self) -> torch.Tensor | None:
-        """The rank's new shard; None off the destination mesh.
+    def wait(self) -> Moved_co:
+        """The rank's new shard, and None off the destination mesh; of many tensors a dict of those that it has.
 
         On a GPU the host goes on at once, and what it queues afterwards on the current stream runs after the move.
 
@@ -158,7 +162,7 @@ class Handle:
         self._stream_context.wait_event(event)
         return result
 
-    def join(self) -> torch.Tensor | None:
+    def join(self) -> Moved_co:
         """Return what ``wait`` does, but not before a GPU, too, has done the move: the host waits for that.
 
         ::
@@ -179,9 +183,18 @@ class Handle:
         self._result()
         return False
 
-    def _result(self) -> tuple[torch.Tensor | None, Any]:
+    def _result(self) -> tuple[Moved_co, Any]:
         result, event, run = self._future.result()
         if run is not None and run.failure is not None:
             run.is_told = True
             raise TransportError(run.failure)
         return result, event
+
+
+def order_problem(after: Any, depends_on: Any) -> ArgumentError | None:
+    """What is wrong with what a run is to begin after: no event, or no Handles; None if nothing is."""
+    if not isinstance(depends_on, list | tuple) or not all(isinstance(one, Handle) for one in depends_on):
+        return ArgumentError(f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple")
+    if after is not None and not callable(getattr(after, "query", None)):
+        return ArgumentError(f"after={after!r} is no event; pass what record_event() returned, or None")
+    return None

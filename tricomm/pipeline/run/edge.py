@@ -205,6 +205,7 @@ class Link:
             x: this rank's shard of the tensor, or a tuple in the order of declaration if the edge has several. They
                 must not change before the handle's ``wait`` returns, but may be dropped at once. Autograd does not
                 follow them: what arrives requires no grad, and the gradient comes back by ``recv_gradient``.
+            microbatch: which; they go in order, from 0 in each step.
 
         Raises:
             SpecError: not this microbatch's turn, or tensors that are not what was declared. The ranks at the other
