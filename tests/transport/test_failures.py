@@ -378,3 +378,31 @@ def test_without_a_process_group_the_error_says_what_to_do() -> None:
         tricomm.reshard(None, SOURCE, COLUMNS)
     with pytest.raises(TransportError):
         raise TransportError("is a RuntimeError") from None
+
+
+def lose_the_store(rank: int, port: int, kind: str, is_idle: bool) -> tuple[str, str, float]:
+    """Rank 0 holds the store of the group, as without a launcher, and is killed in a call or before it."""
+    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
+    mover = Resharder(
+        SOURCE, DESTINATIONS[kind], strategy=STRATEGIES[kind], timeout_seconds=TIMEOUT_SECONDS, confirm=True
+    )
+    mover(shard_of(rank))
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL) if is_idle else in_the_middle(signal_me(signal.SIGKILL), after=7)
+    return attempt(rank, lambda: mover(shard_of(rank)))
+
+
+@pytest.mark.parametrize("is_idle", [False, True])
+@pytest.mark.parametrize("kind", ["unicast", "chain"])
+def test_a_killed_rank_with_the_store_is_blamed_and_no_survivor_is(doomed: Ranks, kind: str, is_idle: bool) -> None:
+    """Survivors close their connections to each other, so that one may see another's close before that of rank 0."""
+    port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    doomed.start(lose_the_store, port, kind, is_idle)
+    for told, text, seconds in doomed.collect([1, 2, 3, 4]):
+        assert told == "TransportError"
+        assert seconds <= TIMEOUT_SECONDS
+        assert text.count("store cannot be reached") == 1, text
+        assert text.count("usually rank 0 or its launcher, has died") == 1, text
+        assert not any(f"rank {rank} {word}" in text for rank in (1, 2, 3, 4) for word in ("failed", "died")), text

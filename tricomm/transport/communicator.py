@@ -15,8 +15,7 @@ the latest, or have each other's bytes on NCCL without ``confirm``; and are told
 
 **Failure.** Whoever knows a cause posts it, with the call in which it happened, and then closes its connections.
 Whoever finds a connection closed reads the cause. If it concerns a call that is over here (others were in the
-barrier, or still had to receive), nothing is wrong with the call that found it: ``is_past`` says so, and it may be
-made again.
+barrier, or still had to receive), nothing is wrong with the call that found it: ``is_past`` says so; it may be redone.
 """
 
 import logging
@@ -37,6 +36,7 @@ from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.questions import Question
 from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason, Fault
+from tricomm.transport.coordination.store import describe_lost_store, with_lost_store
 from tricomm.transport.memory.connections import HostConnections, met
 from tricomm.transport.memory.meeting import Doorway
 from tricomm.transport.memory.reading import UnreadableError
@@ -347,7 +347,7 @@ class Communicator:
                 try:
                     reason = self.coordinator.status.post_abort(self.place, mine)
                 except TransportError as error:
-                    reason = mine._replace(text=f"{text}; {error}")
+                    reason = mine._replace(text=with_lost_store(text, error))
                 if reason.dead is not None:
                     self.coordinator.dead[reason.dead] = reason.text
                 self.abort_reason, self.is_usable = reason, False
@@ -383,7 +383,7 @@ class Communicator:
                 text = f"rank {peer} died: its connection to rank {rank} closed in {self.call}; see that rank's log"
                 lost, fault = peer, "died"
         except TransportError as missing:
-            text = f"rank {peer} failed in {self.call}, and {missing}"
+            text = describe_lost_store(missing, rank, str(self.call), peer)
         return self.abort(text, None, lost, fault)
 
     def unreadable(self, peer: int, error: UnreadableError) -> TransportError:

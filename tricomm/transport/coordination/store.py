@@ -14,6 +14,9 @@ PAUSE_GROWTH = 1.25
 """Small, because what is waited for may come just after a pause has begun."""
 
 
+STORE_LOST = "the process group's store cannot be reached"
+
+
 class GroupOverError(TransportError):
     """The group of these ranks is over, and no call in it succeeds any more: one of separate jobs, that lost a rank."""
 
@@ -27,9 +30,27 @@ def store_errors() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise TransportError(
-            f"the process group's store cannot be reached ({error}); the process that hosts it, usually rank 0 "
-            "or its launcher, has died"
+            f"{STORE_LOST} ({error}); the process that hosts it, usually rank 0 or its launcher, has died"
         ) from error
+
+
+def describe_lost_store(lost: TransportError, rank: int, call: str, peer: int | None) -> str:
+    """Say that a call failed as the store is gone, and blame no rank whose connection closed: survivors close theirs.
+
+    Args:
+        lost: says that the store cannot be reached.
+        rank, call: who found that, and where.
+        peer: whose connection closed; None if no single one did.
+    """
+    found = "could not queue its messages"
+    if peer is not None:
+        found = f"lost its connection to rank {peer}, which may have closed it for that"
+    return f"{lost} (rank {rank} {found}, in {call})"
+
+
+def with_lost_store(text: str, lost: TransportError) -> str:
+    """Say after something else that the store cannot be reached, unless it says that by itself."""
+    return text if STORE_LOST in text else f"{text}; {lost}"
 
 
 def wait_for_key(store: Any, key: str, seconds: float, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> bool:
