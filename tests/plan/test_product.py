@@ -51,6 +51,44 @@ def test_every_rank_works_out_its_part_of_the_whole(seed: int) -> None:
         assert list(what_passes(alone, rank)) == list(what_passes(whole, rank))
 
 
+def held_so(spec: ShardingSpec) -> ShardingSpec:
+    """The same layout, told rank by rank."""
+    return ShardingSpec.explicit({rank: spec.holding(rank) for rank in spec.mesh.ranks}, spec.global_shape, spec.dtype)
+
+
+@pytest.mark.parametrize("seed", range(1, 60, 3))
+def test_holdings_that_are_a_grid_are_planned_as_mesh_axes_are(seed: int) -> None:
+    move = drawn(seed)
+    source, destination = held_so(move.source), held_so(move.destination.resolved(move.source))
+    whole = make_plan(source, destination, topology=move.topology, strategy=FORMULAS)
+    whole.verify()
+    if goes_by_formulas(whole):  # ranks without elements are parts of no dim
+        by_axes = make_plan(move.source, move.destination, topology=move.topology, strategy=FORMULAS)
+        assert whole.simulated_seconds() == pytest.approx(by_axes.simulated_seconds(), rel=0.03)
+        for rank in whole.participants:
+            alone = make_plan(source, destination, topology=move.topology, strategy=FORMULAS, rank=rank)
+            assert list(what_passes(alone, rank)) == list(what_passes(whole, rank))
+    shards, expected = source_and_result(source, destination)
+    for rank, shard in LocalTransport().run(whole, shards).items():
+        if rank in destination.mesh:
+            require_equal(shard, pick(expected, destination, rank), f"rank {rank}")
+
+
+def test_a_padded_vocabulary_that_is_trimmed_is_handed_on_by_its_receivers() -> None:
+    """Two holders of each part of it, padded so that servers cut it elsewhere, and four servers."""
+    trainers = Mesh(np.arange(16).reshape(2, 8).tolist(), ("dp", "tp"))
+    servers = Mesh(np.arange(16, 48).reshape(4, 8).tolist(), ("dp", "tp"))
+    padded = ShardingSpec(trainers, (ALL, Shard(0)), (129024, 1024), "bfloat16")
+    vocabulary = padded.trimmed((128256, 1024))
+    hosts = tuple(f"host{rank // 8}" for rank in range(48))
+    plan = make_plan(vocabulary, ShardingSpec(servers, (ALL, Shard(0))), topology=Topology(hosts, nics_per_host=8))
+    assert goes_by_formulas(plan)
+    plan.verify()
+    out, into = nic_nbytes(plan, plan.topology)
+    assert sum(out[plan.topology.nic(rank)] for rank in range(16)) == 128256 * 1024 * 2
+    assert max(into.values()) == 16032 * 1024 * 2
+
+
 @pytest.mark.parametrize("seed", range(0, 60, 3))
 def test_it_moves_what_it_says(seed: int) -> None:
     move = drawn(seed)
@@ -273,7 +311,7 @@ def test_no_more_holders_send_than_keep_the_receivers_busy() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["explicit", "unequal NICs", "nothing", "no dims", "no replicas"],
+    ["no grid", "overlapping parts", "unequal NICs", "nothing", "no dims", "no replicas"],
 )
 def test_what_formulas_do_not_cover_is_searched(change: str) -> None:
     shape: tuple[int, ...] = {"nothing": (0, 4), "no dims": ()}.get(change, (8, 4))
@@ -283,8 +321,12 @@ def test_what_formulas_do_not_cover_is_searched(change: str) -> None:
     if change == "no replicas":
         first = ShardingSpec(Mesh(range(4), ("x",)), (cut,), shape, "float32")
         second = ShardingSpec(Mesh(range(4, 8), ("x",)), (cut,), shape)
-    if change == "explicit":
-        first = ShardingSpec.explicit({rank: first.holding(rank) for rank in range(4)}, shape, "float32")
+    if change == "no grid":  # three ranks hold the first rows, one the others
+        held = {rank: first.holding(rank if rank == 3 else 0) for rank in range(4)}
+        first = ShardingSpec.explicit(held, shape, "float32")
+    if change == "overlapping parts":
+        rows = (((0, 5),), ((3, 8),))
+        first = ShardingSpec.explicit({rank: (rows[rank % 2], ((0, 4),)) for rank in range(4)}, shape, "float32")
     rates = dict(zip("abcd", (1e9, 2e9, 1e9, 1e9), strict=True)) if change == "unequal NICs" else 1e9
     plan = make_plan(first, second, topology=Topology(tuple("aabbccdd"), rates), strategy=FORMULAS)
     assert not goes_by_formulas(plan)

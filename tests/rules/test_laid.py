@@ -86,7 +86,7 @@ def test_placements_say_what_is_held(data: Any) -> None:
 
 @pytest.mark.parametrize("ranks", [16, 64, 256])
 def test_no_weight_of_the_large_models_needs_holdings(ranks: int) -> None:
-    """But for vocabularies that are trimmed: with explicit holdings a fleet is planned by search."""
+    """But for vocabularies that are trimmed."""
     count = ranks // 2
     servers = range(ranks, ranks + count)
     llama, qwen = LLAMA_3_8B, QWEN3_30B_A3B

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 
-from tricomm.layout.columns import offsets_of, positions
+from tricomm.layout.columns import IntervalLists, offsets_of, positions
 from tricomm.layout.mesh import Mesh
+from tricomm.layout.part_table import part_table
 from tricomm.layout.placement import Partial
 from tricomm.layout.spec import ShardingSpec
 from tricomm.layout.topology import Topology
@@ -14,7 +16,7 @@ from tricomm.layout.topology import Topology
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """The ranks of a layout in which each mesh axis cuts one dim or replicates.
+    """The ranks of a layout that is a product: each of its mesh axes cuts one dim or replicates, or it is held so.
 
     A *tile* is what ranks hold that agree on all cutting axes: one part of each dim. Its number counts the parts of the
     dims, the last dim fastest.
@@ -45,15 +47,40 @@ class Grid:
         return tuple(int(part) for part in np.unravel_index(tile, self.parts))
 
 
-def is_product(spec: ShardingSpec) -> bool:
-    """Whether mesh axes say all that a spec says."""
-    return spec.holdings is None and not any(isinstance(placement, Partial) for placement in spec.placements)
+def grid_of(spec: ShardingSpec) -> Grid | None:
+    """The grid of a layout; None of one that is none.
 
-
-def grid_of(spec: ShardingSpec) -> Grid:
-    """The grid of a product layout."""
+    Holdings that are told rank by rank make a grid too if each part of a dim meets each part of the others, on equally
+    many ranks: a padded vocabulary that is trimmed, or cuts on whole blocks.
+    """
+    if any(isinstance(placement, Partial) for placement in spec.placements):
+        return None
+    if spec.holdings is not None:
+        return _grid_of_holdings(spec)
     axes = tuple(spec.cutting_axes(dim) for dim in range(len(spec.global_shape)))
     return _grid(spec.mesh, axes)
+
+
+@lru_cache(maxsize=256)
+def _grid_of_holdings(spec: ShardingSpec) -> Grid | None:
+    table = part_table(spec)
+    counts = tuple(map(len, table.parts))
+    tiles = prod(counts)
+    if tiles > spec.mesh.size or not all(map(_tiles_a_dim, table.parts, spec.global_shape)):
+        return None
+    tile_of = np.ravel_multi_index(tuple(table.part_of.T), counts)
+    held = np.bincount(tile_of, minlength=tiles)
+    if (held != held[0]).any():
+        return None
+    ranks = ranks_of(spec.mesh)[np.argsort(tile_of, kind="stable")]
+    return Grid(counts, ranks.reshape(tiles, -1))
+
+
+def _tiles_a_dim(parts: IntervalLists, extent: int) -> bool:
+    """Whether every coordinate of a dim is in one part of it."""
+    starts, stops = np.sort(parts.starts), np.sort(parts.stops)
+    edges = np.concatenate([[0], stops])
+    return bool((starts == edges[:-1]).all()) and int(edges[-1]) == extent
 
 
 @lru_cache(maxsize=64)

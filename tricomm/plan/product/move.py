@@ -11,7 +11,7 @@ from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.allotted import allotted
-from tricomm.plan.product.grid import Grid, Rings, grid_of, is_product
+from tricomm.plan.product.grid import Grid, Rings, grid_of
 from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.nics import Nics, nics_of, share_hosts, units_of
 from tricomm.plan.product.pieces import Cutting
@@ -74,20 +74,20 @@ class ProductMove:
         *,
         has_company: bool = False,
     ) -> "ProductMove | None":
-        """None where formulas do not apply: explicit holdings, NICs that differ in a mesh, nothing to move, a strategy
+        """None where formulas do not apply: holdings that are no grid, NICs that differ in a mesh, nothing to move, a strategy
         that is none of theirs, or no replicas, where each element has one way to go and nothing is to be chosen.
         """
         topology = context.topology
-        if not (is_product(source) and is_product(destination)) or 0 in (*source.global_shape, source.mesh.size):
+        if 0 in (*source.global_shape, source.mesh.size, len(source.global_shape)):
             return None
-        if not source.global_shape or (source.exclusive and destination.exclusive):
+        if source.exclusive and destination.exclusive:
             return None
         if not isinstance(strategy, Auto | SendRecv | Broadcast | GlobalAllGather):
             return None
         sending, receiving = nics_of(source.mesh, topology), nics_of(destination.mesh, topology)
-        if sending is None or receiving is None:
-            return None
         first, second = grid_of(source), grid_of(destination)
+        if first is None or second is None or sending is None or receiving is None:
+            return None
         holders, rings = Rings.of(first, topology), Rings.of(second, topology)
         per_dim = [cells(*parts) for parts in zip(part_table(source).parts, part_table(destination).parts, strict=True)]
         is_shared = share_hosts(source.mesh, destination.mesh, topology)

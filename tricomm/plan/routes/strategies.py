@@ -302,7 +302,7 @@ class Auto:
 
     A strategy with more messages has to be 3 % faster than one with fewer.
 
-    To compare them, every rank works out what all ranks would do. Where more ranks take part, and mesh axes say all
+    To compare them, every rank works out what all ranks would do. Where more ranks take part, and parts of dims say all
     that the specs say, formulas choose between sending to every replica and handing pieces round the replicas, and a
     rank works out its own part alone; see ``tricomm.plan.product``. Of several tensors formulas plan each as suits it,
     also among few ranks; a search, which takes one strategy for all, is made where that is not at the NICs' limit.
