@@ -74,8 +74,8 @@ class ProductMove:
         *,
         has_company: bool = False,
     ) -> "ProductMove | None":
-        """None where formulas do not apply: holdings that are no grid, NICs that differ in a mesh, nothing to move, a strategy
-        that is none of theirs, or no replicas, where each element has one way to go and nothing is to be chosen.
+        """None where formulas do not apply: holdings that are no grid, NICs that differ in a mesh, nothing to move, a
+        strategy that is none of theirs, or no replicas, where each element has one way to go and there is no choice.
         """
         topology = context.topology
         if 0 in (*source.global_shape, source.mesh.size, len(source.global_shape)):

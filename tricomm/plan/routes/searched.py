@@ -37,8 +37,8 @@ def check_search(deliveries: int, is_kept: bool) -> None:
     seconds, nbytes = deliveries * SECONDS_PER_DELIVERY, deliveries * NBYTES_PER_DELIVERY
     cost = f"{deliveries} deliveries (tasks times receivers): {seconds:.0f} s and {nbytes / 1e9:.1f} GB on every rank"
     remedy = (
-        "layouts that are grids of parts, as mesh axes make them, on NICs that are equally fast within a mesh, are planned by formulas with "
-        "Split() and Auto(), SendRecv(), Broadcast() or GlobalAllGather()"
+        "layouts that are grids of parts, as mesh axes make them, on NICs that are equally fast within a mesh, are "
+        "planned by formulas with Split() and Auto(), SendRecv(), Broadcast() or GlobalAllGather()"
     )
     if deliveries > MOST_DELIVERIES:
         raise PlanError(
