@@ -181,7 +181,7 @@ class Options:
                 raise ArgumentError(f'{option}={text!r} must be a string such as "layer 3"; leave it out for none')
         if self.rules is not None and not isinstance(self.rules, Rules | BoundRules):
             raise ArgumentError(
-                f"rules={self.rules!r} are no Rules; write Rules({{'name': source('name')}}), or leave it out"
+                f"rules={self.rules!r} must be Rules; write Rules({{'name': source('name')}}), or leave it out"
             )
         if self.transport not in (names := get_args(TransportName)):
             kind = SpecError if isinstance(self.transport, str) else ArgumentError
@@ -191,7 +191,7 @@ class Options:
         if not isinstance(self.checksum, bool):
             raise ArgumentError(f"checksum={self.checksum!r} is no truth value; pass True or False")
         if self.hooks is not None and not isinstance(self.hooks, Hooks):
-            raise ArgumentError(f"hooks={self.hooks!r} are no Hooks; write Hooks(after={{'layers.3': function}})")
+            raise ArgumentError(f"hooks={self.hooks!r} must be Hooks; write Hooks(after={{'layers.3': function}})")
         if self.progress is not None and not callable(self.progress):
             raise ArgumentError(f"progress={self.progress!r} cannot be called; pass a function of one Progress")
         object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))

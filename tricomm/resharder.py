@@ -33,7 +33,7 @@ from tricomm.transport.handle import Ended, Handle, Moved_co, SourceGate, order_
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT
 from tricomm.transport.streams import HostStreamContext
-from tricomm.transport.telling import name_error, tell_all
+from tricomm.transport.telling import tell_all
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 """Types of what is no DTensor, without a look."""
@@ -192,9 +192,11 @@ class Resharder(Selections, Generic[Moved_co]):
     def _mover_of_digests(
         self, group: Any, meets_always: bool, source: ShardingSpec, destination: ShardingSpec, what: str
     ) -> "Resharder[Any]":
-        name = f"{what} of {self.name or describe_layouts(self.plan)}"
-        options = replace(self.options, group=group, name=name, rules=None, **NO_FRILLS).given()
-        return Resharder._made(source, destination, options, meets_always=meets_always)
+        about = self.name or describe_layouts(self.plan)
+        options = replace(self.options, group=group, name=f"{what} of {about}", rules=None, **NO_FRILLS).given()
+        made = Resharder._made(source, destination, options, meets_always=meets_always)
+        made._about = about
+        return made
 
     def __repr__(self) -> str:
         return f"<Resharder {self.name or describe_layouts(self.plan)}: {self.state.value}>"
@@ -256,7 +258,7 @@ class Resharder(Selections, Generic[Moved_co]):
                 items = execution.items_of(sources, destinations)
                 self._checksums.check(*items, partial(execution.unfilled, destinations))
         except Exception as error:
-            name_error(error, self.name)
+            self._name_error(error)
             raise
         if out is not None:
             bump_versions(out)
@@ -328,7 +330,7 @@ class Resharder(Selections, Generic[Moved_co]):
                     bump_versions(out)
                 return self._start(sources, destinations, events, depends_on, is_whole=True)
         except Exception as error:
-            name_error(error, self.name)
+            self._name_error(error)
             raise
 
     def _off_meshes(self, tensor: Given, out: Given) -> Any:
@@ -338,7 +340,7 @@ class Resharder(Selections, Generic[Moved_co]):
                 raise SpecError(CLOSED_TEXT)
             return self._checker.result(self._checker.check(tensor, out)[1])
         except Exception as error:
-            name_error(error, self.name)
+            self._name_error(error)
             raise
 
     def _start(
@@ -376,7 +378,7 @@ class Resharder(Selections, Generic[Moved_co]):
                     gate.end(end := channel.stream_context.record_end())
                     return moved, end, session.last_run
             except Exception as error:
-                name_error(error, self.name)
+                self._name_error(error)
                 raise
             finally:
                 gate.end()

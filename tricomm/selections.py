@@ -20,7 +20,6 @@ from tricomm.stats import Stats, Traffic
 from tricomm.transport.memory.rungs import PairTransports, Rung
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State
-from tricomm.transport.telling import name_error
 
 Names = Collection[str]
 
@@ -48,7 +47,7 @@ class Selections(Gradients):
         """The Resharder of some of the tensors: nothing is planned anew, and it goes with this one.
 
         Every rank that calls this Resharder calls it. ``mover(tensors, only=names)`` is ``mover.only(names)`` called
-        with those of the tensors; the ranks meet once for each selection.
+        with those of the tensors, of which it may be given all; the ranks meet once for each selection.
 
         ::
 
@@ -59,7 +58,7 @@ class Selections(Gradients):
             names: in any order, the same on all ranks.
 
         Raises:
-            SpecError: there are no such tensors, or this is a Resharder of one; an ArgumentError for what are no names.
+            SpecError: there are no such tensors, or this is a Resharder of one; an ArgumentError for what is not names.
                 The other ranks are told.
         """
         try:
@@ -69,7 +68,7 @@ class Selections(Gradients):
             if self._hooks is not None:
                 self._hooks.refuse_inside()
         except SpecError as error:
-            name_error(error, self.name)
+            self._name_error(error)
             session = self._speaker
             if session is not None:
                 session.calls += 1
@@ -212,7 +211,7 @@ class Selections(Gradients):
             try:
                 self._session.connect()
             except Exception as error:
-                name_error(error, self.name)
+                self._name_error(error)
                 raise
 
     @checks_kinds

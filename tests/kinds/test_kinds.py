@@ -110,7 +110,7 @@ def test_what_is_no_event_is_refused_off_the_meshes(after: Any) -> None:
 
 @pytest.mark.parametrize("depends_on", [3, None, "x", [1], torch.zeros(2), {}], ids=str)
 def test_what_are_no_handles_is_refused_off_the_meshes(depends_on: Any) -> None:
-    with pytest.raises(tricomm.ArgumentError, match=r"^depends_on=.* are not Handles; pass what start\(\) returned"):
+    with pytest.raises(tricomm.ArgumentError, match=r"^depends_on=.* must be Handles; pass what start\(\) returned"):
         off_meshes().start(depends_on=depends_on)
     assert off_meshes().start(depends_on=[off_meshes().start()]).wait() is None
 

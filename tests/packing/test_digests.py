@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ from tricomm import (
 )
 from tricomm.launch import Ranks
 from tricomm.packing.digests import Digests, digest
+from tricomm.plan.describe import describe_layouts
 from tricomm.rules import Rules, cat, fill, source
 from tricomm.transport.runtime import PlanExecution
 
@@ -253,3 +255,35 @@ def test_intervals_that_follow_each_other_in_a_shard_keep_their_coordinates() ->
     tensors = {rank: {"a": tricomm.local_shard(FULL, halves, rank)} for rank in range(2)}
     outputs = LocalTransport().run(plan, tensors)
     assert differences(plan, tensors, outputs) == []
+
+
+@pytest.mark.parametrize("name", ["", "layer 3", 'layer\'s "3"'])
+def test_an_error_of_digests_says_once_what_they_are_of(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whether it comes from the move or from digests, with a name of the user's or without one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rows = ShardingSpec(Mesh([0], ("x",)), (Shard(0),), (4, 2), "float32")
+        mover = Resharder(rows, rows, checksum=True, name=name)
+        assert mover._checksums is not None
+        about = repr(name)[1:-1] or describe_layouts(mover.plan)
+        said = f"rank 1 waits for rank 0 in call 2 of {mover.label}, and rank 0 for rank 1 in call 1 of another"
+        for digests in mover._checksums.movers:
+            with monkeypatch.context() as patch:
+                patch.setattr(digests._session, "run", failing(said))
+                with pytest.raises(TransportError) as caught:
+                    mover(torch.zeros(4, 2))
+            assert str(caught.value) == said
+            with monkeypatch.context() as patch:
+                patch.setattr(digests._session, "run", failing("rank 1 did not call within the timeout"))
+                with pytest.raises(TransportError, match=r"digests .*: rank 1 did not call") as caught:
+                    mover(torch.zeros(4, 2))
+            assert str(caught.value).count(name or about) == 1, str(caught.value)
+    finally:
+        dist.destroy_process_group()
+
+
+def failing(text: str) -> Any:
+    def run(*_: Any) -> None:
+        raise TransportError(text)
+
+    return run

@@ -159,7 +159,8 @@ NAMES = ("wq", "wk", "wv")
     ("names", "error", "text"),
     [
         (["wx"], SpecError, r"only has 'wx', which is none of the 3 tensors that were planned; take it out"),
-        ("wq", ArgumentError, r"only='wq' are no names; pass a list"),
+        ("wq", ArgumentError, r"only='wq' must be a list or set of names; write only=\['wq'\]"),
+        (3, ArgumentError, r"only=3 must be a list or set of names"),
         ([1], ArgumentError, r"only has 1, which is not a text"),
         ([], SpecError, r"only has no names"),
     ],

@@ -189,7 +189,7 @@ REFUSALS: dict[str, Refusal] = {
     "holdings no mapping": (lambda: ShardingSpec.explicit([((0, 4),)], (8,)), ArgumentError,
         "holdings=[((0, 4),)]", "not a mapping", "write {rank: holding}"),
     "holdings of other ranks": (lambda: replace(ROWS, placements=(), holdings=((((0, 8),), ((0, 4),)),)), ArgumentError,
-        "holdings=((((0, 8),), ((0, 4),)),)", "not one per rank of (x=2:", "write ShardingSpec.explicit("),
+        "holdings=((((0, 8),), ((0, 4),)),)", "must be one per rank of (x=2:", "write ShardingSpec.explicit("),
     "letters on no mesh": (lambda: ShardingSpec.from_dims((0, 1), ("R",)), ArgumentError,
         "mesh=(0, 1)", "not a Mesh", "write Mesh([[0, 1]"),
     # topology.py

@@ -49,9 +49,9 @@ def parts(laid: ShardingSpec, rules: Rules) -> Any:
 # fmt: off
 REFUSALS: dict[str, Refusal] = {
     "rules that are none": (lambda: plan("wq = q"), ArgumentError,
-        "rules='wq = q'", "are no Rules", "write Rules({"),
+        "rules='wq = q'", "must be Rules", "write Rules({"),
     "an option of rules that are none": (lambda: Options(rules=3), ArgumentError,  # type: ignore[arg-type]
-        "rules=3", "are no Rules", "write Rules({"),
+        "rules=3", "must be Rules", "write Rules({"),
     "rules for one tensor": (lambda: plan(NAMES, ROWS, COLUMNS), ArgumentError,
         "source=ShardingSpec", "rules are between many tensors", "give {name: ShardingSpec}"),
     "rules bound to a source that is not there": (lambda: plan(bound("q", "x"), ONLY, {"wq": COLUMNS}), SpecError,

@@ -48,7 +48,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: q[1.5], "a position in q=1.5 is no integer; give one"),
     (lambda: q[..., 0, ...], "q[..., 0, ...]: an index has at most one '...'"),
     (lambda: q.unflatten(0, (-1, -1)), "q.unflatten(0, (-1, -1)): sizes are at least 0, and at most one of them is -1"),
-    (lambda: q.unflatten(0, 4), "sizes=4 are no integers; give a tuple of them"),
+    (lambda: q.unflatten(0, 4), "sizes=4 must be integers; give a tuple of them"),
     (lambda: q.permute(0, 0), "q.permute(0, 0): (0, 0) are not all dims once each; give an order of 0 to 1"),
     (lambda: q.permute(0, 2), "q.permute(0, 2): (0, 2) are not all dims once each; give an order of 0 to 1"),
     (lambda: q.expand(8, -2), "q.expand(8, -2): sizes are at least 0, or -1 to keep a dim"),
@@ -94,7 +94,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: Rules({"a.{l}": unknown}, l=3),
-        "l=3 are no index values; give a range, a list, or a mapping of ints and strings",
+        "l=3 must be index values; give a range, a list, or a mapping of ints and strings",
     ),
     (lambda: Rules({"a.{l}": unknown}), "index 'l' has no values; pass l=range(...) to Rules"),
     (
@@ -221,7 +221,7 @@ def test_what_is_wrong_is_said(wrong: Callable[[], Any], text: str) -> None:
     assert text.endswith(" ") or str(caught.value) == text
     kind = r"give a numpy|"
     kind += (
-        r"is no (integer|number|tensor|expression|list)|are no (integers|index values)|names no|takes a (list|mapping)"
+        r"is no (integer|number|tensor|expression|list)|must be (integers|index values)|names no|takes a (list|mapping)"
     )
     assert isinstance(caught.value, ArgumentError) == bool(re.search(kind, text))
 

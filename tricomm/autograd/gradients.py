@@ -34,6 +34,8 @@ class Gradients(ABC):
     name: str
     _session: Session | None
     _gradient: Any = None
+    _about: str = ""
+    """Of one whose name tricomm made: what that is about, which says enough in an error."""
 
     def _call(self, tensor: Given, out: Given) -> Any:
         """Reshard whatever this is a Resharder of, a tensor or many."""
@@ -76,9 +78,13 @@ class Gradients(ABC):
         """
         return f"Resharder of {describe_layouts(self.plan)}" if self._session is None else self._session.label
 
+    def _name_error(self, error: BaseException) -> None:
+        """Let an error of ours say what the calls are about."""
+        name_error(error, self.name, self._about)
+
     def _tell(self, error: BaseException) -> None:
         """Count a call that this rank does not make, and tell the others why."""
-        name_error(error, self.name)
+        self._name_error(error)
         if self._session is not None:
             self._session.calls += 1
             self._session.tell(error)

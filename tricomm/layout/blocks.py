@@ -14,7 +14,7 @@ def checked_blocks(blocks: object, ndim: int | None) -> Shape:
     """The size of a block along each dim, of which there may be known how many there are.
 
     Raises:
-        SpecError: not one of at least 1 for each dim; an ArgumentError where they are no integers.
+        SpecError: not one of at least 1 for each dim; an ArgumentError where they are not integers.
     """
     sizes = checked_shape(blocks)
     if ndim not in (None, len(sizes)) or min(sizes, default=1) < 1:

@@ -123,7 +123,7 @@ def checked_holdings(mesh: Mesh, holdings: object, shape: tuple[int, ...]) -> tu
         SpecError: an interval outside; an ArgumentError where a holding is no nest of intervals.
     """
     if not isinstance(holdings, tuple) or len(holdings) != mesh.size:
-        raise ArgumentError(f"holdings={holdings!r} are not one per rank of {mesh}; write ShardingSpec.explicit(...)")
+        raise ArgumentError(f"holdings={holdings!r} must be one per rank of {mesh}; write ShardingSpec.explicit(...)")
     return tuple(_checked_holding(rank, one, shape) for rank, one in zip(mesh.ranks, holdings, strict=True))
 
 

@@ -60,7 +60,7 @@ class Selection:
         """Choose tensors by name, in any order.
 
         Raises:
-            SpecError: the plan is of one tensor, or has none of that name; an ArgumentError for what are no names.
+            SpecError: the plan is of one tensor, or has none of that name; an ArgumentError for what is not names.
         """
         wanted = checked_names(plan, names)
         destinations = [at for at, one in enumerate(plan.ends.destinations) if one.name in wanted]
@@ -139,12 +139,14 @@ def checked_names(plan: "Planned", names: object) -> frozenset[str]:
     """The names of some tensors of a plan.
 
     Raises:
-        SpecError: there are no such; an ArgumentError for what are no names.
+        SpecError: there are no such; an ArgumentError for what is not names.
     """
     if not plan.is_mapping:
         raise SpecError(f"only={names!r} chooses among tensors by name, and this plan is of one tensor; leave it out")
-    if isinstance(names, str) or not isinstance(names, Sequence | set | frozenset | Mapping):
-        raise ArgumentError(f'only={names!r} are no names; pass a list or set of them, such as ["layers.0.wq"]')
+    if isinstance(names, str):
+        raise ArgumentError(f"only={names!r} must be a list or set of names; write only=[{names!r}]")
+    if not isinstance(names, Sequence | set | frozenset | Mapping):
+        raise ArgumentError(f'only={names!r} must be a list or set of names, as only=["layers.0.wq"]; give one')
     known = {one.name for one in plan.ends.destinations}
     for name in names:
         if not isinstance(name, str):

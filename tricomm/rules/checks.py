@@ -56,7 +56,7 @@ def integers(name: str, values: object) -> Shape:
     if isinstance(values, tuple | list) and len(values) == 1 and isinstance(values[0], tuple | list):
         values = values[0]  # permute((1, 0)) is torch's too
     if not isinstance(values, tuple | list):
-        raise ArgumentError(f"{name}={values!r} are no integers; give a tuple of them")
+        raise ArgumentError(f"{name}={values!r} must be integers; give a tuple of them")
     return tuple(integer(name, value) for value in values)
 
 

@@ -94,7 +94,7 @@ def frozen(name: str, values: object) -> Values | Table:
         entries = [None]
     if not all(isinstance(entry, int | str) for entry in entries):
         raise ArgumentError(
-            f"{name}={values!r} are no index values; give a range, a list, or a mapping of ints and strings"
+            f"{name}={values!r} must be index values; give a range, a list, or a mapping of ints and strings"
         )
     return Table(tuple(values.items())) if isinstance(values, Mapping) else tuple(entries)
 

@@ -194,7 +194,7 @@ class Handle(Generic[Moved_co]):
 def order_problem(after: Any, depends_on: Any) -> ArgumentError | None:
     """What is wrong with what a run is to begin after: no event, or no Handles; None if nothing is."""
     if not isinstance(depends_on, list | tuple) or not all(isinstance(one, Handle) for one in depends_on):
-        return ArgumentError(f"depends_on={depends_on!r} are not Handles; pass what start() returned, in a tuple")
+        return ArgumentError(f"depends_on={depends_on!r} must be Handles; pass what start() returned, in a tuple")
     if after is not None and not callable(getattr(after, "query", None)):
         return ArgumentError(f"after={after!r} is no event; pass what record_event() returned, or None")
     return None

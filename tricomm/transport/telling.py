@@ -17,10 +17,13 @@ def describe_failure(rank: int, what: str, error: BaseException) -> str:
     return f"rank {rank} failed in {what}: {text}"
 
 
-def name_error(error: BaseException, name: str) -> None:
-    """Put the name of the Resharder before the text of an error of ours, unless it is in there."""
-    if name and isinstance(error, TricommError) and name not in str(error):
-        error.args = (f"{name}: {error}",)
+def name_error(error: BaseException, name: str, about: str = "") -> None:
+    """Put the name of a Resharder before the text of an error of ours, unless it, or what it is about, is in there."""
+    if not (name and isinstance(error, TricommError)):
+        return
+    said = str(error)
+    if not any(one in said or repr(one)[1:-1] in said for one in (name, about or name)):
+        error.args = (f"{name}: {said}",)
 
 
 def tell_all(

@@ -67,7 +67,7 @@ class Schedule:
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         if isinstance(self.edges, str | bytes):
-            raise ArgumentError(f"edges={self.edges!r} are no pairs of stages; write [(0, 1), (1, 2)]")
+            raise ArgumentError(f"edges={self.edges!r} must be pairs of stages; write [(0, 1), (1, 2)]")
         set_field(self, "lists", tuple(tuple(actions) for actions in self.lists))
         set_field(self, "_pipeline_rank_of", _pipeline_ranks(self.lists))
         split = (one for one in self.actions() if one.kind is Kind.INPUT_GRADIENT)

@@ -64,7 +64,7 @@ def ends_of_rules(rules: object, source: object, destination: object) -> tuple[t
         PlanError: what a rule reads is held by nobody. All of them name the rule or the tensor.
     """
     if not isinstance(rules, Rules | BoundRules):
-        raise ArgumentError(f"rules={rules!r} are no Rules; write Rules({{'name': source('name')}}), or leave it out")
+        raise ArgumentError(f"rules={rules!r} must be Rules; write Rules({{'name': source('name')}}), or leave it out")
     for side, given in (("source", source), ("destination", destination)):
         if not isinstance(given, Mapping):
             raise ArgumentError(
