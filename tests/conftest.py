@@ -1,6 +1,7 @@
 """Processes are started once and fed many cases; a test that starts others carries the marker ``processes``."""
 
 import functools
+import gc
 import multiprocessing.process
 import os
 import re
@@ -42,6 +43,13 @@ def on_fixed_ranks(path: Path) -> bool:
     return re.search(r"\branks: \"?Ranks\b", path.read_text()) is not None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compute on one thread, before torch is imported: two workers share two cores, and threads of one tensor that wait
+    for each other spin meanwhile.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Bring forward what runs on the fixed ranks, then the longest files; all else stays in order."""
 
@@ -51,6 +59,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections need not look through torch each time."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -99,8 +112,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator["Ranks"]:
-    """The fixed processes, on which every test without the marker runs what needs more than one rank."""
+def fixed_ranks() -> Iterator["Ranks"]:
+    """Processes that are started once."""
     # Not before: the process that only hands tests to workers needs no torch, and the workers wait for it.
     from tests.cases import RANKS
     from tricomm.launch import Ranks
@@ -110,3 +123,15 @@ def ranks() -> Iterator["Ranks"]:
     STARTS_THE_FIXED_RANKS.reset(token)
     with running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def ranks(fixed_ranks: "Ranks") -> Iterator["Ranks"]:
+    """The fixed processes, on which every test without the marker runs what needs more than one rank.
+
+    After a file they have the group that they began with: torch's threads of each wake 100 times a second.
+    """
+    from tests.pipeline.models import end_groups
+
+    yield fixed_ranks
+    fixed_ranks.run(end_groups)
