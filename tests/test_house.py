@@ -383,7 +383,7 @@ CONSTANT: dict[str, int] = {"a": 1}
 cache = {}
 if True:
     seen: set[int] = set()
-lanes, held = collections.defaultdict(list), 1
+groups, held = collections.defaultdict(list), 1
 waiting = collections.deque[int]()
 fine = tuple([1])
 def function():

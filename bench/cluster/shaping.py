@@ -12,7 +12,7 @@ HEADER_BYTES = 20 + 32
 BURST_SECONDS = 2e-3
 QUEUE_BYTES = 1_000_000
 CONTROL_SHARE = 0.1
-LANES = 128
+BUCKETS = 128  # of flows, each with a queue of its own
 # Where classic BPF counts from the header of IP, and what it calls its instructions.
 NETWORK_HEADER = 0xFFF00000
 LOAD_WORD, LOAD_HALF, TO_X, XOR_X, SHIFT_RIGHT = 0x20, 0x28, 0x07, 0xAC, 0x74
@@ -45,32 +45,35 @@ def shaping_lines(
 
 
 def _link_lines(on: str, base: int, bits_per_second: int, peer: str, peer_is: str) -> list[str]:
-    """One link: a class at its rate, with a class for acknowledgements and, for the rest, one for each lane."""
+    """One link: a class at its rate, with a class for acknowledgements and, for the rest, one for each bucket."""
     burst_bytes = max(MTU_BYTES + ETHERNET_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
     control = round(bits_per_second * CONTROL_SHARE)
     limits = f"ceil {bits_per_second}bit burst {burst_bytes} cburst {burst_bytes} quantum {MTU_BYTES + ETHERNET_BYTES}"
-    link, small, *lanes = (f"{base + part:x}" for part in (0x1, 0x10, *range(0x20, 0x20 + LANES)))
-    lane_rate = (bits_per_second - control) // LANES
+    link, small, *buckets = (f"{base + part:x}" for part in (0x1, 0x10, *range(0x20, 0x20 + BUCKETS)))
+    bucket_rate = (bits_per_second - control) // BUCKETS
     # IP packets shorter than 64 bytes: headers are 52 of them.
     is_small = " ".join([*([f"match ip {peer_is} {peer}/32"] if peer else []), "match u16 0x0000 0xffc0 at 2"])
     lines = [
         f"class add {on} parent 1: classid 1:{link} htb rate {bits_per_second}bit {limits}",
         f"class add {on} parent 1:{link} classid 1:{small} htb rate {control}bit {limits} prio 0",
-        *(f"class add {on} parent 1:{link} classid 1:{lane} htb rate {lane_rate}bit {limits} prio 1" for lane in lanes),
-        *(f"qdisc add {on} parent 1:{leaf} handle {leaf}: bfifo limit {QUEUE_BYTES}" for leaf in (small, *lanes)),
+        *(
+            f"class add {on} parent 1:{link} classid 1:{bucket} htb rate {bucket_rate}bit {limits} prio 1"
+            for bucket in buckets
+        ),
+        *(f"qdisc add {on} parent 1:{leaf} handle {leaf}: bfifo limit {QUEUE_BYTES}" for leaf in (small, *buckets)),
         f"filter add {on} parent 1: protocol ip prio 1 u32 {is_small} flowid 1:{small}",
     ]
-    program = _lane_program(0x10000 + base + 0x20, peer, peer_is)
+    program = _bucket_program(0x10000 + base + 0x20, peer, peer_is)
     code = ",".join(" ".join(map(str, instruction)) for instruction in program)
     lines.append(f'filter add {on} parent 1: protocol ip prio 2 bpf bytecode "{len(program)},{code},"')
     return lines
 
 
-def _lane_program(first_lane: int, peer: str, peer_is: str) -> list[tuple[int, int, int, int]]:
-    """Classic BPF that finds the lane of a packet: from both ports, since one end of a connection may listen for many.
+def _bucket_program(first_bucket: int, peer: str, peer_is: str) -> list[tuple[int, int, int, int]]:
+    """Classic BPF that finds the bucket of a packet: by both ports, as one end of a connection may listen for many.
 
     Args:
-        first_lane: the class of lane 0.
+        first_bucket: the class of bucket 0.
         peer, peer_is: see ``shaping_lines``; packets of others are left to other filters.
 
     Returns:
@@ -82,8 +85,8 @@ def _lane_program(first_lane: int, peer: str, peer_is: str) -> list[tuple[int, i
         (LOAD_HALF, 0, 0, NETWORK_HEADER + 22),
         (XOR_X, 0, 0, 0),
         (SHIFT_RIGHT, 0, 0, 1),  # the lowest bit is the same of all ports that a kernel chooses
-        (AND, 0, 0, LANES - 1),
-        (ADD, 0, 0, first_lane),
+        (AND, 0, 0, BUCKETS - 1),
+        (ADD, 0, 0, first_bucket),
         (RETURN_A, 0, 0, 0),
     ]
     if not peer:

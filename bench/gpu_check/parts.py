@@ -69,7 +69,7 @@ HOST = Part("versions", "host:versions", 30)
 
 PARTS = (
     HOST,
-    Part("lane", "transport:one_move", 30),
+    Part("pair", "transport:one_move", 30),
     Part("boxes", "kernels:boxes", 20),
     Part("casts", "kernels:casts", 25),
     Part("graphs", "kernels:graphs", 10),

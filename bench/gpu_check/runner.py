@@ -257,8 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     seconds = sum(result.seconds for result in results)
     passed = all(result.passed for result in results)
-    verdict = "all parts passed" if passed else "NOT all parts passed"
-    print(f"\n{verdict} in {seconds:.0f} s; whole errors and figures are in {folder}/gpu_check.*")
+    outcome = "all parts passed" if passed else "NOT all parts passed"
+    print(f"\n{outcome} in {seconds:.0f} s; whole errors and figures are in {folder}/gpu_check.*")
     for result in results:
         print(*result.lines(), sep="\n")
     return 0 if passed else 1

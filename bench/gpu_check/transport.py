@@ -66,7 +66,7 @@ def ranks_of(
 
 
 def one_move(setting: Setting) -> Iterator[Outcome]:
-    """The part "lane": two ranks, one lane, one move of 4 KiB, with all that NCCL says in the log."""
+    """The part "pair": two ranks, one communicator, one move of 4 KiB, with all that NCCL says in the log."""
     mesh = Mesh([0], ("x",)), Mesh([1], ("x",))
     source, destination = (ShardingSpec(one, (Replicate(),), (1024,), "float32") for one in mesh)
     with ranks_of(setting, 2, debug="INFO") as ranks:

@@ -1,4 +1,4 @@
-"""What bench.pipeline has found: rows, verdicts against the targets, tables, the picture, the file."""
+"""What bench.pipeline has found: rows, what met the targets, tables, the picture, the file."""
 
 import json
 from collections.abc import Sequence

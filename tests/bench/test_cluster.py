@@ -13,7 +13,7 @@ from bench.cluster.cli import main, parse_hosts, parse_nic, parse_nics
 from bench.cluster.cluster import Cluster
 from bench.cluster.flows import Flow
 from bench.cluster.network import ClusterError, Host, Nic
-from bench.cluster.shaping import LANES, NETWORK_HEADER
+from bench.cluster.shaping import BUCKETS, NETWORK_HEADER
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST, SLOW = Nic.symmetric(400e6), Nic(200_000_000, 100_000_000)
@@ -83,24 +83,24 @@ def test_links_have_the_rate_each() -> None:
             f"1 u32 match ip {side} {peers[0]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:10",
             f"1 u32 match ip {side} {peers[1]}/32 match u16 0x0000 0xffc0 at 2 flowid 1:110",
         ]
-        for peer, lanes in zip(peers, (range(0x20, 0xA0), range(0x120, 0x1A0)), strict=True):
+        for peer, buckets in zip(peers, (range(0x20, 0xA0), range(0x120, 0x1A0)), strict=True):
             address = int.from_bytes(bytes(map(int, peer.split("."))), "big")
-            found = [lane_of(batch, address, side, 40000, port) for port in range(50000, 50256, 2)]
-            assert sorted(found) == list(lanes)
+            found = [bucket_of(batch, address, side, 40000, port) for port in range(50000, 50256, 2)]
+            assert sorted(found) == list(buckets)
 
 
-def test_connections_that_were_made_one_after_the_other_have_lanes_of_their_own() -> None:
+def test_connections_that_were_made_one_after_the_other_have_buckets_of_their_own() -> None:
     ports = network.ports_of("name", [Host(1, (FAST,)), Host(1, (FAST,))])
     sends, _ = network.shaping_commands("name", ports[0], ports)
     classes = {int(line.split("classid 1:")[1].split()[0], 16) for line in sends.lines if line.endswith("prio 1")}
     for listener in (30001, 45678):
-        there = [lane_of(sends, 0, "dst", listener, port) for port in range(40000, 40000 + 2 * LANES, 2)]
-        back = [lane_of(sends, 0, "dst", port, listener) for port in range(40000, 40000 + 2 * LANES, 2)]
+        there = [bucket_of(sends, 0, "dst", listener, port) for port in range(40000, 40000 + 2 * BUCKETS, 2)]
+        back = [bucket_of(sends, 0, "dst", port, listener) for port in range(40000, 40000 + 2 * BUCKETS, 2)]
         assert set(there) == set(back) == classes
-        assert len(classes) == len(there) == LANES
+        assert len(classes) == len(there) == BUCKETS
 
 
-def lane_of(batch: network.Batch, peer: int, peer_is: str, source: int, destination: int) -> int:
+def bucket_of(batch: network.Batch, peer: int, peer_is: str, source: int, destination: int) -> int:
     """The class that the programs of a batch give a packet; 0 for none."""
     at = {NETWORK_HEADER + 12: 0, NETWORK_HEADER + 16: 0, NETWORK_HEADER + 20: source, NETWORK_HEADER + 22: destination}
     at[NETWORK_HEADER + {"src": 12, "dst": 16}[peer_is]] = peer

@@ -218,7 +218,7 @@ def test_the_first_pass_takes_four_minutes_at_most_and_the_second_fits_into_a_co
 def test_one_part_is_chosen_by_its_name() -> None:
     assert [part.name for part in runner.chosen_parts("casts", False)] == ["versions", "casts"]
     assert runner.chosen_parts("versions", False) == (HOST,)
-    with pytest.raises(SystemExit, match=r"no part 'cast'; the parts are versions, lane, boxes"):
+    with pytest.raises(SystemExit, match=r"no part 'cast'; the parts are versions, pair, boxes"):
         runner.chosen_parts("cast", False)
 
 

@@ -24,7 +24,7 @@ SOURCE = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (64,), "float32")
 TARGET = ShardingSpec(Mesh([1], ("x",)), (Replicate(),), (64,), "float32")
 
 
-def lane(rank: int, threads: Threads, name: str) -> Any:
+def communicator(rank: int, threads: Threads, name: str) -> Any:
     """A communicator of the user's, whose pair is connected."""
     standin = threads.standins[rank]
     backend = connect(standin, dist.PrefixStore(name, standin.store), rank, 2, HOST, timedelta(seconds=5))
@@ -42,7 +42,7 @@ def exchange(rank: int, threads: Threads, backend: Any) -> Any:
 def two_streams(rank: int, threads: Threads) -> None:
     """The hosts queue A, then B, each on a stream of its own; on rank 0 that of A computes first."""
     standin = threads.standins[rank]
-    backends = [lane(rank, threads, name) for name in ("a", "b")]
+    backends = [communicator(rank, threads, name) for name in ("a", "b")]
     streams: list[Stream] = [standin.device.new_stream() for _ in backends]
     threads.barrier.wait()
     if rank == 0:
@@ -68,7 +68,7 @@ def test_with_room_or_in_the_order_of_launches_they_run(limits: Limits) -> None:
 
 def beside_a_move(rank: int, threads: Threads, how: str) -> None:
     """The user's communicator and a Resharder, by turns."""
-    backend = lane(rank, threads, "user")
+    backend = communicator(rank, threads, "user")
     mover = Resharder(SOURCE, TARGET, timeout_seconds=TIMEOUT_SECONDS, **threads.options(rank))
     tensor = torch.ones(64) if rank == 0 else None
     out = mover(tensor)

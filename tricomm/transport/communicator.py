@@ -48,7 +48,7 @@ CONNECTING_TAG = 0
 """The tag of what is sent before any call; Resharders' tags begin at 1."""
 
 COMPUTING_FACTOR = 20.0
-SPARE_BEATS = 3.0
+SPARE_HEARTBEATS = 3.0
 """The monitor ends waits at their deadline, which moves on while this rank computes. Should it be unable to, they end
 by themselves, after so many timeouts and heartbeats."""
 
@@ -287,7 +287,7 @@ class Communicator:
         """Bind once what calls with the same timeout have in common."""
         self._timeout_seconds = 0.0 if connecting else timeout_seconds
         self._place = Place.of(self.place, timeout_seconds, connecting)
-        spare_seconds = SPARE_BEATS * self._place.heartbeat_seconds
+        spare_seconds = SPARE_HEARTBEATS * self._place.heartbeat_seconds
         self._limit = timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + spare_seconds)
 
     def end(self, run: Run, is_complete: bool = False) -> None:

@@ -51,7 +51,7 @@ class Bed(Protocol):
 
 
 @dataclass(slots=True)
-class Lane:
+class Communicator:
     """A communicator of both ranks."""
 
     bed: Bed
@@ -91,11 +91,11 @@ class Lane:
 class Abortion:
     """A backend that is aborted on a thread of its own."""
 
-    lane: Lane
+    communicator: Communicator
     thread: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self.lane.backend.abort, daemon=True)
+        self.thread = threading.Thread(target=self.communicator.backend.abort, daemon=True)
         self.thread.start()
 
     def join(self) -> None:
@@ -143,12 +143,12 @@ def finish(bed: Bed) -> None:
     require(happens(here(bed).query), "the current stream does not come to its end")
 
 
-def lane_of(bed: Bed, name: str, seconds: float = 60.0, is_used: bool = True) -> Lane:
+def communicator_of(bed: Bed, name: str, seconds: float = 60.0, is_used: bool = True) -> Communicator:
     """A new communicator; ``is_used`` has the pair connected, too."""
     backend = connect(
         bed.accelerator, bed.store(f"{bed.name}/{name}"), bed.rank, 2, bed.device, timedelta(seconds=seconds)
     )
-    lane = Lane(bed, backend)
+    communicator = Communicator(bed, backend)
     if is_used:
-        lane.exchange()
-    return lane
+        communicator.exchange()
+    return communicator

@@ -9,11 +9,11 @@ from bench.gpu_check.rules.bed import (
     Abortion,
     Bed,
     Laxer,
+    communicator_of,
     filled,
     finish,
     happens,
     here,
-    lane_of,
     require,
     value_of,
 )
@@ -23,53 +23,53 @@ from tricomm.transport.nccl import post_group
 
 def to_abort_ends_what_waits_here(bed: Bed) -> None:
     """After an abort the stream that waited for a message goes on, and nothing can be queued any more."""
-    lane = lane_of(bed, "a")
+    communicator = communicator_of(bed, "a")
     if bed.rank == 1:
-        lane.post((False, filled(bed, 0))).synchronize()
+        communicator.post((False, filled(bed, 0))).synchronize()
         event = here(bed)
-        aborted = Abortion(lane)
+        aborted = Abortion(communicator)
         require(happens(event.query), "a stream still waits for a communicator that was aborted")
         aborted.join()
         try:
-            lane.post((False, filled(bed, 0)))
+            communicator.post((False, filled(bed, 0)))
         except RuntimeError:
             pass
         else:
             raise ValueError("a group was queued on a communicator that was aborted")
     bed.barrier()
     if bed.rank == 0:
-        Abortion(lane).join()
+        Abortion(communicator).join()
 
 
 def aborts_go_together(bed: Bed) -> None:
     """Two communicators that both wait can be aborted at once, each on a thread of its own."""
-    lanes = [lane_of(bed, name) for name in ("a", "b")]
+    communicators = [communicator_of(bed, name) for name in ("a", "b")]
     if bed.rank == 1:
-        for lane in lanes:
-            lane.post((False, filled(bed, 0))).synchronize()
+        for communicator in communicators:
+            communicator.post((False, filled(bed, 0))).synchronize()
         event = here(bed)
-        for aborted in [Abortion(lane) for lane in lanes]:
+        for aborted in [Abortion(communicator) for communicator in communicators]:
             aborted.join()
         require(happens(event.query), "a stream still waits for a communicator that was aborted")
     bed.barrier()
     if bed.rank == 0:
-        for aborted in [Abortion(lane) for lane in lanes]:
+        for aborted in [Abortion(communicator) for communicator in communicators]:
             aborted.join()
 
 
 def errors_surface_late(bed: Bed) -> None:
     """Who waits for a rank whose end is gone is told by nobody: neither the queueing nor the waiting raises."""
-    lane = lane_of(bed, "a")
-    work = lane.post((False, filled(bed, 0))) if bed.rank == 1 else None
+    communicator = communicator_of(bed, "a")
+    work = communicator.post((False, filled(bed, 0))) if bed.rank == 1 else None
     bed.barrier()
     if bed.rank == 0:
-        Abortion(lane).join()
+        Abortion(communicator).join()
     bed.barrier()
     if work is not None:
         work.synchronize()
         event = here(bed)
         ended = happens(event.query, MEANWHILE_SECONDS)
-        Abortion(lane).join()
+        Abortion(communicator).join()
         require(happens(event.query), "a stream still waits for a communicator that was aborted")
         if ended:
             raise Laxer("a receive ended by itself when the other end was aborted")
@@ -77,7 +77,7 @@ def errors_surface_late(bed: Bed) -> None:
 
 def a_group_that_failed_leaves_the_thread_usable(bed: Bed) -> None:
     """A group that is closed after an error holds up no other communicator of its thread."""
-    doomed, other = lane_of(bed, "a", is_used=False), lane_of(bed, "b")
+    doomed, other = communicator_of(bed, "a", is_used=False), communicator_of(bed, "b")
     try:
         operations = [Operation(True, 9, filled(bed, 1))]
         post_group(bed.accelerator, doomed.backend, bed.device, {9: 9}, operations)
@@ -91,14 +91,14 @@ def a_group_that_failed_leaves_the_thread_usable(bed: Bed) -> None:
 
 def the_first_message_of_a_pair_blocks_the_host(bed: Bed) -> None:
     """A pair connects when it is first used: the host waits for the other one, but no longer than until an abort."""
-    lane = lane_of(bed, "a", is_used=False)
+    communicator = communicator_of(bed, "a", is_used=False)
     blocked = False
     if bed.rank == 1:
         tensor, raised = filled(bed, 0), []
 
         def post() -> None:
             try:
-                lane.post((False, tensor))
+                communicator.post((False, tensor))
             except RuntimeError as error:
                 raised.append(error)
 
@@ -106,22 +106,22 @@ def the_first_message_of_a_pair_blocks_the_host(bed: Bed) -> None:
         thread.start()
         thread.join(MEANWHILE_SECONDS)
         blocked = thread.is_alive()
-        aborted = Abortion(lane)
+        aborted = Abortion(communicator)
         thread.join(SECONDS)
         require(not thread.is_alive(), "an abort did not free a host that connects")
         aborted.join()
     bed.barrier()
     if bed.rank == 0:
-        Abortion(lane).join()
+        Abortion(communicator).join()
     elif not blocked:
         raise Laxer("the first message of a pair did not block the host")
 
 
 def a_new_kernel_waits_for_those_that_run(bed: Bed) -> None:
     """To load a kernel waits on the host for all that run on the device, for a receive until its message comes."""
-    lane = lane_of(bed, "a")
+    communicator = communicator_of(bed, "a")
     found = filled(bed, 0)
-    work = lane.post((False, found)) if bed.rank == 1 else None
+    work = communicator.post((False, found)) if bed.rank == 1 else None
     thread = threading.Thread(target=bed.compute_anew, daemon=True)
     thread.start()
     thread.join(MEANWHILE_SECONDS if bed.rank == 1 else SECONDS)
@@ -129,7 +129,7 @@ def a_new_kernel_waits_for_those_that_run(bed: Bed) -> None:
     bed.barrier()
     if work is None:
         require(not blocked, "a kernel could not be loaded where nothing runs")
-        work = lane.send(4)
+        work = communicator.send(4)
     thread.join(SECONDS)
     require(not thread.is_alive(), "a kernel could not be loaded when the message was there")
     work.synchronize()
@@ -140,32 +140,32 @@ def a_new_kernel_waits_for_those_that_run(bed: Bed) -> None:
 
 def to_abort_frees_a_host_that_loads_a_kernel(bed: Bed) -> None:
     """While a kernel is loaded the driver answers nobody, but an abort ends what it waits for."""
-    lane = lane_of(bed, "a")
+    communicator = communicator_of(bed, "a")
     if bed.rank == 1:
-        lane.post((False, filled(bed, 0)))
+        communicator.post((False, filled(bed, 0)))
         thread = threading.Thread(target=bed.compute_anew, daemon=True)
         thread.start()
         thread.join(MEANWHILE_SECONDS)
-        aborted = Abortion(lane)
+        aborted = Abortion(communicator)
         thread.join(SECONDS)
         require(not thread.is_alive(), "an abort did not free a host that loads a kernel")
         aborted.join()
         finish(bed)
     bed.barrier()
     if bed.rank == 0:
-        Abortion(lane).join()
+        Abortion(communicator).join()
 
 
 def nothing_watches_by_itself(bed: Bed) -> None:
     """A message may be late, by more than the timeout of the backend: torch ends neither it nor the process."""
-    lane = lane_of(bed, "a", seconds=1.0)
+    communicator = communicator_of(bed, "a", seconds=1.0)
     found = filled(bed, 0)
-    work = lane.post((False, found)) if bed.rank == 1 else None
+    work = communicator.post((False, found)) if bed.rank == 1 else None
     time.sleep(2.5)
     require(work is None or not work.is_completed(), "a receive ended without its message")
     bed.barrier()
     if work is None:
-        work = lane.send(6)
+        work = communicator.send(6)
     work.synchronize()
     finish(bed)
     require(bed.rank == 0 or value_of(found) == 6, f"6 was sent, {value_of(found)} came")

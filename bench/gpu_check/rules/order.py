@@ -6,11 +6,11 @@ from bench.gpu_check.rules.bed import (
     MEANWHILE_SECONDS,
     Bed,
     Laxer,
+    communicator_of,
     filled,
     finish,
     happens,
     here,
-    lane_of,
     require,
     value_of,
 )
@@ -18,35 +18,35 @@ from bench.gpu_check.rules.bed import (
 
 def waiting_orders_the_stream(bed: Bed) -> None:
     """To wait for a message orders the current stream after it; the host goes on at once."""
-    lane = lane_of(bed, "a")
+    communicator = communicator_of(bed, "a")
     found = filled(bed, 0)
     if bed.rank == 1:
         began = time.monotonic()
-        lane.post((False, found)).synchronize()
+        communicator.post((False, found)).synchronize()
         event = here(bed)
         require(time.monotonic() - began < 1.0, "to wait blocked the host")
         require(not happens(event.query, MEANWHILE_SECONDS), "the stream went on before the message was there")
     bed.barrier()
     if bed.rank == 0:
-        lane.send(5).synchronize()
+        communicator.send(5).synchronize()
     finish(bed)
     require(bed.rank == 0 or value_of(found) == 5, f"5 was sent, {value_of(found)} came")
 
 
 def groups_are_done_in_order(bed: Bed) -> None:
     """Groups of a communicator are done in the order in which they were queued."""
-    lane = lane_of(bed, "a")
+    communicator = communicator_of(bed, "a")
     found = [filled(bed, 0) for _ in range(2)]
-    works = [lane.post((False, one)) for one in found] if bed.rank == 1 else []
+    works = [communicator.post((False, one)) for one in found] if bed.rank == 1 else []
     if bed.rank == 0:
-        lane.send(1).synchronize()
+        communicator.send(1).synchronize()
         finish(bed)
     if works:
         require(happens(works[0].is_completed), "the first message does not come")
         require(not happens(works[1].is_completed, MEANWHILE_SECONDS), "the second group ended without its message")
     bed.barrier()
     if bed.rank == 0:
-        lane.send(2).synchronize()
+        communicator.send(2).synchronize()
     for work in works:
         work.synchronize()
     finish(bed)
@@ -56,16 +56,16 @@ def groups_are_done_in_order(bed: Bed) -> None:
 
 def messages_match_in_order(bed: Bed) -> None:
     """Messages of two ranks match in the order in which they are queued, whatever their tags."""
-    lane = lane_of(bed, "a")
+    communicator = communicator_of(bed, "a")
     found = [filled(bed, 0) for _ in range(2)]
     with bed.accelerator.on_device(bed.device):
         for index, tag in enumerate((3, 1) if bed.rank == 0 else (1, 3)):
-            lane.backend._start_coalescing()
+            communicator.backend._start_coalescing()
             if bed.rank == 0:
-                lane.backend.send([filled(bed, index + 1)], 1, tag)
+                communicator.backend.send([filled(bed, index + 1)], 1, tag)
             else:
-                lane.backend.recv([found[index]], 0, tag)
-            lane.backend._end_coalescing().synchronize()
+                communicator.backend.recv([found[index]], 0, tag)
+            communicator.backend._end_coalescing().synchronize()
     finish(bed)
     values = [value_of(one) for one in found]
     require(bed.rank == 0 or values == [1, 2], f"1 and 2 were sent, {values} came")
@@ -73,7 +73,7 @@ def messages_match_in_order(bed: Bed) -> None:
 
 def communicators_do_not_wait_for_each_other(bed: Bed) -> None:
     """What waits on one communicator does not hold up another one."""
-    waiting, other = lane_of(bed, "a"), lane_of(bed, "b")
+    waiting, other = communicator_of(bed, "a"), communicator_of(bed, "b")
     work = waiting.wait_on_rank_1()
     other.exchange()
     waiting.release(work)
@@ -81,19 +81,19 @@ def communicators_do_not_wait_for_each_other(bed: Bed) -> None:
 
 def a_receive_holds_up_no_computation(bed: Bed) -> None:
     """What the current stream has to do goes on beside a receive that nobody waits for."""
-    lane = lane_of(bed, "a")
-    work = lane.wait_on_rank_1()
+    communicator = communicator_of(bed, "a")
+    work = communicator.wait_on_rank_1()
     bed.compute(0.02)
     finish(bed)
-    lane.release(work)
+    communicator.release(work)
 
 
 def communicators_in_one_order_come_to_their_end(bed: Bed) -> None:
     """Kernels of two communicators that all ranks queue in one order of streams never wait for each other."""
-    lanes = [lane_of(bed, name) for name in ("a", "b")]
+    communicators = [communicator_of(bed, name) for name in ("a", "b")]
     found = [filled(bed, 0) for _ in range(6)]
     for index, one in enumerate(found):
-        lanes[index % 2].post((True, filled(bed, index)), (False, one)).synchronize()
+        communicators[index % 2].post((True, filled(bed, index)), (False, one)).synchronize()
     finish(bed)
     values = [value_of(one) for one in found]
     require(values == list(range(6)), f"0 to 5 were sent, {values} came")

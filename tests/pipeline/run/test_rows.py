@@ -91,31 +91,31 @@ def test_a_batch_that_does_not_divide_trains_as_a_whole(ranks: Ranks, schedule: 
     ranks.run(split_as_it_comes, schedule)
 
 
-LANES = Mesh([0, 1], ("dp",))
+HALVES = Mesh([0, 1], ("dp",))
 
 
-def lanes(rank: int):
+def cut_rows(rank: int):
     """The first stage has half of the rows on each of its ranks."""
-    stages, edges = chain(rank, meshes=(LANES, Mesh([2], ("x",))))
-    ends = ShardingSpec(LANES, (Shard(0),), (6, WIDTH), "float64"), ShardingSpec(Mesh([2], ("x",)), (Replicate(),))
+    stages, edges = chain(rank, meshes=(HALVES, Mesh([2], ("x",))))
+    ends = ShardingSpec(HALVES, (Shard(0),), (6, WIDTH), "float64"), ShardingSpec(Mesh([2], ("x",)), (Replicate(),))
     edges[0, 1]["x1"] = EdgeTensor(*ends)
     given = batch((6, 6, 6, 2))
     halves = dict(given)
-    if rank in LANES:
+    if rank in HALVES:
         halves["data"] = tuple(one.chunk(2)[rank] for one in given["data"])
     with Executor(one_f_one_b(2, 4), stages, edges, timeout_seconds=TIMEOUT_SECONDS) as executor:
         loss = executor.step(halves)
     wanted, net = whole(given, 2)
     if rank == 2:
         torch.testing.assert_close(loss, wanted)
-    if rank in LANES:
+    if rank in HALVES:
         mine = [parameter.grad for parameter in stages[0].module.parameters()]
         return mine, [parameter.grad for parameter in net[0].parameters()]
     return None
 
 
 def test_rows_that_are_cut_over_ranks_follow_too(ranks: Ranks) -> None:
-    first, second, *_ = ranks.run(lanes)
+    first, second, *_ = ranks.run(cut_rows)
     for one, other, wanted in zip(first[0], second[0], first[1], strict=True):
         torch.testing.assert_close(one + other, wanted, rtol=1e-12, atol=1e-14)
 

@@ -78,9 +78,9 @@ def trained(rank: int, schedule: Schedule, meshes, queues: Queues, rows) -> list
     stages, edges = pipeline(rank, meshes, max(rows))
     given = batch(rows)
     mine = next((mesh for mesh in meshes if rank in mesh), None)
-    lane = 0 if mine is None else mine.ranks.index(rank)
-    lanes, is_plain = 1 if mine is None else mine.size, all(mesh.size == 1 for mesh in meshes)
-    share = {name: tuple(one.chunk(lanes)[lane] for one in values) for name, values in given.items()}
+    replica = 0 if mine is None else mine.ranks.index(rank)
+    replicas, is_plain = 1 if mine is None else mine.size, all(mesh.size == 1 for mesh in meshes)
+    share = {name: tuple(one.chunk(replicas)[replica] for one in values) for name, values in given.items()}
     loss, y, modules = reference(given)
     with Executor(schedule, stages, edges, queues=queues, timeout_seconds=TIMEOUT_SECONDS) as executor:
         before = executor.evaluate(share)
@@ -89,10 +89,10 @@ def trained(rank: int, schedule: Schedule, meshes, queues: Queues, rows) -> list
         executor.step(share)
         after = executor.evaluate(share)
         if rank in meshes[3]:
-            wanted = torch.cat([one.chunk(lanes)[lane] for one in y.split(list(rows))])
+            wanted = torch.cat([one.chunk(replicas)[replica] for one in y.split(list(rows))])
             for found in (before, after):
                 torch.testing.assert_close(torch.cat(found.outputs["y"]), wanted)
-            if lanes == 1:
+            if replicas == 1:
                 torch.testing.assert_close(before.loss, loss)
         if is_plain and executor.runs:
             norm = clip_gradients(executor, 1e9)

@@ -152,7 +152,7 @@ def test_what_a_function_computes_in_its_backward_stays(ranks: Ranks) -> None:
     ranks.run(recomputed)
 
 
-def lanes(rank: int) -> tuple[bool, bool] | None:
+def used_on_one(rank: int) -> tuple[bool, bool] | None:
     """Two ranks compute the last stage, and only one of them uses what stands beside."""
     meshes = (CHAIN[0], Mesh([1, 2], ("dp",)))
     stages, edges = pipeline(rank, ("all" if rank == 2 else "none",), meshes)
@@ -164,7 +164,7 @@ def lanes(rank: int) -> tuple[bool, bool] | None:
 
 
 def test_one_rank_that_uses_it_is_enough(ranks: Ranks) -> None:
-    assert ranks.run(lanes)[0] is True
+    assert ranks.run(used_on_one)[0] is True
 
 
 def tied_unused(rank: int) -> bool | None:

@@ -225,11 +225,11 @@ def test_a_trace_shows_each_span_once_and_joins_both_ends() -> None:
         assert starts[number]["pid"] == schedule.pipeline_rank_of(one.channel.sender)
         assert ends[number]["pid"] == schedule.pipeline_rank_of(one.channel.receiver)
     # Slices of one thread follow each other: Perfetto draws no others.
-    lanes: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    tracks: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for event in events:
         if event["ph"] == "X":
-            lanes.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
-    for slices in lanes.values():
+            tracks.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+    for slices in tracks.values():
         slices.sort()
         assert all(first[1] <= second[0] + 1e-6 for first, second in pairwise(slices))
     counts = [one["args"]["held"] for one in events if one["ph"] == "C" and one["pid"] == 0]

@@ -92,20 +92,20 @@ class Status:
     rank = 0
 
     def __init__(self) -> None:
-        self.beats: dict[int, Heartbeat] = {}
+        self.heartbeats: dict[int, Heartbeat] = {}
 
     def heartbeat_of(self, rank: int) -> Heartbeat:
-        return self.beats[rank]
+        return self.heartbeats[rank]
 
 
 def test_a_heartbeat_that_stays_the_same_is_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     status = Status()
     monkeypatch.setattr("tricomm.transport.coordination.diagnosis.StatusStore", Status)
     observations = Observations(status)
-    status.beats = {1: Heartbeat(1, (Wait("place", 2, ""),)), 2: Heartbeat(7, ())}
+    status.heartbeats = {1: Heartbeat(1, (Wait("place", 2, ""),)), 2: Heartbeat(7, ())}
     assert set(observations.look([1], 10.0)) == {1, 2}
     assert observations.silent([1, 2], 11.0, 1.5) == set()
-    status.beats[1] = Heartbeat(2, status.beats[1].waits)
+    status.heartbeats[1] = Heartbeat(2, status.heartbeats[1].waits)
     observations.look([1], 12.0)
     assert observations.silent([1, 2], 12.0, 1.5) == {2}
     observations.clear()

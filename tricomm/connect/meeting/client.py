@@ -166,7 +166,10 @@ class Client:
         self._stopped = threading.Event()
         weakref.finalize(self, _end, self._stopped, self.connection)
         self._thread = threading.Thread(
-            target=_beat, args=(weakref.ref(self), self.connection, self._stopped), name="tricomm-beat", daemon=True
+            target=_send_heartbeats,
+            args=(weakref.ref(self), self.connection, self._stopped),
+            name="tricomm-heartbeat",
+            daemon=True,
         )
         self._thread.start()
 
@@ -254,7 +257,7 @@ def _end(stopped: threading.Event, connection: Connection) -> None:
     connection.end()
 
 
-def _beat(client: "weakref.ref[Client]", connection: Connection, stopped: threading.Event) -> None:
+def _send_heartbeats(client: "weakref.ref[Client]", connection: Connection, stopped: threading.Event) -> None:
     """The thread that shows that this process is alive, until its client goes."""
     while not stopped.wait(BEAT_SECONDS):
         try:

@@ -15,7 +15,7 @@ MAX_RANKS = 64
 MAX_CIRCLE = 8
 """A circle of more ranks that wait for each other is found at the deadline only."""
 
-SILENT_BEATS = 1.5
+SILENT_HEARTBEATS = 1.5
 """A rank is silent if its heartbeat did not change for so many intervals."""
 
 Heartbeats = Mapping[int, Heartbeat]
@@ -190,8 +190,8 @@ def reachable(me: int, first: Sequence[int], heartbeat_of: Mapping[int, Heartbea
             continue
         seen.add(rank)
         yield rank
-        beat = heartbeat_of.heartbeat_of(rank) if isinstance(heartbeat_of, StatusStore) else heartbeat_of[rank]
-        ahead.extend(sorted(peer for wait in beat.waits for peer in wait.peers))
+        heartbeat = heartbeat_of.heartbeat_of(rank) if isinstance(heartbeat_of, StatusStore) else heartbeat_of[rank]
+        ahead.extend(sorted(peer for wait in heartbeat.waits for peer in wait.peers))
 
 
 class Observations:
@@ -209,11 +209,11 @@ class Observations:
         """Read the heartbeats that matter for a wait for these ranks."""
         found = {}
         for rank in reachable(self._status.rank, first, self._status):
-            beat = self._status.heartbeat_of(rank)
+            heartbeat = self._status.heartbeat_of(rank)
             before = self._seen.get(rank)
-            if before is None or before[0].number != beat.number:
-                self._seen[rank] = (beat, now)
-            found[rank] = beat
+            if before is None or before[0].number != heartbeat.number:
+                self._seen[rank] = (heartbeat, now)
+            found[rank] = heartbeat
         return found
 
     def silent(self, ranks: Collection[int], now: float, seconds: float) -> set[int]:

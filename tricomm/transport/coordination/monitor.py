@@ -23,7 +23,7 @@ from typing import NamedTuple
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.board import LOOKS, CallBoard
 from tricomm.transport.coordination.diagnosis import (
-    SILENT_BEATS,
+    SILENT_HEARTBEATS,
     Diagnosis,
     Observations,
     describe_lost,
@@ -38,13 +38,13 @@ from tricomm.transport.coordination.run import MAX_HEARTBEAT_SECONDS, Run, heart
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
 
-WATCHED_BEATS = 4.0
+WATCHED_HEARTBEATS = 4.0
 """So many heartbeats before the deadline the monitor begins to watch those of other ranks."""
 
 LAST_LOOK_SECONDS = 2.0
 """For which the end of a process waits for the monitor to come back from the store."""
 
-LOST_BEATS = 2.0
+LOST_HEARTBEATS = 2.0
 """So many heartbeats the monitor looks who is silent after a backend has said that it lost some connection."""
 
 
@@ -255,7 +255,7 @@ class Watcher:
         if reason is not None:
             run.end(reason.text)
             return
-        if run.lost is None and now < deadline - WATCHED_BEATS * run.place.heartbeat_seconds:
+        if run.lost is None and now < deadline - WATCHED_HEARTBEATS * run.place.heartbeat_seconds:
             self._compare(run)
             return
         first = run.candidates or run.place.participants
@@ -265,8 +265,8 @@ class Watcher:
         if not first and run.lost is None:
             return  # busy with its own part; if it waits at the next look, its time is over then
         heartbeats = self._observations.look(first, now)
-        silent = self._observations.silent(heartbeats, now, SILENT_BEATS * run.place.heartbeat_seconds)
-        if run.lost is not None and now >= run.lost[0] + LOST_BEATS * run.place.heartbeat_seconds:
+        silent = self._observations.silent(heartbeats, now, SILENT_HEARTBEATS * run.place.heartbeat_seconds)
+        if run.lost is not None and now >= run.lost[0] + LOST_HEARTBEATS * run.place.heartbeat_seconds:
             ends = find_ends(self.status.rank, run.wait(), heartbeats, silent)
             suspects = [rank for rank in ends if rank in silent] or ends or list(first)
             run.end(describe_lost(self.status.rank, str(run), suspects, str(run.lost[1])))

@@ -293,10 +293,10 @@ class Rendezvous:
         elsewhere, missed = {}, None
         for rank in before:
             if rank not in notes:
-                beat = self._monitor.status.heartbeat_of(rank)
-                if beat.waits and beat.number != before.get(rank):
-                    elsewhere[rank] = beat.waits[0].call
-                    text = find_missed(rank, beat, list(notes))
+                heartbeat = self._monitor.status.heartbeat_of(rank)
+                if heartbeat.waits and heartbeat.number != before.get(rank):
+                    elsewhere[rank] = heartbeat.waits[0].call
+                    text = find_missed(rank, heartbeat, list(notes))
                     missed = missed or (None if text is None else (rank, text))
         return View(time.monotonic(), None, False, notes, elsewhere, missed)
 
