@@ -252,16 +252,17 @@ TURNS = [1219, 2067]
 NICS = [391]
 RAGGED_RINGS = [365, 2058]
 # Cells that stay whole go to whoever has least to do, though some of a tile's cells are not sent at all.
-ALLOTTED = [47, 3169, 3173, 3681]
+ALLOTTED = [47, 3097, 3169, 3173, 3681]
 WRONG_ESTIMATES = [3252]
+CHUNKS = [3015, 3018, 3094, 3271]
 ENTRIES_OF_SHARED_HOSTS = [2056]
 # Formulas were as fast, but loaded the busiest NIC more.
-LEVEL = [146, 179, 212, 269, 292, 331, 379, 1024, 1073, 1076]
+LEVEL = [146, 179, 212, 269, 292, 331, 379, 1024, 1073, 1076, 3270, 3458]
 COPIES_ON_A_HOST = [1338]
 
 
 MENDED = FEWER_SENDERS + ENTRIES + COPIES_ON_A_HOST + TURNS + NICS + RAGGED_RINGS + LEVEL
-MENDED += ALLOTTED + WRONG_ESTIMATES + ENTRIES_OF_SHARED_HOSTS
+MENDED += ALLOTTED + WRONG_ESTIMATES + CHUNKS + ENTRIES_OF_SHARED_HOSTS
 
 
 @pytest.mark.parametrize("seed", MENDED)
@@ -269,6 +270,28 @@ def test_it_is_as_good_as_search_where_it_once_was_not(seed: int) -> None:
     (found,) = measured([seed])
     assert not found.is_worse
     assert not found.is_less_level
+
+
+def test_replicas_behind_a_shared_host_hear_from_holders_of_all_hosts() -> None:
+    """Of 16 holders five are on hosts that have receivers, too; the other receivers need not all hear from those."""
+    shape = (64, 2048)
+    sixteen = ShardingSpec(Mesh(range(16), ("x",)), (ALL,), shape, "float32")
+    tiles = ShardingSpec(Mesh(np.arange(11, 23).reshape(3, 4).tolist(), ("dp", "tp")), (ALL, Shard(0)), shape)
+    topology = Topology(tuple(f"host{rank // 4}" for rank in range(24)))
+    plan = make_plan(sixteen, tiles, topology=topology, strategy=FORMULAS)
+    plan.verify()
+    out, _ = nic_nbytes(plan, topology)
+    assert max(out.values()) <= 2 * 16 * 2048 * 4  # seven tiles from four NICs
+
+
+def test_small_messages_are_cut_where_nics_are_slow() -> None:
+    """Through a chain of two hosts at 25 MB/s a message of 8 KiB is worth several chunks, which fill the chain."""
+    shape = (4096, 6)
+    three = ShardingSpec(Mesh(range(4), ("x",)), (Shard(1),), shape, "int32")
+    four = ShardingSpec(Mesh(range(4, 8), ("y",)), (ALL,), shape)
+    topology = Topology(tuple("aabbccdd"), nic_bytes_per_second=25e6, nics_per_host=2)
+    plan = make_plan(three, four, topology=topology, strategy=FORMULAS)
+    assert plan.simulated_seconds() <= 1.1 * plan.lower_bound_seconds()
 
 
 def test_a_sliver_at_the_end_of_a_tile_is_sent_by_its_last_holder() -> None:

@@ -42,6 +42,16 @@ def test_a_long_search_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> No
         make_plan(*irregular(), strategy=Auto(search_up_to=31))
 
 
+def test_what_was_found_without_a_folder_is_kept_when_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tricomm.plan.planner.WORTH_SAYING", 100)
+    plan = make_plan(*irregular(), strategy=Auto(search_up_to=28))
+    kept = make_plan(*irregular(), strategy=Auto(search_up_to=28, cache=str(tmp_path / "plans")))
+    assert len(list((tmp_path / "plans").iterdir())) == 1
+    assert kept.digest() == plan.digest()
+
+
 def test_a_search_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searched, "MOST_DELIVERIES", 100)
     with pytest.raises(PlanError, match="at most 100 are; layouts that are grids of parts"):

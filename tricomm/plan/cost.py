@@ -271,6 +271,11 @@ class MessageColumns(NamedTuple):
         counts, nbytes = (np.concatenate([group[field] for group in groups]) for field in (1, 2))
         return cls(links, counts, nbytes)
 
+    @property
+    def hops(self) -> int:
+        """Count the hops of all chunks."""
+        return int(self.chunk_counts[self.links.chain].sum())
+
     def nbytes_of(self, messages: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         """Look up the bytes of chunks, each given by its message and its number in it."""
         nbytes: np.ndarray = self.chunk_nbytes[offsets_of(self.chunk_counts)[messages] + chunks]

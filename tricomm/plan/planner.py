@@ -118,9 +118,10 @@ def plan_of(
         topology = Topology.flat(participants[-1] + 1)
     topology.check_covers(participants)
     by_rules = ends.bound is not None
+    folder = strategy.cache if isinstance(strategy, Auto) else None
     try:
         return _make_plan(
-            items, ends if by_rules else None, is_mapping, topology, strategy, balance, staging_bytes, rank
+            items, ends if by_rules else None, is_mapping, topology, strategy, balance, staging_bytes, rank, folder
         )
     except PlanError:
         if by_rules:
@@ -138,6 +139,7 @@ def _make_plan(
     balance: SenderPolicy,
     staging_nbytes: int,
     rank: int | None,
+    _folder: str | None,  # which equal strategies may differ in: what was found for one is kept for the other, too
 ) -> Plan:
     classes = alike(items)
     ends = ends or Ends.of(items)  # which follow from the items where there are no rules

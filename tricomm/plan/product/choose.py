@@ -12,14 +12,20 @@ from tricomm.plan.product.loads import Loads, sent_directly
 from tricomm.plan.product.move import ProductMove
 from tricomm.plan.product.rings import BESIDE, FROM_SENDER
 from tricomm.plan.product.sharing import ALLOTTED, BY_TURNS, WHOLE, Sharing
-from tricomm.plan.product.tried import SIMULATED_RANKS, fastest
+from tricomm.plan.product.tried import SIMULATED_RANKS, Trial, fastest, plainest
 from tricomm.plan.product.way import Way, best_way
-from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, MIN_CHUNK_NBYTES, RouteContext, best_chunk_count
+from tricomm.plan.routes.chunks import MAX_CHUNKS, MAX_PEERS_PER_ROUND, RouteContext, best_chunk_count
 from tricomm.plan.routes.joined import Routes
 from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
 
 FEW_SHARES = 9
 """Where ways are simulated, each holder has fewer shares than that of what it sends, or as many as are level."""
+
+TRIED_CHUNKS = 32
+"""Where ways are simulated, messages are first cut into no more chunks, with which they differ as with many."""
+
+TRIED_DOUBLINGS = 4
+"""Then those of the best way are cut into up to so many powers of two times as many."""
 
 FEW_HOSTS_OF_A_SENDER = 8
 """Up to so many hosts a sender may give what it sends to each of them by itself."""
@@ -54,9 +60,14 @@ _small_move = lru_cache(maxsize=64)(ProductMove.of)
 @lru_cache(maxsize=64)
 def _simulated_way(move: ProductMove) -> Way:
     """The way that is the fastest when simulated; by identity of the move."""
-    ways = ways_of(move, is_simulated=True)
-    estimate, topology = attrgetter("seconds"), move.context.topology
-    return fastest(ways, estimate, move.delay, move.messages_of, lambda way: move.routes_of(way).hops, topology)
+    ways = [replace(way, chunks=min(way.chunks, TRIED_CHUNKS)) for way in ways_of(move, is_simulated=True)]
+    trial = Trial(move.messages_of, lambda way: move.routes_of(way).hops, move.context.topology)
+    best = fastest(ways, attrgetter("seconds"), move.delay, trial)
+    if best.children == 0 or best.chunk_bytes is not None:
+        return best
+    # An estimate of how long chains take to fill may be wrong, too.
+    counts = [best.chunks // 2, *(best.chunks << doublings for doublings in range(TRIED_DOUBLINGS + 1))]
+    return plainest([replace(best, chunks=count) for count in counts if 0 < count <= MAX_CHUNKS], trial)
 
 
 class Load(NamedTuple):
@@ -158,7 +169,19 @@ def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: floa
     seconds = max(leaving, entering, load.messages * topology.overhead_seconds)
     each = topology.overhead_seconds + topology.latency_seconds
     uneven = _uneven_seconds(move, load, loads, sharing)
-    return Way(move.context, 0, sharing, False, False, 1, move.context.staging_nbytes, None, seconds + each, uneven)
+    return Way(
+        move.context,
+        0,
+        sharing,
+        False,
+        False,
+        1,
+        move.context.staging_nbytes,
+        move.tiny_nbytes,
+        None,
+        seconds + each,
+        uneven,
+    )
 
 
 def round_ways(move: ProductMove, sharing: Sharing) -> list[Way]:
@@ -187,7 +210,7 @@ def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, l
     chunk_bytes = None if isinstance(move.strategy, Auto) else move.strategy.chunk_bytes
     copying, handing = _on_a_host(move, loads.first, messages)
     chunks = best_chunk_count(fill + copying, busiest, messages, topology) if busiest else 1
-    chunks = max(min(chunks, int(load.piece_nbytes) // MIN_CHUNK_NBYTES), 1)
+    chunks = max(min(chunks, int(load.piece_nbytes) // move.tiny_nbytes), 1)
     if chunk_bytes is not None:
         chunks = max(-(-int(load.piece_nbytes) // chunk_bytes), 1)
     together = messages if chunks > 1 or children != 1 else round(loads.first * messages / move.rails)
@@ -200,7 +223,7 @@ def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, l
     # So few messages that the places where they enter would all be on one host; between shared hosts it is tried.
     apart = rings.most_hosts * rings.of_host // messages
     skewed = move.shared is None and rings.most_hosts > 1 and apart > 0 and apart % rings.most_hosts == 0
-    return Way(context, children, sharing, False, skewed, chunks, limit, chunk_bytes, seconds, uneven)
+    return Way(context, children, sharing, False, skewed, chunks, limit, move.tiny_nbytes, chunk_bytes, seconds, uneven)
 
 
 def _on_a_host(move: ProductMove, first: float, messages: int) -> tuple[float, float]:

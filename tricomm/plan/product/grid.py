@@ -110,6 +110,7 @@ class Rings:
         host_numbers: int array (tiles, hosts): the topology's numbers of those hosts; -1 behind the last.
         number: int array (tiles,): how many of the tiles before it begin on the same host.
         of_host: the most replicas of a tile on one host.
+        most_hosts: the most hosts that have replicas of a tile.
         tiles_of_nic: how many tiles the busiest NIC carries, if a tile's replicas on a host hear equal parts of it.
     """
 
@@ -120,6 +121,7 @@ class Rings:
     host_numbers: np.ndarray
     number: np.ndarray
     of_host: int
+    most_hosts: int
     tiles_of_nic: float
 
     @classmethod
@@ -133,16 +135,16 @@ class Rings:
         place = np.cumsum(begins, 1) - 1
         count = place[:, -1] + 1
         tile, at = np.nonzero(begins)
-        firsts = np.full((len(ranks), int(count.max()) + 1), grid.replicas)
+        most_hosts = int(count.max())
+        firsts = np.full((len(ranks), most_hosts + 1), grid.replicas)
         firsts[tile, place[tile, at]] = at
-        numbers = np.full((len(ranks), int(count.max())), -1)
+        numbers = np.full((len(ranks), most_hosts), -1)
         numbers[tile, place[tile, at]] = hosts[tile, at]
         counts = np.diff(firsts, axis=1)
         parts = 1 / counts[np.arange(len(ranks))[:, None], place]
         of_nic = np.bincount(topology.nic_numbers[ranks].reshape(-1), parts.reshape(-1))
-        return cls(
-            ranks, place, firsts, count, numbers, _times_before(numbers[:, 0]), int(counts.max()), float(of_nic.max())
-        )
+        number, of_host = _times_before(numbers[:, 0]), int(counts.max())
+        return cls(ranks, place, firsts, count, numbers, number, of_host, most_hosts, float(of_nic.max()))
 
     @property
     def entries(self) -> np.ndarray:
@@ -166,11 +168,6 @@ class Rings:
     def replicas(self) -> int:
         """Replicas of a tile."""
         return int(self.ranks.shape[1])
-
-    @property
-    def most_hosts(self) -> int:
-        """The most hosts that have replicas of a tile."""
-        return int(self.hosts.max())
 
     def count(self, tiles: np.ndarray, places: np.ndarray) -> np.ndarray:
         """How many replicas of some tiles are on some of their hosts."""

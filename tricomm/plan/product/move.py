@@ -20,11 +20,16 @@ from tricomm.plan.product.shared import SharedHosts
 from tricomm.plan.product.sharing import ALLOTTED, Sharing
 from tricomm.plan.product.way import Way
 from tricomm.plan.refine import cells
-from tricomm.plan.routes.chunks import PairColumns, RouteContext, Unicasts, unicast
+from tricomm.plan.routes.chunks import MIN_CHUNK_NBYTES, PairColumns, RouteContext, Unicasts, unicast
 from tricomm.plan.routes.joined import Routes
 from tricomm.plan.routes.rounds import schedule
 from tricomm.plan.routes.strategies import Auto, Broadcast, GlobalAllGather, SendRecv, Strategy
 from tricomm.plan.tasks import wire_itemsize
+
+WORTH_A_POST = 4
+"""How much longer than it takes to post a chunk it shall be on its way, where NICs are so slow that a small one is."""
+
+LEAST_CHUNK_NBYTES = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,8 +38,7 @@ class ProductMove:
 
     Attributes:
         source, destination: the grids.
-        holders: the ranks of each tile of the source, by host.
-        rings: those of the destination's.
+        rings: the ranks of each tile of the destination, by host.
         cutting: of the source's tiles.
         shared: what is sent where a host has ranks of both meshes, else None.
         sending, receiving: the NICs of either side.
@@ -48,7 +52,6 @@ class ProductMove:
 
     source: Grid
     destination: Grid
-    holders: Rings
     rings: Rings
     cutting: Cutting
     shared: SharedHosts | None
@@ -88,16 +91,15 @@ class ProductMove:
         first, second = grid_of(source), grid_of(destination)
         if first is None or second is None or sending is None or receiving is None:
             return None
-        holders, rings = Rings.of(first, topology), Rings.of(second, topology)
+        rings = Rings.of(second, topology)
         per_dim = [cells(*parts) for parts in zip(part_table(source).parts, part_table(destination).parts, strict=True)]
         is_shared = share_hosts(source.mesh, destination.mesh, topology)
         cutting = Cutting(per_dim, first, second, alone=is_shared, units=units_of(first, topology))
-        shared = SharedHosts(cutting, holders, rings, topology.host_numbers) if is_shared else None
+        shared = SharedHosts(cutting, Rings.of(first, topology), rings, topology.host_numbers) if is_shared else None
         senders = source.mesh.ranks
         return cls(
             first,
             second,
-            holders,
             rings,
             cutting,
             shared,
@@ -121,6 +123,13 @@ class ProductMove:
     def tile_nbytes(self) -> int:
         """Bytes of the largest tile of the destination."""
         return self.cutting.destination_line.largest * self.itemsize
+
+    @property
+    def tiny_nbytes(self) -> int:
+        """Chunks shall not be smaller: a NIC sends them about as fast as a rank posts them."""
+        rate = min(self.sending.send, self.receiving.send, self.receiving.receive)
+        nbytes = int(WORTH_A_POST * rate * self.context.topology.overhead_seconds)
+        return min(max(nbytes, LEAST_CHUNK_NBYTES), MIN_CHUNK_NBYTES)
 
     def loads(self, messages: int, sharing: Sharing, kinds: Sequence[int]) -> list[Loads]:
         """What the NICs of a tile's replicas carry if it comes in so many messages, shared so among holders; for some
@@ -182,8 +191,5 @@ class ProductMove:
 
 @lru_cache(maxsize=64)
 def _allotment(move: ProductMove) -> np.ndarray:
-    """Of all cells that have no holder on a host where they are needed; by identity of the move."""
-    rows = move.cutting.every
-    if move.shared is not None:
-        rows = rows[move.shared.arcs(rows)[1]]
-    return allotted(move.cutting, rows, move.rings.replicas, move.itemsize, move.context.topology)
+    """Who sends each cell to each replica; by identity of the move."""
+    return allotted(move.cutting, move.itemsize, move.context.topology)

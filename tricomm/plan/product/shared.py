@@ -95,6 +95,8 @@ class SharedHosts:
         self._of_tile: dict[int, tuple[np.ndarray, np.ndarray, Arcs, np.ndarray]] = {}
         self._tile_of = np.full(len(hosts), -1)
         self._tile_of[cutting.source.ranks] = np.arange(len(cutting.source.ranks))[:, None]
+        self._copy_of = np.full(len(hosts), -1)
+        self._copy_of[cutting.destination.ranks] = np.arange(rings.replicas)
 
     def visits(self, sharing: Sharing, rank: int | None, skewed: bool = False) -> Visits:
         """What is sent if replicas hand it on.
@@ -142,7 +144,7 @@ class SharedHosts:
             own = None if rank is None or holder is not None else self.cutting.destination.find(rank)
             copy = None if own is None or self.rings.replicas == 1 else own[1]
             found = self.cutting.shared(rows[free], self.rings.replicas, sharing, holder, copy, allotment)
-            near, to, pieces = self._from_arcs(rows, arcs, None if own is None else rank)
+            near, to, pieces = self._from_arcs(rows, arcs, None if own is None else rank, allotment)
             senders += [found.senders, near]
             receivers += [self.cutting.destination.ranks[found.tiles, found.copies], to]
             regions += [found.regions, pieces]
@@ -258,7 +260,9 @@ class SharedHosts:
         zeros = np.zeros_like(turn)
         return Visits(senders, chosen.tile, zeros, chosen.place, zeros + 1, zeros, turn, turn, regions)
 
-    def _from_arcs(self, rows: np.ndarray, arcs: Arcs, receiver: int | None) -> tuple[np.ndarray, np.ndarray, Groups]:
+    def _from_arcs(
+        self, rows: np.ndarray, arcs: Arcs, receiver: int | None, allotment: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, Groups]:
         """(senders, receivers, regions) of what ranks on the hosts of arcs, or one of them, get from holders."""
         rings = self.rings
         begin = rings.before(arcs.tile, arcs.place)
@@ -276,7 +280,12 @@ class SharedHosts:
         # Those on the host where an arc begins hear from there.
         here = self.rings.count(chosen.tile, chosen.place)
         beside = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + ahead)
-        senders = np.where(ahead < here, beside, self.holder(chosen, ahead - here))
+        if allotment is None:
+            others = self.holder(chosen, ahead - here)
+        else:
+            number = allotment[(*rows[chosen.cell].T, self._copy_of[receivers])]
+            others = self.cutting.source.ranks[chosen.source, number]
+        senders = np.where(ahead < here, beside, others)
         return senders, receivers, self.cutting.whole(rows[chosen.cell])
 
     def _place_of(self, rank: int) -> int:

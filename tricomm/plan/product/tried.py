@@ -43,19 +43,37 @@ class Candidate(NamedTuple, Generic[Way]):
     bound_seconds: float
     expected_seconds: float
 
-    @property
-    def hops(self) -> int:
-        """Of all chunks."""
-        return int(self.columns.chunk_counts[self.columns.links.chain].sum())
+
+class Trial(NamedTuple, Generic[Way]):
+    """How ways are simulated.
+
+    Attributes:
+        messages_of, hops_of: what all ranks do by a way.
+        topology: hosts and rates.
+    """
+
+    messages_of: Callable[[Way], Sequence[Message]]
+    hops_of: Callable[[Way], Sequence[Hop]]
+    topology: Topology
+
+    def seconds(self, way: Way, columns: MessageColumns) -> float:
+        """What a way takes; ``columns`` has its messages."""
+        return simulated_seconds(columns, self.hops_of(way), self.topology)
+
+
+def plainest(ways: Sequence[Way], trial: Trial[Way]) -> Way:
+    """Simulate ways of which each has more hops than the one before: the first that is about as fast as the fastest."""
+    tried: list[tuple[float, Way]] = []
+    for way in ways:
+        columns = MessageColumns.of(trial.messages_of(way))
+        if tried and columns.hops > SIMULATED_HOPS:
+            break
+        tried.append((trial.seconds(way, columns), way))
+    return _least(tried, itemgetter(0))[0][1]
 
 
 def fastest(
-    ways: Sequence[Way],
-    seconds_of: Callable[[Way], float],
-    delay_of: Callable[[Way], float],
-    messages_of: Callable[[Way], Sequence[Message]],
-    hops_of: Callable[[Way], Sequence[Hop]],
-    topology: Topology,
+    ways: Sequence[Way], seconds_of: Callable[[Way], float], delay_of: Callable[[Way], float], trial: Trial[Way]
 ) -> Way:
     """Simulate ways, those first that should be fast, until there are too many hops; the fastest, or the first.
 
@@ -68,12 +86,12 @@ def fastest(
         ways: at least one, plain ones first.
         seconds_of: what each should take.
         delay_of: by how much each keeps others back.
-        messages_of, hops_of: what all ranks do.
-        topology: hosts and rates.
+        trial: simulates them.
     """
+    topology = trial.topology
     found: list[Candidate[Way]] = []
     for way in ways:
-        columns, delay = MessageColumns.of(messages_of(way)), delay_of(way)
+        columns, delay = MessageColumns.of(trial.messages_of(way)), delay_of(way)
         bound = busiest_end_seconds(columns, topology) * (1 - ROUNDING) + delay
         found.append(Candidate(way, columns, delay, bound, max(bound, seconds_of(way) + delay)))
     ordered = sorted(found, key=lambda one: one.expected_seconds)
@@ -82,10 +100,10 @@ def fastest(
     for one in ordered:
         if tried and one.bound_seconds > min(tried, key=itemgetter(0))[0] * (1 + WORTH_A_CHANGE):
             continue
-        hops += one.hops
-        if hops > SIMULATED_HOPS:
-            break
-        seconds = simulated_seconds(one.columns, hops_of(one.way), topology) + one.delay_seconds
+        if hops + one.columns.hops > SIMULATED_HOPS:
+            continue
+        hops += one.columns.hops
+        seconds = trial.seconds(one.way, one.columns) + one.delay_seconds
         loads = busiest_nic_seconds(one.columns, topology)
         tried.append((seconds, (max(loads), min(loads)), one.way))
     if not tried:

@@ -23,6 +23,7 @@ class Way:
         skewed: whether pieces of the next turn enter a host later; see Visits.
         chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
+        tiny_nbytes: smaller chunks cost more than they save.
         chunk_bytes: the size of chunks, where a strategy says so.
         seconds: what it should take.
         uneven_seconds: for which the busiest NIC of the source sends longer than if all sent the same.
@@ -35,6 +36,7 @@ class Way:
     skewed: bool
     chunks: int
     limit_nbytes: int
+    tiny_nbytes: int
     chunk_bytes: int | None
     seconds: float
     uneven_seconds: float
@@ -45,7 +47,7 @@ class Way:
         if self.chunk_bytes is not None:
             most = max(self.chunk_bytes, parts.itemsize)
             return cut_where(parts, -(-nbytes // most), lambda kinds, _: stepped_pattern(kinds, most))
-        return cut_where(parts, chunk_counts(nbytes, self.chunks, self.limit_nbytes), even_pattern)
+        return cut_where(parts, chunk_counts(nbytes, self.chunks, self.limit_nbytes, self.tiny_nbytes), even_pattern)
 
 
 def best_way(ways: Sequence[Way], delay: Callable[[Way], float]) -> Way:

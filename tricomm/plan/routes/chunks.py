@@ -364,12 +364,12 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
     return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_pattern)
 
 
-def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int) -> np.ndarray:
+def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int, tiny_nbytes: int = MIN_CHUNK_NBYTES) -> np.ndarray:
     """Choose into how many chunks to cut messages of some sizes: ``count``, fewer if they would be tiny, more if they
     would exceed the limit.
     """
     least = np.maximum(-(-nbytes // limit_nbytes), 1)
-    counts: np.ndarray = np.maximum(np.minimum(count, nbytes // MIN_CHUNK_NBYTES), least)
+    counts: np.ndarray = np.maximum(np.minimum(count, nbytes // tiny_nbytes), least)
     return counts
 
 

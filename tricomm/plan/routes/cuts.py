@@ -7,7 +7,7 @@ from math import gcd, prod
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, numbers, offsets_of
+from tricomm.layout.columns import Lazy, counts_of, numbers, offsets_of
 from tricomm.layout.intervals import Piece, cut_shapes
 from tricomm.plan.parts import Part, taken
 
@@ -69,14 +69,13 @@ def _pattern(kinds: Kinds, unit: int, points: Sequence[int], slack: int) -> Patt
     weights = [itemsize // unit for itemsize, _ in kinds]
     every = tuple(cut_shapes([shape for _, shape in kinds], weights, points, slack))
     chunks = tuple(pieces for pieces in every if pieces)
-    nbytes = tuple(sum(kinds[piece.region][0] * piece.numel for piece in pieces) for pieces in chunks)
-    spans = None
     firsts = offsets_of(numbers(map(len, chunks), len(chunks)))
-    if len(kinds) == 1:
-        spans = np.array([piece.spans for pieces in chunks for piece in pieces], np.int64).reshape(
-            int(firsts[-1]), -1, 2
-        )
-    return Pattern(every, chunks, nbytes, spans, firsts)
+    if len(kinds) > 1:
+        nbytes = tuple(sum(kinds[piece.region][0] * piece.numel for piece in pieces) for pieces in chunks)
+        return Pattern(every, chunks, nbytes, None, firsts)
+    spans = np.array([piece.spans for pieces in chunks for piece in pieces], np.int64).reshape(int(firsts[-1]), -1, 2)
+    sizes = offsets_of((spans[:, :, 1] - spans[:, :, 0]).prod(1) * kinds[0][0])[firsts]
+    return Pattern(every, chunks, tuple(counts_of(sizes).tolist()), spans, firsts)
 
 
 class Chunks(Lazy[Chunk]):
