@@ -6,7 +6,7 @@ module is not loaded nobody holds one, which is what is looked at first.
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tricomm.errors import ArgumentError, SpecError
@@ -67,12 +67,39 @@ def is_device_mesh(value: object) -> bool:
     return module is not None and isinstance(value, getattr(module, "DeviceMesh", ()))
 
 
-def ready(tensor: Any) -> Any:
-    """A local tensor without what torch wraps around one that a collective is still writing."""
+def is_waiting(value: object) -> bool:
+    """Whether a value is what torch wraps around a tensor that a collective is still writing; imports nothing."""
     module = sys.modules.get("torch.distributed._functional_collectives")
-    if module is not None and isinstance(tensor, module.AsyncCollectiveTensor):
-        return tensor.wait()
-    return tensor
+    return module is not None and isinstance(value, module.AsyncCollectiveTensor)
+
+
+def is_wrapped(value: object) -> bool:
+    """Whether what has to be moved is inside of a value: it is a DTensor, or still written by a collective of torch."""
+    return is_dtensor(value) or is_waiting(value)
+
+
+def ready(tensor: Any) -> Any:
+    """A local tensor without what torch wraps around one that a collective is still writing; for autograd too."""
+    if not is_waiting(tensor):
+        return tensor
+    return _waited().apply(tensor) if records(tensor) else tensor.wait()
+
+
+@cache
+def _waited() -> Any:
+    """The function of autograd that waits; the gradient goes back as it comes."""
+    import torch
+
+    class Waited(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: Any) -> Any:
+            return tensor.wait()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return gradient
+
+    return Waited
 
 
 def local_of(dtensor: Any, grad_placements: Sequence[Any] | None = None) -> Any:
@@ -141,12 +168,20 @@ def _in_group(ranks: Any, group: Any, device_mesh: Any) -> Any:
         ) from None
 
 
+def real_placement(placement: object) -> object:
+    """A placement as it was made: torch 2.13 hands on a stand-in of one made in a compiled function behind an operation
+    on a DTensor.
+    """
+    return getattr(placement, "real_obj", placement) if type(placement).__name__ == "FakeScriptObject" else placement
+
+
 def read_placement(placement: object) -> TorchPlacement | None:
     """A placement of torch in plain words; None if it is none of torch's.
 
     Raises:
         SpecError: one whose meaning depends on more than the layout, or a reduction without a name.
     """
+    placement = real_placement(placement)
     if not type(placement).__module__.startswith("torch.distributed"):
         return None
     from torch.distributed.tensor import Partial, Replicate, Shard

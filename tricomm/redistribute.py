@@ -5,7 +5,7 @@ from typing import Any, Unpack
 import torch
 
 from tricomm.errors import ArgumentError, SpecError
-from tricomm.interop import is_device_mesh, is_dtensor, make_dtensor, read_placement
+from tricomm.interop import is_device_mesh, is_dtensor, make_dtensor, read_placement, real_placement
 from tricomm.kinds import explains_missing
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.sides import Side, as_specs, spec_of
@@ -57,6 +57,10 @@ def redistribute(
         (Replicate(), Shard(dim=1))
         >>> dist.destroy_process_group()
     """
+    if torch.compiler.is_compiling():
+        from tricomm.compiled.graph import run_eagerly
+
+        return run_eagerly(redistribute, dtensor, device_mesh, placements, source=source, dtype=dtype, **options)
     group = resolve_group(options.get("group"))
     specs: tuple[Any, Any] = (source, None)
     try:
@@ -111,5 +115,5 @@ def _check_holder(device_mesh: Any, target: ShardingSpec, rank: int) -> None:
 def _in_torch(placements: Any, target: ShardingSpec) -> tuple[Any, ...]:
     """The placements of the result: as given where they are torch's."""
     if all(read_placement(one) is not None for one in placements):
-        return tuple(placements)
+        return tuple(map(real_placement, placements))
     return target.to_placements()

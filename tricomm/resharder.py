@@ -12,10 +12,12 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from tricomm.autograd.layouts import check_differentiable_layouts
+from tricomm.compiled.outside import eagerly
 from tricomm.compiled.registry import is_traced
 from tricomm.errors import SpecError, TricommError
+from tricomm.interop import is_wrapped
 from tricomm.kinds import explains_missing
-from tricomm.layout.sides import Side, Sides, as_specs, has_dtensors, shards_of
+from tricomm.layout.sides import Side, Sides, as_specs, has_wrapped, shards_of
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import NO_FRILLS, Options, ReshardOptions
 from tricomm.packing.checksums import Checksums
@@ -103,7 +105,7 @@ class Resharder(Selections, Generic[Moved_co]):
         self: "Resharder[Any]", source: Sides, destination: Sides, **options: Unpack[ReshardOptions]
     ) -> None: ...
     def __init__(self, source: Sides, destination: Sides, **options: Unpack[ReshardOptions]) -> None:
-        self._make(source, destination, options)
+        eagerly(self._make, source, destination, options)
 
     @classmethod
     def _made(
@@ -217,7 +219,12 @@ class Resharder(Selections, Generic[Moved_co]):
         moved: Moved_co
         if only is not None:
             moved = self._call_only(tensor, out, only)
-        elif is_dynamo_compiling() or (out is None and self._fits_graphs and is_traced(tensor)):
+        elif is_dynamo_compiling():
+            from tricomm.compiled.graph import call_in_graph, run_eagerly
+
+            # A graph holds no operator of ours on a DTensor, and cannot compare layouts.
+            moved = run_eagerly(self, tensor, out=out) if is_wrapped(tensor) else call_in_graph(self, tensor, out)
+        elif out is None and self._fits_graphs and is_traced(tensor) and not is_wrapped(tensor):
             from tricomm.compiled.graph import call_in_graph
 
             moved = call_in_graph(self, tensor, out)
@@ -226,7 +233,7 @@ class Resharder(Selections, Generic[Moved_co]):
         return moved
 
     def _unhooked(self, tensor: Given, out: Given) -> Any:
-        if not (type(tensor) in PLAIN and type(out) in PLAIN) and (has_dtensors(tensor) or has_dtensors(out)):
+        if not (type(tensor) in PLAIN and type(out) in PLAIN) and (has_wrapped(tensor) or has_wrapped(out)):
             shard, place = self._shards(tensor, out)
             moved = (self._call if self._hooks is None else self._unhooked)(shard, place)
             if out is not None:
@@ -305,7 +312,7 @@ class Resharder(Selections, Generic[Moved_co]):
         if (problem := order_problem(after, depends_on)) is not None:
             self._refuse(problem)
         tensor = self._before(tensor)
-        if has_dtensors(tensor) or has_dtensors(out):
+        if has_wrapped(tensor) or has_wrapped(out):
             tensor, out = self._shards(tensor, out)
         session = self._session
         if session is None:

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as TorchShard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tricomm
@@ -189,3 +193,41 @@ def refused(rank: int) -> None:
 
 def test_gradients_that_would_get_lost_are_refused(ranks: Ranks) -> None:
     ranks.run(refused)
+
+
+def calls_made_while_compiling(rank: int) -> None:
+    """Whatever talks to others or plans is done outside of the graph, which breaks around it, and is not compiled."""
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("x",))
+    given = (mesh, (TorchShard(0),), FULL.shape, FULL.dtype)
+    rows = DTensor.from_local(pick(FULL, ROWS, rank), mesh, given[1], run_check=False)
+    taped = Resharder(ROWS, COLUMNS, differentiable=True, timeout_seconds=60)
+    plain = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+
+    def makes(x: torch.Tensor) -> torch.Tensor:
+        made = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+        return made(x * 2)
+
+    def goes_back(x: torch.Tensor) -> torch.Tensor:
+        moved = taped(x * 2)
+        tricomm.backward(moved.sum())
+        return moved.detach()
+
+    def redistributes(_: torch.Tensor) -> torch.Tensor:
+        return tricomm.redistribute(rows * 2, mesh, [TorchShard(1)], timeout_seconds=60).to_local()
+
+    def moves_a_dtensor(_: torch.Tensor) -> torch.Tensor:
+        return plain(rows * 2)
+
+    for function in (makes, goes_back, redistributes, moves_a_dtensor):
+        torch.compiler.reset()
+        counters.clear()
+        x = pick(FULL, ROWS, rank).requires_grad_(function is goes_back)
+        assert torch.equal(torch.compile(function, backend="aot_eager")(x), 2 * pick(FULL, COLUMNS, rank)), function
+        assert counters["frames"]["total"] < 20, f"{function}: {counters['frames']}"
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"with a plain tensor \(of to_local"):
+        torch.compile(moves_a_dtensor, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_what_no_graph_can_hold_is_done_outside_of_it(ranks: Ranks) -> None:
+    ranks.run(calls_made_while_compiling)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -193,6 +194,17 @@ def under_way(rank: int) -> None:
     moved = tricomm.reshard(waiting, None, (mesh, [Shard(1)]), timeout_seconds=30)
     assert moved is not None
     require_equal(moved, pick(full, ShardingSpec.from_placements(mesh, [Shard(1)], (16, 3)), rank), f"rank {rank}")
+    alone = Resharder((mesh, [Replicate()], full.shape, full.dtype), (mesh, [Shard(1)]), timeout_seconds=30)
+    many = Resharder({"w": waiting}, {"w": (mesh, [Shard(1)])}, timeout_seconds=30)
+    for call in (alone, lambda shard: alone.start(shard).wait(), lambda shard: many({"w": shard})["w"]):
+        shard = rows.redistribute(mesh, [Replicate()], async_op=True).to_local()
+        assert type(shard) is AsyncCollectiveTensor
+        assert torch.equal(call(shard), moved)
+    rows.requires_grad_()
+    again = tricomm.redistribute(rows.redistribute(mesh, [Replicate()], async_op=True), mesh, [Shard(1)])
+    (again.to_local() * (1 + rank)).sum().backward()
+    assert rows.grad is not None
+    assert torch.equal(rows.grad.full_tensor(), torch.tensor([1.0, 2.0, 3.0]).expand(16, 3))
 
 
 def test_a_shard_that_a_collective_still_writes_is_waited_for(ranks: Ranks) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tricomm.compiled.outside import eagerly
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import explains_missing, refuse_wrong_kinds
 from tricomm.transport.group import context_of, resolve_group
@@ -226,6 +227,10 @@ def backward(
                 [2., 2., 2.]])
         >>> dist.destroy_process_group()
     """
+    if torch.compiler.is_compiling():
+        how = {"channels": channels, "retain_graph": retain_graph, "create_graph": create_graph}
+        eagerly(backward, *losses, group=group, **how)
+        return
     # Whatever is wrong here, those that wait for this rank's gradients hear of it.
     is_named = isinstance(channels, list | tuple) and all(isinstance(channel, str) for channel in channels)
     tapes = list(_tapes_here(resolve_group(group), channels if is_named else None))

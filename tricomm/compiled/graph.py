@@ -23,7 +23,8 @@ def _run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 run_eagerly: Callable[..., Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
     _run,
     reason="tricomm talks to other ranks, which no graph can hold; the graph breaks around the call. With "
-    "fullgraph=True make a Resharder outside of the compiled function and call it without out= and differentiable=",
+    "fullgraph=True make a Resharder outside of the compiled function and call it with a plain tensor (of to_local()), "
+    "without out= and differentiable=",
 )
 """``run_eagerly(function, *arguments, **options)``: call a function outside of the graph."""
 

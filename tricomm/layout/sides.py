@@ -5,7 +5,16 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 from tricomm.errors import ArgumentError, SpecError
-from tricomm.interop import TorchLayout, describe_dtensor, is_device_mesh, is_dtensor, local_of, records
+from tricomm.interop import (
+    TorchLayout,
+    describe_dtensor,
+    is_device_mesh,
+    is_dtensor,
+    is_wrapped,
+    local_of,
+    ready,
+    records,
+)
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.spec import ShardingSpec
 
@@ -93,7 +102,7 @@ def shard_of(tensor: Any, spec: ShardingSpec, rank: int, group: Any, what: str) 
     """This rank's shard of a DTensor, which shares its memory; None where the DTensor's mesh has not this rank.
 
     Args:
-        tensor: a DTensor, or anything else, which is returned as it is.
+        tensor: a DTensor, or anything else, which is returned as it is once a collective of torch has written it.
         spec: the layout that it has to have.
         rank: this one, in the group.
         group: whose ranks the spec names; None for the whole job's.
@@ -103,7 +112,7 @@ def shard_of(tensor: Any, spec: ShardingSpec, rank: int, group: Any, what: str) 
         SpecError: the DTensor has another layout.
     """
     if not is_dtensor(tensor):
-        return tensor
+        return ready(tensor)
     found = spec_of(tensor, group)
     problem = _difference(found, spec, rank)
     if problem:
@@ -114,16 +123,16 @@ def shard_of(tensor: Any, spec: ShardingSpec, rank: int, group: Any, what: str) 
     return local_of(tensor) if rank in found.mesh else None
 
 
-def has_dtensors(given: Any) -> bool:
-    """Whether a tensor, or one of many by name, is a DTensor."""
+def has_wrapped(given: Any) -> bool:
+    """Whether a tensor, or one of many by name, is a DTensor or still written by a collective of torch."""
     if given is None:
         return False
     # What is no mapping is asked first whether it has values: an abstract class takes longer to answer.
-    return is_dtensor(given) or (hasattr(given, "keys") and isinstance(given, Mapping) and _has_one(given))
+    return is_wrapped(given) or (hasattr(given, "keys") and isinstance(given, Mapping) and _has_one(given))
 
 
 def _has_one(given: Mapping[Any, Any]) -> bool:
-    return any(map(is_dtensor, given.values()))
+    return any(map(is_wrapped, given.values()))
 
 
 class Ends(Protocol):
