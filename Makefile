@@ -36,10 +36,10 @@ fuzz: $(VENV)/.test
 		tests/transport/memory/test_moves.py tests/packing/test_many.py tests/rules/test_algebra.py \
 		tests/connect/test_told.py tests/connect/test_bytes.py
 
-# The maps of models against transformers' own code.
+# The maps of models against the code of transformers, torchtitan and Megatron-core.
 peers: $(VENV)/.test
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .[peers]
-	$(RUN) -m pytest tests/rules/test_transformers.py
+	$(RUN) -m pytest tests/rules/test_transformers.py tests/rules/test_torchtitan.py tests/rules/test_megatron_core.py
 
 bench: $(VENV)/.bench
 	$(RUN) -m bench.overhead

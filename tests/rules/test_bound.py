@@ -142,7 +142,7 @@ def test_dtypes_are_kept_and_cast() -> None:
     bound = rules.bind({"w": (3,), "b": (2,)}, {"w": torch.bfloat16, "b": "float64"})
     assert bound.dtypes == {"w": "bfloat16", "bias": "float32", "one": "bfloat16"}
     assert bound.reverse().dtypes == {"w": "bfloat16", "b": "float64"}
-    assert rules.bind({"w": (3,), "b": (2,)}).dtypes == {"w": None, "bias": None, "one": None}
+    assert rules.bind({"w": (3,), "b": (2,)}).dtypes == {"w": None, "bias": None, "one": "bfloat16"}
 
 
 def test_evaluation_takes_any_strides_and_parameters() -> None:

@@ -207,17 +207,19 @@ TORCHTITAN: dict[str, Formula] = {
     T + r"moe\.routed_experts\.inner_experts\.w1_EFD": whole_experts("gate"),
     T + r"moe\.routed_experts\.inner_experts\.w2_EDF": whole_experts("down"),
     T + r"moe\.routed_experts\.inner_experts\.w3_EFD": whole_experts("up"),
-    T + r"moe\.experts\.mlp1_weight": lambda _, groups, index: (
+    T + r"moe\.routed_experts\.inner_experts\.mlp1_weight_EGD": lambda _, groups, index: (
         f"model.layers.{groups[0]}.mlp.experts.gate_up_proj",
         (index[0], index[2], index[1]),
     ),
-    T + r"moe\.experts\.mlp2_weight": lambda _, groups, index: (
+    T + r"moe\.routed_experts\.inner_experts\.mlp2_weight_EDF": lambda _, groups, index: (
         f"model.layers.{groups[0]}.mlp.experts.down_proj",
         (index[0], index[2], index[1]),
     ),
-    T + r"moe\.experts\.mlp1_bias": named(HF + "mlp.experts.gate_up_proj_bias"),
-    T + r"moe\.experts\.mlp2_bias": named(HF + "mlp.experts.down_proj_bias"),
-    T + r"moe\.expert_bias_E": named(HF + "mlp.gate.e_score_correction_bias"),
+    T + r"moe\.routed_experts\.inner_experts\.mlp1_bias_EG": named(HF + "mlp.experts.gate_up_proj_bias"),
+    T + r"moe\.routed_experts\.inner_experts\.mlp2_bias_ED": named(HF + "mlp.experts.down_proj_bias"),
+    T + r"moe\.expert_bias_E": lambda model, groups, index: (
+        (f"model.layers.{groups[0]}.mlp.gate.e_score_correction_bias", index) if model.expert_bias else None
+    ),
     T + r"moe\.router\.gate\.(weight|bias)": MEGATRON[M + r"mlp\.router\.(weight|bias)"],
 }
 S = r"model\.layers\.(\d+)\."

@@ -122,7 +122,8 @@ def test_from_trainer_to_server_is_the_way_by_the_checkpoint(name: str) -> None:
         assert pushed.source_shapes == there.shapes
         assert sum(len(tensor.pieces) for tensor in pushed.tensors) <= 1.5 * len(held) + 8
         pulled = pushed.reverse(fill=0).evaluate(made)
-        assert held.keys() - pulled.keys() <= {"lm_head.weight"}, "the copy of a tied embedding"
+        missing = held.keys() - pulled.keys() - {name for name in held if "expert_bias" in name and not held[name].any()}
+        assert missing <= {"lm_head.weight"}, "the copy of a tied embedding"
         assert all(torch.equal(tensor, held[path]) for path, tensor in pulled.items())
 
 
@@ -149,7 +150,7 @@ def test_checkpoints_have_the_published_sizes() -> None:
     [
         (LLAMA_3_8B, 195, 291, 195),
         (LLAMA_3_70B, 483, 723, 483),
-        (replace(QWEN3_30B_A3B, layers=2), 263 * 2 + 3, 12 * 2 + 3, 9 * 2 + 3),
+        (replace(QWEN3_30B_A3B, layers=2), 263 * 2 + 3, 13 * 2 + 3, 9 * 2 + 3),
         (replace(DEEPSEEK_V3, layers=5), 3 * 11 + 2 * 525 + 3, 3 * 12 + 2 * 17 + 3, 3 * 10 + 2 * 14 + 3),
     ],
     ids=["llama 8B", "llama 70B", "qwen3 of two layers", "deepseek v3 of five"],

@@ -142,8 +142,9 @@ def _made(
     expression = resolved(expression, scope, shapes)
     shape = expression.shape
     assert shape is not None, "every source has a shape by now"
-    dtype = None if dtypes is None else element_type(expression, dtypes)
     pieces, order = renumbered(lower(expression, place))
+    # What reads nothing says its own.
+    dtype = None if dtypes is None and place else element_type(expression, dtypes or {})
     if not defines_exactly_once(shape, pieces):
         raise SpecError(
             f"{expression} is not defined exactly once by its pieces; this is a fault of tricomm, report it"

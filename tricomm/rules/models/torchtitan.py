@@ -6,7 +6,7 @@ from tricomm.rules.models import hf
 from tricomm.rules.models.config import Model, assembled
 from tricomm.rules.models.megatron import grouped
 from tricomm.rules.rules import Rules
-from tricomm.rules.words import each, stack
+from tricomm.rules.words import each, fill, stack
 
 _LATENT = {
     "wq_a.weight": "q_a",
@@ -35,12 +35,14 @@ _EXPERTS = {"w1_EFD": "gate", "w2_EDF": "down", "w3_EFD": "up"}
 
 
 @checks_kinds
-def torchtitan(model: Model, *, fused_qkv: bool = False) -> Rules:
-    """From a Hugging Face checkpoint to torchtitan.
+def torchtitan(model: Model, *, fused_qkv: bool = False, load_balance: bool = True) -> Rules:
+    """From a Hugging Face checkpoint to torchtitan (names of its 0.3).
 
     Args:
         model: its sizes.
         fused_qkv: whether q, k and v are one tensor, by group.
+        load_balance: whether experts have the bias that balances their load (load_balance_coeff), which is zero where
+            the checkpoint has none.
 
     Example:
         >>> from tricomm.rules.models import QWEN3_30B_A3B
@@ -52,7 +54,7 @@ def torchtitan(model: Model, *, fused_qkv: bool = False) -> Rules:
     drop = ("model.layers.{l}.*",) if model.mtp else ()
     result = assembled(outside, drop, l=model.mtp)
     for layers, moe in model.kinds:
-        parts = {**_attention(model, fused_qkv), **(_experts(model) if moe else _mlp(hf.mlp(model), "feed_forward."))}
+        parts = {**_attention(model, fused_qkv), **(_experts(model, load_balance) if moe else _mlp(hf.mlp(model), "feed_forward."))}
         norms = hf.norms(model)
         parts |= {"attention_norm.weight": norms["attention_norm"], "ffn_norm.weight": norms["mlp_norm"]}
         named = {"layers.{l}." + name: part for name, part in parts.items()}
@@ -81,20 +83,20 @@ def _mlp(parts: hf.Parts, path: str) -> hf.Parts:
     return {f"{path}{name}.weight": parts[short] for name, short in _MLP.items()}
 
 
-def _experts(model: Model) -> hf.Parts:
-    router = hf.router(model)
+def _experts(model: Model, load_balance: bool) -> hf.Parts:
+    router, path = hf.router(model), "moe.routed_experts.inner_experts."
     made = {"moe.router.gate.weight": router["router"]}
     if model.biases:
         made["moe.router.gate.bias"] = router["router_bias"]
-    if model.expert_bias:
-        made["moe.expert_bias_E"] = router["expert_bias"]
+    if load_balance or model.expert_bias:
+        made["moe.expert_bias_E"] = router["expert_bias"] if model.expert_bias else fill(0, (model.experts,)).to("float32")
     if model.shared_experts:
         made |= _mlp(hf.shared_experts(model), "moe.shared_experts.")
     if model.fused_experts:
         fused = hf.fused_experts(model)
-        names = {"mlp1_weight": "gate_up", "mlp2_weight": "down"}  # [E, 2I, H] of even and odd rows, and [E, H, I]
-        made |= {f"moe.experts.{name}": fused[short].permute(0, 2, 1) for name, short in names.items()}
-        return made | {f"moe.experts.mlp{n}_bias": fused[f"{short}_bias"] for n, short in ((1, "gate_up"), (2, "down"))}
+        weights = {"mlp1_weight_EGD": "gate_up", "mlp2_weight_EDF": "down"}  # of even and odd rows, and as it is
+        biases = {"mlp1_bias_EG": "gate_up_bias", "mlp2_bias_ED": "down_bias"}
+        made |= {f"{path}{name}": fused[short].permute(0, 2, 1) for name, short in weights.items()}
+        return made | {f"{path}{name}": fused[short] for name, short in biases.items()}
     expert = hf.expert(model)
-    path = "moe.routed_experts.inner_experts."
     return made | {f"{path}{name}": stack([each("e", expert[short])]) for name, short in _EXPERTS.items()}
