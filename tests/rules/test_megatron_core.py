@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import linear, rms_norm, silu
 
 from tricomm.rules.models import Latent, Model, megatron, tensors
 
@@ -105,11 +105,11 @@ def test_it_loads_and_projects(family: str, model: Model, tmp_path: Path) -> Non
     layer = "model.layers.1."
     if model.latent is None:
         for name, found in zip("qkv", results["qkv"], strict=True):
-            expected = F.linear(x, disk[f"{layer}self_attn.{name}_proj.weight"]).unflatten(-1, (-1, 8))
+            expected = linear(x, disk[f"{layer}self_attn.{name}_proj.weight"]).unflatten(-1, (-1, 8))
             if model.qk_norm and name != "v":
-                expected = F.rms_norm(expected, (8,), disk[f"{layer}self_attn.{name}_norm.weight"], eps=1e-5)
+                expected = rms_norm(expected, (8,), disk[f"{layer}self_attn.{name}_norm.weight"], eps=1e-5)
             torch.testing.assert_close(found, expected)
     paths = [f"{layer}mlp.experts.{expert}." for expert in range(model.experts)] or [f"{layer}mlp."]
     for path, found in zip(paths, results["mlps"], strict=True):
         gate, up, down = (disk[f"{path}{name}_proj.weight"] for name in ("gate", "up", "down"))
-        torch.testing.assert_close(found, F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
+        torch.testing.assert_close(found, linear(silu(linear(x, gate)) * linear(x, up), down))

@@ -54,7 +54,8 @@ def torchtitan(model: Model, *, fused_qkv: bool = False, load_balance: bool = Tr
     drop = ("model.layers.{l}.*",) if model.mtp else ()
     result = assembled(outside, drop, l=model.mtp)
     for layers, moe in model.kinds:
-        parts = {**_attention(model, fused_qkv), **(_experts(model, load_balance) if moe else _mlp(hf.mlp(model), "feed_forward."))}
+        mlp = _experts(model, load_balance) if moe else _mlp(hf.mlp(model), "feed_forward.")
+        parts = {**_attention(model, fused_qkv), **mlp}
         norms = hf.norms(model)
         parts |= {"attention_norm.weight": norms["attention_norm"], "ffn_norm.weight": norms["mlp_norm"]}
         named = {"layers.{l}." + name: part for name, part in parts.items()}
@@ -89,7 +90,8 @@ def _experts(model: Model, load_balance: bool) -> hf.Parts:
     if model.biases:
         made["moe.router.gate.bias"] = router["router_bias"]
     if load_balance or model.expert_bias:
-        made["moe.expert_bias_E"] = router["expert_bias"] if model.expert_bias else fill(0, (model.experts,)).to("float32")
+        none = fill(0, (model.experts,)).to("float32")
+        made["moe.expert_bias_E"] = router["expert_bias"] if model.expert_bias else none
     if model.shared_experts:
         made |= _mlp(hf.shared_experts(model), "moe.shared_experts.")
     if model.fused_experts:
