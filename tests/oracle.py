@@ -101,18 +101,23 @@ def filled(source: ShardingSpec, destination: ShardingSpec) -> torch.Tensor:
     return make(shape, dtype)
 
 
-def source_and_result(source: ShardingSpec, destination: ShardingSpec) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """({source rank: shard}, the full tensor in the destination's dtype) of a case, from the definition."""
+def source_and_result(
+    source: ShardingSpec, destination: ShardingSpec, only: int | None = None
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """({source rank: shard}, the full tensor in the destination's dtype) of a case, from the definition; ``only`` one
+    rank's shard, if it has one.
+    """
+    ranks = [rank for rank in source.mesh.ranks if only in (None, rank)]
     shape, dtype = source.global_shape, source.element_type
     target = torch_dtype(destination.dtype or dtype)
     if not source.partial_axes:
         full = filled(source, destination)
-        return {rank: pick(full, source, rank) for rank in source.mesh.ranks}, full.to(target)
+        return {rank: pick(full, source, rank) for rank in ranks}, full.to(target)
     ops = [(source.placements[axis].op, source.mesh.shape[axis]) for axis in source.partial_axes]
     divisor = math.prod(extent for op, extent in ops if op == "avg")
     op = "avg" if divisor > 1 else ops[0][0]
     parts = [small_integers(shape, dtype, salt) for salt in range(contribution_count(source))]
-    shards = {rank: pick(parts[contribution_index(source, rank)], source, rank) for rank in source.mesh.ranks}
+    shards = {rank: pick(parts[contribution_index(source, rank)], source, rank) for rank in ranks}
     return shards, reduced(parts, op, divisor).to(target)
 
 

@@ -7,7 +7,7 @@ mypy is told the nearest right name. What was given becomes one value, :class:`O
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 import torch
@@ -237,10 +237,16 @@ class Options:
         return self.timeout_seconds
 
 
+@cache
+def _names_of(known: type) -> Mapping[str, Any]:
+    """The keywords of a TypedDict. To read its annotations takes longer than a small call."""
+    return get_type_hints(known)
+
+
 def _known_values(given: Mapping[str, Any], caller: str, known: type) -> dict[str, Any]:
     """The values of options by the names of the fields; see Options.of."""
     values = dict(given)
-    names = get_type_hints(known)
+    names = _names_of(known)
     for name in values:
         if name not in names:
             raise ArgumentError(describe_unknown(name, caller, names))

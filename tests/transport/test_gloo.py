@@ -31,7 +31,7 @@ def run_case(rank: int, case: Case, api: str, **others) -> int:
         )
         return post(communicator, operations)
 
-    shards, result = source_and_result(case.source, case.destination)
+    shards, result = source_and_result(case.source, case.destination, rank)
     shard = shards.get(rank)
     tensor = None if shard is None else restrided(shard, case.strides)
     options = {**case.plan_arguments(), "timeout_seconds": 20.0, **others}
