@@ -38,11 +38,6 @@ class Exact:
     bound_seconds: float
     solver_seconds: float
 
-    @property
-    def is_proven(self) -> bool:
-        """Whether nothing shorter exists."""
-        return self.makespan_seconds <= self.bound_seconds * (1 + 1e-6)
-
 
 def solve(
     costs: Costs,

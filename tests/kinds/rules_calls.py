@@ -12,7 +12,6 @@ BACK = Rules({"c": source("a", (4, 4)).permute(1, 0)}).bind()
 PIECE = BOUND.tensors[0].pieces[0]
 HELD = (((0, 2),), ((0, 4),))
 GROUPS = Rules({"a": TALL}).groups
-LATENT = models.Latent(8, 8, 4, 4, 8)
 SIZES = {
     "layers": 2, "hidden": 8, "heads": 4, "vocab": 16, "intermediate": 8, "kv_heads": 2, "head_dim": 2, "latent": None,
     "experts": 2, "expert_intermediate": 4, "shared_experts": 1, "dense_layers": 1, "qk_norm": True, "biases": False,
