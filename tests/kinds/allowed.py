@@ -174,6 +174,7 @@ ALLOWED: dict[str, str] = {
     "megatron_layouts.ranks": "CHANNEL",
     "torchtitan_layouts.ranks": "CHANNEL",
     "vllm_layouts.ranks": "CHANNEL",
+    "reads": "True",
     "reason": "'x' 'bf16'",
     "receiver": "'x' '' 'bf16'",
     "Channel.receiver": "3 -1 0 10**30",

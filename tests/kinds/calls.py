@@ -145,7 +145,8 @@ CALLS: Calls = {
         "sources": ["w"], "destinations": ["w"], "sent": ["w"], "needed": {"w"}}),
     "LeastLoaded": (tricomm.LeastLoaded, {}),
     "LocalAllGather": (tricomm.LocalAllGather, {"chunk_bytes": 64}),
-    "LocalTransport": (tricomm.LocalTransport, {"grouped": True, "receives_ahead": 0, "rounds_open": 2}),
+    "LocalTransport": (tricomm.LocalTransport, {"grouped": True, "receives_ahead": 0, "rounds_open": 2,
+        "reads": False}),
     "LocalTransport.run": (tricomm.LocalTransport().run, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),
     "LocalTransport.run_counted": (
         tricomm.LocalTransport().run_counted, {"plan": PLAN, "tensors": {0: torch.zeros(4, 4)}}),

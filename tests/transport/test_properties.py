@@ -12,6 +12,7 @@ TRANSPORTS = [
     LocalTransport(),
     LocalTransport(rounds_open=0),
     LocalTransport(grouped=False, receives_ahead=3, rounds_open=1),
+    LocalTransport(grouped=False, receives_ahead=4, rounds_open=2, reads=True),
 ]
 
 

@@ -3,11 +3,12 @@
 Nothing is forgiven here that a real network might not forgive. A send is done only when its receive has been
 posted and the bytes have been copied. Bytes are copied as late as possible, when no rank can go on, so a buffer
 that is reused too early shows. With ``grouped`` (as on an NCCL stream) a rank's operations of one round start
-together, and only when all those of its earlier rounds are done.
+together, and only when all those of its earlier rounds are done. With ``reads`` (as between ranks of one host) bytes
+move only when the receiving rank waits for them, however late that is.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -43,16 +44,22 @@ class LocalNetwork:
     Args:
         grouped: whether a rank's groups run one after the other.
         depth: what every endpoint asks for: (receives ahead, rounds open).
+        reads: whether a receiver copies only what it waits for.
     """
 
-    def __init__(self, grouped: bool, depth: tuple[int, int]) -> None:
+    def __init__(self, grouped: bool, depth: tuple[int, int], reads: bool = False) -> None:
         self.grouped = grouped
+        self.reads = reads
         self.depth = depth
         self.queues: dict[int, deque[list[LocalWork]]] = {}
         self.traffic: dict[tuple[int, int], Traffic] = {}
 
-    def deliver(self) -> bool:
-        """Complete every pair of operations that may run now; False if there is none."""
+    def deliver(self, awaited: Collection[LocalWork | None]) -> bool:
+        """Complete every pair of operations that may run now; False if there is none.
+
+        Args:
+            awaited: what each rank waits for.
+        """
         sends: dict[tuple[int, int], deque[LocalWork]] = {}
         receives: dict[tuple[int, int], deque[LocalWork]] = {}
         for rank, queue in self.queues.items():
@@ -68,8 +75,9 @@ class LocalNetwork:
         moved = False
         for pair in sends.keys() & receives.keys():
             for send, receive in zip(sends[pair], receives[pair], strict=False):
-                self._copy(pair, send, receive)
-                moved = True
+                if not self.reads or receive in awaited:
+                    self._copy(pair, send, receive)
+                    moved = True
         for queue in self.queues.values():
             while queue and all(work.done for work in queue[0]):
                 queue.popleft()
@@ -127,6 +135,8 @@ class LocalTransport:
         grouped: whether a rank's rounds run one after the other, as on an NCCL stream.
         receives_ahead: how many rounds early receives are posted; only if not grouped.
         rounds_open: how many rounds may be in flight.
+        reads: whether bytes move only when the receiving rank waits for them, as between ranks of one host; only if not
+            grouped.
 
     Example:
         >>> from tricomm import Mesh, Replicate, Shard, ShardingSpec, make_plan
@@ -140,6 +150,7 @@ class LocalTransport:
     grouped: bool = True
     receives_ahead: int = 0
     rounds_open: int = 2
+    reads: bool = False
 
     def __post_init__(self) -> None:
         for name in ("receives_ahead", "rounds_open"):
@@ -198,7 +209,8 @@ class LocalTransport:
             raise ArgumentError(f"plan={plan!r} is not a Plan; pass what make_plan gave")
         if not isinstance(tensors, Mapping):
             raise ArgumentError(f"tensors={tensors!r} is not a mapping; write {{rank: shard}}")
-        network = LocalNetwork(self.grouped, (0 if self.grouped else self.receives_ahead, self.rounds_open))
+        depth = (0 if self.grouped else self.receives_ahead, self.rounds_open)
+        network = LocalNetwork(self.grouped, depth, reads=self.reads and not self.grouped)
         given = chain.from_iterable(one.values() if isinstance(one, Mapping) else [one] for one in tensors.values())
         devices = (tensor.device for tensor in given if isinstance(tensor, torch.Tensor))
         device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
@@ -233,7 +245,7 @@ def _run_all(running: dict[int, Iterator[LocalWork]], network: LocalNetwork) -> 
                     del waiting[rank]
                     break
                 waiting[rank] = work
-        if waiting and not network.deliver():
+        if waiting and not network.deliver({*waiting.values()}):
             blocked = ", ".join(
                 f"rank {rank} waits for rank {work.peer}" for rank, work in waiting.items() if work is not None
             )
