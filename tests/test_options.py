@@ -24,7 +24,7 @@ CHOSEN: dict[str, Any] = {
     "confirm": True,
     "channel": "one",
     "name": "layer 3",
-    "transport": "auto",
+    "transport": "network",
 }
 
 

@@ -29,7 +29,7 @@ ProgressCallback = Callable[[Progress], object]
 
 TransportName = Literal["auto", "network", "memory"]
 
-DEFAULT_TRANSPORT: TransportName = "network"
+DEFAULT_TRANSPORT: TransportName = "auto"
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
@@ -129,8 +129,8 @@ class Options:
             straight from shards into shards. See :mod:`tricomm.rules`.
         differentiable: whether gradients come back between ranks that hold different things: all ranks of either mesh
             make the calls with gradients on, in one order, and end with :func:`tricomm.backward`.
-        transport: "network", the default, takes the network between all ranks; "auto" reads the sender's memory where
-            two ranks are on one host and may, and takes the network elsewhere; "memory" raises where two ranks cannot.
+        transport: "auto", the default, reads the sender's memory where two ranks are on one host and may, and takes the
+            network elsewhere; "network" takes it between all ranks; "memory" raises where two ranks cannot read.
             ``Resharder.transports`` tells what was found. All ranks give the same.
         grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
             default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.

@@ -173,8 +173,8 @@ def make_methods(setting: Setting, directory: Path | None) -> dict[str, Callable
     source = ShardingSpec(Mesh(SOURCE_RANKS, ("x",)), (Shard(0),), shape, "float32")
     destination = ShardingSpec(Mesh(DESTINATION_RANKS, ("x",)), (Shard(1),))
     shard, out = setting.shard, setting.out
-    warm = Resharder(source, destination)
-    confirming = Resharder(source, destination, confirm=True)
+    warm = Resharder(source, destination, transport="network")
+    confirming = Resharder(source, destination, transport="network", confirm=True)
     by_memory = Resharder(source, destination, transport="memory")
     by_memory_confirming = Resharder(source, destination, transport="memory", confirm=True)
     methods: dict[str, Callable[[], object]] = {
@@ -182,7 +182,7 @@ def make_methods(setting: Setting, directory: Path | None) -> dict[str, Callable
         COMPLETE: Hand(setting, packs=True),
         RESHARDER: lambda: warm(shard, out=out),
         "tricomm.Resharder confirm=True": lambda: confirming(shard, out=out),
-        "tricomm.reshard": lambda: tricomm.reshard(shard, source, destination, out=out),
+        "tricomm.reshard": lambda: tricomm.reshard(shard, source, destination, out=out, transport="network"),
         BY_MEMORY: lambda: by_memory(shard, out=out),
         f"{BY_MEMORY} confirm=True": lambda: by_memory_confirming(shard, out=out),
         "tricomm.reshard memory": lambda: tricomm.reshard(shard, source, destination, out=out, transport="memory"),

@@ -34,7 +34,7 @@ def run_case(rank: int, case: Case, api: str, **others) -> int:
     shards, result = source_and_result(case.source, case.destination, rank)
     shard = shards.get(rank)
     tensor = None if shard is None else restrided(shard, case.strides)
-    options = {**case.plan_arguments(), "timeout_seconds": 20.0, **others}
+    options = {**case.plan_arguments(), "timeout_seconds": 20.0, "transport": "network", **others}
     Communicator.post = counting
     try:
         output = call(rank, case, api, tensor, options)
@@ -83,7 +83,7 @@ SERVE = Mesh([4, 5, 6, 7], ("tp",))
 
 
 def repeat_with_changing_data(rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
-    mover = Resharder(source, destination, timeout_seconds=20)
+    mover = Resharder(source, destination, timeout_seconds=20, transport="network")
     for step in range(5):
         full = torch.arange(96 * 40, dtype=torch.float32).reshape(96, 40) + step
         tensor = pick(full, source, rank) if rank in source.mesh else None
@@ -100,7 +100,7 @@ def test_a_resharder_is_called_again_and_again(ranks: Ranks, placement) -> None:
 
 def overlapping_starts(rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
     """Several in flight, then a direct call: each gets its own data, in order."""
-    mover = Resharder(source, destination, timeout_seconds=20)
+    mover = Resharder(source, destination, timeout_seconds=20, transport="network")
     fulls = [torch.full((96, 40), float(step)) for step in range(4)]
     tensors = [pick(full, source, rank) if rank in source.mesh else None for full in fulls]
     handles = [mover.start(tensor) for tensor in tensors[:3]]
@@ -120,7 +120,7 @@ def test_starts_follow_each_other(ranks: Ranks) -> None:
 def opposite_orders(rank: int, there: tuple[ShardingSpec, ShardingSpec]) -> None:
     """Two channels between the same ranks, used in opposite orders by the two sides: neither waits for the other."""
     movers = {
-        name: Resharder(*specs, timeout_seconds=20, channel=name)
+        name: Resharder(*specs, timeout_seconds=20, transport="network", channel=name)
         for name, specs in (("down", there), ("up", there[::-1]))
     }
     if rank not in movers["down"].participants:
@@ -165,7 +165,7 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
 
 def warm_call(rank: int, source: ShardingSpec, destination: ShardingSpec) -> tuple[list[str], int]:
     """What a warm call allocates, and how many tables the mover has made by then and after."""
-    mover = Resharder(source, destination, timeout_seconds=20)
+    mover = Resharder(source, destination, timeout_seconds=20, transport="network")
     tensor = torch.zeros(source.local_shape(rank)) if rank in source.mesh else None
     out = torch.zeros(destination.local_shape(rank)) if rank in destination.mesh else None
     mover(tensor, out=out)
@@ -207,7 +207,7 @@ def test_pieces_that_are_contiguous_on_both_sides_travel_without_a_copy(ranks: R
 def warm_call_or_none(rank: int, source: ShardingSpec, destination: ShardingSpec):
     if rank in source.mesh or rank in destination.mesh:
         return warm_call(rank, source, destination)
-    mover = Resharder(source, destination, timeout_seconds=20)
+    mover = Resharder(source, destination, timeout_seconds=20, transport="network")
     assert mover() is None
     return [], 0
 
@@ -223,7 +223,7 @@ def subgroup_case(rank: int) -> None:
     mine = dist.get_rank(group)
     full = torch.arange(12.0)
     tensor = pick(full, SPEC_OF_THREE, mine)
-    output = tricomm.reshard(tensor, SPEC_OF_THREE, SPEC_OF_ONE, group=group, timeout_seconds=20)
+    output = tricomm.reshard(tensor, SPEC_OF_THREE, SPEC_OF_ONE, group=group, timeout_seconds=20, transport="network")
     assert (output is None) == (mine != 1)
     if output is not None:
         require_equal(output, full, "group rank 1")
@@ -255,7 +255,7 @@ def gradients(rank: int, source: ShardingSpec, destination: ShardingSpec) -> Non
     tensor = pick(torch.ones(6, 10), source, rank).requires_grad_()
     for _ in range(2):
         tensor.grad = None
-        output = tricomm.reshard(tensor, source, destination, timeout_seconds=20)
+        output = tricomm.reshard(tensor, source, destination, timeout_seconds=20, transport="network")
         (output * pick(weight, destination, rank)).sum().backward()
         scale = 1 / 2 if source.placements[0] == tricomm.Partial("avg") else 1.0
         require_equal(tensor.grad, pick(weight * scale, source, rank), f"gradient on rank {rank}")
@@ -271,7 +271,7 @@ def test_gradients_flow_back(ranks: Ranks, first) -> None:
 def gradients_by_hand(rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
     """Different ranks: autograd refuses, and the mover of the gradients is called by hand."""
     weight = torch.arange(6 * 10, dtype=torch.float32).reshape(6, 10)
-    mover = Resharder(source, destination, timeout_seconds=20)
+    mover = Resharder(source, destination, timeout_seconds=20, transport="network")
     if rank in source.mesh:
         tensor = torch.zeros(source.local_shape(rank), requires_grad=True)
         with pytest.raises(SpecError, match=r"requires grad.*Resharder.gradient"):
@@ -294,7 +294,7 @@ def test_gradients_between_different_ranks_are_moved_by_hand(ranks: Ranks) -> No
 
 def forgotten(rank: int, source: ShardingSpec, destination: ShardingSpec) -> None:
     """A mover keeps no tensor alive, and notices one that moved to other memory under the same name."""
-    mover = Resharder(source, destination, timeout_seconds=20)
+    mover = Resharder(source, destination, timeout_seconds=20, transport="network")
     tensor = torch.zeros(source.local_shape(rank)) if rank in source.mesh else None
     for salt in range(3):
         full = torch.arange(96 * 40, dtype=torch.float32).reshape(96, 40) + salt

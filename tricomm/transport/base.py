@@ -153,3 +153,33 @@ class Connections(Protocol):
     def abort(self) -> None:
         """Wake whoever waits for this rank, and this rank if it waits. May be called from any thread, again too."""
         ...
+
+
+class NoConnections:
+    """See Connections: those of a rank alone, and of ranks that do not have theirs yet."""
+
+    depth = (1, 2)
+    has_tags = True
+    begin = None
+
+    @staticmethod
+    def launch(work: Callable[[], object]) -> None:
+        """See Transport."""
+        work()
+
+    def join(self, is_aborted: Callable[[], bool]) -> None:
+        """See Connections."""
+
+    def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
+        """See Connections."""
+        assert not list(operations)
+        return []
+
+    def wait(self, work: Any, limit: timedelta) -> None:
+        """See Connections."""
+
+    def connected(self) -> None:
+        """See Connections."""
+
+    def abort(self) -> None:
+        """See Connections."""

@@ -22,7 +22,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from tricomm.errors import TransportError
-from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, Operation
+from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, NoConnections, Operation
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.questions import Question
@@ -51,36 +51,6 @@ COMPUTING_FACTOR = 20.0
 SPARE_HEARTBEATS = 3.0
 """The monitor ends waits at their deadline, which moves on while this rank computes. Should it be unable to, they end
 by themselves, after so many timeouts and heartbeats."""
-
-
-class NoConnections:
-    """See Connections: those of a rank alone, and of ranks that do not have theirs yet."""
-
-    depth = (1, 2)
-    has_tags = True
-    begin = None
-
-    @staticmethod
-    def launch(work: Callable[[], object]) -> None:
-        """See Transport."""
-        work()
-
-    def join(self, is_aborted: Callable[[], bool]) -> None:
-        """See Connections."""
-
-    def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
-        """See Connections."""
-        assert not list(operations)
-        return []
-
-    def wait(self, work: Any, limit: timedelta) -> None:
-        """See Connections."""
-
-    def connected(self) -> None:
-        """See Connections."""
-
-    def abort(self) -> None:
-        """See Connections."""
 
 
 PostedWork = tuple[int, Any]
@@ -192,12 +162,17 @@ class Communicator:
         assert run is not None
         run.waiting_for, work = posted
         try:
-            self.connections.wait(work, self._limit)
+            (self._by_memory or self.connections).wait(work, self._limit)
         except UnreadableError as error:
             raise (self.lost if error.is_of_dead else self.unreadable)(posted[0], error) from error
         except RuntimeError as error:
             raise self.lost(posted[0], error) from error
         run.waiting_for = None
+
+    def unread(self) -> list[PostedWork]:
+        """What others have still to read of calls before this one, which is waited for before this one posts."""
+        by_memory = self._by_memory
+        return [] if by_memory is None else by_memory.unread()
 
     def exchange(self, operations: Iterable[Operation]) -> None:
         """Post operations and wait for all of them."""

@@ -1,5 +1,7 @@
 """Any layout to any layout over each rung, with real processes; and that nothing of it goes over sockets."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -167,3 +169,36 @@ def test_movers_of_one_channel_choose_for_themselves(ranks: Ranks) -> None:
 def test_another_transport_is_refused(value: object, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="is none of auto, network, memory"):
         tricomm.Options(transport=value)  # type: ignore[arg-type]
+
+
+def in_another_order(rank: int) -> list[str]:
+    """Two movers of a few bytes, which rank 0 calls one after the other and rank 1 the other way round."""
+    if rank > 1:
+        return []
+    source = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (8,), "float32")
+    destination = ShardingSpec(Mesh([1], ("x",)), (Replicate(),))
+    options: Any = {"timeout_seconds": 3.0, "transport": "memory", "channel": "orders"}
+    first, second = (Resharder(source, destination, name=name, **options) for name in ("first", "second"))
+    tensor = torch.arange(8.0) if rank == 0 else None
+    for mover in (first, second):
+        mover(tensor)
+    found = []
+    for mover in (first, second) if rank == 0 else (second, first):
+        try:
+            mover(tensor)
+            found.append("returned")
+        except TransportError as error:
+            found.append(str(error))
+            break
+    again = tricomm.reshard(tensor, source, destination, **options)
+    if rank == 1:
+        require_equal(again, torch.arange(8.0), "the next call of both")
+    return found
+
+
+def test_calls_in_another_order_never_take_each_others_bytes(ranks: Ranks) -> None:
+    """Who sends few bytes does not wait for them, but its next call does: else each came where the other is due."""
+    ours, theirs = ranks.run(in_another_order)[:2]
+    assert ours[0] == "returned"
+    for text in (ours[1], theirs[0]):
+        assert "ranks [0, 1] wait for each other until the timeout in call 2 of Resharder 'second'" in text

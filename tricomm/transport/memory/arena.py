@@ -4,14 +4,21 @@ It consists of slabs, each of which holds one transfer at a time and is used aga
 outlives the two processes.
 """
 
+import ctypes
+import errno
 import fcntl
 import mmap
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 PAGE_NBYTES = 4096
+
+# Linux's numbers: a Python that was built for an older C library has no names for them, and no memfd_create.
+CLOSES_ON_EXEC, MAY_BE_SEALED = 1, 2
+ADD_SEALS, GET_SEALS = 1033, 1034
+SEALS_ITSELF, NEVER_SHRINKS, NEVER_GROWS = 1, 2, 4
 
 
 class SharedSlab(NamedTuple):
@@ -20,24 +27,46 @@ class SharedSlab(NamedTuple):
     Attributes:
         number: of the sender's slabs, from 1 on.
         memory: uint8; keeps the mapping.
+        address: of its first byte.
     """
 
     number: int
     memory: torch.Tensor
+    address: int
 
 
 def new_slab(number: int, nbytes: int) -> tuple[SharedSlab, int]:
     """A slab for at least so many bytes, and its file, which the caller closes when it is handed over."""
-    size = max(PAGE_NBYTES, 1 << (nbytes - 1).bit_length())
-    file = os.memfd_create("tricomm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    size = _size_for(nbytes)
+    file = _new_file()
     try:
         os.ftruncate(file, size)
         # It never shrinks: to read behind its end would end the other process by a signal.
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(file, ADD_SEALS, NEVER_SHRINKS | NEVER_GROWS | SEALS_ITSELF)
         return mapped_slab(number, file, size), file
     except BaseException:
         os.close(file)
         raise
+
+
+def _size_for(nbytes: int) -> int:
+    return max(PAGE_NBYTES, 1 << (nbytes - 1).bit_length())
+
+
+def _new_file() -> int:
+    """A file without a name.
+
+    Raises:
+        OSError: the system has none.
+    """
+    make: Any = getattr(os, "memfd_create", None)
+    if make is not None:
+        return int(make("tricomm", CLOSES_ON_EXEC | MAY_BE_SEALED))
+    make = getattr(ctypes.CDLL(None, use_errno=True), "memfd_create", None)
+    file: int = -1 if make is None else make(b"tricomm", CLOSES_ON_EXEC | MAY_BE_SEALED)
+    if file < 0:
+        raise OSError(errno.ENOSYS if make is None else ctypes.get_errno(), "there is no memfd_create")
+    return file
 
 
 def mapped_slab(number: int, file: int, nbytes: int) -> SharedSlab:
@@ -46,28 +75,28 @@ def mapped_slab(number: int, file: int, nbytes: int) -> SharedSlab:
     Raises:
         ValueError: a file that may still shrink, or is too small.
     """
-    if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK or os.fstat(file).st_size < nbytes:
+    if not fcntl.fcntl(file, GET_SEALS) & NEVER_SHRINKS or os.fstat(file).st_size < nbytes:
         raise ValueError(f"slab {number} is no sealed file of {nbytes} bytes")
-    return SharedSlab(number, torch.frombuffer(mmap.mmap(file, nbytes), dtype=torch.uint8))
+    memory = torch.frombuffer(mmap.mmap(file, nbytes), dtype=torch.uint8)
+    return SharedSlab(number, memory, memory.data_ptr())
 
 
 class Arena:
     """The sender's slabs for one link."""
 
     def __init__(self) -> None:
-        self._free: list[SharedSlab] = []
+        self._free: dict[int, list[SharedSlab]] = {}
+        """By size, those last that were used last: their bytes are still in caches."""
         self._count = 0
 
     def take(self, nbytes: int) -> tuple[SharedSlab, int | None]:
         """A free slab for so many bytes, and its file if it is new and is to be handed over."""
-        fitting = [slab for slab in self._free if slab.memory.numel() >= nbytes]
-        if fitting:
-            slab = min(fitting, key=lambda one: one.memory.numel())
-            self._free = [one for one in self._free if one is not slab]
-            return slab, None
+        free = self._free.get(_size_for(nbytes))
+        if free:
+            return free.pop(), None
         self._count += 1
         return new_slab(self._count, nbytes)
 
     def give_back(self, slab: SharedSlab) -> None:
         """Its transfer is done."""
-        self._free.append(slab)
+        self._free.setdefault(slab.memory.numel(), []).append(slab)

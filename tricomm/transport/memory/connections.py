@@ -51,18 +51,26 @@ class HostConnections:
             if link is None:
                 works += self.network.post((operation,), tag)
             elif is_send:
-                works.append((peer, (link, link.offer(operation, tag))))
+                works.append((peer, (link, link.offer(operation, tag).wait)))
             else:
-                works.append((peer, (link, link.expect(operation, tag))))
+                works.append((peer, (link, link.expect(operation, tag).wait)))
         return works
 
     def wait(self, work: Any, limit: timedelta) -> None:
         """See Connections."""
         if isinstance(work, tuple):
-            link, transfer = work
-            transfer.wait(link, Patience(limit, self._links))
+            link, wait = work
+            wait(link, Patience(limit, self._links))
         else:
             self.network.wait(work, limit)
+
+    def unread(self) -> list[tuple[int, Any]]:
+        """What peers have still to read of calls before this one: works to wait for before anything is posted.
+
+        So nobody is ahead of a rank that fails by more than a call, and calls follow each other on both sides as over
+        the network, though who sends few bytes does not wait for them.
+        """
+        return [(link.peer, (link, offer.wait_read)) for link in self._links for offer in link.unread()]
 
     def finish(self, limit: timedelta) -> None:
         """Return when all has been told that is to be told: nobody looks after it once the call is over."""

@@ -1,9 +1,10 @@
 """Link: one pair of ranks of one host. A local socket carries signals, memory the bytes; see ``protocol``.
 
 Few bytes go by way of the arena even where the peer could read them from the tensor: the sender goes on at once, and is
-not woken once more to hear that they were read.
+not woken once more to hear that they were read. It hears of that in its next call, which does not begin before.
 """
 
+import ctypes
 import os
 import socket
 import time
@@ -39,6 +40,10 @@ EAGER_NBYTES = 1 << 16
 
 MAX_TABLES = 64
 """Whose runs a link remembers."""
+
+OFFERS_BEFORE_LOOKING = 4
+"""How many may be under way before a sender that does not wait looks which were read: to look costs it two calls of the
+system, and few slabs stay in the caches."""
 
 EAGER_OFFERS = 16
 """How many transfers of a link may be under way when another sender does not wait: memory stays bounded."""
@@ -83,7 +88,7 @@ class Link(Signals):
         self._count += 1
         _, _, buffer, runs = operation
         nbytes = buffer.numel() if runs is None else runs.nbytes
-        if self._offers:
+        if len(self._offers) >= OFFERS_BEFORE_LOOKING:
             self.look()  # what was read meanwhile is not under way any more
         is_eager = nbytes <= EAGER_NBYTES and len(self._offers) < EAGER_OFFERS
         slab = None
@@ -105,10 +110,14 @@ class Link(Signals):
         if file is not None:
             self._tell_of(Slab(slab.number, slab.memory.numel()), file)
         if runs is None:
-            slab.memory[:nbytes].copy_(buffer)
+            ctypes.memmove(slab.address, buffer.data_ptr(), nbytes)
         else:
-            read_runs(os.getpid(), one_run(slab.memory.data_ptr(), nbytes), runs)
+            read_runs(os.getpid(), one_run(slab.address, nbytes), runs)
         return slab
+
+    def unread(self) -> list["Offer"]:
+        """What was offered, as far as is known without a look, and is not read yet."""
+        return [*self._offers.values()]
 
     def _tell_of(self, message: Message, file: int | None = None) -> None:
         try:
@@ -141,11 +150,11 @@ class Link(Signals):
             text = f"{ready.nbytes} bytes came where {expected} were expected; the ranks do not follow the same plan"
             raise UnreadableError(0, text)
         if ready.slab:
-            memory = self._slabs[ready.slab].memory
+            address = self._slabs[ready.slab].address
             if runs is None:
-                buffer.copy_(memory[: ready.nbytes])
+                ctypes.memmove(buffer.data_ptr(), address, ready.nbytes)
             else:
-                read_runs(os.getpid(), runs, one_run(memory.data_ptr(), ready.nbytes))
+                read_runs(os.getpid(), runs, one_run(address, ready.nbytes))
         elif not ready.runs and runs is None:
             read_run(self.pid, buffer.data_ptr(), ready.address, ready.nbytes)
         else:
@@ -175,19 +184,22 @@ class Link(Signals):
         except LinkClosedError:
             return
 
-    def look(self) -> None:
-        """Take what messages have come."""
+    def look(self, awaiting: "Expected | None" = None) -> None:
+        """Take what messages have come; only until an offer is among them, if one is awaited."""
         for message, files in self.come():
             match message:
                 case Ready():
                     expected = self._expected.get(message.tag)
                     if expected:
-                        expected.popleft().ready = message
+                        found = expected.popleft()
+                        found.ready = message
+                        if found is awaiting:
+                            return
                     else:
                         self._early.setdefault(message.tag, deque()).append(message)
                 case Done():
                     offer = self._offers.pop(message.number)
-                    offer.is_free = True
+                    offer.is_read = True
                     if offer.slab is not None:
                         self._arena.give_back(offer.slab)
                 case Slab():
@@ -225,15 +237,20 @@ class Offer:
     Attributes:
         operation: keeps alive what is read; None where the link has a copy.
         slab: of the link's arena in which they are, if they are there.
-        is_free: whether whoever offered them may change them.
+        is_read: whether the peer has them.
     """
 
-    __slots__ = ("is_free", "operation", "slab")
+    __slots__ = ("is_read", "operation", "slab")
 
     def __init__(self, operation: Operation | None, slab: SharedSlab | None) -> None:
         self.operation = operation
         self.slab = slab
-        self.is_free = operation is None
+        self.is_read = False
+
+    @property
+    def is_free(self) -> bool:
+        """Whether whoever offered them may change them."""
+        return self.is_read or self.operation is None
 
     def wait(self, link: Link, patience: Patience) -> None:
         """Return when the sender may change them.
@@ -241,12 +258,19 @@ class Offer:
         Raises:
             LinkClosedError: the link has ended before.
         """
+        if not self.is_free:
+            self.wait_read(link, patience)
+
+    def wait_read(self, link: Link, patience: Patience) -> None:
+        """Return when the peer has them.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+        """
         state, is_over = Sending.OFFERED, False
-        if self.is_free:
-            return
         while state is Sending.OFFERED:
             link.look()
-            if self.is_free:
+            if self.is_read:
                 state, _ = SENDING[state, Event.DONE]
             elif is_over:
                 state, _ = SENDING[state, Event.CLOSED]
@@ -276,7 +300,7 @@ class Expected:
         while action not in (Action.TELL_DONE, Action.FAIL):
             if action is Action.LOOK:
                 if self.ready is None:
-                    link.look()
+                    link.look(self)
                 if self.ready is None and not is_over:
                     is_over = patience.await_news(link)
                     continue

@@ -153,6 +153,8 @@ class Candidate:
         Args:
             refused: why its memory could not be read in a call before; "" if it could.
         """
+        if not self._has_arena:  # by which few bytes go, wherever memory can be read
+            return PairTransport(Rung.NETWORK, "no file could be handed over")
         if refused:
             return PairTransport(Rung.ARENA, refused)
         read = ctypes.create_string_buffer(NONCE_NBYTES)
@@ -162,12 +164,9 @@ class Candidate:
             read_run(self.pid, ctypes.addressof(read), self.other.address, NONCE_NBYTES)
             if read.raw.hex() == self.other.nonce:
                 return BEST
-            found = unreadable(0, "another process has its pid here", self.pid)
+            return unreadable(0, "another process has its pid here", self.pid)
         except UnreadableError as error:
-            found = unreadable(error.number, str(error), self.pid)
-        if not self._has_arena:
-            return PairTransport(Rung.NETWORK, f"{found.reason}, and no file could be handed over", found.remedy)
-        return found
+            return unreadable(error.number, str(error), self.pid)
 
 
 def _as_tensor(nonce: str) -> torch.Tensor:
@@ -222,6 +221,8 @@ def meet(
             candidate.end.close()
         else:
             links[rank] = Link(rank, candidate.end, candidate.pid, *ways)
+    for way in sorted({*mine.values()}, key=str):
+        LOG.info("rank %d receives from ranks %s by %s", here.rank, [rank for rank in mine if mine[rank] == way], way)
     return links, transports
 
 
@@ -248,12 +249,21 @@ def _accepted(door: Doorway, above: Mapping[int, Presence]) -> dict[int, Candida
         except BlockingIOError:
             break  # all who could are there
         candidate = _recognised(door.here, above, end)
-        if candidate is None or candidate.other.rank in found:
-            end.close()  # somebody else who has found the name
+        if candidate is None or candidate.other.rank in found or not _is_greeted(candidate, door.here):
+            end.close()  # somebody else who has found the name, or one that can no longer be greeted
             continue
-        candidate.greet(door.here)
         found[candidate.other.rank] = candidate
     return found
+
+
+def _is_greeted(candidate: Candidate, here: Presence) -> bool:
+    """Greet who has connected; false if that fails, which costs this pair its link and nobody the call."""
+    try:
+        candidate.greet(here)
+    except OSError as error:
+        LOG.info("rank %d takes the network to rank %d: %s", here.rank, candidate.other.rank, error)
+        return False
+    return True
 
 
 def _recognised(here: Presence, above: Mapping[int, Presence], end: socket.socket) -> Candidate | None:

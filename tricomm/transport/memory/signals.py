@@ -8,8 +8,9 @@ import os
 import select
 import socket
 import weakref
+from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from tricomm.transport.memory.protocol import MAX_MESSAGE_NBYTES, Message, decode, encode
@@ -20,6 +21,8 @@ HALF_CLOSED = getattr(select, "POLLRDHUP", 0)
 GONE = select.POLLHUP | HALF_CLOSED | select.POLLERR | select.POLLNVAL
 FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
 BUFFER_NBYTES = 1 << 20
+FILE_NBYTES = socket.CMSG_SPACE(array("i").itemsize)
+NO_FILES: Sequence[int] = ()
 Backlog = deque[tuple[bytes, int | None]]
 """Messages that wait for room in a socket, with the file that goes with each."""
 
@@ -82,17 +85,21 @@ class Signals:
                 os.close(file)
         return True
 
-    def come(self) -> Iterator[tuple[Message, list[int]]]:
+    def come(self) -> Iterator[tuple[Message, Sequence[int]]]:
         """The messages that have come, each with the files handed over with it, which are closed afterwards."""
         while True:
             try:
-                data, files, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE_NBYTES, 1, FLAGS)
+                data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
             except BlockingIOError:
                 return
             except OSError:
                 return  # reset: ``is_closed`` says so
             if not data:
                 return
+            if not ancillary:
+                yield decode(data), NO_FILES
+                continue
+            files = [*array("i", b"".join(one for _, _, one in ancillary))]
             try:
                 yield decode(data), files
             finally:
@@ -122,7 +129,7 @@ def _opened(pid: int) -> int | None:
     """A pidfd of a process; None if there is none to be had, or it has ended: then the socket tells its end."""
     try:
         return os.pidfd_open(pid) if pid else None
-    except OSError:
+    except (OSError, AttributeError):  # an old kernel, or a Python that was built for one
         return None
 
 
