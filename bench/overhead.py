@@ -2,7 +2,7 @@
 
 Four gloo processes on this machine move row blocks on ranks 0 and 1 into column blocks on ranks 2 and 3. All
 methods take turns in one run, so that whatever else the machine does hits them alike; what counts is the ratio
-between them. No time is asserted.
+between them. No time is asserted. What memory is worth, way by way, follows: see ``bench.one_host``.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bench import one_host
 from bench.reshard.baselines import (
     BY_MEMORY,
     BYTES_ONLY,
@@ -210,7 +211,7 @@ def as_json(case: Case, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure both cases, print a table for each, and write JSON if asked."""
+    """Measure all cases, print a table for each, and write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description="The cost of a reshard in one run.")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write every sample to this file")
     parser.add_argument("--repeats", type=int, default=LARGE_REPEATS, help="samples of the 64 MiB case (%(default)s)")
@@ -229,12 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = measure_case(ranks, case)
             print(format_case(case, rows), end="\n\n", flush=True)
             results.append(as_json(case, rows))
+        by_memory = one_host.measure(ranks, options.repeats)
+        print(one_host.format_all(by_memory), end="\n\n", flush=True)
     print(
         f"hardware: {hardware['cpu']}, {hardware['cores']} cores for {RANKS} processes; torch {hardware['torch']}, "
         f"Python {hardware['python']}; load average before {hardware['load_average_before']:.2f}"
     )
     if options.json is not None:
-        options.json.write_text(json.dumps({"hardware": hardware, "cases": results}, indent=2) + "\n")
+        found = {"hardware": hardware, "cases": results, "one host": by_memory}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
