@@ -114,6 +114,7 @@ ALLOWED: dict[str, str] = {
     "loss_scale": "None 3 -1 0 2.5 10**30",
     "loss_weights": "None CHANNEL",
     "max_norm": "3 2.5 inf 10**30",
+    "memory_bytes_per_second": "None 3 2.5 10**30",
     "mesh": "ONE",
     "microbatch": "0",
     "Action.microbatch": "3 0 10**30",

@@ -39,6 +39,7 @@ class Rates(TypedDict, total=False):
     intra_bytes_per_second: float
     latency_seconds: float
     overhead_seconds: float
+    memory_bytes_per_second: float | None
 
 
 @explains_missing
@@ -53,6 +54,8 @@ class Topology:
         nics_per_host: NICs of a host. Rank i of a host (in the order of ranks) uses NIC i modulo this: 1 is a NIC
             that all share, as many as devices is a NIC for each (rails).
         intra_bytes_per_second: rate between two ranks of one host.
+        memory_bytes_per_second: what all copies within one host move together, for ranks that read each other's memory:
+            5e9 to 10e9 on most machines. None leaves each its own rate, as links between GPUs do.
         latency_seconds: from posting a message to its first byte.
         overhead_seconds: for which a message keeps the rank that sends it busy (LogP's o).
 
@@ -74,6 +77,7 @@ class Topology:
     intra_bytes_per_second: float
     latency_seconds: float
     overhead_seconds: float
+    memory_bytes_per_second: float | None
     _host_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_rates: tuple[NicRate, ...] = field(init=False, repr=False, compare=False)
@@ -93,6 +97,7 @@ class Topology:
         intra_bytes_per_second: float = DEFAULT_INTRA_BYTES_PER_SECOND,
         latency_seconds: float = DEFAULT_LATENCY_SECONDS,
         overhead_seconds: float = DEFAULT_OVERHEAD_SECONDS,
+        memory_bytes_per_second: float | None = None,
     ) -> None:
         set_field = object.__setattr__
         set_field(self, "hosts", _checked_hosts(hosts))
@@ -100,6 +105,10 @@ class Topology:
         set_field(self, "intra_bytes_per_second", _checked_number("intra_bytes_per_second", intra_bytes_per_second))
         set_field(self, "latency_seconds", _checked_number("latency_seconds", latency_seconds))
         set_field(self, "overhead_seconds", _checked_number("overhead_seconds", overhead_seconds))
+        shared = memory_bytes_per_second
+        if shared is not None:
+            shared = _checked_number("memory_bytes_per_second", shared)
+        set_field(self, "memory_bytes_per_second", shared)
         set_field(self, "nics_per_host", _checked_nics(nics_per_host))
         names = tuple(dict.fromkeys(self.hosts))
         rates = _checked_rates(nic_bytes_per_second, names)
@@ -181,6 +190,8 @@ class Topology:
         rates = {rate for pair in self._nic_rates for rate in pair}
         slow, fast = (f"{rate / 1e9:.4g}" for rate in (min(rates), max(rates)))
         within = f", {self.intra_bytes_per_second / 1e9:.4g} GB/s within a host" if hosts < len(self.hosts) else ""
+        if within and self.memory_bytes_per_second is not None:
+            within += f" ({self.memory_bytes_per_second / 1e9:.4g} in all)"
         ranks = "1 rank" if len(self.hosts) == 1 else f"{len(self.hosts)} ranks"
         return (
             f"{ranks} on {hosts} host{'s' if hosts > 1 else ''}, {nics} of "
@@ -247,7 +258,8 @@ class Topology:
         [200000000000.0, 25000000000.0]
         """
         rates = self.nic_send_rates[self.nic_numbers[senders]]
-        return np.where(self.share_host(senders, receivers), self.intra_bytes_per_second, rates)
+        within = min(self.intra_bytes_per_second, self.memory_bytes_per_second or inf)
+        return np.where(self.share_host(senders, receivers), within, rates)
 
     def check_covers(self, ranks: Sequence[int]) -> None:
         """Refuse ranks for which no host is named.

@@ -87,11 +87,11 @@ class HopTimes(NamedTuple):
 def hop_times(move: Move, topology: Topology) -> HopTimes:
     """Simulate a move, and find when each of its hops happens, in the order of ``move.hops``.
 
-    A link is a NIC in one direction or, within a host, one rank's end of a copy. The chunks of one round share each
-    link fairly: each is as large a part of its message as any, so all of them end when the link has carried them
-    all, and a chunk has arrived when both its links have. A link takes up a round when it is done with the one
-    before and a chunk is ready; a rank needs ``overhead_seconds`` to post each send. ``out_begin`` to ``into_end``
-    show the chunks of a round one after the other, each for as long as it alone would take.
+    A link is a NIC in one direction or, within a host, one rank's end of a copy, or its memory. The chunks of one round
+    share each link fairly: each is as large a part of its message as any, so all of them end when the link has carried
+    them all, and a chunk has arrived when both its links have. A link takes up a round when it is done with the one
+    before and a chunk is ready; a rank needs ``overhead_seconds`` to post each send. ``out_begin`` to ``into_end`` show
+    the chunks of a round one after the other, each for as long as it alone would take.
 
     Example:
         Rank 0 brings two chunks of 1 MB to rank 1, at 1 GB/s:

@@ -1,6 +1,7 @@
 """Links: find what hops share, and list the links of messages' chains, as columns of integers.
 
-A link is a NIC in one direction or, within a host, one rank's end of a copy.
+A link is a NIC in one direction or, within a host, one rank's end of a copy. Where the copies within a host share its
+memory, they leave by that: whoever reads is busy, and whose bytes are read is not.
 """
 
 from collections.abc import Sequence
@@ -44,12 +45,13 @@ def crossings(sources: np.ndarray, destinations: np.ndarray, topology: Topology)
     nics = topology.nic_numbers
     count, ranks = len(topology.nic_send_rates), len(nics)
     shared = topology.share_host(sources, destinations)
-    intra = topology.intra_bytes_per_second
+    intra, memory = topology.intra_bytes_per_second, topology.memory_bytes_per_second
     out, into = nics[sources], nics[destinations]
+    left = sources if memory is None else topology.host_numbers[sources]
     return Crossings(
-        np.where(shared, count + sources, out),
+        np.where(shared, count + left, out),
         np.where(shared, count + destinations, into) + count + ranks,
-        np.where(shared, intra, topology.nic_send_rates[out]),
+        np.where(shared, memory or intra, topology.nic_send_rates[out]),
         np.where(shared, intra, topology.nic_receive_rates[into]),
     )
 

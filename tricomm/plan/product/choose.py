@@ -243,6 +243,8 @@ def _on_a_host(move: ProductMove, first: float, messages: int) -> tuple[float, f
     posts = max(beside * ceil(first * messages / of_host) - 1, 0)
     each = topology.overhead_seconds + topology.latency_seconds
     copying = levels * beside * of_replica / topology.intra_bytes_per_second
+    if topology.memory_bytes_per_second is not None:
+        copying = max(copying, of_host * (of_host - 1) * of_replica / topology.memory_bytes_per_second)
     return copying, posts * topology.overhead_seconds + levels * each
 
 
