@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec
 from tricomm.launch import Ranks
+from tricomm.options import TransportName
 from tricomm.transport.memory import meeting
 from tricomm.transport.memory.reading import UnreadableError
 
@@ -29,6 +30,8 @@ PACKED = "packed, then read"
 IN_PLACE = "read in place"
 MEMORY = "memory"
 BROADCAST = "broadcast"
+
+TRANSPORTS: tuple[TransportName, ...] = ("network", "memory")
 
 SIDE = 4096
 REPLICA_RANKS = (1, 2, 3)
@@ -101,7 +104,7 @@ def fan_out(rank: int, repeats: int) -> Samples:
     source = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (SIDE, SIDE), "float32")
     destination = ShardingSpec(Mesh(REPLICA_RANKS, ("x",)), (Replicate(),))
     shard, out = (full, None) if rank == 0 else (None, torch.empty_like(full))
-    movers = {name: Resharder(source, destination, transport=name) for name in (NETWORK, MEMORY)}  # type: ignore[arg-type]
+    movers = {name: Resharder(source, destination, transport=name) for name in TRANSPORTS}
     of_all = full.clone() if out is None else out
     methods: dict[str, Callable[[], object]] = {
         HAND: Hand({} if shard is None else dict.fromkeys(REPLICA_RANKS, shard), {} if out is None else {0: out}),
