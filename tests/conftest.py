@@ -24,13 +24,15 @@ PRELOADED = ("torch", "torch._dynamo", "torch.distributed.tensor", "tricomm", "p
 """What most ranks import sooner or later, for seconds on each; one process does it for all of them."""
 
 LONGEST_FIRST = (
-    "test_properties.py",
-    "test_gpu_check_processes.py",
     "test_promise.py",
-    "test_columns.py",
+    "test_gpu_check_processes.py",
+    "test_properties.py",
     "test_world.py",
     "test_schedules.py",
     "test_rendezvous.py",
+    "test_kinds.py",
+    "test_product.py",
+    "test_pack.py",
 )
 """Files that take longest without the fixed ranks. They begin first: no worker shall be left with one at the end."""
 
