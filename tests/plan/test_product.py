@@ -252,7 +252,7 @@ TURNS = [1219, 2067]
 NICS = [391]
 RAGGED_RINGS = [365, 2058]
 # Cells that stay whole go to whoever has least to do, though some of a tile's cells are not sent at all.
-ALLOTTED = [47, 3097, 3169, 3173, 3681]
+ALLOTTED = [47, 3097, 3169, 3173, 3681, 5367]
 WRONG_ESTIMATES = [3252]
 CHUNKS = [3015, 3018, 3094, 3271]
 ENTRIES_OF_SHARED_HOSTS = [2056]

@@ -11,7 +11,7 @@ FEW_DELIVERIES = 1 << 11
 
 def allotted(cutting: Cutting, itemsize: int, topology: Topology) -> np.ndarray:
     """Which of its tile's holders sends each cell to each replica, largest cells first: whoever is done first with what
-    it sends. Replicas that have a holder on their host hear from there.
+    it sends. Replicas that have holders on their host hear from those, and as they have less choice they come first.
 
     A holder is done when its NIC has sent everything that its ranks send, and when it has posted its own messages.
 
@@ -21,23 +21,26 @@ def allotted(cutting: Cutting, itemsize: int, topology: Topology) -> np.ndarray:
         topology: of all ranks.
 
     Returns:
-        (cells of each dim, replicas), numbers of holders; 0 where nothing leaves a host.
+        (cells of each dim, replicas), numbers of holders; 0 where nothing is sent.
     """
-    rows = cutting.every
+    rows, hosts = cutting.every, topology.host_numbers
     found = np.zeros((*map(len, cutting.lengths), cutting.destination.replicas), np.int64)
     sizes, (sources, tiles) = cutting.numel(rows) * itemsize, cutting.tiles_of(rows)
     nic_seconds = np.zeros(len(topology.nic_send_rates))
     posted = np.zeros(len(topology.hosts), np.int64)
-    places = np.arange(cutting.source.replicas)
-    for row in np.argsort(-sizes, kind="stable").tolist():
-        holders = cutting.source.ranks[sources[row]]
-        nics = topology.nic_numbers[holders]
-        seconds = sizes[row] / topology.nic_send_rates[nics]
-        needing = topology.host_numbers[cutting.destination.ranks[tiles[row]]]
-        for copy in np.flatnonzero(~np.isin(needing, topology.host_numbers[holders])).tolist():
-            sending, posting = nic_seconds[nics] + seconds, (posted[holders] + 1) * topology.overhead_seconds
-            best = np.lexsort((places, sending + posting, np.maximum(sending, posting)))[0]
-            found[(*rows[row], copy)] = best
-            nic_seconds[nics[best]] += seconds[best]
-            posted[holders[best]] += 1
+    order = np.argsort(-sizes, kind="stable").tolist()
+    for is_beside in (True, False):
+        for row in order:
+            every, needing = cutting.source.ranks[sources[row]], cutting.destination.ranks[tiles[row]]
+            here = hosts[every] == hosts[needing][:, None]
+            for copy in np.flatnonzero((here.any(1) == is_beside) & ~np.isin(needing, every)).tolist():
+                places = np.flatnonzero(here[copy]) if is_beside else np.arange(len(every))
+                holders = every[places]
+                nics = topology.nic_numbers[holders]
+                seconds = np.zeros(len(nics)) if is_beside else sizes[row] / topology.nic_send_rates[nics]
+                sending, posting = nic_seconds[nics] + seconds, (posted[holders] + 1) * topology.overhead_seconds
+                best = np.lexsort((places, sending + posting, np.maximum(sending, posting)))[0]
+                found[(*rows[row], copy)] = places[best]
+                nic_seconds[nics[best]] += seconds[best]
+                posted[holders[best]] += 1
     return found

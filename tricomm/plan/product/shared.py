@@ -277,15 +277,13 @@ class SharedHosts:
         receivers = rings.ranks[chosen.tile, (begin[arc] + ahead) % rings.replicas]
         lacks = np.flatnonzero(self._tile_of[receivers] != chosen.source)
         chosen, receivers, ahead = chosen.take(lacks), receivers[lacks], ahead[lacks]
+        if allotment is not None:
+            number = allotment[(*rows[chosen.cell].T, self._copy_of[receivers])]
+            return self.cutting.source.ranks[chosen.source, number], receivers, self.cutting.whole(rows[chosen.cell])
         # Those on the host where an arc begins hear from there.
         here = self.rings.count(chosen.tile, chosen.place)
         beside = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + ahead)
-        if allotment is None:
-            others = self.holder(chosen, ahead - here)
-        else:
-            number = allotment[(*rows[chosen.cell].T, self._copy_of[receivers])]
-            others = self.cutting.source.ranks[chosen.source, number]
-        senders = np.where(ahead < here, beside, others)
+        senders = np.where(ahead < here, beside, self.holder(chosen, ahead - here))
         return senders, receivers, self.cutting.whole(rows[chosen.cell])
 
     def _place_of(self, rank: int) -> int:
