@@ -1,13 +1,17 @@
 """Two jobs on an emulated cluster: how near a push between them comes to the bound of the NICs.
 
-    python -m bench.cluster.jobs
+    python -m bench.cluster.jobs [--loopback]
 
 Three hosts are a trainer and three a server, with a NIC of 400 Mbit/s each; they meet as separate jobs do, over the
 unshaped interfaces. What is printed is the median of the pushes, from the call to published everywhere, over the bound:
 the bytes that the busiest NIC must send or receive, over its rate less the headers of TCP, IP and Ethernet, which are
 4.4 % of it. The same push within one job, by a Resharder with ``confirm``, takes turns with it.
+
+With ``--loopback`` four processes of this machine are the trainer, three the server, and what training loses by a push
+is measured too: steps of a fixed compute, alone and with a push beside each, fenced. Needs no root.
 """
 
+import argparse
 import statistics
 import time
 from typing import Any
@@ -18,11 +22,17 @@ import tricomm
 from bench.cluster.calibrate import payload_bytes_per_second
 from bench.cluster.cluster import Cluster
 from tricomm import Feed, Meeting, Mesh, Resharder, Shard, ShardingSpec, Topology
+from tricomm.launch import Ranks
 
 HOSTS, TRAINERS, PUSHES, ROUNDS = 6, 3, 6, 3
 NIC_BITS_PER_SECOND = 400e6
 SHAPE = (12288, 2048)
 SECRET = "a secret of this benchmark"
+SIDES = {"trainer": 4, "server": 3}
+LOOPBACK_SHAPE = (4096, 4096)
+PRODUCTS = 4
+"""Of matrices of 1024 rows and columns, in a step."""
+LOOPBACK_PUSHES = 12
 
 KEPT: dict[str, Any] = {}
 """Of this process, between calls: the meeting that rank 0 holds."""
@@ -90,8 +100,74 @@ def plain(rank: int, bytes_per_second: float) -> float:
     return statistics.median(seconds)
 
 
+def beside(rank: int, address: str) -> dict[str, list[float]]:
+    """Seconds of pushes alone, of steps alone, of steps with a push beside each, and of those pushes, of a trainer's
+    rank; nothing of a server's.
+
+    Args:
+        rank: the trainer's first.
+        address: of the meeting.
+    """
+    torch.set_num_threads(1)
+    side = "trainer" if rank < SIDES["trainer"] else "server"
+    side_rank = rank - (SIDES["trainer"] if side == "server" else 0)
+    world = tricomm.connect(
+        address, side=side, side_rank=side_rank, side_sizes=SIDES, secret=SECRET, host="here", device="cpu"
+    )
+    spec = ShardingSpec(Mesh(range(SIDES[side]), ("x",)), (Shard(int(side == "server")),), LOOPBACK_SHAPE, "float32")
+    feed = Feed(world, world.exchange({"w": spec}), source="trainer", destination="server", timeout_seconds=60)
+    shard = torch.zeros(spec.local_shape(side_rank))
+    found: dict[str, list[float]] = {}
+    for version in range(1, 2 * LOOPBACK_PUSHES + 2):
+        if side == "server":
+            feed.pull({"w": shard}, 60)
+        elif version <= LOOPBACK_PUSHES + 1:  # the first connects
+            began = time.monotonic()
+            feed.push({"w": shard}, version, wait_seconds=60).wait()
+            found.setdefault("push", []).append(time.monotonic() - began)
+            began = time.monotonic()
+            step()
+            found.setdefault("step", []).append(time.monotonic() - began)
+        else:
+            began = time.monotonic()
+            push = feed.push({"w": shard}, version, wait_seconds=60)
+            step()
+            push.wait_source()  # before the weights change
+            found.setdefault("step beside a push", []).append(time.monotonic() - began)
+            push.wait()
+    world.close()
+    return found
+
+
+def step() -> None:
+    """The compute of a training step."""
+    matrix = torch.ones(1024, 1024)
+    for _ in range(PRODUCTS):
+        matrix = matrix @ matrix / 1024
+
+
+def loopback() -> None:
+    """Print seconds of a push between processes of this machine, and of training beside it."""
+    with Meeting("tcp://127.0.0.1:0", secret=SECRET) as meeting, Ranks(sum(SIDES.values())) as ranks:
+        found = ranks.run(beside, meeting.address)[: SIDES["trainer"]]
+    medians = {
+        what: statistics.median(max(times) for times in list(zip(*(one[what] for one in found), strict=True))[1:])
+        for what in found[0]
+    }
+    print(f"{LOOPBACK_SHAPE} float32 by rows on 4 ranks to columns on 3, {LOOPBACK_PUSHES} pushes, the slowest rank")
+    for what, seconds in medians.items():
+        print(f"{what}: {seconds * 1e3:.0f} ms")
+    lost = medians["step beside a push"] - medians["step"]
+    print(f"training loses {lost * 1e3:.0f} ms by a push, {lost / medians['push']:.2f} of what it takes alone")
+
+
 def main() -> None:
     """Print seconds, bound and ratios."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cluster.jobs", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--loopback", action="store_true", help="on this machine, and beside training")
+    if parser.parse_args().loopback:
+        loopback()
+        return
     with Cluster.uniform(HOSTS, 1, NIC_BITS_PER_SECOND) as cluster, cluster.ranks() as ranks:
         address = ranks.run(listen, cluster.seats[0].port.back_address)[0]
         rate = payload_bytes_per_second(cluster.ports[0], cluster.ports[-1])
