@@ -138,11 +138,11 @@ def empty(like: torch.Tensor) -> torch.Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8).view(like.dtype).reshape(like.shape)
 
 
-def run_set(rank: int, chosen: Set, api: str) -> None:
+def run_set(rank: int, chosen: Set, api: str, transport: str) -> None:
     """Move a set on this rank and compare."""
     given_shards, wholes = shards_of(chosen)
     source, destination = sides(chosen)
-    options = {**arguments(chosen), "timeout_seconds": 30.0}
+    options = {**arguments(chosen), "timeout_seconds": 30.0, "transport": transport}
     out = None
     if api == "out":
         held = [name for name, case in chosen.items() if rank in case.destination.mesh]
@@ -161,9 +161,13 @@ def run_set(rank: int, chosen: Set, api: str) -> None:
 
 
 @settings(quick, max_examples=max(EXAMPLES // 5, 1))
-@given(chosen=sets(), api=st.sampled_from(["reshard", "async", "kept", "out"]))
-def test_any_set_over_gloo(ranks: Ranks, chosen: Set, api: str) -> None:
-    ranks.run(run_set, chosen, api)
+@given(
+    chosen=sets(),
+    api=st.sampled_from(["reshard", "async", "kept", "out"]),
+    transport=st.sampled_from(["network", "auto"]),
+)
+def test_any_set_over_gloo(ranks: Ranks, chosen: Set, api: str, transport: str) -> None:
+    ranks.run(run_set, chosen, api, transport)
 
 
 # ---- what sharing messages is for

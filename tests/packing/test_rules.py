@@ -107,10 +107,10 @@ def test_any_rules_between_any_layouts(drawn: Mapped, transport: LocalTransport)
     str(plan)
 
 
-def move(rank: int, drawn: Mapped, api: str) -> None:
+def move(rank: int, drawn: Mapped, api: str, transport: str) -> None:
     """Move on this rank and compare."""
     tensors = given_shards(drawn, rank)
-    options: Any = {"rules": drawn.rules, "timeout_seconds": 30.0}
+    options: Any = {"rules": drawn.rules, "timeout_seconds": 30.0, "transport": transport}
     wanted = shards(drawn.made, drawn.after, rank)
     out = {name: restrided(torch.zeros_like(tensor), drawn.strides) for name, tensor in wanted.items()}
     if api == "reshard":
@@ -129,11 +129,11 @@ def move(rank: int, drawn: Mapped, api: str) -> None:
 
 
 @settings(quick, max_examples=max(quick.max_examples // 5, 1))
-@given(drawn=maps(), api=st.sampled_from(["reshard", "async", "kept"]))
-def test_any_rules_over_gloo(ranks: Ranks, drawn: Mapped, api: str) -> None:
+@given(drawn=maps(), api=st.sampled_from(["reshard", "async", "kept"]), transport=st.sampled_from(["network", "auto"]))
+def test_any_rules_over_gloo(ranks: Ranks, drawn: Mapped, api: str, transport: str) -> None:
     if not is_expressible(drawn):
         reject()
-    ranks.run(move, drawn, api)
+    ranks.run(move, drawn, api, transport)
 
 
 # ---- what a plan by rules is

@@ -5,7 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -58,11 +58,10 @@ def data(index: int, call: int, shape: tuple[int, ...]) -> torch.Tensor:
 class Caller:
     """One rank's calls, and what became of them."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, transport: Any) -> None:
         self.rank = rank
-        self.movers = [
-            Resharder(*LAYOUTS[i], confirm=i in CONFIRMED, timeout_seconds=TIMEOUT_SECONDS) for i in range(len(LAYOUTS))
-        ]
+        options: Any = {"timeout_seconds": TIMEOUT_SECONDS, "transport": transport}
+        self.movers = [Resharder(*LAYOUTS[i], confirm=i in CONFIRMED, **options) for i in range(len(LAYOUTS))]
         self.calls = [0] * len(LAYOUTS)
         self.found: Counter[str] = Counter()
         self.texts: list[str] = []
@@ -122,11 +121,11 @@ class Caller:
             self.attempt(backward)
 
 
-def shuffled_calls(rank: int, seed: int, count: int) -> tuple[Counter[str], list[str], float]:
+def shuffled_calls(rank: int, seed: int, count: int, transport: str) -> tuple[Counter[str], list[str], float]:
     """Rounds of a few calls: mostly in one order, sometimes one rank has another."""
     if rank >= SIZE:
         return Counter(), [], 0.0
-    caller, choose = Caller(rank), random.Random(seed)
+    caller, choose = Caller(rank, transport), random.Random(seed)
     for index in range(len(LAYOUTS)):
         list(caller.call(index, "call"))
     while sum(caller.calls) < count:
@@ -148,9 +147,10 @@ def shuffled_calls(rank: int, seed: int, count: int) -> tuple[Counter[str], list
 
 
 @pytest.mark.processes
-def test_shuffled_calls_are_right_or_refused() -> None:
+@pytest.mark.parametrize("transport", ["network", "auto"])
+def test_shuffled_calls_are_right_or_refused(transport: str) -> None:
     with Ranks(SIZE, timeout_seconds=600) as four:
-        results = four.run(shuffled_calls, 7, CALLS)
+        results = four.run(shuffled_calls, 7, CALLS, transport)
     total = sum((found for found, _, _ in results), Counter())
     print(total, [slowest for _, _, slowest in results])
     assert total["WRONG"] == 0, total
@@ -189,20 +189,25 @@ def in_steps(rank: int, steps: list[list[Resharder]], key: str) -> list[tuple[st
     return found
 
 
-def warm_in_another_order(rank: int, names: tuple[str, str], odd: int) -> list[tuple[str, float]]:
+def alike(names: tuple[str, str], transport: Any) -> list[Resharder]:
+    """Two of the same layout."""
+    return [Resharder(*ALIKE, name=name, timeout_seconds=30.0, confirm=True, transport=transport) for name in names]
+
+
+def warm_in_another_order(rank: int, names: tuple[str, str], odd: int, transport: Any) -> list[tuple[str, float]]:
     """The odd rank calls the second one first, once."""
     if rank >= SIZE:
         return []
-    first, second = (Resharder(*ALIKE, name=name, timeout_seconds=30.0, confirm=True) for name in names)
+    first, second = alike(names, transport)
     other = [second, first] if rank == odd else [first, second]
     return in_steps(rank, [[first, second], other, [first, second]], f"warm {names} {odd}")
 
 
-def new_while_others_are_warm(rank: int, names: tuple[str, str], odd: int) -> list[tuple[str, float]]:
+def new_while_others_are_warm(rank: int, names: tuple[str, str], odd: int, transport: Any) -> list[tuple[str, float]]:
     """The odd rank calls one that is warm first, and the others one that is new."""
     if rank >= SIZE:
         return []
-    warm, new = (Resharder(*ALIKE, name=name, timeout_seconds=30.0, confirm=True) for name in names)
+    warm, new = alike(names, transport)
     other = [warm, new] if rank == odd else [new, warm]
     return in_steps(rank, [[warm], other, [warm, new]], f"new {names} {odd}")
 
@@ -211,13 +216,13 @@ TOLD_SECONDS = 8.0
 """At once: a few heartbeats, of a second each where the timeout is long; and what a busy machine needs."""
 
 
-@pytest.mark.parametrize("odd", [0, 3])
+@pytest.mark.parametrize(("odd", "transport"), [(0, "network"), (3, "auto")])
 @pytest.mark.parametrize("names", [("a", "b"), ("", "")], ids=["named", "unnamed"])
 @pytest.mark.parametrize("how", [warm_in_another_order, new_while_others_are_warm])
 def test_the_error_names_both_calls_at_once(
-    ranks: Ranks, how: Callable[..., object], names: tuple[str, str], odd: int
+    ranks: Ranks, how: Callable[..., object], names: tuple[str, str], odd: int, transport: str
 ) -> None:
-    results = ranks.run(how, names, odd)
+    results = ranks.run(how, names, odd, transport)
     calls = [f"Resharder {name!r}" for name in names] if names[0] else ["Resharder number "] * 2
     for rank in range(SIZE):
         told = [text for text, _ in results[rank] if text]
