@@ -202,3 +202,22 @@ def test_calls_in_another_order_never_take_each_others_bytes(ranks: Ranks) -> No
     assert ours[0] == "returned"
     for text in (ours[1], theirs[0]):
         assert "ranks [0, 1] wait for each other until the timeout in call 2 of Resharder 'second'" in text
+
+
+def long_limits(rank: int) -> None:
+    """Two ranks; any limit that an option may be."""
+    if rank > 1:
+        return
+    source = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (8,), "float32")
+    destination = ShardingSpec(Mesh([1], ("x",)), (Replicate(),))
+    for seconds in (1e6, 1e8, 1e9):
+        tensor = torch.arange(8.0) + seconds if rank == 0 else None
+        mover = Resharder(source, destination, timeout_seconds=seconds, transport="memory", name=f"{seconds} s")
+        for _ in range(2):
+            output = mover(tensor)
+            if rank == 1:
+                require_equal(output, torch.arange(8.0) + seconds, "rank 1")
+
+
+def test_a_limit_may_be_longer_than_the_system_waits_at_once(ranks: Ranks) -> None:
+    ranks.run(long_limits)

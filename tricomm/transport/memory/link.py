@@ -35,6 +35,9 @@ from tricomm.transport.memory.signals import LinkClosedError, Signals
 CROWDED_MILLISECONDS = 1.0
 """How long to wait between two tries to tell what did not fit into a socket."""
 
+LONGEST_MILLISECONDS = 3_600_000.0
+"""Of one look for news: poll takes less than 25 days, and a limit may be longer."""
+
 EAGER_NBYTES = 1 << 16
 """At most so many bytes are copied for a sender that does not wait: up to here a copy takes less than to be woken."""
 
@@ -228,7 +231,7 @@ class Patience:
                 one.flush()
             except LinkClosedError:
                 continue  # whoever waits for that one hears of it
-        return link.wait(CROWDED_MILLISECONDS if crowded else 1000 * left)
+        return link.wait(CROWDED_MILLISECONDS if crowded else min(1000 * left, LONGEST_MILLISECONDS))
 
 
 class Offer:
