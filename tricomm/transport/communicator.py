@@ -92,6 +92,8 @@ class Communicator:
         self.begun = 0
         """Calls that have begun here."""
         self.call = CallId(CONNECTING_TAG, 0, "")
+        self._last: Run | None = None
+        self._before: Run | None = None
         """The one that runs, or ran last."""
         self._limit = timedelta(0)
         self._timeout_seconds = 0.0
@@ -169,10 +171,14 @@ class Communicator:
             raise self.lost(posted[0], error) from error
         run.waiting_for = None
 
-    def unread(self) -> list[PostedWork]:
-        """What others have still to read of calls before this one, which is waited for before this one posts."""
-        by_memory = self._by_memory
-        return [] if by_memory is None else by_memory.unread()
+    def catch_up(self) -> None:
+        """Wait until others have read what this rank gave in the call before this one, which may post then."""
+        unread = [] if self._by_memory is None else self._by_memory.unread()
+        if unread and self.run is not None:
+            self.run.behind = self._before
+            for work in unread:
+                self.wait(work)
+            self.run.behind = None
 
     def exchange(self, operations: Iterable[Operation]) -> None:
         """Post operations and wait for all of them."""
@@ -247,7 +253,8 @@ class Communicator:
                 (by_memory, by_memory.in_place) if uses_memory else (self._network, NOWHERE)
             )
         self.begun = begun = self.begun + 1
-        self.call = self.run = run = Run(tag, number, name, self._place, self, begun)
+        self._before = self._last
+        self.call = self._last = self.run = run = Run(tag, number, name, self._place, self, begun)
         begin = self.connections.begin
         if begin is not None:
             run.pending = begin()

@@ -274,8 +274,7 @@ class Session:
         run = communicator.begin(self._tag, number, self.label, timeout_seconds, self._uses_memory)
         is_complete = False
         try:
-            for work in communicator.unread():
-                communicator.wait(work)
+            communicator.catch_up()
             for work in execution.steps(sources, destinations, channel.staging, communicator):
                 communicator.wait(work)
             if self._confirm:

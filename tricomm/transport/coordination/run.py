@@ -70,8 +70,8 @@ class Run(CallId):
     """A call, the connecting before it, or a rendezvous: it ends by a deadline.
 
     The thread that runs and the monitor share it. What a call begins with is written before the monitor sees it and
-    never again, but for ``waiting_for``: one immutable value, written by the thread that runs alone; the monitor may
-    read that of a moment ago. What follows it on a device is the monitor's.
+    never again, but for ``waiting_for`` and ``behind``: each one value, written by the thread that runs alone; the
+    monitor may read that of a moment ago. What follows it on a device is the monitor's.
 
     Args:
         tag, number, name: see CallId.
@@ -81,6 +81,8 @@ class Run(CallId):
     """
 
     waiting_for: int | None = None
+    behind: "Run | None" = None
+    """The call before it, of which others have still to read what this rank gave: where this rank is until then."""
     computed_before = 0.0
     """How long this rank had computed when the run began."""
     pending: Pending | None = None
@@ -116,7 +118,8 @@ class Run(CallId):
     def wait(self) -> Wait:
         """Return what the run waits for now."""
         peer, others = (self.candidates or (None,))[0], self.candidates[1:]
-        return Wait(self.place.name, peer, str(self), others, self.position)
+        call = self.behind or self
+        return Wait(self.place.name, peer, str(call), others, call.position)
 
     def is_done(self) -> bool:
         """Whether the device has done all of it; for the thread that runs."""
