@@ -157,3 +157,20 @@ def test_nothing_arrives_before_it_has_left() -> None:
     arrows = [one.attrib for one in picture.iter() if "marker-end" in one.attrib]
     assert arrows
     assert all(float(one["x1"]) <= float(one["x2"]) for one in arrows)
+
+
+@quick
+@given(case=cases())
+def test_no_two_hops_are_drawn_to_enter_at_once(case: Case) -> None:
+    """Chunks of a round share a link, and all arrive when it has carried all of them; each is drawn by itself."""
+    plan = make_plan(case.source, case.destination, **case.plan_arguments())
+    topology = plan.topology
+    entering: dict[tuple[int, bool, int], list[tuple[float, float]]] = defaultdict(list)
+    hops = iter(timed_hops(plan, topology)[0])
+    for number, move in enumerate(plan.moves):
+        for _, hop in zip(move.hops, hops, strict=False):
+            assert hop.into[1] + topology.latency_seconds <= hop.arrival + 1e-12
+            at = hop.destination if hop.is_local else topology.nic(hop.destination)
+            entering[number, hop.is_local, at].append(hop.into)
+    for spans in entering.values():
+        assert all(before[1] <= after[0] + 1e-12 for before, after in pairwise(sorted(spans)))

@@ -1,6 +1,6 @@
 """What a picture of a plan shows: its hops at their simulated times, and bars that stand for them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from tricomm.layout.topology import Topology
@@ -68,12 +68,16 @@ def timed_hops(plan: Plan, topology: Topology) -> tuple[list[TimedHop], list[flo
 
 def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
     messages = move.messages[:]
-    times = zip(*((begin + column).tolist() for column in hop_times(move, topology)), strict=True)
+    times = list(zip(*((begin + column).tolist() for column in hop_times(move, topology)), strict=True))
+    is_local = [topology.host(hop.source) == topology.host(hop.destination) for hop in move.hops]
+    links = [
+        (local, hop.destination if local else topology.nic(hop.destination))
+        for hop, local in zip(move.hops, is_local, strict=True)
+    ]
+    entering = _entering(links, [(into, arrival - topology.latency_seconds) for *_, into, arrival in _spans(times)])
     result: list[TimedHop] = []
-    for hop, (posted, out_begin, out_end, into_begin, into_end, arrival) in zip(move.hops, times, strict=True):
+    for hop, local, (posted, out, _, arrival), into in zip(move.hops, is_local, _spans(times), entering, strict=True):
         message = messages[hop.message]
-        # Both links are simulated by themselves: one that is free enters "before" it leaves, and is drawn as it ends.
-        late = max(arrival - topology.latency_seconds - into_end, 0.0)
         result.append(
             TimedHop(
                 hop.source,
@@ -82,13 +86,41 @@ def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
                 hop.chunk,
                 len(message.chunks),
                 message.chunk_nbytes(hop.chunk),
-                topology.host(hop.source) == topology.host(hop.destination),
+                local,
                 (posted - topology.overhead_seconds, posted),
-                (out_begin, out_end),
-                (into_begin + late, into_end + late),
+                out,
+                into,
                 arrival,
             )
         )
+    return result
+
+
+def _spans(times: Iterable[tuple[float, ...]]) -> Iterator[tuple[float, Span, Span, float]]:
+    """(posted, span of leaving, span of entering, arrival) of each hop."""
+    return ((posted, (first, last), (begin, end), arrival) for posted, first, last, begin, end, arrival in times)
+
+
+def _entering(links: Sequence[Hashable], entering: Sequence[tuple[Span, float]]) -> list[Span]:
+    """When each hop is drawn to enter: as late as it arrives, and never two at once by the same link.
+
+    Both ends of a hop are simulated by themselves, so that one whose link is free enters "before" it leaves.
+
+    Args:
+        links: by which each enters.
+        entering: of each, (simulated span, when its last byte comes).
+
+    Example:
+        >>> _entering(["nic", "nic", "other"], [((0, 2), 6), ((2, 4), 6), ((0, 2), 3)])
+        [(2, 4), (4, 6), (1, 3)]
+    """
+    result = [span for span, _ in entering]
+    free: dict[Hashable, float] = {}
+    for index in sorted(range(len(links)), key=lambda index: result[index], reverse=True):
+        (begin, end), comes = entering[index]
+        late = max(min(comes, free.get(links[index], comes)) - end, 0)
+        result[index] = (begin + late, end + late)
+        free[links[index]] = begin + late
     return result
 
 
