@@ -74,7 +74,8 @@ def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
         (local, hop.destination if local else topology.nic(hop.destination))
         for hop, local in zip(move.hops, is_local, strict=True)
     ]
-    entering = _entering(links, [(into, arrival - topology.latency_seconds) for *_, into, arrival in _spans(times)])
+    latency = topology.latency_seconds
+    entering = _entering(links, [(into, out[1], arrival - latency) for _, out, into, arrival in _spans(times)])
     result: list[TimedHop] = []
     for hop, local, (posted, out, _, arrival), into in zip(move.hops, is_local, _spans(times), entering, strict=True):
         message = messages[hop.message]
@@ -101,26 +102,27 @@ def _spans(times: Iterable[tuple[float, ...]]) -> Iterator[tuple[float, Span, Sp
     return ((posted, (first, last), (begin, end), arrival) for posted, first, last, begin, end, arrival in times)
 
 
-def _entering(links: Sequence[Hashable], entering: Sequence[tuple[Span, float]]) -> list[Span]:
+def _entering(links: Sequence[Hashable], entering: Sequence[tuple[Span, float, float]]) -> list[Span]:
     """When each hop is drawn to enter: as late as it arrives, and never two at once by the same link.
 
-    Both ends of a hop are simulated by themselves, so that one whose link is free enters "before" it leaves.
+    Both ends of a hop are simulated by themselves, so that one whose link is free enters "before" it leaves; and those
+    that arrive together are simulated in any order, and drawn in that in which they leave.
 
     Args:
         links: by which each enters.
-        entering: of each, (simulated span, when its last byte comes).
+        entering: of each, (simulated span, when its last byte leaves, when that comes).
 
     Example:
-        >>> _entering(["nic", "nic", "other"], [((0, 2), 6), ((2, 4), 6), ((0, 2), 3)])
-        [(2, 4), (4, 6), (1, 3)]
+        >>> _entering(["nic", "nic", "other"], [((0, 2), 5, 6), ((2, 4), 3, 6), ((0, 2), 2, 3)])
+        [(4, 6), (2, 4), (1, 3)]
     """
-    result = [span for span, _ in entering]
+    result = [span for span, _, _ in entering]
     free: dict[Hashable, float] = {}
-    for index in sorted(range(len(links)), key=lambda index: result[index], reverse=True):
-        (begin, end), comes = entering[index]
-        late = max(min(comes, free.get(links[index], comes)) - end, 0)
-        result[index] = (begin + late, end + late)
-        free[links[index]] = begin + late
+    for index in sorted(range(len(links)), key=lambda index: entering[index][:0:-1], reverse=True):
+        (begin, end), _, comes = entering[index]
+        last = min(comes, free.get(links[index], comes))
+        result[index] = (last - (end - begin), last)
+        free[links[index]] = last - (end - begin)
     return result
 
 
