@@ -4,6 +4,7 @@ from typing import Any, Unpack
 
 import torch
 
+from tricomm.compiled.outside import eagerly
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.interop import is_device_mesh, is_dtensor, make_dtensor, read_placement, real_placement
 from tricomm.kinds import explains_missing
@@ -58,9 +59,7 @@ def redistribute(
         >>> dist.destroy_process_group()
     """
     if torch.compiler.is_compiling():
-        from tricomm.compiled.graph import run_eagerly
-
-        return run_eagerly(redistribute, dtensor, device_mesh, placements, source=source, dtype=dtype, **options)
+        return eagerly(redistribute, dtensor, device_mesh, placements, source=source, dtype=dtype, **options)
     group = resolve_group(options.get("group"))
     specs: tuple[Any, Any] = (source, None)
     try:

@@ -6,6 +6,7 @@ from typing import Any, Unpack, overload
 
 import torch
 
+from tricomm.compiled.outside import eagerly
 from tricomm.interop import is_dtensor
 from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Side, Sides, as_specs
@@ -121,9 +122,7 @@ def reshard(
         >>> dist.destroy_process_group()
     """
     if torch.compiler.is_compiling():
-        from tricomm.compiled.graph import run_eagerly
-
-        return run_eagerly(reshard, tensor, source, destination, out=out, **options)
+        return eagerly(reshard, tensor, source, destination, out=out, **options)
     mover = _one_shot((tensor, out), (source, destination), options, "reshard")
     return mover._call(tensor, out)
 
@@ -174,9 +173,7 @@ def reshard_async(
         >>> dist.destroy_process_group()
     """
     if torch.compiler.is_compiling():
-        from tricomm.compiled.graph import run_eagerly
-
-        handle: Handle[Any] = run_eagerly(reshard_async, tensor, source, destination, out=out, **options)
+        handle: Handle[Any] = eagerly(reshard_async, tensor, source, destination, out=out, **options)
         return handle
     mover = _one_shot((tensor, out), (source, destination), options, "reshard_async")
     return mover.start(tensor, out=out)

@@ -301,10 +301,8 @@ class Resharder(Selections, Generic[Moved_co]):
                 too.
         """
         if torch.compiler.is_compiling():
-            from tricomm.compiled.graph import run_eagerly
-
             given = {"out": out, "after": after, "depends_on": depends_on, "only": only}
-            handle: Handle[Moved_co] = run_eagerly(self.start, tensor, **given)
+            handle: Handle[Moved_co] = eagerly(self.start, tensor, **given)
             return handle
         if only is not None:
             mover, tensor, out = self._of_only(tensor, out, only)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from tricomm.autograd.gradients import Gradients
+from tricomm.compiled.outside import eagerly
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.hooks import BoundHooks, Hooks
 from tricomm.kinds import checks_kinds
@@ -155,9 +156,7 @@ class Selections(Gradients):
 
     def _call_only(self, tensor: Given, out: Given, only: Names) -> Any:
         if torch.compiler.is_compiling():
-            from tricomm.compiled.graph import run_eagerly
-
-            return run_eagerly(self._call_only, tensor, out, only)
+            return eagerly(self._call_only, tensor, out, only)
         mover, tensor, out = self._of_only(tensor, out, only)
         return mover._call(tensor, out)
 

@@ -1,11 +1,11 @@
 """What a picture of a plan shows: its hops at their simulated times, and bars that stand for them."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from tricomm.layout.topology import Topology
 from tricomm.plan import Move, Plan
-from tricomm.plan.cost import hop_times
+from tricomm.plan.cost import HopTimes, hop_times
 from tricomm.plan.describe import format_nbytes, format_seconds
 
 Span = tuple[float, float]
@@ -68,16 +68,19 @@ def timed_hops(plan: Plan, topology: Topology) -> tuple[list[TimedHop], list[flo
 
 def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
     messages = move.messages[:]
-    times = list(zip(*((begin + column).tolist() for column in hop_times(move, topology)), strict=True))
+    times = HopTimes(*(begin + column for column in hop_times(move, topology)))
+    posted, arrival = times.posted.tolist(), times.arrival.tolist()
+    out = list(zip(times.out_begin.tolist(), times.out_end.tolist(), strict=True))
     is_local = [topology.host(hop.source) == topology.host(hop.destination) for hop in move.hops]
+    entering = zip(times.into_begin.tolist(), times.into_end.tolist(), strict=True)
     links = [
         (local, hop.destination if local else topology.nic(hop.destination))
         for hop, local in zip(move.hops, is_local, strict=True)
     ]
-    latency = topology.latency_seconds
-    entering = _entering(links, [(into, out[1], arrival - latency) for _, out, into, arrival in _spans(times)])
+    comes = (times.arrival - topology.latency_seconds).tolist()
+    into = _entering(links, list(zip(entering, times.out_end.tolist(), comes, strict=True)))
     result: list[TimedHop] = []
-    for hop, local, (posted, out, _, arrival), into in zip(move.hops, is_local, _spans(times), entering, strict=True):
+    for index, hop in enumerate(move.hops):
         message = messages[hop.message]
         result.append(
             TimedHop(
@@ -87,19 +90,14 @@ def _timed(move: Move, topology: Topology, begin: float) -> list[TimedHop]:
                 hop.chunk,
                 len(message.chunks),
                 message.chunk_nbytes(hop.chunk),
-                local,
-                (posted - topology.overhead_seconds, posted),
-                out,
-                into,
-                arrival,
+                is_local[index],
+                (posted[index] - topology.overhead_seconds, posted[index]),
+                out[index],
+                into[index],
+                arrival[index],
             )
         )
     return result
-
-
-def _spans(times: Iterable[tuple[float, ...]]) -> Iterator[tuple[float, Span, Span, float]]:
-    """(posted, span of leaving, span of entering, arrival) of each hop."""
-    return ((posted, (first, last), (begin, end), arrival) for posted, first, last, begin, end, arrival in times)
 
 
 def _entering(links: Sequence[Hashable], entering: Sequence[tuple[Span, float, float]]) -> list[Span]:

@@ -92,9 +92,9 @@ class Communicator:
         self.begun = 0
         """Calls that have begun here."""
         self.call = CallId(CONNECTING_TAG, 0, "")
-        self._last: Run | None = None
-        self._before: Run | None = None
         """The one that runs, or ran last."""
+        self._before = self.call
+        """The one before it."""
         self._limit = timedelta(0)
         self._timeout_seconds = 0.0
         self._place = Place.of(self.place, 0.0)
@@ -253,8 +253,8 @@ class Communicator:
                 (by_memory, by_memory.in_place) if uses_memory else (self._network, NOWHERE)
             )
         self.begun = begun = self.begun + 1
-        self._before = self._last
-        self.call = self._last = self.run = run = Run(tag, number, name, self._place, self, begun)
+        self._before = self.call
+        self.call = self.run = run = Run(tag, number, name, self._place, self, begun)
         begin = self.connections.begin
         if begin is not None:
             run.pending = begin()

@@ -90,8 +90,7 @@ def _experts(model: Model, load_balance: bool) -> hf.Parts:
     if model.biases:
         made["moe.router.gate.bias"] = router["router_bias"]
     if load_balance or model.expert_bias:
-        none = fill(0, (model.experts,)).to("float32")
-        made["moe.expert_bias_E"] = router["expert_bias"] if model.expert_bias else none
+        made["moe.expert_bias_E"] = router.get("expert_bias", fill(0, (model.experts,)).to("float32"))
     if model.shared_experts:
         made |= _mlp(hf.shared_experts(model), "moe.shared_experts.")
     if model.fused_experts:
