@@ -5,10 +5,8 @@ where a call to the system is refused while they connect.
 """
 
 import errno
-import random
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from bench.turns import Methods, Samples, p10, slowest, take_turns
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec
 from tricomm.launch import Ranks
 from tricomm.options import TransportName
@@ -38,33 +37,6 @@ REPLICA_RANKS = (1, 2, 3)
 RUN_NBYTES = (64, 256, 1024, 2048, 4096, 16384, 65536)
 RUNS_NBYTES = 16 << 20
 """Of the tensor that is cut into such runs."""
-
-WARM_UP_CALLS = 2
-
-Methods = Mapping[str, Callable[[], object]]
-Samples = dict[str, list[float]]
-
-
-def take_turns(methods: Methods, repeats: int) -> Samples:
-    """The seconds of each call of each method on this rank; all ranks call at once, in another order each time."""
-    seconds: Samples = {name: [] for name in methods}
-    for method in methods.values():
-        for _ in range(WARM_UP_CALLS):
-            method()
-    for repeat in range(repeats):
-        names = list(methods)
-        random.Random(repeat).shuffle(names)
-        for name in names:
-            dist.barrier()
-            began = time.perf_counter()
-            methods[name]()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def slowest(of_ranks: Sequence[Samples]) -> Samples:
-    """The seconds of the slowest rank in each call."""
-    return {name: [max(calls) for calls in zip(*(one[name] for one in of_ranks), strict=True)] for name in of_ranks[0]}
 
 
 class Hand:
@@ -150,11 +122,6 @@ def by_runs(rank: int, run_nbytes: int, repeats: int) -> Samples:
         methods[way] = partial(mover, shard, out=out)
     require(out, columns[max(rank - 2, 0)], methods)
     return take_turns(methods, repeats)
-
-
-def p10(samples: Sequence[float]) -> float:
-    """The 10 % quantile, interpolated."""
-    return statistics.quantiles(samples, n=10, method="inclusive")[0] if len(samples) > 1 else samples[0]
 
 
 def measure(ranks: Ranks, repeats: int) -> dict[str, Samples]:

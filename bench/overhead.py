@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -32,12 +31,12 @@ from bench.reshard.baselines import (
     Setting,
     make_methods,
 )
+from bench.turns import p10, slowest, take_turns
 from tricomm.launch import Ranks
 
 SMALL_REPEATS = 400
 LARGE_REPEATS = 20
 CHECKPOINT_REPEATS = 3
-WARM_UP_CALLS = 2
 MEMORY_DIRECTORY = "/dev/shm"
 PAUSE_SECONDS = 0.003
 
@@ -86,9 +85,7 @@ class Row:
     @property
     def p10_seconds(self) -> float:
         """The 10 % quantile of the samples, interpolated."""
-        if len(self.samples_seconds) == 1:
-            return self.samples_seconds[0]
-        return statistics.quantiles(self.samples_seconds, n=10, method="inclusive")[0]
+        return p10(self.samples_seconds)
 
 
 def measure_rank(rank: int, case: Case, directory: str) -> dict[str, list[float]]:
@@ -109,24 +106,8 @@ def measure_rank(rank: int, case: Case, directory: str) -> dict[str, list[float]
     methods = make_methods(setting, Path(directory) if case.with_checkpoint else None)
     for name, method in methods.items():
         setting.require_correct(method, name)
-        if name != CHECKPOINT:
-            for _ in range(WARM_UP_CALLS):
-                method()
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(case.repeats):
-        names = [name for name in methods if name != CHECKPOINT or repeat < CHECKPOINT_REPEATS]
-        # Another order in each round, the same on all ranks: what a method leaves in the caches is not always
-        # inherited by the same one.
-        random.Random(repeat).shuffle(names)
-        for name in names:
-            method = methods[name]
-            dist.barrier()
-            if case.starts_cold:
-                await_instant()
-            began = time.perf_counter()
-            method()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+    begin = await_instant if case.starts_cold else None
+    return take_turns(methods, case.repeats, {CHECKPOINT: CHECKPOINT_REPEATS}, begin)
 
 
 def await_instant() -> None:
@@ -141,10 +122,7 @@ def measure_case(ranks: Ranks, case: Case) -> list[Row]:
     """Measure one case on running processes; one row a method."""
     with TemporaryDirectory(prefix="tricomm-bench-", dir=MEMORY_DIRECTORY) as directory:
         of_ranks = ranks.run(measure_rank, case, directory)
-    return [
-        Row(name, [max(sample) for sample in zip(*(seconds[name] for seconds in of_ranks), strict=True)])
-        for name in of_ranks[0]
-    ]
+    return [Row(name, samples) for name, samples in slowest(of_ranks).items()]
 
 
 def format_case(case: Case, rows: Sequence[Row]) -> str:

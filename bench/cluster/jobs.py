@@ -21,7 +21,7 @@ import torch
 import tricomm
 from bench.cluster.calibrate import payload_bytes_per_second
 from bench.cluster.cluster import Cluster
-from tricomm import Feed, Meeting, Mesh, Resharder, Shard, ShardingSpec, Topology
+from tricomm import Feed, Meeting, Mesh, Resharder, Shard, ShardingSpec, Topology, World
 from tricomm.launch import Ranks
 
 HOSTS, TRAINERS, PUSHES, ROUNDS = 6, 3, 6, 3
@@ -46,6 +46,22 @@ def listen(rank: int, address: str) -> str:
     return meeting.address
 
 
+def connected(
+    rank: int, address: str, sizes: dict[str, int], host: str, shape: tuple[int, int]
+) -> tuple[World, str, int, ShardingSpec]:
+    """A rank of the trainer, which are the first, or of the server: (world, side, rank of it, its layout: the trainer
+    has rows and the server columns).
+    """
+    torch.set_num_threads(1)
+    side = "trainer" if rank < sizes["trainer"] else "server"
+    side_rank = rank if side == "trainer" else rank - sizes["trainer"]
+    world = tricomm.connect(
+        address, side=side, side_rank=side_rank, side_sizes=sizes, secret=SECRET, host=host, device="cpu"
+    )
+    spec = ShardingSpec(Mesh(range(sizes[side]), ("x",)), (Shard(int(side == "server")),), shape, "float32")
+    return world, side, side_rank, spec
+
+
 def push(rank: int, address: str, bytes_per_second: float) -> tuple[float, float]:
     """(median seconds of a push, seconds that the NICs need) of the trainer; zeros of the server.
 
@@ -54,18 +70,8 @@ def push(rank: int, address: str, bytes_per_second: float) -> tuple[float, float
         address: of the meeting.
         bytes_per_second: of payload, that a NIC sends or receives.
     """
-    torch.set_num_threads(1)
-    side, side_rank = ("trainer", rank) if rank < TRAINERS else ("server", rank - TRAINERS)
-    world = tricomm.connect(
-        address,
-        side=side,
-        side_rank=side_rank,
-        side_sizes={"trainer": TRAINERS, "server": HOSTS - TRAINERS},
-        secret=SECRET,
-        host=f"host{rank}",
-        device="cpu",
-    )
-    spec = ShardingSpec(Mesh([0, 1, 2], ("x",)), (Shard(0 if side == "trainer" else 1),), SHAPE, "float32")
+    sizes = {"trainer": TRAINERS, "server": HOSTS - TRAINERS}
+    world, side, side_rank, spec = connected(rank, address, sizes, f"host{rank}", SHAPE)
     specs = world.exchange({"w": spec})
     topology = world.topology(nic_bytes_per_second=bytes_per_second)
     feed = Feed(world, specs, source="trainer", destination="server", topology=topology, timeout_seconds=60)
@@ -101,20 +107,14 @@ def plain(rank: int, bytes_per_second: float) -> float:
 
 
 def beside(rank: int, address: str) -> dict[str, list[float]]:
-    """Seconds of pushes alone, of steps alone, of steps with a push beside each, and of those pushes, of a trainer's
-    rank; nothing of a server's.
+    """Seconds of pushes alone, of steps alone, and of steps with a push beside each, of a trainer's rank; nothing of a
+    server's.
 
     Args:
         rank: the trainer's first.
         address: of the meeting.
     """
-    torch.set_num_threads(1)
-    side = "trainer" if rank < SIDES["trainer"] else "server"
-    side_rank = rank - (SIDES["trainer"] if side == "server" else 0)
-    world = tricomm.connect(
-        address, side=side, side_rank=side_rank, side_sizes=SIDES, secret=SECRET, host="here", device="cpu"
-    )
-    spec = ShardingSpec(Mesh(range(SIDES[side]), ("x",)), (Shard(int(side == "server")),), LOOPBACK_SHAPE, "float32")
+    world, side, side_rank, spec = connected(rank, address, SIDES, "here", LOOPBACK_SHAPE)
     feed = Feed(world, world.exchange({"w": spec}), source="trainer", destination="server", timeout_seconds=60)
     shard = torch.zeros(spec.local_shape(side_rank))
     found: dict[str, list[float]] = {}

@@ -1,7 +1,5 @@
 """The map to torchtitan against its own code: the names and shapes of its models, and what its adapters make."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.rules import peers
 from tricomm.rules.models import DEEPSEEK_V3, GPT_OSS_20B, LLAMA_3_8B, QWEN3_30B_A3B, Latent, Model, tensors, torchtitan
 
 FULL = {
@@ -75,7 +74,7 @@ pytestmark = [
 
 def of_torchtitan(folder: Path, *arguments: str) -> dict[str, Any]:
     """What the script finds."""
-    subprocess.run([sys.executable, "-P", "-c", SCRIPT, *arguments], cwd=folder, check=True, timeout=300)
+    peers.run(SCRIPT, folder, *arguments)
     result: dict[str, Any] = torch.load(folder / "result.pt")
     return result
 

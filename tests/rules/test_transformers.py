@@ -1,8 +1,5 @@
 """The maps against transformers' own code: what it writes to disk, and how it keeps the same in memory."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,25 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tricomm.rules.models import Latent, Model, tensors, torchtitan, vllm
+from tests.rules import peers
+from tricomm.rules.models import Model, tensors, torchtitan, vllm
 
-SIZES: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 4, "vocab": 50, "kv_heads": 2, "head_dim": 8}
-MODELS = {
-    "Llama": Model(**SIZES, intermediate=48, rope_pairs=True),
-    "Qwen3Moe": Model(**SIZES, experts=4, expert_intermediate=16, qk_norm=True),
-    "DeepseekV3": Model(
-        **SIZES,
-        latent=Latent(q_rank=12, kv_rank=10, nope=8, rope=4, value=6),
-        intermediate=48,
-        experts=4,
-        expert_intermediate=16,
-        shared_experts=1,
-        dense_layers=1,
-        expert_bias=True,
-    ),
-    "GptOss": Model(**SIZES, experts=4, expert_intermediate=48, biases=True, fused_experts=True),
-}
-# In a process of its own, elsewhere: transformers looks for a package "kernels", and finds this checkout's folder.
+MODELS = {"Llama": peers.LLAMA, "Qwen3Moe": peers.QWEN, "DeepseekV3": peers.DEEPSEEK, "GptOss": peers.GPT_OSS}
 SCRIPT = """
 import sys
 import safetensors.torch, torch, transformers
@@ -60,10 +42,7 @@ pytestmark = [
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any, Any]:
     """A model, its tensors on disk, and those in memory."""
     folder: Path = tmp_path_factory.mktemp("transformers")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, request.param], cwd=folder, env=environment, check=True, timeout=300
-    )
+    peers.run(SCRIPT, folder, request.param)
     disk, memory = (torch.load(folder / name) for name in ("disk.pt", "memory.pt"))
     return MODELS[request.param], disk, memory
 
