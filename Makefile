@@ -53,7 +53,7 @@ bench-cluster: $(VENV)/.bench
 gpu-check:
 	$(PYTHON) -m bench.gpu_check $(GPU_CHECK)
 
-# What takes longer: every geometry, overlap, the sanitizer.
+# What takes longer: every geometry, overlap, separate jobs, multicasts, the sanitizer.
 gpu-check-full:
 	$(PYTHON) -m bench.gpu_check --long $(GPU_CHECK)
 

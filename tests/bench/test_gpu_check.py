@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_check import host, kernels, local, overlap, pipeline, runner, throughput, transport
+from bench.gpu_check import host, kernels, local, runner, throughput, transport
 from bench.gpu_check.parts import HOST, PARTS, Outcome, Part, Setting, guarded
+from bench.gpu_check.uses import overlap, pipeline
 from tricomm import Mesh, Replicate, ShardingSpec
 from tricomm.kernels import reference
 from tricomm.kernels.pack import Table

@@ -123,6 +123,16 @@ def test_a_rehearsal_of_what_takes_longer(machine: tuple[Path, dict[str, str]]) 
     assert "slowed down by a receiver that spins" in overlap["outcomes"][1]["text"]
 
 
+def test_a_rehearsal_of_two_jobs(machine: tuple[Path, dict[str, str]]) -> None:
+    done = make(machine, "gpu-check-full", "DEVICE=cpu", "PART=jobs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (jobs,) = (line for line in lines_of(machine) if line["part"] == "jobs")
+    passed = {outcome["name"]: outcome["passed"] for outcome in jobs["outcomes"]}
+    assert passed == {
+        "one GPU of one host": None, "versions": True, "both sides come anew": True, "a rank that dies": True
+    }  # fmt: skip
+
+
 def fake_sanitizer(directory: Path, exit_code: int, says: str) -> None:
     """A program that notes its arguments, says something and says how it ended."""
     program = directory / "compute-sanitizer"
