@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 N ?= 20000
 WORKERS ?= 2
-GPU_CHECK = $(if $(PART),--part $(PART)) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
+GPU_CHECK = $(PART:%=--part %) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
 .PHONY: demo test test-processes lint fuzz peers bench bench-cluster gpu-check gpu-check-full clean
 
@@ -49,7 +49,7 @@ bench-cluster: $(VENV)/.bench
 	$(RUN) -m bench.reshard --suite all
 
 # What only a GPU can show, with the machine's own torch and triton: nothing is installed or fetched. Results appear, part
-# by part, in the folder that OUT names or in bench/results. PART=name runs one; DEVICE=cpu rehearses without a GPU.
+# by part, in the folder that OUT names or in bench/results. PART="name name" runs some; DEVICE=cpu rehearses without a GPU.
 gpu-check:
 	$(PYTHON) -m bench.gpu_check $(GPU_CHECK)
 

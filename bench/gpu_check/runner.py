@@ -178,18 +178,18 @@ def working_folder(root: Path) -> Path:
     return folder
 
 
-def chosen_parts(name: str, is_long: bool) -> tuple[Part, ...]:
-    """The parts to run, HOST before all.
+def chosen_parts(names: Sequence[str], is_long: bool) -> tuple[Part, ...]:
+    """The parts to run, HOST before all; without names those of a pass.
 
     Raises:
-        SystemExit: there is no part of that name.
+        SystemExit: there is no part of such a name.
     """
-    if not name:
-        return (HOST, *(part for part in PARTS if part.is_long == is_long and part is not HOST))
-    found = tuple(part for part in PARTS if part.name == name and part is not HOST)
-    if not found and name != HOST.name:
-        raise SystemExit(f"gpu-check: no part {name!r}; the parts are {', '.join(part.name for part in PARTS)}")
-    return (HOST, *found)
+    known = [part.name for part in PARTS]
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"gpu-check: no part {name!r}; the parts are {', '.join(known)}")
+    chosen = [part for part in PARTS if (part.name in names if names else part.is_long == is_long)]
+    return (HOST, *(part for part in chosen if part is not HOST))
 
 
 def run_all(parts: Sequence[Part], options: Options) -> list[Result]:
@@ -231,7 +231,8 @@ def _show(result: Result) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts and print the table; 0 if all passed, 1 if one did not, 2 if there is no CUDA device."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description="What only a GPU can show.")
-    parser.add_argument("--part", default="", help=f"one of {', '.join(part.name for part in PARTS)}")
+    known = ", ".join(part.name for part in PARTS)
+    parser.add_argument("--part", action="append", default=[], help=f"of {known}; again for another one")
     parser.add_argument("--long", action="store_true", help="the second pass: what takes longer")
     parser.add_argument("--device", default="cuda:0", help="cpu rehearses the parts, on small sizes (%(default)s)")
     parser.add_argument("--fault", action="append", default=[], metavar="PART=crash|hang", help="in a rehearsal")

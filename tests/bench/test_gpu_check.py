@@ -208,19 +208,21 @@ def test_a_wrong_move_fails() -> None:
 
 def test_the_first_pass_takes_four_minutes_at_most_and_the_second_fits_into_a_command() -> None:
     first = [part for part in PARTS if not part.is_long]
-    assert runner.chosen_parts("", False) == tuple(first)
+    assert runner.chosen_parts([], False) == tuple(first)
     assert sum(part.limit_seconds for part in first) <= FIRST_PASS_SECONDS
-    second = runner.chosen_parts("", True)
+    second = runner.chosen_parts([], True)
     assert second[0] == HOST
     assert {*first, *second} == set(PARTS)
     assert sum(part.limit_seconds for part in second) < LONGEST_COMMAND_SECONDS
 
 
 def test_one_part_is_chosen_by_its_name() -> None:
-    assert [part.name for part in runner.chosen_parts("casts", False)] == ["versions", "casts"]
-    assert runner.chosen_parts("versions", False) == (HOST,)
+    assert [part.name for part in runner.chosen_parts(["casts"], False)] == ["versions", "casts"]
+    some = runner.chosen_parts(["multicast", "casts"], False)
+    assert [part.name for part in some] == ["versions", "casts", "multicast"], "in their order, of either pass"
+    assert runner.chosen_parts(["versions"], False) == (HOST,)
     with pytest.raises(SystemExit, match=r"no part 'cast'; the parts are versions, pair, boxes"):
-        runner.chosen_parts("cast", False)
+        runner.chosen_parts(["cast"], False)
 
 
 def raising() -> str:
