@@ -252,5 +252,6 @@ def cases(draw: Any) -> Case:
     if chunk is not None:
         chunk = max(chunk, nbytes // MOST_CHUNKS)
     strategies = [Auto(), Auto(0), SendRecv(chunk), Broadcast(chunk), LocalAllGather(chunk), GlobalAllGather(chunk)]
+    strategies.append(Broadcast(chunk, one_call=True))
     strategy = strategies[draw(SIXTHS)]
     return Case(source, destination, strategy, draw(BALANCES), topology, draw(STAGING), draw(STRIDES))

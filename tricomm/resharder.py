@@ -137,7 +137,7 @@ class Resharder(Selections, Generic[Moved_co]):
         self._names_whole_job = is_whole_job(group)
         try:
             source, destination = specs = as_specs(source, destination, None if self._names_whole_job else group)
-            self._plan(*specs, options, group)
+            self._plan(*specs, options, group, is_kept=not (meets_always or self._stays_broken))
             self._session = self._open(self.plan.fields(), parent, "the gradient", meets_always=meets_always)
         except BaseException as error:
             tell_all(self.context, error, options, source, destination)
@@ -148,7 +148,7 @@ class Resharder(Selections, Generic[Moved_co]):
         mover_of = partial(self._mover_of_digests, group, meets_always)
         self._checksums = None if self._digests is None else Checksums(self._digests, self.device, mover_of)
 
-    def _plan(self, source: Sides, destination: Sides, options: ReshardOptions, group: Any) -> None:
+    def _plan(self, source: Sides, destination: Sides, options: ReshardOptions, group: Any, is_kept: bool) -> None:
         """Everything that needs no other rank."""
         began = perf_counter()
         chosen = Options.of(options, "Resharder")
@@ -161,7 +161,10 @@ class Resharder(Selections, Generic[Moved_co]):
         participants = participants_of(ends.specs) or (self.rank,)
         # A rank on no mesh learns that from anybody's plan.
         rank = self.rank if self.rank in participants else participants[0]
-        how = (chosen.topology, chosen.strategy, chosen.balance, chosen.staging_bytes, rank)
+        topology = chosen.topology
+        if is_kept:  # else communicators of groups are not worth it
+            topology = self.context.topology_with_calls(topology, participants, self.device)
+        how = (topology, chosen.strategy, chosen.balance, chosen.staging_bytes, rank)
         self.plan: Plan = plan_of(items, ends, isinstance(source, Mapping), *how)
         check_casts(self.plan)
         self.participants = self.plan.participants

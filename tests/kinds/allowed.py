@@ -129,6 +129,7 @@ ALLOWED: dict[str, str] = {
     "tune.microbatches": "{1,2} [1]",
     "Stage.module": "None",
     "mtp_layers": "3 0",
+    "multicast_hop_seconds": "None 3 0 2.5 10**30",
     "name": "'x' '' 'bf16'",
     "source.name": "'x' 'bf16'",
     "names": "{'a':1} ['a']",

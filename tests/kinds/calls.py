@@ -231,11 +231,13 @@ CALLS: Calls = {
     "Subscriber.wait": (wait_newer, {"timeout_seconds": 3}),
     "Topology": (Topology, {
         "hosts": ("a",), "nic_bytes_per_second": 1e9, "nics_per_host": 1, "intra_bytes_per_second": 1e9,
-        "latency_seconds": 0.0, "overhead_seconds": 0.0, "memory_bytes_per_second": 1e9}),
+        "latency_seconds": 0.0, "overhead_seconds": 0.0, "memory_bytes_per_second": 1e9,
+        "multicast_hop_seconds": 0.0}),
     "Topology.flat": (Topology.flat, {"ranks": 2}),
     "Topology.detect": (Topology.detect, {
         "group": None, "nic_bytes_per_second": 1e9, "nics_per_host": 1, "intra_bytes_per_second": 1e9,
-        "latency_seconds": 0.0, "overhead_seconds": 0.0, "memory_bytes_per_second": 1e9}),
+        "latency_seconds": 0.0, "overhead_seconds": 0.0, "memory_bytes_per_second": 1e9,
+        "multicast_hop_seconds": 0.0}),
     "Topology.host": (TOPOLOGY.host, {"rank": 0}),
     "Topology.nic": (TOPOLOGY.nic, {"rank": 0}),
     "Topology.nic_rate": (TOPOLOGY.nic_rate, {"nic": 0}),

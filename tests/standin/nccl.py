@@ -12,12 +12,15 @@ Rules, beside those of devices:
 13. Kernels of several communicators begin in any order, unless NCCL_LAUNCH_ORDER_IMPLICIT is set.
 14. A backend has a watchdog, unless TORCH_NCCL_BLOCKING_WAIT is set when it is made. It counts from when a group was
     queued; then it leaves a key on the user's store and ends the process.
+15. A broadcast is one kernel on each rank of a communicator, and ends when all have come. The n-th of one rank meets
+    the n-th of each other. The first waits on the host until all ranks have queued it: they connect to a ring.
 """
 
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -43,9 +46,20 @@ class Fabric:
         self.connecting: set[Pair] = set()
         self.sends: dict[Pair, deque[Message]] = {}
         self.receives: dict[Pair, deque[Message]] = {}
+        self.in_ring: set[int] = set()
+        self.broadcasts: dict[int, dict[int, Broadcast]] = {}
+        """By number and rank."""
 
     def match(self) -> None:
-        """Carry out the messages whose both ends are on a device."""
+        """Carry out the messages whose both ends are on a device, and broadcasts to which all have come."""
+        for number in [number for number, come in self.broadcasts.items() if len(come) == self.size]:
+            come = self.broadcasts.pop(number)
+            roots, sizes = {one.root for one in come.values()}, {one.tensor.numel() for one in come.values()}
+            assert len(roots) == len(sizes) == 1, "broadcasts differ, where NCCL would hang"
+            for one in come.values():
+                one.tensor.copy_(come[one.root].tensor)
+                one.left = 0
+                one.end_if_done()
         for pair, sends in self.sends.items():
             receives = self.receives.get(pair, deque())
             while sends and receives:
@@ -94,11 +108,14 @@ class Group(Command):
             self.done = True
             return
         self.stream.device.running.append(self)
-        fabric, here = self.backend.fabric, self.backend.rank
+        self.come(self.backend.fabric, self.backend.rank)
+        self.backend.fabric.match()
+
+    def come(self, fabric: Fabric, here: int) -> None:
+        """Give to the others what they may wait for."""
         for is_send, peer, tensor in self.operations:
             pair = (here, peer) if is_send else (peer, here)
             (fabric.sends if is_send else fabric.receives).setdefault(pair, deque()).append(Message(self, tensor))
-        fabric.match()
 
     def end_if_done(self) -> None:
         """Leave the device once all has crossed."""
@@ -112,8 +129,24 @@ class Group(Command):
         for table in (fabric.sends, fabric.receives):
             for pair, messages in table.items():
                 table[pair] = deque(message for message in messages if message.group is not self)
+        for come in fabric.broadcasts.values():
+            if come.get(self.backend.rank) is self:
+                del come[self.backend.rank]
         self.left = 0
         self.end_if_done()
+
+
+class Broadcast(Group):
+    """A broadcast: one kernel, which waits until all ranks of its communicator have come."""
+
+    def __init__(self, stream: Stream, backend: "Backend", root: int, tensor: torch.Tensor) -> None:
+        super().__init__(stream, backend, [(backend.rank == root, root, tensor)])
+        self.root, self.tensor = root, tensor
+        self.number = backend.broadcasts
+        backend.broadcasts += 1
+
+    def come(self, fabric: Fabric, here: int) -> None:
+        fabric.broadcasts.setdefault(self.number, {})[here] = self
 
 
 class Work:
@@ -160,6 +193,8 @@ class Backend:
         self.has_watchdog = os.environ.get("TORCH_NCCL_BLOCKING_WAIT") != "1"
         self.is_aborted = self.is_dead = False
         self.connected: set[Pair] = set()
+        self.broadcasts = 0
+        """How many were queued."""
         self._open = threading.local()
         self._refused = False
         self.stream = self.device.new_stream(HIGH)
@@ -233,13 +268,35 @@ class Backend:
         pairs = {(self.rank, peer) for _, peer, _ in operations} - self.connected
         self.fabric.connecting |= pairs
         self.world.moved.notify_all()
-        while any((peer, here) not in self.fabric.connecting for here, peer in pairs):
+        self._await(lambda: all((peer, here) in self.fabric.connecting for here, peer in pairs))
+        self.connected |= pairs
+
+    def _await(self, check: Callable[[], bool]) -> None:
+        """Wait on the host for what others do, or for an abort."""
+        while not check():
             self.world.moved.wait()
             if self.is_aborted:
                 raise RuntimeError("NCCL communicator was aborted")
             if self.is_dead:
                 raise RuntimeError("this rank is dead")
-        self.connected |= pairs
+
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> Work:
+        """See DeviceBackend."""
+        if self.is_aborted:
+            raise RuntimeError("NCCL communicator was aborted")
+        assert not self._depth
+        assert tensors[0].is_contiguous()
+        with self.world.moved:
+            ring = self.fabric.in_ring
+            ring.add(self.rank)
+            self.world.moved.notify_all()
+            self._await(lambda: len(ring) == self.size)
+            self.stream.wait_event(self.device.current.record_event())
+            self.stream.push(Broadcast(self.stream, self, options.rootRank, tensors[0]))
+            work = Work(self, self.stream.record_event())
+        if self.has_watchdog:
+            self._watch(work)
+        return work
 
     def _watch(self, work: Work) -> None:
         def look() -> None:

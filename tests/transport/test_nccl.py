@@ -19,6 +19,7 @@ from tricomm.transport.base import Operation
 from tricomm.transport.communicator import Communicator
 from tricomm.transport.coordination.run import Place, Run
 from tricomm.transport.coordination.status import StatusStore
+from tricomm.transport.device.subgroups import Subgroups
 from tricomm.transport.group import default_device, device_of
 
 DEVICE = torch.device("cuda", 1)
@@ -115,6 +116,8 @@ def connected(backend: Backend, rank: int, store: Any) -> Communicator:
     connections = object.__new__(nccl.NcclConnections)
     connections._accelerator, connections._index, connections._device = CUDA, INDEX, DEVICE
     connections.backend, connections.run = backend, object.__new__(nccl.DeviceRun)
+    connections._backends, connections._order = [backend], None
+    connections._subgroups = Subgroups(rank, tuple(INDEX), backend)
     connections._release = weakref.finalize(connections, int)
     communicator.connections = connections
     return communicator

@@ -40,6 +40,7 @@ class Rates(TypedDict, total=False):
     latency_seconds: float
     overhead_seconds: float
     memory_bytes_per_second: float | None
+    multicast_hop_seconds: float | None
 
 
 @explains_missing
@@ -58,6 +59,8 @@ class Topology:
             5e9 to 10e9 on most machines. None leaves each its own rate, as links between GPUs do.
         latency_seconds: from posting a message to its first byte.
         overhead_seconds: for which a message keeps the rank that sends it busy (LogP's o).
+        multicast_hop_seconds: how much longer a broadcast in one call takes for each rank that it goes to, for ranks
+            that have such calls. None leaves it to a Resharder, which knows whether it has NCCL; a plan has none.
 
     Raises:
         SpecError: no hosts, a rate that is not positive, or a host without a rate; an ArgumentError where an argument
@@ -78,6 +81,7 @@ class Topology:
     latency_seconds: float
     overhead_seconds: float
     memory_bytes_per_second: float | None
+    multicast_hop_seconds: float | None
     _host_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _nic_rates: tuple[NicRate, ...] = field(init=False, repr=False, compare=False)
@@ -98,6 +102,7 @@ class Topology:
         latency_seconds: float = DEFAULT_LATENCY_SECONDS,
         overhead_seconds: float = DEFAULT_OVERHEAD_SECONDS,
         memory_bytes_per_second: float | None = None,
+        multicast_hop_seconds: float | None = None,
     ) -> None:
         set_field = object.__setattr__
         set_field(self, "hosts", _checked_hosts(hosts))
@@ -105,10 +110,12 @@ class Topology:
         set_field(self, "intra_bytes_per_second", _checked_number("intra_bytes_per_second", intra_bytes_per_second))
         set_field(self, "latency_seconds", _checked_number("latency_seconds", latency_seconds))
         set_field(self, "overhead_seconds", _checked_number("overhead_seconds", overhead_seconds))
-        shared = memory_bytes_per_second
-        if shared is not None:
-            shared = _checked_number("memory_bytes_per_second", shared)
-        set_field(self, "memory_bytes_per_second", shared)
+        optional = {
+            "memory_bytes_per_second": memory_bytes_per_second,
+            "multicast_hop_seconds": multicast_hop_seconds,
+        }
+        for name, value in optional.items():
+            set_field(self, name, None if value is None else _checked_number(name, value))
         set_field(self, "nics_per_host", _checked_nics(nics_per_host))
         names = tuple(dict.fromkeys(self.hosts))
         rates = _checked_rates(nic_bytes_per_second, names)
@@ -312,7 +319,7 @@ def _checked_nics(nics: object) -> int:
 
 
 def _checked_number(name: str, value: object) -> float:
-    is_time = name in ("latency_seconds", "overhead_seconds")
+    is_time = name.endswith("_seconds")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value < inf or (value == 0 and not is_time):  # type: ignore[operator]
         rule, example = ("at least 0", "a time such as 20e-6") if is_time else ("above 0", "a rate such as 12.5e9")

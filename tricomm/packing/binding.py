@@ -104,6 +104,7 @@ class BoundTransfer(NamedTuple):
     buffer: torch.Tensor
     copies: Copies
     runs: Runs | None = None
+    group: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +166,9 @@ def bind(
         steps = program.sends if is_send else program.receives
         for step, copies in zip(steps, _copies(program, tensors, staging, is_send), strict=True):
             yield tuple(
-                BoundTransfer(t.peer, buffer(t, tensors), before_or_after)
+                BoundTransfer(t.peer, buffer(t, tensors), before_or_after, None, t.group)
                 if (runs := found_runs(t, tensors, is_send)) is None
-                else BoundTransfer(t.peer, buffer(t, tensors), NOTHING, runs)
+                else BoundTransfer(t.peer, buffer(t, tensors), NOTHING, runs, t.group)
                 for t, before_or_after in zip(step, copies, strict=True)
             )
 

@@ -16,7 +16,7 @@ from tricomm.errors import PlanError
 from tricomm.kernels import pack as kernels
 from tricomm.kernels.boxes import PlacedBox, boxes_of
 from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box, widened
-from tricomm.plan.program import Box, Copy, PackedRegion, RankProgram, Transfer
+from tricomm.plan.program import Box, BoxTransfers, Copy, PackedRegion, RankProgram, Transfer
 
 ALIGNMENT_NBYTES = 64
 
@@ -115,7 +115,8 @@ class StagedTransfer(NamedTuple):
         direct: (number of the local tensor, byte of it) where the chunk begins, or None if it is staged.
         staging_offset: byte of the staging buffer where the chunk begins, or None if it is not staged.
         boxes: how to pack or unpack a staged chunk.
-        relay: whether this is a send of what was received under the same key.
+        relay: whether this is a send of what was received, or is sent in the same round before, under the same key.
+        group: see Transfer.
     """
 
     peer: int
@@ -125,6 +126,7 @@ class StagedTransfer(NamedTuple):
     staging_offset: int | None
     boxes: tuple[TensorBox, ...]
     relay: bool
+    group: tuple[int, ...] = ()
 
 
 class Launch(NamedTuple):
@@ -219,7 +221,7 @@ def make_copy_program(
     Raises:
         PlanError: not even one round fits into the staging budget.
     """
-    sends = [[_place(t, source, wire_dtypes) for t in step.sends] for step in program.rounds]
+    sends = [[_place(t, source, wire_dtypes) for t in _packed_once(step.sends)] for step in program.rounds]
     receives = [[_place(t, destination, wire_dtypes) for t in step.receives] for step in program.rounds]
     ahead, window = depth
     while True:
@@ -244,10 +246,20 @@ def make_copy_program(
     )
 
 
+def _packed_once(sends: Sequence[Transfer]) -> Sequence[Transfer]:
+    """The sends of a round, of which those of one chunk in one call share what the first of them packs."""
+    if isinstance(sends, BoxTransfers):
+        return sends
+    first: dict[tuple[int, int], int] = {}
+    for at, one in enumerate(sends):
+        first.setdefault(one.key, at)
+    return [one._replace(regions=()) if one.group and first[one.key] != at else one for at, one in enumerate(sends)]
+
+
 def _place(transfer: Transfer, side: Side, wire_dtypes: Sequence[torch.dtype]) -> StagedTransfer:
     """Where a chunk lies, without a place in the staging buffer yet (-1 says that it needs one)."""
     if not transfer.regions:
-        return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, None, None, (), True)
+        return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, None, None, (), True, transfer.group)
     boxes = [
         box
         for region in transfer.regions
@@ -258,10 +270,10 @@ def _place(transfer: Transfer, side: Side, wire_dtypes: Sequence[torch.dtype]) -
     dtype = side.tensors[only.tensor].dtype
     if len(boxes) == 1 and dtype == only.packed and only.box.is_one_run:
         direct = only.tensor, only.box.tensor_offset * dtype.itemsize
-        return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, direct, None, (), False)
+        return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, direct, None, (), False, transfer.group)
     # The staging buffer begins at a multiple of more than any tensor does.
     wide = tuple(one._replace(box=widened(one.box, side.tensors[one.tensor].alignment_nbytes)) for one in boxes)
-    return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, None, -1, wide, False)
+    return StagedTransfer(transfer.peer, transfer.key, transfer.nbytes, None, -1, wide, False, transfer.group)
 
 
 def _boxes(region: PackedRegion, box: Box, side: Side, wire: torch.dtype) -> Iterator[TensorBox]:

@@ -18,6 +18,7 @@ from tricomm.plan.arguments import participants_of
 from tricomm.plan.ends.ends import Ends
 from tricomm.plan.plan import Plan
 from tricomm.plan.program import BoxTransfers, Copy, PackedRegion, RankProgram, Round, Transfer, TransferColumns
+from tricomm.plan.routes.one_call import Group, groups_of_moves
 from tricomm.plan.stacks import Alike, Item, Stack, stacks_of_moves
 from tricomm.plan.tasks import wire_itemsize
 
@@ -261,7 +262,7 @@ class _Chosen:
             if not transfer.regions:
                 nbytes = received.get(transfer.key, 0)
             if nbytes:
-                left.append(Transfer(transfer.peer, transfer.key, nbytes, regions))
+                left.append(Transfer(transfer.peer, transfer.key, nbytes, regions, transfer.group))
         return tuple(left)
 
     def _regions(self, regions: Sequence[PackedRegion]) -> tuple[int, tuple[PackedRegion, ...]]:
@@ -315,3 +316,9 @@ def _boxes(transfers: TransferColumns, one: _Kept) -> BoxTransfers:
 
 Planned = Plan | Selection
 """What a rank can carry out."""
+
+
+def groups_of(plan: Planned) -> tuple[Group, ...]:
+    """Among whom messages go in one call, equal on all ranks of the plan; see ``plan.routes.one_call``."""
+    whole, ranks = plan.plan if isinstance(plan, Selection) else plan, {*plan.participants}
+    return tuple(group for group in groups_of_moves(move.messages for move in whole.moves) if ranks.issuperset(group))

@@ -15,12 +15,16 @@ from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import HostsOf, other_hosts
 from tricomm.plan.network.nic_seconds import NicSeconds
 from tricomm.plan.routes.chunks import Message, RouteContext, Unicasts
+from tricomm.plan.routes.one_call import MAX_GROUPS, groups_of, members
 from tricomm.plan.routes.rounds import Hop, schedule
-from tricomm.plan.routes.strategies import Strategy
+from tricomm.plan.routes.strategies import Broadcast, Strategy
 from tricomm.plan.senders.policy import Assignment
 
 WORTH_IT = 0.03
 """By how much a strategy with more messages must be faster for Auto to take it: the model does not know all costs."""
+
+WORTH_A_COMMUNICATOR = 0.1
+"""The same for one that broadcasts in one call, for which communicators are made and kept."""
 
 ROUNDING = 1e-9
 """By how much a lower bound may exceed a simulated time because sums are rounded."""
@@ -47,6 +51,10 @@ class Candidate:
     ) -> None:
         self.strategy, self._assignments = strategy, assignments
         self._context, self._participants, self._rank = context, participants, rank
+
+    @property
+    def _is_in_one_call(self) -> bool:
+        return isinstance(self.strategy, Broadcast) and self.strategy.one_call
 
     @cached_property
     def messages(self) -> Sequence[Message]:
@@ -75,21 +83,27 @@ class Candidate:
     @cached_property
     def bound_of_messages(self) -> float:
         """A lower bound of ``seconds``, from the messages."""
+        if self._is_in_one_call:
+            return 0.0  # the busiest link of a ring is not that of its hops
         return busiest_seconds(self._columns, self._context.topology) * (1 - ROUNDING)
 
     @cached_property
     def bound_of_assignments(self) -> float:
         """A lower bound of ``seconds``, from the assignments, without routing."""
+        if self._is_in_one_call:
+            return 0.0
         fan_out, topology = self.strategy.fan_out, self._context.topology
         return assigned_seconds(self._assignments, topology, fan_out) * (1 - ROUNDING)
 
     def is_worth_it(self, best: "Candidate") -> bool:
         """True if this is so much faster than the best so far that it should be taken."""
+        if self._is_in_one_call and len({*map(members, groups_of(self.messages))}) > MAX_GROUPS:
+            return False
         # To be below a bound of the best is enough, and then nobody need simulate the best.
         return self._is_below(best.bound_of_assignments) or self._is_below(best.seconds)
 
     def _is_below(self, seconds: float) -> bool:
-        limit = seconds * (1 - WORTH_IT)
+        limit = seconds * (1 - (WORTH_A_COMMUNICATOR if self._is_in_one_call else WORTH_IT))
         return self.bound_of_assignments < limit and self.bound_of_messages < limit and self.seconds < limit
 
 

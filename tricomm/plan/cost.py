@@ -117,7 +117,7 @@ def hop_times(move: Move, topology: Topology) -> HopTimes:
 
 def _simulate(rows: "HopColumns", topology: Topology) -> tuple[list[float], list[float], list[float], list[float]]:
     """Find when each row is posted, leaves, enters and arrives."""
-    rounds, before, source, out, into, out_seconds, into_seconds = rows
+    rounds, before, source, out, into, out_seconds, into_seconds, later = rows
     overhead, latency = topology.overhead_seconds, topology.latency_seconds
     rank_free = [0.0] * len(topology.hosts)
     link_free = [0.0] * link_count(topology)
@@ -135,7 +135,7 @@ def _simulate(rows: "HopColumns", topology: Topology) -> tuple[list[float], list
             entered[row] = link_free[enters] = (begin if begin > busy else busy) + into_seconds[row]
         for row in range(first, last):
             out_done, into_done = link_free[out[row]], link_free[into[row]]
-            arrived[row] = (out_done if out_done > into_done else into_done) + latency
+            arrived[row] = (out_done if out_done > into_done else into_done) + latency + later[row]
     return posted, left, entered, arrived[:-1]
 
 
@@ -148,6 +148,7 @@ class HopColumns(NamedTuple):
         source: rank.
         out, into: the links.
         out_seconds, into_seconds: for which it keeps them busy.
+        later: seconds after which it arrives beside the latency: what a broadcast takes along its ring.
     """
 
     rounds: list[int]
@@ -157,6 +158,7 @@ class HopColumns(NamedTuple):
     into: list[int]
     out_seconds: list[float]
     into_seconds: list[float]
+    later: list[float]
 
     @classmethod
     def of(cls, columns: "MessageColumns", hops: Sequence[Hop], topology: Topology) -> "HopColumns":
@@ -164,7 +166,8 @@ class HopColumns(NamedTuple):
         table = hop_table(hops)
         rounds, source, destination, message, chunk = table[_simulation_order(table)].T
         nbytes = columns.nbytes_of(message, chunk)
-        links = crossings(source, destination, topology)
+        carrier, place = carriers(columns, table[_simulation_order(table)], topology)
+        links = crossings(carrier, destination, topology)
         # A rank receives a chunk of a message once.
         ranks, chunks = len(topology.hosts), int(chunk.max()) + 1
         brings, gives = ((message * ranks + rank) * chunks + chunk for rank in (destination, source))
@@ -172,8 +175,27 @@ class HopColumns(NamedTuple):
         at = positions(brings[order], gives)
         before = np.where(at >= 0, order[at], -1)
         begins = np.append(np.flatnonzero(starts_run(rounds)), len(rounds))
-        lists = (begins, before, source, links.out, links.into, *links.seconds(nbytes))
+        later = place * (topology.multicast_hop_seconds or 0.0)
+        lists = (begins, before, carrier, links.out, links.into, *links.seconds(nbytes), later)
         return cls(*(column.tolist() for column in lists))
+
+
+def carriers(columns: "MessageColumns", table: np.ndarray, topology: Topology) -> tuple[np.ndarray, np.ndarray]:
+    """Find which rank puts each hop's bytes on its link, and how far along a ring: in a broadcast in one call each
+    rank hands on to the next, where the topology says that there are such calls. (hops,) each.
+    """
+    _, source, destination, message, _ = table.T
+    place = np.zeros(len(table), np.int64)
+    if topology.multicast_hop_seconds is None or not columns.in_one_call[message].any():
+        return source, place
+    links, ranks = columns.links, len(topology.hosts)
+    along = np.arange(len(links.chain)) - links.firsts[links.chain] + 1
+    behind = np.where(along == 1, links.sources, np.roll(links.destinations, 1))
+    keys = links.chain * ranks + links.destinations
+    order = np.argsort(keys)
+    at = order[positions(keys[order], message * ranks + destination)]
+    is_ring = columns.in_one_call[message]
+    return np.where(is_ring, behind[at], source), np.where(is_ring, along[at], place)
 
 
 def _simulation_order(table: np.ndarray) -> np.ndarray:
@@ -186,7 +208,7 @@ def busiest_seconds(columns: "MessageColumns", topology: Topology) -> float:
     """Bound :func:`simulated_seconds` from below (but for rounding), whatever the rounds: by the time of the busiest
     link, of the busiest rank, or of the last chunk on the longest chain.
     """
-    links, counts, _ = columns
+    links, counts = columns.links, columns.chunk_counts
     if not len(counts):
         return 0.0
     each = topology.overhead_seconds + topology.latency_seconds
@@ -197,7 +219,7 @@ def busiest_seconds(columns: "MessageColumns", topology: Topology) -> float:
 
 def busiest_end_seconds(columns: "MessageColumns", topology: Topology) -> float:
     """The same where messages may follow trees: by the time of the busiest link or rank."""
-    links, counts, _ = columns
+    links, counts = columns.links, columns.chunk_counts
     if not len(counts):
         return 0.0
     each = topology.overhead_seconds + topology.latency_seconds
@@ -222,7 +244,9 @@ def nic_seconds(moves: Sequence[Move], topology: Topology) -> tuple[np.ndarray, 
         MessageColumns.of(move.messages).nbytes_of(table[:, 3], table[:, 4])
         for move, table in zip(moves, tables, strict=True)
     ]
-    _, sources, destinations, _, _ = np.concatenate(tables).T
+    of_moves = zip(moves, tables, strict=True)
+    sources = np.concatenate([carriers(MessageColumns.of(one.messages), rows, topology)[0] for one, rows in of_moves])
+    destinations = np.concatenate(tables)[:, 2]
     sending, receiving = link_seconds(crossings(sources, destinations, topology), np.concatenate(nbytes), topology)
     nics = len(topology.nic_send_rates)
     return sending[:nics], receiving[:nics]
@@ -235,11 +259,13 @@ class MessageColumns(NamedTuple):
         links: of their chains.
         chunk_counts: (messages,).
         chunk_nbytes: (chunks,), bytes of every chunk, message after message.
+        in_one_call: (messages,), see Message.
     """
 
     links: ChainLinks
     chunk_counts: np.ndarray
     chunk_nbytes: np.ndarray
+    in_one_call: np.ndarray
 
     @classmethod
     def of(cls, messages: Sequence[Message]) -> "MessageColumns":
@@ -253,10 +279,11 @@ class MessageColumns(NamedTuple):
                 cuts, of_each = messages.cuts(), counts[several]
                 ahead = np.arange(of_each.sum()) - offsets_of(of_each)[:-1].repeat(of_each)
                 nbytes[spread(offsets_of(counts), several)] = cuts.nbytes[cuts.first[several].repeat(of_each) + ahead]
-            return cls(messages.links, counts, nbytes)
+            return cls(messages.links, counts, nbytes, np.zeros(len(counts), bool))
         sizes = [_nbytes_of(message) for message in messages]
         links = ChainLinks.of([message.chain for message in messages], [message.parents for message in messages])
-        return cls(links, numbers(map(len, sizes), len(sizes)), numbers(chain.from_iterable(sizes)))
+        in_one_call = np.array([message.in_one_call for message in messages], bool)
+        return cls(links, numbers(map(len, sizes), len(sizes)), numbers(chain.from_iterable(sizes)), in_one_call)
 
     @classmethod
     def _joined(cls, groups: Sequence["MessageColumns"]) -> "MessageColumns":
@@ -268,8 +295,8 @@ class MessageColumns(NamedTuple):
             np.concatenate([group.links.destinations for group in groups]),
             np.concatenate([group.links.firsts + first for group, first in zip(groups, rows, strict=True)]),
         )
-        counts, nbytes = (np.concatenate([group[field] for group in groups]) for field in (1, 2))
-        return cls(links, counts, nbytes)
+        counts, nbytes, in_one_call = (np.concatenate([group[field] for group in groups]) for field in (1, 2, 3))
+        return cls(links, counts, nbytes, in_one_call)
 
     @property
     def hops(self) -> int:

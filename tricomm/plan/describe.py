@@ -172,6 +172,8 @@ def _describe_move(move: Move, title: str, balance: str) -> list[str]:
     ]
     for message in move.messages[:MAX_ROWS]:
         arrow = " -> ".join(format_ranks([rank]) for rank in message.chain)
+        if message.in_one_call:
+            arrow = f"{format_ranks(message.chain[:1])} => {format_ranks(message.chain[1:])}"
         chunks = len(message.chunks)
         first = format_region(message.chunks[0][0].region)
         more = sum(len(chunk) for chunk in message.chunks) - 1

@@ -28,7 +28,7 @@ from tricomm.plan.product.move import ProductMove
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.joined import Routes, joined
 from tricomm.plan.routes.searched import WORTH_SAYING, check_search, deliveries_of, kept
-from tricomm.plan.routes.strategies import Auto, SendRecv, Strategy
+from tricomm.plan.routes.strategies import Auto, Broadcast, SendRecv, Strategy, candidates_on
 from tricomm.plan.senders.policy import Assignment, Naive, SenderPolicy
 from tricomm.plan.senders.split import Split
 from tricomm.plan.stacks import Item, Stack, alike, stacks_of_moves
@@ -173,6 +173,8 @@ class _Draft:
     def is_large(self) -> bool:
         """Whether so many ranks take part that each works out its own part alone where it can."""
         auto = self.strategy if isinstance(self.strategy, Auto) else Auto()
+        if isinstance(self.strategy, Broadcast) and self.strategy.one_call:
+            return False  # all ranks must know in which order communicators are made
         return len(self.participants) > auto.search_up_to
 
     @property
@@ -277,7 +279,7 @@ class _Draft:
         # Text of all ranks and hosts, which takes long to write.
         key = repr((PLANNER_VERSION, numbers, self.stacks, self.strategy, self.balance, self.topology))
         key += repr((self.participants, self.staging_nbytes))
-        return kept(cache, key, Auto().candidates, lambda: self._best(numbers, chosen, None))
+        return kept(cache, key, candidates_on(Auto(), self.topology), lambda: self._best(numbers, chosen, None))
 
     def _best(self, numbers: Sequence[int], chosen: Sequence[Tasks], rank: int | None) -> Routes:
         """The best of the strategies, given the tasks."""
@@ -286,7 +288,7 @@ class _Draft:
         if not isinstance(self.strategy, Auto):
             strategies = (self.strategy,)
         elif any(map(_multicasts, chosen)):
-            strategies = self.strategy.candidates
+            strategies = candidates_on(self.strategy, self.topology)
         else:
             strategies = (SendRecv(),)
         best: Candidate | None = None

@@ -53,12 +53,14 @@ class Transfer(NamedTuple):
         key: (message, chunk): a relay sends the chunk that it received under the same key.
         nbytes: of the chunk.
         regions: how the chunk lies in the local tensors; empty for a relayed send.
+        group: if the chunk goes to several ranks in one call, its sender and those; see ``plan.routes.one_call``.
     """
 
     peer: int
     key: tuple[int, int]
     nbytes: int
     regions: tuple[PackedRegion, ...]
+    group: tuple[int, ...] = ()
 
 
 class TransferColumns(NamedTuple):
@@ -349,7 +351,8 @@ def _chunks(
         packed: tuple[PackedRegion, ...] = ()
         if holdings is not None and sender in (None, message.chain[0]):
             packed = _packed(message.chunks[key[1]], holdings, sender is not None)
-        transfers.append(Transfer(peer, key, message.chunk_nbytes(key[1]), packed))
+        group = message.chain if message.in_one_call else ()
+        transfers.append(Transfer(peer, key, message.chunk_nbytes(key[1]), packed, group))
     return tuple(transfers)
 
 

@@ -89,6 +89,10 @@ class DeviceBackend(Protocol):
         """Receive, within a group."""
         ...
 
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> Any:
+        """Bring the tensor of the rank that the options name to all others."""
+        ...
+
     def abort(self) -> None:
         """End whatever waits, on this rank; may wait for other kernels of the device to end."""
         ...
@@ -175,6 +179,18 @@ class Cuda:
 
 
 CUDA: Accelerator = Cuda()
+
+
+def prefixed(store: Any, name: str) -> Any:
+    """A part of a store."""
+    return dist.PrefixStore(name, store)
+
+
+def broadcast_options(root: int) -> Any:
+    """What a backend is told of a broadcast from a rank."""
+    options: Any = dist.BroadcastOptions()
+    options.rootRank = root
+    return options
 
 
 def accelerator_of(device: torch.device) -> Accelerator | None:

@@ -18,12 +18,15 @@ class Operation(NamedTuple):
         buffer: 1-d contiguous uint8, never empty; it belongs to the transport until the work is done.
         runs: the same bytes where they are in the rank's own tensors, in place of the buffer, which is then neither
             packed before nor unpacked after; only where the transport takes them, see ``in_place``.
+        group: if the bytes go from one rank to several at once, that one and those: a transport that can may carry out
+            all operations of a group in a round by one call of its own.
     """
 
     is_send: bool
     peer: int
     buffer: torch.Tensor
     runs: Runs | None = None
+    group: tuple[int, ...] = ()
 
 
 Directions = frozenset[tuple[bool, int]]
@@ -150,6 +153,17 @@ class Connections(Protocol):
         """All ranks are connected: give back what only connecting needed."""
         ...
 
+    def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
+        """From now on carry out operations of these groups by one call each, if it has such; of no others.
+
+        Args:
+            groups: each with its sender first; the same, in the same order, on all ranks that are connected.
+
+        Raises:
+            ConnectionLostError: ranks of a group could not be connected.
+        """
+        ...
+
     def abort(self) -> None:
         """Wake whoever waits for this rank, and this rank if it waits. May be called from any thread, again too."""
         ...
@@ -179,6 +193,9 @@ class NoConnections:
         """See Connections."""
 
     def connected(self) -> None:
+        """See Connections."""
+
+    def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
         """See Connections."""
 
     def abort(self) -> None:

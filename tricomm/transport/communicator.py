@@ -180,6 +180,13 @@ class Communicator:
                 self.wait(work)
             self.run.behind = None
 
+    def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
+        """See Connections."""
+        try:
+            self.connections.gather(groups)
+        except ConnectionLostError as error:
+            raise self.lost(error.peer, error) from error
+
     def exchange(self, operations: Iterable[Operation]) -> None:
         """Post operations and wait for all of them."""
         for work in self.post(operations):

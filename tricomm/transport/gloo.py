@@ -152,7 +152,7 @@ class GlooConnections:
         here, index, backends = self._rank, self._index, self._backends
         works: list[tuple[int, Any]] = []
         # Packing happens as the iterable is read, outside of what counts as the peer's failure.
-        for is_send, peer, buffer, _ in operations:
+        for is_send, peer, buffer, _, _ in operations:
             # One backend for messages up in rank and one for those down.
             backend = backends[is_send == (peer > here)]
             try:
@@ -167,6 +167,9 @@ class GlooConnections:
     def connected(self) -> None:
         """See Connections."""
         self._store.close()
+
+    def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
+        """See Connections: a tree of messages is no faster than these."""
 
     def abort(self) -> None:
         """See Connections. gloo has no call for it, but a receive that times out closes its pair on both sides."""

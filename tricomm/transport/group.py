@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from tricomm.errors import ArgumentError, SpecError
+from tricomm.layout.topology import Topology
+from tricomm.plan.routes.strategies import Auto
 from tricomm.transport.accelerator import Accelerator, accelerator_of, device_here
 from tricomm.transport.channel import Channel
 from tricomm.transport.coordination.coordinator import Coordinator
@@ -21,6 +24,14 @@ MAX_KEPT = 256
 
 MAX_COUNTED = 1 << 16
 """Resharders are counted for so many layouts and names, those that were made last."""
+
+
+NCCL_HOP_SECONDS = 14e-6
+"""NCCL's own figure for a step of a ring between hosts (ring, simple protocol, network: hwLat in src/graph/tuning.cc of
+2.28), the largest of its protocols. On one GPU shared by ranks no such figure can be measured; see bench/README.md."""
+
+MOST_PLANNED_TOGETHER = Auto().search_up_to
+"""With more ranks each plans its own part, and does not know all groups."""
 
 
 class GroupContext(Coordinator):
@@ -52,6 +63,16 @@ class GroupContext(Coordinator):
                     self, participants, device, name, self._devices, self.accelerator_of(device)
                 )
             return channel
+
+    def topology_with_calls(
+        self, topology: Topology | None, participants: tuple[int, ...], device: torch.device
+    ) -> Topology | None:
+        """The topology of a plan whose ranks can broadcast in one call, if those of this device can."""
+        is_said = topology is not None and topology.multicast_hop_seconds is not None
+        if is_said or len(participants) > MOST_PLANNED_TOGETHER or self.accelerator_of(device) is None:
+            return topology
+        topology = topology or Topology.flat(participants[-1] + 1)
+        return replace(topology, multicast_hop_seconds=NCCL_HOP_SECONDS)
 
     def count(self, digest: str) -> int:
         """Return how many Resharders of this layout and name were made on this rank, this one included."""

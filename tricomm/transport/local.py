@@ -1,10 +1,11 @@
 """All ranks in one process, on one thread: the specification of the real transports.
 
-Nothing is forgiven here that a real network might not forgive. A send is done only when its receive has been
-posted and the bytes have been copied. Bytes are copied as late as possible, when no rank can go on, so a buffer
-that is reused too early shows. With ``grouped`` (as on an NCCL stream) a rank's operations of one round start
-together, and only when all those of its earlier rounds are done. With ``reads`` (as between ranks of one host) bytes
-move only when the receiving rank waits for them, however late that is.
+Nothing is forgiven here that a real network might not forgive. A send is done only when its receive has been posted
+and the bytes have been copied; what goes to several ranks in one call crosses only when all have come to it. Bytes are
+copied as late as possible, when no rank can go on, so a buffer that is reused too early shows. With ``grouped`` (as on
+an NCCL stream) a rank's operations of one round start together, and only when all those of its earlier rounds are done.
+With ``reads`` (as between ranks of one host) bytes move only when the receiving rank waits for them, however late that
+is.
 """
 
 from collections import deque
@@ -73,9 +74,11 @@ class LocalNetwork:
                     else:
                         receives.setdefault((peer, rank), deque()).append(work)
         moved = False
+        come = {(work.operation.group, pair[1]) for pair, queue in receives.items() for work in queue}
         for pair in sends.keys() & receives.keys():
             for send, receive in zip(sends[pair], receives[pair], strict=False):
-                if not self.reads or receive in awaited:
+                group = send.operation.group
+                if receive in awaited if self.reads else all((group, rank) in come for rank in group[1:]):
                     self._copy(pair, send, receive)
                     moved = True
         for queue in self.queues.values():

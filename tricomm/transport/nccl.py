@@ -11,17 +11,25 @@ import threading
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 
-from tricomm.transport.accelerator import Accelerator, DeviceBackend, DeviceWork, Event, await_event
-from tricomm.transport.base import ConnectionLostError, GroupLostError, Operation
+from tricomm.transport.accelerator import (
+    Accelerator,
+    DeviceBackend,
+    DeviceWork,
+    await_event,
+    broadcast_options,
+    prefixed,
+)
+from tricomm.transport.base import ConnectionLostError, Operation
+from tricomm.transport.device.run import DeviceRun
+from tricomm.transport.device.subgroups import Subgroups
 
 LOG = logging.getLogger("tricomm")
 DEPTH = (0, 2)
@@ -36,81 +44,6 @@ MOST_CONNECTIONS = 16
 """torch has 32 streams of high priority on a device, which it gives out in turn; each of these takes two."""
 
 GIVE_BACK_PAUSE_SECONDS = 0.05
-
-
-class DeviceRun:
-    """See Pending. The thread that runs appends to it, the monitor's thread takes away what is done.
-
-    Args:
-        accelerator: of the device.
-        device: on whose current stream it begins.
-        before: the run that it follows.
-    """
-
-    def __init__(self, accelerator: Accelerator, device: torch.device, before: "DeviceRun | None" = None) -> None:
-        self._accelerator = accelerator
-        self._device = device
-        if before is not None and before._end is not None:
-            # Both use the same staging, and perhaps not the same stream.
-            accelerator.current_stream(device).wait_event(before._end)
-        self._begin: Event | None = self._here()
-        self._end: Event | None = None
-        self._groups: deque[tuple[tuple[int, ...], DeviceWork]] = deque()
-        self._posting: tuple[int, ...] = ()
-        self._lock = threading.Lock()
-
-    def _here(self) -> Event:
-        event: Event = self._accelerator.current_stream(self._device).record_event()
-        return event
-
-    @contextmanager
-    def posting(self, peers: tuple[int, ...]) -> Iterator[None]:
-        """Surround what may wait for ranks on the host: NCCL connects a pair when it is first used."""
-        self._posting = peers
-        try:
-            yield
-        finally:
-            self._posting = ()
-
-    def append(self, peers: tuple[int, ...], work: DeviceWork) -> None:
-        """Add a group that was queued, with the ranks that it is exchanged with."""
-        self._groups.append((peers, work))
-
-    def close(self) -> None:
-        """See Pending."""
-        self._end = self._here()
-
-    def is_over(self) -> bool:
-        """Whether the device has done all of it."""
-        return self._end is not None and self._end.query()
-
-    def is_begun(self) -> bool:
-        """See Pending."""
-        if self._begin is not None and self._begin.query():
-            self._begin = None
-        return self._begin is None
-
-    def awaited(self) -> tuple[int, ...] | None:
-        """See Pending."""
-        with self._lock:
-            while self._groups:
-                peers, work = self._groups[0]
-                try:
-                    if not work.is_completed():
-                        return peers
-                    work.wait()
-                except RuntimeError as error:
-                    raise GroupLostError(peers, error) from error
-                self._groups.popleft()
-        if self._posting:
-            return self._posting
-        return None if self.is_over() else ()
-
-    def join(self, is_aborted: Callable[[], bool]) -> None:
-        """See Connections. Where a connection is lost nothing ever comes; who is at fault the monitor finds out, which
-        then aborts.
-        """
-        await_event(self._here(), is_aborted)
 
 
 class NcclConnections:
@@ -146,8 +79,14 @@ class NcclConnections:
         self._device = device
         self.run: DeviceRun | None = None
         _warn(self, accelerator, device)
-        self.backend = connect(accelerator, store, index[rank], len(index), device, timedelta(seconds=timeout_seconds))
-        self._release = weakref.finalize(self, _give_back_later, self.backend, device)
+        self._rank, self._store, self._timeout = rank, store, timedelta(seconds=timeout_seconds)
+        self.backend = connect(accelerator, store, index[rank], len(index), device, self._timeout)
+        self._backends = [self.backend]
+        """Of all ranks, and of groups of them; also one that connects."""
+        self._subgroups = Subgroups(rank, tuple(sorted(index)), self.backend)
+        self._order: Any = None
+        """A stream on which groups of several communicators follow each other."""
+        self._release = weakref.finalize(self, _give_back_later, self._backends, device)
         self._release.atexit = False
 
     @property
@@ -170,19 +109,80 @@ class NcclConnections:
         self.run.join(is_aborted)
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
-        """See Connections; the plan keeps a round under 256 operations."""
-        group = list(operations)
-        if not group:
-            return []
+        """See Connections; the plan keeps a round under 256 operations.
+
+        Messages go first, then what goes to several ranks in one call, in the order of the groups: all ranks queue
+        whatever they have in common in the same order, also if that is of several communicators.
+        """
+        given = list(operations)
+        together = {one.group: one for one in given if one.group and self._subgroups.backend_of(one.group)}
+        messages = [one for one in given if one.group not in together]
+        work: DeviceWork | None = None
+        works: dict[tuple[int, ...], DeviceWork] = {}
+        if messages:
+            peers = tuple(dict.fromkeys(operation.peer for operation in messages))
+            work = self._queued(
+                peers, partial(post_group, self._accelerator, self.backend, self._device, self._index, messages)
+            )
+        for group in sorted(together):
+            found = self._subgroups.backend_of(group)
+            assert found is not None
+            backend, root = found
+            peers = tuple(rank for rank in group if rank != self._rank)
+            buffer = together[group].buffer
+            works[group] = self._queued(
+                peers, partial(post_broadcast, self._accelerator, backend, self._device, root, buffer)
+            )
+        return [(one.peer, works.get(one.group, work)) for one in given]
+
+    def _queued(self, peers: tuple[int, ...], post: Callable[[], DeviceWork]) -> DeviceWork:
+        """Queue what is exchanged with some ranks, after what was queued before on any communicator."""
         assert self.run is not None
-        peers = tuple(dict.fromkeys(operation.peer for operation in group))
         try:
             with self.run.posting(peers):
-                work = post_group(self._accelerator, self.backend, self._device, self._index, group)
+                if self._order is None:
+                    work = post()
+                else:
+                    self._order.wait_event(self._accelerator.current_stream(self._device).record_event())
+                    with self._accelerator.on_stream(self._order):
+                        work = post()
+                        work.synchronize()
         except RuntimeError as error:
             raise ConnectionLostError(None, error) from error
         self.run.append(peers, work)
-        return [(operation.peer, work) for operation in group]
+        return work
+
+    def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
+        """See Connections."""
+        try:
+            self._subgroups.require(groups, self._connected, self._dropped)
+        except RuntimeError as error:
+            raise ConnectionLostError(None, error) from error
+        if self._order is None and self._subgroups.are_there:
+            self._order = self._accelerator.new_stream(self._device)
+
+    def _connected(self, number: int, ranks: tuple[int, ...]) -> DeviceBackend:
+        """A communicator of some ranks, this one among them.
+
+        While NCCL connects nothing ends the wait for a rank that does not come; so all come to the store first.
+        """
+        assert self.run is not None
+        store, keys = prefixed(self._store, f"group {number}"), [f"here/{rank}" for rank in ranks]
+        with self.run.posting(tuple(rank for rank in ranks if rank != self._rank)):
+            store.set(f"here/{self._rank}", "1")
+            await_event(_Come(store, keys), lambda: not self._release.alive)
+            if self._release.alive:
+                index, size = ranks.index(self._rank), len(ranks)
+                backend = connect(
+                    self._accelerator, store, index, size, self._device, self._timeout, self._backends.append
+                )
+        if not self._release.alive:
+            raise RuntimeError(f"aborted while ranks {list(ranks)} connected")
+        return backend
+
+    def _dropped(self, backend: DeviceBackend) -> None:
+        self._backends.remove(backend)
+        _give_back_later([backend], self._device)
 
     @staticmethod
     def wait(work: DeviceWork, limit: timedelta) -> None:
@@ -197,7 +197,20 @@ class NcclConnections:
         other communicators, too, have been aborted.
         """
         if self._release.detach() is not None:
-            threading.Thread(target=_abort, args=(self.backend,), name="tricomm-abort", daemon=True).start()
+            for backend in self._backends:
+                threading.Thread(target=_abort, args=(backend,), name="tricomm-abort", daemon=True).start()
+
+
+class _Come(NamedTuple):
+    """Whether ranks have come: an event on a store."""
+
+    store: Any
+    keys: list[str]
+
+    def query(self) -> bool:
+        """See Event."""
+        there: bool = self.store.check(self.keys)
+        return there
 
 
 class AliveConnections:
@@ -245,8 +258,8 @@ def _warn(connections: NcclConnections, accelerator: Accelerator, device: torch.
         )
 
 
-def _give_back_later(backend: DeviceBackend, device: torch.device) -> None:
-    """Give a communicator back, on a thread of its own, when no other one has anything under way on the device.
+def _give_back_later(backends: Sequence[DeviceBackend], device: torch.device) -> None:
+    """Give communicators back, on a thread of its own, when no other one has anything under way on the device.
 
     Who frees its memory waits for all kernels of the device, receives too, and lets nobody else launch any meanwhile.
     The thread that drops the last reference may be the monitor's, or one that is about to send.
@@ -255,10 +268,11 @@ def _give_back_later(backend: DeviceBackend, device: torch.device) -> None:
     def give_back() -> None:
         while not all(one.is_idle for one in _alive().on(device)):
             time.sleep(GIVE_BACK_PAUSE_SECONDS)
-        try:
-            backend.shutdown()
-        except RuntimeError as error:
-            LOG.info("while NCCL was shut down: %s", error)
+        for backend in backends:
+            try:
+                backend.shutdown()
+            except RuntimeError as error:
+                LOG.info("while NCCL was shut down: %s", error)
 
     threading.Thread(target=give_back, name="tricomm-give-back", daemon=True).start()
 
@@ -271,7 +285,13 @@ def _abort(backend: DeviceBackend) -> None:
 
 
 def connect(
-    accelerator: Accelerator, store: Any, rank: int, size: int, device: torch.device, timeout: timedelta
+    accelerator: Accelerator,
+    store: Any,
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout: timedelta,
+    note: Callable[[DeviceBackend], None] | None = None,
 ) -> DeviceBackend:
     """A backend whose communicator stands; returns when every rank has come.
 
@@ -281,12 +301,15 @@ def connect(
         rank, size: among these ranks.
         device: this rank's, with its index.
         timeout: for connecting.
+        note: told of the backend before it connects.
 
     Raises:
         RuntimeError: torch's; a rank did not come, or NCCL could not connect.
     """
     with _without_watchdog():
         backend = accelerator.new_backend(store, rank, size, timeout)
+    if note is not None:
+        note(backend)
     # A first collective would do it too, but does not say when the others are there, and its buffers would stay.
     backend.eager_connect_single_device(device)
     return backend
@@ -335,7 +358,7 @@ def post_group(
     with accelerator.on_device(device):
         backend._start_coalescing()
         try:
-            for is_send, peer, buffer, _ in operations:
+            for is_send, peer, buffer, *_ in operations:
                 (backend.send if is_send else backend.recv)([buffer], index[peer], 0)
         except BaseException:
             # NCCL counts open groups in each thread: with one left open, nothing that is called later would start.
@@ -345,4 +368,24 @@ def post_group(
                 backend._group_end()  # torch leaves it open where NCCL refused an operation in it
             raise
         work: DeviceWork = backend._end_coalescing()
+        return work
+
+
+def post_broadcast(
+    accelerator: Accelerator, backend: DeviceBackend, device: torch.device, root: int, buffer: torch.Tensor
+) -> DeviceWork:
+    """Queue a broadcast on the current stream; torch's work for it.
+
+    Args:
+        accelerator: of the device.
+        backend: of ``connect``.
+        device: where the buffer is.
+        root: the rank in the backend whose bytes go to all others.
+        buffer: 1-d contiguous, of as many bytes on all ranks.
+
+    Raises:
+        RuntimeError: torch's; the backend is of no more use.
+    """
+    with accelerator.on_device(device):
+        work: DeviceWork = backend.broadcast([buffer], broadcast_options(root))
         return work

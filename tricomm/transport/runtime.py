@@ -21,7 +21,7 @@ from tricomm.packing.arithmetic import Reducer
 from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, TorchCopies, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors, tensors_of_rank
-from tricomm.packing.selection import Planned
+from tricomm.packing.selection import Planned, groups_of
 from tricomm.packing.views import ItemViews
 from tricomm.transport.base import NOWHERE, Directions, Operation, Transport, Work
 from tricomm.transport.tally import Steps, Tally
@@ -91,16 +91,16 @@ def schedule(binding: Binding, is_last: bool) -> Bound:
         relayed, receives, sends = list[int](), list[Operation](), list[Send]()
         ended: list[tuple[int, tuple[Completion, ...]]] = [] if index else [(-1, _local_of(binding))]
         if index < count:
-            relayed += sorted({arrivals[one.key] for one in program.sends[index] if one.relay} - awaited)
+            # What several get in one call was not received: it is what the first of these sends packs.
+            keys = (one.key for one in program.sends[index] if one.relay and one.key in arrivals)
+            relayed += sorted({arrivals[key] for key in keys} - awaited)
             awaited.update(relayed)
             for early in range(len(received), min(index + program.receives_ahead + 1, count)):
                 received.append([next(numbers) for _ in program.receives[early]])
                 arrivals.update(zip((one.key for one in program.receives[early]), received[early], strict=True))
-                receives += (Operation(False, one.peer, one.buffer, one.runs) for one in binding.receives[early])
+                receives += (_operation(False, one) for one in binding.receives[early])
             sent.append([next(numbers) for _ in program.sends[index]])
-            sends += (
-                (Operation(True, one.peer, one.buffer, one.runs), _run_of(one.copies)) for one in binding.sends[index]
-            )
+            sends += ((_operation(True, one), _run_of(one.copies)) for one in binding.sends[index])
         done = index - program.rounds_open
         if 0 <= done < count:
             of_receives = zip(received[done], binding.receives[done], strict=True)
@@ -113,6 +113,10 @@ def schedule(binding: Binding, is_last: bool) -> Bound:
             steps[-1] = steps[-1]._replace(ended=(*steps[-1].ended, *ended))
     counts = _counted(binding.sends), _counted(binding.receives)
     return Bound(tuple(steps), *counts, int(is_last))
+
+
+def _operation(is_send: bool, one: BoundTransfer) -> Operation:
+    return Operation(is_send, one.peer, one.buffer, one.runs, one.group)
 
 
 def _counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
@@ -211,6 +215,7 @@ class PlanExecution:
         self.plan = plan
         self._rank = rank
         self.programs = plan.for_rank(rank)
+        self.groups = groups_of(plan)
         self.tally = Tally()
         self._progress = progress
         self._holdings = RankHoldings.of(plan, rank)

@@ -275,6 +275,7 @@ class Session:
         is_complete = False
         try:
             communicator.catch_up()
+            communicator.gather(execution.groups)
             for work in execution.steps(sources, destinations, channel.staging, communicator):
                 communicator.wait(work)
             if self._confirm:

@@ -87,6 +87,8 @@ class ProductMove:
             return None
         if not isinstance(strategy, Auto | SendRecv | Broadcast | GlobalAllGather):
             return None
+        if isinstance(strategy, Broadcast) and strategy.one_call:
+            return None
         sending, receiving = nics_of(source.mesh, topology), nics_of(destination.mesh, topology)
         first, second = grid_of(source), grid_of(destination)
         if first is None or second is None or sending is None or receiving is None:

@@ -6,7 +6,7 @@ hop; a relay forwards a chunk once it has it. A message to one receiver is a cha
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import NamedTuple
 
@@ -61,6 +61,8 @@ class Message:
         chain: the sender, then the receivers in the order in which they receive and forward.
         chunks: in the order of sending.
         parents: of each receiver, the place in ``chain`` of the rank from which it receives; None is the one before it.
+        in_one_call: whether each chunk goes from the sender to all others at once, by a broadcast where the ranks'
+            transport has such; elsewhere the sender sends it to each of them.
 
     Example:
         >>> chunks = ((Part(0, 4, (((0, 4),),)),), (Part(0, 4, (((4, 6),),)),))
@@ -72,6 +74,12 @@ class Message:
     chain: tuple[int, ...]
     chunks: Sequence[Chunk]
     parents: tuple[int, ...] | None = field(default=None, repr=False)
+    in_one_call: bool = field(default=False, repr=False)
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The rank from which each receiver hears, in the order of the chain."""
+        return self.chain[:-1] if self.parents is None else tuple(self.chain[place] for place in self.parents)
 
     def chunk_nbytes(self, index: int) -> int:
         """Count the bytes of one chunk."""
@@ -88,6 +96,14 @@ class Message:
     def numel(self) -> int:
         """Count the elements of the message, each once."""
         return sum(part.numel for chunk in self.chunks for part in chunk)
+
+
+def in_one_call(message: Message) -> Message:
+    """The same message to all receivers at once, if there are several and not too many."""
+    receivers = len(message.chain) - 1
+    if not 1 < receivers <= MAX_PEERS_PER_ROUND:
+        return message
+    return replace(message, parents=(0,) * receivers, in_one_call=True)
 
 
 Grouped = PartGroups | tuple[tuple[Part, ...], ...]
@@ -299,8 +315,13 @@ PartsByChain = Mapping[tuple[int, ...], Sequence[Part]]
 """What travels along each chain of ranks."""
 
 
-def chained(by_chain: PartsByChain, chunk_bytes: int | None, context: RouteContext) -> tuple[Message, ...]:
-    """Make messages with chunks of a size that makes the plan fast, or of ``chunk_bytes`` if that is given."""
+def chained(
+    by_chain: PartsByChain, chunk_bytes: int | None, context: RouteContext, *, fills: bool = True
+) -> tuple[Message, ...]:
+    """Make messages with chunks of a size that makes the plan fast, or of ``chunk_bytes`` if that is given.
+
+    ``fills`` says that a chain has to be filled, for which small chunks are good.
+    """
     if chunk_bytes is not None:
         return messages_of(by_chain, chunk_bytes)
     if not by_chain:
@@ -312,7 +333,8 @@ def chained(by_chain: PartsByChain, chunk_bytes: int | None, context: RouteConte
     limit = context.chunk_limit_nbytes(min(per_rank, MAX_PEERS_PER_ROUND))
     by_chain = {chain: in_order(parts) for chain, parts in by_chain.items()}
     nbytes = numbers(map(nbytes_of, by_chain.values()), len(by_chain))
-    return messages(by_chain, nbytes, _chunk_count(links, nbytes, per_rank, context.topology), limit)
+    count = _chunk_count(links, nbytes, per_rank, context.topology) if fills else 1
+    return messages(by_chain, nbytes, count, limit)
 
 
 def _chunk_count(links: ChainLinks, nbytes: np.ndarray, per_rank: int, topology: Topology) -> int:

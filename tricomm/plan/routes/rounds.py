@@ -135,8 +135,10 @@ def _distances(senders: np.ndarray, receivers: np.ndarray, participants: Sequenc
 
 def _chained_hops(messages: Sequence[Message], topology: Topology) -> np.ndarray:
     counts = numbers((len(message.chunks) for message in messages), len(messages))
-    links = ChainLinks.of([message.chain for message in messages])
-    after = _after_first(links, topology) + numbers(_first_fit(messages), len(messages))[links.chain] * BATCH_STRIDE
+    links = ChainLinks.of([message.chain for message in messages], [message.parents for message in messages])
+    at_once = numbers((message.in_one_call for message in messages), len(messages))[links.chain]
+    batch = numbers(_first_fit(messages), len(messages))[links.chain]
+    after = np.where(at_once, 0, _after_first(links, topology)) + batch * BATCH_STRIDE
     of_link = counts[links.chain]
     link = np.repeat(np.arange(len(of_link)), of_link)
     chunk = np.arange(len(link)) - offsets_of(of_link)[link]
@@ -178,12 +180,12 @@ def _first_fit(messages: Sequence[Message]) -> list[int]:
     receives: dict[tuple[int, int], int] = {}
     batches: list[int] = []
     for message in messages:
-        batch = 0
-        while any(sends.get((batch, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[:-1]) or any(
+        batch, most = 0, MAX_PEERS_PER_ROUND - (len(message.sources) - 1 if message.in_one_call else 0)
+        while any(sends.get((batch, rank), 0) >= most for rank in message.sources) or any(
             receives.get((batch, rank), 0) >= MAX_PEERS_PER_ROUND for rank in message.chain[1:]
         ):
             batch += 1
-        for counts, ranks in ((sends, message.chain[:-1]), (receives, message.chain[1:])):
+        for counts, ranks in ((sends, message.sources), (receives, message.chain[1:])):
             for rank in ranks:
                 counts[batch, rank] = counts.get((batch, rank), 0) + 1
         batches.append(batch)

@@ -14,7 +14,7 @@ from tricomm.plan.routes.joined import Routes
 from tricomm.plan.routes.rounds import Hop, Hops, hop_table
 from tricomm.plan.routes.strategies import Strategy
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 COLUMNS = ("messages", "chains", "parents", "chunks", "parts", "dims", "intervals")
 """What each message, chain, and so on is, in order: see :func:`written`."""
@@ -31,7 +31,7 @@ def written(routes: Routes, key: str, strategies: Sequence[Strategy]) -> bytes:
     columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
     for message in routes.messages:
         parents = message.parents or ()
-        columns["messages"] += (len(message.chain), len(parents), len(message.chunks))
+        columns["messages"] += (len(message.chain), len(parents), len(message.chunks), message.in_one_call)
         columns["chains"] += message.chain
         columns["parents"] += parents
         for chunk in message.chunks:
@@ -87,12 +87,13 @@ def _messages(arrays: Mapping[str, np.ndarray]) -> Iterator[Message]:
             region = [tuple([(next(interval), next(interval)) for _ in range(next(dim))]) for _ in range(dims)]
             yield Part(stack, itemsize, tuple(region))
 
-    for _ in range(len(arrays["messages"]) // 3):
-        ranks, parents, chunks = taken(shape, 3)
+    for _ in range(len(arrays["messages"]) // 4):
+        ranks, parents, chunks, is_one_call = taken(shape, 4)
         yield Message(
             taken(chain, ranks),
             tuple([tuple(parts(next(chunk))) for _ in range(chunks)]),
             taken(parent, parents) or None,
+            bool(is_one_call),
         )
 
 

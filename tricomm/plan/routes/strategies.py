@@ -15,10 +15,19 @@ import numpy as np
 from tricomm.errors import ArgumentError, check_count
 from tricomm.kinds import explains_missing
 from tricomm.layout.columns import Groups
+from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.network.hosts import by_host, grouped
 from tricomm.plan.parts import Part, PartGroups, in_order
-from tricomm.plan.routes.chunks import Message, PairColumns, PartsByChain, RouteContext, chained, unicast
+from tricomm.plan.routes.chunks import (
+    Message,
+    PairColumns,
+    PartsByChain,
+    RouteContext,
+    chained,
+    in_one_call,
+    unicast,
+)
 from tricomm.plan.routes.cuts import even_parts
 from tricomm.plan.senders.policy import Assignment, DirectAssignments
 
@@ -249,6 +258,9 @@ class Broadcast(_Chained):
 
     Args:
         chunk_bytes: size of a chunk; None weighs the time to fill the chain against what a chunk costs.
+        one_call: have each chunk broadcast by one call of NCCL, in a communicator of its sender and receivers that is
+            made in the first call and kept (eight of a channel). For few bytes to many ranks on several hosts; Auto
+            takes it where it should be faster. Without NCCL the sender sends to each.
 
     Example:
         >>> from tricomm import Broadcast, Mesh, ShardingSpec, Topology, make_plan
@@ -260,7 +272,38 @@ class Broadcast(_Chained):
         [(0, 1, 2, 3, 4)]
         >>> [chunk[0].region for chunk in move.messages[0].chunks][:2]  # each chunk is one region of one dim
         [(((0, 262144),),), (((262144, 524288),),)]
+        >>> move = make_plan(one, four, topology=hosts, strategy=Broadcast(one_call=True)).moves[0]
+        >>> [(hop.source, hop.destination) for hop in move.hops], len({hop.round for hop in move.hops})
+        ([(0, 1), (0, 2), (0, 3), (0, 4)], 1)
     """
+
+    one_call: bool = False
+
+    def __post_init__(self) -> None:
+        _Chunked.__post_init__(self)
+        if not isinstance(self.one_call, bool):
+            raise ArgumentError(f"one_call={self.one_call!r} must be True or False; leave it out for a chain")
+
+    def __repr__(self) -> str:
+        return f"Broadcast(chunk_bytes={self.chunk_bytes}{', one_call=True' if self.one_call else ''})"
+
+    def route(self, assignments: Sequence[Assignment], context: RouteContext) -> Sequence[Message]:
+        """See Strategy.
+
+        >>> from tricomm import Topology
+        >>> assignment = Assignment(0, (2, 1), (Part(0, 4, (((0, 8),),)),))
+        >>> context = RouteContext(Topology.flat(3), 2, 1 << 20)
+        >>> [(message.chain, message.sources) for message in Broadcast(one_call=True).route([assignment], context)]
+        [((0, 1, 2), (0, 0))]
+        """
+        if not self.one_call or isinstance(assignments, DirectAssignments):
+            return _Chained.route(self, assignments, context)
+        if all(len(assignment.receivers) == 1 for assignment in assignments):
+            return _Chained.route(self, assignments, context)
+        by_chain: dict[tuple[int, ...], list[Part]] = {}
+        for assignment in assignments:
+            by_chain.setdefault((assignment.sender, *sorted(assignment.receivers)), []).extend(assignment.parts)
+        return tuple(map(in_one_call, chained(by_chain, self.chunk_bytes, context, fills=False)))
 
     @property
     def fan_out(self) -> FanOut:
@@ -337,6 +380,16 @@ class Auto:
         ['SendRecv', 'Broadcast', 'LocalAllGather', 'GlobalAllGather']
         """
         return SendRecv(), Broadcast(), LocalAllGather(), GlobalAllGather()
+
+
+def candidates_on(auto: Auto, topology: Topology) -> tuple[Strategy, ...]:
+    """List those that Auto compares on a topology, on which a broadcast may be one call.
+
+    >>> candidates_on(Auto(), Topology(["a", "b"], multicast_hop_seconds=1e-6))[-1]
+    Broadcast(chunk_bytes=None, one_call=True)
+    """
+    more = () if topology.multicast_hop_seconds is None else (Broadcast(one_call=True),)
+    return *auto.candidates, *more
 
 
 def _ring(by_chain: dict[tuple[int, ...], list[Part]], assignment: Assignment, ranks: Sequence[int]) -> None:

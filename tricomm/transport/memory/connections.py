@@ -46,7 +46,7 @@ class HostConnections:
         """See Connections."""
         works: list[tuple[int, Any]] = []
         for operation in operations:
-            is_send, peer, _, _ = operation
+            is_send, peer, *_ = operation
             link = self._ways.get((is_send, peer))
             if link is None:
                 works += self.network.post((operation,), tag)
@@ -85,6 +85,10 @@ class HostConnections:
     def connected(self) -> None:
         """See Connections."""
         self.network.connected()
+
+    def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
+        """See Connections. Who goes by memory is known to each pair alone, so nothing goes in one call."""
+        self.network.gather(())
 
     def abort(self) -> None:
         """See Connections. The links first: whoever reads this rank's memory must not count what it reads now."""
