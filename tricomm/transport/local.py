@@ -74,11 +74,11 @@ class LocalNetwork:
                     else:
                         receives.setdefault((peer, rank), deque()).append(work)
         moved = False
-        come = {(work.operation.group, pair[1]) for pair, queue in receives.items() for work in queue}
+        come = {(work.operation.group, pair[1]) for pair, works in receives.items() for work in works}
         for pair in sends.keys() & receives.keys():
             for send, receive in zip(sends[pair], receives[pair], strict=False):
-                group = send.operation.group
-                if receive in awaited if self.reads else all((group, rank) in come for rank in group[1:]):
+                together = send.operation.group
+                if receive in awaited if self.reads else all((together, rank) in come for rank in together[1:]):
                     self._copy(pair, send, receive)
                     moved = True
         for queue in self.queues.values():
