@@ -1,5 +1,6 @@
 """The demo on a small file: every element arrives, there and back."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tricomm import demo
+from tricomm.launch import RankError, Ranks
 
 
 @pytest.mark.processes
@@ -33,11 +35,31 @@ def test_the_demo_moves_a_file_and_back(tmp_path: Path, capsys: pytest.CaptureFi
     matrices, vectors, halves = 24 * 16 + 32 * 24 + 3 * 16 * 24, 24 + 7, 32
     there, back = matrices + 4 * (halves + vectors), 2 * matrices + 2 * halves + 4 * vectors
     assert f"All {2 * there + back:,} elements on all ranks equal the file's" in told
-    assert [line.split("  ")[0] for line in told.splitlines() if " -> " in line][1:] == [
+    rows = [line for line in told.splitlines() if " -> " in line][1:]
+    assert [row.split("  ")[0] for row in rows] == [
         "trainer -> server",
         "server -> trainer",
         "trainer -> server, fused",
     ]
+    # One call, isend and irecv, gather and broadcast and slice: seconds of each, and what part of the others' is ours.
+    assert all(re.search(r"(\d\.\d{3}) +\d\.\d\d" + 2 * r" +(\d\.\d{3}) +\d+\.\d\dx" + "$", row) for row in rows)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("way", ["PointToPoint", "GatherBroadcastSlice"])
+def test_what_is_written_by_hand_is_compared_as_well(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way that moves nothing is not timed: it is an error."""
+    save_file({"intermediate.dense.weight": torch.randn(32, 24)}, tmp_path / "small.safetensors")
+    directions = demo.directions_of(tmp_path / "small.safetensors")
+    with Ranks(8) as ranks:
+        ranks.start(_without, way, str(tmp_path / "small.safetensors"), directions)
+        with pytest.raises(RankError, match=r"intermediate\.dense\.weight on rank 4 differs from the file by"):
+            ranks.collect([4])  # the trainer waits for the others
+
+
+def _without(rank: int, way: str, path: str, directions: list[demo.Direction]) -> list[demo.Report]:
+    getattr(demo, way).__call__ = lambda *_: None
+    return demo.measure(rank, path, directions)
 
 
 def test_the_error_of_a_cast_is_a_part_of_the_element() -> None:

