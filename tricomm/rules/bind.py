@@ -6,7 +6,7 @@ Layers and experts are alike, so work is done once for each rule and kind of sha
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import islice
 from math import prod
 from typing import NamedTuple
 
@@ -18,15 +18,23 @@ from tricomm.rules.cover import cover, defines_exactly_once
 from tricomm.rules.expressions import Expression, Source
 from tricomm.rules.lower import lower
 from tricomm.rules.names import Scope
-from tricomm.rules.resolve import element_type, leaves, positions, resolved
+from tricomm.rules.resolve import element_type, positions, reads, resolved
 
 
 class Definition(NamedTuple):
-    """A rule: its name in errors, its expression, and each destination with its index values."""
+    """A rule: its name in errors, its expression, the name of each destination, and the scope and index variables over
+    which these are.
+    """
 
     target: str
     expression: Expression
-    instances: tuple[tuple[str, Scope], ...]
+    names: Sequence[str]
+    scope: Scope
+    variables: tuple[str, ...]
+
+
+Reads = tuple[list[Source], list[tuple[str, ...]]]
+"""Sources, and for every instance of a rule their names."""
 
 
 class Form(NamedTuple):
@@ -52,17 +60,18 @@ def bound(
     dtypes: Mapping[str, str] | None,
 ) -> BoundRules:
     """The map of some definitions; ``regions`` and ``patterns`` say which sources may stay unused."""
-    reads = [_reads(definition) for definition in (*definitions, *regions)]
-    declared = _declared([*definitions, *regions], reads, shapes)
+    read_by = [_reads(definition) for definition in (*definitions, *regions)]
+    declared = _declared([*definitions, *regions], read_by, shapes)
     tensors: list[BoundTensor] = []
-    uses: dict[str, list[tuple[Piece, ...]]] = {name: [] for name in declared}
+    uses: dict[str, tuple[Piece, ...]] = {}
     users: dict[str, str] = {}
     for number, definition in enumerate([*definitions, *regions]):
         forms: dict[object, tuple[Form, tuple[int, ...]]] = {}
-        for (target, scope), read in zip(definition.instances, reads[number], strict=True):
-            form, names = _form(definition, scope, [name for _, name in read], forms, declared, dtypes)
+        scopes = definition.scope.over(definition.variables)
+        for target, scope, read in zip(definition.names, scopes, read_by[number][1], strict=True):
+            form, names = _form(definition, scope, read, forms, declared, dtypes)
             for name, used in zip(names, form.uses, strict=True):
-                uses[name].append(used)
+                uses[name] = uses[name] + used if name in uses else used
                 users.setdefault(name, definition.target)
             if number < len(definitions):
                 tensors.append(BoundTensor(target, form.shape, form.dtype, names, form.pieces, definition.target))
@@ -71,23 +80,23 @@ def bound(
     return BoundRules(tuple(tensors), sources)
 
 
-def _reads(definition: Definition) -> list[list[tuple[Source, str]]]:
-    """For every instance, the sources that it reads."""
+def _reads(definition: Definition) -> Reads:
+    """The sources that a rule reads, and for every instance their names."""
     try:
-        return [leaves(definition.expression, scope) for _, scope in definition.instances]
+        return reads(definition.expression, definition.scope, definition.variables)
     except SpecError as error:
         raise SpecError(f"rule {definition.target!r}: {error}") from None
 
 
 def _declared(
     definitions: Sequence[Definition],
-    reads: Sequence[list[list[tuple[Source, str]]]],
+    read_by: Sequence[Reads],
     shapes: Mapping[str, Shape] | None,
 ) -> dict[str, Shape]:
     """The shape of every source: as given, or as the rules say."""
     result = dict(shapes or {})
-    for definition, instances in zip(definitions, reads, strict=True):
-        for leaf, name in chain.from_iterable(instances):
+    for definition, (leaves, rows) in zip(definitions, read_by, strict=True):
+        for leaf, name in ((leaf, name) for row in rows for leaf, name in zip(leaves, row, strict=True)):
             if shapes is None and leaf.shape is not None:
                 result.setdefault(name, leaf.shape)
             if name not in result:
@@ -118,13 +127,14 @@ def _form(
 ) -> tuple[Form, tuple[str, ...]]:
     """The form of one instance, and the names of its sources in the order in which its pieces count them."""
     try:
-        place = {name: index for index, name in enumerate(dict.fromkeys(read))}
-        names = tuple(place)
+        names = tuple(dict.fromkeys(read))
         if dtypes is not None:
             _require_dtypes(names, dtypes)
-        kinds = tuple([(shapes[name], dtypes[name] if dtypes else None) for name in names])
-        key = (tuple([place[name] for name in read]), kinds, tuple(positions(definition.expression, scope)))
+        repeated = () if len(names) == len(read) else tuple(map(names.index, read))
+        kinds = tuple([shapes[name] for name in names]), tuple([dtypes[name] for name in names]) if dtypes else ()
+        key = (repeated, kinds, tuple(positions(definition.expression, scope)))
         if key not in forms:
+            place = {name: index for index, name in enumerate(names)}
             forms[key] = _made(definition.expression, scope, place, shapes, dtypes)
     except SpecError as error:
         raise SpecError(f"rule {definition.target!r}: {error}") from None
@@ -161,21 +171,23 @@ def _require_dtypes(names: Sequence[str], dtypes: Mapping[str, str]) -> None:
 
 def _require_used(
     shapes: Mapping[str, Shape],
-    uses: Mapping[str, list[tuple[Piece, ...]]],
+    uses: Mapping[str, tuple[Piece, ...]],
     users: Mapping[str, str],
     patterns: Sequence[str],
 ) -> None:
     """Prove that every source element is used or dropped."""
     dropped = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in patterns) or "(?!)")
     kept = [name for name in shapes if prod(shapes[name]) and not dropped.fullmatch(name)]
-    unused = [name for name in kept if not uses[name]]
+    unused = [name for name in kept if name not in uses]
     if unused:
         raise SpecError(
             f"{len(unused)} of {len(shapes)} source tensors are used by no rule, the first is {unused[0]!r} "
             f"{shapes[unused[0]]}; write a rule for each, or name them in drop=[{unused[0]!r}]"
         )
-    for name in kept:
-        found = cover(shapes[name], tuple([piece for pieces in uses[name] for piece in pieces]))
+    # Layers and experts share pieces, which are long to compare.
+    alike = {(shapes[name], id(uses[name])): name for name in kept[::-1]}
+    for name in [name for name in kept if alike[shapes[name], id(uses[name])] == name]:
+        found = cover(shapes[name], uses[name])
         if found.missing is not None:
             raise SpecError(
                 f"rule {users[name]!r}: {found.missing_numel} of {prod(shapes[name])} elements of source {name!r} "

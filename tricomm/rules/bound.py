@@ -272,12 +272,13 @@ def _turned(
 ) -> BoundTensor:
     """A source as a destination of the map back."""
     place: dict[str, int] = {}
-    turned = tuple([piece.turned(place.setdefault(tensor.name, len(place))) for tensor, piece in feeds])
+    parts = [(piece, place.setdefault(tensor.name, len(place))) for tensor, piece in feeds]
     for tensor, _ in feeds:
         if source.dtype is not None and tensor.dtype is not None:
             check_cast(tensor.dtype, source.dtype)
-    key = (source.shape, turned)
+    key = (source.shape, *[(id(piece), number) for piece, number in parts])  # layers share pieces
     if key not in known:
+        turned = tuple([piece.turned(number) for piece, number in parts])
         known[key] = _once(source, turned, fill, feeds[0][0].rule)
     pieces, order = known[key]
     names = tuple(place)

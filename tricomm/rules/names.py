@@ -5,10 +5,11 @@ given to ``Rules`` by keyword: a range or a sequence of values for a variable, a
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 from tricomm.errors import ArgumentError, SpecError
@@ -77,6 +78,12 @@ def _as_format(template: str) -> tuple[str, tuple[str, ...]]:
     return text, tuple("" if part.tables else part.variable for part in found)
 
 
+def require_free(variable: str, bound: Collection[str]) -> None:
+    """Refuse an ``each`` over a variable that has a value already."""
+    if variable in bound:
+        raise SpecError(f"index {variable!r} is bound already; each() needs a variable of its own")
+
+
 def references(template: str) -> tuple[Reference, ...]:
     """The references of a name."""
     return tuple(part for part in parse(template) if isinstance(part, Reference))
@@ -116,10 +123,22 @@ class Scope:
     def over(self, variables: tuple[str, ...]) -> Iterator["Scope"]:
         """This scope with those variables bound to each combination of their values, the last one fastest."""
         for variable in variables:
-            if variable in dict(self.bound):
-                raise SpecError(f"index {variable!r} is bound already; each() needs a variable of its own")
+            require_free(variable, dict(self.bound))
         for values in product(*map(self.values, variables)):
             yield Scope(self.indices, (*self.bound, *zip(variables, values, strict=True)))
+
+    def names(self, template: str, variables: tuple[str, ...]) -> list[str]:
+        """The name in each of the scopes ``over`` these variables: names are many, and a scope for each is costly."""
+        found = references(template)
+        if self.bound or tuple([reference.variable for reference in found]) != variables:
+            return [scope.name(template) for scope in self.over(variables)]
+        columns = [[self._through(one.tables, value) for value in self.values(one.variable)] for one in found]
+        text, _ = _as_format(template)
+        return [text % values for values in product(*columns)]
+
+    def count(self, variables: tuple[str, ...]) -> int:
+        """How many scopes there are over these variables."""
+        return prod(len(self.values(variable)) for variable in variables)
 
     def name(self, template: str) -> str:
         """A name with its indices filled in."""
@@ -148,8 +167,11 @@ class Scope:
                 f"index {reference.variable!r} is bound neither by the destination's name nor by "
                 f"each({reference.variable!r}, ...); use it in one of them"
             )
-        value = values[0]
-        for name in reference.tables:
+        return self._through(reference.tables, values[0])
+
+    def _through(self, tables: tuple[str, ...], value: Value) -> Value:
+        """What tables say, each for what the one before it said."""
+        for name in tables:
             value = self._looked_up(name, value)
         return value
 

@@ -1,13 +1,14 @@
 """An expression with its index variables filled in: which sources it reads, and of which element type it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 
 from tricomm.errors import SpecError
 from tricomm.layout.dtype import check_cast
 from tricomm.rules.checks import Shape
 from tricomm.rules.expressions import Cast, Each, Expression, Filled, Indexed, Joined, Source
-from tricomm.rules.names import Reference, Scope, references
+from tricomm.rules.names import Reference, Scope, references, require_free
 
 
 def leaves(expression: Expression | Each, scope: Scope) -> list[tuple[Source, str]]:
@@ -22,6 +23,29 @@ def leaves(expression: Expression | Each, scope: Scope) -> list[tuple[Source, st
     for child in expression._children():
         found += leaves(child, scope)
     return found
+
+
+def reads(
+    expression: Expression | Each, scope: Scope, variables: tuple[str, ...]
+) -> tuple[list[Source], list[tuple[str, ...]]]:
+    """What :func:`leaves` says in each of the scopes over these variables: sources, and for each scope their names."""
+    if isinstance(expression, Source):
+        return [expression], [(name,) for name in scope.names(expression.name, variables)]
+    if isinstance(expression, Each):
+        require_free(expression.variable, variables)
+        sources, rows = reads(expression.of, scope, (*variables, expression.variable))
+        count = scope.count((expression.variable,))
+        starts = range(0, count * scope.count(variables), count) if count else ()
+        parts: Iterable[Sequence[tuple[str, ...]]] = (rows[at : at + count] for at in starts)
+        sources *= count
+    else:
+        found = [reads(child, scope, variables) for child in expression._children()]
+        sources = [one for some, _ in found for one in some]
+        if len(found) == 1:
+            return sources, found[0][1]
+        parts = zip(*(rows for _, rows in found), strict=True)
+    joined = [tuple(chain.from_iterable(rows)) for rows in parts]
+    return sources, joined or [()] * scope.count(variables)
 
 
 def positions(expression: Expression | Each, scope: Scope) -> list[int]:

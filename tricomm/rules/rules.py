@@ -177,14 +177,16 @@ class Rules:
         definitions, regions, patterns = [], [], []
         for group in self.groups:
             for target, expression in group.definitions:
-                instances = tuple((scope.name(target), scope) for scope in group.instances(target))
-                definitions.append(Definition(target, expression, instances))
+                free = tuple(variables(target))
+                names = group.scope.names(target, free)
+                definitions.append(Definition(target, expression, names, group.scope, free))
             for what in group.drop:
                 if isinstance(what, str):
                     patterns += [scope.name(what) for scope in group.instances(what)]
                 else:
-                    instances = tuple((str(what), scope) for scope in group.instances(what))
-                    regions.append(Definition(f"drop {what}", what, instances))
+                    free = tuple(variables(what))
+                    names = [str(what)] * group.scope.count(free)
+                    regions.append(Definition(f"drop {what}", what, names, group.scope, free))
         return bound(definitions, regions, patterns, shapes, types)
 
     @checks_kinds
@@ -204,8 +206,8 @@ def _destinations(rules: Rules) -> Iterator[tuple[str, str]]:
     """Every destination, and the name of its rule."""
     for group in rules.groups:
         for target, _ in group.definitions:
-            for scope in group.instances(target):
-                yield scope.name(target), target
+            for name in group.scope.names(target, tuple(variables(target))):
+                yield name, target
 
 
 def _require_unique(rules: Rules) -> None:

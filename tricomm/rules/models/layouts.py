@@ -5,7 +5,6 @@ A map says nothing of ranks and a layout nothing of names on the other side, so 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -55,21 +54,21 @@ def torchtitan_layouts(
         (1024, 2048)
     """
     check_counts(tp=tp, ep=ep)
-    mesh = _grid(ranks, dp=len(ranks) // tp, tp=tp)
+    mesh, cut = _grid(ranks, dp=len(ranks) // tp, tp=tp), _Cutter(dtype)
     sparse = _grid(ranks, efsdp=len(ranks) // ep, ep=ep)
 
     def spec(name: str, shape: Shape) -> ShardingSpec:
         if ".inner_experts." in name:
             rest = 1 if len(ranks) > shape[0] and len(shape) > 1 else 0
-            return _cut(sparse, shape, {"ep": Shard(0), "efsdp": Shard(rest)}, ("ep", "efsdp"))
+            return cut(sparse, shape, {"ep": Shard(0), "efsdp": Shard(rest)}, ("ep", "efsdp"))
         cuts: Cuts = {"dp": Shard(0)}
         if _TORCHTITAN_COLUMNS.fullmatch(name):
             cuts["tp"] = Shard(0)
         elif _TORCHTITAN_ROWS.fullmatch(name):
             cuts["tp"] = Shard(1)
-        return _cut(mesh, shape, cuts, ("tp", "dp"))
+        return cut(mesh, shape, cuts, ("tp", "dp"))
 
-    return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
+    return {name: spec(name, shape) for name, shape in shapes.items()}
 
 
 @checks_kinds
@@ -113,7 +112,7 @@ def megatron_layouts(
     each = -(-model.experts // ep)
     if model.experts % ep:
         raise SpecError(f"{model.experts} experts are not shared evenly by ep={ep} ranks; choose a divisor")
-    sparse = [_experts_grids(stage, ep, etp) for stage in stages]
+    sparse, cut = [_experts_grids(stage, ep, etp) for stage in stages], _Cutter(dtype)
 
     def spec(name: str, shape: Shape) -> ShardingSpec:
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
@@ -121,14 +120,14 @@ def megatron_layouts(
         expert = re.search(r"\.experts\.linear_fc(\d)\.(weight|bias)(\d+)$", name)
         if expert:
             mesh = sparse[stage][int(expert[3]) // each]
-            return _cut(mesh, shape, _fc(f"fc{expert[1]}.{expert[2]}", shape, "etp", bool(glu_interleave)))
+            return cut(mesh, shape, _fc(f"fc{expert[1]}.{expert[2]}", shape, "etp", bool(glu_interleave)))
         if _MEGATRON_COLUMNS.fullmatch(name):
-            return _cut(dense[stage], shape, {"tp": Shard(0)})
+            return cut(dense[stage], shape, {"tp": Shard(0)})
         if name.endswith("linear_proj.weight"):
-            return _cut(dense[stage], shape, {"tp": Shard(1)})
-        return _cut(dense[stage], shape, _fc(name[-len("fc1.weight") :], shape, "tp", False))
+            return cut(dense[stage], shape, {"tp": Shard(1)})
+        return cut(dense[stage], shape, _fc(name[-len("fc1.weight") :], shape, "tp", False))
 
-    return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
+    return {name: spec(name, shape) for name, shape in shapes.items()}
 
 
 @checks_kinds
@@ -159,7 +158,7 @@ def vllm_layouts(
         (128, 192, 2048)
     """
     check_counts(tp=tp)
-    mesh = _grid(ranks, dp=len(ranks) // tp, tp=tp)
+    mesh, cut = _grid(ranks, dp=len(ranks) // tp, tp=tp), _Cutter(dtype)
     flat = _grid(ranks, ep=len(ranks))
     plain = model.fused_experts
     queries = model.heads * model.head_dim
@@ -167,11 +166,13 @@ def vllm_layouts(
 
     def experts(name: str, shape: Shape) -> ShardingSpec:
         if expert_parallel:
-            return _cut(flat, shape, {"ep": Shard(0)}) if shape[0] % len(ranks) == 0 else _shared_out(ranks, shape)
+            return (
+                cut(flat, shape, {"ep": Shard(0)}) if shape[0] % len(ranks) == 0 else _shared_out(ranks, shape, dtype)
+            )
         rows = shape[1] // 2
         if ".w13_" in name:
-            return _cut(flat, shape, {"ep": Shard(1) if plain else Shard(1, segments=(rows, rows))})
-        return _cut(flat, shape, {"ep": Shard(2)} if len(shape) == 3 else {})
+            return cut(flat, shape, {"ep": Shard(1) if plain else Shard(1, segments=(rows, rows))})
+        return cut(flat, shape, {"ep": Shard(2)} if len(shape) == 3 else {})
 
     def spec(name: str, shape: Shape) -> ShardingSpec:
         if ".experts.w" in name:
@@ -188,9 +189,9 @@ def vllm_layouts(
             cuts["tp"] = Shard(0)
         elif _SERVER_ROWS.fullmatch(name):
             cuts["tp"] = Shard(1)
-        return _cut(mesh, shape, cuts)
+        return cut(mesh, shape, cuts)
 
-    return {name: replace(spec(name, shape), dtype=dtype) for name, shape in shapes.items()}
+    return {name: spec(name, shape) for name, shape in shapes.items()}
 
 
 def _grid(ranks: Sequence[int], **axes: int) -> Mesh:
@@ -212,9 +213,19 @@ def _experts_grids(ranks: list[int], ep: int, etp: int) -> list[Mesh]:
     return [_grid(some, edp=groups, ep=1, etp=etp) for some in held]
 
 
-def _cut(mesh: Mesh, shape: Shape, cuts: Cuts, order: tuple[str, ...] = ()) -> ShardingSpec:
-    placements = tuple([cuts.get(axis, Replicate()) for axis in mesh.axis_names])
-    return ShardingSpec(mesh, placements, shape, axis_order=order or None)
+class _Cutter:
+    """Makes layouts, each once: thousands of tensors lie alike, and to check a layout takes longer than to find it."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
+        self._made: dict[object, ShardingSpec] = {}
+
+    def __call__(self, mesh: Mesh, shape: Shape, cuts: Cuts, order: tuple[str, ...] = ()) -> ShardingSpec:
+        placements = tuple([cuts.get(axis, Replicate()) for axis in mesh.axis_names])
+        key = (id(mesh), shape, placements, order)  # meshes outlive this, and are long to compare
+        if key not in self._made:
+            self._made[key] = ShardingSpec(mesh, placements, shape, self._dtype, order or None)
+        return self._made[key]
 
 
 def _fc(kind: str, shape: Shape, axis: str, plain: bool) -> Cuts:
@@ -224,10 +235,10 @@ def _fc(kind: str, shape: Shape, axis: str, plain: bool) -> Cuts:
     return {axis: Shard(1)} if kind == "fc2.weight" else {}
 
 
-def _shared_out(ranks: Sequence[int], shape: Shape) -> ShardingSpec:
+def _shared_out(ranks: Sequence[int], shape: Shape, dtype: Any) -> ShardingSpec:
     """Whole experts: as many for each rank, and one more for the first ones while some are left."""
     base, more = divmod(shape[0], len(ranks))
     starts = [place * base + min(place, more) for place in range(len(ranks) + 1)]
     rest = tuple(((0, size),) for size in shape[1:])
     held = {rank: (((starts[at], starts[at + 1]),), *rest) for at, rank in enumerate(ranks)}
-    return ShardingSpec.explicit(held, shape)
+    return ShardingSpec.explicit(held, shape, dtype)
