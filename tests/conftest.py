@@ -22,6 +22,13 @@ STARTS_THE_FIXED_RANKS: ContextVar[bool] = ContextVar("STARTS_THE_FIXED_RANKS", 
 
 PRELOADED = ("torch", "torch._dynamo", "torch.distributed.tensor", "tricomm", "pytest", "hypothesis", "tests.cases")
 """What most ranks import sooner or later, for seconds on each; one process does it for all of them."""
+COMPILER = (
+    "torch._dynamo.backends.cudagraphs",
+    "torch._inductor.lowering",
+    "torch.export._trace",
+    "tricomm.compiled.graph",
+)
+"""The same of what is imported when something is compiled for the first time."""
 
 LONGEST_FIRST = (
     "test_promise.py",
@@ -121,7 +128,7 @@ def fixed_ranks() -> Iterator["Ranks"]:
     from tricomm.launch import Ranks
 
     token = STARTS_THE_FIXED_RANKS.set(True)
-    running = Ranks(RANKS, timeout_seconds=60, preload=PRELOADED)
+    running = Ranks(RANKS, timeout_seconds=60, preload=PRELOADED + COMPILER)
     STARTS_THE_FIXED_RANKS.reset(token)
     with running:
         yield running

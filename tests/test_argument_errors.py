@@ -80,6 +80,14 @@ def group_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("group_of_one")
+def test_redistribute_says_how_to_write_into_a_dtensor() -> None:
+    with pytest.raises(
+        tricomm.ArgumentError, match=r"no option 'out', .* write reshard\(dtensor, source, None, out=out\)"
+    ):
+        tricomm.redistribute(None, None, (), out=torch.zeros(4))
+
+
 # Planners ask these of values, very often, with the one argument that they have.
 ASKED = {
     "Mesh.position", "Mesh.coordinate", "Mesh.axis", "ShardingSpec.resolved", "ShardingSpec.cutting_axes",

@@ -19,9 +19,9 @@ MAX_FOLDER_FILES = 15
 
 # A module may import what stands in an earlier row, and its own package; never its own row or a later one.
 LAYERS = [
-    ["compiled", "errors", "kernels", "launch", "stats"],
+    ["errors", "kernels", "launch", "stats"],
     ["interop", "kinds"],
-    ["layout"],
+    ["compiled", "layout"],
     ["rules"],
     ["hooks", "plan"],
     ["options", "packing"],

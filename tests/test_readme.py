@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as TorchShard
 
 import tricomm
 from tests.interop.torchrun import output_of_job
-from tricomm import cli
+from tricomm import Mesh, Shard, ShardingSpec, cli
 from tricomm.launch import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +88,28 @@ def push(rank: int) -> bool:
 def test_a_push_from_torchtitan_to_vllm_takes_ten_lines(ranks: Ranks) -> None:
     assert len([line for line in PUSH.splitlines() if line.strip()]) <= 10
     assert all(ranks.run(push))
+
+
+def off_the_mesh(rank: int) -> tuple[Any, ...]:
+    """What a rank gets that needs nothing; ranks beyond the second do not call."""
+    here, there = (DeviceMesh("cpu", [one]) for one in (0, 1))  # made by all ranks
+    if rank > 1:
+        return None, {}, 0
+    source, destination = (ShardingSpec(Mesh([one], ("x",)), (Shard(0),), (4, 2), "float32") for one in (0, 1))
+    tensor = torch.ones(4, 2) if rank == 0 else None
+    one = tricomm.reshard(tensor, source, destination)
+    many = tricomm.reshard({} if tensor is None else {"w": tensor}, {"w": source}, {"w": destination})
+    given = None if tensor is None else DTensor.from_local(tensor, here, [TorchShard(0)], run_check=False)
+    moved = tricomm.redistribute(given, there, [TorchShard(0)], source=(here, [TorchShard(0)], (4, 2), torch.float32))
+    return one, many, moved.to_local().numel()
+
+
+def test_off_the_mesh_a_rank_gets_what_it_says(ranks: Ranks) -> None:
+    assert "Off the mesh a rank gets None, of many `{}`, or an empty DTensor." in README
+    gone, (one, many, count), *_ = ranks.run(off_the_mesh)
+    assert gone == (None, {}, 0)
+    assert one.shape == many["w"].shape == (4, 2)
+    assert count == 8
 
 
 def test_the_tuning_example_chooses_a_schedule() -> None:

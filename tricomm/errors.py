@@ -89,9 +89,13 @@ def check_count(name: str, value: object, least: int, rule: str) -> None:
         raise PlanError(f"{name}={value!r} must be {rule}")
 
 
+NEAREST = 0.62
+"""How alike a name and the one that is meant must at least be: "out" is not "timeout"."""
+
+
 def describe_unknown(name: str, caller: str, names: Iterable[str]) -> str:
     """Say that a caller has no keyword of that name, and which one is meant."""
     known = list(names)
-    nearest = get_close_matches(name, known, 1)
+    nearest = get_close_matches(name, known, 1, NEAREST)
     remedy = f"write {nearest[0]}=..." if nearest else f"its options are {', '.join(known)}"
     return f"{caller} has no option {name!r}; {remedy}"

@@ -78,6 +78,14 @@ def is_wrapped(value: object) -> bool:
     return is_dtensor(value) or is_waiting(value)
 
 
+def wrapper_types() -> tuple[type, ...]:
+    """The types of which ``is_wrapped`` holds. Imports them."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    return (DTensor, AsyncCollectiveTensor)
+
+
 def ready(tensor: Any) -> Any:
     """A local tensor without what torch wraps around one that a collective is still writing; for autograd too."""
     if not is_waiting(tensor):

@@ -63,6 +63,11 @@ def redistribute(
     group = resolve_group(options.get("group"))
     specs: tuple[Any, Any] = (source, None)
     try:
+        if "out" in options:
+            raise ArgumentError(
+                "redistribute has no option 'out', as it makes a new DTensor; write reshard(dtensor, source, None, "
+                "out=out), which writes into one that is there"
+            )
         Options.of(options, "redistribute")
         specs = _specs(dtensor, device_mesh, placements, source, dtype, None if is_whole_job(group) else group)
         _check_holder(device_mesh, specs[1], context_of(group).rank)

@@ -96,7 +96,8 @@ def reshard(
         options: those of :class:`tricomm.Options`.
 
     Returns:
-        This rank's shard of the destination; None off the destination mesh.
+        This rank's shard of the destination; None off the destination mesh. Of many tensors, those that this rank
+        needs: {} off all destination meshes.
 
     Raises:
         SpecError: the layouts contradict each other, or the tensor is not the shard that its spec describes;

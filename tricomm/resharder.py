@@ -45,13 +45,16 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 class Resharder(Selections, Generic[Moved_co]):
     """A reshard made once and called often: plan, copy programs, staging and connections are kept.
 
-    Every rank of either mesh makes it and calls it; ranks on neither mesh may call too and get None. On the first call
-    the ranks compare what they are about to do. A later call allocates nothing but the result (nothing at all with
-    ``out``) and talks to nobody but the ranks it exchanges data with.
+    Every rank of either mesh makes it and calls it; ranks on neither mesh may call too. Off the destination mesh a call
+    gives None, or {} of many tensors. On the first call the ranks compare what they are about to do. A later call
+    allocates nothing but the result (nothing at all with ``out``) and talks to nobody but the ranks it exchanges data
+    with.
 
     Ranks make the same calls in the same order. If they do not, every call gives the right result or a TransportError
     that names both calls, never the bytes of another Resharder: two are told apart by their layouts and options, by
     ``name``, or by being the n-th of these that a rank has made (on NCCL without ``confirm`` the next call says so).
+    Each rank counts its calls of one Resharder: if one leaves a call out, what it gives to the next one is taken for
+    that, until all ``connect()`` or it ends, which the others are then told.
 
     Calls on one channel come from one thread at a time; a second thread is refused at once, and takes a ``channel``
     of its own. Connections and a background thread are shared by the Resharders of the same ranks and channel. They
@@ -222,12 +225,9 @@ class Resharder(Selections, Generic[Moved_co]):
         moved: Moved_co
         if only is not None:
             moved = self._call_only(tensor, out, only)
-        elif is_dynamo_compiling():
-            from tricomm.compiled.graph import call_in_graph, run_eagerly
-
-            # A graph holds no operator of ours on a DTensor, and cannot compare layouts.
-            moved = run_eagerly(self, tensor, out=out) if is_wrapped(tensor) else call_in_graph(self, tensor, out)
-        elif out is None and self._fits_graphs and is_traced(tensor) and not is_wrapped(tensor):
+        elif is_dynamo_compiling() or (
+            out is None and self._fits_graphs and is_traced(tensor) and not is_wrapped(tensor)
+        ):
             from tricomm.compiled.graph import call_in_graph
 
             moved = call_in_graph(self, tensor, out)

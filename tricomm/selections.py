@@ -18,7 +18,7 @@ from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan.describe import describe_layouts
 from tricomm.plan.ends.ends import Named
 from tricomm.stats import Stats, Traffic
-from tricomm.transport.memory.rungs import PairTransports, Rung
+from tricomm.transport.memory.rungs import Rung, TransportsOfRank
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT, NUMBER, Session, State
 
@@ -319,16 +319,16 @@ class Selections(Gradients):
         return None if self._session is None else self._session.channel.stream_context.record_event()
 
     @property
-    def transports(self) -> PairTransports:
+    def transports(self) -> TransportsOfRank:
         """How bytes go between this rank and each other, by (sender, receiver): from memory or over the network, why
         not a better way, and what would help. Empty before the ranks have met.
 
         ::
 
-            for (sender, receiver), found in mover.transports.items():
-                print(sender, receiver, found)
+            print(mover.transports)  # rank 0 to and from 1-3: process_vm_readv
+            [found.reason for (sender, receiver), found in mover.transports.items() if sender == rank]
         """
-        return {} if self._session is None else self._session.transports
+        return TransportsOfRank(self.rank, {} if self._session is None else self._session.transports)
 
     @property
     def stats(self) -> Stats:

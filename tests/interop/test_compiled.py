@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as TorchShard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -28,9 +28,17 @@ COLUMNS = ShardingSpec(ALL, (Shard(1),), (16, 8), "float32")
 PAIR = ShardingSpec(Mesh([0, 1], ("a",)), (Shard(0),), (16, 8), "float32")
 OTHERS = ShardingSpec(Mesh([1, 2], ("b",)), (Replicate(),), (16, 8), "bfloat16")
 AVERAGE = Partial("avg")
+COMPILING = 2
+"""Ranks that compile: what one of many finds, each of two does, and to compile takes them most of a second each."""
 COMPILED_WITHIN = 300.0
 """Seconds, on a busy machine, by which one rank may compile longer than another."""
 FULL = torch.arange(128.0).reshape(16, 8)
+
+
+def over(ranks: int) -> tuple[ShardingSpec, ShardingSpec]:
+    """Rows and columns over so many ranks."""
+    mesh = Mesh(list(range(ranks)), ("x",))
+    return ShardingSpec(mesh, (Shard(0),), (16, 8), "float32"), ShardingSpec(mesh, (Shard(1),), (16, 8), "float32")
 
 
 def forward_and_backward(rank: int, backend: str, ranks: int = RANKS) -> None:
@@ -91,13 +99,16 @@ def test_meshes_of_other_ranks_in_a_full_graph(ranks: Ranks) -> None:
 
 def with_a_tape(rank: int) -> None:
     """Gradients between ranks that hold different things break the graph, and are right."""
-    mover = Resharder(ROWS, COLUMNS, differentiable=True, timeout_seconds=60)
+    if rank >= COMPILING:
+        return
+    rows, columns = over(COMPILING)
+    mover = Resharder(rows, columns, differentiable=True, timeout_seconds=60)
 
     def step(x: torch.Tensor) -> torch.Tensor:
         return mover(x * 2) + 1
 
     torch.compiler.reset()
-    x = pick(FULL, ROWS, rank).requires_grad_()
+    x = pick(FULL, rows, rank).requires_grad_()
     tricomm.backward(torch.compile(step, backend="aot_eager")(x).sum())
     assert torch.equal(x.grad, torch.full_like(x, 2))
     torch.compiler.reset()
@@ -197,14 +208,16 @@ def test_gradients_that_would_get_lost_are_refused(ranks: Ranks) -> None:
 
 def calls_made_while_compiling(rank: int) -> None:
     """Whatever talks to others or plans is done outside of the graph, which breaks around it, and is not compiled."""
-    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("x",))
-    given = (mesh, (TorchShard(0),), FULL.shape, FULL.dtype)
-    rows = DTensor.from_local(pick(FULL, ROWS, rank), mesh, given[1], run_check=False)
-    taped = Resharder(ROWS, COLUMNS, differentiable=True, timeout_seconds=60)
-    plain = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+    mesh = DeviceMesh("cpu", list(range(COMPILING)), mesh_dim_names=("x",))  # made by all ranks
+    if rank >= COMPILING:
+        return
+    by_rows, by_columns = over(COMPILING)
+    rows = DTensor.from_local(pick(FULL, by_rows, rank), mesh, (TorchShard(0),), run_check=False)
+    taped = Resharder(by_rows, by_columns, differentiable=True, timeout_seconds=60)
+    plain = Resharder(by_rows, by_columns, timeout_seconds=60)
 
     def makes(x: torch.Tensor) -> torch.Tensor:
-        made = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+        made = Resharder(by_rows, by_columns, timeout_seconds=60)
         return made(x * 2)
 
     def goes_back(x: torch.Tensor) -> torch.Tensor:
@@ -221,8 +234,8 @@ def calls_made_while_compiling(rank: int) -> None:
     for function in (makes, goes_back, redistributes, moves_a_dtensor):
         torch.compiler.reset()
         counters.clear()
-        x = pick(FULL, ROWS, rank).requires_grad_(function is goes_back)
-        assert torch.equal(torch.compile(function, backend="aot_eager")(x), 2 * pick(FULL, COLUMNS, rank)), function
+        x = pick(FULL, by_rows, rank).requires_grad_(function is goes_back)
+        assert torch.equal(torch.compile(function, backend="aot_eager")(x), 2 * pick(FULL, by_columns, rank)), function
         assert counters["frames"]["total"] < 20, f"{function}: {counters['frames']}"
     torch.compiler.reset()
     with pytest.raises(Exception, match=r"with a plain tensor \(of to_local"):

@@ -230,5 +230,6 @@ def test_the_error_names_both_calls_at_once(
         for text in told:
             assert all(text.count(call) >= calls.count(call) for call in calls), text
             assert "same calls in the same order" in text
+            assert ('name="queries"' in text) is not bool(names[0]), "a name is suggested to those who gave none"
         assert max(seconds for _, seconds in results[rank]) < TOLD_SECONDS, (rank, results[rank])
         assert [text for text, _ in results[rank][-2:]] == ["", ""], f"the next calls of all work: {results[rank]}"

@@ -14,6 +14,10 @@ import torch
 from torch._library.effects import EffectType
 
 from tricomm.compiled.registry import InGraph, find
+from tricomm.interop import wrapper_types
+
+WRAPPERS = wrapper_types()
+"""Asked of directly: ``is_wrapped`` looks at the modules that are loaded, each of which a tracer wraps."""
 
 
 def _run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -70,7 +74,8 @@ move_op = torch.ops.tricomm.move.default
 def call_in_graph(mover: Any, tensor: Any, out: Any) -> Any:
     """Call a Resharder where a graph is made: as the operator, or outside of the graph."""
     facts: InGraph | None = mover.in_graph
-    if facts is None:
+    # A graph holds no operator of ours on a DTensor, and cannot compare layouts.
+    if facts is None or isinstance(tensor, WRAPPERS):
         return run_eagerly(mover, tensor, out=out)
     asks = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
     if out is not None or facts.is_taped or (asks and not facts.has_gradient):

@@ -55,6 +55,7 @@ SHORT_NAMES = {
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
+    "bfloat": "bfloat16",
     "fp8": "float8_e4m3fn",
     "f64": "float64",
     "f32": "float32",
@@ -87,7 +88,8 @@ def dtype_name(dtype: object) -> str:
         # A torch.dtype is known by its type's name, so that planning needs no torch.
         if not isinstance(dtype, str) and type(dtype).__name__ != "dtype":
             raise ArgumentError(f'dtype={dtype!r} is not a dtype; write "bfloat16" or torch.bfloat16')
-        meant = SHORT_NAMES.get(name.lower()) or next(iter(get_close_matches(name.lower(), ITEMSIZE, 1)), None)
+        meant = next(iter(get_close_matches(name.lower(), [*SHORT_NAMES, *ITEMSIZE], 1)), None)
+        meant = SHORT_NAMES.get(meant, meant) if meant else None
         remedy = f'say "{meant}"?' if meant else f"use one of {', '.join(sorted(ITEMSIZE))}"
         raise SpecError(f"dtype {dtype!r} is not an element type that tricomm moves; {remedy}")
     return name

@@ -33,6 +33,7 @@ from tricomm.errors import TransportError
 from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, NoConnections, Operation
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
+from tricomm.transport.coordination.order import same_order_rule
 from tricomm.transport.coordination.questions import Question
 from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason, Fault
@@ -46,6 +47,8 @@ LOG = logging.getLogger("tricomm")
 
 CONNECTING_TAG = 0
 """The tag of what is sent before any call; Resharders' tags begin at 1."""
+
+SEE_LOG = "see that rank's log, and whether it makes as many calls as this one"
 
 COMPUTING_FACTOR = 20.0
 SPARE_HEARTBEATS = 3.0
@@ -229,8 +232,8 @@ class Communicator:
         if (tag, number) != (self.call.tag, self.call.number):
             what = "the same Resharder" if tag == self.call.tag else f"another Resharder (of tag {tag})"
             raise self.abort(
-                f"rank {self.coordinator.rank} is in {self.call}, and rank {other} in call {number} of {what}; every "
-                "rank must make the same calls in the same order"
+                f"rank {self.coordinator.rank} is in {self.call}, and rank {other} in call {number} of {what}; "
+                f"{same_order_rule(str(self.call))}"
             )
 
     # ---- calls
@@ -366,10 +369,10 @@ class Communicator:
                 text = f"rank {rank} could not queue its messages to and from ranks {ranks} in {self.call}: {error}"
             elif (is_end := status.closed_by(self.place, peer)) is not None:
                 what = "left: its process ended" if is_end else "closed its Resharder, or dropped it,"
-                text = f"rank {peer} {what} while rank {rank} was in {self.call}"
+                text = f"rank {peer} {what} while rank {rank} was in {self.call}; {SEE_LOG}"
                 lost = peer
             else:
-                text = f"rank {peer} died: its connection to rank {rank} closed in {self.call}; see that rank's log"
+                text = f"rank {peer} died or ended: its connection to rank {rank} closed in {self.call}; {SEE_LOG}"
                 lost, fault = peer, "died"
         except TransportError as missing:
             text = describe_lost_store(missing, rank, str(self.call), peer)

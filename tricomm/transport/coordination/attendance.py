@@ -16,6 +16,8 @@ from enum import Enum
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from tricomm.transport.coordination.order import same_order_rule
+
 PATIENCE_SECONDS = 0.1
 """How long a rank waits before it tells the others what it is about to do, and between two looks at what they tell."""
 
@@ -243,7 +245,7 @@ def find_mismatch(notes: Mapping[int, Note], participants: Sequence[int]) -> tup
         text = _difference(speaking[0], first, rank, other)
         if text is not None:
             calls = f"rank {speaking[0]} makes {first.call}, rank {rank} {other.call}"
-            return f"{text}; every rank must make the same calls in the same order ({calls})", None
+            return f"{text}; {same_order_rule(calls)} ({calls})", None
     return None
 
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from tricomm.transport.coordination.order import same_order_rule
 from tricomm.transport.coordination.status import StatusStore
 from tricomm.transport.coordination.store import post_note, store_errors
 
@@ -135,7 +136,7 @@ class CallBoard:
         (one, call), (another, its_call) = sorted(calls.items())
         return (
             f"rank {one} made {call}, and rank {another} {how} {its_call}, so that results may be those of another "
-            "call; every rank must make the same calls in the same order"
+            f"call; {same_order_rule(call, its_call)}"
         )
 
     def _words(self, tag: int, number: int) -> str:

@@ -7,6 +7,7 @@ end is a silent rank, a rank that is alive and does something else, or a circle 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from tricomm.transport.coordination.order import same_order_rule
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 
 MAX_RANKS = 64
@@ -132,8 +133,8 @@ def describe_missed(
     if there is None or not awaited or there.position <= begun:
         return None
     return (
-        f"rank {other} waits for rank {awaited[0]} in {there.call}, and rank {rank} for rank {other} in {call}; every "
-        "rank must make the same calls in the same order"
+        f"rank {other} waits for rank {awaited[0]} in {there.call}, and rank {rank} for rank {other} in {call}; "
+        f"{same_order_rule(there.call, call)}"
     )
 
 
@@ -265,7 +266,7 @@ def _describe_circle(circle: Mapping[int, Wait], wait: Wait) -> str:
     (first, one), *others = circle.items()
     told = [f"rank {first} waits for rank {one.peer} in {one.call}"]
     told += [f"rank {member} for rank {other.peer} in {other.call}" for member, other in others]
-    return f"{', and '.join(told)}; every rank must make the same calls in the same order"
+    return f"{', and '.join(told)}; {same_order_rule(*told)}"
 
 
 def _resharder_of(call: str) -> str:

@@ -5,6 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
+
+from tricomm.layout.mesh import format_ranks
 
 
 class Rung(Enum):
@@ -35,6 +38,41 @@ class PairTransport:
 
 PairTransports = Mapping[tuple[int, int], PairTransport]
 """By (sender, receiver)."""
+
+
+class TransportsOfRank(dict[tuple[int, int], PairTransport]):
+    """How bytes go between one rank and each other, by (sender, receiver); prints as a line for each way.
+
+    Args:
+        rank: the one.
+        found: of all pairs that it is in.
+
+    Example:
+        >>> far = PairTransport(Rung.NETWORK, "the ranks are on different hosts")
+        >>> print(TransportsOfRank(0, {(0, 1): BEST, (1, 0): BEST, (0, 2): far, (2, 0): far, (3, 0): BEST}))
+        rank 0 to and from 1: process_vm_readv
+        rank 0 to and from 2: network; the ranks are on different hosts
+        rank 0 from 3: process_vm_readv
+    """
+
+    def __init__(self, rank: int, found: PairTransports) -> None:
+        super().__init__(found)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TransportsOfRank, (self.rank, dict(self))
+
+    def __repr__(self) -> str:
+        peers: dict[tuple[str, PairTransport], list[int]] = {}
+        for other in sorted({rank for pair in self for rank in pair if rank != self.rank}):
+            to, back = self.get((self.rank, other)), self.get((other, self.rank))
+            ways = [("to and from", to)] if to == back else [("to", to), ("from", back)]
+            for direction, found in ways:
+                if found is not None:
+                    peers.setdefault((direction, found), []).append(other)
+        lines = [f"rank {self.rank} {how} {format_ranks(ranks)}: {found}" for (how, found), ranks in peers.items()]
+        return "\n".join(lines) or f"rank {self.rank} has met nobody yet"
+
 
 BEST = PairTransport(Rung.READ)
 NOT_ASKED = PairTransport(

@@ -1,0 +1,21 @@
+"""What is said to ranks whose calls are not in one order."""
+
+UNNAMED = "Resharder number "
+"""Begins the label of a Resharder without a name of its own."""
+
+
+def same_order_rule(*calls: str) -> str:
+    """The rule that ranks broke, and how errors would say better which Resharder is meant.
+
+    Args:
+        calls: those that were told, in words.
+
+    Example:
+        >>> same_order_rule("call 2 of Resharder 'queries' (number 1)")
+        'every rank must make the same calls in the same order'
+        >>> same_order_rule("call 2 of Resharder number 1 of float32[8] on rank 0").partition("; ")[2]
+        'Resharder(..., name="queries") lets errors say which one is meant'
+    """
+    rule = "every rank must make the same calls in the same order"
+    is_unnamed = any(UNNAMED in call for call in calls)
+    return f'{rule}; Resharder(..., name="queries") lets errors say which one is meant' if is_unnamed else rule
