@@ -38,6 +38,11 @@ CASES: dict[str, Case] = {
     "rows to columns": (spec([0, 1, 2, 3], Shard(0)), spec([3, 1, 0, 2], Shard(1)), SendRecv()),
     "cast, disjoint": (spec([0, 1], Shard(0)), spec([2, 3], Shard(1), "bfloat16"), SendRecv()),
     "broadcast, overlapping": (spec([0, 1], Shard(0)), spec([1, 2, 3], Replicate()), Broadcast(chunk_bytes=1 << 16)),
+    "one call, among all and some": (
+        spec([0, 1], Shard(0)),
+        spec([1, 2, 3], Replicate()),
+        Broadcast(one_call=True),
+    ),
     "reduce": (spec([0, 1, 2], Partial("sum")), spec([1, 2, 3], Shard(0)), SendRecv()),
 }
 LOCAL_CASES: dict[str, Case] = CASES | {

@@ -75,13 +75,13 @@ PARTS = (
     Part("graphs", "kernels:graphs", 10),
     Part("local", "local:moves", 15),
     Part("nccl", "transport:moves", 30),
-    Part("rules", "conformance:rules", 30),
+    Part("rules", "conformance:rules", 45),
     Part("pipeline", "uses.pipeline:two_stages", 25),
     Part("throughput", "throughput:some", 25),
     Part("geometries", "throughput:every", 120, is_long=True),
     Part("overlap", "uses.overlap:visible", 60, is_long=True),
     Part("jobs", "uses.jobs:two_jobs", 60, is_long=True),
-    Part("multicast", "transport:multicasts", 50, is_long=True),
+    Part("multicast", "uses.multicast:multicasts", 60, is_long=True),
     Part("sanitizer", "sanitizer:memcheck", 150, is_long=True),
 )
 

@@ -6,22 +6,16 @@ over sockets. So this shows that the transport is right, and nothing about the s
 
 import faulthandler
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from bench.gpu_check.local import CASES, Case, full_of
 from bench.gpu_check.parts import Outcome, Setting, guarded
-from tricomm import Broadcast, Mesh, Replicate, Resharder, SendRecv, ShardingSpec, local_shard
+from tricomm import Mesh, Replicate, Resharder, ShardingSpec, local_shard
 from tricomm.launch import Ranks
-from tricomm.transport.accelerator import CUDA
-from tricomm.transport.nccl import connect
 
 RANKS = 4
 SHARED_GPU = {
@@ -38,9 +32,6 @@ two ranks on a device; NCCL_HOSTID, different for each, keeps it from noticing.)
 """
 PRELOADED = ("torch", "tricomm")
 """What is imported once for the ranks of a part; it touches no GPU, so that they may be forked from there."""
-MULTICAST_NBYTES = (1 << 12, 1 << 20, 1 << 24)
-REPEATS = 10
-"""Of a multicast, queued one after the other."""
 LEAVE_SECONDS = 4.0
 """Before a part's own end: the ranks' calls end by then, so that their errors are told."""
 
@@ -117,81 +108,3 @@ def moved(rank: int, case: Case, setting: Setting) -> bool:
         result is None if expected is None else result is not None and torch.equal(result.cpu(), expected)
         for result in results
     )
-
-
-# ---- one rank's tensor to three others: a chain of hops, one launch a round, against one broadcast of a subgroup
-
-
-def multicasts(setting: Setting) -> Iterator[Outcome]:
-    """The part "multicast"."""
-    with ranks_of(setting, RANKS) as ranks:
-        for nbytes in MULTICAST_NBYTES:
-            outcome = guarded(f"{nbytes} bytes", partial(timed, ranks, nbytes, setting))
-            yield outcome
-            if not outcome.passed:
-                return  # a rank may have been left in the middle
-
-
-def timed(ranks: Ranks, nbytes: int, setting: Setting) -> tuple[str, dict[str, Any]]:
-    """Seconds of each way, as the slowest rank saw them."""
-    found = [one for one in ranks.run(seconds_of, nbytes, setting) if one is not None]
-    slowest = {way: max(one[way] for one in found) for way in found[0]}
-    text = ", ".join(f"{way} {seconds * 1e6:.0f} us" for way, seconds in slowest.items())
-    return f"{text}, to {RANKS - 1} ranks", {f"{way}_seconds": seconds for way, seconds in slowest.items()}
-
-
-def seconds_of(rank: int, nbytes: int, setting: Setting) -> dict[str, float] | None:
-    """Seconds of each way; runs on every rank, and gives None on those that take no part."""
-    if rank >= RANKS:
-        return None
-    nbytes = min(nbytes, setting.scaled(nbytes, 1 << 14))
-    source = ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (nbytes,), "uint8")
-    target = ShardingSpec(Mesh(range(1, RANKS), ("x",)), (Replicate(),))
-    values = (torch.arange(nbytes) % 251).to(torch.uint8).to(setting.device)
-    options: dict[str, Any] = {"device": setting.device, "timeout_seconds": 0.5 * setting.seconds}
-    found: dict[str, float] = {}
-    for way, strategy in (("a chain", Broadcast()), ("each by itself", SendRecv())):
-        out = None if rank == 0 else torch.zeros_like(values)
-        with Resharder(source, target, strategy=strategy, **options) as mover:
-            found[way] = _seconds(partial(mover, values if rank == 0 else None, out=out), setting)
-        _require(out, values, way)
-    out = values.clone() if rank == 0 else torch.zeros_like(values)
-    found["one broadcast"] = _seconds(_broadcaster(rank, out, nbytes, setting), setting)
-    _require(out, values, "one broadcast")
-    return found
-
-
-def _seconds(move: Callable[[], object], setting: Setting) -> float:
-    """Of one move, of some that are queued one after the other."""
-    for _ in range(2):
-        move()
-    _finish(setting)
-    begin = time.perf_counter()
-    for _ in range(REPEATS):
-        move()
-    _finish(setting)
-    return (time.perf_counter() - begin) / REPEATS
-
-
-def _finish(setting: Setting) -> None:
-    if not setting.is_rehearsal:
-        torch.cuda.synchronize(setting.device)
-
-
-def _require(out: torch.Tensor | None, values: torch.Tensor, way: str) -> None:
-    if out is not None and not torch.equal(out, values):
-        raise ValueError(f"what came by {way} is wrong")
-
-
-def _broadcaster(rank: int, tensor: torch.Tensor, nbytes: int, setting: Setting) -> Callable[[], object]:
-    """What broadcasts from rank 0 in a group of these ranks alone."""
-    world: Any = dist.group.WORLD
-    store = dist.PrefixStore(f"multicast {nbytes}", world.get_group_store())
-    timeout = timedelta(seconds=0.5 * setting.seconds)
-    options: Any = dist.BroadcastOptions()
-    options.rootRank = 0
-    if setting.is_rehearsal:
-        gloo: Any = dist.ProcessGroupGloo(store, rank, RANKS, timeout)
-        return lambda: gloo.broadcast([tensor], options).wait()
-    backend: Any = connect(CUDA, store, rank, RANKS, torch.device(setting.device), timeout)
-    return lambda: backend.broadcast([tensor], options).synchronize()

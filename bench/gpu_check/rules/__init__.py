@@ -7,6 +7,14 @@ says what it found by raising ``Laxer``, which is no failure on a GPU.
 from collections.abc import Callable, Sequence
 
 from bench.gpu_check.rules.bed import Bed
+from bench.gpu_check.rules.broadcasts import (
+    a_broadcast_waits_for_its_sender,
+    broadcasts_match_in_order,
+    communicators_on_one_stream_come_to_their_end,
+    the_first_broadcast_blocks_the_host,
+    to_abort_ends_a_broadcast,
+    what_was_sent_arrives_though_the_sender_has_gone,
+)
 from bench.gpu_check.rules.failures import (
     a_group_that_failed_leaves_the_thread_usable,
     a_new_kernel_waits_for_those_that_run,
@@ -46,6 +54,12 @@ RULES: Sequence[Callable[[Bed], None]] = (
     a_new_kernel_waits_for_those_that_run,
     to_abort_frees_a_host_that_loads_a_kernel,
     nothing_watches_by_itself,
+    broadcasts_match_in_order,
+    a_broadcast_waits_for_its_sender,
+    the_first_broadcast_blocks_the_host,
+    to_abort_ends_a_broadcast,
+    communicators_on_one_stream_come_to_their_end,
+    what_was_sent_arrives_though_the_sender_has_gone,
 )
 ONE_QUEUE_RULES: Sequence[Callable[[Bed], None]] = (one_queue_holds_up_all,)
 """Of ranks that have one hardware queue, CUDA_DEVICE_MAX_CONNECTIONS=1."""

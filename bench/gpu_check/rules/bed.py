@@ -11,7 +11,7 @@ import torch
 
 from tricomm.transport.accelerator import Accelerator, DeviceBackend, DeviceWork
 from tricomm.transport.base import Operation
-from tricomm.transport.nccl import connect, post_group
+from tricomm.transport.nccl import connect, post_broadcast, post_group
 
 SECONDS = 8.0
 """For which a rule waits for what must happen."""
@@ -67,6 +67,10 @@ class Communicator:
         """Send bytes of this value."""
         return self.post((True, filled(self.bed, value)))
 
+    def broadcast(self, root: int, tensor: torch.Tensor) -> DeviceWork:
+        """Queue a broadcast from a rank."""
+        return post_broadcast(self.bed.accelerator, self.backend, self.bed.device, root, tensor)
+
     def wait_on_rank_1(self) -> DeviceWork | None:
         """Rank 1 queues a receive, which nobody sends yet."""
         return self.post((False, filled(self.bed, 0))) if self.bed.rank == 1 else None
@@ -110,17 +114,17 @@ def require(fine: bool, text: str) -> None:
         raise ValueError(text)
 
 
-def filled(bed: Bed, value: int) -> torch.Tensor:
+def filled(bed: Bed, value: int, nbytes: int = NBYTES) -> torch.Tensor:
     """Some bytes on the device."""
-    tensor = torch.empty(NBYTES, dtype=torch.uint8, device=bed.device)
+    tensor = torch.empty(nbytes, dtype=torch.uint8, device=bed.device)
     bed.accelerator.launch(lambda: tensor.fill_(value))
     return tensor
 
 
 def value_of(tensor: torch.Tensor) -> int:
     """The value of bytes, all alike, once the device has done with them."""
-    values = set(tensor.tolist())
-    return values.pop() if len(values) == 1 else -1
+    values = tensor.cpu().unique().tolist()
+    return int(values[0]) if len(values) == 1 else -1
 
 
 def here(bed: Bed) -> Any:
