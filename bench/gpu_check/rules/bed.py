@@ -123,8 +123,8 @@ def filled(bed: Bed, value: int, nbytes: int = NBYTES) -> torch.Tensor:
 
 def value_of(tensor: torch.Tensor) -> int:
     """The value of bytes, all alike, once the device has done with them."""
-    values = tensor.cpu().unique().tolist()
-    return int(values[0]) if len(values) == 1 else -1
+    here = tensor.cpu()
+    return int(here[0]) if bool((here == here[0]).all()) else -1
 
 
 def here(bed: Bed) -> Any:
