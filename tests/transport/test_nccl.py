@@ -1,5 +1,6 @@
 """What is asked of NCCL, by a backend that writes it down: this torch may have none, and there is no GPU."""
 
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -121,6 +122,17 @@ def connected(backend: Backend, rank: int, store: Any) -> Communicator:
     connections._release = weakref.finalize(connections, int)
     communicator.connections = connections
     return communicator
+
+
+def test_a_process_that_ends_begins_no_thread_to_abort(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 refuses to, in what is called at the end of a process."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    communicator = connected(backend, 5, dist.HashStore())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert str(communicator.abort("the process of rank 5 ended")) == "the process of rank 5 ended"
 
 
 @pytest.mark.parametrize("how", ["in the middle", "at the end"])

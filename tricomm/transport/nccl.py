@@ -28,6 +28,7 @@ from tricomm.transport.accelerator import (
     prefixed,
 )
 from tricomm.transport.base import ConnectionLostError, Operation
+from tricomm.transport.coordination.questions import in_background
 from tricomm.transport.device.run import DeviceRun
 from tricomm.transport.device.subgroups import Subgroups
 
@@ -198,7 +199,7 @@ class NcclConnections:
         """
         if self._release.detach() is not None:
             for backend in self._backends:
-                threading.Thread(target=_abort, args=(backend,), name="tricomm-abort", daemon=True).start()
+                in_background("tricomm-abort", partial(_abort, backend))
 
 
 class _Come(NamedTuple):
@@ -274,7 +275,7 @@ def _give_back_later(backends: Sequence[DeviceBackend], device: torch.device) ->
             except RuntimeError as error:
                 LOG.info("while NCCL was shut down: %s", error)
 
-    threading.Thread(target=give_back, name="tricomm-give-back", daemon=True).start()
+    in_background("tricomm-give-back", give_back)
 
 
 def _abort(backend: DeviceBackend) -> None:

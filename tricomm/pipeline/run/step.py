@@ -59,8 +59,8 @@ class Program:
         return tuple(name for name in self.runs[stage].stage.outputs if name not in carried and name != LOSS)
 
 
-MAX_STEPS = 1024
-"""Sizes of so many steps are remembered, those used last; the same on all ranks, as all take the same steps."""
+MAX_SIZES = 1024
+"""Sizes of so many microbatches are remembered, those used last; the same on all ranks, as all take the same steps."""
 
 
 class Programs:
@@ -86,7 +86,7 @@ class Programs:
             for trains, one in schedules.items()
             if loads_kernels
         }
-        self._had: dict[tuple[bool, tuple[Sizes, ...]], None] = {}
+        self._had: dict[tuple[bool, Sizes | None], None] = {}
         self.data_names = self._usual[True].data_names
 
     def next(self, trains: bool, sizes: tuple[Sizes, ...]) -> Program:
@@ -98,10 +98,13 @@ class Programs:
         """
         if not self._first:
             return self._usual[trains]
-        had = (trains, sizes) in self._had
-        self._had.pop((trains, sizes), None)
-        self._had[trains, sizes] = None  # as the last
-        if len(self._had) > MAX_STEPS:
+        # A kernel is of one microbatch, in whatever company that comes; None stands for what every step has.
+        keys = [(trains, one) for one in dict.fromkeys([None, *sizes])]
+        had = all(key in self._had for key in keys)
+        for key in keys:
+            self._had.pop(key, None)
+            self._had[key] = None  # as the last
+        while len(self._had) > MAX_SIZES:
             del self._had[next(iter(self._had))]
         return (self._usual if had else self._first)[trains]
 

@@ -12,22 +12,32 @@ ANSWER_SECONDS = 0.25
 T = TypeVar("T")
 
 
+def in_background(name: str, work: Callable[[], object]) -> threading.Thread | None:
+    """Do something on a thread of its own; None if the process ends, in which no thread begins any more."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
 class Question(Generic[T]):
     """Something that is asked on a thread of its own, from now on."""
 
     def __init__(self, ask: Callable[[], T]) -> None:
         self._answers: list[T] = []
-        self._thread = threading.Thread(target=lambda: self._answers.append(ask()), name="tricomm-device", daemon=True)
-        self._thread.start()
+        self._thread = in_background("tricomm-device", lambda: self._answers.append(ask()))
 
     @property
     def is_open(self) -> bool:
         """Whether there is no answer yet."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def answer(self, seconds: float = ANSWER_SECONDS) -> T | None:
         """Return the answer, or None if it does not come in time."""
-        self._thread.join(seconds)
+        if self._thread is not None:
+            self._thread.join(seconds)
         return self._answers[0] if self._answers else None
 
 
