@@ -53,7 +53,7 @@ RULES_CALLS: Calls = {
     "megatron_layouts": (models.megatron_layouts, {
         "model": MODEL, "shapes": SHAPES["megatron"], "ranks": [0, 1], "tp": 2, "pp": 1, "ep": 1, "etp": 1, "chunks": 1,
         "glu_interleave": 0, "dtype": "bfloat16"}),
-    "sglang": (models.sglang, {"model": MODEL, "tp": 1, "fuse_shared": False, "glu_interleave": None}),
+    "sglang": (models.sglang, {"model": MODEL, "tp": 1, "etp": 1, "fuse_shared": False, "glu_interleave": None}),
     "source": (source, {"name": "w", "shape": (2, 2)}),
     "stack": (rules.stack, {"parts": [TALL, TALL], "dim": 0}),
     "tensors": (models.tensors, {"model": MODEL}),
@@ -63,7 +63,8 @@ RULES_CALLS: Calls = {
     "torchtitan_layouts": (models.torchtitan_layouts, {
         "shapes": SHAPES["torchtitan"], "ranks": [0, 1], "tp": 2, "ep": 1, "dtype": "bfloat16"}),
     "vllm": (models.vllm, {
-        "model": MODEL, "tp": 1, "lora_tokens": 0, "slots": [0, 1], "up_first": False, "glu_interleave": None}),
+        "model": MODEL, "tp": 1, "etp": 1, "lora_tokens": 0, "slots": [0, 1], "up_first": False,
+        "glu_interleave": None}),
     "vllm_layouts": (models.vllm_layouts, {
         "model": MODEL, "shapes": SHAPES["vllm"], "ranks": [0, 1], "tp": 2, "expert_parallel": False,
         "dtype": "bfloat16"}),

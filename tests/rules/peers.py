@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ DEEPSEEK = Model(
     dense_layers=1,
     expert_bias=True,
 )
+DEEPSEEK_V2 = replace(DEEPSEEK, latent=replace(DEEPSEEK.latent, q_rank=0), shared_experts=2, expert_bias=False)
 GPT_OSS = Model(**SIZES, experts=4, expert_intermediate=48, biases=True, fused_experts=True)
 
 

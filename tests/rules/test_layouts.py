@@ -53,7 +53,7 @@ def trainers(model: Model) -> list[tuple[Any, Regions]]:
 def servers(model: Model) -> list[tuple[Any, Regions]]:
     made = []
     for ranks, tp, expert_parallel in ((1, 1, False), (2, 2, False), (4, 4, True), (4, 2, False), (3, 1, True)):
-        bound = vllm(model, tp=tp).bind()
+        bound = vllm(model, tp=tp, etp=1 if expert_parallel else ranks).bind()
         specs = vllm_layouts(model, bound.shapes, range(100, 100 + ranks), tp=tp, expert_parallel=expert_parallel)
         made.append((bound, regions(specs)))
     return made

@@ -32,14 +32,17 @@ sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_siz
 sizes |= dict(add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu)
 sizes |= dict(normalization="RMSNorm", hidden_dropout=0, attention_dropout=0)
 make = TransformerConfig
-if family != "deepseek":
+if not family.startswith("deepseek"):
     sizes |= dict(num_query_groups=2, kv_channels=8)
 if family != "llama":
     sizes |= dict(num_moe_experts=4, moe_ffn_hidden_size=16, moe_router_topk=2, qk_layernorm=True)
-if family == "deepseek":
+if family.startswith("deepseek"):
     make = MLATransformerConfig
-    sizes |= dict(q_lora_rank=12, kv_lora_rank=10, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=6, rope_type="rope")
-    sizes |= dict(multi_latent_attention=True, moe_layer_freq=[0, 1], moe_shared_expert_intermediate_size=16)
+    first, shared = (12, 16) if family == "deepseek" else (None, 32)
+    sizes |= dict(q_lora_rank=first, kv_lora_rank=10, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=6)
+    sizes |= dict(multi_latent_attention=True, moe_layer_freq=[0, 1], moe_shared_expert_intermediate_size=shared)
+    sizes |= dict(rope_type="rope")
+if family == "deepseek":
     sizes |= dict(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
 config = make(**sizes)
 spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
@@ -53,7 +56,7 @@ missing = [name for name in found.missing_keys if not name.endswith("_extra_stat
 results = {"missing": missing, "unexpected": found.unexpected_keys}
 if not missing and not found.unexpected_keys:
     layer, x = model.decoder.layers[1], torch.load("x.pt")
-    if family != "deepseek":
+    if not family.startswith("deepseek"):
         results["qkv"] = layer.self_attention.get_query_key_value_tensors(x)
     mlps = layer.mlp.experts.local_experts if family != "llama" else [layer.mlp]
     results["mlps"] = [mlp(x)[0] for mlp in mlps]
@@ -75,7 +78,13 @@ def without_transformer_engine(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("family", "model"), [("llama", peers.LLAMA), ("qwen", peers.QWEN), ("deepseek", peers.DEEPSEEK)]
+    ("family", "model"),
+    [
+        ("llama", peers.LLAMA),
+        ("qwen", peers.QWEN),
+        ("deepseek", peers.DEEPSEEK),
+        ("deepseek v2", peers.DEEPSEEK_V2),
+    ],
 )
 def test_it_loads_and_projects(family: str, model: Model, tmp_path: Path) -> None:
     torch.manual_seed(1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.rules.test_models import DEEPSEEK, GPT_OSS, LLAMA, QWEN, arrays
+from tests.rules.test_models import DEEPSEEK, DEEPSEEK_WHOLE_QUERIES, GPT_OSS, LLAMA, QWEN, arrays
 from tricomm.rules import Rules
 from tricomm.rules.models import Model, megatron, sglang, torchtitan, vllm
 
@@ -20,7 +20,13 @@ Index = tuple[int, ...]
 Place = tuple[str, Index] | None
 Formula = Callable[[Model, tuple[str, ...], Index], Place]
 
-MODELS = {"llama": LLAMA, "qwen": QWEN, "deepseek": DEEPSEEK, "gpt-oss": GPT_OSS}
+MODELS = {
+    "llama": LLAMA,
+    "qwen": QWEN,
+    "deepseek": DEEPSEEK,
+    "deepseek, queries whole": DEEPSEEK_WHOLE_QUERIES,
+    "gpt-oss": GPT_OSS,
+}
 HF = "model.layers.{}."
 
 
@@ -118,6 +124,8 @@ def down(model: Model, groups: tuple[str, ...], index: Index) -> Place:
 
 
 def all_down(model: Model, groups: tuple[str, ...], index: Index) -> Place:
+    if groups[1] == "bias" and index[0] >= model.experts:
+        return None  # ranks that share an expert with the first add no bias
     if index[0] == model.experts:
         return f"model.layers.{groups[0]}.mlp.shared_experts.down_proj.weight", index[1:]
     return expert(model, groups[0], index[0], "down", groups[1], index[1:])
@@ -160,6 +168,7 @@ MEGATRON: dict[str, Formula] = {
     M + r"self_attention\.linear_proj\.(weight|bias)": named(A + "o_proj.{}"),
     M + r"self_attention\.([qk])_layernorm\.weight": named(A + "{}_norm.weight"),
     M + r"self_attention\.core_attention\.softmax_offset": named(A + "sinks"),
+    M + r"self_attention\.linear_q_proj\.weight": named(A + "q_proj.weight"),
     M + r"self_attention\.linear_q_down_proj\.weight": named(A + "q_a_proj.weight"),
     M + r"self_attention\.linear_q_up_proj\.weight": named(A + "q_b_proj.weight"),
     M + r"self_attention\.linear_kv_down_proj\.weight": named(A + "kv_a_proj_with_mqa.weight"),
@@ -189,6 +198,7 @@ TORCHTITAN: dict[str, Formula] = {
     T + r"attention\.qkv_linear\.wv\.(weight|bias)": named(A + "v_proj.{}"),
     T + r"attention\.wo\.(weight|bias)": named(A + "o_proj.{}"),
     T + r"attention\.sinks": named(A + "sinks"),
+    T + r"attention\.wq\.weight": named(A + "q_proj.weight"),
     T + r"attention\.wq_a\.weight": named(A + "q_a_proj.weight"),
     T + r"attention\.wq_b\.weight": named(A + "q_b_proj.weight"),
     T + r"attention\.wkv_a\.weight": named(A + "kv_a_proj_with_mqa.weight"),
@@ -236,13 +246,16 @@ SERVED: dict[str, Formula] = {
     ),
     S + r"self_attn\.(q|kv)_a_layernorm\.weight": named(A + "{}_a_layernorm.weight"),
     S + r"self_attn\.(q|kv)_b_proj\.weight": named(A + "{}_b_proj.weight"),
+    S + r"self_attn\.(q_proj|kv_a_proj_with_mqa)\.weight": named(A + "{}.weight"),
     S + r"mlp\.gate_up_proj\.weight": mlp("mlp.", intermediate),
     S + r"mlp\.down_proj\.weight": named(HF + "mlp.down_proj.weight"),
     S + r"mlp\.shared_experts\.gate_up_proj\.weight": mlp("mlp.shared_experts.", shared),
     S + r"mlp\.shared_experts\.down_proj\.weight": named(HF + "mlp.shared_experts.down_proj.weight"),
     S + r"mlp\.(router|gate)\.(weight|bias|e_score_correction_bias)": named(HF + "mlp.{}.{}"),
-    S + r"mlp\.experts\.w13_(weight|bias)": gate_and_up(lambda model: int(model.fused_experts), stacked=True),
-    S + r"mlp\.experts\.w2_(weight|bias)": all_down,
+    S + r"mlp\.experts\.w13_(?:weight_)?(weight|bias)": gate_and_up(
+        lambda model: int(model.fused_experts), stacked=True
+    ),
+    S + r"mlp\.experts\.w2_(?:weight_)?(weight|bias)": all_down,
 }
 QKV = S + r"(?:self_)?attn\.qkv_proj\.(weight|bias)"
 
@@ -254,7 +267,7 @@ SYSTEMS: dict[str, tuple[Callable[[Model], Rules], dict[str, Formula]]] = {
     ),
     "torchtitan": (torchtitan, TORCHTITAN),
     "vllm": (vllm, SERVED | {QKV: served_qkv(1)}),
-    "vllm, tp 8": (lambda model: vllm(model, tp=8), SERVED | {QKV: served_qkv(8)}),
+    "vllm, tp 8": (lambda model: vllm(model, tp=8, etp=2), SERVED | {QKV: served_qkv(8)}),
     "sglang": (lambda model: sglang(model, tp=2, fuse_shared=True), SERVED | {QKV: served_qkv(2)}),
 }
 

@@ -13,6 +13,7 @@ import torch
 from tricomm import SpecError
 from tricomm.rules import Rules
 from tricomm.rules.models import (
+    DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
     GPT_OSS_20B,
     LLAMA_3_8B,
@@ -47,6 +48,7 @@ DEEPSEEK = Model(
     dense_layers=1,
     expert_bias=True,
 )
+DEEPSEEK_WHOLE_QUERIES = replace(DEEPSEEK, latent=Latent(q_rank=0, kv_rank=3, nope=2, rope=2, value=3))
 GPT_OSS = Model(
     layers=2,
     hidden=4,
@@ -65,6 +67,7 @@ SMALL = {
     "qwen": QWEN,
     "deepseek": DEEPSEEK,
     "deepseek, mtp": replace(DEEPSEEK, mtp_layers=2),
+    "deepseek, queries whole": DEEPSEEK_WHOLE_QUERIES,
     "gpt-oss": GPT_OSS,
 }
 MAKERS: dict[str, Maker] = {
@@ -75,6 +78,7 @@ MAKERS: dict[str, Maker] = {
     "torchtitan, fused": lambda model: torchtitan(model, fused_qkv=True),
     "vllm": vllm,
     "vllm, tp 8": lambda model: vllm(model, tp=8, lora_tokens=3, up_first=True),
+    "vllm, shared experts": lambda model: vllm(model, etp=4),
     "vllm, slots": lambda model: vllm(model, slots=[2, 0, 1, 2] if model.experts else None),
     "sglang": sglang,
     "sglang, shared fused": lambda model: sglang(model, fuse_shared=True, glu_interleave=0),
@@ -134,6 +138,7 @@ def test_checkpoints_have_the_published_sizes() -> None:
         (LLAMA_3_70B, 723, 70_553_706_496),
         (QWEN3_30B_A3B, 18_867, 30_532_122_624),
         (DEEPSEEK_V3, 45_395, 671_026_419_200),
+        (DEEPSEEK_V2_LITE, 5_291, 15_706_484_224),
         (GPT_OSS_20B, 411, 20_914_757_184),
     ]
     for model, count, numel in published:

@@ -8,14 +8,25 @@ import pytest
 import torch
 
 from tests.rules import peers
-from tricomm.rules.models import DEEPSEEK_V3, GPT_OSS_20B, LLAMA_3_8B, QWEN3_30B_A3B, Latent, Model, tensors, torchtitan
+from tricomm.rules.models import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    GPT_OSS_20B,
+    LLAMA_3_8B,
+    QWEN3_30B_A3B,
+    Latent,
+    Model,
+    tensors,
+    torchtitan,
+)
 
-FULL = {
-    "llama3": ("8B", LLAMA_3_8B),
-    "qwen3": ("30B-A3B", QWEN3_30B_A3B),
-    "deepseek_v3": ("671B", DEEPSEEK_V3),
-    "gpt_oss": ("20b", GPT_OSS_20B),
-}
+FULL = [
+    ("llama3", "8B", LLAMA_3_8B),
+    ("qwen3", "30B-A3B", QWEN3_30B_A3B),
+    ("deepseek_v3", "671B", DEEPSEEK_V3),
+    ("deepseek_v3", "16B", DEEPSEEK_V2_LITE),
+    ("gpt_oss", "20b", GPT_OSS_20B),
+]
 # Sizes that the adapter of a configuration asks for; gpt-oss's reads a quantised checkpoint, and knows other names.
 SMALL: dict[str, tuple[str, Model]] = {
     "llama3": (
@@ -79,9 +90,8 @@ def of_torchtitan(folder: Path, *arguments: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("family", FULL)
-def test_names_and_shapes_are_those_of_its_model(family: str, tmp_path: Path) -> None:
-    flavor, model = FULL[family]
+@pytest.mark.parametrize(("family", "flavor", "model"), FULL)
+def test_names_and_shapes_are_those_of_its_model(family: str, flavor: str, model: Model, tmp_path: Path) -> None:
     assert torchtitan(model).bind().shapes == of_torchtitan(tmp_path, family, flavor, "shapes")
 
 

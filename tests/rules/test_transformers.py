@@ -10,7 +10,8 @@ import torch
 from tests.rules import peers
 from tricomm.rules.models import Model, tensors, torchtitan, vllm
 
-MODELS = {"Llama": peers.LLAMA, "Qwen3Moe": peers.QWEN, "DeepseekV3": peers.DEEPSEEK, "GptOss": peers.GPT_OSS}
+MODELS = {"Llama": peers.LLAMA, "Qwen3Moe": peers.QWEN, "DeepseekV3": peers.DEEPSEEK}
+MODELS |= {"DeepseekV2": peers.DEEPSEEK_V2, "GptOss": peers.GPT_OSS}
 SCRIPT = """
 import sys
 import safetensors.torch, torch, transformers
@@ -19,10 +20,11 @@ sizes = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key
 sizes |= dict(vocab_size=50, intermediate_size=48)
 if family == "Qwen3Moe":
     sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-if family == "DeepseekV3":
-    sizes |= dict(num_key_value_heads=4, n_routed_experts=4, moe_intermediate_size=16, n_shared_experts=1, n_group=1)
-    sizes |= dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, topk_group=1)
-    sizes |= dict(num_experts_per_tok=2, first_k_dense_replace=1)
+if family.startswith("Deepseek"):
+    first, shared = (12, 1) if family == "DeepseekV3" else (None, 2)
+    sizes |= dict(num_key_value_heads=4, n_routed_experts=4, moe_intermediate_size=16, n_shared_experts=shared)
+    sizes |= dict(q_lora_rank=first, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+    sizes |= dict(num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1)
 if family == "GptOss":
     sizes |= dict(num_local_experts=4, num_experts_per_tok=2)
 config = getattr(transformers, family + "Config")(**sizes)

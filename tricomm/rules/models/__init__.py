@@ -22,6 +22,7 @@ Two, because k and v of all groups stand alike on both sides.
 """
 
 from tricomm.rules.models.config import (
+    DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
     GPT_OSS_20B,
     LLAMA_3_8B,
@@ -37,6 +38,7 @@ from tricomm.rules.models.serving import sglang, vllm
 from tricomm.rules.models.torchtitan import torchtitan
 
 __all__ = [
+    "DEEPSEEK_V2_LITE",
     "DEEPSEEK_V3",
     "GPT_OSS_20B",
     "LLAMA_3_8B",

@@ -29,6 +29,8 @@ def check_counts(least: int = 1, **counts: int) -> None:
 class Latent:
     """Sizes of multi-head latent attention (DeepSeek): ranks of the two compressions, and parts of a head.
 
+    ``q_rank`` is 0 where queries are not compressed (DeepSeek-V2-Lite).
+
     >>> latent = Latent(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128)  # DeepSeek-V3
     >>> 128 * (latent.nope + latent.rope)  # rows of q_b, of 128 heads
     24576
@@ -41,7 +43,8 @@ class Latent:
     value: int
 
     def __post_init__(self) -> None:
-        check_counts(**{name: getattr(self, name) for name in ("q_rank", "kv_rank", "nope", "rope", "value")})
+        check_counts(0, q_rank=self.q_rank)
+        check_counts(**{name: getattr(self, name) for name in ("kv_rank", "nope", "rope", "value")})
 
 
 @checks_fields
@@ -155,6 +158,18 @@ DEEPSEEK_V3 = Model(
     shared_experts=1,
     dense_layers=3,
     expert_bias=True,
+)
+DEEPSEEK_V2_LITE = Model(
+    layers=27,
+    hidden=2048,
+    heads=16,
+    latent=Latent(q_rank=0, kv_rank=512, nope=128, rope=64, value=128),
+    intermediate=10944,
+    vocab=102400,
+    experts=64,
+    expert_intermediate=1408,
+    shared_experts=2,
+    dense_layers=1,
 )
 GPT_OSS_20B = Model(
     layers=24,

@@ -44,13 +44,17 @@ def grouped_attention(model: Model) -> Parts:
 
 
 def latent_attention(model: Model) -> Parts:
-    """q_a, q_b, kv_a, kv_b, o and the two norms between."""
+    """q_a and q_b, or q where queries are not compressed, kv_a, kv_b, o and the norms between."""
     sizes = model.latent
     assert sizes is not None
-    shapes: dict[str, tuple[str, Shape]] = {
+    queries = model.heads * (sizes.nope + sizes.rope)
+    compressed: dict[str, tuple[str, Shape]] = {
         "q_a": ("q_a_proj", (sizes.q_rank, model.hidden)),
         "q_a_norm": ("q_a_layernorm", (sizes.q_rank,)),
-        "q_b": ("q_b_proj", (model.heads * (sizes.nope + sizes.rope), sizes.q_rank)),
+        "q_b": ("q_b_proj", (queries, sizes.q_rank)),
+    }
+    shapes: dict[str, tuple[str, Shape]] = {
+        **(compressed if sizes.q_rank else {"q": ("q_proj", (queries, model.hidden))}),
         "kv_a": ("kv_a_proj_with_mqa", (sizes.kv_rank + sizes.rope, model.hidden)),
         "kv_a_norm": ("kv_a_layernorm", (sizes.kv_rank,)),
         "kv_b": ("kv_b_proj", (model.heads * (sizes.nope + sizes.value), sizes.kv_rank)),

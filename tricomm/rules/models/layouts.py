@@ -27,10 +27,10 @@ _TORCHTITAN_COLUMNS = re.compile(
 )
 _TORCHTITAN_ROWS = re.compile(r".*\.(wo|w2)\.weight")
 _MEGATRON_COLUMNS = re.compile(
-    r".*(linear_qkv|linear_q_up_proj|linear_kv_up_proj)\.(weight|bias)|.*softmax_offset"
+    r".*(linear_qkv|linear_q_proj|linear_q_up_proj|linear_kv_up_proj)\.(weight|bias)|.*softmax_offset"
     r"|.*(word_embeddings|output_layer)\.weight"
 )
-_SERVER_COLUMNS = re.compile(r".*\.(q_b_proj|kv_b_proj)\.weight|.*\.sinks")
+_SERVER_COLUMNS = re.compile(r".*\.(q_proj|q_b_proj|kv_b_proj)\.weight|.*\.sinks")
 _SERVER_ROWS = re.compile(r".*\.(o_proj|down_proj)\.weight")
 
 
@@ -165,6 +165,8 @@ def vllm_layouts(
     vocab = -(-model.vocab // 64) * 64
 
     def experts(name: str, shape: Shape) -> ShardingSpec:
+        if name.endswith(".w2_bias"):
+            _check_down_bias(name, shapes, 1 if expert_parallel else len(ranks))
         if expert_parallel:
             return (
                 cut(flat, shape, {"ep": Shard(0)}) if shape[0] % len(ranks) == 0 else _shared_out(ranks, shape, dtype)
@@ -172,7 +174,7 @@ def vllm_layouts(
         rows = shape[1] // 2
         if ".w13_" in name:
             return cut(flat, shape, {"ep": Shard(1) if plain else Shard(1, segments=(rows, rows))})
-        return cut(flat, shape, {"ep": Shard(2)} if len(shape) == 3 else {})
+        return cut(flat, shape, {"ep": Shard(2 if len(shape) == 3 else 0)})
 
     def spec(name: str, shape: Shape) -> ShardingSpec:
         if ".experts.w" in name:
@@ -233,6 +235,16 @@ def _fc(kind: str, shape: Shape, axis: str, plain: bool) -> Cuts:
     if kind.startswith("fc1"):
         return {axis: Shard(0) if plain else Shard(0, segments=(shape[0] // 2, shape[0] // 2))}
     return {axis: Shard(1)} if kind == "fc2.weight" else {}
+
+
+def _check_down_bias(name: str, shapes: Mapping[str, Shape], etp: int) -> None:
+    """Refuse a bias that was not made for so many ranks that share each expert: it would be added as often."""
+    slots = shapes[name.replace("_bias", "_weight")][0]
+    if shapes[name][0] != etp * slots:
+        raise SpecError(
+            f"{name!r} has {shapes[name][0]} rows, and where {etp} ranks share each of {slots} experts, the first has "
+            f"its bias and the others zeros; make the map with vllm(..., etp={etp})"
+        )
 
 
 def _shared_out(ranks: Sequence[int], shape: Shape, dtype: Any) -> ShardingSpec:

@@ -118,6 +118,7 @@ def _attention(model: Model) -> hf.Parts:
 def _latent(model: Model) -> hf.Parts:
     parts = hf.latent_attention(model)
     names = {
+        "linear_q_proj.weight": "q",
         "linear_q_down_proj.weight": "q_a",
         "linear_q_up_proj.layer_norm_weight": "q_a_norm",
         "linear_q_up_proj.weight": "q_b",
@@ -126,7 +127,7 @@ def _latent(model: Model) -> hf.Parts:
         "linear_kv_up_proj.weight": "kv_b",
         "linear_proj.weight": "o",
     }
-    return {f"self_attention.{name}": parts[short] for name, short in names.items()}
+    return {f"self_attention.{name}": parts[short] for name, short in names.items() if short in parts}
 
 
 def _mlp(parts: hf.Parts, path: str) -> hf.Parts:

@@ -22,6 +22,7 @@ class Names(NamedTuple):
     embed: str = "model.embed_tokens.weight"
     attention: str = "self_attn."
     q_a_and_kv_a: str = "fused_qkv_a_proj"
+    expert_bias: str = "_bias"
 
 
 @checks_kinds
@@ -29,6 +30,7 @@ def vllm(
     model: Model,
     *,
     tp: int = 1,
+    etp: int = 1,
     lora_tokens: int = 0,
     slots: Sequence[int] | None = None,
     up_first: bool = False,
@@ -43,6 +45,8 @@ def vllm(
     Args:
         model: its sizes.
         tp: ranks of tensor parallelism: with more of them than kv heads, every kv head stands there several times.
+        etp: ranks that share each expert: without expert parallelism all of them. The bias of down is added once, so
+            that of these the first has it and the others have zeros (gpt-oss): w2_bias is cut by ``Shard(0)``.
         lora_tokens: tokens that adapters add, padded apart.
         slots: the expert in each slot, where some have several (EPLB); by default each expert once, in order.
         up_first: whether kernels want up before gate (FlashInfer, TensorRT-LLM).
@@ -53,24 +57,28 @@ def vllm(
         >>> vllm(QWEN3_30B_A3B, tp=8).bind().shapes["model.layers.0.self_attn.qkv_proj.weight"]
         (6144, 2048)
     """
-    check_counts(tp=tp)
+    check_counts(tp=tp, etp=etp)
     check_counts(0, lora_tokens=lora_tokens, glu_interleave=glu_interleave or 0)
     unknown = next((one for one in slots or () if not 0 <= one < model.experts), None)
     if unknown is not None:
         raise SpecError(f"slots name expert {unknown}, which is none of {model.experts}; count experts from 0")
     names = Names("model.embedding.weight", "attn.") if model.fused_experts else Names()
-    experts = _experts(model, "{logical[s]}", up_first, glu_interleave)
     numbers = tuple(range(model.experts)) if slots is None else tuple(slots)
+    experts = _experts(model, names, "{logical[s]}", up_first, glu_interleave)
+    _add_down_bias(experts, model, names, "{logical[s]}", (etp - 1) * len(numbers))
     return _served(model, names, tp, padded(lora_tokens, VOCAB_MULTIPLE), experts, numbers)
 
 
 @checks_kinds
-def sglang(model: Model, *, tp: int = 1, fuse_shared: bool = False, glu_interleave: int | None = None) -> Rules:
+def sglang(
+    model: Model, *, tp: int = 1, etp: int = 1, fuse_shared: bool = False, glu_interleave: int | None = None
+) -> Rules:
     """From a Hugging Face checkpoint to SGLang; layouts as for vLLM.
 
     Args:
         model: its sizes.
         tp: ranks of tensor parallelism.
+        etp: ranks that share each expert, as for vLLM.
         fuse_shared: whether the shared expert is one more expert after the last.
         glu_interleave: as for vLLM.
 
@@ -79,10 +87,11 @@ def sglang(model: Model, *, tp: int = 1, fuse_shared: bool = False, glu_interlea
         >>> sglang(DEEPSEEK_V3, fuse_shared=True).bind().shapes["model.layers.60.mlp.experts.w2_weight"]
         (257, 7168, 2048)
     """
-    check_counts(tp=tp)
+    check_counts(tp=tp, etp=etp)
     check_counts(0, glu_interleave=glu_interleave or 0)
-    experts = _experts(model, "{s}", False, glu_interleave, fuse_shared)
-    names = Names(q_a_and_kv_a="fused_qkv_a_proj_with_mqa")
+    names = Names(q_a_and_kv_a="fused_qkv_a_proj_with_mqa", expert_bias="_weight_bias")
+    experts = _experts(model, names, "{s}", False, glu_interleave, fuse_shared)
+    _add_down_bias(experts, model, names, "{s}", (etp - 1) * model.experts)
     return _served(model, names, tp, 0, experts, tuple(range(model.experts)))
 
 
@@ -128,7 +137,10 @@ def _attention(model: Model, tp: int) -> hf.Parts:
 def _latent(model: Model, q_a_and_kv_a: str) -> hf.Parts:
     parts = hf.latent_attention(model)
     names = {"q_a_layernorm": "q_a_norm", "q_b_proj": "q_b", "kv_a_layernorm": "kv_a_norm", "kv_b_proj": "kv_b"}
-    made = {f"{name}.weight": parts[short] for name, short in {**names, "o_proj": "o"}.items()}
+    names |= {"q_proj": "q", "o_proj": "o"}
+    made = {f"{name}.weight": parts[short] for name, short in names.items() if short in parts}
+    if "q" in parts:
+        return {"kv_a_proj_with_mqa.weight": parts["kv_a"], **made}
     return {f"{q_a_and_kv_a}.weight": cat([parts["q_a"], parts["kv_a"]]), **made}
 
 
@@ -137,7 +149,7 @@ def _mlp(parts: hf.Parts, path: str) -> hf.Parts:
 
 
 def _experts(
-    model: Model, index: str, up_first: bool, glu_interleave: int | None, fuse_shared: bool = False
+    model: Model, names: Names, index: str, up_first: bool, glu_interleave: int | None, fuse_shared: bool = False
 ) -> hf.Parts:
     if not model.experts:
         return {}
@@ -151,8 +163,8 @@ def _experts(
     expert, router = hf.expert(model, index), hf.router(model)
     shared = hf.shared_experts(model)
     word = "router" if model.fused_experts else "gate"
-    names = {f"{word}.weight": "router", f"{word}.bias": "router_bias", "gate.e_score_correction_bias": "expert_bias"}
-    made = {name: router[short] for name, short in names.items() if short in router}
+    gates = {f"{word}.weight": "router", f"{word}.bias": "router_bias", "gate.e_score_correction_bias": "expert_bias"}
+    made = {name: router[short] for name, short in gates.items() if short in router}
     last: list[Expression] = []
     if fuse_shared and shared:
         last = [w13(shared), shared["down"]]
@@ -161,6 +173,12 @@ def _experts(
     made["experts.w13_weight"] = stack([each("s", w13(expert)), *last[:1]])
     made["experts.w2_weight"] = stack([each("s", expert["down"]), *last[1:]])
     if model.biases:
-        made["experts.w13_bias"] = stack([each("s", w13(expert, "_bias"))])
-        made["experts.w2_bias"] = stack([each("s", expert["down_bias"])])
+        made[f"experts.w13{names.expert_bias}"] = stack([each("s", w13(expert, "_bias"))])
     return {f"mlp.{name}": part for name, part in made.items()}
+
+
+def _add_down_bias(parts: hf.Parts, model: Model, names: Names, index: str, zeros: int) -> None:
+    """The bias of down of every slot, and so many rows of zeros for ranks that add none."""
+    if model.experts and model.biases:
+        bias = stack([each("s", hf.expert(model, index)["down_bias"])])
+        parts[f"mlp.experts.w2{names.expert_bias}"] = cat([bias, fill(0, (zeros, model.hidden))])

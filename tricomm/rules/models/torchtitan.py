@@ -9,6 +9,7 @@ from tricomm.rules.rules import Rules
 from tricomm.rules.words import each, fill, stack
 
 _LATENT = {
+    "wq.weight": "q",
     "wq_a.weight": "q_a",
     "q_norm.weight": "q_a_norm",
     "wq_b.weight": "q_b",
