@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 N ?= 20000
-WORKERS ?= 2
+WORKERS ?= 3
 GPU_CHECK = $(PART:%=--part %) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--fault %)
 
 .PHONY: demo test test-processes lint fuzz peers bench bench-cluster gpu-check gpu-check-full clean
@@ -12,7 +12,7 @@ GPU_CHECK = $(PART:%=--part %) $(if $(DEVICE),--device $(DEVICE)) $(FAULTS:%=--f
 demo: $(VENV)/.demo
 	@$(RUN) -m tricomm demo $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
-# In workers, their threads, and one fixed set of processes each; and the rehearsal of gpu-check, which no change may
+# In three workers, as tests that wait for a timeout need no core, and the rehearsal of gpu-check, which no change may
 # break. One worker has the fixed processes, and a file stays with its worker, since its fixtures do (tests/conftest.py).
 # WORKERS=0 runs all in one process, for a debugger.
 test: $(VENV)/.test

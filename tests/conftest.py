@@ -1,10 +1,10 @@
 """Processes are started once and fed many cases; a test that starts others carries the marker ``processes``."""
 
+import ast
 import functools
 import gc
 import multiprocessing.process
 import os
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -40,16 +40,20 @@ LONGEST_FIRST = (
     "test_kinds.py",
     "test_product.py",
     "test_pack.py",
+    "test_against_dtensor.py",
+    "test_many.py",
+    "test_rules.py",
 )
 """Files that take longest without the fixed ranks. They begin first: no worker shall be left with one at the end."""
 
 
 @functools.cache
-def on_fixed_ranks(path: Path) -> bool:
-    """Whether a file has tests that take the fixture ``ranks``. Its type says so: whoever hands out tests has not
+def on_fixed_ranks(path: Path) -> frozenset[str]:
+    """The tests of a file that take the fixture ``ranks``, read from its text: whoever hands out tests has not
     collected them.
     """
-    return re.search(r"\branks: \"?Ranks\b", path.read_text()) is not None
+    functions = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef))
+    return frozenset(one.name for one in functions if any(argument.arg == "ranks" for argument in one.args.args))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,7 +67,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Bring forward what runs on the fixed ranks, then the longest files; all else stays in order."""
 
     def place(item: pytest.Item) -> int:
-        if on_fixed_ranks(item.path):
+        takes = "ranks" in getattr(item, "fixturenames", ())
+        if takes != (item.name.partition("[")[0] in on_fixed_ranks(item.path)):
+            raise pytest.UsageError(f"{item.nodeid} takes ranks by another fixture; take them by the name of ranks")
+        if takes:
             return -1
         return LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else len(LONGEST_FIRST)
 
@@ -77,7 +84,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand whole files to workers, since fixtures stay with them, and all that runs on the fixed ranks to one worker.
+    """Hand whole files to workers, since fixtures stay with them, but all that runs on the fixed ranks to one worker.
 
     Two sets of ranks beside each other take each other's two cores at every message: a test of 9 seconds took 100.
     """
@@ -86,7 +93,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class OneSetOfRanks(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "the fixed ranks" if on_fixed_ranks(config.rootpath / file) else file
+            test = nodeid.removeprefix(f"{file}::").partition("[")[0]
+            return "the fixed ranks" if test in on_fixed_ranks(config.rootpath / file) else file
 
     return OneSetOfRanks(config, log)
 

@@ -38,6 +38,7 @@ def machine(tmp_path: Path) -> tuple[Path, dict[str, str]]:
         "HOME": str(tmp_path),
         "OUT": str(tmp_path / "out"),
         "PIP_NO_INDEX": "1",
+        "OMP_NUM_THREADS": "1",  # as in all tests: two threads of one small product wait for each other
         **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     }
     return checkout, environment
