@@ -27,7 +27,6 @@ LAYERS = [
     ["options", "packing"],
     ["transport"],
     ["autograd"],
-    ["selections"],
     ["resharder"],
     ["reshard"],
     ["redistribute"],
@@ -40,6 +39,7 @@ LAYERS = [
 # The same inside of a package.
 LAYERS_WITHIN = {
     "autograd": [["layouts"], ["tape"], ["gradients"]],
+    "resharder": [["costs"], ["connected"], ["selections"], ["calls"], ["resharder"]],
     "pipeline": [
         ["schedule"],
         ["costs"],

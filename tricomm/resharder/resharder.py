@@ -1,48 +1,39 @@
 """Resharder: a plan carried out again and again by the ranks of a process group."""
 
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any, ClassVar, Generic, Self, Unpack, overload
+from typing import Any, ClassVar, Self, Unpack, overload
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.compiled.outside import eagerly
-from tricomm.compiled.registry import is_traced
 from tricomm.errors import SpecError, TricommError
-from tricomm.interop import is_wrapped
+from tricomm.hooks import BoundHooks, Hooks
 from tricomm.kinds import explains_missing
-from tricomm.layout.sides import Side, Sides, as_specs, has_wrapped, shards_of
+from tricomm.layout.sides import Side, Sides, as_specs
 from tricomm.layout.spec import ShardingSpec
 from tricomm.options import NO_FRILLS, Options, ReshardOptions
 from tricomm.packing.checksums import Checksums
 from tricomm.packing.digests import Digests
-from tricomm.packing.holdings import Tensors
-from tricomm.packing.tensor_checker import Given, TensorChecker, bump_versions, check_casts
+from tricomm.packing.tensor_checker import TensorChecker, check_casts
 from tricomm.plan import Plan
 from tricomm.plan.arguments import check_in_group, participants_of
 from tricomm.plan.describe import describe_layouts
 from tricomm.plan.ends.mapped import items_and_ends
 from tricomm.plan.planner import plan_of
-from tricomm.selections import Names, Selections
+from tricomm.resharder.calls import Calls
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
-from tricomm.transport.handle import Ended, Handle, Moved_co, SourceGate, order_problem
+from tricomm.transport.handle import Moved_co
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import CLOSED_TEXT
-from tricomm.transport.streams import HostStreamContext
 from tricomm.transport.telling import tell_all
-
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
-"""Types of what is no DTensor, without a look."""
 
 
 @explains_missing
-class Resharder(Selections, Generic[Moved_co]):
+class Resharder(Calls[Moved_co]):
     """A reshard made once and called often: plan, copy programs, staging and connections are kept.
 
     Every rank of either mesh makes it and calls it; ranks on neither mesh may call too. Off the destination mesh a call
@@ -173,7 +164,7 @@ class Resharder(Selections, Generic[Moved_co]):
         self.participants = self.plan.participants
         has_part = self.rank in self.participants
         self._digests = Digests(self.plan, self.rank) if chosen.checksum and has_part else None
-        self._hooks = self._bound_hooks(chosen.hooks)
+        self._hooks = None if chosen.hooks is None else bound_hooks(chosen.hooks, self.plan, self.rank)
         if chosen.differentiable:
             check_differentiable_layouts(self.plan, chosen.grad_placements)
         # Ranks that are all on both meshes can ask for gradients, and then all must.
@@ -209,191 +200,6 @@ class Resharder(Selections, Generic[Moved_co]):
     def __repr__(self) -> str:
         return f"<Resharder {self.name or describe_layouts(self.plan)}: {self.state.value}>"
 
-    def _shards(self, tensor: Any, out: Any) -> tuple[Any, Any]:
-        """What DTensors hold on this rank."""
-        try:
-            group = None if self._names_whole_job else self._group()
-            return shards_of(tensor, out, self._planned.ends, self.rank, group)
-        except SpecError as error:
-            self._refuse(error)
-
-    def __call__(self, tensor: Given = None, *, out: Given = None, only: Names | None = None) -> Moved_co:
-        """Reshard. Arguments and result as for :func:`reshard`.
-
-        ``only`` names those of many tensors that move, see ``only()``; ``tensor`` and ``out`` may have the others too.
-        """
-        moved: Moved_co
-        if only is not None:
-            moved = self._call_only(tensor, out, only)
-        elif is_dynamo_compiling() or (
-            out is None and self._fits_graphs and is_traced(tensor) and not is_wrapped(tensor)
-        ):
-            from tricomm.compiled.graph import call_in_graph
-
-            moved = call_in_graph(self, tensor, out)
-        else:
-            moved = (self._unhooked if self._hooks is None else self._hooked)(tensor, out)
-        return moved
-
-    def _unhooked(self, tensor: Given, out: Given) -> Any:
-        if not (type(tensor) in PLAIN and type(out) in PLAIN) and (has_wrapped(tensor) or has_wrapped(out)):
-            shard, place = self._shards(tensor, out)
-            moved = (self._call if self._hooks is None else self._unhooked)(shard, place)
-            if out is not None:
-                bump_versions(out)
-            return moved if out is None else out
-        if self._is_taped and torch.is_grad_enabled():
-            return self._recorded(tensor, out)
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-            return self._differentiated(tensor, out)
-        return self._move(tensor, out, requires_grad=False)
-
-    def _move(self, tensor: Given, out: Given, *, requires_grad: bool) -> Any:
-        session, execution = self._session, self._execution
-        if session is None or execution is None:
-            return self._off_meshes(tensor, out)
-        try:
-            with session as channel:
-                sources, destinations = self._checker.check(tensor, out)
-                session.call_fields = self._call_fields[requires_grad]
-                last = channel.last_started
-                if last is not None and (not last.done() or last.exception() is not None):
-                    # What was started on the same channel is still under way: wait in line behind it.
-                    self._start(sources, destinations, [channel.stream_context.record_event()], ()).wait()
-                else:
-                    if last is not None:
-                        channel.stream_context.wait_event(last.result()[1])
-                    session.run(execution, sources, destinations, session.calls)
-            if self._checksums is not None:
-                items = execution.items_of(sources, destinations)
-                self._checksums.check(*items, partial(execution.unfilled, destinations))
-        except Exception as error:
-            self._name_error(error)
-            raise
-        if out is not None:
-            bump_versions(out)
-        return self._checker.result(destinations)
-
-    def start(
-        self,
-        tensor: Given = None,
-        *,
-        out: Given = None,
-        after: Any = None,
-        depends_on: Sequence[Handle[Any]] = (),
-        only: Names | None = None,
-    ) -> Handle[Moved_co]:
-        """Reshard in the background. The tensor must not change before ``wait`` returns.
-
-        Runs of the same ranks and channel follow each other in the order in which they were started. In the first call,
-        or after a failure, the ranks meet in the background too, so channels may be started in any order.
-
-        ::
-
-            handle = mover.start(activation)
-            compute_something_else()
-            moved = handle.wait()
-
-        Args:
-            tensor, out: as for :func:`reshard`.
-            after: on a GPU, the run begins after this event (see ``record_event``) on a stream of its own; None is all
-                that the current stream has to do so far. Without ``out`` the run waits for that in any case: the memory
-                of the new tensor may be that of one which the current stream has still to read.
-            depends_on: runs of this rank, whatever they move, that end before this one begins.
-            only: names of those of many tensors that move, see ``only()``; ``tensor`` and ``out`` may have the others
-                too.
-        """
-        if torch.compiler.is_compiling():
-            given = {"out": out, "after": after, "depends_on": depends_on, "only": only}
-            handle: Handle[Moved_co] = eagerly(self.start, tensor, **given)
-            return handle
-        if only is not None:
-            mover, tensor, out = self._of_only(tensor, out, only)
-            return mover.start(tensor, out=out, after=after, depends_on=depends_on)
-        if (problem := order_problem(after, depends_on)) is not None:
-            self._refuse(problem)
-        tensor = self._before(tensor)
-        if has_wrapped(tensor) or has_wrapped(out):
-            tensor, out = self._shards(tensor, out)
-        session = self._session
-        if session is None:
-            nothing: Future[Ended] = Future()
-            nothing.set_result((self._off_meshes(tensor, out), None, None))
-            return Handle(nothing, HostStreamContext())
-        try:
-            with session as channel:
-                asks = self.options.differentiable or (isinstance(tensor, torch.Tensor) and tensor.requires_grad)
-                if asks and torch.is_grad_enabled():
-                    raise SpecError(
-                        "what requires grad cannot be moved in the background; pass tensor.detach(), call the "
-                        "Resharder directly, or use torch.no_grad()"
-                    )
-                sources, destinations = self._checker.check(tensor, out)
-                events = [] if after is None else [after]
-                if after is None or (out is None and destinations):
-                    events.append(channel.stream_context.record_event())
-                if session.meets_always:
-                    session.connect()
-                if out is not None:
-                    bump_versions(out)
-                return self._start(sources, destinations, events, depends_on, is_whole=True)
-        except Exception as error:
-            self._name_error(error)
-            raise
-
-    def _off_meshes(self, tensor: Given, out: Given) -> Any:
-        """A rank on neither mesh gives and gets nothing."""
-        try:
-            if self._is_closed:
-                raise SpecError(CLOSED_TEXT)
-            return self._checker.result(self._checker.check(tensor, out)[1])
-        except Exception as error:
-            self._name_error(error)
-            raise
-
-    def _start(
-        self,
-        sources: Tensors,
-        destinations: Tensors,
-        events: Sequence[Any],
-        depends_on: Sequence[Handle[Any]],
-        *,
-        is_whole: bool = False,
-    ) -> Handle[Moved_co]:
-        """Run in the background; ``is_whole`` if digests and hooks, too, are left to that."""
-        session, execution = self._session, self._execution
-        assert session is not None
-        assert execution is not None
-        channel, number = session.channel, session.calls
-        gate = SourceGate(channel.stream_context.record_end)
-
-        def run_in_background() -> Ended:
-            """On the channel's stream."""
-            try:
-                with channel.stream_context.after(events, *sources, *destinations):
-                    for handle in depends_on:
-                        handle.wait_done()
-                    # Digests are of what was given, and so it may not change before they are compared.
-                    early = gate if self._checksums is None else None
-                    session.run(execution, sources, destinations, number, early)
-                    if is_whole and self._checksums is not None:
-                        items = execution.items_of(sources, destinations)
-                        unfilled = partial(execution.unfilled, destinations)
-                        self._checksums.check(*items, unfilled, in_background=True)
-                    moved = self._checker.result(destinations)
-                    if is_whole:
-                        self._after(moved)
-                    gate.end(end := channel.stream_context.record_end())
-                    return moved, end, session.last_run
-            except Exception as error:
-                self._name_error(error)
-                raise
-            finally:
-                gate.end()
-
-        channel.last_started = channel.worker.submit(run_in_background)
-        return Handle(channel.last_started, channel.stream_context, gate)
-
     def close(self) -> None:
         """Give back what the Resharder holds, as soon as what it started is done. Later calls raise a SpecError.
 
@@ -418,3 +224,18 @@ class Resharder(Selections, Generic[Moved_co]):
         if error is not None and not isinstance(error, TricommError) and session is not None:
             session.leave(error)
         self.close()
+
+
+def bound_hooks(hooks: Hooks, plan: Plan, rank: int) -> BoundHooks:
+    """The hooks of all tensors of a plan, on one rank.
+
+    Raises:
+        SpecError: the plan is of one tensor, which has no name; or hooks that do not fit the tensors.
+    """
+    ends = plan.ends
+    if not plan.is_mapping:
+        raise SpecError("hooks are called for modules by name, and one tensor alone has none; pass mappings")
+    hooks.check_blocks([*ends.sources, *ends.destinations], rank)
+    names = [[one.name for one in side] for side in (ends.sources, ends.destinations)]
+    here = [{one.name for one in side if rank in one.spec.mesh} for side in (ends.sources, ends.destinations)]
+    return hooks.bind(*names, *here)
