@@ -86,6 +86,32 @@ def test_a_group_has_one_of_its_own_which_is_made_once(five: Threads) -> None:
     assert backends_of(five) == [2, 3, 3, 2, 3]
 
 
+def move_some(rank: int, threads: Threads) -> list[bool]:
+    """Tensors of unlike layouts, and then some of them: what is left of a call goes among the same ranks."""
+    sources = {"a": spec([0]), "b": spec([4, 0], (Shard(0),)), "c": spec([0]), "d": spec([1], (Shard(0),))}
+    targets = {"a": spec([1, 2, 3]), "b": spec([1, 2, 3]), "c": spec([1, 2, 3]), "d": spec([2], (Shard(1),))}
+    full = torch.arange(float(SHAPE[0] * SHAPE[1])).reshape(SHAPE)
+    options: dict[str, Any] = {"strategy": ONE_CALL, "timeout_seconds": 10, **threads.options(rank)}
+    mover = Resharder(sources, targets, **options)
+    given = {name: pick(full, one, rank) for name, one in sources.items() if rank in one.mesh}
+    right = []
+    for names in (sources, ["a", "b"], ["c"], ["a", "b"]):
+        some = mover if names is sources else mover.only(names)
+        found = some({name: shard for name, shard in given.items() if name in names})
+        threads.finish(rank)
+        wanted = {name: targets[name] for name in names if rank in targets[name].mesh}
+        assert found.keys() == wanted.keys()
+        right += [
+            torch.equal(found[name], pick(full, one.resolved(sources[name]), rank)) for name, one in wanted.items()
+        ]
+    return right
+
+
+def test_many_tensors_and_some_of_them(five: Threads) -> None:
+    assert all(all(right) for right in five.run(move_some, five))
+    assert all(calls_of(five))
+
+
 # ---- what the cost model takes
 
 
