@@ -115,10 +115,12 @@ def test_many_tensors_and_some_of_them(five: Threads) -> None:
 # ---- what the cost model takes
 
 
-def planned(rank: int, threads: Threads, size: int, topology: Topology | None) -> list[str]:
+def planned(rank: int, threads: Threads, size: int, topology: Topology | None, transport: Any) -> list[str]:
     source = ShardingSpec(Mesh([0], ("x",)), WHOLE, (size,), "uint8")
     target = ShardingSpec(Mesh([1, 2, 3, 4], ("x",)), WHOLE)
-    mover = Resharder(source, target, timeout_seconds=10, topology=topology, **threads.options(rank))
+    mover = Resharder(
+        source, target, timeout_seconds=10, topology=topology, transport=transport, **threads.options(rank)
+    )
     values = torch.arange(size).to(torch.uint8)
     out = mover(values if rank == 0 else None)
     threads.finish(rank)
@@ -127,14 +129,23 @@ def planned(rank: int, threads: Threads, size: int, topology: Topology | None) -
 
 
 def test_auto_takes_one_call_where_a_resharder_that_is_kept_has_nccl(five: Threads) -> None:
-    for strategies in five.run(planned, five, 1 << 19, None):
-        assert strategies == ["Broadcast(chunk_bytes=None, one_call=True)"]
-    assert calls_of(five) == [1] * SIZE
+    """Where no rank reads another's memory: it is told to go by the network, or no two ranks are on one host."""
+    for topology, transport in ((None, "network"), (Topology(tuple("abcde")), "auto")):
+        for strategies in five.run(planned, five, 1 << 19, topology, transport):
+            assert strategies == ["Broadcast(chunk_bytes=None, one_call=True)"]
+    assert calls_of(five) == [2] * SIZE
+
+
+def test_it_does_not_where_ranks_may_read_each_others_memory(five: Threads) -> None:
+    for topology in (None, Topology(tuple("abcdd"))):
+        for strategies in five.run(planned, five, 1 << 19, topology, "auto"):
+            assert "one_call" not in strategies[0]
+    assert not any(calls_of(five))
 
 
 def test_it_does_not_where_a_topology_says_that_it_is_slow(five: Threads) -> None:
     slow = Topology(tuple("abcde"), multicast_hop_seconds=1.0)
-    for strategies in five.run(planned, five, 1 << 19, slow):
+    for strategies in five.run(planned, five, 1 << 19, slow, "network"):
         assert "one_call" not in strategies[0]
     assert not any(calls_of(five))
 

@@ -157,7 +157,7 @@ class Resharder(Calls[Moved_co]):
         rank = self.rank if self.rank in participants else participants[0]
         topology = chosen.topology
         if is_kept:  # else communicators of groups are not worth it
-            topology = self.context.topology_with_calls(topology, participants, self.device)
+            topology = self.context.topology_with_calls(topology, participants, self.device, chosen.transport)
         how = (topology, chosen.strategy, chosen.balance, chosen.staging_bytes, rank)
         self.plan: Plan = plan_of(items, ends, isinstance(source, Mapping), *how)
         check_casts(self.plan)

@@ -34,6 +34,12 @@ MOST_PLANNED_TOGETHER = Auto().search_up_to
 """With more ranks each plans its own part, and does not know all groups."""
 
 
+def _share_hosts(topology: Topology, ranks: tuple[int, ...]) -> bool:
+    """Whether any two of these ranks are on one host."""
+    topology.check_covers(ranks)
+    return len(set(map(topology.host, ranks))) < len(ranks)
+
+
 class GroupContext(Coordinator):
     """This rank's channels, one-shot Resharders and counts in one process group.
 
@@ -65,11 +71,15 @@ class GroupContext(Coordinator):
             return channel
 
     def topology_with_calls(
-        self, topology: Topology | None, participants: tuple[int, ...], device: torch.device
+        self, topology: Topology | None, participants: tuple[int, ...], device: torch.device, transport: str
     ) -> Topology | None:
-        """The topology of a plan whose ranks can broadcast in one call, if those of this device can."""
+        """The topology of a plan whose ranks can broadcast in one call, if those of this device surely can: where some
+        read each other's memory, nothing goes in one call.
+        """
         is_said = topology is not None and topology.multicast_hop_seconds is not None
         if is_said or len(participants) > MOST_PLANNED_TOGETHER or self.accelerator_of(device) is None:
+            return topology
+        if transport != "network" and (topology is None or _share_hosts(topology, participants)):
             return topology
         topology = topology or Topology.flat(participants[-1] + 1)
         return replace(topology, multicast_hop_seconds=NCCL_HOP_SECONDS)
