@@ -76,7 +76,7 @@ class Gradients(ABC):
 
             print(mover.label)  # Resharder of float32[8/x, 4] on ...
         """
-        return f"Resharder of {describe_layouts(self.plan)}" if self._session is None else self._session.label
+        return f"Resharder of {describe_layouts(self.plan)}" if self._session is None else self._session.identity.label
 
     def _name_error(self, error: BaseException) -> None:
         """Let an error of ours say what the calls are about."""

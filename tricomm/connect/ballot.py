@@ -17,11 +17,13 @@ before the end of the epoch; whichever is written first stands, for everybody.
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tricomm.connect.meeting.table import FINAL
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.store import GroupOverError
+
+Found = TypeVar("Found")
 
 NOTHING = -1
 """In place of a version: there is none."""
@@ -199,10 +201,13 @@ class Ballot:
             return  # the next epoch's ranks say what they hold
 
     def _wait(self, is_so: Callable[[], bool], deadline: float) -> bool:
-        pause = FIRST_PAUSE_SECONDS
-        while not is_so():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            pause = min(1.25 * pause, LONGEST_PAUSE_SECONDS)
-        return True
+        return look_until(lambda: is_so() or None, deadline) is True
+
+
+def look_until(look: Callable[[], Found | None], deadline: float) -> Found | None:
+    """Look again and again until something is there; None if it is not by a time, of time.monotonic()."""
+    pause = FIRST_PAUSE_SECONDS
+    while (found := look()) is None and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(pause, left))
+        pause = min(1.25 * pause, LONGEST_PAUSE_SECONDS)
+    return found

@@ -2,26 +2,22 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import timedelta
 from typing import Unpack
 
 import torch
 
-from tricomm.connect.ballot import FIRST_PAUSE_SECONDS, GO, LONGEST_PAUSE_SECONDS, REFUSE, Ballot, Offer
-from tricomm.connect.movers import Movers
-from tricomm.connect.push import Latest, Push, Telling, failure_of
-from tricomm.connect.told.agreed import Told
+from tricomm.connect.ballot import GO, REFUSE, Ballot, Offer, look_until
+from tricomm.connect.movers import Movers, options_between
+from tricomm.connect.push import FENCE, SNAPSHOT, Latest, Push, Snapshot, Telling, check_version, failure_of
 from tricomm.connect.world import World
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
-from tricomm.options import MAX_TIMEOUT_SECONDS, Options, ReshardOptions
+from tricomm.options import Options, ReshardOptions
 from tricomm.transport.channel import Worker
 from tricomm.transport.coordination.store import store_errors
 from tricomm.transport.group import context_of
-
-FENCE, SNAPSHOT = "fence", "snapshot"
 
 
 class Feed:
@@ -81,22 +77,7 @@ class Feed:
         sources, destinations = world.ranks_of(source), world.ranks_of(destination)
         if source == destination:
             raise SpecError(f"source and destination are both {source!r}; within one side, use a Resharder")
-        absent = next((side for side in (source, destination) if side not in specs), None)
-        if absent is not None:
-            raise SpecError(f"specs have no side {absent!r}; pass what world.exchange(...) gave")
-        here, there = specs[source], specs[destination]
-        chosen = Options.of({**options, "group": world}, "Feed")
-        if chosen.rules is None and isinstance(specs, Told):
-            chosen = replace(chosen, rules=specs.rules.get((source, destination)))
-        odd = sorted(here.keys() ^ there.keys()) if chosen.rules is None else ()
-        if odd:
-            side = source if odd[0] in here else destination
-            raise SpecError(
-                f"only side {side!r} has tensor {odd[0]!r}; give both sides the same names, or let one of them say by "
-                f"exchange(..., rules=) how the tensors of {destination!r} are made of those of {source!r}"
-            )
-        # Confirmed, so that all ranks give up the same move and none waits for one that has done its part.
-        chosen = replace(chosen, confirm=chosen.confirm is not False)
+        chosen = options_between(specs, source, destination, Options.of({**options, "group": world}, "Feed"))
         self.world = world
         self.dirty: str = before.dirty if before is not None else ""
         """On the destination: why its tensors are a mix; "" if they are the version that it holds."""
@@ -106,7 +87,7 @@ class Feed:
         self._sources = sources
         self._is_source = world.side == source
         self._is_destination = world.side == destination
-        self._movers = Movers(here, there, chosen)
+        self._movers = Movers(specs[source], specs[destination], chosen)
         self._ballot = Ballot(
             world.get_group_store(), f"feed {chosen.name}", len(destinations), len(sources) + len(destinations)
         )
@@ -114,7 +95,7 @@ class Feed:
         self._ready = 0
         self._attempts = 0
         self._last_version: int | None = None
-        self._snapshots: dict[str, torch.Tensor] = {}
+        self._snapshot = Snapshot()
         self._worker = Worker()
         if self._is_destination:
             with store_errors():
@@ -194,19 +175,11 @@ class Feed:
         tensors = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
         with self._telling(number, version):
             if beside == SNAPSHOT:
-                tensors = {name: self._copied(name, tensor) for name, tensor in tensors.items()}
-                nbytes = sum(tensor.nbytes for tensor in self._snapshots.values())
+                tensors = self._snapshot.of(tensors)
+                nbytes = self._snapshot.nbytes
             handles = self._movers.start(tensors, {})
         outcome = self._worker.submit(lambda: self._settle(number, version, problem or failure_of(handles)))
         return Push(version, "", handles, outcome, nbytes)
-
-    def _copied(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        kept = self._snapshots.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype or kept.device != tensor.device:
-            kept = self._snapshots[name] = torch.empty_like(tensor, requires_grad=False)
-        return kept.copy_(tensor)
 
     # ---- the destination
 
@@ -276,12 +249,9 @@ class Feed:
         """
         self.ready()
         seconds = self._seconds if timeout_seconds is None else Options(timeout_seconds=timeout_seconds).seconds
-        deadline, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
-        while (offer := self.offered()) is None:
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(pause)
-            pause = min(1.25 * pause, LONGEST_PAUSE_SECONDS)
+        offer = look_until(self.offered, time.monotonic() + seconds)
+        if offer is None:
+            return None
         self._number += 1
         self.held, self.dirty = None, f"the push of version {offer.version} is under way"
         number = self._number
@@ -333,16 +303,16 @@ class Feed:
             TransportError: none came in time, or the epoch is over.
         """
         seconds = self._seconds if timeout_seconds is None else Options(timeout_seconds=timeout_seconds).seconds
-        deadline, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
-        while True:
+
+        def newer() -> int | None:
             with store_errors():
                 found = self._ballot.latest()
-            if found is not None and (than is None or found > than):
-                return found
-            if time.monotonic() >= deadline:
-                raise TransportError(f"no version newer than {than} was published within {seconds:.1f} s")
-            time.sleep(pause)
-            pause = min(1.25 * pause, LONGEST_PAUSE_SECONDS)
+            return found if found is not None and (than is None or found > than) else None
+
+        found = look_until(newer, time.monotonic() + seconds)
+        if found is None:
+            raise TransportError(f"no version newer than {than} was published within {seconds:.1f} s")
+        return found
 
     def close(self) -> None:
         """Give back what its moves hold.
@@ -367,24 +337,6 @@ class Feed:
     def _check_side(self, is_right: bool, what: str, side: str) -> None:
         if not is_right:
             raise ArgumentError(f"{what}() is called on side {self.world.side!r}; only ranks of the {side} may")
-
-
-def check_version(version: int, base_version: int | None, beside: str, wait_seconds: float) -> None:
-    """Check what a push says of itself.
-
-    Raises:
-        SpecError: a value that breaks a rule.
-    """
-    for name, value in (("version", version), ("base_version", base_version)):
-        if value is not None and value < 0:
-            raise SpecError(f"{name}={value} must be at least 0; count steps")
-    if beside not in (FENCE, SNAPSHOT):
-        raise SpecError(f'beside={beside!r} is neither "fence" nor "snapshot"; choose one')
-    if not 0 <= wait_seconds <= MAX_TIMEOUT_SECONDS:
-        raise SpecError(
-            f"wait_seconds={wait_seconds!r} must be from 0 to {MAX_TIMEOUT_SECONDS:.0e}; give the seconds for which a "
-            "fleet may keep the trainer waiting"
-        )
 
 
 def part(feed: Feed) -> None:

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import torch
 
 from tricomm.connect.agreement import gathered
-from tricomm.connect.feed import FENCE, Feed, check_version, part
-from tricomm.connect.push import Push
+from tricomm.connect.feed import Feed, part
+from tricomm.connect.pairing import Paired
+from tricomm.connect.push import FENCE, Push, check_version
 from tricomm.errors import PlanError, SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec
@@ -38,7 +39,7 @@ class _Fleet:
         return feed is not None and not feed.world.over and not context_of(feed.world).dead
 
 
-class Publisher:
+class Publisher(Paired):
     """Push versions of this job's tensors to fleets, none of which it ever waits for.
 
     Every rank of the job makes one and calls it as often as the others. A fleet is met when all its ranks have come
@@ -90,9 +91,7 @@ class Publisher:
             raise SpecError(f"fleets={list(fleets)!r} must be other sides than {side!r}, each once; name one or more")
         chosen = Options.of(options, "Publisher")
         self._size = side_size
-        self._specs = dict(specs)
-        found = gathered(address, side, side_rank, side_size, secret, host, chosen)
-        self._connect, self._agreement, self._options = found
+        super().__init__(gathered(address, side, side_rank, side_size, secret, host, chosen), specs)
         self._side = side
         self._fleets = [_Fleet(name) for name in fleets]
 
@@ -179,9 +178,7 @@ class Publisher:
         sizes: dict[str, int | None] = {self._side: self._size, fleet.name: None}
         world = self._connect(side_sizes=sizes, timeout_seconds=MEET_SECONDS)
         try:
-            own = self._options.rules
-            specs = world.exchange(self._specs, rules=None if own is None else {(self._side, fleet.name): own})
-            fleet.feed = Feed(world, specs, source=self._side, destination=fleet.name, **self._options.given())
+            fleet.feed = self._feed_between(world, self._side, fleet.name)
         except (SpecError, PlanError) as error:
             world.close()
             raise TransportError(f"side {fleet.name!r} cannot be fed: {error}") from error
@@ -205,9 +202,3 @@ class Publisher:
             if fleet.feed is not None:
                 part(fleet.feed)
         self._agreement.world.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -1,11 +1,16 @@
 """What the calls of a feed return, and how its moves end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from tricomm.errors import TransportError, TricommError
+import torch
+
+from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.options import MAX_TIMEOUT_SECONDS
 from tricomm.transport.handle import Handle
+
+FENCE, SNAPSHOT = "fence", "snapshot"
 
 
 class Latest(NamedTuple):
@@ -126,3 +131,51 @@ def failure_of(handles: tuple[Handle[Any], ...]) -> str | None:
         except Exception as error:
             found = found or f"{type(error).__name__}: {error}"
     return found
+
+
+class Snapshot:
+    """Copies of a rank's tensors, kept from one push to the next.
+
+    Example:
+        >>> kept, weight = Snapshot(), torch.ones(2)
+        >>> copies = kept.of({"w": weight, "not here": None})
+        >>> _ = weight.zero_()
+        >>> copies["w"], kept.nbytes
+        (tensor([1., 1.]), 8)
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def of(self, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        """Copy tensors by name; what is None stays so."""
+        return {name: None if tensor is None else self._copied(name, tensor) for name, tensor in tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the copies take."""
+        return sum(tensor.nbytes for tensor in self._copies.values())
+
+    def _copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kept = self._copies.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype or kept.device != tensor.device:
+            kept = self._copies[name] = torch.empty_like(tensor, requires_grad=False)
+        return kept.copy_(tensor)
+
+
+def check_version(version: int, base_version: int | None, beside: str, wait_seconds: float) -> None:
+    """Check what a push says of itself.
+
+    Raises:
+        SpecError: a value that breaks a rule.
+    """
+    for name, value in (("version", version), ("base_version", base_version)):
+        if value is not None and value < 0:
+            raise SpecError(f"{name}={value} must be at least 0; count steps")
+    if beside not in (FENCE, SNAPSHOT):
+        raise SpecError(f'beside={beside!r} is neither "fence" nor "snapshot"; choose one')
+    if not 0 <= wait_seconds <= MAX_TIMEOUT_SECONDS:
+        raise SpecError(
+            f"wait_seconds={wait_seconds!r} must be from 0 to {MAX_TIMEOUT_SECONDS:.0e}; give the seconds for which a "
+            "fleet may keep the trainer waiting"
+        )

@@ -8,13 +8,14 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from datetime import timedelta
-from typing import Self, Unpack
+from typing import Unpack
 
 import torch
 
 from tricomm.connect.agreement import gathered
 from tricomm.connect.feed import Feed, part
 from tricomm.connect.meeting.client import AbsentError
+from tricomm.connect.pairing import Paired
 from tricomm.connect.told.agreed import DifferenceError
 from tricomm.errors import SpecError, TransportError
 from tricomm.kinds import checks_kinds
@@ -31,7 +32,7 @@ ADOPT_SECONDS = 10.0
 """In which a rank has met a trainer that rank 0 has met, or has failed to."""
 
 
-class Subscriber:
+class Subscriber(Paired):
     """Take versions of tensors from a trainer, in place, between two batches.
 
     Every rank of the job makes one, and calls ``poll`` as often as the others: rank 0 decides, so that all take a
@@ -85,13 +86,12 @@ class Subscriber:
         chosen = Options.of(options, "Subscriber")
         self._side, self._source = side, source
         self._sizes: dict[str, int | None] = {source: None, side: side_size}
-        self._specs, self._out = dict(specs), dict(out)
+        self._out = dict(out)
         self.version: int | None = None
         """That this rank's tensors are; None is none, or a mix."""
         self.dirty = ""
         """Why they are a mix; "" if they are not."""
-        found = gathered(address, side, side_rank, side_size, secret, host, chosen)
-        self._connect, self._agreement, self._options = found
+        super().__init__(gathered(address, side, side_rank, side_size, secret, host, chosen), specs)
         self._feed: Feed | None = None
         self._is_closed = threading.Event()
         self._coming: Future[Feed] = self._meet(None)
@@ -189,11 +189,7 @@ class Subscriber:
                     raise
                 continue
             try:
-                own = self._options.rules
-                rules = None if own is None else {(self._source, self._side): own}
-                specs = world.exchange(self._specs, self._options.seconds, rules=rules)
-                options = self._options.given()
-                feed = Feed(world, specs, source=self._source, destination=self._side, before=before, **options)
+                feed = self._feed_between(world, self._source, self._side, self._options.seconds, before)
                 feed.ready()
             except TransportError as error:
                 world.close()
@@ -214,9 +210,3 @@ class Subscriber:
         if self._feed is not None:
             part(self._feed)
         self._agreement.world.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

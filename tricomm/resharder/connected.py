@@ -10,9 +10,10 @@ from tricomm.packing.selection import Planned, Selection
 from tricomm.plan.describe import describe_layouts
 from tricomm.resharder.costs import stats_of
 from tricomm.stats import Stats
+from tricomm.transport.coordination.identity import NUMBER, Identity
 from tricomm.transport.memory.rungs import TransportsOfRank
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.session import NUMBER, Session, State
+from tricomm.transport.session import Session, State
 
 
 class Connected(Gradients):
@@ -108,9 +109,9 @@ class Connected(Gradients):
         layouts = describe_layouts(self.plan)
         label = f"reshard {self.name!r}" if self.name else f"reshard {layouts}"
         if parent is not None and parent._session is not None:
-            label = f"{relation} of {parent._session.label}"
+            label = f"{relation} of {parent._session.identity.label}"
             if not is_selection:
-                fields["gradient of"] = parent._session.identity
+                fields["gradient of"] = str(parent._session.identity)
         elif is_counted:
             label = f"Resharder {self.name!r} ({NUMBER})" if self.name else f"Resharder {NUMBER} of {layouts}"
         elif not meets_always:
@@ -118,9 +119,7 @@ class Connected(Gradients):
         return Session(
             self.context,
             self.context.channel(self.participants, self.device, self.channel),
-            fields,
-            label,
-            is_counted=is_counted,
+            Identity(self.context, fields, label, is_counted=is_counted, meets_always=meets_always),
             meets_always=meets_always,
             stays_broken=self._stays_broken,
             timeout_seconds=self.timeout_seconds,

@@ -117,7 +117,7 @@ class Selections(Connected):
             names = [one.name for one in selection.ends.destinations]
             count = f"{len(names)} of {len(self.plan.ends.destinations)} tensors"
             relation = f"{count}, {names[0]!r}{' and others,' if names[1:] else ','}"
-            digest = "" if self._session is None else self._session.digest
+            digest = "" if self._session is None else self._session.identity.digest
             made._session = made._open({"of all tensors": digest, "only": repr(names)}, self, relation)
         return made
 

@@ -16,10 +16,10 @@ from types import TracebackType
 
 from tricomm.errors import SpecError, TransportError
 from tricomm.packing.holdings import Tensors
-from tricomm.plan.plan import digest_of
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import Communicator
-from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late
+from tricomm.transport.coordination.identity import Identity
+from tricomm.transport.coordination.intent import ProblemError, describe_late
 from tricomm.transport.coordination.run import CallId, Run
 from tricomm.transport.group import GroupContext
 from tricomm.transport.handle import SourceGate
@@ -31,13 +31,6 @@ MIN_RETRY_SECONDS = 0.05
 """With less of the timeout left a call is not made again."""
 
 CLOSED_TEXT = "a call of a Resharder that was closed; make another, or close it later"
-
-NUMBER = "<number>"
-"""Stands in labels for the number of a Resharder that is counted."""
-
-NUMBER_FIELD = "which Resharder of this layout and name it is"
-
-CALL_FIELD = "which call of the Resharder it is (all count anew from here, as after connect())"
 
 
 class State(Enum):
@@ -55,9 +48,7 @@ class Session:
     Args:
         context: of the process group.
         channel: of the ranks.
-        fields: what the ranks compare, by name.
-        label: the Resharder in words, for errors; of one that is counted, with NUMBER in its place.
-        is_counted: whether it is the n-th of its fields on this rank, by which it is told apart from others like it.
+        identity: of the Resharder.
         meets_always: whether the ranks meet in every call.
         stays_broken: whether a session that broke cannot be used again.
         timeout_seconds: for each call.
@@ -70,10 +61,8 @@ class Session:
         self,
         context: GroupContext,
         channel: Channel,
-        fields: Mapping[str, str],
-        label: str,
+        identity: Identity,
         *,
-        is_counted: bool,
         meets_always: bool,
         stays_broken: bool,
         timeout_seconds: float,
@@ -83,7 +72,7 @@ class Session:
     ) -> None:
         self._channel: Channel | None = channel
         self._channel_name = channel.name
-        self._label = label
+        self.identity = identity
         self.meets_always = meets_always
         self.call_fields: Mapping[str, str] = {}
         """What the ranks compare of a single call, where they meet for it."""
@@ -91,10 +80,6 @@ class Session:
         """Calls that were begun here, those that failed included; equal on all ranks that make the same calls."""
         self._context = context
         self._participants = channel.participants
-        self._fields = dict(fields)
-        self._digest = digest_of(self._fields)
-        self._number_it(context.count(self._digest) if is_counted else 0)
-        self._is_counted = is_counted
         self._stays_broken = stays_broken
         self._timeout_seconds = timeout_seconds
         self._confirm = confirm
@@ -125,21 +110,6 @@ class Session:
         if communicator is None:
             return State.NEW
         return State.CONNECTED if communicator.is_usable else State.BROKEN
-
-    def _number_it(self, number: int) -> None:
-        """Say which of its fields it is; that stands in its label too."""
-        self._number = number
-        self.label = self._label.replace(NUMBER, f"number {number}")
-
-    @property
-    def digest(self) -> str:
-        """What it has in common with others of its fields."""
-        return self._digest
-
-    @property
-    def identity(self) -> str:
-        """What tells it apart from other sessions, equal on all ranks."""
-        return f"{self._digest}/{self._number}"
 
     @property
     def communicator(self) -> Communicator | None:
@@ -271,7 +241,7 @@ class Session:
     ) -> None:
         channel = self._channel
         assert channel is not None
-        run = communicator.begin(self._tag, number, self.label, timeout_seconds, self._uses_memory)
+        run = communicator.begin(self._tag, number, self.identity.label, timeout_seconds, self._uses_memory)
         is_complete = False
         try:
             communicator.catch_up()
@@ -302,29 +272,14 @@ class Session:
         communicator = self._communicator
         if self._stays_broken and communicator is not None and communicator.abort_reason is not None:
             raise TransportError(communicator.abort_reason.text)
-        if self._is_counted and not self._number:
-            self._number_it(self._context.count(self._digest))
-        fields = dict(self._fields)
-        if self._is_counted:
-            fields[NUMBER_FIELD] = f"number {self._number}"
-        counter = "" if self.meets_always else CALL_FIELD
-        if counter:
-            fields[CALL_FIELD] = f"call {number}" if number else "connect()"
-        digest = f"{self._digest}/{self._number}/{0 if self.meets_always else number}"
-        if number:
-            fields |= self.call_fields
-            digest += "".join(f"/{value}" for value in self.call_fields.values())
-        call = f"call {number} of {self.label}" if number else f"the connecting of {self.label}"
+        self.identity.count()
+        intent = self.identity.intent(self._participants, self.channel.name, number, self.call_fields)
         try:
-            tag = self.channel.connect(
-                Intent(self._participants, fields, digest, self.channel.name, call, counter, self.identity),
-                timeout_seconds,
-                self._uses_memory,
-            )
+            tag = self.channel.connect(intent, timeout_seconds, self._uses_memory)
         except BaseException as error:
             self._told = error
             problem = error.__cause__
-            if isinstance(problem, ProblemError) and problem.counts_anew and counter:
+            if isinstance(problem, ProblemError) and problem.counts_anew and not self.meets_always:
                 self.calls = 0
             if not (isinstance(problem, ProblemError) and problem.is_mismatch):
                 self._uncount()
@@ -334,7 +289,7 @@ class Session:
         self._communicator = self.channel.communicator
         assert self._communicator is not None
         if self._needs_memory and (lacking := describe_lacking(self._needs_memory, self.transports)):
-            raise self._communicator.abort(lacking, CallId(tag, number, self.label))
+            raise self._communicator.abort(lacking, CallId(tag, number, self.identity.label))
         return self._communicator
 
     def _uncount(self) -> None:
@@ -343,15 +298,13 @@ class Session:
             return
         if not self.meets_always:
             self.calls = 0
-        if self._is_counted and self._number:
-            self._context.uncount(self._digest, self._number)
-            self._number_it(0)
+        self.identity.uncount()
 
     # ---- the end
 
     def tell(self, error: BaseException) -> None:
         """Tell the others that this rank does not go on with its call, and why."""
-        call = CallId(self._tag, self.calls, self.label)
+        call = CallId(self._tag, self.calls, self.identity.label)
         lost = self._context.rank if self._is_closed else None
         self.abort(describe_failure(self._context.rank, str(call), error), call, lost)
 
@@ -367,7 +320,7 @@ class Session:
                 return
         if call is None:
             # Not in a call of this session: what others have to hear of is their next one.
-            call = CallId(self._tag, self.calls + 1, self.label)
+            call = CallId(self._tag, self.calls + 1, self.identity.label)
         has_met = not self.meets_always or self._met_in_call == self.calls
         if communicator is not None and communicator.abort_reason is None and has_met:
             communicator.abort(text, call, lost)
@@ -379,7 +332,7 @@ class Session:
         """Tell the others that this rank failed in the block of its Resharder, and does not come to it again."""
         if self.state is not State.BROKEN:
             rank = self._context.rank
-            self.abort(describe_failure(rank, f"the block of {self.label}", error), lost=rank)
+            self.abort(describe_failure(rank, f"the block of {self.identity.label}", error), lost=rank)
 
     def close(self) -> None:
         """Give back what it holds, as soon as what was started is done."""
