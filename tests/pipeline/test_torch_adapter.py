@@ -14,6 +14,7 @@ from tricomm.launch import RankError, Ranks
 from tricomm.pipeline import Costs, Queues, Schedule, eager_one_f_one_b, in_turn, one_f_one_b, torch_stage
 from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.torch_adapter import PlannedSchedule, ReshardStage, ScheduleEager1F1B, check_torch
+from tricomm.pipeline.torch_stage import TORCH_RUNTIME
 
 WIDTH = 8
 ROWS = 6
@@ -258,6 +259,33 @@ def test_integers_and_tensors_without_use_cross_too(ranks: Ranks, name: str) -> 
     require_close(found[0][0] + found[1][0], first.layer.weight.grad, "stage 0")
     require_close(found[2][0], second.layer.weight.grad, "stage 1")
     assert found[0][1].item() == 0.0
+
+
+# ---- the first step
+
+
+def run_first(rank: int, places: tuple[Place, ...], name: str) -> Any:
+    """As on a device that loads kernels: results, and for each step that was made whether anything was under way."""
+    orders: list[bool] = []
+    step = TORCH_RUNTIME.step
+
+    def noted(schedule: Any, *args: Any, **kwargs: Any) -> Any:
+        orders.append(all(stage.is_synchronous for stage in schedule._own_stages))
+        return step(schedule, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlannedSchedule, "_loads_kernels", True)
+        patch.setattr(TORCH_RUNTIME, "step", noted)
+        found = run_pipeline(rank, places, name)
+    return found, orders
+
+
+@pytest.mark.parametrize("name", ["eager 1", "eager 1 split", "in turn"])
+def test_the_first_step_hides_nothing_where_kernels_are_loaded(ranks: Ranks, name: str) -> None:
+    places = PIPELINES["2 -> 1"]
+    found = ranks.run(run_first, places, name)
+    require_reference([one[0] for one in found], places, name)
+    assert [orders for _, orders in found][:3] == [[True, False, True]] * 3, "a step, another one, an evaluation"
 
 
 # ---- receives

@@ -17,11 +17,12 @@ from torch.distributed.pipelining import schedules
 from tricomm.errors import PlanError
 from tricomm.pipeline.run.wiring import check_queues, fifo_of
 from tricomm.pipeline.schedule.check import Queues, check
-from tricomm.pipeline.schedule.communication import with_communication
+from tricomm.pipeline.schedule.communication import with_communication, with_synchronous_communication
 from tricomm.pipeline.schedule.generators import eager_one_f_one_b
 from tricomm.pipeline.schedule.schedule import Schedule
 from tricomm.pipeline.torch_checks import check_schedule
 from tricomm.pipeline.torch_stage import TORCH_RUNTIME, ReshardStage, check_torch
+from tricomm.transport.group import context_of, resolve_group
 
 __all__ = ["PlannedSchedule", "ReshardStage", "ScheduleEager1F1B", "check_torch"]
 
@@ -29,8 +30,10 @@ __all__ = ["PlannedSchedule", "ReshardStage", "ScheduleEager1F1B", "check_torch"
 class PlannedSchedule(TORCH_RUNTIME):  # type: ignore[misc]
     """A tricomm schedule, run by torch's runtime. Use it like torch's schedules: ``step``, ``eval``.
 
-    On stages that are all ReshardStages, sends and receives stand where the schedule says. On others the runtime places
-    them itself, because stages of torch share one communicator, on which an early receive can block a send.
+    On stages that are all ReshardStages, sends and receives stand where the schedule says; on GPUs the first step, and
+    the first evaluation, hides no communication, as kernels that are loaded wait for receives. On other stages the
+    runtime places them itself, because stages of torch share one communicator, on which an early receive can block a
+    send.
 
     Args:
         stages: this rank's, in order.
@@ -78,6 +81,7 @@ class PlannedSchedule(TORCH_RUNTIME):  # type: ignore[misc]
         check_queues(queues)
         check(schedule, queues)
         turns = fifo_of(queues)
+        self._first_order: dict[int, list[Any]] = {}
         parse = schedules._Action.from_str
         self.schedule = schedule
         self.pipeline_order = {
@@ -89,12 +93,67 @@ class PlannedSchedule(TORCH_RUNTIME):  # type: ignore[misc]
             for stage in stages:
                 stage.receives_ahead, stage.turns = 0, turns
             lowered = self.pipeline_order_with_comms
+            self._first_order = {
+                pipeline_rank: _in_order(with_synchronous_communication(schedule), pipeline_rank, actions, parse)
+                for pipeline_rank, actions in lowered.items()
+            }
             self.pipeline_order_with_comms: dict[int, list[Any]] = {
                 pipeline_rank: _with_communication_of(schedule, pipeline_rank, actions, parse)
                 for pipeline_rank, actions in lowered.items()
             }
         elif turns is not None:
             raise PlanError(f"queues={queues} wants stages that take turns; make them all ReshardStages")
+        self._own_stages = stages
+        self._had_steps: set[bool] = set()
+        """Whether there was a step with backwards, and one without."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's schedules do.
+
+        ::
+
+            output = schedule.step(x, target=y)
+        """
+        usual, trains = self.pipeline_order_with_comms, bool(self._has_backward)
+        is_first = bool(self._first_order) and trains not in self._had_steps and self._loads_kernels
+        for stage in self._own_stages if is_first else ():
+            stage.is_synchronous = True
+        try:
+            if is_first:
+                self.pipeline_order_with_comms = self._first_order
+            output = super().step(*args, **kwargs)
+            self._had_steps.add(trains)
+            return output
+        finally:
+            self.pipeline_order_with_comms = usual
+            for stage in self._own_stages if is_first else ():
+                stage.is_synchronous = False
+
+    @property
+    def _loads_kernels(self) -> bool:
+        """Whether this rank computes on a device that loads kernels."""
+        context = context_of(resolve_group(None))
+        return any(context.accelerator_of(stage.device) is not None for stage in self._own_stages)
+
+
+def _in_order(schedule: Schedule, pipeline_rank: int, lowered: Sequence[Any], parse: Any) -> list[Any]:
+    """The same with sends and receives in exactly the schedule's order, where a rank waits for each of them."""
+    before: dict[str, list[Any]] = {}
+    pending: list[Any] = []
+    for action in schedule.lists[pipeline_rank]:
+        if action.kind.is_receive or action.kind.is_send:
+            pending.append(parse(str(action)))
+        else:
+            before[str(action)], pending = pending, []
+    found: list[Any] = []
+    for action in lowered:
+        text = str(action)
+        if "RECV" in text or "SEND" in text:
+            continue
+        found += [*before.pop(text, ()), action]
+        if not before:  # behind the last computation, and before what ends the step
+            found, pending = [*found, *pending], []
+    return found
 
 
 def _with_communication_of(schedule: Schedule, pipeline_rank: int, lowered: Sequence[Any], parse: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import stage as stages
 from tricomm.errors import SpecError
 from tricomm.options import LinkOptions, Options, StageOptions
 from tricomm.pipeline.run.edge import Link
-from tricomm.pipeline.run.edges.directed_link import PerDirectionFifo, ReceiveHandle
+from tricomm.pipeline.run.edges.directed_link import PerDirectionFifo, ReceiveHandle, SendHandle
 from tricomm.pipeline.run.edges.tensor import EdgeTensor
 from tricomm.pipeline.torch_checks import check_place, unknown_of, without_new_groups
 from tricomm.pipeline.torch_dtensors import check_stage_mesh, gradient_to_send, shard_to_send, wrapped
@@ -140,6 +140,8 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         self._arriving, self._leaving = tuple(arriving), tuple(leaving)
         self._options: LinkOptions = {"device": device, **options}
         self.turns: PerDirectionFifo | None = None
+        self.is_synchronous = False
+        """Whether what is sent or received has crossed before anything else is done."""
         self._before: Link | None = None
         self._after: Link | None = None
         # In debug mode torch would check shapes that it does not know here; the Links check them always.
@@ -261,7 +263,12 @@ class ReshardStage(_Stage):  # type: ignore[misc]
         assert self.chunks is not None
         for following in range(microbatch, min(self.chunks, microbatch + 1 + self.receives_ahead)):
             if following not in posted:
-                posted[following] = receive(following)
+                posted[following] = handle = receive(following)
+                self._settle(handle)
+
+    def _settle(self, handle: SendHandle | ReceiveHandle) -> None:
+        if self.is_synchronous:
+            handle.join()
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
         handle, self._activations[fwd_chunk_id] = self._activations[fwd_chunk_id], None
@@ -310,7 +317,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
             stage.get_fwd_send_ops(0)  # []: it goes in the background
         """
         if self._after is not None:
-            self._after.send(self._outputs.pop(fwd_chunk_id), fwd_chunk_id)
+            self._settle(self._after.send(self._outputs.pop(fwd_chunk_id), fwd_chunk_id))
             self._forwards_sent += 1
             if not self.has_backward and self._forwards_sent == self.chunks:
                 self._flush()
@@ -330,7 +337,7 @@ class ReshardStage(_Stage):  # type: ignore[misc]
                 gradient_to_send(found[index], self._arriving[index].gradient_specs()[0], dist.get_rank(), self.device)
                 for index in self._before.differentiable
             ]
-            self._before.send_gradient(tuple(gradients), bwd_chunk_id)
+            self._settle(self._before.send_gradient(tuple(gradients), bwd_chunk_id))
         return []
 
     def _flush(self) -> None:
