@@ -45,6 +45,7 @@ class Launch(NamedTuple):
     kernel: Callable[..., None]
     rows_address: int
     tiles_address: int
+    magic: tuple[int, int]
     arguments: tuple[Any, ...]
 
 
@@ -92,7 +93,7 @@ class Bound:
             grid = count if programs is None else min(count, programs)
             kernel = compiled(variant, target, device.index)[(grid, 1, 1)]
             arguments = (count, *variant.constants().values())
-            self.launches.append(Launch(kernel, address, address + rows.rows.nbytes, arguments))
+            self.launches.append(Launch(kernel, address, address + rows.rows.nbytes, rows.each_magic, arguments))
             address += rows.rows.nbytes + -(-len(rows.tiles) // layout.ROW_INTS) * layout.ROW_INTS * 4
 
     def is_of(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> bool:
@@ -110,8 +111,8 @@ class Bound:
         read, write = self.tensors.base(tensors), self.buffers.base(buffers)
         if not packs:
             read, write = write, read
-        for kernel, rows, tiles, arguments in self.launches:
-            kernel(rows, tiles, read, write, *arguments, stream=stream.cuda_stream)
+        for kernel, rows, tiles, magic, arguments in self.launches:
+            kernel(rows, tiles, *magic, read, write, *arguments, stream=stream.cuda_stream)
         used: list[torch.Tensor] = []
         for side, given in ((self.tensors, tensors), (self.buffers, buffers)):
             used += given if side.is_relative else ()

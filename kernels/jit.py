@@ -1,4 +1,4 @@
-"""The kernels. Triton is imported here and in ``jit_casts`` only, and these only inside of functions.
+"""The kernels. Triton is imported here and in the other ``jit_`` modules only, and these only inside of functions.
 
 Every one moves boxes from strided places to strided places, so the same kernel packs and unpacks: what differs is
 which side the table says is read. Rows are laid out as ``layout`` says. Where the kernels promise an alignment
@@ -10,51 +10,28 @@ import triton.language as tl
 
 from tricomm.kernels import layout
 from tricomm.kernels.jit_casts import cast
+from tricomm.kernels.jit_shifted import move_shifted
+from tricomm.kernels.jit_table import (
+    FIRST_TILE,
+    RUN,
+    RUN_JUMPS,
+    TOTAL,
+    WORD_LOG2,
+    bases_of,
+    offsets_of,
+    quotient_of,
+    row_of,
+)
 
-_ROW = tl.constexpr(layout.ROW_INTS)
-_TOTAL = tl.constexpr(layout.TOTAL)
-_FIRST_TILE = tl.constexpr(layout.FIRST_TILE)
-_WORD_LOG2 = tl.constexpr(layout.WORD_LOG2)
-_READ_JUMPS = tl.constexpr(layout.READ_JUMPS)
-_WRITE_JUMPS = tl.constexpr(layout.WRITE_JUMPS)
-_MAGICS = tl.constexpr(layout.MAGICS)
-_SHIFTS = tl.constexpr(layout.SHIFTS)
 _ACROSS = tl.constexpr(layout.ACROSS)
 _READ_STRIDE = tl.constexpr(layout.READ_STRIDE)
 _WRITE_STRIDE = tl.constexpr(layout.WRITE_STRIDE)
-_RUN = tl.constexpr(layout.RUN)
-_RUN_JUMPS = tl.constexpr(layout.RUN_JUMPS)
 _LINE = tl.constexpr(layout.LINE_UNITS)
 _TILES_Y = tl.constexpr(layout.TILES_Y)
 _TILES_X = tl.constexpr(layout.TILES_X)
 _OUTER_EXTENTS = tl.constexpr(layout.OUTER_EXTENTS)
 _OUTER_READ = tl.constexpr(layout.OUTER_READ)
 _OUTER_WRITE = tl.constexpr(layout.OUTER_WRITE)
-
-
-@triton.jit
-def _bases(row, read_base, write_base):
-    """The addresses of the first word of a box where it is read and where it is written."""
-    places = row.to(tl.pointer_type(tl.int64))
-    return read_base + tl.load(places), write_base + tl.load(places + 1)
-
-
-@triton.jit
-def _offsets(index, row, RANK: tl.constexpr):
-    """Places of the words ``index`` of a box on both sides, in words from the first.
-
-    Products may wrap; their sum does not, nor its multiple by the lanes of a word: the builder keeps the reach of a
-    row below 2**31 lanes (``rows.reach_words``).
-    """
-    read = index * tl.load(row + _READ_JUMPS)
-    write = index * tl.load(row + _WRITE_JUMPS)
-    for dim in tl.static_range(1, RANK):
-        magic = tl.load(row + _MAGICS + (dim - 1)).to(tl.uint32, bitcast=True)
-        shift = tl.load(row + _SHIFTS + (dim - 1)).to(tl.uint32, bitcast=True)
-        quotient = (tl.umulhi(index.to(tl.uint32, bitcast=True), magic) >> shift).to(tl.int32, bitcast=True)
-        read += quotient * tl.load(row + _READ_JUMPS + dim)
-        write += quotient * tl.load(row + _WRITE_JUMPS + dim)
-    return read, write
 
 
 @triton.jit
@@ -116,13 +93,10 @@ def _move_lines(
         LINE, LINES: words of a line, and lines of a tile.
     """
     read_base, write_base = bases
-    index = tl.minimum(tile * LINES + tl.arange(0, LINES), tl.load(row + _TOTAL) - 1)
-    read, write = _offsets(index, row, RANK)
-    magic = tl.load(row + _MAGICS).to(tl.uint32, bitcast=True)
-    shift = tl.load(row + _SHIFTS).to(tl.uint32, bitcast=True)
-    quotient = (tl.umulhi(index.to(tl.uint32, bitcast=True), magic) >> shift).to(tl.int32, bitcast=True)
-    begins = index * tl.load(row + _RUN_JUMPS) + quotient * tl.load(row + _RUN_JUMPS + 1)
-    back = tl.minimum(tl.load(row + _RUN) - LINE - begins, 0)
+    index = tl.minimum(tile * LINES + tl.arange(0, LINES), tl.load(row + TOTAL) - 1)
+    read, write = offsets_of(index, row, RANK)
+    begins = index * tl.load(row + RUN_JUMPS) + quotient_of(index, row, 1) * tl.load(row + RUN_JUMPS + 1)
+    back = tl.minimum(tl.load(row + RUN) - LINE - begins, 0)
     # The last dim is 32 threads, the one before it lines, to which Triton gives the warps; the first is in each thread.
     lanes = tl.arange(0, LINE // 32)[:, None, None] * 32 + tl.arange(0, 32)[None, None, :]
     source = tl.multiple_of(read_base.to(tl.pointer_type(READ)), READ.primitive_bitwidth // 8)
@@ -134,20 +108,22 @@ def _move_lines(
 
 
 @triton.jit
-def _copy_tile(tile, rows, tiles, read_base, write_base, WORDS: tl.constexpr, RANK: tl.constexpr):
-    row = rows + tl.load(tiles + tile) * _ROW
-    bases = _bases(row, read_base, write_base)
-    tile -= tl.load(row + _FIRST_TILE)
-    log2 = tl.load(row + _WORD_LOG2)
-    if tl.load(row + _RUN) > 0:
+def _copy_tile(
+    tile, rows, tiles, magic, shift, read_base, write_base, WORDS: tl.constexpr, RANK: tl.constexpr
+):
+    row = row_of(tile, rows, tiles, magic, shift)
+    bases = bases_of(row, read_base, write_base)
+    tile -= tl.load(row + FIRST_TILE)
+    log2 = tl.load(row + WORD_LOG2)
+    if tl.load(row + RUN) > 0:
         if log2 == 1:
-            _move_lines(bases, row, tile, tl.int16, tl.int16, _LINE // 2, WORDS // 32, RANK, "", "", False)
+            move_shifted(bases, row, tile, tl.uint16, WORDS, RANK)
         else:
-            _move_lines(bases, row, tile, tl.int8, tl.int8, _LINE, WORDS // 32, RANK, "", "", False)
+            move_shifted(bases, row, tile, tl.uint8, WORDS, RANK)
     else:
         index = tile * WORDS + tl.arange(0, WORDS)
-        inside = index < tl.load(row + _TOTAL)
-        offsets = _offsets(index, row, RANK)
+        inside = index < tl.load(row + TOTAL)
+        offsets = offsets_of(index, row, RANK)
         # The same number of words a thread in each branch keeps the registers of the whole low.
         if log2 == 4:
             _move(bases, offsets, inside, tl.int32, tl.int32, 4, "", "", False)
@@ -165,6 +141,8 @@ def _copy_tile(tile, rows, tiles, read_base, write_base, WORDS: tl.constexpr, RA
 def copy_boxes(
     rows,
     tiles,
+    magic,
+    shift,
     read_base,
     write_base,
     count,
@@ -176,7 +154,8 @@ def copy_boxes(
 
     Args:
         rows: int32 (boxes, 32), the table.
-        tiles: int32 (count,), the row of each tile.
+        tiles: int32 (count,), the row of each tile; not read where magic is not 0.
+        magic, shift: int32, with which a tile's row is found by division (``rows.each_magic``); 0 where it is not.
         read_base, write_base: int64, what places in the table count from on each side (0 if they are addresses).
         count: tiles.
         WORDS: of a tile.
@@ -188,10 +167,10 @@ def copy_boxes(
     tile = tl.program_id(0)
     if PERSISTENT:
         while tile < count:
-            _copy_tile(tile, rows, tiles, read_base, write_base, WORDS, RANK)
+            _copy_tile(tile, rows, tiles, magic, shift, read_base, write_base, WORDS, RANK)
             tile += tl.num_programs(0)
     else:
-        _copy_tile(tile, rows, tiles, read_base, write_base, WORDS, RANK)
+        _copy_tile(tile, rows, tiles, magic, shift, read_base, write_base, WORDS, RANK)
 
 
 @triton.jit
@@ -199,6 +178,8 @@ def _cast_tile(
     tile,
     rows,
     tiles,
+    magic,
+    shift,
     read_base,
     write_base,
     WORDS: tl.constexpr,
@@ -210,16 +191,16 @@ def _cast_tile(
     WRITE: tl.constexpr,
     WIDEST_LOG2: tl.constexpr,
 ):
-    row = rows + tl.load(tiles + tile) * _ROW
-    bases = _bases(row, read_base, write_base)
-    tile -= tl.load(row + _FIRST_TILE)
-    log2 = tl.load(row + _WORD_LOG2)
-    if tl.load(row + _RUN) > 0:
+    row = row_of(tile, rows, tiles, magic, shift)
+    bases = bases_of(row, read_base, write_base)
+    tile -= tl.load(row + FIRST_TILE)
+    log2 = tl.load(row + WORD_LOG2)
+    if tl.load(row + RUN) > 0:
         _move_lines(bases, row, tile, READ, WRITE, _LINE, WORDS // 32, RANK, FROM, TO, SATURATES)
     else:
         index = tile * WORDS + tl.arange(0, WORDS)
-        inside = index < tl.load(row + _TOTAL)
-        offsets = _offsets(index, row, RANK)
+        inside = index < tl.load(row + TOTAL)
+        offsets = offsets_of(index, row, RANK)
         for level in tl.static_range(WIDEST_LOG2 + 1):
             if log2 == level:
                 _move(bases, offsets, inside, READ, WRITE, 1 << level, FROM, TO, SATURATES)
@@ -229,6 +210,8 @@ def _cast_tile(
 def cast_boxes(
     rows,
     tiles,
+    magic,
+    shift,
     read_base,
     write_base,
     count,
@@ -249,11 +232,11 @@ def cast_boxes(
     if PERSISTENT:
         while tile < count:
             _cast_tile(
-                tile, rows, tiles, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2
+                tile, rows, tiles, magic, shift, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2
             )
             tile += tl.num_programs(0)
     else:
-        _cast_tile(tile, rows, tiles, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2)
+        _cast_tile(tile, rows, tiles, magic, shift, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2)
 
 
 @triton.jit
@@ -268,7 +251,7 @@ def _transposed_square(
     write_stride = tl.load(row + _WRITE_STRIDE) // LANES * LANES
     rows_y = y + tl.arange(0, SIDE)
     columns_x = x + tl.arange(0, SIDE)
-    is_y = rows_y < tl.load(row + _TOTAL) // LANES * LANES
+    is_y = rows_y < tl.load(row + TOTAL) // LANES * LANES
     is_x = columns_x < tl.load(row + _ACROSS) // LANES * LANES
     there = is_y[:, None] & is_x[None, :]
     value = tl.load(source + (rows_y * read_stride)[:, None] + columns_x[None, :], mask=there)
@@ -280,6 +263,8 @@ def _transpose_tile(
     tile,
     rows,
     tiles,
+    magic,
+    shift,
     read_base,
     write_base,
     TYPE: tl.constexpr,
@@ -288,10 +273,10 @@ def _transpose_tile(
     RANK: tl.constexpr,
 ):
     nbytes: tl.constexpr = TYPE.primitive_bitwidth // 8
-    row = rows + tl.load(tiles + tile) * _ROW
-    read_at, write_at = _bases(row, read_base, write_base)
+    row = row_of(tile, rows, tiles, magic, shift)
+    read_at, write_at = bases_of(row, read_base, write_base)
     # Unsigned division takes two thirds of the instructions of signed.
-    left = (tile - tl.load(row + _FIRST_TILE)).to(tl.uint32, bitcast=True)
+    left = (tile - tl.load(row + FIRST_TILE)).to(tl.uint32, bitcast=True)
     tiles_x = tl.load(row + _TILES_X).to(tl.uint32, bitcast=True)
     x = (left % tiles_x).to(tl.int32, bitcast=True) * SIDE
     left = left // tiles_x
@@ -307,7 +292,7 @@ def _transpose_tile(
         read_at += index * tl.load(row + _OUTER_READ + dim) * nbytes
         write_at += index * tl.load(row + _OUTER_WRITE + dim) * nbytes
         left = left // extent
-    if tl.load(row + _WORD_LOG2) == 1:
+    if tl.load(row + WORD_LOG2) == 1:
         _transposed_square(row, (read_at, write_at), y, x, TYPE, LANES, SIDE, 16)
     else:
         _transposed_square(row, (read_at, write_at), y, x, TYPE, 1, SIDE, nbytes)
@@ -317,6 +302,8 @@ def _transpose_tile(
 def transpose_boxes(
     rows,
     tiles,
+    magic,
+    shift,
     read_base,
     write_base,
     count,
@@ -332,7 +319,7 @@ def transpose_boxes(
     tile = tl.program_id(0)
     if PERSISTENT:
         while tile < count:
-            _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE, RANK)
+            _transpose_tile(tile, rows, tiles, magic, shift, read_base, write_base, TYPE, LANES, SIDE, RANK)
             tile += tl.num_programs(0)
     else:
-        _transpose_tile(tile, rows, tiles, read_base, write_base, TYPE, LANES, SIDE, RANK)
+        _transpose_tile(tile, rows, tiles, magic, shift, read_base, write_base, TYPE, LANES, SIDE, RANK)

@@ -24,13 +24,19 @@ WRITE_JUMPS = READ_JUMPS + MAX_RANK
 MAGICS = WRITE_JUMPS + MAX_RANK
 SHIFTS = MAGICS + MAX_RANK - 1
 
-# int32 columns of a row whose words are lines: narrow words side by side.
+# int32 columns of a row of narrow words in runs: of lines, single elements that are cast side by side, or of shifted
+# words, 8 bytes made of the two that they are in where they are read. Shifted rows count in bytes.
 RUN = 7
-"""Words of a run; 0 in rows whose words are no lines."""
+"""Elements, or bytes, of a run; 0 in rows of no such runs."""
 RUN_JUMPS = 30
-"""Two, as above, of a line's place in its run."""
+"""Two, as above, of a line's place in its run; of a shifted row the first, being 8 always, is instead the bytes from the
+read place to behind the last byte of the box."""
 LINE_UNITS = 128
-"""Of a line: bytes, or elements that are cast."""
+"""Elements of a line."""
+MIN_SHIFTED_NBYTES = 64
+"""Of a run whose words are shifted."""
+LONG_RUN_NBYTES = 256
+"""From here on the words of a run begin at a multiple of 32 bytes, and are a multiple of four."""
 
 # int32 columns of a transposing row: y is unit-stride where it is written, x where it is read.
 ACROSS = 7

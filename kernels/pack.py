@@ -17,7 +17,7 @@ from tricomm.kernels.boxes import Boxes, Columns
 from tricomm.kernels.device import Bound, Side, span_nbytes
 from tricomm.kernels.rows import Rows, make_rows
 from tricomm.kernels.sides import Sides
-from tricomm.kernels.variants import Variant
+from tricomm.kernels.variants import WARP_WORDS, Variant, tile_words
 
 
 class Table:
@@ -67,7 +67,7 @@ class Table:
             packs: the direction.
             tensor_bases, buffer_bases: addresses. Where there is one, rows count from it; where there are several,
                 rows hold addresses.
-            words_per_tile: None is what the kernel is compiled for.
+            words_per_tile: None is what there are kernels for.
         """
         boxes = self.boxes
         tensor = _side(boxes.tensor_strides, boxes.tensor_place, boxes.tensor, tensor_bases)
@@ -78,9 +78,8 @@ class Table:
             itemsizes = None if itemsizes is None else itemsizes[::-1]
         columns = [column for pair in zip(tensor, packed, strict=True) for column in pair]
         sides = Sides(np.ascontiguousarray(boxes.shape.T[::-1]), *columns)
-        if words_per_tile is None:
-            words_per_tile = Variant(persistent=self.multiprocessors is not None).words_per_tile
-        every: tuple[Rows, ...] = make_rows(sides, boxes.tensor_itemsize, itemsizes, words_per_tile)
+        sizes = tile_words(self.multiprocessors is not None) if words_per_tile is None else (words_per_tile,)
+        every: tuple[Rows, ...] = make_rows(sides, boxes.tensor_itemsize, itemsizes, sizes)
         return every
 
     def variant(self, rows: Rows, packs: bool) -> Variant:
@@ -88,11 +87,13 @@ class Table:
         persistent = self.multiprocessors is not None
         if rows.transposed_nbytes:
             return Variant(rows.rank, persistent, transposed_nbytes=rows.transposed_nbytes)
+        warps = max(rows.words_per_tile // WARP_WORDS, 1)
         if self.cast is None:
-            return Variant(rows.rank, persistent)
+            return Variant(rows.rank, persistent, num_warps=warps)
         tensor, packed = (_name(dtype) for dtype in self.cast)
         formats = (tensor, packed) if packs else (packed, tensor)
-        return Variant(rows.rank, persistent, formats, formats[1] == "float8_e4m3fn" and torch_saturates())
+        saturates = formats[1] == "float8_e4m3fn" and torch_saturates()
+        return Variant(rows.rank, persistent, formats, saturates, num_warps=warps)
 
     def launch(self, packs: bool, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
         """Pack or unpack on the CUDA device where the tensors are."""

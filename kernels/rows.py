@@ -3,7 +3,7 @@
 Where a box is read or written does not matter here: callers say which side is which.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,11 @@ MAX_REACH_WORDS = 2**29
 """A row reaches fewer words than this on either side, so that offsets are int32 in the kernels, which count in the
 lanes of a word: 4 of them at most where bits are moved. See reach_words for casts.
 """
-MAX_LINE_LOG2 = 1
-"""Of the narrow words that go in lines. Wider ones take the kernels less time each than the memory takes."""
+MAX_NARROW_LOG2 = 1
+"""Of the words that do not go by themselves if they make up runs. Wider ones take the kernels less time each than the
+memory takes."""
+MIN_FILLED = 0.8
+"""Of all tiles of a launch; smaller ones are taken where less would be."""
 MIN_TRANSPOSED_EXTENT = 16
 """Along both unit-stride dims; smaller boxes leave most of a square empty."""
 
@@ -34,22 +37,38 @@ class Rows:
         tiles: (tiles,), the row of each tile.
         rank: dims that are used, 2, 4 or 6.
         transposed_nbytes: bytes of a unit if these rows are for the transposing kernel, else 0.
+        words_per_tile: what a program moves at a time, if they are not.
     """
 
     rows: Integers
     tiles: Integers
     rank: int
     transposed_nbytes: int
+    words_per_tile: int = 0
+
+    @property
+    def each_magic(self) -> tuple[int, int]:
+        """(magic, shift), as int32, with ``tile // n == (2 * tile * magic >> 32) >> shift`` where each row has n tiles;
+        (0, 0) where they have not all as many.
+        """
+        each, rest = divmod(len(self.tiles), len(self.rows))
+        first = self.rows[:, layout.FIRST_TILE]
+        if rest or (first != np.arange(len(self.rows)) * each).any():
+            return 0, 0
+        magic, shift = magic_numbers(np.array([2 * each]))
+        return int(magic.astype(np.uint32).view(np.int32)[0]), int(shift[0])
 
 
-def make_rows(sides: Sides, itemsize: Columns, cast: tuple[int, int] | None, words_per_tile: int) -> tuple[Rows, ...]:
+def make_rows(
+    sides: Sides, itemsize: Columns, cast: tuple[int, int] | None, tile_words: Sequence[int]
+) -> tuple[Rows, ...]:
     """The rows of all boxes: those that keep their order, then those to be transposed, by the size of their units.
 
     Args:
         sides: strides in bytes.
         itemsize: (n,), bytes of an element where none is cast.
         cast: bytes of an element where it is read and where it is written, if elements are cast.
-        words_per_tile: of the kernel.
+        tile_words: words of a tile that there are kernels for, the most first.
 
     Raises:
         ValueError: an element of a cast is not at a multiple of its size, or elements are written to one place.
@@ -83,7 +102,7 @@ def make_rows(sides: Sides, itemsize: Columns, cast: tuple[int, int] | None, wor
     turned, across = _transposable(sides, log2) if cast is None else (np.zeros(len(log2), np.bool_), log2)
     results = []
     if not turned.all():
-        results.append(_rows(sides.pick(~turned), log2[~turned], cast is not None, words_per_tile))
+        results.append(_rows(sides.pick(~turned), log2[~turned], cast is not None, tile_words))
     for unit_log2 in np.unique(log2[turned]).tolist():
         chosen = turned & (log2 == unit_log2)
         results.append(_transposing_rows(sides.pick(chosen), across[chosen], 1 << unit_log2))
@@ -217,41 +236,68 @@ def _without_units(box: Sides) -> Sides:
     return box._replace(extents=box.extents[order], read=box.read[order], write=box.write[order])
 
 
-def _in_lines(sides: Sides, log2: Columns, is_cast: bool) -> tuple[Sides, Columns, Columns, Columns]:
-    """The boxes whose narrow words make up runs of a line or more with lines as their innermost dim.
+def _in_lines(sides: Sides, log2: Columns) -> tuple[Sides, Columns, Columns, Columns]:
+    """The boxes of cast elements whose narrow words make up runs of a line or more, with lines as their innermost dim.
 
-    Elements that are cast go by one in a line, not by words of two. A run that is no multiple of a line ends with one
-    that is moved back into it by the kernels.
+    Elements go by one in a line, not by words of two. A run that is no multiple of a line ends with one that is moved
+    back into it by the kernels.
 
     Args:
         sides: as the kernels would have them otherwise, strides in words.
-        log2: (n,), of each box's word, in units.
-        is_cast: whether units are elements that are cast, or else bytes.
+        log2: (n,), of each box's word, in elements.
 
     Returns:
-        The boxes; their words; words in a run, 0 where words are no lines; and (n, 2) how far into its run a line
-        begins: so many words for each line, and for each run.
+        The boxes; their words; elements in a run, 0 where words are no lines; and (n, 2) how far into its run a line
+        begins: so many elements for each line, and for each run.
     """
-    to_units = log2 if is_cast else np.zeros_like(log2)
-    length = layout.LINE_UNITS >> (log2 - to_units)
-    chosen = has_run(sides) & (log2 <= MAX_LINE_LOG2) & (sides.extents[0] << to_units >= length)
-    run = np.where(chosen, sides.extents[0] << to_units, 0)
+    length = layout.LINE_UNITS
+    chosen = has_run(sides) & (log2 <= MAX_NARROW_LOG2) & (sides.extents[0] << log2 >= length)
+    run = np.where(chosen, sides.extents[0] << log2, 0)
     if not chosen.any():
         return sides, log2, run, np.zeros((len(run), 2), np.int64)
     lines = -(-run // length)
-    extents = sides.extents.copy()
+    scale = np.where(chosen, log2, 0)
+    extents, read, write = sides.extents.copy(), sides.read << scale, sides.write << scale
     extents[0] = np.where(chosen, lines, extents[0])
-    scale = np.where(chosen, to_units, 0)
-    read, write = sides.read << scale, sides.write << scale
     read[0] = np.where(chosen, length, read[0])
     write[0] = np.where(chosen, length, write[0])
-    jumps = np.where(chosen & (lines > 1), np.stack([length, -lines * length]), 0)
+    jumps = np.where(chosen & (lines > 1), np.stack([np.full_like(lines, length), -lines * length]), 0)
     # A run of one line is no dim any more.
     gone = lines == 1
     if gone.any():
         for column, fill in ((extents, 1), (read, 0), (write, 0)):
             column[:, gone] = np.concatenate([column[1:, gone], np.full((1, int(gone.sum())), fill)])
-    log2 = np.where(chosen, log2 - to_units, log2)
+    log2 = np.where(chosen, 0, log2)
+    return sides._replace(extents=extents, read=read, write=write), log2, run, jumps.T
+
+
+def _shifted(sides: Sides, log2: Columns) -> tuple[Sides, Columns, Columns, Columns]:
+    """The boxes whose narrow words make up runs, with words of 8 bytes as their innermost dim, and strides in bytes.
+
+    Args:
+        sides: as the kernels would have them otherwise, strides in words.
+        log2: (n,), of each box's word, in bytes.
+
+    Returns:
+        The boxes; their words as they were; bytes in a run, 0 where words are not shifted; and (n, 2) bytes from the
+        read place to behind the last byte, and how far back the first word of a run is from the last's end.
+    """
+    run = sides.extents[0] << log2
+    chosen = has_run(sides) & (log2 <= MAX_NARROW_LOG2) & (run >= layout.MIN_SHIFTED_NBYTES)
+    # Only the last run may end within a word of the last byte that is read: the kernels see to that one apart.
+    chosen &= ((sides.read[1:] << log2 >= 8) | (sides.extents[1:] == 1)).all(0)
+    run = np.where(chosen, run, 0)
+    if not chosen.any():
+        return sides, log2, run, np.zeros((len(run), 2), np.int64)
+    scale = np.where(chosen, log2, 0)
+    extents, read, write = sides.extents.copy(), sides.read << scale, sides.write << scale
+    end = ((extents[1:] - 1) * read[1:]).sum(0) + run
+    # The first may begin before the run, by up to what is less than its alignment.
+    long = run >= layout.LONG_RUN_NBYTES
+    words = np.where(long, (run + 62) // 32 * 4, (run + 14) // 8)
+    extents[0] = np.where(chosen, words, extents[0])
+    read[0], write[0] = (np.where(chosen, 8, strides[0]) for strides in (read, write))
+    jumps = np.where(chosen, np.stack([end, -8 * words]), 0)
     return sides._replace(extents=extents, read=read, write=write), log2, run, jumps.T
 
 
@@ -276,10 +322,14 @@ def magic_numbers(divisors: Columns) -> tuple[Columns, Columns]:
     return (power + divisors - 1) // divisors, bits - 1
 
 
-def _rows(sides: Sides, log2: Columns, is_cast: bool, words_per_tile: int) -> Rows:
-    sides, log2, run, run_jumps = _in_lines(sides, log2, is_cast)
+def _rows(sides: Sides, log2: Columns, is_cast: bool, tile_words: Sequence[int]) -> Rows:
+    sides, log2, run, run_jumps = _in_lines(sides, log2) if is_cast else _shifted(sides, log2)
     used, count = sides.extents.shape
-    rows, first = _heads(sides, sides.extents.prod(0), np.where(run > 0, max(words_per_tile // 32, 1), words_per_tile))
+    total = sides.extents.prod(0)
+    # A warp moves a line at a time, where it moves 32 words of other rows.
+    at_once = np.where(is_cast & (run > 0), 32, 1)
+    words_per_tile = fitting_tile(total * at_once, tile_words)
+    rows, first = _heads(sides, total, np.maximum(words_per_tile // at_once, 1))
     rows[:, layout.WORD_LOG2] = log2
     rows[:, layout.RUN] = run
     rows[:, layout.RUN_JUMPS : layout.RUN_JUMPS + 2] = run_jumps
@@ -296,7 +346,17 @@ def _rows(sides: Sides, log2: Columns, is_cast: bool, words_per_tile: int) -> Ro
         rows[:, layout.READ_JUMPS + dim] = read
         rows[:, layout.WRITE_JUMPS + dim] = write
         inner = inner * sides.extents[dim]
-    return Rows(rows, first, 2 * -(-used // 2), 0)
+    return Rows(rows, first, 2 * -(-used // 2), 0, words_per_tile)
+
+
+def fitting_tile(words: Columns, tile_words: Sequence[int]) -> int:
+    """The largest tile of which boxes of so many words leave little empty; else that of which they leave least.
+
+    A program takes its time and its place on a multiprocessor whether its tile is full or not.
+    """
+    filled = [float(words.sum() / (-(-words // tile) * tile).sum()) for tile in tile_words]
+    enough = min(MIN_FILLED, max(filled))
+    return next(tile for tile, share in zip(tile_words, filled, strict=True) if share >= enough)
 
 
 def _heads(

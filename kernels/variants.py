@@ -7,17 +7,29 @@ from typing import Any
 from tricomm.kernels import layout
 
 
+WARP_WORDS = 4 * 32
+"""What a warp moves at a time: four words a thread."""
+
+
+def tile_words(persistent: bool) -> tuple[int, ...]:
+    """The words of a tile that copies and casts are compiled for, the most first: of programs of 16 warps if they are
+    to fill a multiprocessor each, else of 4 or fewer.
+    """
+    return tuple(WARP_WORDS * warps for warps in ((16,) if persistent else (4, 2, 1)))
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """What is compiled.
 
     Attributes:
         rank: dims that rows may use, 2, 4 or 6.
-        persistent: whether a small grid does all tiles, in programs of 16 warps, for launches that must leave
-            multiprocessors to others.
+        persistent: whether a small grid does all tiles, for launches that must leave multiprocessors to others.
         formats: (read, written) element types, names in ``layout.FORMATS``, if elements are cast.
         saturates: whether a cast to float8_e4m3fn gives its largest value, not NaN, for all beyond it.
         transposed_nbytes: bytes of a unit (1, 2, 4 or 8), for the transposing kernel, else 0.
+        num_warps: of a program. Squares of 64 give 4 warps whole vectors, and no more; boxes of a few words leave
+            less of a small program idle.
     """
 
     rank: int = 2
@@ -25,16 +37,12 @@ class Variant:
     formats: tuple[str, str] | None = None
     saturates: bool = False
     transposed_nbytes: int = 0
-
-    @property
-    def num_warps(self) -> int:
-        """Of a program. Squares of 64 give 128 threads whole vectors, and no more."""
-        return 16 if self.persistent and not self.transposed_nbytes else 4
+    num_warps: int = 4
 
     @property
     def words_per_tile(self) -> int:
-        """What a program moves at a time: four words a thread."""
-        return 4 * 32 * self.num_warps
+        """What a program moves at a time."""
+        return WARP_WORDS * self.num_warps
 
     def kernel(self, jit: Any) -> Any:
         """The function of the module ``jit``."""
@@ -73,7 +81,7 @@ class Variant:
 
 @lru_cache(maxsize=1024)
 def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
-    """The compiled kernel, whose ``[grid](rows, tiles, read_base, write_base, count, *constants)`` launches it.
+    """The compiled kernel, whose ``[grid](rows, tiles, magic, shift, read_base, write_base, count, *constants)`` launches it.
 
     The signature is given rather than found out from arguments, so that there is one binary a variant whatever the
     arguments are, and a launch need not look at them.
@@ -89,7 +97,8 @@ def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
     from tricomm.kernels import jit
 
     constants = variant.constants()
-    arguments = {"rows": "*i32", "tiles": "*i32", "read_base": "i64", "write_base": "i64", "count": "i32"}
+    arguments = {"rows": "*i32", "tiles": "*i32", "magic": "i32", "shift": "i32"}
+    arguments |= {"read_base": "i64", "write_base": "i64", "count": "i32"}
     source = ASTSource(
         fn=variant.kernel(jit),
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},

@@ -244,7 +244,7 @@ def test_kernels_know_torch_and_triton_and_nobody_else_knows_triton() -> None:
             assert not found.is_of("triton"), f"tricomm.{found.module} imports {found.target}"
 
 
-TRITON = ("kernels.jit", "kernels.jit_casts")
+TRITON = ("kernels.jit", "kernels.jit_casts", "kernels.jit_shifted", "kernels.jit_table")
 
 
 def test_kernels_import_triton_only_where_it_is_needed() -> None:

@@ -65,7 +65,7 @@ def every_variant() -> list[Variant]:
     names = list(layout.FORMATS)
     return [
         *(Variant(rank) for rank in (2, 4, 6)),
-        Variant(4, persistent=True),
+        Variant(4, persistent=True, num_warps=16),
         *(Variant(transposed_nbytes=nbytes) for nbytes in (8, 4, 2, 1)),
         *(Variant(rank, transposed_nbytes=1) for rank in (4, 6)),
         *(

@@ -23,7 +23,7 @@ def interpreted() -> ModuleType:
     """
     with knobs.runtime.scope(), patch.dict(sys.modules):
         knobs.runtime.interpret = True
-        for name in ("jit_casts", "jit"):
+        for name in ("jit_casts", "jit_table", "jit_shifted", "jit"):
             spec = importlib.util.spec_from_file_location(
                 f"tricomm.kernels.{name}", Path(layout.__file__).with_name(f"{name}.py")
             )
@@ -59,5 +59,5 @@ def launch(
             # numpy warns of what is infinite or NaN by intention.
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel = variant.kernel(interpreted())
-            kernel[(grid,)](*arrays, *(bases if packs else bases[::-1]), count, *constants.values())
+            kernel[(grid,)](*arrays, *rows.each_magic, *(bases if packs else bases[::-1]), count, *constants.values())
     return len(every)

@@ -58,13 +58,13 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     def compiled(variant: Variant, target: Any, index: int) -> dict[tuple[int, ...], Callable[..., None]]:
         class Kernel:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                def run(rows: int, tiles: int, read: int, write: int, count: int, *constants: Any, stream: int) -> None:
+                def run(rows: int, tiles: int, *arguments: Any, stream: int) -> None:
                     assert stream == found.stream.cuda_stream
                     assert rows % 16 == tiles % 16 == 0
                     found.grids.append(grid)
-                    of_tiles = from_address(tiles, count)
+                    of_tiles = from_address(tiles, arguments[4])
                     of_rows = from_address(rows, (int(of_tiles.max()) + 1) * 32)
-                    variant.kernel(interpreted())[grid](of_rows, of_tiles, read, write, count, *constants)
+                    variant.kernel(interpreted())[grid](of_rows, of_tiles, *arguments)
 
                 return run
 
