@@ -73,44 +73,46 @@ def _move_lines(
     tile,
     READ: tl.constexpr,
     WRITE: tl.constexpr,
-    LINE: tl.constexpr,
     LINES: tl.constexpr,
     RANK: tl.constexpr,
     FROM: tl.constexpr,
     TO: tl.constexpr,
     SATURATES: tl.constexpr,
 ):
-    """Move a tile of narrow words, of one element each, in lines: ``LINE`` words side by side, in threads side by side.
+    """Cast a tile of narrow words, of one element each, in lines: 128 side by side, 4 by each of 32 threads.
 
-    Where a word is 1 or 2 bytes, finding its place takes more instructions than a GPU has time for; here that is done
-    once a line. Nothing is masked: the last line of a run is moved back until it ends with the run, and what comes
-    behind the last line of a box is that line once more, so that some words are written twice, with the same.
+    Finding the place of an element takes more instructions than a GPU has time for; here that is done once a line.
+    Nothing is masked: the last line of a run is moved back until it ends with the run, and what comes behind the last
+    line of a box is that line once more, so that some elements are written twice, with the same.
 
     Args:
-        bases: addresses of both sides; multiples of the word.
+        bases: addresses of both sides; multiples of the elements.
         tile: which of the box.
         READ, WRITE: types of the elements, integers.
-        LINE, LINES: words of a line, and lines of a tile.
+        LINES: of a tile.
     """
     read_base, write_base = bases
     index = tl.minimum(tile * LINES + tl.arange(0, LINES), tl.load(row + TOTAL) - 1)
     read, write = offsets_of(index, row, RANK)
     begins = index * tl.load(row + RUN_JUMPS) + quotient_of(index, row, 1) * tl.load(row + RUN_JUMPS + 1)
-    back = tl.minimum(tl.load(row + RUN) - LINE - begins, 0)
-    # The last dim is 32 threads, the one before it lines, to which Triton gives the warps; the first is in each thread.
-    lanes = tl.arange(0, LINE // 32)[:, None, None] * 32 + tl.arange(0, 32)[None, None, :]
+    back = tl.minimum(tl.load(row + RUN) - _LINE - begins, 0)
+    lanes = tl.arange(0, 32)[None, :]
     source = tl.multiple_of(read_base.to(tl.pointer_type(READ)), READ.primitive_bitwidth // 8)
     target = tl.multiple_of(write_base.to(tl.pointer_type(WRITE)), WRITE.primitive_bitwidth // 8)
-    value = tl.load((source + (read + back))[None, :, None] + lanes)
-    if FROM != TO:
-        value = cast(value, FROM, TO, SATURATES)
-    tl.store((target + (write + back))[None, :, None] + lanes, value)
+    source += (read + back)[:, None] + lanes
+    target += (write + back)[:, None] + lanes
+    # All are read before any is written, as one wait is enough. (With a third dim for the four, Triton 3.6 would give
+    # the warps to it, and each of them the places of all lines to find.)
+    tl.static_assert(_LINE == 4 * 32)
+    first, second, third, fourth = tl.load(source), tl.load(source + 32), tl.load(source + 64), tl.load(source + 96)
+    tl.store(target, cast(first, FROM, TO, SATURATES))
+    tl.store(target + 32, cast(second, FROM, TO, SATURATES))
+    tl.store(target + 64, cast(third, FROM, TO, SATURATES))
+    tl.store(target + 96, cast(fourth, FROM, TO, SATURATES))
 
 
 @triton.jit
-def _copy_tile(
-    tile, rows, tiles, magic, shift, read_base, write_base, WORDS: tl.constexpr, RANK: tl.constexpr
-):
+def _copy_tile(tile, rows, tiles, magic, shift, read_base, write_base, WORDS: tl.constexpr, RANK: tl.constexpr):
     row = row_of(tile, rows, tiles, magic, shift)
     bases = bases_of(row, read_base, write_base)
     tile -= tl.load(row + FIRST_TILE)
@@ -196,7 +198,7 @@ def _cast_tile(
     tile -= tl.load(row + FIRST_TILE)
     log2 = tl.load(row + WORD_LOG2)
     if tl.load(row + RUN) > 0:
-        _move_lines(bases, row, tile, READ, WRITE, _LINE, WORDS // 32, RANK, FROM, TO, SATURATES)
+        _move_lines(bases, row, tile, READ, WRITE, WORDS // 32, RANK, FROM, TO, SATURATES)
     else:
         index = tile * WORDS + tl.arange(0, WORDS)
         inside = index < tl.load(row + TOTAL)
@@ -232,11 +234,41 @@ def cast_boxes(
     if PERSISTENT:
         while tile < count:
             _cast_tile(
-                tile, rows, tiles, magic, shift, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2
+                tile,
+                rows,
+                tiles,
+                magic,
+                shift,
+                read_base,
+                write_base,
+                WORDS,
+                RANK,
+                FROM,
+                TO,
+                SATURATES,
+                READ,
+                WRITE,
+                WIDEST_LOG2,
             )
             tile += tl.num_programs(0)
     else:
-        _cast_tile(tile, rows, tiles, magic, shift, read_base, write_base, WORDS, RANK, FROM, TO, SATURATES, READ, WRITE, WIDEST_LOG2)
+        _cast_tile(
+            tile,
+            rows,
+            tiles,
+            magic,
+            shift,
+            read_base,
+            write_base,
+            WORDS,
+            RANK,
+            FROM,
+            TO,
+            SATURATES,
+            READ,
+            WRITE,
+            WIDEST_LOG2,
+        )
 
 
 @triton.jit

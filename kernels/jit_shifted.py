@@ -1,8 +1,8 @@
 """Runs that are aligned to one or two bytes only, moved eight bytes at a time.
 
-Where they are written whole words are written, at multiples of eight; what belongs there is shifted out of the two words
-that it lies in where it is read. A word's place is found once for eight bytes, and not for each one or two, and memory
-sees few and full accesses. What is left over at both ends of a run goes by itself.
+Where they are written whole words are written, at multiples of eight; what belongs there is shifted out of the two
+words that it lies in where it is read. A word's place is found once for eight bytes, and not for each one or two, and
+memory sees few and full accesses. What is left over at both ends of a run goes by itself.
 """
 
 import triton
@@ -36,15 +36,14 @@ def move_shifted(bases, row, tile, UNIT: tl.constexpr, WORDS: tl.constexpr, RANK
     begin -= early
     read += read_low - early
     shift = read & 7
-    # Both words that are read lie within the box, or at least one byte of each does; behind its last byte there may be
-    # nothing, so that what needs a word there is left to the end of this.
-    there = (index < total) & (begin >= 0) & (begin + 8 <= run) & (read - shift + 16 <= read_end + read_low)
+    # At least one byte of each of both words that are read lies within the box; behind its last byte there may be
+    # nothing, so that what needs a word there is left to the end of this. No number is negative where all is well.
+    there = begin | (run - 8 - begin) | (read_end + read_low - 16 - (read - shift)) | (total - 1 - index)
     source = (read_base - read_low).to(tl.pointer_type(tl.uint64)) + (read >> 3)
-    low = tl.load(source, mask=there)
-    high = tl.load(source + 1, mask=there)
-    bits = (shift * 8).to(tl.uint64)
+    low = tl.load(source, mask=there >= 0)
+    high = tl.load(source + 1, mask=there >= 0)
     target = (write_base - write_low).to(tl.pointer_type(tl.uint64)) + ((write + write_low - early) >> 3)
-    tl.store(target, (low >> bits) | ((high << 1) << (63 - bits)), mask=there)
+    tl.store(target, _between(low, high, shift), mask=there >= 0)
     # The ends of the runs whose first word is in this tile.
     first, words = tile * WORDS, back // -8
     last = tl.minimum(first + WORDS, total) - 1
@@ -57,11 +56,30 @@ def move_shifted(bases, row, tile, UNIT: tl.constexpr, WORDS: tl.constexpr, RANK
 
 
 @triton.jit
-def _move_ends(
-    bases, row, first_run, last_run, words, run, UNIT: tl.constexpr, ENDS: tl.constexpr, RANK: tl.constexpr
-):
-    """Move what whole words leave of some runs: up to 7 bytes at both ends. (Two of ENDS are enough for a run, as
-    runs have 9 words or more.)
+def _between(low, high, shift):
+    """The 8 bytes that begin ``shift`` bytes into the first of two words.
+
+    They are made in halves, as a GPU shifts 32 bits out of 64 by one instruction; the compiler knows it by this form.
+    """
+    first, second, third = low.to(tl.uint32), (low >> 32).to(tl.uint32), high.to(tl.uint32)
+    by_half = shift >= 4
+    fourth = (high >> 32).to(tl.uint32)
+    begin, middle, end = (
+        tl.where(by_half, second, first),
+        tl.where(by_half, third, second),
+        tl.where(by_half, fourth, third),
+    )
+    bits = ((shift & 3) * 8).to(tl.uint32, bitcast=True)
+    lower = (begin >> bits) | ((middle << 1) << (bits ^ 31))
+    upper = (middle >> bits) | ((end << 1) << (bits ^ 31))
+    return lower.to(tl.uint64) | (upper.to(tl.uint64) << 32)
+
+
+@triton.jit
+def _move_ends(bases, row, first_run, last_run, words, run, UNIT: tl.constexpr, ENDS: tl.constexpr, RANK: tl.constexpr):
+    """Move what whole words leave of some runs: up to 7 bytes at both ends.
+
+    ENDS, a quarter of the words of a tile, are enough for two of each run, as runs have 9 words or more.
     """
     nbytes: tl.constexpr = UNIT.primitive_bitwidth // 8
     read_base, write_base = bases

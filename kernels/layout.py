@@ -29,8 +29,8 @@ SHIFTS = MAGICS + MAX_RANK - 1
 RUN = 7
 """Elements, or bytes, of a run; 0 in rows of no such runs."""
 RUN_JUMPS = 30
-"""Two, as above, of a line's place in its run; of a shifted row the first, being 8 always, is instead the bytes from the
-read place to behind the last byte of the box."""
+"""Two, as above, of a line's place in its run; of a shifted row the first, being 8 always, is instead the bytes from
+the read place to behind the last byte of the box."""
 LINE_UNITS = 128
 """Elements of a line."""
 MIN_SHIFTED_NBYTES = 64

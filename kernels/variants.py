@@ -6,9 +6,14 @@ from typing import Any
 
 from tricomm.kernels import layout
 
-
 WARP_WORDS = 4 * 32
 """What a warp moves at a time: four words a thread."""
+
+
+MAX_REGISTERS = 40
+"""Of a thread of a copy. The compiler keeps to it by itself but for rows of the most dims, where it would take a few
+more and so leave fewer programs a place. From Hopper on it needs to spill nothing for that.
+"""
 
 
 def tile_words(persistent: bool) -> tuple[int, ...]:
@@ -81,7 +86,7 @@ class Variant:
 
 @lru_cache(maxsize=1024)
 def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
-    """The compiled kernel, whose ``[grid](rows, tiles, magic, shift, read_base, write_base, count, *constants)`` launches it.
+    """The compiled kernel. ``[grid](rows, tiles, magic, shift, read_base, write_base, count, *constants)`` launches it.
 
     The signature is given rather than found out from arguments, so that there is one binary a variant whatever the
     arguments are, and a launch need not look at them.
@@ -105,4 +110,8 @@ def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
         constexprs=constants,
         attrs={(index,): [["tt.divisibility", 16]] for index in range(2)},
     )
-    return triton.compile(source, target=target, options={"num_warps": variant.num_warps})
+    options = {"num_warps": variant.num_warps}
+    is_copy = variant.formats is None and not variant.transposed_nbytes
+    if is_copy and variant.rank == layout.MAX_RANK and target.backend == "cuda" and target.arch >= 90:
+        options["maxnreg"] = MAX_REGISTERS
+    return triton.compile(source, target=target, options=options)

@@ -16,16 +16,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.kernels.sass import CLASSES, disassembled, tiles, usage
+from bench.kernels.sass import CLASSES, Tile, disassembled, tiles, usage
 from tricomm.kernels import layout
-from tricomm.kernels.rows import MAX_LINE_LOG2
 from tricomm.kernels.variants import Variant, compiled
 
 UNIT_NBYTES = 512
+SHIFTED_NBYTES = 8
+MAP_LOADS = 1
+"""Where a tile's row is not found by division."""
 BUDGET = 132 * 4 * 1.7e9 / (2.15e12 / UNIT_NBYTES)
 """Instructions that the 132 x 4 schedulers of an H100 issue at 1.7 GHz while its memory reads and writes a unit, at
 2.15e12 bytes of payload a second: about 214.
 """
+IN_LINES, SHIFTED, WITH_ENDS = "in lines", "shifted", "shifted, with ends"
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
 
@@ -37,7 +40,8 @@ class Count:
         variant: as ``variant_name`` says.
         target: one of TARGETS.
         word_nbytes: what each thread writes by one instruction.
-        in_lines: whether narrow words go side by side, so that they share the finding of their place.
+        how: "" for each word by itself; IN_LINES for narrow ones side by side, so that they share the finding of their
+            place; SHIFTED for words of 8 bytes out of two of them; WITH_ENDS for a tile that moves ends of runs, too.
         read_nbytes, written_nbytes: by a warp in a full tile.
         executed: instructions of that warp, by class.
         registers: of a thread, of the whole variant.
@@ -47,7 +51,7 @@ class Count:
     variant: str
     target: str
     word_nbytes: int
-    in_lines: bool
+    how: str
     read_nbytes: int
     written_nbytes: int
     executed: dict[str, int]
@@ -86,17 +90,34 @@ def variant_name(variant: Variant) -> str:
     return f"copy, rank {variant.rank}" + (", persistent" if variant.persistent else "")
 
 
-def full_tiles(variant: Variant, word_nbytes: int) -> dict[int, bool]:
-    """How many words each thread stores of a full tile, and whether in lines."""
+def full_tiles(variant: Variant, found: Sequence[Tile]) -> list[tuple[Tile, str]]:
+    """The longest tiles that are full, the widest words first, and how their words go.
+
+    What skips a store is the way of a tile that is not full. A shifted word is read from two; what reads still more is
+    the way of ends that are there and are not stored.
+    """
     threads = 32 * variant.num_warps
-    if variant.transposed_nbytes:
-        tile_nbytes = layout.tile_side(variant.transposed_nbytes) ** 2 * variant.transposed_nbytes
-        return {tile_nbytes // threads // word_nbytes: False}
-    found = {variant.words_per_tile // threads: False}
-    if variant.formats is not None or word_nbytes <= 1 << MAX_LINE_LOG2:
-        line = layout.LINE_UNITS // (word_nbytes if variant.formats is None else 1)
-        found[variant.words_per_tile // 32 * line // threads] = True
-    return found
+    whole = [tile for tile in found if tile.word_nbytes == SHIFTED_NBYTES and not tile.narrow_stores]
+    once = min((tile.loads for tile in whole), default=0)
+    twice = min((tile.loads for tile in whole if tile.loads >= once + tile.stores), default=0)
+    longest: dict[tuple[int, str], Tile] = {}
+    for tile in found:
+        how = ""
+        if variant.transposed_nbytes:
+            stores = layout.tile_side(variant.transposed_nbytes) ** 2 * variant.transposed_nbytes // tile.word_nbytes
+        elif variant.formats is not None and tile.stores > variant.words_per_tile // threads:
+            how, stores = IN_LINES, variant.words_per_tile // 32 * layout.LINE_UNITS
+        else:
+            stores = variant.words_per_tile
+            if tile.narrow_stores:
+                how = WITH_ENDS
+            elif tile in whole and tile.loads >= twice > 0:
+                how = SHIFTED
+                stores *= tile.loads <= twice + MAP_LOADS
+        key = (tile.word_nbytes, how)
+        if tile.stores * threads == stores and (key not in longest or tile.total > longest[key].total):
+            longest[key] = tile
+    return [(tile, how) for (_, how), tile in longest.items()]
 
 
 def count(variant: Variant, target: str) -> list[Count]:
@@ -116,16 +137,14 @@ def count(variant: Variant, target: str) -> list[Count]:
             variant_name(variant),
             target,
             tile.word_nbytes,
-            full_tiles(variant, tile.word_nbytes)[tile.stores],
+            how,
             tile.stored_nbytes * source // to,
             tile.stored_nbytes,
             dict(tile.counts),
             registers,
             spilled_nbytes,
         )
-        for tile in tiles(disassembled(cubin))
-        # What skips a store is the way of a tile that is not full.
-        if tile.stores in full_tiles(variant, tile.word_nbytes)
+        for tile, how in full_tiles(variant, tiles(disassembled(cubin)))
     ]
 
 
@@ -140,7 +159,7 @@ def table(counts: Iterable[Count]) -> str:
         if each.per_unit() > BUDGET:
             total = f"**{total}**"
         classes = " | ".join(f"{each.per_unit(kind):.0f}" for kind in CLASSES)
-        word = f"{each.word_nbytes} B" + " in lines" * each.in_lines
+        word = f"{each.word_nbytes} B {each.how}".strip()
         what = f"{each.variant} | {each.target} | {word}"
         lines.append(f"| {what} | {classes} | {total} | {each.registers} | {each.spilled_nbytes} |")
     return "\n".join(lines)

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 
 from bench.kernels.cases import CASES, Case
+from bench.kernels.sectors import traffic
 from bench.overhead import describe_hardware
 from tricomm.kernels.boxes import Boxes
 from tricomm.kernels.pack import Table, pack, unpack
 
 FLUSH_NBYTES = 256 << 20
 HOST_SCALE = 64
+BUSY_CYCLES = 500_000
+"""A quarter of a millisecond: a call for 160 tensors takes the host 80 us."""
 OURS = ("pack", "unpack", "copy")
 """What must work; torch may not have its ways for every type."""
 MAX_TORCH_BOXES = 1000
@@ -39,7 +42,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One geometry: its payload in bytes read and written, the timings by method, and which of torch's raised what."""
+    """One geometry: its payload in bytes read and written, the timings by method, which of torch's raised what, and
+    what share of a plain copy's speed its sectors allow to pack and to unpack.
+    """
 
     name: str
     boxes: int
@@ -48,10 +53,15 @@ class Row:
     first_seconds: float
     timings: dict[str, Timing]
     refused: dict[str, str]
+    allowed: dict[str, float]
 
     def share(self, method: str) -> float:
         """Of the speed of the plain copy."""
         return self.timings["copy"].device_seconds / self.timings[method].device_seconds
+
+    def share_of_allowed(self, method: str) -> float:
+        """Of what its sectors allow."""
+        return self.share(method) / self.allowed[method]
 
 
 def timed(call: Callable[[], object], device: torch.device, repeats: int) -> Timing:
@@ -70,7 +80,7 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> Tim
         begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # The device is kept busy while the host begins to issue launches, so that gaps between them count only where
         # the host does not keep up.
-        torch.cuda._sleep(200_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
         begin_event.record()
         begin = time.perf_counter()
         call()
@@ -172,21 +182,25 @@ def measure(case: Case, device: torch.device, scale: int, repeats: int, multipro
             if name in OURS:
                 raise
             refused[name] = str(error)
-    return Row(case.name, len(boxes), moved_nbytes(boxes), build_seconds, first_seconds, timings, refused)
+    allowed = {name: traffic(boxes, packs).share for name, packs in (("pack", True), ("unpack", False))}
+    return Row(case.name, len(boxes), moved_nbytes(boxes), build_seconds, first_seconds, timings, refused, allowed)
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """The table: per cent of the plain copy's speed, then host times of a warm and of the first pack."""
+    """The table: per cent of the plain copy's speed, those of pack and unpack also of what their sectors allow; then
+    host times of a warm and of the first pack.
+    """
     columns = ("pack", "unpack", "copy_", "foreach", "cat", "split")
     lines = [
         f"{'':<38}{'boxes':>7}{'MB':>8}"
         + "".join(f"{name + ' %':>10}" for name in columns)
-        + f"{'host us':>9}{'first ms':>10}"
+        + f"{'of allowed %':>14}{'host us':>9}{'first ms':>10}"
     ]
     for row in rows:
         shares = "".join(f"{row.share(n) * 100:>10.1f}" if n in row.timings else f"{'':>10}" for n in columns)
         lines.append(
             f"{row.name:<38}{row.boxes:>7}{row.moved_nbytes / 2e6:>8.1f}{shares}"
+            f"{row.share_of_allowed('pack') * 100:>8.0f}{row.share_of_allowed('unpack') * 100:>6.0f}"
             f"{row.timings['pack'].host_seconds * 1e6:>9.1f}{row.first_seconds * 1e3:>10.2f}"
         )
     return "\n".join(lines)

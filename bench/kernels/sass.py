@@ -2,7 +2,7 @@
 
 Nothing is run. The code is a graph of blocks; a full tile takes the longest way through it on which so many words of
 the width in question are stored. On that way every instruction counts, also one that a predicate switches off: it takes
-a turn of the scheduler all the same. A predicated EXIT is passed, as a full tile has no thread that is done early.
+a turn of the scheduler all the same. A predicated EXIT is passed, or ends the way if everything is stored by then.
 Where a program loops over tiles, one turn of the loop is counted instead.
 """
 
@@ -72,18 +72,22 @@ class Tile(NamedTuple):
     """What one warp executes for its part of a full tile.
 
     Attributes:
-        word_nbytes: of each store.
+        word_nbytes: of each store, of the widest ones where a way has several.
         stores: how many of them.
         counts: instructions by class.
+        loads: from global memory, of the table too.
+        narrow_stores: of words that are not as wide: the ends of runs.
     """
 
     word_nbytes: int
     stores: int
     counts: Counter[str]
+    loads: int
+    narrow_stores: int = 0
 
     @property
     def stored_nbytes(self) -> int:
-        """By all threads of the warp."""
+        """By all threads of the warp, in its widest words."""
         return 32 * self.word_nbytes * self.stores
 
     @property
@@ -92,16 +96,21 @@ class Tile(NamedTuple):
         return self.counts.total()
 
 
-Ways = dict[tuple[int, int], Tile]
-"""The longest of each width and number of stores."""
+Ways = dict[tuple[int, int, int, int], Tile]
+"""The longest of each width, and numbers of stores and loads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Instructions that are executed one after the other, and the blocks that may follow."""
+    """Instructions that are executed one after the other, and the blocks that may follow; or none, where it ends."""
 
     instructions: tuple[Instruction, ...]
     following: tuple[int, ...]
+
+    @property
+    def ends(self) -> bool:
+        """Whether a warp may be done here."""
+        return not self.following or self.instructions[-1].kind == "EXIT"
 
 
 @cache
@@ -132,8 +141,8 @@ def _printed(tool: str, options: Sequence[str], cubin: bytes) -> str:
 
 
 def tiles(text: str) -> list[Tile]:
-    """What a warp executes for a full tile, once for each width and number of stores that a way through the code has;
-    the widest first.
+    """What a warp executes for a full tile, once for each width, and numbers of stores and loads, that a way through
+    the code has; the widest first.
 
     Raises:
         ValueError: an opcode of no known class, or code of another shape than one loop at most.
@@ -145,7 +154,7 @@ def tiles(text: str) -> list[Tile]:
         raise ValueError(f"the code has {len(heads)} loops, where the only one should be over tiles; count them apart")
     best: dict[int, Ways] = {}
     for at in order:
-        ends = any(tail == at for tail, _ in turns) if heads else not blocks[at].following
+        ends = any(tail == at for tail, _ in turns) if heads else blocks[at].ends
         ways = [best[next_at] for next_at in blocks[at].following if (at, next_at) not in turns]
         best[at] = _longest(blocks[at].instructions, ways, ends)
     return sorted((tile for tile in best[next(iter(heads), 0)].values() if tile.stores), reverse=True)
@@ -154,17 +163,26 @@ def tiles(text: str) -> list[Tile]:
 def _longest(instructions: Sequence[Instruction], ways: Sequence[Ways], ends: bool) -> Ways:
     """The longest ways from a block on, given those from the next ones on."""
     own = _of(instructions)
-    found = {(own.word_nbytes, own.stores): own} if ends else {}
+    found = {_key(own): own} if ends else {}
     for way in ways:
         for rest in way.values():
-            if own.stores and rest.stores and own.word_nbytes != rest.word_nbytes:
-                raise ValueError(f"words of {own.word_nbytes} and of {rest.word_nbytes} bytes are stored on one way")
-            nbytes = own.word_nbytes or rest.word_nbytes
-            tile = Tile(nbytes, own.stores + rest.stores, own.counts + rest.counts)
-            key = (nbytes, tile.stores)
+            tile = _joined(own, rest)
+            key = _key(tile)
             if key not in found or tile.total > found[key].total:
                 found[key] = tile
     return found
+
+
+def _key(tile: Tile) -> tuple[int, int, int, int]:
+    return tile.word_nbytes, tile.stores, tile.loads, tile.narrow_stores
+
+
+def _joined(first: Tile, second: Tile) -> Tile:
+    """One after the other."""
+    widest = max(first.word_nbytes, second.word_nbytes)
+    stores = sum(tile.stores for tile in (first, second) if tile.word_nbytes == widest)
+    narrow = first.stores + second.stores - stores + first.narrow_stores + second.narrow_stores
+    return Tile(widest, stores, first.counts + second.counts, first.loads + second.loads, narrow)
 
 
 def _of(instructions: Sequence[Instruction]) -> Tile:
@@ -173,10 +191,10 @@ def _of(instructions: Sequence[Instruction]) -> Tile:
         if instruction.kind not in CLASS_OF:
             raise ValueError(f"instruction {instruction.opcode} is of no class in OPCODES; say there what it is")
         counts[CLASS_OF[instruction.kind]] += 1
-    stored = {instruction.stored_nbytes for instruction in instructions} - {0}
-    if len(stored) > 1:
-        raise ValueError(f"words of {sorted(stored)} bytes are stored on one way")
-    return Tile(max(stored, default=0), sum(bool(each.stored_nbytes) for each in instructions), counts)
+    stored = [each.stored_nbytes for each in instructions if each.stored_nbytes]
+    widest = max(stored, default=0)
+    loads = sum(each.kind == "LDG" for each in instructions)
+    return Tile(widest, stored.count(widest), counts, loads, len(stored) - stored.count(widest))
 
 
 def _blocks(text: str) -> list[Block]:
@@ -190,7 +208,7 @@ def _blocks(text: str) -> list[Block]:
             places[item] = len(pieces) - 1
             continue
         pieces[-1].append(item)
-        if item.targets or not item.goes_on:
+        if item.targets or item.kind == "EXIT" or not item.goes_on:
             pieces.append([])
     found = []
     for at, piece in enumerate(pieces):

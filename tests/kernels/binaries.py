@@ -27,6 +27,7 @@ CASTS = [
 ]
 VARIANTS = [
     *(Variant(rank) for rank in (2, 4, 6)),
+    *(Variant(4, num_warps=warps) for warps in (1, 2)),
     Variant(4, persistent=True, num_warps=16),
     *(Variant(4, formats=formats, saturates=formats[1] == "float8_e4m3fn") for formats in CASTS),
     *(Variant(transposed_nbytes=nbytes) for nbytes in (1, 2, 4, 8)),

@@ -21,7 +21,7 @@ from tricomm.kernels import pack as pack_module
 from tricomm.kernels import rows as rows_module
 from tricomm.kernels.boxes import PACKED_ALIGNMENT_NBYTES, boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
-from tricomm.kernels.rows import magic_numbers
+from tricomm.kernels.rows import Rows, fitting_tile, magic_numbers
 from tricomm.kernels.table import StridedBox, widened
 
 EXAMPLES = 60
@@ -95,6 +95,42 @@ def test_planted_faults_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(AssertionError, match=says):
         run()
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 7, 512, 99991])
+def test_a_row_is_found_by_division_where_all_have_as_many_tiles(each: int) -> None:
+    count = max(1_000_000 // each, 1)
+    rows = np.zeros((count, layout.ROW_INTS), np.int32)
+    rows[:, layout.FIRST_TILE] = np.arange(count) * each
+    tiles = np.repeat(np.arange(count, dtype=np.int32), each)
+    magic, shift = Rows(rows, tiles, 2, 0).each_magic
+    twice = 2 * np.arange(len(tiles), dtype=np.uint64)
+    found = (twice * np.uint64(np.uint32(magic & 0xFFFFFFFF)) >> np.uint64(32)) >> np.uint64(shift)
+    assert (found == tiles).all()
+    assert Rows(rows, np.append(tiles, np.int32(count - 1)), 2, 0).each_magic == (0, 0)
+
+
+def test_a_row_is_read_from_the_map_where_one_has_more_tiles_than_another() -> None:
+    rows = np.zeros((2, layout.ROW_INTS), np.int32)
+    rows[1, layout.FIRST_TILE] = 3
+    assert Rows(rows, np.array([0, 0, 0, 1], np.int32), 2, 0).each_magic == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "tile"),
+    [
+        ([64] * 100, 128),
+        ([256] * 100, 256),
+        ([400] * 3, 512),
+        ([10_000, 3], 512),
+        ([3], 128),
+        ([130], 256),
+        ([64] * 100 + [10**6], 512),
+    ],
+)
+def test_small_boxes_take_small_tiles(words: list[int], tile: int) -> None:
+    assert fitting_tile(np.array(words), (512, 256, 128)) == tile
+    assert fitting_tile(np.array(words), (2048,)) == 2048
 
 
 def test_division_by_magic_numbers_is_exact() -> None:
