@@ -69,13 +69,13 @@ HOST = Part("versions", "host:versions", 30)
 
 PARTS = (
     HOST,
-    Part("pair", "transport:one_move", 30),
+    Part("pair", "transport:one_move", 25),
     Part("boxes", "kernels:boxes", 20),
     Part("casts", "kernels:casts", 25),
     Part("graphs", "kernels:graphs", 10),
     Part("local", "local:moves", 15),
-    Part("nccl", "transport:moves", 30),
-    Part("rules", "conformance:rules", 45),
+    Part("nccl", "transport:moves", 25),
+    Part("rules", "conformance:rules", 40),
     Part("pipeline", "uses.pipeline:two_stages", 25),
     Part("throughput", "throughput:some", 25),
     Part("geometries", "throughput:every", 120, is_long=True),
