@@ -199,6 +199,18 @@ def test_a_thousand_tiny_tensors_share_messages(kinds: int, chunk_bytes: int | N
         assert torch.equal(outputs[1][name], tensor)
 
 
+@pytest.mark.parametrize("kinds", [1, 3, 100])
+@pytest.mark.parametrize("staging_bytes", [300, 1000, 2000, 3000, 12345, 50000, 65536])
+def test_tiny_tensors_take_no_more_messages_than_staging_asks_for(kinds: int, staging_bytes: int) -> None:
+    """Ten chunks at a time, of which one may be an eighth larger than the others: so cut, their bytes say how many."""
+    dtypes = ("float32", "bfloat16", "int8")
+    pairs = {f"w{n}": one_to_one((2, 3 + n % kinds), dtypes[n % 3]) for n in range(1000)}
+    plan = planned(pairs, staging_bytes=staging_bytes)
+    (message,) = (message for move in plan.moves for message in move.messages)
+    assert len(message.chunks) <= plan.wire_nbytes // (staging_bytes // 10 * 8 // 9) + 1
+    assert max(map(message.chunk_nbytes, range(len(message.chunks)))) <= staging_bytes // 10
+
+
 def planned(pairs: Mapping[str, tuple[ShardingSpec, ShardingSpec]], **options: Any) -> Plan:
     return make_plan(
         {name: source for name, (source, _) in pairs.items()},

@@ -89,7 +89,7 @@ class Touches:
         ("a pickle", ""),
         ("pickled columns", "allow_pickle=False"),
         ("another order of hops", "do not have the digest"),
-        ("version", "its format is 0, and this tricomm reads 1"),
+        ("version", "its format is 0, and this tricomm reads 2"),
         ("key", "it is of another plan"),
     ],
 )

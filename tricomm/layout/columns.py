@@ -62,6 +62,18 @@ def numbers(values: Iterable[int], count: int = -1) -> np.ndarray:
     return np.fromiter(values, np.int64, count)
 
 
+def power_of_two(counts: np.ndarray) -> np.ndarray:
+    """The least power of two that is not below each of some counts.
+
+    Example:
+        >>> power_of_two(np.array([1, 4, 5])).tolist()
+        [1, 4, 8]
+    """
+    _, doublings = np.frexp((counts - 1).astype(np.float64))
+    powers: np.ndarray = 1 << doublings.astype(np.int64)
+    return powers
+
+
 def offsets_of(counts: np.ndarray) -> np.ndarray:
     """Where each of some groups of so many rows begins, and where the last one ends."""
     result = np.zeros(len(counts) + 1, np.int64)

@@ -277,12 +277,11 @@ def _row_of_cut(point: int, rows: int, row: int, slack_numel: int) -> int | None
     """Before which of several rows of ``row`` elements to cut at a point; None if the cut falls inside of a row."""
     begin, inside = divmod(point, row)
     if row == 1 and slack_numel >= ALIGNED_NUMEL:
-        begin = round(point / ALIGNED_NUMEL) * ALIGNED_NUMEL
-    elif min(inside, row - inside) > slack_numel:
+        return min(max(round(point / ALIGNED_NUMEL) * ALIGNED_NUMEL, 1), rows - 1)
+    if min(inside, row - inside) > slack_numel:
         return None
-    else:
-        begin += 2 * inside > row
-    return min(max(begin, 1), rows - 1)
+    begin += 2 * inside > row
+    return begin if 0 < begin < rows else None  # to cut behind the first row, or before the last, may be far off
 
 
 ALIGNED_NUMEL = 64

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, counts_of, numbers, offsets_of
+from tricomm.layout.columns import Lazy, counts_of, numbers, offsets_of, power_of_two
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks, crossings
 from tricomm.plan.network.nic_seconds import link_seconds
@@ -368,7 +368,7 @@ def best_chunk_count(fill_seconds: float, busiest_seconds: float, per_rank: int,
 def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) -> Unicasts:
     """Make messages whose chunks follow from the message alone, so that each rank of a pair finds them for itself.
 
-    Counts are powers of two, so that the chunks of messages of several sizes fall into the same rounds.
+    As many as a round is worth, in powers of two, or if that is more as the staging budget asks for.
     """
     topology, peers = context.topology, context.peers
     if chunk_bytes is not None:
@@ -381,9 +381,8 @@ def unicast(pairs: PairColumns, chunk_bytes: int | None, context: RouteContext) 
     if peers > 1:
         rates = topology.rates_between(pairs.senders, pairs.receivers)
         wanted = np.minimum(nbytes / np.maximum(rates * round_seconds, MIN_CHUNK_NBYTES), UNICAST_CHUNKS)
-    parts = np.maximum(np.maximum(wanted.astype(np.int64), -(-nbytes // limit)), 1)
-    _, doublings = np.frexp((parts - 1).astype(np.float64))
-    return Unicasts.of(pairs, 1 << doublings.astype(np.int64), even_pattern)
+    worth = power_of_two(np.maximum(wanted.astype(np.int64), 1))
+    return Unicasts.of(pairs, np.maximum(worth, -(-nbytes // limit)), even_pattern)
 
 
 def chunk_counts(nbytes: np.ndarray, count: int, limit_nbytes: int, tiny_nbytes: int = MIN_CHUNK_NBYTES) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tricomm.layout.columns import Lazy, numbers, offsets_of
+from tricomm.layout.columns import Lazy, numbers, offsets_of, power_of_two
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.links import ChainLinks
 from tricomm.plan.routes.chunks import MAX_PEERS_PER_ROUND, Message, Unicasts
@@ -164,13 +164,16 @@ def _unicast_hops(
 ) -> np.ndarray:
     """Find the round of each chunk from its own message alone, so that a rank needs no others to know its own.
 
-    All ranks send at once to the ranks at the same distances, at most 128 a round.
+    All ranks send at once to the ranks at the same distances, at most 128 a round. Chunks of messages of several sizes
+    meet in the same rounds, of which there are a power of two.
     """
     distances = _distances(senders, receivers, participants)
     message = np.repeat(np.arange(len(counts)), counts)
     chunk = np.arange(len(message)) - offsets_of(counts)[message]
     first = (distances // MAX_PEERS_PER_ROUND * BATCH_STRIDE)[message]
-    rounds = first + chunk * UNICAST_STEPS // counts[message] * STEP_STRIDE
+    steps = power_of_two(counts)
+    step = chunk * steps[message] // counts[message] * (UNICAST_STEPS // steps)[message]
+    rounds = first + step * STEP_STRIDE
     return np.column_stack((rounds, senders[message], receivers[message], message, chunk))
 
 
