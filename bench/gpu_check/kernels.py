@@ -24,6 +24,7 @@ def boxes(setting: Setting) -> Iterator[Outcome]:
     """The part "boxes"."""
     device, scenes = torch.device(setting.device), setting.scaled(RANDOM_SCENES, REHEARSED_SCENES)
     yield guarded("random boxes", lambda: check_random_boxes(device, scenes))
+    yield guarded("shifted runs", lambda: check_shifted_runs(device, scenes))
 
 
 def casts(setting: Setting) -> Iterator[Outcome]:
@@ -109,6 +110,36 @@ def check_random_boxes(device: torch.device, scenes: int = RANDOM_SCENES) -> str
         if not all(bytes_equal(a, b) for a, b in zip(*backs, strict=True)):
             raise ValueError(f"scene {seed}: unpacked bytes differ")
     return f"{scenes} random scenes, both directions"
+
+
+def check_shifted_runs(device: torch.device, scenes: int = RANDOM_SCENES) -> str:
+    """Pack and unpack runs of any length, at any distance, in tensors that end where the last one does."""
+    for seed in range(scenes):
+        dice = random.Random(seed)
+        dtype = dice.choice((torch.uint8, torch.bfloat16))
+        rows, width = dice.randint(1, 40), dice.choice((64, 65, 127, dice.randint(60, 3000)))
+        pitch, offset = width + dice.randint(0, 40), dice.randint(0, 33)
+        numel = offset + (rows - 1) * pitch + width
+        memories = [torch.empty(numel, dtype=dtype, device=device) for _ in range(3)]
+        for memory in memories:
+            memory.view(torch.uint8).random_(0, 256)
+        memories[2].copy_(memories[1])
+        tensors = [memory.as_strided((rows, width), (pitch, 1), offset) for memory in memories]
+        some, nbytes = boxes_in_order(
+            tensors[:1], np.zeros(1, np.int64), np.zeros((1, 2), np.int64), np.array([[rows, width]])
+        )
+        room = dice.randint(0, 33) * dtype.itemsize
+        found, wanted = (torch.full((room + nbytes,), 0xA5, dtype=torch.uint8, device=device) for _ in range(2))
+        table = Table(some, multiprocessors=dice.choice((None, None, 3)))
+        pack(tensors[:1], table, found[room:])
+        reference.pack(tensors[:1], table, [wanted[room:]])
+        unpack(wanted[room:], table, tensors[1:2])
+        reference.unpack([wanted[room:]], table, tensors[2:])
+        if not torch.equal(found, wanted):
+            raise ValueError(f"scene {seed}: packed bytes differ")
+        if not bytes_equal(*memories[1:]):
+            raise ValueError(f"scene {seed}: unpacked bytes differ")
+    return f"{scenes} scenes, both directions"
 
 
 def patterns(dtype: torch.dtype, device: torch.device, float32_count: int = FLOAT32_PATTERNS) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.gpu_check.kernels import check_random_boxes
+from bench.gpu_check.kernels import check_random_boxes, check_shifted_runs
 from bench.gpu_check.parts import Outcome, Setting
 
 PROGRAM = "compute-sanitizer"
@@ -55,6 +55,7 @@ def memcheck(setting: Setting) -> Iterator[Outcome]:
 def main(arguments: Sequence[str]) -> None:
     """What runs under the sanitizer."""
     print(check_random_boxes(torch.device(arguments[0]), SCENES))
+    print(check_shifted_runs(torch.device(arguments[0]), SCENES))
 
 
 if __name__ == "__main__":

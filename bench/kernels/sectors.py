@@ -61,7 +61,8 @@ Kind = tuple[Sequence[int], int, Sequence[int], int]
 
 def _kinds(shape: Columns, place: Columns, strides: Columns, itemsize: Columns) -> list[tuple[Kind, int]]:
     """Boxes that lie alike, and how many there are."""
-    rank = shape.shape[1]
+    rank, some = shape.shape[1], (shape > 0).all(1)
+    shape, place, strides, itemsize = shape[some], place[some], strides[some], itemsize[some]
     columns = np.concatenate([shape, strides, (place % READ_NBYTES)[:, None], itemsize[:, None]], axis=1)
     rows, counts = np.unique(columns, axis=0, return_counts=True)
     return [

@@ -58,6 +58,11 @@ def of_granules(memory: np.ndarray, nbytes: int) -> tuple[int, int]:
     return touched * nbytes, (touched - int(rows.all(1).sum())) * nbytes
 
 
+def test_nothing_is_allowed_everything() -> None:
+    assert traffic(half_columns(64, 0), True) == (0, 0, 0, 0)
+    assert traffic(half_columns(64, 0), True).share == 1.0
+
+
 def test_alike_boxes_are_counted_together_and_a_part_stands_for_many_runs() -> None:
     tensor = torch.empty((1 << 20, 64), dtype=torch.uint8, device="meta")
     whole, _ = boxes_in_order([tensor], np.zeros(1, np.int64), np.array([[0, 16]]), np.array([[1 << 20, 16]]))
