@@ -12,6 +12,7 @@ from tests.standin.device import Limits
 from tests.standin.ranks import Threads
 from tricomm import Broadcast, Mesh, Replicate, Resharder, Shard, ShardingSpec, Topology, TransportError
 from tricomm.plan.routes.one_call import MAX_GROUPS
+from tricomm.transport import nccl
 
 SIZE = 5
 TIMEOUT_SECONDS = 3.0
@@ -253,3 +254,40 @@ def test_to_abort_aborts_all_communicators_and_the_next_call_works(five: Threads
     for rank, aborted in enumerate(five.run(break_one, five)):
         assert len(aborted) > 1
         assert all(aborted) or rank == 3, f"rank {rank}: {aborted}"
+
+
+def abort_while_it_connects(rank: int, threads: Threads) -> list[bool]:
+    """Somebody aborts between the connecting of a group and its first use."""
+    source, destination, strategy = CASES["packed"]
+    shards, _ = source_and_result(source, destination)
+    options: dict[str, Any] = {"strategy": strategy, "timeout_seconds": TIMEOUT_SECONDS, **threads.options(rank)}
+    mover = Resharder(source, destination, **options)
+    mover.connect()
+    threads.barrier.wait()
+    threads.movers[rank] = mover
+    with pytest.raises(TransportError, match="somebody failed"):
+        mover(shards.get(rank))
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    backends = threads.standins[rank].backends
+    while not all(backend.is_aborted for backend in backends) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [backend.is_aborted for backend in backends]
+
+
+def test_a_group_that_connects_while_somebody_aborts_is_aborted_too(
+    five: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = nccl.connect
+    five.movers = {}  # type: ignore[attr-defined]
+
+    def connect_and_abort(accelerator: Any, *arguments: Any) -> Any:
+        backend = made(accelerator, *arguments)
+        mover = five.movers.get(accelerator.rank)  # type: ignore[attr-defined]
+        if mover is not None:
+            mover._session.communicator.abort("somebody failed")
+        return backend
+
+    monkeypatch.setattr(nccl, "connect", connect_and_abort)
+    found = five.run(abort_while_it_connects, five)
+    assert sum(map(len, found)) > SIZE, "some group had connected"
+    assert all(all(aborted) for aborted in found)

@@ -178,6 +178,7 @@ class NcclConnections:
                     self._accelerator, store, index, size, self._device, self._timeout, self._backends.append
                 )
         if not self._release.alive:
+            self._abort_all()  # also what came too late for whoever aborted
             raise RuntimeError(f"aborted while ranks {list(ranks)} connected")
         return backend
 
@@ -198,8 +199,11 @@ class NcclConnections:
         other communicators, too, have been aborted.
         """
         if self._release.detach() is not None:
-            for backend in self._backends:
-                in_background("tricomm-abort", partial(_abort, backend))
+            self._abort_all()
+
+    def _abort_all(self) -> None:
+        for backend in tuple(self._backends):
+            in_background("tricomm-abort", partial(_abort, backend))
 
 
 class _Come(NamedTuple):
