@@ -257,7 +257,7 @@ def test_to_abort_aborts_all_communicators_and_the_next_call_works(five: Threads
 
 
 def abort_while_it_connects(rank: int, threads: Threads) -> list[bool]:
-    """Somebody aborts between the connecting of a group and its first use."""
+    """Somebody aborts when all have come, and before the group connects."""
     source, destination, strategy = CASES["packed"]
     shards, _ = source_and_result(source, destination)
     options: dict[str, Any] = {"strategy": strategy, "timeout_seconds": TIMEOUT_SECONDS, **threads.options(rank)}
@@ -281,11 +281,10 @@ def test_a_group_that_connects_while_somebody_aborts_is_aborted_too(
     five.movers = {}  # type: ignore[attr-defined]
 
     def connect_and_abort(accelerator: Any, *arguments: Any) -> Any:
-        backend = made(accelerator, *arguments)
         mover = five.movers.get(accelerator.rank)  # type: ignore[attr-defined]
         if mover is not None:
             mover._session.communicator.abort("somebody failed")
-        return backend
+        return made(accelerator, *arguments)
 
     monkeypatch.setattr(nccl, "connect", connect_and_abort)
     found = five.run(abort_while_it_connects, five)
