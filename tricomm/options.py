@@ -129,9 +129,9 @@ class Options:
             straight from shards into shards. See :mod:`tricomm.rules`.
         differentiable: whether gradients come back between ranks that hold different things: all ranks of either mesh
             make the calls with gradients on, in one order, and end with :func:`tricomm.backward`.
-        transport: "auto", the default, reads the sender's memory where two ranks are on one host and may, and takes the
-            network elsewhere; "network" takes it between all ranks; "memory" raises where two ranks cannot read.
-            ``Resharder.transports`` tells what was found. All ranks give the same.
+        transport: "auto", the default, reads the sender's memory where two ranks are on one host and may (on GPUs by
+            CUDA IPC), and takes the network elsewhere; "network" takes it between all ranks; "memory" raises where two
+            ranks cannot read. ``Resharder.transports`` tells what was found. All ranks give the same.
         grad_placements: how the gradient of the result lies on its mesh, one placement per axis: as the result by
             default, where replicas are taken for equal; Partial() on an axis of replicas has them summed on the way.
         progress: called with a :class:`tricomm.Progress` as a call goes on, on the thread that moves; what it raises

@@ -79,6 +79,7 @@ PARTS = (
     Part("pipeline", "uses.pipeline:two_stages", 25),
     Part("throughput", "throughput:some", 25),
     Part("geometries", "throughput:every", 120, is_long=True),
+    Part("memory", "uses.memory:moves", 60, is_long=True),
     Part("overlap", "uses.overlap:visible", 60, is_long=True),
     Part("jobs", "uses.jobs:two_jobs", 60, is_long=True),
     Part("multicast", "uses.multicast:multicasts", 60, is_long=True),

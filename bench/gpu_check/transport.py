@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -68,7 +69,8 @@ def one_moved(rank: int, source: ShardingSpec, destination: ShardingSpec, settin
     """Whether 1024 numbers come from rank 0 to rank 1; runs on both."""
     values = torch.arange(1024.0)
     tensor = values.to(setting.device) if rank == 0 else None
-    with Resharder(source, destination, device=setting.device, timeout_seconds=0.5 * setting.seconds) as mover:
+    options: Any = {"device": setting.device, "timeout_seconds": 0.5 * setting.seconds, "transport": "network"}
+    with Resharder(source, destination, **options) as mover:
         out = mover(tensor)
     return out is None or torch.equal(out.cpu(), values)
 
@@ -93,16 +95,14 @@ def _told(ranks: Ranks, function: Callable[..., bool], *arguments: object) -> st
     return f"exact on {ranks.size} ranks"
 
 
-def moved(rank: int, case: Case, setting: Setting) -> bool:
+def moved(rank: int, case: Case, setting: Setting, transport: str = "network") -> bool:
     """Whether a call, a second one and one in the background bring what they should; runs on every rank."""
     source, destination, strategy = case
     before, after = full_of(source, destination)
     tensor = local_shard(before, source, rank).to(setting.device) if rank in source.mesh else None
     expected = local_shard(after, destination, rank) if rank in destination.mesh else None
-    timeout_seconds = 0.5 * setting.seconds
-    with Resharder(
-        source, destination, strategy=strategy, device=setting.device, timeout_seconds=timeout_seconds
-    ) as mover:
+    options: Any = {"device": setting.device, "timeout_seconds": 0.5 * setting.seconds, "transport": transport}
+    with Resharder(source, destination, strategy=strategy, **options) as mover:
         results = [mover(tensor), mover(tensor), mover.start(tensor).wait()]
     return all(
         result is None if expected is None else result is not None and torch.equal(result.cpu(), expected)

@@ -32,6 +32,7 @@ from tricomm import (
 from tricomm.launch import Ranks
 from tricomm.layout.dtype import ITEMSIZE
 from tricomm.options import DEFAULT_STAGING_BYTES
+from tricomm.transport.local import LocalEndpoint, LocalNetwork
 from tricomm.transport.runtime import PlanExecution
 
 quick = of_random_draws("TRICOMM_FUZZ_MANY", 150)
@@ -248,6 +249,7 @@ def test_staging_stays_within_its_budget(staging_bytes: int) -> None:
     most = 0
     for rank in range(4):
         asked: list[int] = []
+        endpoint = LocalEndpoint(LocalNetwork(False, (4, 4)), rank)
         execution = PlanExecution(plan, rank, torch.device("cpu"))
         tensors = [
             [
@@ -262,9 +264,8 @@ def test_staging_stays_within_its_budget(staging_bytes: int) -> None:
             asked.append(nbytes)
             return torch.empty(nbytes, dtype=torch.uint8)
 
-        execution._bind(
-            0, execution._holdings.sources(tensors[0]), execution._holdings.destinations(tensors[1]), staging, (4, 4)
-        )
+        held = execution._holdings
+        execution._bind(0, held.sources(tensors[0]), held.destinations(tensors[1]), staging, endpoint)
         most = max(most, *asked)
     assert 0 < most <= staging_bytes
 

@@ -220,6 +220,8 @@ class Device:
         self.streams = 0
         self.ready: list[Any] = []
         self.running: list[Any] = []
+        self.holding: set[Any] = set()
+        """What holds streams until a word comes."""
         self.last_group: Any = None
         """Of any communicator."""
         self.loaded = {""}
@@ -266,7 +268,7 @@ class Device:
     def wait_idle(self) -> None:
         """Wait for all that run, and answer nobody meanwhile; with the world's lock held."""
         self.is_loading = True
-        while self.running and not self.world.is_closed:
+        while (self.running or self.holding) and not self.world.is_closed:
             self.world.moved.wait()
         self.is_loading = False
         self.world.moved.notify_all()
@@ -279,7 +281,7 @@ class Device:
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs."""
-        return not self.running
+        return not self.running and not self.holding
 
     def advance(self) -> bool:
         """Let go what can go; whether anything did."""
@@ -315,6 +317,8 @@ class World:
         self.limits = limits
         self.devices = [Device(self, limits) for _ in range(size)]
         self.is_closed = False
+        self.has_changed = False
+        """Whether a device has written what others may wait for."""
         self._is_pumping = False
 
     def pump(self) -> None:
@@ -325,9 +329,10 @@ class World:
         try:
             moved = True
             while moved:
-                moved = False
+                moved = self.has_changed = False
                 for device in self.devices:
                     moved |= device.advance()
+                moved |= self.has_changed
         finally:
             self._is_pumping = False
         self.moved.notify_all()

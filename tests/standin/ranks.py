@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.standin.device import Gate, Limits, Stream, World
+from tests.standin.memory import Exports, StandInMemory
 from tests.standin.nccl import Backend, Fabric
 from tricomm.transport.group import context_of
 
@@ -100,6 +101,7 @@ class StandIn:
         self.opened = threading.local()
         self.kept: list[tuple[torch.Tensor, Stream]] = []
         """What the allocator was told."""
+        self._memory = StandInMemory(self.device, rank, ranks.exports)
 
     def current_stream(self, device: torch.device) -> Stream:
         return self.device.current
@@ -119,6 +121,9 @@ class StandIn:
     def launch(self, work: Callable[[], object]) -> None:
         self.device.current.launch(work, name="pack or unpack")
 
+    def memory(self, device: torch.device) -> StandInMemory:
+        return self._memory
+
     def new_backend(self, store: Any, rank: int, size: int, timeout: timedelta) -> Backend:
         return Backend(self, store, rank, size, timeout)
 
@@ -130,9 +135,17 @@ class Threads:
         size: how many.
         limits: of each device.
         timeout_seconds: of ``run``.
+        transport: of Resharders.
     """
 
-    def __init__(self, size: int, limits: Limits = Limits(), timeout_seconds: float = 30.0) -> None:  # noqa: B008
+    def __init__(
+        self,
+        size: int,
+        limits: Limits = Limits(),  # noqa: B008
+        timeout_seconds: float = 30.0,
+        transport: str = "network",
+    ) -> None:
+        self.transport = transport
         self.size = size
         self.world = World(size, limits)
         self.store = dist.HashStore()
@@ -140,6 +153,7 @@ class Threads:
         self.frozen: set[int] = set()
         self.dead: set[int] = set()
         self.is_closed = False
+        self.exports = Exports()
         self._stores = [RankStore(self, rank) for rank in range(size)]
         self.groups = [Group(store, rank, size) for rank, store in enumerate(self._stores)]
         self.standins = [StandIn(self, rank, store) for rank, store in enumerate(self._stores)]
@@ -167,7 +181,7 @@ class Threads:
 
     def options(self, rank: int) -> dict[str, Any]:
         """What a Resharder needs to know of its rank."""
-        return {"group": self.groups[rank], "device": HOST}
+        return {"group": self.groups[rank], "device": HOST, "transport": self.transport}
 
     def fabric_of(self, store: Any, size: int) -> Fabric:
         """What the ranks that share a store share."""
@@ -226,6 +240,7 @@ class Threads:
             for queue in device.queues:
                 queue.clear()
             device.ready.clear()
+            device.holding.clear()
             self.world.pump()
 
     @contextmanager

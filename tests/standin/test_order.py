@@ -135,7 +135,7 @@ class Channel:
     """What is counted of connections."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
 
 
 def test_channels_are_counted_while_other_threads_connect() -> None:

@@ -115,8 +115,8 @@ def connected(backend: Backend, rank: int, store: Any) -> Communicator:
     communicator = Communicator(coordinator, tuple(INDEX), "communicator/x", 1, torch.device("cpu"))
     communicator.call = communicator.run = Run(3, 2, "Resharder 'a'", Place.of("communicator/x/1", 5.0))
     connections = object.__new__(nccl.NcclConnections)
-    connections._accelerator, connections._index, connections._device = CUDA, INDEX, DEVICE
-    connections.backend, connections.run = backend, object.__new__(nccl.DeviceRun)
+    connections._accelerator, connections._index, connections.device = CUDA, INDEX, DEVICE
+    connections.backend, connections._runs = backend, SimpleNamespace(last=object.__new__(nccl.DeviceRun))
     connections._backends, connections._order = [backend], None
     connections._subgroups = Subgroups(rank, tuple(INDEX), backend)
     connections._release = weakref.finalize(connections, int)

@@ -3,16 +3,20 @@
 Where kernels run, one launch copies for all transfers of a round in one direction; elsewhere torch copies view by view.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
 
 from tricomm.kernels import pack as kernels
 from tricomm.kernels.reference import InWords, paired_views, view
-from tricomm.packing.copy_program import CopyProgram, Launches, Side, StagedTransfer, TensorBox
+from tricomm.packing.copy_program import CopyProgram, Launches, Side
 from tricomm.packing.runs import Runs, runs_of
+from tricomm.packing.staging import Direction, StagedTransfer, TensorBox
+
+NO_ARENAS: Mapping[Direction, torch.Tensor] = MappingProxyType({})
 
 Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 """(into, out of): what ``into.copy_(out_of)`` is to be called on, in order."""
@@ -97,7 +101,8 @@ class BoundTransfer(NamedTuple):
 
     One launch for all transfers of a round stands at the first of the sends, which are read as a group before any is
     posted, and at the last of the receives, which are waited for in order. Where ``runs`` say where the bytes are in
-    the tensors themselves, there is nothing to copy, and the buffer is not used.
+    the tensors themselves, there is nothing to copy, and the buffer is not used. ``place`` is the byte of the pair's
+    arena where it crosses, if they have one.
     """
 
     peer: int
@@ -105,6 +110,7 @@ class BoundTransfer(NamedTuple):
     copies: Copies
     runs: Runs | None = None
     group: tuple[int, ...] = ()
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,7 @@ def bind(
     destinations: Sequence[torch.Tensor],
     staging: torch.Tensor,
     in_place: Collection[tuple[bool, int]] = (),
+    arenas: Mapping[Direction, torch.Tensor] = NO_ARENAS,
 ) -> Binding:
     """Make everything that a run needs.
 
@@ -143,19 +150,25 @@ def bind(
         staging: uint8, at least ``program.staging_nbytes``.
         in_place: (whether it sends, peer) where bytes need not be in one piece, if their runs are long. Torch copies
             there; a chunk that is relayed is in one piece always.
+        arenas: uint8, of each of ``program.arenas`` at least what that says.
     """
     relayed = {t.key for step in program.sends for t in step if t.relay}
     buffers: dict[tuple[int, int], torch.Tensor] = {}
 
-    def buffer(transfer: StagedTransfer, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    packed = (staging, *(arenas[way] for way in program.arenas))
+
+    def buffer(transfer: StagedTransfer, tensors: Sequence[torch.Tensor], is_send: bool) -> torch.Tensor:
+        found: torch.Tensor
         if transfer.relay:
             return buffers[transfer.key]
-        if transfer.direct is not None:
+        if transfer.is_in_arena:
+            found = arenas[is_send, transfer.peer].narrow(0, transfer.packed_place, transfer.nbytes)
+        elif transfer.direct is not None:
             number, place_nbytes = transfer.direct
             tensor = tensors[number]
             size = tensor.element_size()
             words = view(tensor, (transfer.nbytes // size,), place_nbytes // size, (1,))
-            found: torch.Tensor = words.view(torch.uint8)
+            found = words.view(torch.uint8)
         else:
             assert transfer.staging_offset is not None
             found = staging.narrow(0, transfer.staging_offset, transfer.nbytes)
@@ -164,11 +177,11 @@ def bind(
 
     def bound(tensors: Sequence[torch.Tensor], is_send: bool) -> Iterator[tuple[BoundTransfer, ...]]:
         steps = program.sends if is_send else program.receives
-        for step, copies in zip(steps, _copies(program, tensors, staging, is_send), strict=True):
+        for step, copies in zip(steps, _copies(program, tensors, packed, is_send), strict=True):
             yield tuple(
-                BoundTransfer(t.peer, buffer(t, tensors), before_or_after, None, t.group)
+                BoundTransfer(t.peer, buffer(t, tensors, is_send), before_or_after, None, t.group, t.place or 0)
                 if (runs := found_runs(t, tensors, is_send)) is None
-                else BoundTransfer(t.peer, buffer(t, tensors), NOTHING, runs, t.group)
+                else BoundTransfer(t.peer, buffer(t, tensors, is_send), NOTHING, runs, t.group)
                 for t, before_or_after in zip(step, copies, strict=True)
             )
 
@@ -182,20 +195,23 @@ def bind(
 
 
 def _copies(
-    program: CopyProgram, tensors: Sequence[torch.Tensor], staging: torch.Tensor, packs: bool
+    program: CopyProgram, tensors: Sequence[torch.Tensor], packed: Sequence[torch.Tensor], packs: bool
 ) -> Iterator[tuple[Copies, ...]]:
-    """What to copy at each transfer of each round of sends (``packs``) or receives."""
+    """What to copy for each transfer of each round of sends (``packs``) or receives; ``packed``: staging, arenas."""
     steps, side = (program.sends, program.source) if packs else (program.receives, program.destination)
     of_kernels: Sequence[Launches] = [()] * len(steps)
-    if _has_kernels(staging.device):
+    if _has_kernels(packed[0].device):
         of_sends, of_receives, _ = program.kernel_tables
         of_kernels = of_sends if packs else of_receives
-    views = Views(tensors, staging)
+    views = Views(tensors, packed)
     for step, launches in zip(steps, of_kernels, strict=True):
-        of_step = [views.copies(t.boxes, side, t.staging_offset or 0, packs) for t in step]
+        of_step = [
+            views.copies(t.boxes, side, program.buffer_of(t, packs) if t.boxes else 0, t.packed_place, packs)
+            for t in step
+        ]
         if launches:
             at = 0 if packs else -1
-            of_step[at] = several([*_launched(launches, packs, tensors, (staging,)), of_step[at]])
+            of_step[at] = several([*_launched(launches, packs, tensors, packed), of_step[at]])
         yield tuple(of_step)
 
 
@@ -212,32 +228,33 @@ def _launched(
 
 
 class Views:
-    """Views of tensors and of a staging buffer, for what torch copies.
+    """Views of tensors and of packed buffers, for what torch copies.
 
     Args:
         tensors: of one side.
-        staging: uint8.
+        packed: uint8, each.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], staging: torch.Tensor) -> None:
-        self._tensors, self._staging = tensors, staging
+    def __init__(self, tensors: Sequence[torch.Tensor], packed: Sequence[torch.Tensor]) -> None:
+        self._tensors, self._packed = tensors, packed
         self._of_tensors: dict[int, InWords] = {}
-        self._of_staging: dict[torch.dtype, InWords] = {}
+        self._of_packed: dict[tuple[int, torch.dtype], InWords] = {}
 
-    def copies(self, boxes: Sequence[TensorBox], side: Side, place_nbytes: int, packs: bool) -> Copies:
+    def copies(self, boxes: Sequence[TensorBox], side: Side, buffer: int, place_nbytes: int, packs: bool) -> Copies:
         """The copies of boxes that no kernel does.
 
         Args:
             boxes: of a chunk.
             side: whose tensors they are of.
-            place_nbytes: where the chunk begins in the staging buffer.
+            buffer: number of the packed buffer.
+            place_nbytes: where the chunk begins in it.
             packs: the direction.
         """
         pairs = []
         for one in boxes:
-            if kernels.serves(self._staging.device, side.tensors[one.tensor].dtype, one.packed):
+            if kernels.serves(self._packed[0].device, side.tensors[one.tensor].dtype, one.packed):
                 continue
-            tensor, packed = self._of_tensor(one.tensor), self._of_wire(one.packed)
+            tensor, packed = self._of_tensor(one.tensor), self._of_wire(buffer, one.packed)
             ((part, chunk),) = paired_views(tensor, (one.box,), packed, place_nbytes)
             pairs.append((chunk, part) if packs else (part, chunk))
         return copies_of(tuple(pairs))
@@ -247,11 +264,12 @@ class Views:
             self._of_tensors[number] = InWords(self._tensors[number])
         return self._of_tensors[number]
 
-    def _of_wire(self, dtype: torch.dtype) -> InWords:
-        if dtype not in self._of_staging:
-            whole = self._staging.numel() // dtype.itemsize * dtype.itemsize
-            self._of_staging[dtype] = InWords(self._staging[:whole].view(dtype))
-        return self._of_staging[dtype]
+    def _of_wire(self, number: int, dtype: torch.dtype) -> InWords:
+        if (number, dtype) not in self._of_packed:
+            packed = self._packed[number]
+            whole = packed.numel() // dtype.itemsize * dtype.itemsize
+            self._of_packed[number, dtype] = InWords(packed[:whole].view(dtype))
+        return self._of_packed[number, dtype]
 
 
 def _local(program: CopyProgram, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Copies:

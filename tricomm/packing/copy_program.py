@@ -4,8 +4,8 @@ A chunk that is one run of memory and needs no cast travels straight from or int
 passes through the staging buffer, where it gets a place for exactly the rounds in which it is alive.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -16,10 +16,8 @@ from tricomm.errors import PlanError
 from tricomm.kernels import pack as kernels
 from tricomm.kernels.boxes import PlacedBox, boxes_of
 from tricomm.kernels.table import StridedBox, coalesced, offset_of, strided_box, widened
+from tricomm.packing.staging import Direction, StagedTransfer, TensorBox, lay_out, use_arenas
 from tricomm.plan.program import Box, BoxTransfers, Copy, PackedRegion, RankProgram, Transfer
-
-ALIGNMENT_NBYTES = 64
-
 
 Cast = tuple[torch.dtype, torch.dtype]
 """Of the tensor, and of the packed elements."""
@@ -91,51 +89,14 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
 
 
-class TensorBox(NamedTuple):
-    """A box of a tensor and of a packed chunk, or of another tensor.
-
-    Attributes:
-        tensor: its number among those of its side.
-        box: where it lies in both, in words.
-        packed: dtype of the elements on the wire, or of the other tensor.
-        other: number of the other tensor.
-    """
-
-    tensor: int
-    box: StridedBox
-    packed: torch.dtype
-    other: int = 0
-
-
-class StagedTransfer(NamedTuple):
-    """A transfer with its place.
-
-    Attributes:
-        peer, key, nbytes: as in Transfer.
-        direct: (number of the local tensor, byte of it) where the chunk begins, or None if it is staged.
-        staging_offset: byte of the staging buffer where the chunk begins, or None if it is not staged.
-        boxes: how to pack or unpack a staged chunk.
-        relay: whether this is a send of what was received, or is sent in the same round before, under the same key.
-        group: see Transfer.
-    """
-
-    peer: int
-    key: tuple[int, int]
-    nbytes: int
-    direct: tuple[int, int] | None
-    staging_offset: int | None
-    boxes: tuple[TensorBox, ...]
-    relay: bool
-    group: tuple[int, ...] = ()
-
-
 class Launch(NamedTuple):
     """Boxes that one launch of a kernel copies.
 
     Attributes:
         table: of the boxes.
         tensors: numbers of those that they are of, in the order in which the table counts them.
-        others: for local copies, those that they go to.
+        others: what they go to or come from: for local copies, tensors; else numbers of packed buffers, of which 0 is
+            staging, and the others are arenas, see ``CopyProgram.arenas``.
     """
 
     table: kernels.Table
@@ -158,6 +119,7 @@ class CopyProgram:
         staging_nbytes: size of the staging buffer that the rank needs.
         receives_ahead: how many rounds early receives are posted.
         rounds_open: how many rounds may be in flight before the oldest is waited for.
+        arenas: bytes that arenas must have, by direction, in the order in which buffers count them, from 1 on.
     """
 
     source: Side
@@ -168,6 +130,7 @@ class CopyProgram:
     staging_nbytes: int
     receives_ahead: int
     rounds_open: int
+    arenas: Mapping[Direction, int] = field(default_factory=dict)
 
     @cached_property
     def relays(self) -> bool:
@@ -181,15 +144,31 @@ class CopyProgram:
         return sum(t.staging_offset is not None and not t.relay for step in every for t in step)
 
     @cached_property
+    def buffers(self) -> Mapping[Direction, int]:
+        """Numbers of the arenas among the packed buffers."""
+        return {way: number for number, way in enumerate(self.arenas, 1)}
+
+    def buffer_of(self, transfer: StagedTransfer, is_send: bool) -> int:
+        """The number of the packed buffer of a transfer."""
+        return self.buffers[is_send, transfer.peer] if transfer.is_in_arena else 0
+
+    @cached_property
     def kernel_tables(self) -> tuple[tuple[Launches, ...], tuple[Launches, ...], Launches]:
         """What launches pack in each round, what they unpack, and the local copies."""
 
-        def of_rounds(steps: tuple[tuple[StagedTransfer, ...], ...], side: Side) -> tuple[Launches, ...]:
-            placed = ([(box, t.staging_offset or 0) for t in step for box in t.boxes] for step in steps)
+        def of_rounds(steps: tuple[tuple[StagedTransfer, ...], ...], side: Side, is_send: bool) -> tuple[Launches, ...]:
+            placed = (
+                [
+                    (box._replace(other=self.buffer_of(t, is_send)) if t.is_in_arena else box, t.packed_place)
+                    for t in step
+                    for box in t.boxes
+                ]
+                for step in steps
+            )
             return tuple(_launches(boxes, side) for boxes in placed)
 
         copies = _launches([(box, 0) for box in self.copies], self.source)
-        return of_rounds(self.sends, self.source), of_rounds(self.receives, self.destination), copies
+        return of_rounds(self.sends, self.source, True), of_rounds(self.receives, self.destination, False), copies
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -207,6 +186,7 @@ def make_copy_program(
     wire_dtypes: Sequence[torch.dtype],
     depth: tuple[int, int],
     budget_nbytes: int,
+    arenas: Collection[Direction] = (),
 ) -> CopyProgram:
     """Bind a program.
 
@@ -217,6 +197,7 @@ def make_copy_program(
         depth: (receives ahead, rounds open) that the transport would like; less is used if the staging budget
             asks for it.
         budget_nbytes: the most that the staging buffer may have.
+        arenas: where chunks cross in arenas, which are packed and unpacked there.
 
     Raises:
         PlanError: not even one round fits into the staging budget.
@@ -224,8 +205,9 @@ def make_copy_program(
     sends = [[_place(t, source, wire_dtypes) for t in _packed_once(step.sends)] for step in program.rounds]
     receives = [[_place(t, destination, wire_dtypes) for t in step.receives] for step in program.rounds]
     ahead, window = depth
+    nbytes = use_arenas(sends, receives, arenas, window) if arenas else {}
     while True:
-        staging_nbytes = _lay_out(sends, receives, ahead, window)
+        staging_nbytes = lay_out(sends, receives, ahead, window)
         if staging_nbytes <= budget_nbytes or (ahead, window) == (0, 0):
             break
         ahead, window = ahead // 2, window // 2
@@ -243,6 +225,7 @@ def make_copy_program(
         staging_nbytes,
         ahead,
         window,
+        nbytes,
     )
 
 
@@ -287,56 +270,6 @@ def _boxes(region: PackedRegion, box: Box, side: Side, wire: torch.dtype) -> Ite
         itemsize = wire.itemsize if tensor.dtype == wire else 0
         placed = strided_box(shape, start, tensor.strides, first, packed_start, packed_shape, itemsize)
         yield TensorBox(number, placed, wire)
-
-
-def _lay_out(sends: list[list[StagedTransfer]], receives: list[list[StagedTransfer]], ahead: int, window: int) -> int:
-    """Give every staged chunk a place in the staging buffer for the rounds in which it is alive; return its size.
-
-    A receive is alive from the round in which it is posted until its round, and that of the last send that
-    relays it, has been retired, ``window`` rounds later.
-    """
-    last_relay: dict[tuple[int, int], int] = {}
-    for index, step in enumerate(sends):
-        for transfer in step:
-            if transfer.relay:
-                last_relay[transfer.key] = index
-    alive: list[tuple[int, int, int, list[StagedTransfer], int]] = []
-    for index in range(len(sends)):
-        for at, transfer in enumerate(receives[index]):
-            if transfer.staging_offset is not None:
-                last = max(index, last_relay.get(transfer.key, 0)) + window
-                alive.append((max(0, index - ahead), last, transfer.nbytes, receives[index], at))
-        for at, transfer in enumerate(sends[index]):
-            if transfer.staging_offset is not None:
-                alive.append((index, index + window, transfer.nbytes, sends[index], at))
-    alive.sort(key=lambda item: item[:2])
-    taken: list[tuple[int, int, int]] = []
-    size, now = 0, -1
-    refused = 0  # if not 0, no gap is as large as this
-    for first, last, exact_nbytes, step, at in alive:
-        nbytes = -(-exact_nbytes // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
-        if first != now:
-            now, refused = first, 0
-            taken = [(start, stop, until) for start, stop, until in taken if until >= first]
-        offset = taken[-1][1] if taken else 0
-        place = len(taken)
-        if not refused or nbytes < refused:
-            place, offset = _first_gap(taken, nbytes)
-            refused = nbytes if place == len(taken) else refused
-        taken.insert(place, (offset, offset + nbytes, last))
-        step[at] = step[at]._replace(staging_offset=offset)
-        size = max(size, offset + nbytes)
-    return size
-
-
-def _first_gap(taken: Sequence[tuple[int, int, int]], nbytes: int) -> tuple[int, int]:
-    """(index among what is taken, byte) of the first place that is large enough; behind everything if no gap is."""
-    offset = 0
-    for index, (start, stop, _) in enumerate(taken):
-        if start - offset >= nbytes:
-            return index, offset
-        offset = stop
-    return len(taken), offset
 
 
 def _copied(copy: Copy, source: Side, destination: Side) -> Iterator[TensorBox]:

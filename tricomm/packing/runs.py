@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tricomm.packing.copy_program import TensorBox
+from tricomm.packing.staging import TensorBox
 
 MIN_RUN_NBYTES = 2048
 """On average: shorter runs are packed, as the kernel takes longer to find each than to copy it."""

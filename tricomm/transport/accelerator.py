@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from tricomm.errors import SpecError
+from tricomm.transport.device.driver import CudaMemory
+from tricomm.transport.device.memory import DeviceMemory
 
 FIRST_PAUSE_SECONDS = 20e-6
 LONGEST_PAUSE_SECONDS = 1e-3
@@ -52,12 +54,8 @@ class Stream(Protocol):
         ...
 
 
-class DeviceWork(Protocol):
-    """A group of sends and receives that was queued."""
-
-    def synchronize(self) -> None:
-        """Let the current stream go on after it; the host goes on."""
-        ...
+class Awaited(Protocol):
+    """Something that a device waits for."""
 
     def is_completed(self) -> bool:
         """Whether it is done, or has failed."""
@@ -65,6 +63,14 @@ class DeviceWork(Protocol):
 
     def wait(self) -> Any:
         """RuntimeError if it has failed; it is called only once it is completed."""
+        ...
+
+
+class DeviceWork(Awaited, Protocol):
+    """A group of sends and receives that was queued."""
+
+    def synchronize(self) -> None:
+        """Let the current stream go on after it; the host goes on."""
         ...
 
 
@@ -129,6 +135,10 @@ class Accelerator(Protocol):
         """Queue work on the current stream."""
         ...
 
+    def memory(self, device: torch.device) -> DeviceMemory:
+        """What its driver does for memory that processes share."""
+        ...
+
     def new_backend(self, store: Any, rank: int, size: int, timeout: timedelta) -> DeviceBackend:
         """An NCCL backend whose kernels run at high priority; not connected yet."""
         ...
@@ -166,6 +176,11 @@ class Cuda:
     def launch(work: Callable[[], object]) -> None:
         """See Accelerator. Kernels are queued by whoever starts them."""
         work()
+
+    @staticmethod
+    def memory(device: torch.device) -> DeviceMemory:
+        """See Accelerator."""
+        return CudaMemory(device)
 
     @staticmethod
     def new_backend(store: Any, rank: int, size: int, timeout: timedelta) -> Any:

@@ -1,12 +1,14 @@
 """What the runtime asks of a transport: post operations in order, wait for one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from tricomm.packing.runs import Runs
+from tricomm.packing.staging import Direction
+from tricomm.transport.memory.rungs import PairTransports
 
 
 class Operation(NamedTuple):
@@ -20,6 +22,7 @@ class Operation(NamedTuple):
             packed before nor unpacked after; only where the transport takes them, see ``in_place``.
         group: if the bytes go from one rank to several at once, that one and those: a transport that can may carry out
             all operations of a group in a round by one call of its own.
+        place: the byte at which they cross in the arena of the pair, if that has one, see ``arenas``.
     """
 
     is_send: bool
@@ -27,13 +30,28 @@ class Operation(NamedTuple):
     buffer: torch.Tensor
     runs: Runs | None = None
     group: tuple[int, ...] = ()
+    place: int = 0
 
 
-Directions = frozenset[tuple[bool, int]]
-"""(whether this rank sends, the other rank) for each of some pairs."""
+Directions = frozenset[Direction]
+"""Of some pairs."""
 
 NOWHERE: Directions = frozenset()
 
+
+class Arenas(NamedTuple):
+    """Memory that both ranks of a pair have, in which transfers cross and where they are packed and unpacked.
+
+    Attributes:
+        directions: where there is some.
+        version: of the memory that ``Transport.reserve`` gives: it is the same as long as this is.
+    """
+
+    directions: Directions = NOWHERE
+    version: object = None
+
+
+NO_ARENAS = Arenas()
 
 Work = TypeVar("Work")
 """What a transport gives for a posted operation, and whoever owns it can wait for: once."""
@@ -50,6 +68,15 @@ class Transport(Protocol[Work]):
     @property
     def in_place(self) -> Directions:
         """Where operations may name runs of memory in place of a buffer."""
+        ...
+
+    @property
+    def arenas(self) -> Arenas:
+        """Where transfers have places in memory that both ranks have."""
+        ...
+
+    def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
+        """Return arenas, uint8, of at least so many bytes. The other rank of each asks for as many in the same call."""
         ...
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:
@@ -166,6 +193,45 @@ class Connections(Protocol):
 
     def abort(self) -> None:
         """Wake whoever waits for this rank, and this rank if it waits. May be called from any thread, again too."""
+        ...
+
+
+class Linked(Connections, Protocol):
+    """Connections of which some pairs go by memory."""
+
+    @property
+    def transports(self) -> PairTransports:
+        """How the pairs of this rank go that were found on its host."""
+        ...
+
+    @property
+    def in_place(self) -> Directions:
+        """See Transport."""
+        ...
+
+    @property
+    def arenas(self) -> Arenas:
+        """See Transport."""
+        ...
+
+    def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
+        """See Transport.
+
+        Raises:
+            ConnectionLostError: a rank is gone, or has nothing to give.
+        """
+        ...
+
+    def unread(self) -> list[tuple[int, Any]]:
+        """What peers have still to read of calls before this one: works to wait for before anything is posted.
+
+        So nobody is ahead of a rank that fails by more than a call, and calls follow each other on both sides as over
+        the network, though who sends few bytes does not wait for them.
+        """
+        ...
+
+    def finish(self, limit: timedelta) -> None:
+        """Return when all has been told that is to be told: nobody looks after it once the call is over."""
         ...
 
 

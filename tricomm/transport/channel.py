@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,9 +23,12 @@ from tricomm.transport.coordination.diagnosis import describe_missed
 from tricomm.transport.coordination.intent import Intent
 from tricomm.transport.coordination.run import CallId
 from tricomm.transport.coordination.status import Heartbeat
+from tricomm.transport.device.joining import joined
+from tricomm.transport.device.run import DeviceRuns
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
 from tricomm.transport.handle import Ended
-from tricomm.transport.memory.meeting import Doorway, doorway
+from tricomm.transport.memory.connections import met
+from tricomm.transport.memory.meeting import doorway
 from tricomm.transport.nccl import NcclConnections
 from tricomm.transport.streams import StreamContext, stream_context_of
 
@@ -128,8 +132,8 @@ class Channel:
         self.name = name
         self.communicator: Communicator | None = None
         """The one of the moment."""
-        self._has_memory = False
-        """Whether the ranks of the communicator looked for each other's memory."""
+        self._has_memory = self._has_network = False
+        """Whether the ranks of the communicator looked for each other's memory, and whether all have a network."""
         self._refused: dict[int, str] = {}
         """Ranks whose memory could not be read in a call, and why."""
         self._current: list[weakref.ref[Communicator]] = []
@@ -186,11 +190,13 @@ class Channel:
         """
         communicator, store = self.communicator, self.coordinator.store
         has_memory = uses_memory or (communicator is not None and self._has_memory)
+        has_network = not uses_memory or (communicator is not None and self._has_network)
+        is_lacking = has_memory > self._has_memory or has_network > self._has_network
 
         def decide(must_reconnect: bool) -> str:
             if must_reconnect or communicator is None:
-                return f"{store.add(f'{self._place}/generations', 1)} {int(has_memory)}"
-            return f"{communicator.generation} {int(self._has_memory)}"
+                return f"{store.add(f'{self._place}/generations', 1)} {int(has_memory)} {int(has_network)}"
+            return f"{communicator.generation} {int(self._has_memory)} {int(self._has_network)}"
 
         seen: dict[int, int] = {}
         told: list[str] = []
@@ -208,30 +214,31 @@ class Channel:
 
         try:
             agreed = self.coordinator.rendezvous.join(
-                intent, timeout_seconds, not self.is_connected or has_memory > self._has_memory, decide, find_missed
+                intent, timeout_seconds, not self.is_connected or is_lacking, decide, find_missed
             )
         except TransportError:
             if told and communicator is not None:
                 communicator.abort(told[-1], CallId(CONNECTING_TAG, 0, intent.call))
             raise
-        generation, with_memory = map(int, agreed.decision.split())
+        generation, with_memory, with_network = map(int, agreed.decision.split())
         if communicator is None or communicator.generation != generation:
             # Forget the old one first: should connecting fail, the next rendezvous must know that this rank has none.
             communicator = None
             self._take(None)
-            self._take(self._connected(generation, intent.call, timeout_seconds, bool(with_memory)))
+            has = bool(with_memory), bool(with_network)
+            self._take(self._connected(generation, intent.call, timeout_seconds, has))
             self._has_memory = bool(with_memory)
         return 1 + agreed.epoch % (MAX_TAG - 1)
 
-    def _connected(self, generation: int, call: str, timeout_seconds: float, has_memory: bool) -> Communicator:
-        """A communicator whose connections stand on all ranks."""
+    def _connected(self, generation: int, call: str, timeout_seconds: float, has: tuple[bool, bool]) -> Communicator:
+        """A communicator whose connections stand on all ranks; ``has`` memory, network."""
         found = Communicator(self.coordinator, self.participants, self._place, generation, self.device, self._refused)
         run = found.begin(CONNECTING_TAG, 0, call, timeout_seconds, connecting=self.participants)
         try:
             with self._telling(found, call):
+                self._has_network = True
                 if len(self.participants) > 1:
-                    door = self._doorway(found) if has_memory and self._accelerator is None else None
-                    found.connect(self._connect(found, timeout_seconds), door)
+                    self._has_network = self._connect(found, timeout_seconds, *has)
         finally:
             found.end(run)
         weakref.finalize(found, _post_closed, self.coordinator.status, found.place, os.getpid())
@@ -250,20 +257,31 @@ class Channel:
             found.abort(f"rank {self.coordinator.rank} failed while it connected for {call}: {error!r}")
             raise
 
-    def _doorway(self, found: Communicator) -> Doorway | None:
-        """Where the ranks of this host find this one."""
-        store = dist.PrefixStore(f"{found.place}/memory", self.coordinator.store)
-        return doorway(store, self.coordinator.rank)
-
-    def _connect(self, found: Communicator, timeout_seconds: float) -> Any:
+    def _connect(self, found: Communicator, timeout_seconds: float, has_memory: bool, has_network: bool) -> bool:
+        """Connect it; returns whether all its ranks have a network, and not memory alone."""
         rank, store = self.coordinator.rank, self.coordinator.store
         index = {rank: index for index, rank in enumerate(self.participants)}
         store.set(f"{found.place}/hello/{rank}", "1")
-        if self._accelerator is not None:
+        door = doorway(dist.PrefixStore(f"{found.place}/memory", store), rank) if has_memory else None
+        accelerator, interrupted = self._accelerator, found.interrupted
+        if accelerator is None:
+            of_gloo = dist.PrefixStore(f"{found.place}/gloo", store)
+            gloo: Any = GlooConnections(of_gloo, rank, index, self._devices, timeout_seconds, interrupted)
+            link = None if door is None else partial(met, gloo, door, found.exchange, interrupted, found.refused)
+            found.connect(gloo, link)
+            return True
+
+        def by_nccl(runs: DeviceRuns) -> NcclConnections:
             of_nccl = dist.PrefixStore(f"{found.place}/nccl", store)
-            return NcclConnections(self._accelerator, of_nccl, rank, index, self.device, timeout_seconds)
-        of_gloo = dist.PrefixStore(f"{found.place}/gloo", store)
-        return GlooConnections(of_gloo, rank, index, self._devices, timeout_seconds, found.interrupted)
+            return NcclConnections(accelerator, of_nccl, rank, index, self.device, timeout_seconds, runs)
+
+        if not has_memory:
+            found.connect(by_nccl(DeviceRuns(accelerator, self.device)))
+            return True
+        of_device, ranks = dist.PrefixStore(f"{found.place}/device", store), (rank, self.participants)
+        linked = joined(accelerator, self.device, of_device, ranks, door, has_network, by_nccl, interrupted)
+        found.connect(linked.network or linked, lambda: linked)
+        return linked.network is not None
 
     def _describe_failure(self, found: Communicator, call: str, error: RuntimeError) -> str:
         if found.abort_reason is not None:

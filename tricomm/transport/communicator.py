@@ -22,7 +22,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -30,25 +30,32 @@ from typing import Any
 import torch
 
 from tricomm.errors import TransportError
-from tricomm.transport.base import NOWHERE, ConnectionLostError, Connections, Directions, NoConnections, Operation
+from tricomm.packing.staging import Direction
+from tricomm.transport.base import (
+    NO_ARENAS,
+    NOWHERE,
+    ConnectionLostError,
+    Connections,
+    Directions,
+    Linked,
+    NoConnections,
+    Operation,
+)
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
+from tricomm.transport.coordination.loss import describe_loss
 from tricomm.transport.coordination.order import same_order_rule
 from tricomm.transport.coordination.questions import Question
 from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason, Fault
-from tricomm.transport.coordination.store import describe_lost_store, with_lost_store
-from tricomm.transport.memory.connections import HostConnections, met
-from tricomm.transport.memory.meeting import Doorway
+from tricomm.transport.coordination.store import with_lost_store
 from tricomm.transport.memory.reading import UnreadableError
-from tricomm.transport.memory.rungs import ELSEWHERE, NOT_ASKED, ON_A_DEVICE, PairTransports, of_all
+from tricomm.transport.memory.rungs import ELSEWHERE, NOT_ASKED, PairTransports, of_all
 
 LOG = logging.getLogger("tricomm")
 
 CONNECTING_TAG = 0
 """The tag of what is sent before any call; Resharders' tags begin at 1."""
-
-SEE_LOG = "see that rank's log, and whether it makes as many calls as this one"
 
 COMPUTING_FACTOR = 20.0
 SPARE_HEARTBEATS = 3.0
@@ -111,16 +118,17 @@ class Communicator:
         """There, the last one of each tag, whose Resharder hears of a difference."""
         self.connections: Connections = NoConnections()
         self._network: Connections = self.connections
-        self._by_memory: HostConnections | None = None
-        self._refused = {} if refused is None else refused
+        self._by_memory: Linked | None = None
+        self.refused = {} if refused is None else refused
         self.depth, self.launch = self.connections.depth, self.connections.launch
         """See Transport."""
         self.in_place: Directions = NOWHERE
+        self.arenas = NO_ARENAS
         """See Transport."""
         self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
 
-    def connect(self, connections: Connections, door: Doorway | None = None) -> None:
+    def connect(self, connections: Connections, link: Callable[[], Linked] | None = None) -> None:
         """Use the connections, once every rank has all its own.
 
         Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
@@ -128,7 +136,7 @@ class Communicator:
 
         Args:
             connections: over the network.
-            door: where the ranks of this host come to link their memory; None if nobody asks for that.
+            link: gives those that mix memory and network, once all are connected; None if nobody asks for that.
         """
         self._network = self.connections = connections
         self.depth, self.launch = connections.depth, connections.launch
@@ -137,14 +145,14 @@ class Communicator:
         else:
             tell = weakref.WeakMethod(self._misordered)
             self._board = CallBoard(self.coordinator.status, self.place, self.participants, tell)
-        if door is not None:
-            self._by_memory = met(connections, door, self.exchange, self.interrupted, self._refused)
+        if link is not None:
+            self._by_memory = link()
         connections.connected()
 
     def transports(self, uses_memory: bool) -> PairTransports:
         """How bytes go between this rank and each other, in calls that use memory or do not."""
         by_memory = self._by_memory if uses_memory else None
-        otherwise = ON_A_DEVICE if self.device.type != "cpu" else ELSEWHERE if uses_memory else NOT_ASKED
+        otherwise = ELSEWHERE if uses_memory else NOT_ASKED
         found = {} if by_memory is None else by_memory.transports
         return of_all(found, self.coordinator.rank, self.participants, otherwise)
 
@@ -173,6 +181,16 @@ class Communicator:
         except RuntimeError as error:
             raise self.lost(posted[0], error) from error
         run.waiting_for = None
+
+    def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
+        """See Transport."""
+        assert self._by_memory is not None
+        try:
+            found = self._by_memory.reserve(nbytes)
+        except ConnectionLostError as error:
+            raise self.lost(error.peer, error) from error
+        self.arenas = self._by_memory.arenas
+        return found
 
     def catch_up(self) -> None:
         """Wait until others have read what this rank gave in the call before this one, which may post then."""
@@ -259,8 +277,10 @@ class Communicator:
             self._set_timeout(timeout_seconds, connecting)
         by_memory = self._by_memory
         if by_memory is not None:
-            self.connections, self.in_place = (
-                (by_memory, by_memory.in_place) if uses_memory else (self._network, NOWHERE)
+            self.connections, self.in_place, self.arenas = (
+                (by_memory, by_memory.in_place, by_memory.arenas)
+                if uses_memory
+                else (self._network, NOWHERE, NO_ARENAS)
             )
         self.begun = begun = self.begun + 1
         self._before = self.call
@@ -357,30 +377,13 @@ class Communicator:
         LOG.info("rank %d in %s: %s", self.coordinator.rank, self.call, error)
         if self.abort_reason is not None:
             return TransportError(self.abort_reason.text)
-        rank, status = self.coordinator.rank, self.coordinator.status
-        lost: int | None = None
-        fault: Fault = "left"
-        try:
-            reason = status.abort_of(self.place)
-            if reason is not None:
-                text = reason.text
-            elif peer is None:
-                ranks = list(self.participants)
-                text = f"rank {rank} could not queue its messages to and from ranks {ranks} in {self.call}: {error}"
-            elif (is_end := status.closed_by(self.place, peer)) is not None:
-                what = "left: its process ended" if is_end else "closed its Resharder, or dropped it,"
-                text = f"rank {peer} {what} while rank {rank} was in {self.call}; {SEE_LOG}"
-                lost = peer
-            else:
-                text = f"rank {peer} died or ended: its connection to rank {rank} closed in {self.call}; {SEE_LOG}"
-                lost, fault = peer, "died"
-        except TransportError as missing:
-            text = describe_lost_store(missing, rank, str(self.call), peer)
+        place = self.place, self.participants
+        text, lost, fault = describe_loss(self.coordinator.status, place, str(self.call), peer, error)
         return self.abort(text, None, lost, fault)
 
     def unreadable(self, peer: int, error: UnreadableError) -> TransportError:
         """A rank's memory cannot be read though it is there: tell everybody, do without, and return the error."""
-        self._refused[peer] = f"its memory could not be read in {self.call}: {error}"
+        self.refused[peer] = f"its memory could not be read in {self.call}: {error}"
         rank = self.coordinator.rank
         return self.abort(f"rank {rank} could not read the memory of rank {peer} in {self.call}: {error}; call again")
 

@@ -152,7 +152,7 @@ class GlooConnections:
         here, index, backends = self._rank, self._index, self._backends
         works: list[tuple[int, Any]] = []
         # Packing happens as the iterable is read, outside of what counts as the peer's failure.
-        for is_send, peer, buffer, _, _ in operations:
+        for is_send, peer, buffer, *_ in operations:
             # One backend for messages up in rank and one for those down.
             backend = backends[is_send == (peer > here)]
             try:

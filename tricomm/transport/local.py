@@ -19,10 +19,11 @@ import torch
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import checks_fields, explains_missing
 from tricomm.packing.selection import Planned, Selection
+from tricomm.packing.staging import Direction
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
-from tricomm.transport.base import NOWHERE, Directions, Operation
+from tricomm.transport.base import NO_ARENAS, NOWHERE, Directions, Operation
 from tricomm.transport.runtime import PlanExecution, StagingProvider
 
 
@@ -102,6 +103,9 @@ class LocalNetwork:
 class LocalEndpoint:
     """One rank's end of a LocalNetwork."""
 
+    in_place: Directions = NOWHERE
+    arenas = NO_ARENAS
+
     def __init__(self, network: LocalNetwork, rank: int) -> None:
         self.network = network
         self.rank = rank
@@ -112,10 +116,10 @@ class LocalEndpoint:
         """See Transport."""
         return self.network.depth
 
-    @property
-    def in_place(self) -> Directions:
+    @staticmethod
+    def reserve(nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
         """See Transport."""
-        return NOWHERE
+        return {}
 
     def post(self, operations: Iterable[Operation]) -> list[LocalWork]:
         """See Transport."""

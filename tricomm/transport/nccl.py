@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,7 +29,7 @@ from tricomm.transport.accelerator import (
 )
 from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.coordination.questions import in_background
-from tricomm.transport.device.run import DeviceRun
+from tricomm.transport.device.run import DeviceRun, DeviceRuns
 from tricomm.transport.device.subgroups import Subgroups
 
 LOG = logging.getLogger("tricomm")
@@ -58,6 +58,7 @@ class NcclConnections:
         index: of each rank among those that connect.
         device: where the buffers are.
         timeout_seconds: for connecting.
+        runs: of all connections of the communicator; None if there are no others.
 
     Raises:
         RuntimeError: torch's.
@@ -74,11 +75,12 @@ class NcclConnections:
         index: Mapping[int, int],
         device: torch.device,
         timeout_seconds: float,
+        runs: DeviceRuns | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._index = index
-        self._device = device
-        self.run: DeviceRun | None = None
+        self.device = device
+        self._runs = DeviceRuns(accelerator, device) if runs is None else runs
         _warn(self, accelerator, device)
         self._rank, self._store, self._timeout = rank, store, timedelta(seconds=timeout_seconds)
         self.backend = connect(accelerator, store, index[rank], len(index), device, self._timeout)
@@ -93,12 +95,16 @@ class NcclConnections:
     @property
     def is_idle(self) -> bool:
         """Whether the device has done all that was queued."""
-        return self.run is None or self.run.is_over()
+        return self._runs.are_over
+
+    @property
+    def run(self) -> DeviceRun | None:
+        """The last one."""
+        return self._runs.last
 
     def begin(self) -> DeviceRun:
         """See Connections."""
-        self.run = DeviceRun(self._accelerator, self._device, self.run)
-        return self.run
+        return self._runs.begin()
 
     def launch(self, work: Callable[[], object]) -> None:
         """See Transport."""
@@ -123,7 +129,7 @@ class NcclConnections:
         if messages:
             peers = tuple(dict.fromkeys(operation.peer for operation in messages))
             work = self._queued(
-                peers, partial(post_group, self._accelerator, self.backend, self._device, self._index, messages)
+                peers, partial(post_group, self._accelerator, self.backend, self.device, self._index, messages)
             )
         for group in sorted(together):
             found = self._subgroups.backend_of(group)
@@ -132,7 +138,7 @@ class NcclConnections:
             peers = tuple(rank for rank in group if rank != self._rank)
             buffer = together[group].buffer
             works[group] = self._queued(
-                peers, partial(post_broadcast, self._accelerator, backend, self._device, root, buffer)
+                peers, partial(post_broadcast, self._accelerator, backend, self.device, root, buffer)
             )
         return [(one.peer, works.get(one.group, work)) for one in given]
 
@@ -144,7 +150,7 @@ class NcclConnections:
                 if self._order is None:
                     work = post()
                 else:
-                    self._order.wait_event(self._accelerator.current_stream(self._device).record_event())
+                    self._order.wait_event(self._accelerator.current_stream(self.device).record_event())
                     with self._accelerator.on_stream(self._order):
                         work = post()
                         work.synchronize()
@@ -160,7 +166,7 @@ class NcclConnections:
         except RuntimeError as error:
             raise ConnectionLostError(None, error) from error
         if self._order is None and self._subgroups.are_there:
-            self._order = self._accelerator.new_stream(self._device)
+            self._order = self._accelerator.new_stream(self.device)
 
     def _connected(self, number: int, ranks: tuple[int, ...]) -> DeviceBackend:
         """A communicator of some ranks, this one among them.
@@ -175,7 +181,7 @@ class NcclConnections:
             if self._release.alive:
                 index, size = ranks.index(self._rank), len(ranks)
                 backend = connect(
-                    self._accelerator, store, index, size, self._device, self._timeout, self._backends.append
+                    self._accelerator, store, index, size, self.device, self._timeout, self._backends.append
                 )
         if not self._release.alive:
             self._abort_all()  # also what came too late for whoever aborted
@@ -184,7 +190,7 @@ class NcclConnections:
 
     def _dropped(self, backend: DeviceBackend) -> None:
         self._backends.remove(backend)
-        _give_back_later([backend], self._device)
+        _give_back_later([backend], self.device)
 
     @staticmethod
     def wait(work: DeviceWork, limit: timedelta) -> None:
@@ -218,26 +224,41 @@ class _Come(NamedTuple):
         return there
 
 
+class OnDevice(Protocol):
+    """Connections between devices."""
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has done all that was queued."""
+        ...
+
+
 class AliveConnections:
     """The connections of this process, to which threads add while others look."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # to look may collect garbage, whose end may look again
-        self._found: weakref.WeakSet[NcclConnections] = weakref.WeakSet()
+        self._found: weakref.WeakSet[OnDevice] = weakref.WeakSet()
 
-    def add(self, connections: NcclConnections) -> None:
+    def add(self, connections: OnDevice) -> None:
         """Count it for as long as it lives."""
         with self._lock:
             self._found.add(connections)
 
-    def on(self, device: torch.device) -> list[NcclConnections]:
+    def on(self, device: torch.device) -> list[OnDevice]:
         """Return those of a device."""
         with self._lock:
-            return [one for one in self._found if one._device == device]
+            return [one for one in self._found if one.device == device]
 
 
 @cache
-def _alive() -> AliveConnections:
+def alive() -> AliveConnections:
+    """Those of this process."""
     return AliveConnections()
 
 
@@ -250,9 +271,9 @@ def _warn(connections: NcclConnections, accelerator: Accelerator, device: torch.
             RuntimeWarning,
             stacklevel=2,
         )
-    alive = _alive()
-    alive.add(connections)
-    count = sum(one._accelerator is accelerator for one in alive.on(device))
+    found = alive()
+    found.add(connections)
+    count = sum(isinstance(one, NcclConnections) and one._accelerator is accelerator for one in found.on(device))
     if count == MOST_CONNECTIONS + 1:
         warnings.warn(
             f"more than {MOST_CONNECTIONS} channels are connected on {device}, where torch has 32 streams, so that "
@@ -271,7 +292,7 @@ def _give_back_later(backends: Sequence[DeviceBackend], device: torch.device) ->
     """
 
     def give_back() -> None:
-        while not all(one.is_idle for one in _alive().on(device)):
+        while not all(one.is_idle for one in alive().on(device)):
             time.sleep(GIVE_BACK_PAUSE_SECONDS)
         for backend in backends:
             try:

@@ -18,12 +18,13 @@ import torch
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.options import ProgressCallback
 from tricomm.packing.arithmetic import Reducer
+from tricomm.packing.binding import NO_ARENAS as NOTHING_RESERVED
 from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, TorchCopies, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors, tensors_of_rank
 from tricomm.packing.selection import Planned, groups_of
 from tricomm.packing.views import ItemViews
-from tricomm.transport.base import NOWHERE, Directions, Operation, Transport, Work
+from tricomm.transport.base import NOWHERE, Arenas, Directions, Operation, Transport, Work
 from tricomm.transport.tally import Steps, Tally
 
 MAX_COPY_PROGRAMS = 16
@@ -33,8 +34,8 @@ StagingProvider = Callable[[int], torch.Tensor]
 """Gives the staging buffer: a uint8 tensor of at least so many bytes, valid until the next call."""
 
 
-Way = tuple[tuple[int, int], Directions]
-"""The depth of a transport, and where it takes runs of memory in place of buffers."""
+Way = tuple[tuple[int, int], Directions, Arenas]
+"""The depth of a transport, where it takes runs of memory in place of buffers, and where both ranks have memory."""
 
 Completion = tuple[int | None, Callable[[], object] | None]
 """The work of a transfer, None if it has been awaited before or there is none, and what unpacks then, if anything."""
@@ -116,7 +117,7 @@ def schedule(binding: Binding, is_last: bool) -> Bound:
 
 
 def _operation(is_send: bool, one: BoundTransfer) -> Operation:
-    return Operation(is_send, one.peer, one.buffer, one.runs, one.group)
+    return Operation(is_send, one.peer, one.buffer, one.runs, one.group, one.place)
 
 
 def _counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
@@ -309,10 +310,10 @@ class PlanExecution:
     ) -> Iterator[Work]:
         """The steps of move ``index``."""
         cached = self._bindings.get(index)
-        way = transport.depth, transport.in_place
+        way = transport.depth, transport.in_place, transport.arenas
         if cached is None or not cached.is_of(sources, destinations, staging, way):
             began = perf_counter()
-            cached = self._bind(index, sources, destinations, staging, *way)
+            cached = self._bind(index, sources, destinations, staging, transport)
             self.tally.bind_seconds += perf_counter() - began
         callback = self._progress
         return run_move(
@@ -330,14 +331,15 @@ class PlanExecution:
         sources: Tensors,
         destinations: Tensors,
         staging: StagingProvider,
-        depth: tuple[int, int],
-        in_place: Directions = NOWHERE,
+        transport: Transport[Work],
     ) -> "CachedBinding":
         """Bind the copy program to these tensors, and keep that until one of the tensors goes."""
-        program = self._copy_program_for(index, sources, destinations, depth)
+        depth, in_place = transport.depth, transport.in_place
+        program = self._copy_program_for(index, sources, destinations, depth, transport.arenas.directions)
+        arenas = transport.reserve(program.arenas) if program.arenas else NOTHING_RESERVED
         buffer = staging(program.staging_nbytes)
         self.tally.staging_nbytes = max(self.tally.staging_nbytes, program.staging_nbytes)
-        binding = bind(program, [*map(_alias, sources)], [*map(_alias, destinations)], buffer, in_place)
+        binding = bind(program, [*map(_alias, sources)], [*map(_alias, destinations)], buffer, in_place, arenas)
         bindings = self._bindings
 
         def forget(_: object) -> None:
@@ -348,18 +350,23 @@ class PlanExecution:
             [(weakref.ref(tensor, forget), tensor.data_ptr(), tensor.stride()) for tensor in every],
             buffer,
             program.staging_nbytes,
-            (depth, in_place),
+            (depth, in_place, transport.arenas),
             schedule(binding, index + 1 == len(self.plan.stacks)),
         )
         bindings[index] = cached
         return cached
 
     def _copy_program_for(
-        self, index: int, sources: Tensors, destinations: Tensors, depth: tuple[int, int]
+        self,
+        index: int,
+        sources: Tensors,
+        destinations: Tensors,
+        depth: tuple[int, int],
+        arenas: Directions = NOWHERE,
     ) -> CopyProgram:
         """The copy program for tensors with these strides and alignments, from the cache if there were such before."""
         of_sources, of_destinations = (tuple(map(_described, tensors)) for tensors in (sources, destinations))
-        key = (index, of_sources, of_destinations, depth)
+        key = (index, of_sources, of_destinations, depth, arenas)
         if key not in self._copy_programs:
             stacks, program = self.plan.stacks[index], self.programs[index]
             if len(self._copy_programs) >= MAX_COPY_PROGRAMS:
@@ -372,6 +379,7 @@ class PlanExecution:
                 [torch_dtype(stack.wire_dtype) for stack in stacks],
                 depth,
                 self.plan.staging_nbytes,
+                arenas,
             )
         return self._copy_programs[key]
 

@@ -1,4 +1,4 @@
-"""DeviceRun: what a call has queued on a device, watched to its end."""
+"""Runs on a device: what a call has queued there, which goes on when the call has returned."""
 
 import threading
 from collections import deque
@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-from tricomm.transport.accelerator import Accelerator, DeviceWork, Event, await_event
+from tricomm.transport.accelerator import Accelerator, Awaited, Event, await_event
 from tricomm.transport.base import GroupLostError
+
+Check = Callable[[], None]
+"""Raises RuntimeError if what came from a rank does not count."""
 
 
 class DeviceRun:
@@ -28,8 +31,11 @@ class DeviceRun:
             accelerator.current_stream(device).wait_event(before._end)
         self._begin: Event | None = self._here()
         self._end: Event | None = None
-        self._groups: deque[tuple[tuple[int, ...], DeviceWork]] = deque()
+        self._groups: deque[tuple[tuple[int, ...], Awaited]] = deque()
         self._posting: tuple[int, ...] = ()
+        self._checks: dict[int, Check] = {}
+        self._has_counted = False
+        """Whether all was done, and nothing was wrong with what had come: that stands, whatever ranks do later."""
         self._lock = threading.Lock()
 
     def _here(self) -> Event:
@@ -45,9 +51,13 @@ class DeviceRun:
         finally:
             self._posting = ()
 
-    def append(self, peers: tuple[int, ...], work: DeviceWork) -> None:
+    def append(self, peers: tuple[int, ...], work: Awaited) -> None:
         """Add a group that was queued, with the ranks that it is exchanged with."""
         self._groups.append((peers, work))
+
+    def check_last(self, peer: int, check: Check) -> None:
+        """When the device has done all, look whether what came from a rank still counts."""
+        self._checks[peer] = check
 
     def close(self) -> None:
         """See Pending."""
@@ -77,10 +87,60 @@ class DeviceRun:
                 self._groups.popleft()
         if self._posting:
             return self._posting
-        return None if self.is_over() else ()
+        if self._has_counted:
+            return None
+        if not self.is_over():
+            return ()
+        for peer, check in self._checks.items():
+            try:
+                check()
+            except RuntimeError as error:
+                raise GroupLostError((peer,), error) from error
+        self._has_counted = True
+        return None
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Where a connection is lost nothing ever comes; who is at fault the monitor finds out, which
         then aborts.
         """
         await_event(self._here(), is_aborted)
+        await_event(_Checked(list(self._checks.values())), is_aborted)
+
+
+class _Checked:
+    """An Event: all that has come counts. Where it does not, its rank has said why, which the monitor reads."""
+
+    def __init__(self, checks: list[Check]) -> None:
+        self._checks = checks
+
+    def query(self) -> bool:
+        try:
+            for check in self._checks:
+                check()
+        except RuntimeError:
+            return False
+        return True
+
+
+class DeviceRuns:
+    """The runs of a communicator on a device, one after the other.
+
+    Args:
+        accelerator: of the device.
+        device: this rank's.
+    """
+
+    def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
+        self._accelerator = accelerator
+        self._device = device
+        self.last: DeviceRun | None = None
+
+    @property
+    def are_over(self) -> bool:
+        """Whether the device has done all that was queued."""
+        return self.last is None or self.last.is_over()
+
+    def begin(self) -> DeviceRun:
+        """See Connections."""
+        self.last = DeviceRun(self._accelerator, self._device, self.last)
+        return self.last

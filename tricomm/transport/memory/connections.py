@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tricomm.transport.base import Connections, Directions, Operation
+from tricomm.packing.staging import Direction
+from tricomm.transport.base import NO_ARENAS, Connections, Directions, Operation
 from tricomm.transport.memory.link import Link, Patience
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.rungs import PairTransports, Rung
@@ -18,7 +19,7 @@ Exchange = Callable[[Iterable[Operation]], None]
 
 
 class HostConnections:
-    """See Connections.
+    """See Linked.
 
     Args:
         network: for all pairs that have no link.
@@ -28,6 +29,7 @@ class HostConnections:
 
     has_tags = True
     begin = None
+    arenas = NO_ARENAS
     launch: Any = staticmethod(operator.call)
 
     def __init__(self, network: Connections, links: Mapping[int, Link], transports: PairTransports) -> None:
@@ -64,16 +66,16 @@ class HostConnections:
         else:
             self.network.wait(work, limit)
 
-    def unread(self) -> list[tuple[int, Any]]:
-        """What peers have still to read of calls before this one: works to wait for before anything is posted.
+    def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
+        """See Linked."""
+        return {}
 
-        So nobody is ahead of a rank that fails by more than a call, and calls follow each other on both sides as over
-        the network, though who sends few bytes does not wait for them.
-        """
+    def unread(self) -> list[tuple[int, Any]]:
+        """See Linked."""
         return [(link.peer, (link, offer.wait_read)) for link in self._links for offer in link.unread()]
 
     def finish(self, limit: timedelta) -> None:
-        """Return when all has been told that is to be told: nobody looks after it once the call is over."""
+        """See Linked."""
         for link in self._links:
             while link.is_crowded:
                 try:

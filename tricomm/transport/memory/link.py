@@ -89,7 +89,7 @@ class Link(Signals):
             ConnectionLostError: the link is closed.
         """
         self._count += 1
-        _, _, buffer, runs, _ = operation
+        _, _, buffer, runs, *_ = operation
         nbytes = buffer.numel() if runs is None else runs.nbytes
         if len(self._offers) >= OFFERS_BEFORE_LOOKING:
             self.look()  # what was read meanwhile is not under way any more
@@ -108,7 +108,7 @@ class Link(Signals):
 
     def _filled(self, operation: Operation, nbytes: int) -> SharedSlab:
         """A slab of the arena with the bytes of an operation, of which the peer knows."""
-        _, _, buffer, runs, _ = operation
+        _, _, buffer, runs, *_ = operation
         slab, file = self._arena.take(nbytes)
         if file is not None:
             self._tell_of(Slab(slab.number, slab.memory.numel()), file)
@@ -147,7 +147,7 @@ class Link(Signals):
         Raises:
             UnreadableError: not all could be read.
         """
-        _, _, buffer, runs, _ = operation
+        _, _, buffer, runs, *_ = operation
         expected = buffer.numel() if runs is None else runs.nbytes
         if ready.nbytes != expected:
             text = f"{ready.nbytes} bytes came where {expected} were expected; the ranks do not follow the same plan"

@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tricomm.transport.memory.arena import mapped_slab, new_slab
+from tricomm.transport.memory.arena import PAGE_NBYTES, SharedSlab, mapped_slab, new_slab
 from tricomm.transport.memory.link import Link
 from tricomm.transport.memory.reading import UnreadableError, read_run
-from tricomm.transport.memory.rungs import BEST, PairTransport, Rung, unreadable
+from tricomm.transport.memory.rungs import BEST, NO_FILES, PairTransport, Rung, unreadable
 
 LOG = logging.getLogger("tricomm")
 
@@ -121,13 +121,20 @@ class Candidate:
         self.other = other
         self.end = end
         self.pid, _, _ = CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
-        self._has_arena = False
+        self.slabs: dict[bool, SharedSlab] = {}
+        """What this rank has handed over (True), and what the other has."""
+
+    @property
+    def has_arena(self) -> bool:
+        """Whether files can be handed over."""
+        return False in self.slabs
 
     def greet(self, here: Presence) -> None:
         """Show that this rank has read the store, and hand over a piece of an arena."""
         slab, file = new_slab(1, NONCE_NBYTES)
         try:
-            slab.memory[:NONCE_NBYTES] = _as_tensor(here.nonce)
+            slab.memory[:NONCE_NBYTES] = as_tensor(here.nonce)
+            self.slabs[True] = slab
             text = json.dumps([here.rank, self.other.nonce]).encode()
             socket.send_fds(self.end, [text], [file], socket.MSG_NOSIGNAL)
         finally:
@@ -138,8 +145,9 @@ class Candidate:
         data, files = greeting
         try:
             with suppress(ValueError, OSError, IndexError):
-                slab = mapped_slab(1, files[0], NONCE_NBYTES)
-                self._has_arena = slab.memory[:NONCE_NBYTES].equal(_as_tensor(self.other.nonce))
+                slab = mapped_slab(1, files[0], PAGE_NBYTES)
+                if slab.memory[:NONCE_NBYTES].equal(as_tensor(self.other.nonce)):
+                    self.slabs[False] = slab
             return bool(json.loads(data) == [self.other.rank, here.nonce])
         except ValueError:
             return False
@@ -153,8 +161,8 @@ class Candidate:
         Args:
             refused: why its memory could not be read in a call before; "" if it could.
         """
-        if not self._has_arena:  # by which few bytes go, wherever memory can be read
-            return PairTransport(Rung.NETWORK, "no file could be handed over")
+        if not self.has_arena:  # by which few bytes go, wherever memory can be read
+            return NO_FILES
         if refused:
             return PairTransport(Rung.ARENA, refused)
         read = ctypes.create_string_buffer(NONCE_NBYTES)
@@ -169,24 +177,30 @@ class Candidate:
             return unreadable(error.number, str(error), self.pid)
 
 
-def _as_tensor(nonce: str) -> torch.Tensor:
+def as_tensor(nonce: str) -> torch.Tensor:
+    """A nonce as it stands in memory."""
     return torch.frombuffer(bytearray.fromhex(nonce), dtype=torch.uint8)
 
 
-def meet(
-    door: Doorway, exchange: Exchange, interrupted: Callable[[], None], refused: Mapping[int, str]
-) -> tuple[dict[int, Link], dict[tuple[int, int], PairTransport]]:
-    """Connect with the other ranks of this host, once all ranks have come to their doors.
+class Gathering(NamedTuple):
+    """Who has come to a meeting.
 
-    Args:
-        door: of this rank.
-        exchange: over the network.
-        interrupted: raises if the connecting is to end.
-        refused: ranks whose memory could not be read in a call before, and why.
-
-    Returns:
-        The links by rank, and what was agreed on for each pair that may be on this host.
+    Attributes:
+        found: the other ranks of this host with which this one is connected.
+        problems: why not with the others of those that seem to be on it.
     """
+
+    found: dict[int, Candidate]
+    problems: dict[int, str]
+
+    @property
+    def ranks(self) -> list[int]:
+        """All of them, which know of this rank, too."""
+        return sorted((*self.found, *self.problems))
+
+
+def gather(door: Doorway, exchange: Exchange, interrupted: Callable[[], None]) -> Gathering:
+    """Connect the local sockets of the ranks of this host, once all ranks have come to their doors; see ``meet``."""
     here, others = door.here, door.others()
     found: dict[int, Candidate] = {}
     problems: dict[int, str] = {}
@@ -205,13 +219,35 @@ def meet(
             problems[rank] = "it did not answer on its local socket"
             found.pop(rank).end.close()
     problems |= {rank: "it did not come to this rank's local socket" for rank in above if rank not in found}
+    for rank in set(problems) & set(found):
+        found.pop(rank).end.close()
+    return Gathering(found, problems)
+
+
+def meet(
+    door: Doorway, exchange: Exchange, interrupted: Callable[[], None], refused: Mapping[int, str]
+) -> tuple[dict[int, Link], dict[tuple[int, int], PairTransport]]:
+    """Connect with the other ranks of this host, once all ranks have come to their doors.
+
+    Args:
+        door: of this rank.
+        exchange: over the network.
+        interrupted: raises if the connecting is to end.
+        refused: ranks whose memory could not be read in a call before, and why.
+
+    Returns:
+        The links by rank, and what was agreed on for each pair that may be on this host.
+    """
+    here = door.here
+    found, problems = gathering = gather(door, exchange, interrupted)
     mine = {
-        rank: found[rank].probe(refused.get(rank, ""))
-        if rank in found
-        else PairTransport(Rung.NETWORK, problems.get(rank, "the local sockets did not connect"))
-        for rank in others
+        rank: found[rank].probe(refused.get(rank, "")) if rank in found else PairTransport(Rung.NETWORK, problems[rank])
+        for rank in gathering.ranks
     }
-    theirs = {rank: _read(text) for rank, text in exchange({rank: _written(one) for rank, one in mine.items()}).items()}
+    theirs = {
+        rank: read_verdict(text)
+        for rank, text in exchange({rank: written_verdict(one) for rank, one in mine.items()}).items()
+    }
     transports = {(rank, here.rank): one for rank, one in mine.items()}
     transports |= {(here.rank, rank): one for rank, one in theirs.items()}
     links = {}
@@ -297,11 +333,12 @@ def _is_answered(candidate: Candidate, here: Presence, interrupted: Callable[[],
     return False
 
 
-def _written(one: PairTransport) -> str:
+def written_verdict(one: PairTransport) -> str:
     """A verdict as text that fits into a message."""
     return json.dumps([one.rung.value, one.reason[:160], one.remedy[:160]])
 
 
-def _read(text: str) -> PairTransport:
+def read_verdict(text: str) -> PairTransport:
+    """The verdict that a text is."""
     rung, reason, remedy = json.loads(text)
     return PairTransport(Rung(rung), reason, remedy)

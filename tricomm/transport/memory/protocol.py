@@ -121,12 +121,27 @@ class Slab(NamedTuple):
     nbytes: int
 
 
-Message = Ready | Done | Slab
+class Region(NamedTuple):
+    """A new part of the sender's arena on a device, in which transfers from the next one on are.
+
+    Attributes:
+        handle: what the peer opens the allocation by.
+        offset: at which byte of it the part begins.
+        nbytes: of the part.
+    """
+
+    handle: bytes
+    offset: int
+    nbytes: int
+
+
+Message = Ready | Done | Slab | Region
 
 _READY = struct.Struct("=BQQQQII")
 _DONE = struct.Struct("=BQ")
 _SLAB = struct.Struct("=BIQ")
-MAX_MESSAGE_NBYTES = 64
+_REGION = struct.Struct("=B64sQQ")
+MAX_MESSAGE_NBYTES = 128
 
 
 def encode(message: Message) -> bytes:
@@ -135,6 +150,8 @@ def encode(message: Message) -> bytes:
         return _READY.pack(1, *message)
     if isinstance(message, Done):
         return _DONE.pack(2, *message)
+    if isinstance(message, Region):
+        return _REGION.pack(4, *message)
     return _SLAB.pack(3, *message)
 
 
@@ -153,6 +170,8 @@ def decode(data: bytes) -> Message:
                 return Done(*_DONE.unpack(data)[1:])
             case 3:
                 return Slab(*_SLAB.unpack(data)[1:])
+            case 4:
+                return Region(*_REGION.unpack(data)[1:])
     except struct.error as error:
         raise ValueError(f"a message of kind {kind} and {len(data)} bytes: {error}") from None
     raise ValueError(f"a message of unknown kind {kind}")

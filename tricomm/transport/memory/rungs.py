@@ -15,6 +15,7 @@ class Rung(Enum):
 
     READ = "process_vm_readv"
     ARENA = "arena"
+    DEVICE = "CUDA IPC"
     NETWORK = "network"
 
 
@@ -23,7 +24,8 @@ class PairTransport:
     """How bytes go from one rank to another.
 
     Attributes:
-        rung: the way: read from the sender's memory, by way of an arena that both share, or over the network.
+        rung: the way: read from the sender's memory, by way of an arena that both share (of the host, or of the
+            sender's device), or over the network.
         reason: why not a better one; "" for the best.
         remedy: what would help; "" if nothing does.
     """
@@ -83,9 +85,7 @@ ELSEWHERE = PairTransport(
     "the ranks are on different hosts or in different network namespaces, or one is not on Linux",
     "let containers of one host share the network namespace (docker run --network=host)",
 )
-ON_A_DEVICE = PairTransport(
-    Rung.NETWORK, "the tensors are in the memory of a device", "memory is read between tensors of the host so far"
-)
+NO_FILES = PairTransport(Rung.NETWORK, "no file could be handed over")
 
 
 def unreadable(number: int, text: str, peer_pid: int) -> PairTransport:

@@ -114,6 +114,14 @@ class Signals:
         """Whether either end has closed, or the peer's process has ended."""
         return self.wait(0)
 
+    def is_process_over(self) -> bool:
+        """Whether the peer's process has ended, as far as can be seen: else, whether its end is closed."""
+        if self._process is None:
+            return self.is_closed()
+        process = select.poll()
+        process.register(self._process, select.POLLIN)
+        return bool(process.poll(0))
+
     @property
     def is_crowded(self) -> bool:
         """Whether something waits for room in the socket."""

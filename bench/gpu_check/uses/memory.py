@@ -1,0 +1,218 @@
+"""Moves between processes that share one GPU, by its memory, without NCCL: exact, how fast, and when a rank fails."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench.gpu_check.local import CASES
+from bench.gpu_check.parts import Outcome, Setting, guarded
+from bench.gpu_check.transport import moved, ranks_of
+from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, TransportError
+from tricomm.launch import Ranks
+
+RANKS = 4
+VICTIM = 1
+CALLS = 10
+"""Of one move, queued one after the other."""
+TARGET = 0.8
+"""Of the copy of the run: bytes that cross between processes over the time."""
+SHAPE = (1 << 14, 1 << 14)
+"""float32: 1 GiB."""
+REHEARSED_SIZE = 1 << 7
+SIDES = {
+    "1 to 1": ([0], [1]),
+    "2 to 2": ([0, 1], [2, 3]),
+    "1 to 3 replicas": ([0], [1, 2, 3]),
+    "2 among themselves": ([0, 1], [0, 1]),
+    "4 among themselves": ([0, 1, 2, 3], [0, 1, 2, 3]),
+}
+
+
+def moves(setting: Setting) -> Iterator[Outcome]:
+    """The part "memory"."""
+    if not setting.is_rehearsal:
+        yield from _exact(setting)
+    else:
+        yield Outcome("exact", None, "kept by the stand-in for devices, in tests/transport/device; here are none")
+    with ranks_of(setting, RANKS) as ranks:
+        yield guarded("4 KiB", partial(_latency, ranks, setting))
+        for name in SIDES:
+            yield guarded(name, partial(_rate, ranks, name, setting))
+    for how in ("stays away", "stops", "dies"):
+        with ranks_of(setting, 2) as ranks:
+            yield guarded(f"a rank that {how}", partial(_failure, ranks, how, setting))
+
+
+def _exact(setting: Setting) -> Iterator[Outcome]:
+    left = list(CASES.items())
+    while left:
+        with ranks_of(setting, RANKS) as ranks:
+            while left:
+                name, case = left.pop(0)
+                outcome = guarded(name, partial(_told, ranks, moved, case, setting, "memory"))
+                yield outcome
+                if not outcome.passed:
+                    break  # a rank may have been left in the middle
+
+
+def _told(ranks: Ranks, function: Callable[..., bool], *arguments: object) -> str:
+    wrong = [rank for rank, fine in enumerate(ranks.run(function, *arguments)) if not fine]
+    if wrong:
+        raise ValueError(f"wrong on ranks {wrong} of {ranks.size}")
+    return f"exact on {ranks.size} ranks"
+
+
+def _options(setting: Setting, **more: Any) -> dict[str, Any]:
+    return {"device": setting.device, "timeout_seconds": 0.3 * setting.seconds, "transport": "memory", **more}
+
+
+def _finish(setting: Setting) -> None:
+    if not setting.is_rehearsal:
+        torch.cuda.synchronize(setting.device)
+
+
+# ---- how fast
+
+
+def _rate(ranks: Ranks, name: str, setting: Setting) -> tuple[str, dict[str, Any]]:
+    found = [one for one in ranks.run(seconds_of, name, setting) if one is not None]
+    copied = ranks.run(copy_seconds, setting)[0]
+    seconds, crossing = max(one[0] for one in found), found[0][1]
+    ways = sorted({way for one in found for way in one[2]})
+    rate, copy_rate = crossing / seconds, copied[1] / copied[0]
+    text = f"{crossing / 2**20:.0f} MiB a call cross in {seconds * 1e3:.2f} ms: {rate / 1e9:.0f} GB/s, "
+    text += f"{rate / copy_rate:.0%} of the copy ({copy_rate / 1e9:.0f} GB/s); by {', '.join(ways)}"
+    figures = {"seconds": seconds, "nbytes": crossing, "copy_seconds": copied[0], "copy_nbytes": copied[1], "of": found}
+    return text, figures
+
+
+def _shape(setting: Setting) -> tuple[int, int]:
+    return (setting.scaled(SHAPE[0], REHEARSED_SIZE), setting.scaled(SHAPE[1], REHEARSED_SIZE))
+
+
+def copy_seconds(rank: int, setting: Setting) -> tuple[float, int]:
+    """(seconds, bytes) of a copy on the device; rank 0 makes it while the others wait."""
+    source = torch.ones(_shape(setting), device=setting.device)
+    target = torch.zeros_like(source)
+    found = _per_call(lambda: target.copy_(source), setting) if rank == 0 else 0.0
+    dist.barrier()
+    return found, source.nbytes
+
+
+def _per_call(call: Callable[[], object], setting: Setting, calls: int = CALLS) -> float:
+    for _ in range(2):
+        call()
+    _finish(setting)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    _finish(setting)
+    return (time.perf_counter() - begin) / calls
+
+
+def seconds_of(rank: int, name: str, setting: Setting) -> tuple[float, int, list[str]] | None:
+    """(seconds a call, bytes that cross between ranks in it, ways) of rows to columns; runs on every rank."""
+    before, after = (Mesh(side, ("x",)) for side in SIDES[name])
+    layout = Replicate() if "replicas" in name else Shard(1)
+    source, target = ShardingSpec(before, (Shard(0),), _shape(setting), "float32"), ShardingSpec(after, (layout,))
+    found = None
+    if rank in (*before.ranks, *after.ranks):
+        values = torch.arange(float(_shape(setting)[1]), device=setting.device)
+        tensor = values.expand(source.local_shape(rank)).contiguous() if rank in before else None
+        out = torch.zeros(target.resolved(source).local_shape(rank), device=setting.device) if rank in after else None
+        with Resharder(source, target, name=name, **_options(setting)) as mover:
+            seconds = _per_call(partial(mover, tensor, out=out), setting)
+            found = seconds, mover.plan.wire_nbytes, [str(way) for way in mover.transports.values()]
+        if out is not None:
+            first = 0 if "replicas" in name else after.ranks.index(rank) * out.shape[1]
+            if not bool((out == values[first : first + out.shape[1]]).all()):
+                raise ValueError(f"what came to rank {rank} is wrong")
+    dist.barrier()
+    return found
+
+
+def _latency(ranks: Ranks, setting: Setting) -> tuple[str, dict[str, Any]]:
+    queued, done = ranks.run(small_seconds, setting)[0]
+    text = f"queued in {queued * 1e6:.0f} us; with confirm=True there on both in {done * 1e6:.0f} us"
+    return text, {"queued_seconds": queued, "confirmed_seconds": done}
+
+
+def small_seconds(rank: int, setting: Setting) -> tuple[float, float]:
+    """Seconds of a call of 4 KiB from rank 0 to 1 until it returns, and until it is confirmed."""
+    found = [0.0, 0.0]
+    if rank < 2:
+        source, target = (ShardingSpec(Mesh([one], ("x",)), (Replicate(),), (1024,), "float32") for one in range(2))
+        tensor, out = (torch.ones(1024, device=setting.device) if rank == one else None for one in range(2))
+        for at, confirm in enumerate((False, True)):
+            with Resharder(source, target, **_options(setting, confirm=confirm)) as mover:
+                call = partial(mover, tensor, out=out)
+                _per_call(call, setting)
+                begin = time.perf_counter()
+                for _ in range(100):
+                    call()
+                found[at] = (time.perf_counter() - begin) / 100
+                _finish(setting)
+    dist.barrier()
+    return found[0], found[1]
+
+
+# ---- when a rank fails
+
+
+def _failure(ranks: Ranks, how: str, setting: Setting) -> str:
+    limit = 0.06 * setting.seconds
+    if how == "stays away":
+        texts = ranks.run(lose, how, limit, setting)
+    else:
+        ranks.start(lose, how, limit, setting)
+        texts = ranks.collect([0])
+    seconds, text = texts[0]
+    if f"rank {VICTIM} " not in text.split(";")[0] or seconds > 1.5 * limit:
+        raise ValueError(f"after {seconds:.1f} s of {limit:.1f}: {text!r}")
+    if how == "stops":
+        os.kill(ranks._processes[VICTIM].pid, signal.SIGKILL)
+    return f"named after {seconds:.1f} s of {limit:.1f}, and this rank goes on: {text[:80]}"
+
+
+def lose(rank: int, how: str, limit: float, setting: Setting) -> tuple[float, str]:
+    """(seconds until, text of the error) on rank 0 of a call that rank 1 does not come to; then both call again."""
+    size = setting.scaled(1 << 22, 1 << 8)
+    source, target = (ShardingSpec(Mesh([0, 1], ("x",)), (Shard(dim),), (64, size // 64), "float32") for dim in (0, 1))
+    shard = torch.full(source.local_shape(rank), float(rank), device=setting.device)
+    mover = Resharder(source, target, **_options(setting, timeout_seconds=limit))
+    mover(shard)
+    _finish(setting)
+    begin, text = time.monotonic(), ""
+    if rank == VICTIM:
+        if how != "stays away":
+            os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+        time.sleep(1.3 * limit)
+    else:
+        try:
+            for _ in range(2):
+                mover(shard)
+                _finish(setting)
+        except TransportError as error:
+            text = str(error)
+    seconds = time.monotonic() - begin
+    if how == "stays away":
+        for attempt in range(4):  # ranks that were late catch up by calling again
+            try:
+                out = mover(shard)
+                _finish(setting)
+                break
+            except TransportError:
+                if attempt == 3:
+                    raise
+        assert out is not None
+        if not bool((out[:32] == 0).all() and (out[32:] == 1).all()):
+            raise ValueError("what came after the failure is wrong")
+    elif float((shard + 1).sum()) < 0:
+        raise ValueError("this rank does not compute any more")
+    return seconds, text
