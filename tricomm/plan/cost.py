@@ -126,9 +126,12 @@ def _simulate(rows: "HopColumns", topology: Topology) -> tuple[list[float], list
     for first, last in pairwise(rounds):
         ready = sorted(zip([arrived[row] for row in before[first:last]], range(first, last), strict=True))
         for since, row in ready:
-            rank, leaves, enters = source[row], out[row], into[row]
+            rank = source[row]
             begin = rank_free[rank]
-            posted[row] = rank_free[rank] = begin = (since if since > begin else begin) + overhead
+            posted[row] = rank_free[rank] = (since if since > begin else begin) + overhead
+        # A link that ranks share carries first what was posted first.
+        for begin, row in sorted(zip(posted[first:last], range(first, last), strict=True)):
+            leaves, enters = out[row], into[row]
             busy = link_free[leaves]
             left[row] = link_free[leaves] = (begin if begin > busy else busy) + out_seconds[row]
             busy = link_free[enters]
