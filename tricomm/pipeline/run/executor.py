@@ -1,33 +1,28 @@
 """Executor: runs a schedule for ordinary modules, each stage on its own mesh."""
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from enum import Enum
 from math import isfinite
 from typing import Self, Unpack
 
 import torch
 
-from tricomm.errors import SpecError, TransportError
+from tricomm.errors import SpecError
 from tricomm.kinds import explains_missing, refuse_wrong_kinds
 from tricomm.options import LinkOptions, Options
-from tricomm.pipeline.run.connections import Connections, await_all
+from tricomm.pipeline.run.connections import await_all
 from tricomm.pipeline.run.edges.tensor import EdgeTensor
-from tricomm.pipeline.run.replicas import ReplicaCheck
+from tricomm.pipeline.run.generation import Generation, Setup, run_of
 from tricomm.pipeline.run.sizes import GivenSizes
-from tricomm.pipeline.run.stage import LOSS, Stage, StageRun
-from tricomm.pipeline.run.step import Data, Evaluation, Observer, Programs, Step
+from tricomm.pipeline.run.stage import Stage
+from tricomm.pipeline.run.step import Data, Evaluation, Observer, Step
 from tricomm.pipeline.run.tied import Tied
-from tricomm.pipeline.run.unused import GradientUse
-from tricomm.pipeline.run.wiring import EdgeTensors, check_data, check_queues, check_step, check_wiring, gradient_names
+from tricomm.pipeline.run.wiring import EdgeTensors, check_queues, check_step, check_wiring
 from tricomm.pipeline.schedule.actions import Action, Edge
 from tricomm.pipeline.schedule.check import Queues, check
 from tricomm.pipeline.schedule.communication import with_communication
 from tricomm.pipeline.schedule.schedule import Schedule
-from tricomm.plan.plan import digest_of
-from tricomm.transport.coordination.intent import Intent
 from tricomm.transport.group import GroupContext, context_of, device_of, resolve_group
 from tricomm.transport.telling import describe_failure
 
@@ -130,7 +125,6 @@ class Executor:
         self.measurements = 0
         """How many Measurements were made of it."""
         self.ranks = tuple(range(self.context.size))  # until it is known whose stages they are
-        self._options = options
         self._calls = 0
         try:
             kinds = {"queues": queues, "tied": tied, "loss_scale": loss_scale, "name": name}
@@ -146,19 +140,31 @@ class Executor:
             check(self.schedule, queues)
             if loss_scale is not None and not isfinite(loss_scale):
                 raise SpecError(f"loss_scale={loss_scale} is no finite number; give the weight of a microbatch's loss")
-            self._loss_scale = loss_scale
-            self.runs = {index: self._run_of(index) for index, stage in enumerate(stages) if self.rank in stage.mesh}
+            here = (index for index, stage in enumerate(stages) if self.rank in stage.mesh)
+            self.runs = {index: run_of(index, self.schedule, self.stages, edges) for index in here}
             """The stages of this rank."""
-            self._programs = self._new_programs()
-            self._connections = self._new_connections()
+            self._setup = Setup(
+                context=self.context,
+                device=self.device,
+                timeout_seconds=self.timeout_seconds,
+                options=options,
+                name=name,
+                schedule=self.schedule,
+                stages=self.stages,
+                edges=edges,
+                tied=self.tied,
+                queues=queues,
+                loss_scale=loss_scale,
+                ranks=self.ranks,
+                runs=self.runs,
+            )
+            self._generation = Generation(self._setup)
         except BaseException as error:
             reason = describe_failure(self.rank, f"the making of executor {name!r}", error)
             self.context.rendezvous.abort(self.ranks, reason, f"executor {name}")
             raise
-        self.unique = self._connect() if self.runs else ""
+        self.unique = self._generation.connect("", self._calls) if self.runs else ""
         """A name that no other executor has, on all ranks of the meshes."""
-        self._check = self._new_check()
-        self._use = self._new_use()
 
     def step(
         self, data: Data, *, sizes: GivenSizes | None = None, loss_weights: Sequence[float] | None = None
@@ -232,7 +238,7 @@ class Executor:
             raise SpecError(f"the ranks of executor {self.name!r} cannot tell each other numbers: {self.state.value}")
         try:
             refuse_wrong_kinds(Executor.gather, row=row)
-            return self._connections.gather(row)
+            return self._generation.connections.gather(row)
         except BaseException as error:
             self._fail(error, None)
             raise
@@ -245,7 +251,7 @@ class Executor:
             executor.close()  # or use it as ``with Executor(...) as executor:``
         """
         self.state = State.CLOSED
-        self._connections.close()
+        self._generation.connections.close()
 
     def __enter__(self) -> Self:
         return self
@@ -261,7 +267,7 @@ class Executor:
             executor.step(data, sizes={"length": 100})
             executor.bound_edges()[Edge(0, 1)][0].source.shape  # (8, 100, 512)
         """
-        return self._connections.bound_edges()
+        return self._generation.connections.bound_edges()
 
     @property
     def ring_nbytes(self) -> int:
@@ -271,7 +277,7 @@ class Executor:
 
             print(f"{executor.ring_nbytes / 1e6:.0f} MB of receive buffers")
         """
-        return self._connections.nbytes
+        return self._generation.connections.nbytes
 
     # ---- one call
 
@@ -297,23 +303,11 @@ class Executor:
                 self._connect_again()
             trains = trains and self.schedule.has_backward
             self._check_given(trains, data, sizes, loss_weights)
-            for index, names in self._programs.data_names.items():
-                check_data(index, self.rank, names, data, self.schedule.microbatches)
-            self._connections.use(sizes, data, self._compare)
-            for index, names in self._programs.data_names.items():
-                self._connections.check_rows(index, self.rank, {name: data[name] for name in names})
-            for run in self.runs.values():
-                run.begin(loss_weights or self._weights())
-                run.recorder = None
-            if trains:
-                for index, recorder in self._use.begin({key: run.module for key, run in self.runs.items()}).items():
-                    self.runs[index].recorder = recorder
-            check = self._check if trains else None
-            program = self._programs.next(trains, self._connections.sizes)
-            step = Step(program, self._connections.links, data, check, self.observer, self._computing)
+            place = f"executor {self.unique}, call {self._calls}"
+            step = self._generation.step(trains, data, sizes, loss_weights, self.observer, place)
             step.run()
             if trains:
-                self._finish()
+                self._generation.finish()
         except BaseException as error:
             # Whatever stops this rank (an error in a module, an interrupt) must reach those that wait for it.
             self._fail(error, None if step is None else step.action)
@@ -322,99 +316,15 @@ class Executor:
             self.on_step(time.perf_counter() - began)
         return step.result()
 
-    def _weights(self) -> list[float]:
-        """What each microbatch's loss counts where the step was not told: its part of the rows, or the loss_scale."""
-        rows, count = self._connections.rows, self.schedule.microbatches
-        if self._loss_scale is None and rows is not None:
-            return rows.weights
-        return [1.0 / count if self._loss_scale is None else self._loss_scale] * count
-
-    def _compare(self, fields: dict[str, str], call: str) -> None:
-        """Return once all ranks have come with the same fields."""
-        intent = Intent(self.ranks, fields, digest_of(fields), f"executor {self.unique}, call {self._calls}", call)
-        self.context.rendezvous.join(intent, self.timeout_seconds)
-
-    def _computing(self, action: Action) -> AbstractContextManager[None]:
-        """Say what this rank computes: meanwhile nobody is late that it will wait for."""
-        what = f"the computation of {action} of executor {self.name!r}"
-        return self.context.monitor.computing(what, self.timeout_seconds)
-
-    def _finish(self) -> None:
-        """What follows the last action of a step that trains."""
-        self._use.settle()
-        if self._check is not None:
-            for index, run in self.runs.items():
-                if LOSS in run.stage.outputs:
-                    losses = torch.stack([run.losses[one].reshape(()) for one in sorted(run.losses)])
-                    self._check.record_losses(f"stage {index}", run.stage.loss_spec, losses)
-            self._check.compare()
-            self._check = None
-        for run in self.runs.values():
-            if run.stage.after_backward is not None:
-                run.stage.after_backward(run.module)
-        for one in self._connections.tied:
-            one.add()
-
-    # ---- connecting and failing
-
-    def _run_of(self, index: int) -> StageRun:
-        by_edge = {edge: gradient_names(self.schedule, tensors) for edge, tensors in self.edges.items()}
-        inputs = [name for edge, names in by_edge.items() if edge[1] == index for name in names]
-        outputs = [name for edge, names in by_edge.items() if edge[0] == index for name in names]
-        return StageRun(index, self.stages[index], inputs, outputs)
-
-    def _new_programs(self) -> Programs:
-        has_kernels = self.context.accelerator_of(self.device) is not None
-        return Programs(self.schedule, self.edges, self.runs, loads_kernels=has_kernels)
-
-    def _new_connections(self) -> Connections:
-        what = (self.schedule, self.stages, self.edges, self.tied)
-        return Connections(*what, self.queues, self.name, self.runs, self.rank, self._options)
-
-    def _connect(self) -> str:
-        """Compare with all ranks what is about to run, then connect, in one order on all; returns a name for it."""
-        fields = {
-            "the number of microbatches": str(self.schedule.microbatches),
-            "the schedule": " | ".join(" ".join(map(str, actions)) for actions in self.schedule.lists),
-            "queues": self.queues.name,
-            "stages": repr([(stage.mesh, stage.inputs, stage.outputs, stage.loss) for stage in self.stages]),
-            "edges": repr([(tuple(edge), dict(tensors)) for edge, tensors in self.edges.items()]),
-            "tied": repr(list(self.tied)),
-        }
-        call = f"the connecting of executor {self.name!r}"
-        intent = Intent(self.ranks, fields, digest_of(fields), f"executor {self.name}", call)
-        unique = self.context.rendezvous.join(intent, self.timeout_seconds, decide=lambda _: uuid.uuid4().hex).decision
-        self._connections.connect()
-        return unique
-
-    def _new_check(self) -> ReplicaCheck | None:
-        """Make what compares gradients and losses in the next step, which is the first one or follows a failure."""
-        return ReplicaCheck(self.context.store, self.rank, f"{self.unique}/{self._calls}", self.timeout_seconds)
-
-    def _new_use(self) -> GradientUse:
-        """Make what asks which inputs have a gradient."""
-        edges = {(edge[0], edge[1]): gradient_names(self.schedule, one) for edge, one in self.edges.items()}
-        name = f"{self.unique}/{self._calls}"
-        return GradientUse(self.context.store, self.rank, name, self.stages, edges, self.timeout_seconds)
-
     def _connect_again(self) -> None:
         """After a failure: wait until all ranks are in this call, and connect anew."""
         await_all(self.context.store, self.unique, self.rank, self.ranks, self._calls, self.timeout_seconds)
-        self._connections.close()
-        self._programs = self._new_programs()
-        self._connections = self._new_connections()
-        self._connect()
-        self._check = self._new_check()
-        self._use = self._new_use()
+        self._generation.connections.close()
+        self._generation = Generation(self._setup)
+        self._generation.connect(self.unique, self._calls)
         self.state = State.READY
 
     def _fail(self, error: BaseException, action: Action | None) -> None:
         """Tell all ranks that this one waits for, or that wait for it."""
-        if isinstance(error, TransportError):
-            reason = str(error)
-        else:
-            place = "" if action is None else f" in {action}"
-            reason = f"rank {self.rank} failed{place}: {type(error).__name__}: {error}"
         self.state = State.FAILED
-        self._use.abort(reason)
-        self._connections.abort(reason)
+        self._generation.fail(error, action)
