@@ -130,7 +130,8 @@ def test_a_rehearsal_of_two_jobs(machine: tuple[Path, dict[str, str]]) -> None:
     (jobs,) = (line for line in lines_of(machine) if line["part"] == "jobs")
     passed = {outcome["name"]: outcome["passed"] for outcome in jobs["outcomes"]}
     assert passed == {
-        "one GPU of one host": None, "versions": True, "both sides come anew": True, "a rank that dies": True
+        "one GPU of one host": None, "versions over NCCL": True, "both sides come anew, and share memory": True,
+        "a rank that dies": True,
     }  # fmt: skip
 
 

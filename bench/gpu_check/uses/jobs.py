@@ -1,4 +1,4 @@
-"""A trainer of two ranks and a server of two, separate jobs whose four processes share the GPU, over NCCL."""
+"""A trainer of two ranks and a server of two, separate jobs whose four processes share the GPU."""
 
 import math
 import os
@@ -23,6 +23,7 @@ from tricomm import (
     local_shard,
 )
 from tricomm.launch import Ranks
+from tricomm.options import TransportName
 
 TRAINER, SERVER = "trainer", "server"
 SIDE_SIZE = 2
@@ -46,11 +47,13 @@ def two_jobs(setting: Setting) -> Iterator[Outcome]:
     with Meeting("tcp://127.0.0.1:0", secret=secret) as meeting, ranks_of(setting, 2 * SIDE_SIZE) as ranks:
         where = meeting.address, secret
         yield _refusal(ranks, where, setting)
-        for name, versions in (
-            ("versions", range(1, 1 + VERSIONS)),
-            ("both sides come anew", range(1 + VERSIONS, 1 + 2 * VERSIONS)),
-        ):
-            outcome = guarded(name, partial(_all_taken, ranks, where, versions, setting))
+        ways: dict[str, TransportName] = {
+            "versions over NCCL": "network",
+            "both sides come anew, and share memory": "auto",
+        }
+        for number, (name, transport) in enumerate(ways.items()):
+            versions = range(1 + number * VERSIONS, 1 + (number + 1) * VERSIONS)
+            outcome = guarded(name, partial(_all_taken, ranks, where, versions, transport, setting))
             yield outcome
             if not outcome.passed:
                 return  # a rank may have been left in the middle
@@ -94,23 +97,27 @@ def _full(name: str, version: int) -> torch.Tensor:
     return (torch.arange(float(math.prod(shape))) % 251 + version).reshape(shape)
 
 
-def _all_taken(ranks: Ranks, where: tuple[str, str], versions: range, setting: Setting) -> str:
-    found = ranks.run(exact_versions, where, versions, setting)
+def _all_taken(
+    ranks: Ranks, where: tuple[str, str], versions: range, transport: TransportName, setting: Setting
+) -> str:
+    found = ranks.run(exact_versions, where, versions, transport, setting)
     wanted = [list(versions)] * len(found)
     if found != wanted:
         raise ValueError(f"of versions {list(versions)} ranks pushed, or have exactly, {found}")
     return f"{len(versions)} versions pushed by {SIDE_SIZE} ranks, taken exactly by {SIDE_SIZE}"
 
 
-def exact_versions(rank: int, where: tuple[str, str], versions: range, setting: Setting) -> list[int]:
+def exact_versions(
+    rank: int, where: tuple[str, str], versions: range, transport: TransportName, setting: Setting
+) -> list[int]:
     """The versions that this rank has pushed, or has exactly; runs on every rank."""
     side, side_rank = _place(rank)
     if side == TRAINER:
-        with _publisher(rank, where, setting) as publisher:
+        with _publisher(rank, where, transport, setting) as publisher:
             return [version for version in versions if _pushed(publisher, side_rank, version, setting)]
     weights = _weights(side_rank, setting)
     found = []
-    with _subscriber(rank, where, weights, setting) as subscriber:
+    with _subscriber(rank, where, weights, transport, setting) as subscriber:
         for _ in versions:
             version = subscriber.wait(0.3 * setting.seconds)
             wanted = {name: _shard(name, spec, version, side_rank) for name, spec in _server_specs().items()}
@@ -118,20 +125,23 @@ def exact_versions(rank: int, where: tuple[str, str], versions: range, setting: 
     return found
 
 
-def _publisher(rank: int, where: tuple[str, str], setting: Setting) -> Publisher:
+def _publisher(rank: int, where: tuple[str, str], transport: TransportName, setting: Setting) -> Publisher:
     side, side_rank = _place(rank)
     return Publisher(
         where[0], side=side, side_rank=side_rank, side_size=SIDE_SIZE, fleets=[SERVER], specs=SPECS[TRAINER],
         secret=where[1], host=f"host-{rank}", device=setting.device, timeout_seconds=0.2 * setting.seconds,
+        transport=transport,
     )  # fmt: skip
 
 
-def _subscriber(rank: int, where: tuple[str, str], weights: Mapping[str, torch.Tensor], setting: Setting) -> Subscriber:
+def _subscriber(
+    rank: int, where: tuple[str, str], weights: Mapping[str, torch.Tensor], transport: TransportName, setting: Setting
+) -> Subscriber:
     side, side_rank = _place(rank)
     return Subscriber(
         where[0], side=side, side_rank=side_rank, side_size=SIDE_SIZE, source=TRAINER, specs=SPECS[SERVER],
         out=weights, secret=where[1], host=f"host-{rank}", device=setting.device,
-        timeout_seconds=0.2 * setting.seconds,
+        timeout_seconds=0.2 * setting.seconds, transport=transport,
     )  # fmt: skip
 
 
@@ -172,7 +182,7 @@ def told_of_death(rank: int, where: tuple[str, str], setting: Setting) -> str:
     """What a rank hears when the server's last one dies after the first version; runs on every rank."""
     side, side_rank = _place(rank)
     if side == TRAINER:
-        with _publisher(rank, where, setting) as publisher:
+        with _publisher(rank, where, "network", setting) as publisher:
             _pushed(publisher, side_rank, 1, setting)
             push = publisher.push(
                 {name: _shard(name, spec, 2, side_rank).to(setting.device) for name, spec in SPECS[TRAINER].items()},
@@ -184,7 +194,7 @@ def told_of_death(rank: int, where: tuple[str, str], setting: Setting) -> str:
                 return str(error)
             return push.skipped
     weights = _weights(side_rank, setting)
-    with _subscriber(rank, where, weights, setting) as subscriber:
+    with _subscriber(rank, where, weights, "network", setting) as subscriber:
         subscriber.wait(0.3 * setting.seconds)
         if rank == 2 * SIDE_SIZE - 1:
             os._exit(3)
