@@ -33,8 +33,8 @@ RUN_JUMPS = 30
 the read place to behind the last byte of the box."""
 LINE_UNITS = 128
 """Elements of a line."""
-MIN_SHIFTED_NBYTES = 64
-"""Of a run whose words are shifted."""
+MIN_SHIFTED_NBYTES = 96
+"""Of a run whose words are shifted. Of shorter ones the ends take longer than the words save."""
 LONG_RUN_NBYTES = 256
 """From here on the words of a run begin at a multiple of 32 bytes, and are a multiple of four."""
 

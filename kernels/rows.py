@@ -20,6 +20,8 @@ lanes of a word: 4 of them at most where bits are moved. See reach_words for cas
 MAX_NARROW_LOG2 = 1
 """Of the words that do not go by themselves if they make up runs. Wider ones take the kernels less time each than the
 memory takes."""
+MAX_TILE_NBYTES = 4096
+"""Of what is moved as bits: smaller programs follow each other more evenly, and write closer to each other."""
 MIN_FILLED = 0.8
 """Of all tiles of a launch; smaller ones are taken where less would be."""
 MIN_TRANSPOSED_EXTENT = 16
@@ -328,7 +330,8 @@ def _rows(sides: Sides, log2: Columns, is_cast: bool, tile_words: Sequence[int])
     total = sides.extents.prod(0)
     # A warp moves a line at a time, where it moves 32 words of other rows.
     at_once = np.where(is_cast & (run > 0), 32, 1)
-    words_per_tile = fitting_tile(total * at_once, tile_words)
+    nbytes = np.ones_like(log2) if is_cast else np.where(run > 0, 8, 1 << log2)
+    words_per_tile = fitting_tile(total * at_once, nbytes, tile_words)
     rows, first = _heads(sides, total, np.maximum(words_per_tile // at_once, 1))
     rows[:, layout.WORD_LOG2] = log2
     rows[:, layout.RUN] = run
@@ -349,11 +352,18 @@ def _rows(sides: Sides, log2: Columns, is_cast: bool, tile_words: Sequence[int])
     return Rows(rows, first, 2 * -(-used // 2), 0, words_per_tile)
 
 
-def fitting_tile(words: Columns, tile_words: Sequence[int]) -> int:
+def fitting_tile(words: Columns, nbytes: Columns, tile_words: Sequence[int]) -> int:
     """The largest tile of which boxes of so many words leave little empty; else that of which they leave least.
 
     A program takes its time and its place on a multiprocessor whether its tile is full or not.
+
+    Args:
+        words: (n,), of each box.
+        nbytes: (n,), of its words.
+        tile_words: of the tiles that there are, the most first.
     """
+    small = [tile for tile in tile_words if tile * (words * nbytes).sum() <= MAX_TILE_NBYTES * words.sum()]
+    tile_words = small or tile_words[-1:]
     filled = [float(words.sum() / (-(-words // tile) * tile).sum()) for tile in tile_words]
     enough = min(MIN_FILLED, max(filled))
     return next(tile for tile, share in zip(tile_words, filled, strict=True) if share >= enough)

@@ -117,20 +117,22 @@ def test_a_row_is_read_from_the_map_where_one_has_more_tiles_than_another() -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "tile"),
+    ("words", "nbytes", "tile"),
     [
-        ([64] * 100, 128),
-        ([256] * 100, 256),
-        ([400] * 3, 512),
-        ([10_000, 3], 512),
-        ([3], 128),
-        ([130], 256),
-        ([64] * 100 + [10**6], 512),
+        ([64] * 100, 8, 128),
+        ([256] * 100, 8, 256),
+        ([400] * 3, 8, 512),
+        ([10_000, 3], 1, 512),
+        ([10_000, 3], 16, 256),
+        ([3], 1, 128),
+        ([130], 4, 256),
+        ([64] * 100 + [10**6], 8, 512),
     ],
 )
-def test_small_boxes_take_small_tiles(words: list[int], tile: int) -> None:
-    assert fitting_tile(np.array(words), (512, 256, 128)) == tile
-    assert fitting_tile(np.array(words), (2048,)) == 2048
+def test_small_boxes_and_wide_words_take_small_tiles(words: list[int], nbytes: int, tile: int) -> None:
+    sizes = np.full(len(words), nbytes)
+    assert fitting_tile(np.array(words), sizes, (512, 256, 128)) == tile
+    assert fitting_tile(np.array(words), sizes, (2048,)) == 2048
 
 
 def test_division_by_magic_numbers_is_exact() -> None:
