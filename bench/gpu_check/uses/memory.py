@@ -8,20 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from bench.gpu_check.local import CASES
+from bench.gpu_check.local import CASES, Case
 from bench.gpu_check.parts import Outcome, Setting, guarded
 from bench.gpu_check.transport import moved, ranks_of
-from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, TransportError
+from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, TransportError, make_plan
 from tricomm.launch import Ranks
 
 RANKS = 4
 VICTIM = 1
 CALLS = 10
 """Of one move, queued one after the other."""
-TARGET = 0.8
-"""Of the copy of the run: bytes that cross between processes over the time."""
+SMALL_CALLS = 50
 SHAPE = (1 << 14, 1 << 14)
 """float32: 1 GiB."""
 REHEARSED_SIZE = 1 << 7
@@ -36,40 +34,35 @@ SIDES = {
 
 def moves(setting: Setting) -> Iterator[Outcome]:
     """The part "memory"."""
-    if not setting.is_rehearsal:
-        yield from _exact(setting)
-    else:
+    checks: list[tuple[str, Callable[[Ranks], Any]]] = []
+    if setting.is_rehearsal:
         yield Outcome("exact", None, "kept by the stand-in for devices, in tests/transport/device; here are none")
-    with ranks_of(setting, RANKS) as ranks:
-        yield guarded("4 KiB", partial(_latency, ranks, setting))
-        for name in SIDES:
-            yield guarded(name, partial(_rate, ranks, name, setting))
+    else:
+        checks += [(name, partial(_exact, case=case, setting=setting)) for name, case in CASES.items()]
+    checks += [(name, partial(_rate, name=name, setting=setting)) for name in SIDES]
+    checks.append(("4 KiB", partial(_latency, setting=setting)))
+    while checks:
+        with ranks_of(setting, RANKS) as ranks:
+            while checks:
+                name, check = checks.pop(0)
+                outcome = guarded(name, partial(check, ranks))
+                yield outcome
+                if not outcome.passed:
+                    break  # a rank may have been left in the middle: the other checks get new ones
     for how in ("stays away", "stops", "dies"):
         with ranks_of(setting, 2) as ranks:
             yield guarded(f"a rank that {how}", partial(_failure, ranks, how, setting))
 
 
-def _exact(setting: Setting) -> Iterator[Outcome]:
-    left = list(CASES.items())
-    while left:
-        with ranks_of(setting, RANKS) as ranks:
-            while left:
-                name, case = left.pop(0)
-                outcome = guarded(name, partial(_told, ranks, moved, case, setting, "memory"))
-                yield outcome
-                if not outcome.passed:
-                    break  # a rank may have been left in the middle
-
-
-def _told(ranks: Ranks, function: Callable[..., bool], *arguments: object) -> str:
-    wrong = [rank for rank, fine in enumerate(ranks.run(function, *arguments)) if not fine]
+def _exact(ranks: Ranks, case: Case, setting: Setting) -> str:
+    wrong = [rank for rank, fine in enumerate(ranks.run(moved, case, setting, "memory")) if not fine]
     if wrong:
         raise ValueError(f"wrong on ranks {wrong} of {ranks.size}")
     return f"exact on {ranks.size} ranks"
 
 
 def _options(setting: Setting, **more: Any) -> dict[str, Any]:
-    return {"device": setting.device, "timeout_seconds": 0.3 * setting.seconds, "transport": "memory", **more}
+    return {"device": setting.device, "timeout_seconds": 0.1 * setting.seconds, "transport": "memory", **more}
 
 
 def _finish(setting: Setting) -> None:
@@ -101,7 +94,6 @@ def copy_seconds(rank: int, setting: Setting) -> tuple[float, int]:
     source = torch.ones(_shape(setting), device=setting.device)
     target = torch.zeros_like(source)
     found = _per_call(lambda: target.copy_(source), setting) if rank == 0 else 0.0
-    dist.barrier()
     return found, source.nbytes
 
 
@@ -121,20 +113,20 @@ def seconds_of(rank: int, name: str, setting: Setting) -> tuple[float, int, list
     before, after = (Mesh(side, ("x",)) for side in SIDES[name])
     layout = Replicate() if "replicas" in name else Shard(1)
     source, target = ShardingSpec(before, (Shard(0),), _shape(setting), "float32"), ShardingSpec(after, (layout,))
-    found = None
-    if rank in (*before.ranks, *after.ranks):
-        values = torch.arange(float(_shape(setting)[1]), device=setting.device)
-        tensor = values.expand(source.local_shape(rank)).contiguous() if rank in before else None
-        out = torch.zeros(target.resolved(source).local_shape(rank), device=setting.device) if rank in after else None
-        with Resharder(source, target, name=name, **_options(setting)) as mover:
-            seconds = _per_call(partial(mover, tensor, out=out), setting)
-            found = seconds, mover.plan.wire_nbytes, [str(way) for way in mover.transports.values()]
-        if out is not None:
-            first = 0 if "replicas" in name else after.ranks.index(rank) * out.shape[1]
-            if not bool((out == values[first : first + out.shape[1]]).all()):
-                raise ValueError(f"what came to rank {rank} is wrong")
-    dist.barrier()
-    return found
+    if rank not in (*before.ranks, *after.ranks):
+        return None
+    values = torch.arange(float(_shape(setting)[1]), device=setting.device)
+    tensor = values.expand(source.local_shape(rank)).contiguous() if rank in before.ranks else None
+    target = target.resolved(source)
+    out = torch.zeros(target.local_shape(rank), device=setting.device) if rank in after.ranks else None
+    with Resharder(source, target, name=name, **_options(setting)) as mover:
+        seconds = _per_call(partial(mover, tensor, out=out), setting)
+        ways = [str(way) for way in mover.transports.values()]
+    if out is not None:
+        first = 0 if "replicas" in name else after.ranks.index(rank) * out.shape[1]
+        if not bool((out == values[first : first + out.shape[1]]).all()):
+            raise ValueError(f"what came to rank {rank} is wrong")
+    return seconds, make_plan(source, target).wire_nbytes, ways
 
 
 def _latency(ranks: Ranks, setting: Setting) -> tuple[str, dict[str, Any]]:
@@ -145,20 +137,20 @@ def _latency(ranks: Ranks, setting: Setting) -> tuple[str, dict[str, Any]]:
 
 def small_seconds(rank: int, setting: Setting) -> tuple[float, float]:
     """Seconds of a call of 4 KiB from rank 0 to 1 until it returns, and until it is confirmed."""
+    if rank >= 2:
+        return 0.0, 0.0
     found = [0.0, 0.0]
-    if rank < 2:
-        source, target = (ShardingSpec(Mesh([one], ("x",)), (Replicate(),), (1024,), "float32") for one in range(2))
-        tensor, out = (torch.ones(1024, device=setting.device) if rank == one else None for one in range(2))
-        for at, confirm in enumerate((False, True)):
-            with Resharder(source, target, **_options(setting, confirm=confirm)) as mover:
-                call = partial(mover, tensor, out=out)
-                _per_call(call, setting)
-                begin = time.perf_counter()
-                for _ in range(100):
-                    call()
-                found[at] = (time.perf_counter() - begin) / 100
-                _finish(setting)
-    dist.barrier()
+    source, target = (ShardingSpec(Mesh([one], ("x",)), (Replicate(),), (1024,), "float32") for one in range(2))
+    tensor, out = (torch.ones(1024, device=setting.device) if rank == one else None for one in range(2))
+    for at, confirm in enumerate((False, True)):
+        with Resharder(source, target, **_options(setting, confirm=confirm)) as mover:
+            call = partial(mover, tensor, out=out)
+            _per_call(call, setting)
+            begin = time.perf_counter()
+            for _ in range(SMALL_CALLS):
+                call()
+            found[at] = (time.perf_counter() - begin) / SMALL_CALLS
+            _finish(setting)
     return found[0], found[1]
 
 
