@@ -72,6 +72,18 @@ def test_a_move_is_right(five: Threads, name: str, confirm: bool) -> None:
     assert any(calls_of(five))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_where_ranks_read_each_others_memory_each_is_sent_to(name: str) -> None:
+    """What is packed once is there for all of them."""
+    source, destination, _ = CASES[name]
+    _, full = source_and_result(source, destination)
+    with Threads(SIZE, transport="memory") as threads:
+        for rank, results in enumerate(threads.run(move, threads, name, True)):
+            for found in results if rank in destination.mesh else ():
+                require_equal(found, pick(full, destination, rank), f"rank {rank}")
+        assert not any(calls_of(threads))
+
+
 def backends_of(threads: Threads) -> list[int]:
     return [len(standin.backends) for standin in threads.standins]
 
