@@ -371,3 +371,24 @@ def test_a_cast_and_a_reduction_go_by_formulas_too() -> None:
     shards = {rank: torch.full((64, 6), float(rank)) for rank in range(4)}
     for rank, shard in LocalTransport().run(plan, shards).items():
         assert rank < 4 or torch.equal(shard, torch.full((32, 6), 6.0, dtype=torch.bfloat16))
+
+
+def test_a_trimmed_vocabulary_shares_messages_with_what_is_cut_by_axes() -> None:
+    """Its holdings are told rank by rank, and each of its rows has one holder all the same."""
+    first, second = Mesh([0, 1], ("tp",)), Mesh(range(2, 6), ("tp",))
+    here = {0: (((0, 6),), ((0, 8),)), 1: (((6, 10),), ((0, 8),))}
+    there = {2 + at: (((3 * at, min(3 * at + 3, 10)),), ((0, 8),)) for at in range(4)}
+    embed = ShardingSpec.explicit(here, (10, 8), "float32"), ShardingSpec.explicit(there, (10, 8), "float32")
+    other = ShardingSpec(first, (Shard(0),), (8, 8), "float32"), ShardingSpec(second, (Shard(0),), (8, 8), "float32")
+    sides = [{"embed": embed[side], "other": other[side]} for side in (0, 1)]
+    plan = make_plan(*sides)
+    plan.verify()
+    (move,) = plan.moves
+    pairs = [message.chain for message in move.messages]
+    assert len(pairs) == len(set(pairs))
+    assert {(0, 2), (0, 3), (1, 4), (1, 5)} <= set(pairs)
+    for rank in range(6):
+        alone = make_plan(*sides, rank=rank)
+        assert alone.rank == rank
+        found = {(message.chain, message.chunks[0]) for message in alone.moves[0].messages}
+        assert found == {(message.chain, message.chunks[0]) for message in move.messages if rank in message.chain}

@@ -24,6 +24,7 @@ from tricomm.plan.move import Move
 from tricomm.plan.network.fan_out import FanOut
 from tricomm.plan.plan import PLANNER_VERSION, Plan
 from tricomm.plan.product.choose import product_move, routes_of_move
+from tricomm.plan.product.grid import is_held_once
 from tricomm.plan.product.move import ProductMove
 from tricomm.plan.routes.chunks import RouteContext
 from tricomm.plan.routes.joined import Routes, joined
@@ -209,8 +210,8 @@ class _Draft:
         unicast only.
         """
         stack = self.stacks[number]
-        one_holder = stack.source.exclusive or isinstance(self.balance, Naive)
-        one_way = stack.destination.exclusive or isinstance(self.strategy, SendRecv)
+        one_holder = is_held_once(stack.source) or isinstance(self.balance, Naive)
+        one_way = is_held_once(stack.destination) or isinstance(self.strategy, SendRecv)
         return one_holder and one_way
 
     @property

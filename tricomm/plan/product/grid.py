@@ -61,6 +61,14 @@ def grid_of(spec: ShardingSpec) -> Grid | None:
     return _grid(spec.mesh, axes)
 
 
+def is_held_once(spec: ShardingSpec) -> bool:
+    """Whether ranks provably hold disjoint elements, also where holdings that are told rank by rank make a grid."""
+    if spec.exclusive or spec.holdings is None or not prod(spec.global_shape) or not spec.global_shape:
+        return spec.exclusive
+    grid = grid_of(spec)
+    return grid is not None and grid.replicas == 1
+
+
 @lru_cache(maxsize=256)
 def _grid_of_holdings(spec: ShardingSpec) -> Grid | None:
     table = part_table(spec)

@@ -11,7 +11,7 @@ from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.allotted import allotted
-from tricomm.plan.product.grid import Grid, Rings, grid_of
+from tricomm.plan.product.grid import Grid, Rings, grid_of, is_held_once
 from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.nics import Nics, nics_of, share_hosts, units_of
 from tricomm.plan.product.pieces import Cutting
@@ -83,7 +83,7 @@ class ProductMove:
         topology = context.topology
         if 0 in (*source.global_shape, source.mesh.size, len(source.global_shape)):
             return None
-        if source.exclusive and destination.exclusive:
+        if is_held_once(source) and is_held_once(destination):
             return None
         if not isinstance(strategy, Auto | SendRecv | Broadcast | GlobalAllGather):
             return None
