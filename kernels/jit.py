@@ -45,6 +45,7 @@ def _move(
     FROM: tl.constexpr,
     TO: tl.constexpr,
     SATURATES: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """Move words of ``LANES`` elements each, and cast them unless FROM and TO are the same.
 
@@ -62,7 +63,7 @@ def _move(
     target = tl.multiple_of(write_base.to(tl.pointer_type(WRITE)), LANES * (WRITE.primitive_bitwidth // 8))
     value = tl.load(source + (read * LANES)[:, None] + lanes[None, :], mask=there)
     if FROM != TO:
-        value = cast(value, FROM, TO, SATURATES)
+        value = cast(value, FROM, TO, SATURATES, NATIVE)
     tl.store(target + (write * LANES)[:, None] + lanes[None, :], value, mask=there)
 
 
@@ -78,6 +79,7 @@ def _move_lines(
     FROM: tl.constexpr,
     TO: tl.constexpr,
     SATURATES: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """Cast a tile of narrow words, of one element each, in lines: 128 side by side, 4 by each of 32 threads.
 
@@ -105,10 +107,10 @@ def _move_lines(
     # the warps to it, and each of them the places of all lines to find.)
     tl.static_assert(_LINE == 4 * 32)
     first, second, third, fourth = tl.load(source), tl.load(source + 32), tl.load(source + 64), tl.load(source + 96)
-    tl.store(target, cast(first, FROM, TO, SATURATES))
-    tl.store(target + 32, cast(second, FROM, TO, SATURATES))
-    tl.store(target + 64, cast(third, FROM, TO, SATURATES))
-    tl.store(target + 96, cast(fourth, FROM, TO, SATURATES))
+    tl.store(target, cast(first, FROM, TO, SATURATES, NATIVE))
+    tl.store(target + 32, cast(second, FROM, TO, SATURATES, NATIVE))
+    tl.store(target + 64, cast(third, FROM, TO, SATURATES, NATIVE))
+    tl.store(target + 96, cast(fourth, FROM, TO, SATURATES, NATIVE))
 
 
 @triton.jit
@@ -128,15 +130,15 @@ def _copy_tile(tile, rows, tiles, magic, shift, read_base, write_base, WORDS: tl
         offsets = offsets_of(index, row, RANK)
         # The same number of words a thread in each branch keeps the registers of the whole low.
         if log2 == 4:
-            _move(bases, offsets, inside, tl.int32, tl.int32, 4, "", "", False)
+            _move(bases, offsets, inside, tl.int32, tl.int32, 4, "", "", False, False)
         elif log2 == 3:
-            _move(bases, offsets, inside, tl.int32, tl.int32, 2, "", "", False)
+            _move(bases, offsets, inside, tl.int32, tl.int32, 2, "", "", False, False)
         elif log2 == 2:
-            _move(bases, offsets, inside, tl.int32, tl.int32, 1, "", "", False)
+            _move(bases, offsets, inside, tl.int32, tl.int32, 1, "", "", False, False)
         elif log2 == 1:
-            _move(bases, offsets, inside, tl.int16, tl.int16, 1, "", "", False)
+            _move(bases, offsets, inside, tl.int16, tl.int16, 1, "", "", False, False)
         else:
-            _move(bases, offsets, inside, tl.int8, tl.int8, 1, "", "", False)
+            _move(bases, offsets, inside, tl.int8, tl.int8, 1, "", "", False, False)
 
 
 @triton.jit
@@ -189,6 +191,7 @@ def _cast_tile(
     FROM: tl.constexpr,
     TO: tl.constexpr,
     SATURATES: tl.constexpr,
+    NATIVE: tl.constexpr,
     READ: tl.constexpr,
     WRITE: tl.constexpr,
     WIDEST_LOG2: tl.constexpr,
@@ -198,14 +201,14 @@ def _cast_tile(
     tile -= tl.load(row + FIRST_TILE)
     log2 = tl.load(row + WORD_LOG2)
     if tl.load(row + RUN) > 0:
-        _move_lines(bases, row, tile, READ, WRITE, WORDS // 32, RANK, FROM, TO, SATURATES)
+        _move_lines(bases, row, tile, READ, WRITE, WORDS // 32, RANK, FROM, TO, SATURATES, NATIVE)
     else:
         index = tile * WORDS + tl.arange(0, WORDS)
         inside = index < tl.load(row + TOTAL)
         offsets = offsets_of(index, row, RANK)
         for level in tl.static_range(WIDEST_LOG2 + 1):
             if log2 == level:
-                _move(bases, offsets, inside, READ, WRITE, 1 << level, FROM, TO, SATURATES)
+                _move(bases, offsets, inside, READ, WRITE, 1 << level, FROM, TO, SATURATES, NATIVE)
 
 
 @triton.jit
@@ -223,6 +226,7 @@ def cast_boxes(
     FROM: tl.constexpr,
     TO: tl.constexpr,
     SATURATES: tl.constexpr,
+    NATIVE: tl.constexpr,
     READ: tl.constexpr,
     WRITE: tl.constexpr,
     WIDEST_LOG2: tl.constexpr,
@@ -246,6 +250,7 @@ def cast_boxes(
                 FROM,
                 TO,
                 SATURATES,
+                NATIVE,
                 READ,
                 WRITE,
                 WIDEST_LOG2,
@@ -265,6 +270,7 @@ def cast_boxes(
             FROM,
             TO,
             SATURATES,
+            NATIVE,
             READ,
             WRITE,
             WIDEST_LOG2,

@@ -1,8 +1,9 @@
 """Casts between element types in the kernels, on raw elements: unsigned integers of their size.
 
 They go through float32 but for some short ones, and where Triton's own differ from torch's, or its interpreter's are
-wrong, they are done on integers: to nearest, ties to even. What torch makes of values beyond the largest float8_e4m3fn,
-which has no infinity, depends on its version: NaN up to 2.11, the largest value in 2.13.
+wrong, they are done on integers: to nearest, ties to even. GPUs that round to float8 by themselves do so where NATIVE,
+which the interpreter cannot: only a GPU shows it (``make gpu-check``, over all bits). What torch makes of values beyond
+the largest float8_e4m3fn, which has no infinity, depends on its version: NaN up to 2.11, the largest value in 2.13.
 """
 
 import triton
@@ -82,26 +83,50 @@ def _float8_e4m3fn_as_e5m2(raw):
 
 
 @triton.jit
-def cast(raw, FROM: tl.constexpr, TO: tl.constexpr, SATURATES: tl.constexpr):
-    """Raw elements of one type from those of another; with SATURATES float8_e4m3fn has no NaN but those of NaN."""
-    if TO == "float8_e5m2" and FROM == "float16":
+def _native_float8(value, TO: tl.constexpr, SATURATES: tl.constexpr):
+    """float8 elements of float32 values. The GPU gives the largest finite one for all beyond it, and NaN no sign."""
+    sign = (value.to(tl.uint32, bitcast=True) >> 24) & 0x80
+    if TO == "float8_e5m2":
+        result = value.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        result = tl.where(tl.abs(value) >= 61440.0, 0x7C, result)
+    else:
+        result = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        if not SATURATES:
+            result = tl.where(tl.abs(value) > 464.0, 0x7F, result)
+    return result.to(tl.uint8) | sign.to(tl.uint8)
+
+
+@triton.jit
+def _to_float8(raw, FROM: tl.constexpr, TO: tl.constexpr, SATURATES: tl.constexpr, NATIVE: tl.constexpr):
+    """Raw float8 elements, as ``cast``."""
+    if NATIVE:
+        return _native_float8(_decoded(raw, FROM), TO, SATURATES)
+    elif TO == "float8_e5m2" and FROM == "float16":
         return _half_as_float8_e5m2(raw)
     elif TO == "float8_e5m2" and FROM == "float8_e4m3fn":
         return _float8_e4m3fn_as_e5m2(raw)
-    value = _decoded(raw, FROM)
+    elif TO == "float8_e5m2":
+        value = _decoded(raw, FROM)
+        return _float8(value, 2, 15, 0x7C) if FROM == "float32" else _short_float8(value, 2, 15, 0x7C)
+    else:
+        tl.static_assert(TO == "float8_e4m3fn")
+        value = _decoded(raw, FROM)
+        largest: tl.constexpr = 0x7E if SATURATES else 0x7F
+        return _float8(value, 3, 7, largest) if FROM == "float32" else _short_float8(value, 3, 7, largest)
+
+
+@triton.jit
+def cast(raw, FROM: tl.constexpr, TO: tl.constexpr, SATURATES: tl.constexpr, NATIVE: tl.constexpr):
+    """Raw elements of one type from those of another; with SATURATES float8_e4m3fn has no NaN but those of NaN."""
     if TO == "float32":
-        return value.to(tl.uint32, bitcast=True)
+        return _decoded(raw, FROM).to(tl.uint32, bitcast=True)
     elif TO == "float16":
-        return value.to(tl.float16).to(tl.uint16, bitcast=True)
+        return _decoded(raw, FROM).to(tl.float16).to(tl.uint16, bitcast=True)
     elif TO == "bfloat16":
-        bits = value.to(tl.uint32, bitcast=True)
+        bits = _decoded(raw, FROM).to(tl.uint32, bitcast=True)
         if raw.dtype.primitive_bitwidth == 8:
             return (bits >> 16).to(tl.uint16)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
-    elif TO == "float8_e5m2":
-        return _float8(value, 2, 15, 0x7C) if FROM == "float32" else _short_float8(value, 2, 15, 0x7C)
     else:
-        tl.static_assert(TO == "float8_e4m3fn")
-        largest: tl.constexpr = 0x7E if SATURATES else 0x7F
-        return _float8(value, 3, 7, largest) if FROM == "float32" else _short_float8(value, 3, 7, largest)
+        return _to_float8(raw, FROM, TO, SATURATES, NATIVE)

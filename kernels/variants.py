@@ -56,7 +56,7 @@ class Variant:
         return jit.copy_boxes if self.formats is None else jit.cast_boxes
 
     def constants(self) -> dict[str, Any]:
-        """Its constexpr arguments, in order."""
+        """Its constexpr arguments, in order, for the interpreter: NATIVE is what the target of a compilation has."""
         import triton.language as tl
 
         if self.transposed_nbytes:
@@ -78,6 +78,7 @@ class Variant:
             "FROM": self.formats[0],
             "TO": self.formats[1],
             "SATURATES": self.saturates,
+            "NATIVE": False,
             "READ": types[sizes[0]],
             "WRITE": types[sizes[1]],
             "WIDEST_LOG2": (layout.VECTOR_NBYTES // max(sizes)).bit_length() - 1,
@@ -102,6 +103,9 @@ def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
     from tricomm.kernels import jit
 
     constants = variant.constants()
+    is_hopper = target.backend == "cuda" and target.arch >= 90
+    if variant.formats is not None:
+        constants["NATIVE"] = is_hopper
     arguments = {"rows": "*i32", "tiles": "*i32", "magic": "i32", "shift": "i32"}
     arguments |= {"read_base": "i64", "write_base": "i64", "count": "i32"}
     source = ASTSource(
@@ -112,6 +116,6 @@ def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
     )
     options = {"num_warps": variant.num_warps}
     is_copy = variant.formats is None and not variant.transposed_nbytes
-    if is_copy and variant.rank == layout.MAX_RANK and target.backend == "cuda" and target.arch >= 90:
+    if is_copy and variant.rank == layout.MAX_RANK and is_hopper:
         options["maxnreg"] = MAX_REGISTERS
     return triton.compile(source, target=target, options=options)
