@@ -17,10 +17,14 @@ from tricomm.transport.group import context_of
 from tricomm.transport.nccl import NcclConnections
 
 
-@pytest.fixture
-def threads() -> Iterator[Threads]:
+@pytest.fixture(params=["nccl", "memory"])
+def threads(request: pytest.FixtureRequest) -> Iterator[Threads]:
+    """Ranks whose devices nothing joins, or that share one."""
     with Threads(sum(SIZES.values())) as made:
+        if request.param == "nccl":
+            made.exports.identities |= {rank: f"{rank}" for rank in range(made.size)}
         yield made
+        assert made.exports.faults == []
 
 
 def on_devices(worlds: list[World], threads: Threads) -> list[World]:
@@ -41,7 +45,7 @@ def test_versions_are_pushed_over_nccl_and_the_next_epoch_too(meeting: Meeting, 
             for rank in ranks[2:]:
                 rank.require(version)
         communicator = ranks[0].feed._movers._mover._session.communicator
-        assert isinstance(communicator.connections, NcclConnections)
+        assert isinstance(communicator.connections.network, NcclConnections) == bool(threads.exports.identities)
         if epoch == 1:
             worlds, before = on_devices(raised(together(*(w.renew for w in worlds))), threads), ranks
 

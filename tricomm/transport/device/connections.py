@@ -62,7 +62,8 @@ class DeviceConnections:
         self._directions: Directions = frozenset((is_send, rank) for rank in links for is_send in (True, False))
         self._version = object()
         self._accelerator, self._memory = accelerator, memory
-        self._runs, self._links, self._blocks, self._interrupted = held.runs, links, held.blocks, interrupted
+        self._runs, self._links, self._blocks = held.runs, links, held.blocks
+        self._interrupted: Any = weakref.WeakMethod(interrupted)  # who holds it holds these connections
         self._groups = 0
         self._is_mixed = is_mixed
         self._unpacked: list[Posted] = []
@@ -189,9 +190,15 @@ class DeviceConnections:
                     raise ConnectionLostError(None, error) from error
                 for (is_send, peer), least in wanted.items():
                     if not is_send:
-                        self._links[peer].take(least, self._interrupted)
+                        self._links[peer].take(least, self._look)
             self._version = object()
         return {way: self._arena(way) for way in nbytes}
+
+    def _look(self) -> None:
+        """Raise if the wait on the host is to end."""
+        interrupted = self._interrupted()
+        if interrupted is not None:
+            interrupted()
 
     def _arena(self, way: Direction) -> torch.Tensor:
         is_send, peer = way
