@@ -17,6 +17,7 @@ from tests.standin.test_moves import CASES
 from tests.transport.test_gloo import drawable
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, ShardingSpec, TransportError
+from tricomm.transport.nccl import alive
 
 WAYS = ("all by memory", "two devices", "one refuses")
 
@@ -122,6 +123,7 @@ def use_many(rank: int, threads: Threads, count: int) -> None:
 
 
 def test_communicators_leave_nothing_behind() -> None:
+    alive.cache_clear()  # devices of tests before this one, which were closed with something under way
     with Threads(2, Limits(loads=True), transport="memory") as threads, threads.keys_are_ours():
         threads.run(use_many, threads, 10)
         gc.collect()
