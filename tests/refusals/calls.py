@@ -127,6 +127,8 @@ REFUSALS: dict[str, Refusal] = {
         "chunk_bytes=0", "positive number of bytes", "or None to choose"),
     "chunk a float": (lambda: Broadcast(4e6), ArgumentError,
         "chunk_bytes=4000000.0", "positive number of bytes", "or None to choose"),
+    "one call a number": (lambda: Broadcast(one_call=1), ArgumentError,
+        "one_call=1", "must be True or False", "leave it out for a chain"),
     "held by nobody": (nobody_holds, PlanError,
         "(((3, 4),),) that rank 2 needs", "held by no rank of the source int8[8] explicit", "add them"),
     # options.py
