@@ -6,6 +6,8 @@ Rules, beside those of devices and NCCL:
 16. Whatever the host or a device writes to a word, streams that wait for it see.
 17. What one rank exports, others open; a rank cannot open its own. Memory that is freed while another has it open, and
     what is used after it was closed, is a fault of the library, which ``Exports`` tells.
+18. A page is registered until it is given back, also when it is not mapped any more: what is mapped there next is
+    refused.
 """
 
 import ctypes
@@ -122,6 +124,8 @@ class StandInMemory:
         return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
 
     def register(self, address: int, nbytes: int) -> int:
+        if address in self.registered:
+            raise DeviceMemoryError("CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED (712)")
         self.registered.add(address)
         return address
 

@@ -41,6 +41,10 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuMemHostGetDevicePointer_v2": (ctypes.POINTER(Address), Pointer, Word),
     "cuStreamWaitValue32_v2": (Pointer, Address, Word, Word),
     "cuStreamWriteValue32_v2": (Pointer, Address, Word, Word),
+    "cuCtxGetCurrent": (ctypes.POINTER(Pointer),),
+    "cuCtxSetCurrent": (Pointer,),
+    "cuDeviceGet": (ctypes.POINTER(ctypes.c_int), ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (ctypes.POINTER(Pointer), ctypes.c_int),
     "cuDeviceGetP2PAttribute": (ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int, ctypes.c_int),
 }
 
@@ -63,6 +67,33 @@ def _function(name: str) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
+def _called(name: str, *arguments: Any) -> None:
+    code = _function(name)(*arguments)
+    if code:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorName(code, ctypes.byref(text))
+        raise DeviceMemoryError(f"{name}: {(text.value or b'error').decode()} ({code})")
+
+
+@cache
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """The context of a device that torch uses too, kept for as long as the process lives."""
+    device, found = ctypes.c_int(), Pointer()
+    _called("cuDeviceGet", ctypes.byref(device), index)
+    _called("cuDevicePrimaryCtxRetain", ctypes.byref(found), device)
+    return found
+
+
+def _require_context(index: int) -> None:
+    """Give this thread the device's context if it has none, which the driver refuses. torch's calls see to it by
+    themselves, but to choose a device that is chosen already is none of these.
+    """
+    current = Pointer()
+    _called("cuCtxGetCurrent", ctypes.byref(current))
+    if not current.value:
+        _called("cuCtxSetCurrent", _primary_context(index))
+
+
 class CudaMemory:
     """See DeviceMemory.
 
@@ -76,11 +107,8 @@ class CudaMemory:
 
     def _call(self, name: str, *arguments: Any) -> None:
         with torch.cuda.device(self._device):
-            code = _function(name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            _library().cuGetErrorName(code, ctypes.byref(text))
-            raise DeviceMemoryError(f"{name}: {(text.value or b'error').decode()} ({code})")
+            _require_context(self._device.index)
+            _called(name, *arguments)
 
     def identity(self) -> str:
         """See DeviceMemory."""

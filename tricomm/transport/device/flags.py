@@ -7,6 +7,7 @@ host can let go what its own device waits for, by a store. Counters go round at 
 import ctypes
 import threading
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 from tricomm.transport.device.memory import DeviceMemory
@@ -38,6 +39,14 @@ class Flag(IntEnum):
     """Its device, while it connects."""
 
 
+@cache
+def _registered() -> dict[int, SharedSlab]:
+    """Pages that a driver has, by address: they stay mapped until it gives them back, whoever forgets their Flags. What
+    the system maps there next could not be registered.
+    """
+    return {}
+
+
 class Flags:
     """The words of one pair of ranks.
 
@@ -51,6 +60,7 @@ class Flags:
         self._memory = memory
         self._page = page
         self._device_address: int | None = memory.register(page.address, PAGE_NBYTES)
+        _registered()[page.address] = page
         self._ours, self._theirs = (0, len(Flag)) if is_lower else (len(Flag), 0)
         self._awaited = {Flag.READY: 0, Flag.DONE: 0}
         """What streams here were told to wait for at most, in words of the peer."""
@@ -106,3 +116,4 @@ class Flags:
         if self._device_address is not None:
             self._device_address = None
             self._memory.unregister(self._page.address)
+            del _registered()[self._page.address]

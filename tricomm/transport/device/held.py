@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -44,20 +45,25 @@ class Held:
         self.blocks = blocks
 
     def give_back(self, are_idle: Callable[[], bool]) -> None:
-        """Close what was opened, say so, and free what peers have closed; waits for them."""
+        """Close what was opened, say so, and free what peers have closed; waits for them. What a driver refuses holds
+        up nothing else.
+        """
+        _await(are_idle, PAUSE_SECONDS)
+        for link in self._links:
+            self._try(link.unmap)
+            link.signals.close()
+        _await(lambda: all(link.is_unmapped() for link in self._links), LONGEST_PAUSE_SECONDS)
+        _await(are_idle, PAUSE_SECONDS)
+        for link in self._links:
+            self._try(link.flags.close)
+        while self.blocks:
+            self._try(partial(self._memory.free, self.blocks.pop()))
+
+    def _try(self, step: Callable[[], None]) -> None:
         try:
-            _await(are_idle, PAUSE_SECONDS)
-            for link in self._links:
-                link.unmap()
-                link.signals.close()
-            _await(lambda: all(link.is_unmapped() for link in self._links), LONGEST_PAUSE_SECONDS)
-            _await(are_idle, PAUSE_SECONDS)
-            for link in self._links:
-                link.flags.close()
-            while self.blocks:
-                self._memory.free(self.blocks.pop())
+            step()
         except RuntimeError as error:
-            LOG.info("while memory of %s was given back: %s", self.device, error)
+            LOG.warning("while memory of %s was given back: %s", self.device, error)
 
 
 def _await(is_so: Callable[[], bool], longest_seconds: float) -> None:
