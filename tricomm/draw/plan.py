@@ -31,8 +31,10 @@ def plan_svg(plan: Plan, *, title: str = "", width: int = 1400, topology: Topolo
     """Draw a plan as an SVG: a lane per host, a row per rank, a bar per hop at its simulated times.
 
     The upper bars of a row are what the rank sends, the lower ones what it receives, each for as long as it keeps the
-    NIC busy: what shares a NIC stands one after the other. Colours say whose data it is, arrows lead to where and when
-    it arrives. Chunks of a message get paler one by one; bars of half the height stay within a host.
+    NIC busy: what shares a NIC stands one after the other, though it may go at once. Sends and receives are timed by
+    themselves, so that a hop may be drawn to enter before it leaves; when it arrives is as simulated. Colours say whose
+    data it is, arrows lead to where and when it arrives. Chunks of a message get paler one by one; bars of half the
+    height stay within a host.
 
     Of more than 64 ranks those of the first hosts are drawn; with more than 120 hops or 24 ranks arrows are left out,
     and with more than 3000 hops bars that almost touch are joined. A line below the picture says so.
@@ -234,7 +236,7 @@ class _Drawing:
     def _notes(self) -> list[str]:
         if not self.hops:
             return ["Nothing travels between ranks."]
-        words = ["Upper bars: sends, lower bars: receives"]
+        words = ["Upper bars: sends, lower bars: receives, each link by itself (messages of a round share it)"]
         if self.has_arrows:
             words.append("arrows: where and when it arrives")
         if any(hop.chunks > 1 for hop in self.hops):

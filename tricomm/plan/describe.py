@@ -161,15 +161,25 @@ def _cast(stack: Stack) -> str:
     return f", cast to {after} on the {'receiver' if stack.wire_dtype == before else 'sender'}"
 
 
+def counted_as(count: int, what: str) -> str:
+    """Write how many there are of something.
+
+    Example:
+        >>> counted_as(1, "hop"), counted_as(3, "hop")
+        ('1 hop', '3 hops')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _describe_move(move: Move, title: str, balance: str) -> list[str]:
     rounds = len({hop.round for hop in move.hops})
     local = sum(len(set(task.holders) & set(task.receivers)) for task in move.tasks)
     cast = "".join(dict.fromkeys(map(_cast, move.stacks)))
     strategies = " and ".join(dict.fromkeys(map(repr, move.strategies)))
-    lines = [
-        f"  {title}{strategies}, {balance}: {len(move.tasks)} tasks, {len(move.messages)} messages, "
-        f"{len(move.hops)} hops in {rounds} round{'' if rounds == 1 else 's'}, {local} local copies{cast}"
-    ]
+    counts = {"task": len(move.tasks), "message": len(move.messages), "hop": len(move.hops)}
+    counted = ", ".join(counted_as(count, what) for what, count in counts.items())
+    copies = "1 local copy" if local == 1 else f"{local} local copies"
+    lines = [f"  {title}{strategies}, {balance}: {counted} in {counted_as(rounds, 'round')}, {copies}{cast}"]
     for message in move.messages[:MAX_ROWS]:
         arrow = " -> ".join(format_ranks([rank]) for rank in message.chain)
         if message.in_one_call:
