@@ -1,6 +1,5 @@
 """What is given back, though a driver refuses some of it."""
 
-import gc
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -60,10 +59,8 @@ def test_a_page_that_the_driver_keeps_stays_mapped(memory: StandInMemory, monkey
             with pytest.raises(DeviceMemoryError):
                 flags.close()
             del flags
-            gc.collect()
     for _ in range(20):
         Flags(memory, page(), True)  # forgotten, and never closed
-        gc.collect()
     flags = Flags(memory, page(), True)
     flags.close()
     assert len(memory.registered) == 40
