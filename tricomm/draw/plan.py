@@ -236,14 +236,17 @@ class _Drawing:
     def _notes(self) -> list[str]:
         if not self.hops:
             return ["Nothing travels between ranks."]
-        words = ["Upper bars: sends, lower bars: receives, each link by itself (messages of a round share it)"]
+        words = ["Upper bars: sends, lower bars: receives"]
         if self.has_arrows:
             words.append("arrows: where and when it arrives")
         if any(hop.chunks > 1 for hop in self.hops):
             words.append("chunks of a message: numbered behind the colon or alone, paler one by one")
         if any(hop.is_local for hop in self.hops):
             words.append("half the height: within a host")
-        notes = ["; ".join(words) + "."]
+        notes = [
+            "; ".join(words) + ".",
+            "Each link is timed by itself; messages of a round share it, and may be drawn to enter before they leave.",
+        ]
         shown, every = len(self.row_of), len(self.plan.participants)
         operations = dict.fromkeys(one.reduction.op for one in self.plan.classes if one.reduction is not None)
         if operations:
