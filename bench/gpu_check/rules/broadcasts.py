@@ -1,13 +1,9 @@
 """Rules of broadcasts, and of communicators that are given back."""
 
-import threading
-
 from bench.gpu_check.rules.bed import (
     MEANWHILE_SECONDS,
-    SECONDS,
     Abortion,
     Bed,
-    Laxer,
     communicator_of,
     filled,
     finish,
@@ -16,6 +12,7 @@ from bench.gpu_check.rules.bed import (
     require,
     value_of,
 )
+from bench.gpu_check.rules.failures import blocks_until_aborted
 
 LARGE_NBYTES = 1 << 24
 """More than fits into what NCCL keeps between two ranks."""
@@ -55,29 +52,7 @@ def a_broadcast_waits_for_its_sender(bed: Bed) -> None:
 def the_first_broadcast_blocks_the_host(bed: Bed) -> None:
     """Ranks connect to a ring in their first broadcast: the host waits for all, but no longer than until an abort."""
     communicator = communicator_of(bed, "a")
-    blocked = False
-    if bed.rank == 1:
-        tensor, raised = filled(bed, 0), []
-
-        def post() -> None:
-            try:
-                communicator.broadcast(0, tensor)
-            except RuntimeError as error:
-                raised.append(error)
-
-        thread = threading.Thread(target=post, daemon=True)
-        thread.start()
-        thread.join(MEANWHILE_SECONDS)
-        blocked = thread.is_alive()
-        aborted = Abortion(communicator)
-        thread.join(SECONDS)
-        require(not thread.is_alive(), "an abort did not free a host that connects")
-        aborted.join()
-    bed.barrier()
-    if bed.rank == 0:
-        Abortion(communicator).join()
-    elif not blocked:
-        raise Laxer("the first broadcast did not block the host")
+    blocks_until_aborted(bed, communicator, lambda tensor: communicator.broadcast(0, tensor), "the first broadcast")
 
 
 def to_abort_ends_a_broadcast(bed: Bed) -> None:

@@ -2,12 +2,17 @@
 
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
 
 from bench.gpu_check.rules.bed import (
     MEANWHILE_SECONDS,
     SECONDS,
     Abortion,
     Bed,
+    Communicator,
     Laxer,
     communicator_of,
     filled,
@@ -92,17 +97,31 @@ def a_group_that_failed_leaves_the_thread_usable(bed: Bed) -> None:
 def the_first_message_of_a_pair_blocks_the_host(bed: Bed) -> None:
     """A pair connects when it is first used: the host waits for the other one, but no longer than until an abort."""
     communicator = communicator_of(bed, "a", is_used=False)
+    blocks_until_aborted(
+        bed, communicator, lambda tensor: communicator.post((False, tensor)), "the first message of a pair"
+    )
+
+
+def blocks_until_aborted(
+    bed: Bed, communicator: Communicator, post: Callable[[torch.Tensor], object], what: str
+) -> None:
+    """Whether what only rank 1 posts, and rank 0 does not, blocks the host until an abort.
+
+    Args:
+        bed: of the rank.
+        communicator: that is aborted.
+        post: what is posted.
+        what: that is, in words.
+    """
     blocked = False
     if bed.rank == 1:
-        tensor, raised = filled(bed, 0), []
+        tensor = filled(bed, 0)
 
-        def post() -> None:
-            try:
-                communicator.post((False, tensor))
-            except RuntimeError as error:
-                raised.append(error)
+        def try_it() -> None:
+            with suppress(RuntimeError):
+                post(tensor)
 
-        thread = threading.Thread(target=post, daemon=True)
+        thread = threading.Thread(target=try_it, daemon=True)
         thread.start()
         thread.join(MEANWHILE_SECONDS)
         blocked = thread.is_alive()
@@ -114,7 +133,7 @@ def the_first_message_of_a_pair_blocks_the_host(bed: Bed) -> None:
     if bed.rank == 0:
         Abortion(communicator).join()
     elif not blocked:
-        raise Laxer("the first message of a pair did not block the host")
+        raise Laxer(f"{what} did not block the host")
 
 
 def a_new_kernel_waits_for_those_that_run(bed: Bed) -> None:
