@@ -6,7 +6,7 @@ over sockets. So this shows that the transport is right, and nothing about the s
 
 import faulthandler
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,9 @@ from bench.gpu_check.local import CASES, Case, full_of
 from bench.gpu_check.parts import Outcome, Setting, guarded
 from tricomm import Mesh, Replicate, Resharder, ShardingSpec, local_shard
 from tricomm.launch import Ranks
+
+Check = tuple[str, Callable[[Ranks], Any]]
+"""A name, and what is asked of some ranks: see ``guarded``."""
 
 RANKS = 4
 SHARED_GPU = {
@@ -44,6 +47,12 @@ def prepare_rank(rank: int, dump_seconds: float, debug: str, environment: Mappin
     faulthandler.dump_traceback_later(dump_seconds)
 
 
+def finish(setting: Setting) -> None:
+    """Return when the device has done all that it was given."""
+    if not setting.is_rehearsal:
+        torch.cuda.synchronize(setting.device)
+
+
 def ranks_of(
     setting: Setting, size: int, debug: str = "WARN", environment: Mapping[str, str] = MappingProxyType({})
 ) -> Ranks:
@@ -62,7 +71,7 @@ def one_move(setting: Setting) -> Iterator[Outcome]:
     mesh = Mesh([0], ("x",)), Mesh([1], ("x",))
     source, destination = (ShardingSpec(one, (Replicate(),), (1024,), "float32") for one in mesh)
     with ranks_of(setting, 2, debug="INFO") as ranks:
-        yield guarded("one move of 4 KiB", partial(_told, ranks, one_moved, source, destination, setting))
+        yield guarded("one move of 4 KiB", partial(told, ranks, one_moved, source, destination, setting))
 
 
 def one_moved(rank: int, source: ShardingSpec, destination: ShardingSpec, setting: Setting) -> bool:
@@ -77,18 +86,39 @@ def one_moved(rank: int, source: ShardingSpec, destination: ShardingSpec, settin
 
 def moves(setting: Setting) -> Iterator[Outcome]:
     """The part "nccl"."""
-    left = list(CASES.items())
+    yield from checked(setting, exact_moves(setting, "network"))
+
+
+def exact_moves(setting: Setting, transport: str) -> list[Check]:
+    """A check for each of the CASES."""
+
+    def check_of(case: Case) -> Callable[[Ranks], str]:
+        return lambda ranks: told(ranks, moved, case, setting, transport)
+
+    return [(name, check_of(case)) for name, case in CASES.items()]
+
+
+def checked(setting: Setting, checks: Iterable[Check]) -> Iterator[Outcome]:
+    """Check one after the other on the same ranks, and on new ones after a failure, which may have left a rank in the
+    middle.
+    """
+    left = list(checks)
     while left:
         with ranks_of(setting, RANKS) as ranks:
             while left:
-                name, case = left.pop(0)
-                outcome = guarded(name, partial(_told, ranks, moved, case, setting))
+                name, check = left.pop(0)
+                outcome = guarded(name, partial(check, ranks))
                 yield outcome
                 if not outcome.passed:
-                    break  # a rank may have been left in the middle: the other cases get new ones
+                    break
 
 
-def _told(ranks: Ranks, function: Callable[..., bool], *arguments: object) -> str:
+def told(ranks: Ranks, function: Callable[..., bool], *arguments: object) -> str:
+    """Run on all ranks what says whether it was exact, and say so.
+
+    Raises:
+        ValueError: it was not.
+    """
     wrong = [rank for rank, fine in enumerate(ranks.run(function, *arguments)) if not fine]
     if wrong:
         raise ValueError(f"wrong on ranks {wrong} of {ranks.size}")

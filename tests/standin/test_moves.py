@@ -1,7 +1,7 @@
 """Moves over the stand-in for NCCL: what crosses is right, though every copy and message is only queued."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -39,8 +39,11 @@ def four() -> Iterator[Threads]:
         yield threads
 
 
-def move(rank: int, threads: Threads, name: str, confirm: bool) -> list[torch.Tensor | None]:
-    source, destination, strategy = CASES[name]
+def move(
+    rank: int, threads: Threads, name: str, confirm: bool, cases: Mapping[str, Any] = CASES
+) -> list[torch.Tensor | None]:
+    """Three calls of a mover, one of them in the background."""
+    source, destination, strategy = cases[name]
     shards, _ = source_and_result(source, destination)
     options: dict[str, Any] = {"strategy": strategy, "confirm": confirm, "timeout_seconds": 10, **threads.options(rank)}
     mover = Resharder(source, destination, **options)

@@ -10,6 +10,7 @@ import torch
 from tests.oracle import pick, require_equal, source_and_result
 from tests.standin.device import Limits
 from tests.standin.ranks import Threads
+from tests.standin.test_moves import move
 from tricomm import Broadcast, Mesh, Replicate, Resharder, Shard, ShardingSpec, Topology, TransportError
 from tricomm.plan.routes.one_call import MAX_GROUPS
 from tricomm.transport import nccl
@@ -40,19 +41,6 @@ def five() -> Iterator[Threads]:
         yield threads
 
 
-def move(rank: int, threads: Threads, name: str, confirm: bool) -> list[torch.Tensor | None]:
-    source, destination, strategy = CASES[name]
-    shards, _ = source_and_result(source, destination)
-    options: dict[str, Any] = {"strategy": strategy, "confirm": confirm, "timeout_seconds": 10, **threads.options(rank)}
-    mover = Resharder(source, destination, **options)
-    if rank not in mover.participants:
-        return [None] * 3
-    shard = shards.get(rank)
-    found = [mover(shard), mover.start(shard).wait(), mover(shard)]
-    threads.finish(rank)
-    return found
-
-
 def calls_of(threads: Threads) -> list[int]:
     """How many broadcasts each rank queued."""
     return [sum(backend.broadcasts for backend in standin.backends) for standin in threads.standins]
@@ -63,7 +51,7 @@ def calls_of(threads: Threads) -> list[int]:
 def test_a_move_is_right(five: Threads, name: str, confirm: bool) -> None:
     source, destination, _ = CASES[name]
     _, full = source_and_result(source, destination)
-    for rank, results in enumerate(five.run(move, five, name, confirm)):
+    for rank, results in enumerate(five.run(move, five, name, confirm, CASES)):
         for found in results:
             if rank in destination.mesh:
                 require_equal(found, pick(full, destination, rank), f"rank {rank}")
@@ -78,7 +66,7 @@ def test_where_ranks_read_each_others_memory_each_is_sent_to(name: str) -> None:
     source, destination, _ = CASES[name]
     _, full = source_and_result(source, destination)
     with Threads(SIZE, transport="memory") as threads:
-        for rank, results in enumerate(threads.run(move, threads, name, True)):
+        for rank, results in enumerate(threads.run(move, threads, name, True, CASES)):
             for found in results if rank in destination.mesh else ():
                 require_equal(found, pick(full, destination, rank), f"rank {rank}")
         assert not any(calls_of(threads))
@@ -89,13 +77,13 @@ def backends_of(threads: Threads) -> list[int]:
 
 
 def test_all_ranks_use_the_communicator_that_they_have(five: Threads) -> None:
-    five.run(move, five, "among all", False)
+    five.run(move, five, "among all", False, CASES)
     assert backends_of(five) == [1] * SIZE
     assert calls_of(five) == [3] * SIZE, "one launch a call on every rank"
 
 
 def test_a_group_has_one_of_its_own_which_is_made_once(five: Threads) -> None:
-    five.run(move, five, "packed", False)
+    five.run(move, five, "packed", False, CASES)
     assert backends_of(five) == [2, 3, 3, 2, 3]
 
 

@@ -14,7 +14,8 @@ from tests.standin.nccl import Backend
 from tests.standin.ranks import HOST, Threads
 from tricomm import Mesh, Replicate, Resharder, ShardingSpec
 from tricomm.transport.base import Operation
-from tricomm.transport.nccl import MOST_CONNECTIONS, AliveConnections, connect, post_group
+from tricomm.transport.device.alive import AliveConnections
+from tricomm.transport.nccl import MOST_CONNECTIONS, connect, post_group
 
 TIMEOUT_SECONDS = 1.0
 FINISH_SECONDS = 2.0

@@ -92,6 +92,11 @@ def test_a_rank_that_does_not_come_is_named_by_every_other(
     """
     with Threads(SIZE, limits) as threads, threads.keys_are_ours():
         found = threads.run(lose_one, threads, victim, how, confirm)
+    require_named(found, victim, confirm)
+
+
+def require_named(found: list[tuple[str, str, float]], victim: int, confirm: bool) -> None:
+    """Of what ranks found who lost one: that it is named, in time."""
     for rank, (first, second, seconds) in enumerate(found):
         if rank == victim:
             continue

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,7 @@ from tricomm.transport.accelerator import (
 )
 from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.coordination.questions import in_background
+from tricomm.transport.device.alive import alive
 from tricomm.transport.device.run import DeviceRun, DeviceRuns
 from tricomm.transport.device.subgroups import Subgroups
 
@@ -224,44 +225,6 @@ class _Come(NamedTuple):
         return there
 
 
-class OnDevice(Protocol):
-    """Connections between devices."""
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's."""
-        ...
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has done all that was queued."""
-        ...
-
-
-class AliveConnections:
-    """The connections of this process, to which threads add while others look."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # to look may collect garbage, whose end may look again
-        self._found: weakref.WeakSet[OnDevice] = weakref.WeakSet()
-
-    def add(self, connections: OnDevice) -> None:
-        """Count it for as long as it lives."""
-        with self._lock:
-            self._found.add(connections)
-
-    def on(self, device: torch.device) -> list[OnDevice]:
-        """Return those of a device."""
-        with self._lock:
-            return [one for one in self._found if one.device == device]
-
-
-@cache
-def alive() -> AliveConnections:
-    """Those of this process."""
-    return AliveConnections()
-
-
 def _warn(connections: NcclConnections, accelerator: Accelerator, device: torch.device) -> None:
     """Say what lets streams of a device wait for each other that have nothing to do with each other."""
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
@@ -292,7 +255,7 @@ def _give_back_later(backends: Sequence[DeviceBackend], device: torch.device) ->
     """
 
     def give_back() -> None:
-        while not all(one.is_idle for one in alive().on(device)):
+        while not alive().are_idle_on(device):
             time.sleep(GIVE_BACK_PAUSE_SECONDS)
         for backend in backends:
             try:

@@ -2,7 +2,6 @@
 
 from bench.gpu_check.rules.bed import (
     MEANWHILE_SECONDS,
-    Abortion,
     Bed,
     communicator_of,
     filled,
@@ -12,7 +11,7 @@ from bench.gpu_check.rules.bed import (
     require,
     value_of,
 )
-from bench.gpu_check.rules.failures import blocks_until_aborted
+from bench.gpu_check.rules.failures import abort_what_waits, blocks_until_aborted
 
 LARGE_NBYTES = 1 << 24
 """More than fits into what NCCL keeps between two ranks."""
@@ -61,17 +60,7 @@ def to_abort_ends_a_broadcast(bed: Bed) -> None:
     for communicator in communicators:
         communicator.broadcast(0, filled(bed, 3)).synchronize()
     finish(bed)
-    if bed.rank == 1:
-        for communicator in communicators:
-            communicator.broadcast(0, filled(bed, 0)).synchronize()
-        event = here(bed)
-        for aborted in [Abortion(communicator) for communicator in communicators]:
-            aborted.join()
-        require(happens(event.query), "a stream still waits for a communicator that was aborted")
-    bed.barrier()
-    if bed.rank == 0:
-        for aborted in [Abortion(communicator) for communicator in communicators]:
-            aborted.join()
+    abort_what_waits(bed, communicators, lambda one: one.broadcast(0, filled(bed, 0)))
 
 
 def communicators_on_one_stream_come_to_their_end(bed: Bed) -> None:

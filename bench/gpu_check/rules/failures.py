@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
@@ -22,6 +22,7 @@ from bench.gpu_check.rules.bed import (
     require,
     value_of,
 )
+from tricomm.transport.accelerator import DeviceWork
 from tricomm.transport.base import Operation
 from tricomm.transport.nccl import post_group
 
@@ -49,9 +50,22 @@ def to_abort_ends_what_waits_here(bed: Bed) -> None:
 def aborts_go_together(bed: Bed) -> None:
     """Two communicators that both wait can be aborted at once, each on a thread of its own."""
     communicators = [communicator_of(bed, name) for name in ("a", "b")]
+    abort_what_waits(bed, communicators, lambda one: one.post((False, filled(bed, 0))))
+
+
+def abort_what_waits(
+    bed: Bed, communicators: Sequence[Communicator], post: Callable[[Communicator], DeviceWork]
+) -> None:
+    """Abort communicators at once while rank 1 waits on each: its stream goes on.
+
+    Args:
+        bed: of the rank.
+        communicators: of both ranks.
+        post: queues on one what the stream of rank 1 is to wait for.
+    """
     if bed.rank == 1:
         for communicator in communicators:
-            communicator.post((False, filled(bed, 0))).synchronize()
+            post(communicator).synchronize()
         event = here(bed)
         for aborted in [Abortion(communicator) for communicator in communicators]:
             aborted.join()

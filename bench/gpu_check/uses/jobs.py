@@ -162,6 +162,10 @@ def _shard(name: str, spec: ShardingSpec, version: int, side_rank: int) -> torch
     return local_shard(full.bfloat16() if spec.dtype == "bfloat16" else full, spec, side_rank)
 
 
+def _trained(side_rank: int, version: int, setting: Setting) -> dict[str, torch.Tensor]:
+    return {name: _shard(name, spec, version, side_rank).to(setting.device) for name, spec in SPECS[TRAINER].items()}
+
+
 def _pushed(publisher: Publisher, side_rank: int, version: int, setting: Setting) -> bool:
     """Push until the fleet has come and is ready; whether all of it has the version."""
     tensors = {name: _shard(name, spec, version, side_rank).to(setting.device) for name, spec in SPECS[TRAINER].items()}
@@ -184,10 +188,7 @@ def told_of_death(rank: int, where: tuple[str, str], setting: Setting) -> str:
     if side == TRAINER:
         with _publisher(rank, where, "network", setting) as publisher:
             _pushed(publisher, side_rank, 1, setting)
-            push = publisher.push(
-                {name: _shard(name, spec, 2, side_rank).to(setting.device) for name, spec in SPECS[TRAINER].items()},
-                2, wait_seconds=0.1 * setting.seconds,
-            )[SERVER]  # fmt: skip
+            push = publisher.push(_trained(side_rank, 2, setting), 2, wait_seconds=0.1 * setting.seconds)[SERVER]
             try:
                 push.wait()
             except TransportError as error:

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from bench.gpu_check.local import CASES, Case
 from bench.gpu_check.parts import Outcome, Setting, guarded
-from bench.gpu_check.transport import moved, ranks_of
+from bench.gpu_check.transport import Check, checked, exact_moves, finish, ranks_of
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, TransportError, make_plan
 from tricomm.launch import Ranks
 
-RANKS = 4
 VICTIM = 1
 CALLS = 10
 """Of one move, queued one after the other."""
@@ -34,40 +32,21 @@ SIDES = {
 
 def moves(setting: Setting) -> Iterator[Outcome]:
     """The part "memory"."""
-    checks: list[tuple[str, Callable[[Ranks], Any]]] = []
+    checks: list[Check] = []
     if setting.is_rehearsal:
         yield Outcome("exact", None, "kept by the stand-in for devices, in tests/transport/device; here are none")
     else:
-        checks += [(name, partial(_exact, case=case, setting=setting)) for name, case in CASES.items()]
+        checks += exact_moves(setting, "memory")
     checks += [(name, partial(_rate, name=name, setting=setting)) for name in SIDES]
     checks.append(("4 KiB", partial(_latency, setting=setting)))
-    while checks:
-        with ranks_of(setting, RANKS) as ranks:
-            while checks:
-                name, check = checks.pop(0)
-                outcome = guarded(name, partial(check, ranks))
-                yield outcome
-                if not outcome.passed:
-                    break  # a rank may have been left in the middle: the other checks get new ones
+    yield from checked(setting, checks)
     for how in ("stays away", "stops", "dies"):
         with ranks_of(setting, 2) as ranks:
             yield guarded(f"a rank that {how}", partial(_failure, ranks, how, setting))
 
 
-def _exact(ranks: Ranks, case: Case, setting: Setting) -> str:
-    wrong = [rank for rank, fine in enumerate(ranks.run(moved, case, setting, "memory")) if not fine]
-    if wrong:
-        raise ValueError(f"wrong on ranks {wrong} of {ranks.size}")
-    return f"exact on {ranks.size} ranks"
-
-
 def _options(setting: Setting, **more: Any) -> dict[str, Any]:
     return {"device": setting.device, "timeout_seconds": 0.1 * setting.seconds, "transport": "memory", **more}
-
-
-def _finish(setting: Setting) -> None:
-    if not setting.is_rehearsal:
-        torch.cuda.synchronize(setting.device)
 
 
 # ---- how fast
@@ -100,11 +79,11 @@ def copy_seconds(rank: int, setting: Setting) -> tuple[float, int]:
 def _per_call(call: Callable[[], object], setting: Setting, calls: int = CALLS) -> float:
     for _ in range(2):
         call()
-    _finish(setting)
+    finish(setting)
     begin = time.perf_counter()
     for _ in range(calls):
         call()
-    _finish(setting)
+    finish(setting)
     return (time.perf_counter() - begin) / calls
 
 
@@ -150,7 +129,7 @@ def small_seconds(rank: int, setting: Setting) -> tuple[float, float]:
             for _ in range(SMALL_CALLS):
                 call()
             found[at] = (time.perf_counter() - begin) / SMALL_CALLS
-            _finish(setting)
+            finish(setting)
     return found[0], found[1]
 
 
@@ -179,7 +158,7 @@ def lose(rank: int, how: str, limit: float, setting: Setting) -> tuple[float, st
     shard = torch.full(source.local_shape(rank), float(rank), device=setting.device)
     mover = Resharder(source, target, **_options(setting, timeout_seconds=limit))
     mover(shard)
-    _finish(setting)
+    finish(setting)
     begin, text = time.monotonic(), ""
     if rank == VICTIM:
         if how != "stays away":
@@ -189,7 +168,7 @@ def lose(rank: int, how: str, limit: float, setting: Setting) -> tuple[float, st
         try:
             for _ in range(2):
                 mover(shard)
-                _finish(setting)
+                finish(setting)
         except TransportError as error:
             text = str(error)
     seconds = time.monotonic() - begin
@@ -197,7 +176,7 @@ def lose(rank: int, how: str, limit: float, setting: Setting) -> tuple[float, st
         for attempt in range(4):  # ranks that were late catch up by calling again
             try:
                 out = mover(shard)
-                _finish(setting)
+                finish(setting)
                 break
             except TransportError:
                 if attempt == 3:

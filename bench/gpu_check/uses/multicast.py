@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from bench.gpu_check.parts import Outcome, Setting, guarded
-from bench.gpu_check.transport import ranks_of
+from bench.gpu_check.transport import finish, ranks_of
 from tricomm import Broadcast, Mesh, Replicate, Resharder, SendRecv, Shard, ShardingSpec
 from tricomm.launch import Ranks
 from tricomm.plan import Strategy
@@ -113,20 +113,15 @@ def _seconds(move: Move, setting: Setting) -> float:
     """Of one move, of some that are queued one after the other: the median of some series."""
     for _ in range(2):
         move()
-    _finish(setting)
+    finish(setting)
     found = []
     for _ in range(SERIES):
         begin = time.perf_counter()
         for _ in range(REPEATS):
             move()
-        _finish(setting)
+        finish(setting)
         found.append((time.perf_counter() - begin) / REPEATS)
     return median(found)
-
-
-def _finish(setting: Setting) -> None:
-    if not setting.is_rehearsal:
-        torch.cuda.synchronize(setting.device)
 
 
 def _require(out: torch.Tensor | None, values: torch.Tensor, way: str) -> None:

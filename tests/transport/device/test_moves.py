@@ -17,7 +17,7 @@ from tests.standin.test_moves import CASES
 from tests.transport.test_gloo import drawable
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, ShardingSpec, TransportError
-from tricomm.transport.nccl import alive
+from tricomm.transport.device.alive import alive
 
 WAYS = ("all by memory", "two devices", "one refuses")
 

@@ -14,13 +14,14 @@ from tricomm.packing.staging import Direction
 from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.base import NOWHERE, Arenas, ConnectionLostError, Connections, Directions, Operation
 from tricomm.transport.coordination.questions import Question, in_background
+from tricomm.transport.device.alive import alive
 from tricomm.transport.device.held import BLOCK_NBYTES, Held
 from tricomm.transport.device.link import DeviceLink, Posted
 from tricomm.transport.device.memory import DeviceMemory, DeviceMemoryError
 from tricomm.transport.device.run import DeviceRun, DeviceRuns
 from tricomm.transport.memory.rungs import PairTransports
 from tricomm.transport.memory.signals import LinkClosedError
-from tricomm.transport.nccl import DEPTH, alive
+from tricomm.transport.nccl import DEPTH
 
 PART_NBYTES = 4096
 """At a multiple of which each part of an allocation begins."""
@@ -229,7 +230,7 @@ def give_back_later(held: Held, owner: int | None = None) -> None:
     """
 
     def are_idle() -> bool:
-        return held.runs.are_over and all(one.is_idle for one in alive().on(held.device))
+        return held.runs.are_over and alive().are_idle_on(held.device)
 
     if owner is None or os.getpid() == owner:
         in_background("tricomm-give-back", partial(held.give_back, are_idle))
