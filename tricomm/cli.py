@@ -31,6 +31,7 @@ from tricomm.pipeline import (
     zero_bubble,
 )
 from tricomm.plan import make_plan
+from tricomm.plan.describe import ASSUMED
 
 SECRET_VARIABLE = "TRICOMM_SECRET"
 
@@ -254,6 +255,7 @@ def _plan_text(options: argparse.Namespace) -> str:
     assumed = [option for option in ("hosts", "devices", "nic") if getattr(options, option) is None]
     if assumed:
         index = next(i for i, line in enumerate(lines) if line.startswith("  over  "))
+        lines[index] = lines[index].removesuffix(f" {ASSUMED}")
         lines[index] += f" (assumed; say otherwise with {', '.join(f'--{option}' for option in assumed)})"
     return "\n".join(lines)
 

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.plan.test_plan import CHAIN, EACH, OVERLAP, PARTIAL, ROWS, UNICAST, spec
-from tricomm import Mesh, Plan, Shard, ShardingSpec, make_plan
+from tricomm import Mesh, Plan, Replicate, Shard, ShardingSpec, Topology, make_plan
+from tricomm.plan.describe import ASSUMED
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,10 @@ def test_a_plan_of_many_says_what_is_alike_once() -> None:
     )
     for words in ("60 tensors", "layers.0.weight and 39 like it", "kind0\n", "... and 9 more kinds of tensors"):
         assert words in text, text
+
+
+def test_a_network_that_nobody_has_named_is_said_to_be_assumed() -> None:
+    source = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), (8,), "float32")
+    destination = ShardingSpec(Mesh([2], ("x",)), (Replicate(),))
+    assert f"latency 20 us {ASSUMED}\n" in str(make_plan(source, destination))
+    assert "assumed" not in str(make_plan(source, destination, topology=Topology(("a", "a", "b"))))

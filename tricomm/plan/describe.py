@@ -13,6 +13,9 @@ from tricomm.plan.stacks import Alike, Item, Stack
 
 MAX_ROWS = 12
 
+ASSUMED = "(assumed; say otherwise with topology=)"
+"""Of the network, where nobody has said what it is."""
+
 
 class Described(Protocol):
     """What a page of text says of a Plan."""
@@ -106,7 +109,7 @@ def describe(plan: Described) -> str:
     if plan.rank is not None:
         lines.append(f"  (only what rank {plan.rank} touches)")
     elif plan.moves:
-        lines.append(f"  over  {plan.topology}")
+        lines.append(f"  over  {plan.topology}{_assumed(plan.topology)}")
         lines.append(
             f"  wire  {format_nbytes(plan.wire_nbytes)} (minimum {format_nbytes(plan.minimum_nbytes)}), "
             f"NIC bound {format_seconds(plan.lower_bound_seconds())}, "
@@ -116,6 +119,10 @@ def describe(plan: Described) -> str:
     for move, title in zip(plan.moves, titles, strict=True):
         lines.extend(_describe_move(move, title, repr(plan.balance)))
     return "\n".join(lines)
+
+
+def _assumed(topology: Topology) -> str:
+    return f" {ASSUMED}" if topology == Topology.flat(len(topology.hosts)) else ""
 
 
 def describe_layouts(plan: Described) -> str:

@@ -85,7 +85,7 @@ def make_plan(
         reshard
           from  float32[8/dp, 4] on (dp=2: ranks 0-1)
           to    float32[8, 4/tp] on (tp=2: ranks 2-3)
-          over  4 ranks on 4 hosts, a NIC of 12.5 GB/s on each; latency 20 us
+          over  4 ranks on 4 hosts, a NIC of 12.5 GB/s on each; latency 20 us (assumed; say otherwise with topology=)
           wire  128 B (minimum 128 B), NIC bound 0.00512 us, expected 60 us
           SendRecv(chunk_bytes=None), Split(): 4 tasks, 4 messages, 4 hops in 1 round, 0 local copies
             0 -> 2   8 elements in 1 chunk: [0:4, 0:2]
