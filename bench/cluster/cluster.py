@@ -140,8 +140,10 @@ class Cluster:
             "GLOO_SOCKET_IFNAME": network.NIC,
         }
 
-    def ranks(self, timeout_seconds: float = 300.0) -> "Ranks":
+    def ranks(self, timeout_seconds: float = 300.0, preload: Sequence[str] = ("bench.cluster.flows",)) -> "Ranks":
         """Start one process per device, each inside of its host; use as a context manager.
+
+        They are forked from one that has imported the modules of ``preload``: by itself, each would import torch.
 
         They meet over the unshaped interfaces, so that the store does not disturb what is measured.
         """
@@ -153,7 +155,12 @@ class Cluster:
         with network.inside(f"{self.name}-{network.SWITCH}"):
             store = dist.TCPStore(network.SWITCH_ADDRESS, 0, is_master=True, wait_for_workers=False)
         return Ranks(
-            self.size, timeout_seconds, wrap=_EnterSeat(self.seats), store=store, store_address=network.SWITCH_ADDRESS
+            self.size,
+            timeout_seconds,
+            wrap=_EnterSeat(self.seats),
+            store=store,
+            store_address=network.SWITCH_ADDRESS,
+            preload=preload,
         )
 
 

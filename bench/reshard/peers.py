@@ -229,5 +229,3 @@ PEERS: dict[str, Any] = {
 
 COMPLETE = "hand-written p2p"
 """The peer that delivers the tensor."""
-
-P2P = (COMPLETE, "p2p of packed bytes")

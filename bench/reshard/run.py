@@ -1,6 +1,6 @@
 """Reshards on an emulated cluster, against the physical limit and against peers.
 
-    python -m bench.reshard [--suite paper|ours|all] [--nic 200mbit] [--seconds 1.5] [--grid] [--json PATH]
+    python -m bench.reshard [--suite paper|ours|all] [--nic 200mbit] [--seconds 2] [--grid] [--json PATH]
 
 Each cluster is calibrated first; the bound of a case is its bytes over the measured rate of one hop. All methods of
 a case take turns in one run. Needs root and iproute2 (see bench.cluster).
@@ -13,20 +13,28 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from bench.cluster.calibrate import Calibration, calibrate
 from bench.cluster.cli import parse_bits_per_second
 from bench.cluster.cluster import Cluster
 from bench.cluster.network import ClusterError
 from bench.reshard.cases import CASES, Case, Shape
-from bench.reshard.peers import COMPLETE, P2P, PEERS
+from bench.reshard.measure import (
+    LEAST_OF_OTHERS,
+    LEAST_SAMPLES,
+    PARTS,
+    Samples,
+    first_of_peer,
+    prepare,
+    sample_in_turns,
+)
+from bench.reshard.peers import PEERS
 from bench.results_file import earlier, other_rows
 from tricomm import (
     Auto,
@@ -38,13 +46,11 @@ from tricomm import (
     Naive,
     Plan,
     RandomizedGreedy,
-    Resharder,
     Search,
     SendRecv,
     ShardingSpec,
     Split,
     Topology,
-    local_shard,
     make_plan,
 )
 from tricomm.plan import SenderPolicy, Strategy
@@ -62,14 +68,8 @@ GRID: dict[str, tuple[Strategy | Auto, SenderPolicy]] = {
     for strategy in STRATEGIES
     for balance in BALANCES
 }
-SLOW_PEERS = tuple(name for name in PEERS if name not in P2P)
-NEAR = 1.5
-"""A peer that takes more than so many times the bound is sampled once."""
-
-PART = 4
-"""Peers that take many times the bound move a tensor of a PART of the rows, with a bound of its own."""
-
 ROW_MULTIPLE = 240
+PRELOADED = ("bench.cluster.flows", "bench.reshard.measure")
 
 
 @dataclass(frozen=True)
@@ -95,52 +95,6 @@ class Row:
     predicted_seconds: float | None
     nic_imbalance: tuple[float, float] | None
     routed: str | None
-
-
-# ---- what runs on the ranks
-
-_METHODS: dict[str, Any] = {}
-
-
-def prepare(
-    rank: int,
-    specs: tuple[ShardingSpec, ShardingSpec],
-    part: tuple[ShardingSpec, ShardingSpec],
-    ours: dict[str, dict[str, Any]],
-) -> None:
-    """Make every method of a case, and check those that deliver the tensor."""
-    source, destination = specs
-    full = torch.arange(torch.Size(source.global_shape).numel(), dtype=torch.int32).reshape(source.global_shape)
-    shard = local_shard(full, source, rank) if rank in source.mesh else None
-    expected = local_shard(full, destination, rank) if rank in destination.mesh else None
-    out = None if expected is None else torch.empty_like(expected)
-    # Groups are made by every rank, in one order.
-    methods = {name: peer(rank, *(part if name in SLOW_PEERS else specs), shard, out) for name, peer in PEERS.items()}
-    _METHODS.clear()
-    if shard is None and expected is None:
-        return
-    for name, options in ours.items():
-        resharder = Resharder(source, destination, **options)
-        methods[name] = lambda resharder=resharder: resharder(shard, out=out)
-    for name in (*ours, COMPLETE):
-        if out is not None:
-            out.fill_(-1)
-        methods[name]()
-        if out is not None and expected is not None and not torch.equal(out, expected):
-            raise ValueError(f"{name}: rank {rank} has wrong elements")
-    _METHODS.update(methods)
-
-
-def sample(rank: int, method: str) -> tuple[float, float]:
-    """Run a method once; when it began and when it ended here."""
-    dist.barrier()
-    begin = time.monotonic()
-    if method in _METHODS:
-        _METHODS[method]()
-    return begin, time.monotonic()
-
-
-# ---- what runs here
 
 
 def topology_of(cluster: Cluster, shape: Shape, calibration: Calibration) -> Topology:
@@ -181,51 +135,35 @@ def nic_imbalance(plan: Plan) -> tuple[float, float]:
     return send, receive
 
 
-def measure_case(case: Case, cluster: Cluster, ranks: Any, topology: Topology, options: Any) -> list[Row]:
-    """All methods of a case, in turns."""
-    source, destination = scaled(case, topology, options.seconds)
-    part = scaled(case, topology, options.seconds / PART)
+def measure_case(case: Case, ranks: Any, topology: Topology, options: Any) -> list[Row]:
+    """All methods of a case: peers find out how much they need to move, then all take turns."""
+    specs = scaled(case, topology, options.seconds)
     arguments: dict[str, dict[str, Any]] = {
         name: {"strategy": strategy, "balance": balance, "topology": topology}
         for name, (strategy, balance) in {**MEASURED, **(GRID if options.grid else {})}.items()
     }
-    plans = {name: make_plan(source, destination, **one) for name, one in arguments.items()}
-    bounds = {name: bound_seconds(part if name in SLOW_PEERS else (source, destination), topology) for name in PEERS}
-    bounds |= dict.fromkeys(plans, plans[OURS].lower_bound_seconds())
-    ranks.run(prepare, (source, destination), part, arguments)
-    methods = [*arguments, *(PEERS if options.peer_repeats else {})]
-    samples = samples_in_turn(ranks, methods, bounds, options)
-    return [row_of(case, name, samples[name], bounds[name], plans.get(name)) for name in methods]
+    plans = {name: make_plan(*specs, **one) for name, one in arguments.items()}
+    parts = [scaled(case, topology, options.seconds / part) for part in PARTS]
+    ranks.run(prepare, specs, parts[1], arguments)
+    samples = {name: Samples(plans[OURS].lower_bound_seconds(), []) for name in plans}
+    limits = {name: (LEAST_SAMPLES if name == OURS else LEAST_OF_OTHERS, options.repeats) for name in plans}
+    if options.peer_repeats:
+        bounded = [(part, bound_seconds(part, topology)) for part in parts]
+        samples |= {name: first_of_peer(ranks, name, bounded) for name in PEERS}
+        limits |= dict.fromkeys(PEERS, (LEAST_OF_OTHERS, options.peer_repeats))
+    sample_in_turns(ranks, samples, limits)
+    return [row_of(case, name, found, plans.get(name)) for name, found in samples.items()]
 
 
-def samples_in_turn(
-    ranks: Any, methods: Sequence[str], bounds: Mapping[str, float], options: Any
-) -> dict[str, list[float]]:
-    """Seconds of the slowest rank. The first of a method connects and touches memory, and counts for slow peers only,
-    where that is nothing beside their time.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(options.repeats + 1):
-        for name, times in samples.items():
-            is_slow = name in PEERS and times and times[0] > NEAR * bounds[name]
-            if is_slow or (name in PEERS and times and repeat > options.peer_repeats):
-                continue
-            spans = ranks.run(sample, name)
-            seconds = max(end for _, end in spans) - max(begin for begin, _ in spans)
-            if repeat or (name in PEERS and seconds > NEAR * bounds[name]):
-                times.append(seconds)
-    return samples
-
-
-def row_of(case: Case, method: str, times: Sequence[float], bound: float, plan: Plan | None) -> Row:
+def row_of(case: Case, method: str, samples: Samples, plan: Plan | None) -> Row:
     """The figures of a method; those of its plan where it has one."""
     return Row(
         case.name,
         case.suite,
         method,
-        statistics.median(times),
-        tuple(times),
-        bound,
+        statistics.median(samples.seconds),
+        tuple(samples.seconds),
+        samples.bound_seconds,
         None if plan is None else plan.simulated_seconds(),
         None if plan is None else nic_imbalance(plan),
         None if plan is None else type(plan.moves[0].strategies[0]).__name__,
@@ -300,15 +238,17 @@ def run(options: Any) -> tuple[list[Row], dict[str, str]]:
     rows: list[Row] = []
     calibrations: dict[str, str] = {}
     for shape in dict.fromkeys(case.cluster for case in cases):
-        with Cluster(shape.hosts(options.nic)) as cluster, cluster.ranks() as ranks:
+        with Cluster(shape.hosts(options.nic)) as cluster, cluster.ranks(preload=PRELOADED) as ranks:
             calibration = calibrate(cluster, ranks)
             calibrations[repr(shape)] = str(calibration)
             print(f"\n{shape}\n{calibration}", file=sys.stderr, flush=True)
             topology = topology_of(cluster, shape, calibration)
             for case in (case for case in cases if case.cluster == shape):
-                rows += measure_case(case, cluster, ranks, topology, options)
-                of_case = [row for row in rows if row.case == case.name]
-                print(table(of_case).splitlines()[-1], file=sys.stderr, flush=True)
+                begin = time.monotonic()
+                of_case = measure_case(case, ranks, topology, options)
+                rows += of_case
+                line = table(of_case).splitlines()[-1]
+                print(f"{line} measured in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     return rows, calibrations
 
 
@@ -319,9 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     parser.add_argument("--nic", type=parse_bits_per_second, default=parse_bits_per_second("200mbit"))
     parser.add_argument("--seconds", type=float, default=2.0, help="that the bound of a case takes (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="samples of each method (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="samples of each method at most (%(default)s)")
     parser.add_argument(
-        "--peer-repeats", type=int, default=3, help="samples of each peer; 0 leaves peers out (%(default)s)"
+        "--peer-repeats", type=int, default=3, help="samples of each peer at most; 0 leaves peers out (%(default)s)"
     )
     parser.add_argument("--grid", action="store_true", help="every strategy with every sender policy")
     parser.add_argument("--json", type=Path, metavar="PATH", help="add all samples to those there of other cases")
