@@ -39,6 +39,7 @@ def test_every_option_has_a_type_and_a_field() -> None:
         "progress",
         "checksum",
         "hooks",
+        "stays_in_place",
     }
     assert set(get_type_hints(LinkOptions)) - set(get_type_hints(StageOptions)) == {"device"}
 

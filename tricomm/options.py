@@ -42,6 +42,7 @@ NO_FRILLS: Any = {
     "progress": None,
     "checksum": False,
     "hooks": None,
+    "stays_in_place": False,
 }
 """Options of what a Resharder needs for itself."""
 
@@ -82,6 +83,7 @@ class ReshardOptions(LinkOptions, total=False):
     progress: ProgressCallback | None
     checksum: bool
     hooks: Hooks | None
+    stays_in_place: bool
 
 
 def _explains_names(cls: type[OptionsType]) -> type[OptionsType]:
@@ -141,6 +143,11 @@ class Options:
             rules fill in is looked at too; of what a rank holds several times, the first.
         hooks: what this rank does with its tensors before they are sent and after modules have come; see
             :class:`tricomm.Hooks`.
+        stays_in_place: whether every call of a Resharder has the source tensors of the first one, where they were (as
+            with CUDA graphs); others are refused before anything is sent. Ranks whose GPUs may read each other then
+            pull straight out of them, in one launch and without packing, as ``Resharder.transports`` tells. Elsewhere
+            it is checked, and buys nothing. Their memory is kept until all ranks have closed it. One-shot calls, which
+            have no later ones, leave it aside. All ranks give the same.
 
     Raises:
         SpecError: a value that breaks a rule; an ArgumentError if it is of the wrong kind.
@@ -167,6 +174,7 @@ class Options:
     checksum: bool = False
     transport: TransportName = DEFAULT_TRANSPORT
     hooks: Hooks | None = None
+    stays_in_place: bool = False
 
     def __post_init__(self) -> None:
         check_strategy(self.strategy)
@@ -186,10 +194,9 @@ class Options:
         if self.transport not in (names := get_args(TransportName)):
             kind = SpecError if isinstance(self.transport, str) else ArgumentError
             raise kind(f"transport={self.transport!r} is none of {', '.join(names)}; write one of them, as a string")
-        if not isinstance(self.differentiable, bool):
-            raise ArgumentError(f"differentiable={self.differentiable!r} is no truth value; pass True or False")
-        if not isinstance(self.checksum, bool):
-            raise ArgumentError(f"checksum={self.checksum!r} is no truth value; pass True or False")
+        for option in ("differentiable", "checksum", "stays_in_place"):
+            if not isinstance(getattr(self, option), bool):
+                raise ArgumentError(f"{option}={getattr(self, option)!r} is no truth value; pass True or False")
         if self.hooks is not None and not isinstance(self.hooks, Hooks):
             raise ArgumentError(f"hooks={self.hooks!r} must be Hooks; write Hooks(after={{'layers.3': function}})")
         if self.progress is not None and not callable(self.progress):

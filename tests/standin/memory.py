@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from tests.standin.device import Command, Device, Stream
-from tricomm.transport.device.memory import DeviceMemoryError
+from tricomm.transport.device.memory import DeviceMemoryError, Segment
 
 HANDLE = struct.Struct("=IIQ48x")
+SEGMENT_NBYTES = 1 << 16
 FRESH, GONE = 0xAA, 0xDD
 """What stands in memory that nobody has written, and in what was freed."""
 
@@ -34,6 +35,8 @@ class Exports:
         self.faults: list[str] = []
         self.refused: dict[int, str] = {}
         """Ranks whose driver opens nothing, and what it says."""
+        self.private: dict[int, str] = {}
+        """Ranks whose allocator has memory that no other process can open, and what the driver says."""
         self.identities: dict[int, str] = {}
         """Devices of ranks; those that do not stand here share one."""
 
@@ -106,6 +109,13 @@ class StandInMemory:
 
     def exported(self, address: int) -> bytes:
         return HANDLE.pack(self.rank, 0, address)
+
+    def segment(self, address: int) -> Segment:
+        """Pieces of the host's memory stand for what an allocator has from the driver; they overlap here."""
+        if self.rank in self.exports.private:
+            raise DeviceMemoryError(self.exports.private[self.rank])
+        base = address // SEGMENT_NBYTES * SEGMENT_NBYTES
+        return Segment(self.exported(base), base // SEGMENT_NBYTES, base, 1 << 40)
 
     def opened(self, handle: bytes) -> int:
         owner, _, address = HANDLE.unpack(handle)

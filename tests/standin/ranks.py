@@ -136,6 +136,7 @@ class Threads:
         limits: of each device.
         timeout_seconds: of ``run``.
         transport: of Resharders.
+        stays_in_place: likewise.
     """
 
     def __init__(
@@ -144,8 +145,9 @@ class Threads:
         limits: Limits = Limits(),  # noqa: B008
         timeout_seconds: float = 30.0,
         transport: str = "network",
+        stays_in_place: bool = False,
     ) -> None:
-        self.transport = transport
+        self.transport, self.stays_in_place = transport, stays_in_place
         self.size = size
         self.world = World(size, limits)
         self.store = dist.HashStore()
@@ -181,7 +183,9 @@ class Threads:
 
     def options(self, rank: int) -> dict[str, Any]:
         """What a Resharder needs to know of its rank."""
-        return {"group": self.groups[rank], "device": HOST, "transport": self.transport}
+        return {"group": self.groups[rank], "device": HOST, "transport": self.transport} | (
+            {"stays_in_place": True} if self.stays_in_place else {}
+        )
 
     def fabric_of(self, store: Any, size: int) -> Fabric:
         """What the ranks that share a store share."""

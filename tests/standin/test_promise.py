@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def four() -> Iterator[Threads]:
         yield started
 
 
+@cache  # where tensors stay in place, each call has the same ones
 def shard_of(rank: int) -> torch.Tensor | None:
     return pick(FULL, SOURCE, rank) if rank in SOURCE.mesh else None
 

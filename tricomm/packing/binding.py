@@ -191,7 +191,7 @@ def bind(
         return runs_of(transfer.boxes, tensors, transfer.nbytes)
 
     receives = tuple(bound(destinations, False))
-    return Binding(program, tuple(bound(sources, True)), receives, _local(program, sources, destinations))
+    return Binding(program, tuple(bound(sources, True)), receives, local_copies(program, sources, destinations))
 
 
 def _copies(
@@ -272,7 +272,8 @@ class Views:
         return self._of_packed[number, dtype]
 
 
-def _local(program: CopyProgram, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Copies:
+def local_copies(program: CopyProgram, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> Copies:
+    """The copies from tensors to tensors."""
     if not program.copies:
         return NOTHING
     device = sources[0].device

@@ -221,7 +221,7 @@ def make_copy_program(
         destination,
         tuple(map(tuple, sends)),
         tuple(map(tuple, receives)),
-        tuple(box for copy in program.copies for box in _copied(copy, source, destination)),
+        tuple(box for copy in program.copies for box in between(copy, source, destination)),
         staging_nbytes,
         ahead,
         window,
@@ -272,8 +272,8 @@ def _boxes(region: PackedRegion, box: Box, side: Side, wire: torch.dtype) -> Ite
         yield TensorBox(number, placed, wire)
 
 
-def _copied(copy: Copy, source: Side, destination: Side) -> Iterator[TensorBox]:
-    """The boxes of pairs of tensors that a local copy is."""
+def between(copy: Copy, source: Side, destination: Side) -> Iterator[TensorBox]:
+    """The boxes of pairs of tensors that a copy is, of this rank's own or out of those of another."""
     pairs = zip(
         source.rows(copy.stack, copy.source_start, copy.shape),
         destination.rows(copy.stack, copy.destination_start, copy.shape),

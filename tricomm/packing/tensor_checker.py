@@ -69,6 +69,11 @@ class TensorChecker:
             self._known_objects[id(spec)] = self._known[spec]
         return self._known_objects[id(spec)]
 
+    @property
+    def source_names(self) -> list[str]:
+        """Of what ``check`` gives."""
+        return [*self._sources]
+
     def check(self, given: Given, out: Given) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Check what a call was given, before anything is sent.
 

@@ -16,6 +16,7 @@ from tricomm.layout.sides import has_wrapped, shards_of
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, bump_versions
 from tricomm.resharder.selections import Names, Selections
+from tricomm.resharder.staying import Staying
 from tricomm.transport.handle import Ended, Handle, Moved_co, SourceGate, order_problem
 from tricomm.transport.session import CLOSED_TEXT
 from tricomm.transport.streams import HostStreamContext
@@ -31,6 +32,7 @@ class Calls(Selections, Generic[Moved_co]):
     _fits_graphs: bool
     _names_whole_job: bool
     _call_fields: Sequence[Mapping[str, str]]
+    _staying: Staying | None
 
     def __call__(self, tensor: Given = None, *, out: Given = None, only: Names | None = None) -> Moved_co:
         """Reshard. Arguments and result as for :func:`reshard`.
@@ -100,7 +102,7 @@ class Calls(Selections, Generic[Moved_co]):
             return self._off_meshes(tensor, out)
         try:
             with session as channel:
-                sources, destinations = self._checker.check(tensor, out)
+                sources, destinations = self._checked(tensor, out)
                 session.call_fields = self._call_fields[requires_grad]
                 last = channel.last_started
                 if last is not None and (not last.done() or last.exception() is not None):
@@ -119,6 +121,12 @@ class Calls(Selections, Generic[Moved_co]):
         if out is not None:
             bump_versions(out)
         return self._checker.result(destinations)
+
+    def _checked(self, tensor: Given, out: Given) -> tuple[Tensors, Tensors]:
+        sources, destinations = self._checker.check(tensor, out)
+        if self._staying is not None:
+            self._staying.check(self._checker.source_names, sources)
+        return sources, destinations
 
     def start(
         self,
@@ -174,7 +182,7 @@ class Calls(Selections, Generic[Moved_co]):
                         "what requires grad cannot be moved in the background; pass tensor.detach(), call the "
                         "Resharder directly, or use torch.no_grad()"
                     )
-                sources, destinations = self._checker.check(tensor, out)
+                sources, destinations = self._checked(tensor, out)
                 events = [] if after is None else [after]
                 if after is None or (out is None and destinations):
                     events.append(channel.stream_context.record_event())
@@ -246,7 +254,7 @@ class Calls(Selections, Generic[Moved_co]):
         assert session is not None
         assert execution is not None
         session.calls += 1
-        sources, destinations = self._checker.check(tensor, None)
+        sources, destinations = self._checked(tensor, None)
         session.run(execution, sources, destinations, session.calls)
         moved: torch.Tensor | None = self._checker.result(destinations)
         return moved

@@ -103,6 +103,7 @@ class Connected(Gradients):
             "differentiable": str(self.options.differentiable),
             "grad_placements": str(self.options.grad_placements),
             "transport": self.options.transport,
+            "stays_in_place": str(self.options.stays_in_place),
         }
         is_selection = isinstance(self._planned, Selection)
         is_counted = self._is_counted and not meets_always and (parent is None or is_selection)
@@ -161,7 +162,10 @@ class Connected(Gradients):
             print(mover.transports)  # rank 0 to and from 1-3: process_vm_readv
             [found.reason for (sender, receiver), found in mover.transports.items() if sender == rank]
         """
-        return TransportsOfRank(self.rank, {} if self._session is None else self._session.transports)
+        found = {} if self._session is None else self._session.transports
+        if found and self._execution is not None:
+            found = {**found, **self._execution.transports}
+        return TransportsOfRank(self.rank, found)
 
     @property
     def stats(self) -> Stats:

@@ -26,6 +26,7 @@ from tricomm.plan.describe import describe_layouts
 from tricomm.plan.ends.mapped import items_and_ends
 from tricomm.plan.planner import plan_of
 from tricomm.resharder.calls import Calls
+from tricomm.resharder.staying import Staying
 from tricomm.transport.group import GroupContext, context_of, device_of, is_whole_job, resolve_group
 from tricomm.transport.handle import Moved_co
 from tricomm.transport.runtime import PlanExecution
@@ -175,8 +176,10 @@ class Resharder(Calls[Moved_co]):
         self._fits_graphs = self.in_graph is not None and not chosen.differentiable
         self._checker = TensorChecker(self.plan, self.rank, self.device)
         self._execution: PlanExecution | None = None
+        stays_in_place = chosen.stays_in_place and is_kept
+        self._staying = Staying(self.rank) if stays_in_place else None
         if has_part:
-            self._execution = PlanExecution(self.plan, self.rank, self.device, chosen.progress)
+            self._execution = PlanExecution(self.plan, self.rank, self.device, chosen.progress, stays_in_place)
         self._planned, self._selections = self.plan, {}
         self._plan_seconds = perf_counter() - began
 
@@ -212,6 +215,10 @@ class Resharder(Calls[Moved_co]):
         self._is_closed = True
         if self._session is not None:
             self._session.close()
+        if self._execution is not None:
+            self._execution.close()
+        if self._staying is not None:
+            self._staying.close()
         for one in (self._gradient, *(self._checksums.movers if self._checksums else ()), *self._selections.values()):
             if one is not None:
                 one.close()

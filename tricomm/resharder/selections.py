@@ -15,6 +15,7 @@ from tricomm.packing.selection import Selection, checked_names
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan.ends.ends import Named
 from tricomm.resharder.connected import Connected
+from tricomm.resharder.staying import Staying
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import CLOSED_TEXT
 
@@ -28,6 +29,7 @@ class Selections(Connected):
     _group: Callable[[], Any]
     _hooks: BoundHooks | None
     _checksums: Checksums | None
+    _staying: Staying | None
 
     def only(self, names: Names) -> Self:
         """The Resharder of some of the tensors: nothing is planned anew, and it goes with this one.
@@ -108,12 +110,15 @@ class Selections(Connected):
         made = copy(self)
         made._planned, made._selections, made._plan_seconds = selection, {}, 0.0
         made._checker = TensorChecker(selection, self.rank, self.device)
+        if self._staying is not None:
+            made._staying = Staying(self.rank)
         if self._checksums is not None:
             made._checksums = self._checksums.only(selection)
         if self._hooks is not None:
             made._hooks = self._hooks.only([one.name for one in selection.ends.sources])
         if self._execution is not None:
-            made._execution = PlanExecution(selection, self.rank, self.device, self.options.progress)
+            stays_in_place = self._staying is not None
+            made._execution = PlanExecution(selection, self.rank, self.device, self.options.progress, stays_in_place)
             names = [one.name for one in selection.ends.destinations]
             count = f"{len(names)} of {len(self.plan.ends.destinations)} tensors"
             relation = f"{count}, {names[0]!r}{' and others,' if names[1:] else ','}"

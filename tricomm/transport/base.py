@@ -1,6 +1,6 @@
 """What the runtime asks of a transport: post operations in order, wait for one."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -23,6 +23,8 @@ class Operation(NamedTuple):
         group: if the bytes go from one rank to several at once, that one and those: a transport that can may carry out
             all operations of a group in a round by one call of its own.
         place: the byte at which they cross in the arena of the pair, if that has one, see ``arenas``.
+        is_direct: whether the receiver pulls them straight out of the sender's tensors, see ``Transport.share``; then
+            the buffer is empty.
     """
 
     is_send: bool
@@ -31,6 +33,7 @@ class Operation(NamedTuple):
     runs: Runs | None = None
     group: tuple[int, ...] = ()
     place: int = 0
+    is_direct: bool = False
 
 
 Directions = frozenset[Direction]
@@ -45,13 +48,58 @@ class Arenas(NamedTuple):
     Attributes:
         directions: where there is some.
         version: of the memory that ``Transport.reserve`` gives: it is the same as long as this is.
+        shares: what ``Transport.share`` gives stands as long as this is the same; None where nothing is shared.
     """
 
     directions: Directions = NOWHERE
     version: object = None
+    shares: object = None
 
 
 NO_ARENAS = Arenas()
+
+
+class Asked(NamedTuple):
+    """Tensors that stay where they are, for others to read there; and those of others.
+
+    Attributes:
+        tensors: of this rank.
+        to, of: the ranks that read them, and those whose tensors this rank reads; and why not, or "".
+    """
+
+    tensors: Sequence[torch.Tensor]
+    to: Mapping[int, str]
+    of: Mapping[int, str]
+
+
+class Place(NamedTuple):
+    """Where a tensor of another rank is: the address here of its first element (0 if it has none), and its strides."""
+
+    address: int
+    strides: tuple[int, ...]
+
+
+class Shared:
+    """What came of it. It is given back when this is no longer referred to.
+
+    Attributes:
+        sent: by rank, why it cannot read the tensors of this one, or "".
+        received: by rank whose tensors this one can read, where they are, in its order.
+        refused: by rank, why it cannot.
+        memory: gives a tensor, uint8, of so many bytes at an address.
+    """
+
+    __slots__ = ("__weakref__", "memory", "received", "refused", "sent")
+
+    def __init__(
+        self,
+        sent: Mapping[int, str],
+        received: Mapping[int, Sequence[Place]],
+        refused: Mapping[int, str],
+        memory: Callable[[int, int], torch.Tensor],
+    ) -> None:
+        self.sent, self.received, self.refused, self.memory = sent, received, refused, memory
+
 
 Work = TypeVar("Work")
 """What a transport gives for a posted operation, and whoever owns it can wait for: once."""
@@ -77,6 +125,10 @@ class Transport(Protocol[Work]):
 
     def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
         """Return arenas, uint8, of at least so many bytes. The other rank of each asks for as many in the same call."""
+        ...
+
+    def share(self, asked: Asked) -> Shared:
+        """Agree with others who reads whose tensors where they are. They ask in the same call."""
         ...
 
     def post(self, operations: Iterable[Operation]) -> list[Work]:
@@ -219,6 +271,14 @@ class Linked(Connections, Protocol):
 
         Raises:
             ConnectionLostError: a rank is gone, or has nothing to give.
+        """
+        ...
+
+    def share(self, asked: Asked, tag: int) -> Shared:
+        """See Transport.
+
+        Raises:
+            ConnectionLostError: a rank is gone, or is in the call of another tag.
         """
         ...
 

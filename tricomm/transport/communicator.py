@@ -1,9 +1,8 @@
 """Communicator: connections between some ranks of a process group, and what becomes of a call when they fail.
 
 Ranks that reshard with each other on one channel share a communicator of their own, so that nothing here meets the
-user's messages, and a failure leaves the user's process group usable. It is made from the backends directly:
-``dist.new_group`` would not do, as with ``use_local_synchronization`` its name depends on how many groups a rank
-happens to have, and ranks with different histories would never find each other.
+user's messages, and a failure leaves the user's process group usable. It is made from the backends directly: names of
+``dist.new_group`` depend on a rank's history, and those with different ones would never find each other.
 
 **Identity.** Every message belongs to (communicator, tag, call, round). A communicator is one generation of
 connections: after a failure there are new ones. The *tag* is the identity of a Resharder: the number of the
@@ -22,8 +21,8 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -34,12 +33,14 @@ from tricomm.packing.staging import Direction
 from tricomm.transport.base import (
     NO_ARENAS,
     NOWHERE,
+    Asked,
     ConnectionLostError,
     Connections,
     Directions,
     Linked,
     NoConnections,
     Operation,
+    Shared,
 )
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
@@ -61,7 +62,6 @@ COMPUTING_FACTOR = 20.0
 SPARE_HEARTBEATS = 3.0
 """The monitor ends waits at their deadline, which moves on while this rank computes. Should it be unable to, they end
 by themselves, after so many timeouts and heartbeats."""
-
 
 PostedWork = tuple[int, Any]
 """The peer of a posted operation, and the backend's work. Several NCCL operations of one group share that."""
@@ -121,7 +121,6 @@ class Communicator:
         self._by_memory: Linked | None = None
         self.refused = {} if refused is None else refused
         self.depth, self.launch = self.connections.depth, self.connections.launch
-        """See Transport."""
         self.in_place: Directions = NOWHERE
         self.arenas = NO_ARENAS
         """See Transport."""
@@ -129,10 +128,8 @@ class Communicator:
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
 
     def connect(self, connections: Connections, link: Callable[[], Linked] | None = None) -> None:
-        """Use the connections, once every rank has all its own.
-
-        Otherwise one that is quick could do its part, close and be gone before a slower one has looked at the
-        connection to it, which would fail there. Called in a run.
+        """Use the connections, in a run, once every rank has all its own: one that is quick could do its part, close
+        and be gone before a slower one has looked at the connection to it.
 
         Args:
             connections: over the network.
@@ -151,9 +148,8 @@ class Communicator:
 
     def transports(self, uses_memory: bool) -> PairTransports:
         """How bytes go between this rank and each other, in calls that use memory or do not."""
-        by_memory = self._by_memory if uses_memory else None
         otherwise = ELSEWHERE if uses_memory else NOT_ASKED
-        found = {} if by_memory is None else by_memory.transports
+        found = self._by_memory.transports if self._by_memory is not None and uses_memory else {}
         return of_all(found, self.coordinator.rank, self.participants, otherwise)
 
     # ---- Transport
@@ -162,6 +158,14 @@ class Communicator:
         """See Transport."""
         try:
             return self.connections.post(operations, self.call.tag)
+        except ConnectionLostError as error:
+            raise self.lost(error.peer, error) from error
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Raise what became of the call when the connections are lost."""
+        try:
+            yield
         except ConnectionLostError as error:
             raise self.lost(error.peer, error) from error
 
@@ -185,12 +189,16 @@ class Communicator:
     def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
         """See Transport."""
         assert self._by_memory is not None
-        try:
+        with self._losing():
             found = self._by_memory.reserve(nbytes)
-        except ConnectionLostError as error:
-            raise self.lost(error.peer, error) from error
         self.arenas = self._by_memory.arenas
         return found
+
+    def share(self, asked: Asked) -> Shared:
+        """See Transport."""
+        assert self._by_memory is not None
+        with self._losing():
+            return self._by_memory.share(asked, self.call.tag)
 
     def catch_up(self) -> None:
         """Wait until others have read what this rank gave in the call before this one, which may post then."""
@@ -203,10 +211,8 @@ class Communicator:
 
     def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
         """See Connections."""
-        try:
+        with self._losing():
             self.connections.gather(groups)
-        except ConnectionLostError as error:
-            raise self.lost(error.peer, error) from error
 
     def exchange(self, operations: Iterable[Operation]) -> None:
         """Post operations and wait for all of them."""
@@ -216,9 +222,8 @@ class Communicator:
     def confirm(self) -> None:
         """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
 
-        In step k a rank tells the one 2^k places on and hears the one 2^k places back, so after log2(n) steps it has
-        heard of all. A rank that failed has closed its connections, which ends everybody's wait. Where messages have
-        no tags, they carry tag and call instead, which are compared.
+        In step k a rank tells the one 2^k places on and hears the one 2^k places back. A rank that failed has closed
+        its connections, which ends everybody's wait. Where messages have no tags, they carry tag and call instead.
         """
         ranks = self.participants
         here = ranks.index(self.coordinator.rank)

@@ -23,7 +23,7 @@ from tricomm.packing.staging import Direction
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
-from tricomm.transport.base import NO_ARENAS, NOWHERE, Directions, Operation
+from tricomm.transport.base import NO_ARENAS, NOWHERE, Asked, Directions, Operation, Shared
 from tricomm.transport.runtime import PlanExecution, StagingProvider
 
 
@@ -120,6 +120,11 @@ class LocalEndpoint:
     def reserve(nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
         """See Transport."""
         return {}
+
+    @staticmethod
+    def share(asked: Asked) -> Shared:
+        """See Transport."""
+        raise NotImplementedError
 
     def post(self, operations: Iterable[Operation]) -> list[LocalWork]:
         """See Transport."""

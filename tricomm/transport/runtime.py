@@ -1,17 +1,14 @@
 """The one loop that executes a rank's program, whatever the transport.
 
 It is a generator that yields the work it must wait for: the process that owns one rank waits there, the
-in-process transport goes on with another rank. The order is COSTA's: receives first, then pack and send, local
-copies while the network works, and unpack in the order of the rounds.
+in-process transport goes on with another rank. ``moving.steps`` is the order.
 """
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 
@@ -19,12 +16,15 @@ from tricomm.kernels.reference import alignment_nbytes
 from tricomm.options import ProgressCallback
 from tricomm.packing.arithmetic import Reducer
 from tricomm.packing.binding import NO_ARENAS as NOTHING_RESERVED
-from tricomm.packing.binding import NOTHING, Binding, BoundTransfer, Copies, TorchCopies, bind
+from tricomm.packing.binding import NOTHING, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors, tensors_of_rank
 from tricomm.packing.selection import Planned, groups_of
 from tricomm.packing.views import ItemViews
 from tricomm.transport.base import NOWHERE, Arenas, Directions, Operation, Transport, Work
+from tricomm.transport.memory.rungs import PairTransports
+from tricomm.transport.moving.direct import Direct, Straight
+from tricomm.transport.moving.steps import NOTHING_PULLED, Bound, Send, schedule
 from tricomm.transport.tally import Steps, Tally
 
 MAX_COPY_PROGRAMS = 16
@@ -36,105 +36,6 @@ StagingProvider = Callable[[int], torch.Tensor]
 
 Way = tuple[tuple[int, int], Directions, Arenas]
 """The depth of a transport, where it takes runs of memory in place of buffers, and where both ranks have memory."""
-
-Completion = tuple[int | None, Callable[[], object] | None]
-"""The work of a transfer, None if it has been awaited before or there is none, and what unpacks then, if anything."""
-
-Send = tuple[Operation, Callable[[], object] | None]
-"""A send, and what packs it, if anything does."""
-
-
-class Step(NamedTuple):
-    """What a run does between two pauses. Works count from 0 in the order in which they are posted.
-
-    Attributes:
-        relayed: works that are awaited first: what has come goes on from here.
-        receives, sends: posted as one group.
-        ended: rounds that are awaited and unpacked last, by their numbers; -1 for the local copies.
-    """
-
-    relayed: tuple[int, ...]
-    receives: tuple[Operation, ...]
-    sends: tuple[Send, ...]
-    ended: tuple[tuple[int, tuple[Completion, ...]], ...]
-
-
-class Bound(NamedTuple):
-    """A binding as what a run does, made once.
-
-    Attributes:
-        steps: in order.
-        sent, received: (messages, bytes) of a run.
-        calls: how many calls end with it.
-    """
-
-    steps: tuple[Step, ...]
-    sent: tuple[int, int]
-    received: tuple[int, int]
-    calls: int
-
-
-def schedule(binding: Binding, is_last: bool) -> Bound:
-    """Return what every run of a binding does.
-
-    Round ``index`` is started once what it forwards has come, and round ``index - rounds_open`` is waited for and
-    unpacked, whereupon its places in the staging buffer are free. Receives are posted with the rounds before theirs, as
-    far ahead as the transport likes.
-    """
-    program, count = binding.program, len(binding.sends)
-    steps: list[Step] = []
-    numbers = itertools.count()
-    received: list[list[int]] = []
-    sent: list[list[int]] = []
-    arrivals: dict[tuple[int, int], int] = {}
-    awaited: set[int] = set()
-    for index in range(max(count + program.rounds_open, 1)):
-        relayed, receives, sends = list[int](), list[Operation](), list[Send]()
-        ended: list[tuple[int, tuple[Completion, ...]]] = [] if index else [(-1, _local_of(binding))]
-        if index < count:
-            # What several get in one call was not received: it is what the first of these sends packs.
-            keys = (one.key for one in program.sends[index] if one.relay and one.key in arrivals)
-            relayed += sorted({arrivals[key] for key in keys} - awaited)
-            awaited.update(relayed)
-            for early in range(len(received), min(index + program.receives_ahead + 1, count)):
-                received.append([next(numbers) for _ in program.receives[early]])
-                arrivals.update(zip((one.key for one in program.receives[early]), received[early], strict=True))
-                receives += (_operation(False, one) for one in binding.receives[early])
-            sent.append([next(numbers) for _ in program.sends[index]])
-            sends += ((_operation(True, one), _run_of(one.copies)) for one in binding.sends[index])
-        done = index - program.rounds_open
-        if 0 <= done < count:
-            of_receives = zip(received[done], binding.receives[done], strict=True)
-            completions = [(None if number in awaited else number, _run_of(one.copies)) for number, one in of_receives]
-            ended.append((done, (*completions, *((number, None) for number in sent[done]))))
-            awaited.update(received[done])
-        if index == 0 or relayed or receives or sends:
-            steps.append(Step(tuple(relayed), tuple(receives), tuple(sends), tuple(ended)))
-        else:
-            steps[-1] = steps[-1]._replace(ended=(*steps[-1].ended, *ended))
-    counts = _counted(binding.sends), _counted(binding.receives)
-    return Bound(tuple(steps), *counts, int(is_last))
-
-
-def _operation(is_send: bool, one: BoundTransfer) -> Operation:
-    return Operation(is_send, one.peer, one.buffer, one.runs, one.group, one.place)
-
-
-def _counted(rounds: Sequence[Sequence[BoundTransfer]]) -> tuple[int, int]:
-    return sum(map(len, rounds)), sum(one.buffer.numel() for step in rounds for one in step)
-
-
-def _local_of(binding: Binding) -> tuple[Completion, ...]:
-    return () if binding.local is NOTHING else ((None, binding.local.run),)
-
-
-def _run_of(copies: Copies) -> Callable[[], object] | None:
-    if copies is NOTHING:
-        return None
-    if isinstance(copies, TorchCopies) and len(copies.pairs) == 1:
-        ((into, out_of),) = copies.pairs
-        return partial(into.copy_, out_of)
-    return copies.run
 
 
 def run_move(
@@ -208,10 +109,16 @@ class PlanExecution:
         rank: which side.
         device: where the tensors live.
         progress: called as a run goes on; what it raises ends the run.
+        stays_in_place: whether each run has the sources of the first one, where they were.
     """
 
     def __init__(
-        self, plan: Planned, rank: int, device: torch.device, progress: ProgressCallback | None = None
+        self,
+        plan: Planned,
+        rank: int,
+        device: torch.device,
+        progress: ProgressCallback | None = None,
+        stays_in_place: bool = False,
     ) -> None:
         self.plan = plan
         self._rank = rank
@@ -226,6 +133,9 @@ class PlanExecution:
         self._bindings: dict[int, CachedBinding] = {}
         self._device = device
         self._reducers: dict[int, Reducer] = {}
+        self._direct: Direct | None = None
+        if stays_in_place:
+            self._direct = Direct(self.programs[0], plan.stacks[0], not self._is_one_move, device)
 
     def steps(
         self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport[Work]
@@ -238,6 +148,8 @@ class PlanExecution:
             staging: gives the staging buffer.
             transport: the rank's end of the network.
         """
+        if self._direct is not None:
+            sources = self._direct.kept(sources)
         if self._views is not None:
             sources, destinations, fills = self._views.of(sources, destinations)
             if fills is not NOTHING:
@@ -265,6 +177,17 @@ class PlanExecution:
         rounds = [step for program in self.programs for step in program.rounds]
         sends = {(self._rank, transfer.peer) for step in rounds for transfer in step.sends}
         return sends | {(transfer.peer, self._rank) for step in rounds for transfer in step.receives}
+
+    @property
+    def transports(self) -> PairTransports:
+        """How pairs go of which more is known than of their connection."""
+        return {} if self._direct is None else self._direct.transports
+
+    def close(self) -> None:
+        """Nothing is run any more."""
+        self._bindings.clear()
+        if self._direct is not None:
+            self._direct.close()
 
     def release(self) -> None:
         """Free the buffers of the reductions; the next run makes them again."""
@@ -335,11 +258,14 @@ class PlanExecution:
     ) -> "CachedBinding":
         """Bind the copy program to these tensors, and keep that until one of the tensors goes."""
         depth, in_place = transport.depth, transport.in_place
-        program = self._copy_program_for(index, sources, destinations, depth, transport.arenas.directions)
+        straight = None if self._direct is None else self._direct.agreed(sources, transport)
+        program = self._copy_program_for(index, sources, destinations, depth, transport.arenas.directions, straight)
         arenas = transport.reserve(program.arenas) if program.arenas else NOTHING_RESERVED
         buffer = staging(program.staging_nbytes)
         self.tally.staging_nbytes = max(self.tally.staging_nbytes, program.staging_nbytes)
-        binding = bind(program, [*map(_alias, sources)], [*map(_alias, destinations)], buffer, in_place, arenas)
+        read, written = ([*map(_alias, tensors)] for tensors in (sources, destinations))
+        binding = bind(program, read, written, buffer, in_place, arenas)
+        pulled = NOTHING_PULLED if straight is None else straight.pulled(program.destination, written)
         bindings = self._bindings
 
         def forget(_: object) -> None:
@@ -351,7 +277,7 @@ class PlanExecution:
             buffer,
             program.staging_nbytes,
             (depth, in_place, transport.arenas),
-            schedule(binding, index + 1 == len(self.plan.stacks)),
+            schedule(binding, index + 1 == len(self.plan.stacks), pulled),
         )
         bindings[index] = cached
         return cached
@@ -363,12 +289,15 @@ class PlanExecution:
         destinations: Tensors,
         depth: tuple[int, int],
         arenas: Directions = NOWHERE,
+        straight: Straight | None = None,
     ) -> CopyProgram:
         """The copy program for tensors with these strides and alignments, from the cache if there were such before."""
         of_sources, of_destinations = (tuple(map(_described, tensors)) for tensors in (sources, destinations))
-        key = (index, of_sources, of_destinations, depth, arenas)
+        key = (index, of_sources, of_destinations, depth, arenas, None if straight is None else straight.ways)
         if key not in self._copy_programs:
             stacks, program = self.plan.stacks[index], self.programs[index]
+            if straight is not None:
+                program = straight.pulls.rest
             if len(self._copy_programs) >= MAX_COPY_PROGRAMS:
                 self._copy_programs.clear()
             counts = [len(stack.items) for stack in stacks]

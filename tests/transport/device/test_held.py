@@ -12,6 +12,7 @@ from tests.standin.memory import Exports, StandInMemory
 from tricomm.transport.device.flags import Flags
 from tricomm.transport.device.held import Held
 from tricomm.transport.device.memory import DeviceMemoryError
+from tricomm.transport.device.shares import Shares
 from tricomm.transport.memory.arena import SharedSlab, new_slab
 
 REFUSED = DeviceMemoryError("CUDA_ERROR_INVALID_CONTEXT (201)")
@@ -44,7 +45,8 @@ def test_what_is_refused_holds_up_nothing_else(memory: StandInMemory, caplog: py
     ]
     runs: Any = SimpleNamespace(are_over=True)
     given: Any = tuple(links)
-    Held(memory, torch.device("cpu"), runs, given, [memory.allocate(8)]).give_back(lambda: True)
+    held = Held(memory, torch.device("cpu"), runs, given, [memory.allocate(8)], Shares(memory, {}))
+    held.give_back(lambda: True)
     assert not memory.registered
     assert not memory.exports.memory
     assert "CUDA_ERROR_INVALID_CONTEXT" in caplog.text

@@ -100,7 +100,7 @@ def no_file(*_: object) -> int:
 
 
 def test_without_files_of_memory_all_takes_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "_new_file", no_file)
+    monkeypatch.setattr(arena, "new_file", no_file)
     links, transports = both_meet()
     assert links == [{}, {}]
     assert transports[0] == transports[1]

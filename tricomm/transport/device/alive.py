@@ -1,11 +1,16 @@
 """Alive: the connections of this process between devices, over NCCL or by memory, and whether a device is idle."""
 
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
 import torch
+
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
+"""Between two looks whether the device is idle, and whether peers have given back what they had open."""
 
 
 class OnDevice(Protocol):
@@ -27,6 +32,8 @@ class AliveConnections:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # to look may collect garbage, whose end may look again
+        self.quiet = threading.RLock()
+        """Held while something is done that waits for the device, and while a run begins."""
         self._found: weakref.WeakSet[OnDevice] = weakref.WeakSet()
 
     def add(self, connections: OnDevice) -> None:
@@ -48,3 +55,26 @@ class AliveConnections:
 def alive() -> AliveConnections:
     """Those of this process."""
     return AliveConnections()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Look again and again, after longer and longer pauses."""
+    pause = PAUSE_SECONDS
+    while not is_so():
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def when_idle(is_idle: Callable[[], bool], work: Callable[[], object]) -> None:
+    """Do something that waits for all that a device has to do, and may hold up who launches, when that is nothing; no
+    run begins meanwhile.
+    """
+
+    def is_done() -> bool:
+        with alive().quiet:
+            if is_idle():
+                work()
+                return True
+        return False
+
+    wait_until(is_done)

@@ -12,7 +12,16 @@ import torch
 
 from tricomm.packing.staging import Direction
 from tricomm.transport.accelerator import Accelerator
-from tricomm.transport.base import NOWHERE, Arenas, ConnectionLostError, Connections, Directions, Operation
+from tricomm.transport.base import (
+    NOWHERE,
+    Arenas,
+    Asked,
+    ConnectionLostError,
+    Connections,
+    Directions,
+    Operation,
+    Shared,
+)
 from tricomm.transport.coordination.questions import Question, in_background
 from tricomm.transport.device.alive import alive
 from tricomm.transport.device.held import BLOCK_NBYTES, Held
@@ -63,6 +72,7 @@ class DeviceConnections:
         self._directions: Directions = frozenset((is_send, rank) for rank in links for is_send in (True, False))
         self._version = object()
         self._accelerator, self._memory = accelerator, memory
+        self._held = held
         self._runs, self._links, self._blocks = held.runs, links, held.blocks
         self._interrupted: Any = weakref.WeakMethod(interrupted)  # who holds it holds these connections
         self._groups = 0
@@ -174,7 +184,7 @@ class DeviceConnections:
     @property
     def arenas(self) -> Arenas:
         """See Transport."""
-        return Arenas(self._directions, self._version)
+        return Arenas(self._directions, self._version, self._held.shares)
 
     def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
         """See Transport. Where one has to grow, the host waits for the other rank to come to the same call, once.
@@ -194,6 +204,11 @@ class DeviceConnections:
                         self._links[peer].take(least, self._look)
             self._version = object()
         return {way: self._arena(way) for way in nbytes}
+
+    def share(self, asked: Asked, tag: int) -> Shared:
+        """See Linked. The host waits for the other ranks to come to the same call, once."""
+        with self._run.posting((*asked.to, *asked.of)):
+            return self._held.shares.share(asked, tag, partial(are_idle, self._held), self._look)
 
     def _look(self) -> None:
         """Raise if the wait on the host is to end."""
@@ -228,12 +243,13 @@ def give_back_later(held: Held, owner: int | None = None) -> None:
     To take memory away waits for all that the device has to do, and holds up who launches meanwhile: so that waits
     until nothing is under way there, of any connections.
     """
-
-    def are_idle() -> bool:
-        return held.runs.are_over and alive().are_idle_on(held.device)
-
     if owner is None or os.getpid() == owner:
-        in_background("tricomm-give-back", partial(held.give_back, are_idle))
+        in_background("tricomm-give-back", partial(held.give_back, partial(are_idle, held)))
+
+
+def are_idle(held: Held) -> bool:
+    """Whether a device has nothing to do, of any connections."""
+    return held.runs.are_over and alive().are_idle_on(held.device)
 
 
 def _let_go(links: tuple[DeviceLink, ...], runs: DeviceRuns) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from tricomm.transport.device.memory import DeviceMemoryError
+from tricomm.transport.device.memory import DeviceMemoryError, Segment
 
 HANDLE_NBYTES = 64
 WAITS_UNTIL_AT_LEAST = 0
 WRITES_AFTER_ALL = 0
 PORTABLE_AND_MAPPED = 3
 ENABLES_PEER_ACCESS = 1
+NUMBER_OF_ALLOCATION = 7
 LINKS_WITH_ATOMICS = 3
 """The attribute of a pair of devices that NVLink has and PCIe has not."""
 
@@ -33,6 +34,8 @@ Word, Address, Size, Pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuMemAlloc_v2": (ctypes.POINTER(Address), Size),
     "cuMemFree_v2": (Address,),
+    "cuMemGetAddressRange_v2": (ctypes.POINTER(Address), ctypes.POINTER(Size), Address),
+    "cuPointerGetAttribute": (Pointer, ctypes.c_int, Address),
     "cuIpcGetMemHandle": (ctypes.POINTER(Handle), Address),
     "cuIpcOpenMemHandle_v2": (ctypes.POINTER(Address), Handle, Word),
     "cuIpcCloseMemHandle": (Address,),
@@ -141,6 +144,13 @@ class CudaMemory:
         found = Handle()
         self._call("cuIpcGetMemHandle", ctypes.byref(found), address)
         return ctypes.string_at(ctypes.addressof(found), HANDLE_NBYTES)
+
+    def segment(self, address: int) -> Segment:
+        """See DeviceMemory."""
+        base, nbytes, number = Address(), Size(), ctypes.c_uint64()
+        self._call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
+        self._call("cuPointerGetAttribute", ctypes.byref(number), NUMBER_OF_ALLOCATION, address)
+        return Segment(self.exported(base.value), number.value % (1 << 63), base.value, nbytes.value)
 
     def opened(self, handle: bytes) -> int:
         """See DeviceMemory."""

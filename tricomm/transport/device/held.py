@@ -1,23 +1,21 @@
 """Held: what connections over device memory leave behind, and give back when nobody uses it any more."""
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from tricomm.transport.device.alive import wait_until, when_idle
 from tricomm.transport.device.link import DeviceLink
 from tricomm.transport.device.memory import DeviceMemory
 from tricomm.transport.device.run import DeviceRuns
+from tricomm.transport.device.shares import Shares
 
 LOG = logging.getLogger("tricomm")
 
 BLOCK_NBYTES = 2 << 20
 """What the driver allocates at once: less of it would share a handle with something else."""
-
-PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
-"""Between two looks whether the device is idle, and whether peers have given back what they had open."""
 
 
 class Held:
@@ -28,6 +26,7 @@ class Held:
         runs: of the communicator.
         links: of it.
         blocks: addresses of what this rank has allocated; some may be added.
+        shares: tensors that were shared.
     """
 
     def __init__(
@@ -37,23 +36,31 @@ class Held:
         runs: DeviceRuns,
         links: tuple[DeviceLink, ...],
         blocks: list[int],
+        shares: Shares,
     ) -> None:
         self._memory = memory
         self.device = device
         self.runs = runs
         self._links = links
         self.blocks = blocks
+        self.shares = shares
 
     def give_back(self, are_idle: Callable[[], bool]) -> None:
         """Close what was opened, say so, and free what peers have closed; waits for them. What a driver refuses holds
         up nothing else.
         """
-        _await(are_idle, PAUSE_SECONDS)
+        when_idle(are_idle, self._unmap)
+        wait_until(lambda: all(link.is_unmapped() for link in self._links))
+        self.shares.forget()
+        when_idle(are_idle, self._free)
+
+    def _unmap(self) -> None:
+        self._try(self.shares.unmap)
         for link in self._links:
             self._try(link.unmap)
             link.signals.close()
-        _await(lambda: all(link.is_unmapped() for link in self._links), LONGEST_PAUSE_SECONDS)
-        _await(are_idle, PAUSE_SECONDS)
+
+    def _free(self) -> None:
         for link in self._links:
             self._try(link.flags.close)
         while self.blocks:
@@ -64,10 +71,3 @@ class Held:
             step()
         except RuntimeError as error:
             LOG.warning("while memory of %s was given back: %s", self.device, error)
-
-
-def _await(is_so: Callable[[], bool], longest_seconds: float) -> None:
-    pause = PAUSE_SECONDS
-    while not is_so():
-        time.sleep(pause)
-        pause = min(1.5 * pause, longest_seconds)

@@ -9,10 +9,12 @@ ABORTED before it lets its own streams go, which may write over what others stil
 has read only if that word was not set *afterwards*.
 """
 
+import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,11 +23,14 @@ from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.device.flags import Flag, Flags
 from tricomm.transport.device.memory import DeviceMemory, DeviceMemoryError
 from tricomm.transport.device.run import DeviceRun
-from tricomm.transport.memory.protocol import Region
+from tricomm.transport.memory.protocol import Closed, Opened, Region, Sources
 from tricomm.transport.memory.signals import LinkClosedError, Signals
 
 LOOK_MILLISECONDS = 5.0
 """For how long to wait for a message at once; meanwhile the monitor cannot look."""
+
+
+M = TypeVar("M", Region, Sources, Opened)
 
 
 class Arrival:
@@ -75,6 +80,9 @@ class DeviceLink:
         """All up to this one were read."""
         self.arenas = {is_send: torch.empty(0, dtype=torch.uint8, device=device) for is_send in (True, False)}
         """What the peer reads, and what is read of it."""
+        self._come: dict[type, deque[tuple[Any, bytes]]] = {kind: deque() for kind in (Region, Sources, Opened)}
+        """Messages that nobody has taken yet, each with what stands in the file that came with it."""
+        self._closed: set[int] = set()
         self.opened: list[int] = []
         """Addresses of the peer's memory here."""
         self._lock = threading.Lock()
@@ -83,12 +91,11 @@ class DeviceLink:
 
     def post(self, operation: Operation, run: DeviceRun, group: int) -> Posted:
         """Begin a transfer: what is sent is packed by now. Its bytes are copied where they are not in the arena yet."""
-        is_send, peer, buffer, *_ = operation
+        is_send, peer, *_ = operation
         self._counts[is_send] = count = self._counts[is_send] + 1
         if is_send:
-            into = self._place(operation)
-            if into.data_ptr() != buffer.data_ptr():
-                self._copy(into, buffer)
+            if not operation.is_direct:
+                self._pack(operation)
             self.flags.write(self._stream, Flag.READY, count)
         run.append((peer,), Arrival(self, Flag.DONE if is_send else Flag.READY, count))
         run.check_last(peer, self.check)
@@ -103,6 +110,8 @@ class DeviceLink:
             self.flags.wait(self._stream, Flag.DONE, posted.count)
             return False
         self.flags.wait(self._stream, Flag.READY, posted.count)
+        if operation.is_direct:
+            return True
         out_of = self._place(operation)
         if out_of.data_ptr() == operation.buffer.data_ptr():
             return True
@@ -127,6 +136,11 @@ class DeviceLink:
     def _place(self, operation: Operation) -> torch.Tensor:
         nbytes = operation.buffer.numel()
         return self.arenas[operation.is_send].narrow(0, operation.place, nbytes)
+
+    def _pack(self, operation: Operation) -> None:
+        into = self._place(operation)
+        if into.data_ptr() != operation.buffer.data_ptr():
+            self._copy(into, operation.buffer)
 
     def _copy(self, into: torch.Tensor, out_of: torch.Tensor) -> None:
         self._accelerator.launch(partial(into.copy_, out_of))
@@ -154,23 +168,47 @@ class DeviceLink:
             ConnectionLostError: the link is closed, or the driver refuses.
         """
         while self.arenas[False].numel() < nbytes:
-            interrupted()
-            with self._lock:
-                is_over = self.signals.wait(LOOK_MILLISECONDS)
-                came = [message for message, _ in self.signals.come() if isinstance(message, Region)]
+            region, _ = self.receive(Region, interrupted)
             try:
-                for one in came:
-                    self.open(one)
+                self.open(region)
             except DeviceMemoryError as error:
                 raise ConnectionLostError(self.peer, error) from error
-            if is_over and not came:
-                raise ConnectionLostError(self.peer, LinkClosedError(f"the link to rank {self.peer} is closed"))
 
     def open(self, region: Region) -> None:
         """Read from a part of the peer's arena from now on."""
         address = self._memory.opened(region.handle)
         self.opened.append(address)
         self.arenas[False] = self._memory.tensor(address + region.offset, region.nbytes)
+
+    # ---- messages
+
+    def receive(self, kind: type[M], interrupted: Callable[[], None]) -> tuple[M, bytes]:
+        """Wait for a message of a kind, which the peer sends in the same call; with what its file has.
+
+        Raises:
+            ConnectionLostError: the link is closed.
+        """
+        come = self._come[kind]
+        while not come:
+            interrupted()
+            if self.look(LOOK_MILLISECONDS) and not come:
+                raise ConnectionLostError(self.peer, LinkClosedError(f"the link to rank {self.peer} is closed"))
+        return come.popleft()
+
+    def look(self, milliseconds: float) -> bool:
+        """Take what comes until then; true if the link has ended."""
+        with self._lock:
+            is_over = self.signals.wait(milliseconds)
+            for message, files in self.signals.come():
+                if isinstance(message, Closed):
+                    self._closed.add(message.number)
+                elif type(message) in self._come:
+                    self._come[type(message)].append((message, b"".join(map(_content, files))))
+        return is_over
+
+    def has_closed(self, number: int) -> bool:
+        """Whether the peer has closed what was told it under a number."""
+        return number in self._closed
 
     # ---- the end
 
@@ -208,3 +246,7 @@ class DeviceLink:
         while self.opened:
             self._memory.close(self.opened.pop())
         self.flags.tell(Flag.UNMAPPED)
+
+
+def _content(file: int) -> bytes:
+    return os.pread(file, os.fstat(file).st_size, 0)

@@ -21,6 +21,7 @@ from tricomm.transport.device.held import BLOCK_NBYTES, Held
 from tricomm.transport.device.link import DeviceLink
 from tricomm.transport.device.memory import DeviceMemory, DeviceMemoryError
 from tricomm.transport.device.run import DeviceRuns
+from tricomm.transport.device.shares import Shares
 from tricomm.transport.memory.arena import PAGE_NBYTES
 from tricomm.transport.memory.meeting import (
     NONCE_NBYTES,
@@ -164,10 +165,11 @@ class Meeting:
         self._accelerator, self._memory, self._device, self._door = accelerator, memory, device, door
         self._links: dict[int, DeviceLink] = {}
         self._blocks: list[int] = []
+        self._shares = Shares(memory, self._links)
 
     def held(self, runs: DeviceRuns) -> Held:
         """What is to be given back in the end."""
-        return Held(self._memory, self._device, runs, tuple(self._links.values()), self._blocks)
+        return Held(self._memory, self._device, runs, tuple(self._links.values()), self._blocks, self._shares)
 
     def links(
         self, notices: Notices, interrupted: Callable[[], None]

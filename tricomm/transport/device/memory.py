@@ -1,12 +1,31 @@
 """DeviceMemory: what a driver does for memory that processes of one host share; a stand-in does the same in tests."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 
 class DeviceMemoryError(RuntimeError):
     """The driver refused. The text says what, in its words."""
+
+
+class Segment(NamedTuple):
+    """An allocation in which tensors lie.
+
+    Attributes:
+        handle: what another process opens it by.
+        number: of all allocations of this process, as addresses recur.
+        address, nbytes: all of it.
+    """
+
+    handle: bytes
+    number: int
+    address: int
+    nbytes: int
+
+    def has(self, address: int, nbytes: int) -> bool:
+        """Whether all of that is in it."""
+        return self.address <= address and address + nbytes <= self.address + self.nbytes
 
 
 class DeviceMemory(Protocol):
@@ -30,6 +49,10 @@ class DeviceMemory(Protocol):
 
     def exported(self, address: int) -> bytes:
         """Return what another process opens allocated memory by."""
+        ...
+
+    def segment(self, address: int) -> Segment:
+        """Return the allocation in which an address lies, whoever made it."""
         ...
 
     def opened(self, handle: bytes) -> int:

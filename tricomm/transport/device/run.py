@@ -9,6 +9,7 @@ import torch
 
 from tricomm.transport.accelerator import Accelerator, Awaited, Event, await_event
 from tricomm.transport.base import GroupLostError
+from tricomm.transport.device.alive import alive
 
 Check = Callable[[], None]
 """Raises RuntimeError if what came from a rank does not count."""
@@ -142,5 +143,6 @@ class DeviceRuns:
 
     def begin(self) -> DeviceRun:
         """See Connections."""
-        self.last = DeviceRun(self._accelerator, self._device, self.last)
+        with alive().quiet:
+            self.last = DeviceRun(self._accelerator, self._device, self.last)
         return self.last

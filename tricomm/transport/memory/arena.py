@@ -38,7 +38,7 @@ class SharedSlab(NamedTuple):
 def new_slab(number: int, nbytes: int) -> tuple[SharedSlab, int]:
     """A slab for at least so many bytes, and its file, which the caller closes when it is handed over."""
     size = _size_for(nbytes)
-    file = _new_file()
+    file = new_file()
     try:
         os.ftruncate(file, size)
         # It never shrinks: to read behind its end would end the other process by a signal.
@@ -53,7 +53,7 @@ def _size_for(nbytes: int) -> int:
     return max(PAGE_NBYTES, 1 << (nbytes - 1).bit_length())
 
 
-def _new_file() -> int:
+def new_file() -> int:
     """A file without a name.
 
     Raises:

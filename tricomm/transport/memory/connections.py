@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tricomm.packing.staging import Direction
-from tricomm.transport.base import NO_ARENAS, Connections, Directions, Operation
+from tricomm.transport.base import NO_ARENAS, Asked, Connections, Directions, Operation, Shared
 from tricomm.transport.memory.link import Link, Patience
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.rungs import PairTransports, Rung
@@ -69,6 +69,10 @@ class HostConnections:
     def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
         """See Linked."""
         return {}
+
+    def share(self, asked: Asked, tag: int) -> Shared:
+        """See Linked."""
+        raise NotImplementedError
 
     def unread(self) -> list[tuple[int, Any]]:
         """See Linked."""

@@ -135,13 +135,43 @@ class Region(NamedTuple):
     nbytes: int
 
 
-Message = Ready | Done | Slab | Region
+class Sources(NamedTuple):
+    """Where tensors of the sender stay; a file with that comes with the message, unless there is a problem.
+
+    Attributes:
+        number: of all that it tells so.
+        tag: of the Resharder.
+        problem: why nobody can read them; "" if one can.
+    """
+
+    number: int
+    tag: int
+    problem: str
+
+
+class Opened(NamedTuple):
+    """They can be read from now on, or not, for a problem."""
+
+    number: int
+    problem: str
+
+
+class Closed(NamedTuple):
+    """They are not read any more, and nothing of them is open."""
+
+    number: int
+
+
+Message = Ready | Done | Slab | Region | Sources | Opened | Closed
 
 _READY = struct.Struct("=BQQQQII")
 _DONE = struct.Struct("=BQ")
 _SLAB = struct.Struct("=BIQ")
 _REGION = struct.Struct("=B64sQQ")
-MAX_MESSAGE_NBYTES = 128
+_SOURCES = struct.Struct("=BQQ")
+_OPENED = struct.Struct("=BQ")
+_CLOSED = struct.Struct("=BQ")
+MAX_MESSAGE_NBYTES = 256
 
 
 def encode(message: Message) -> bytes:
@@ -152,6 +182,12 @@ def encode(message: Message) -> bytes:
         return _DONE.pack(2, *message)
     if isinstance(message, Region):
         return _REGION.pack(4, *message)
+    if isinstance(message, Sources):
+        return (_SOURCES.pack(5, *message[:2]) + message.problem.encode())[:MAX_MESSAGE_NBYTES]
+    if isinstance(message, Opened):
+        return (_OPENED.pack(6, message.number) + message.problem.encode())[:MAX_MESSAGE_NBYTES]
+    if isinstance(message, Closed):
+        return _CLOSED.pack(7, *message)
     return _SLAB.pack(3, *message)
 
 
@@ -172,6 +208,13 @@ def decode(data: bytes) -> Message:
                 return Slab(*_SLAB.unpack(data)[1:])
             case 4:
                 return Region(*_REGION.unpack(data)[1:])
+            case 5:
+                _, number, tag = _SOURCES.unpack_from(data)
+                return Sources(number, tag, data[_SOURCES.size :].decode(errors="replace"))
+            case 6:
+                return Opened(_OPENED.unpack_from(data)[1], data[_OPENED.size :].decode(errors="replace"))
+            case 7:
+                return Closed(*_CLOSED.unpack(data)[1:])
     except struct.error as error:
         raise ValueError(f"a message of kind {kind} and {len(data)} bytes: {error}") from None
     raise ValueError(f"a message of unknown kind {kind}")

@@ -15,6 +15,7 @@ class Rung(Enum):
 
     READ = "process_vm_readv"
     ARENA = "arena"
+    TENSORS = "CUDA IPC, straight from the tensors"
     DEVICE = "CUDA IPC"
     NETWORK = "network"
 
