@@ -214,9 +214,7 @@ class Resharder(Calls[Moved_co]):
         """
         self._is_closed = True
         if self._session is not None:
-            self._session.close()
-        if self._execution is not None:
-            self._execution.close()
+            self._session.close(self._execution)
         if self._staying is not None:
             self._staying.close()
         for one in (self._gradient, *(self._checksums.movers if self._checksums else ()), *self._selections.values()):

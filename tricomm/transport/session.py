@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Collection, Mapping
 from enum import Enum
+from functools import partial
 from types import TracebackType
 
 from tricomm.errors import SpecError, TransportError
@@ -334,18 +335,20 @@ class Session:
             rank = self._context.rank
             self.abort(describe_failure(rank, f"the block of {self.identity.label}", error), lost=rank)
 
-    def close(self) -> None:
-        """Give back what it holds, as soon as what was started is done."""
+    def close(self, execution: PlanExecution | None = None) -> None:
+        """Give back what it holds, and an execution of its, as soon as what was started is done."""
         self._is_closed = True
         if self._channel is None:
             return
         last = self._channel.last_started
         if last is None or last.done():
-            self._release()
+            self._release(execution)
         else:
-            self._channel.worker.submit(self._release)
+            self._channel.worker.submit(partial(self._release, execution))
 
-    def _release(self) -> None:
+    def _release(self, execution: PlanExecution | None) -> None:
+        if execution is not None:
+            execution.close()
         if self._communicator is not None:
             self._closed = weakref.ref(self._communicator)
         self._communicator = self._channel = self.last_run = None

@@ -28,6 +28,9 @@ GIB = 1 << 30
 PULLED_NBYTES = (GIB // 16, GIB, 8 * GIB)
 """The size of the tensor that stays in place: what a call costs beside its bytes counts less for more of them."""
 REHEARSED_SIZE = 1 << 7
+STAYS: dict[str, Any] = {"strategy": SendRecv(), "stays_in_place": True}
+LONG_ROUNDS: dict[str, Any] = {"strategy": SendRecv(1 << 27), "staging_bytes": 1 << 30}
+"""By way of the arena, with fewer turns of the processes."""
 SIDES = {
     "1 to 1": ([0], [1]),
     "2 to 2": ([0, 1], [2, 3]),
@@ -48,8 +51,9 @@ def moves(setting: Setting) -> Iterator[Outcome]:
     checks.append(("many, staying", lambda ranks: told(ranks, many_stay, setting)))
     for nbytes in PULLED_NBYTES:
         size = f"{nbytes >> 20} MiB staying"
-        checks += [(f"{name}, {size}", _rate_of(setting, name, nbytes, True)) for name in SIDES]
-    checks += [(name, _rate_of(setting, name, GIB, False)) for name in SIDES]
+        checks += [(f"{name}, {size}", _rate_of(setting, name, nbytes, STAYS)) for name in SIDES]
+    checks += [(name, _rate_of(setting, name, GIB, {})) for name in SIDES]
+    checks += [(f"{name}, long rounds", _rate_of(setting, name, GIB, LONG_ROUNDS)) for name in SIDES]
     for stays in (True, False):
         text = "4 KiB, staying" if stays else "4 KiB"
         checks.append((text, partial(_latency, setting=setting, stays=stays)))
@@ -128,12 +132,12 @@ def many_stay(rank: int, setting: Setting) -> bool:
 # ---- how fast
 
 
-def _rate_of(setting: Setting, name: str, nbytes: int, stays: bool) -> Callable[[Ranks], Any]:
-    return lambda ranks: _rate(ranks, name, nbytes, stays, setting)
+def _rate_of(setting: Setting, name: str, nbytes: int, more: dict[str, Any]) -> Callable[[Ranks], Any]:
+    return lambda ranks: _rate(ranks, name, nbytes, more, setting)
 
 
-def _rate(ranks: Ranks, name: str, nbytes: int, stays: bool, setting: Setting) -> tuple[str, dict[str, Any]]:
-    found = [one for one in ranks.run(seconds_of, name, nbytes, stays, setting) if one is not None]
+def _rate(ranks: Ranks, name: str, nbytes: int, more: dict[str, Any], setting: Setting) -> tuple[str, dict[str, Any]]:
+    found = [one for one in ranks.run(seconds_of, name, nbytes, more, setting) if one is not None]
     copied = ranks.run(copy_seconds, setting)[0]
     seconds, crossing = max(one[0] for one in found), found[0][1]
     ways = sorted({way for one in found for way in one[2]})
@@ -167,7 +171,9 @@ def _per_call(call: Callable[[], object], setting: Setting, calls: int = CALLS) 
     return (time.perf_counter() - begin) / calls
 
 
-def seconds_of(rank: int, name: str, nbytes: int, stays: bool, setting: Setting) -> tuple[float, int, list[str]] | None:
+def seconds_of(
+    rank: int, name: str, nbytes: int, more: dict[str, Any], setting: Setting
+) -> tuple[float, int, list[str]] | None:
     """(seconds a call, bytes that cross between ranks in it, ways) of rows to columns; runs on every rank."""
     before, after = (Mesh(side, ("x",)) for side in SIDES[name])
     layout = Replicate() if "replicas" in name else Shard(1)
@@ -179,7 +185,6 @@ def seconds_of(rank: int, name: str, nbytes: int, stays: bool, setting: Setting)
     tensor = values.expand(source.local_shape(rank)).contiguous() if rank in before.ranks else None
     target = target.resolved(source)
     out = torch.zeros(target.local_shape(rank), device=setting.device) if rank in after.ranks else None
-    more: dict[str, Any] = {"strategy": SendRecv(), "stays_in_place": True} if stays else {}
     with Resharder(source, target, name=name, **_options(setting, **more)) as mover:
         seconds = _per_call(partial(mover, tensor, out=out), setting)
         ways = [str(way) for way in mover.transports.values()]

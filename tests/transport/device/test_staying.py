@@ -236,6 +236,26 @@ def close_in_turns(rank: int, threads: Threads) -> list[int]:
     return found
 
 
+def close_early(rank: int, threads: Threads) -> bool:
+    """Close while runs are under way, the first of which is the first of all."""
+    source, destination, _ = CASES["rows to columns"]
+    shards, full = source_and_result(source, destination)
+    mover = Resharder(source, destination, strategy=SendRecv(256), timeout_seconds=10, **threads.options(rank))
+    handles = [mover.start(shards.get(rank)) for _ in range(3)]
+    mover.close()
+    for handle in handles:
+        output = handle.wait()
+        threads.finish(rank)
+        require_equal(output, pick(full, destination, rank), "closed early")
+    return STRAIGHT in str(mover._execution.transports) if mover._execution is not None else False
+
+
+def test_what_was_started_before_it_was_closed_is_done() -> None:
+    with threads_of(4) as threads:
+        assert all(threads.run(close_early, threads))
+        assert threads.exports.faults == []
+
+
 def kept_by(shares: Any) -> int:
     return sum(len(one.storages) for one in shares._kept.values())
 

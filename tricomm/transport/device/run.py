@@ -11,6 +11,9 @@ from tricomm.transport.accelerator import Accelerator, Awaited, Event, await_eve
 from tricomm.transport.base import GroupLostError
 from tricomm.transport.device.alive import alive
 
+QUIET_SECONDS = 1.0
+"""For which a run waits at most while something is given back: that may wait for what others do after this run."""
+
 Check = Callable[[], None]
 """Raises RuntimeError if what came from a rank does not count."""
 
@@ -143,6 +146,10 @@ class DeviceRuns:
 
     def begin(self) -> DeviceRun:
         """See Connections."""
-        with alive().quiet:
+        is_quiet = alive().quiet.acquire(timeout=QUIET_SECONDS)
+        try:
             self.last = DeviceRun(self._accelerator, self._device, self.last)
+        finally:
+            if is_quiet:
+                alive().quiet.release()
         return self.last
