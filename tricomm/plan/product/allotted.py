@@ -1,17 +1,65 @@
-"""Cells that stay whole, each copy sent by the holder that has least to do. All are looked at, so ranks are few."""
+"""Cells that go to the holder that has least to do, whole or but for what makes NICs level. All are looked at, so ranks
+are few.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
+from tricomm.layout.columns import offsets_of
 from tricomm.layout.topology import Topology
+from tricomm.plan.product.grid import times_before
 from tricomm.plan.product.pieces import Cutting
+from tricomm.plan.product.sharing import LEVELLED, UNITS, WHOLE, Allotment, Sharing
 
 FEW_DELIVERIES = 1 << 11
 """So many cells, each as often as it is sent, are allotted in some milliseconds."""
 
+WORTH_A_CUT = 0.02
+"""Of what a NIC sends where all send the same: to move less than that to another NIC is not worth a message."""
 
-def allotted(cutting: Cutting, itemsize: int, topology: Topology) -> np.ndarray:
-    """Which of its tile's holders sends each cell to each replica, largest cells first: whoever is done first with what
-    it sends. Replicas that have holders on their host hear from those, and as they have less choice they come first.
+
+class _Deliveries(NamedTuple):
+    """Each cell to each replica that lacks it, as columns.
+
+    Attributes:
+        row: of all cells.
+        copy: which replica.
+        receiver: its rank.
+        holders: (deliveries, holders), ranks; -1 of those that are not asked as others are on the receiver's host.
+        nbytes: as a NIC sends them; 0 within a host.
+    """
+
+    row: np.ndarray
+    copy: np.ndarray
+    receiver: np.ndarray
+    holders: np.ndarray
+    nbytes: np.ndarray
+
+    @classmethod
+    def of(cls, cutting: Cutting, itemsize: int, topology: Topology) -> "_Deliveries":
+        """First those within hosts, which have less choice; then the largest for each NIC, the next for each, and so
+        on: what is posted last shall not all be for one NIC.
+        """
+        rows, hosts = cutting.every, topology.host_numbers
+        sizes, (sources, tiles) = cutting.numel(rows) * itemsize, cutting.tiles_of(rows)
+        every, needing = cutting.source.ranks[sources], cutting.destination.ranks[tiles]
+        here = hosts[every][:, None, :] == hosts[needing][:, :, None]
+        lacks = ~(every[:, None, :] == needing[:, :, None]).any(2)
+        row, copy = np.nonzero(lacks)
+        is_beside = here.any(2)[row, copy]
+        order = np.lexsort((copy, row, -sizes[row]))
+        row, copy, is_beside = row[order], copy[order], is_beside[order]
+        before = times_before(topology.nic_numbers[needing[row, copy]] * 2 + is_beside)
+        order = np.lexsort((before, ~is_beside))
+        row, copy, is_beside = row[order], copy[order], is_beside[order]
+        asked = here[row, copy] | ~is_beside[:, None]
+        return cls(row, copy, needing[row, copy], np.where(asked, every[row], -1), np.where(is_beside, 0, sizes[row]))
+
+
+def allotted(cutting: Cutting, itemsize: int, topology: Topology, shares: int) -> Allotment:
+    """Give each cell for each replica to one of its tile's holders: to whoever is done first with what it sends.
+    Replicas that have holders on their host hear from those.
 
     A holder is done when its NIC has sent everything that its ranks send, and when it has posted its own messages.
 
@@ -19,28 +67,82 @@ def allotted(cutting: Cutting, itemsize: int, topology: Topology) -> np.ndarray:
         cutting: of both sides.
         itemsize: bytes of an element on the wire.
         topology: of all ranks.
-
-    Returns:
-        (cells of each dim, replicas), numbers of holders; 0 where nothing is sent.
+        shares: one of BY_ALLOTMENT. If it is LEVELLED, NICs that send more than the mean then give of that to others;
+            if it is that of WHOLE, cells between hosts first go to the holders that they have with WHOLE.
     """
-    rows, hosts = cutting.every, topology.host_numbers
-    found = np.zeros((*map(len, cutting.lengths), cutting.destination.replicas), np.int64)
-    sizes, (sources, tiles) = cutting.numel(rows) * itemsize, cutting.tiles_of(rows)
-    nic_seconds = np.zeros(len(topology.nic_send_rates))
-    posted = np.zeros(len(topology.hosts), np.int64)
-    order = np.argsort(-sizes, kind="stable").tolist()
-    for is_beside in (True, False):
-        for row in order:
-            every, needing = cutting.source.ranks[sources[row]], cutting.destination.ranks[tiles[row]]
-            here = hosts[every] == hosts[needing][:, None]
-            for copy in np.flatnonzero((here.any(1) == is_beside) & ~np.isin(needing, every)).tolist():
-                places = np.flatnonzero(here[copy]) if is_beside else np.arange(len(every))
-                holders = every[places]
-                nics = topology.nic_numbers[holders]
-                seconds = np.zeros(len(nics)) if is_beside else sizes[row] / topology.nic_send_rates[nics]
-                sending, posting = nic_seconds[nics] + seconds, (posted[holders] + 1) * topology.overhead_seconds
-                best = np.lexsort((places, sending + posting, np.maximum(sending, posting)))[0]
-                found[(*rows[row], copy)] = places[best]
-                nic_seconds[nics[best]] += seconds[best]
-                posted[holders[best]] += 1
-    return found
+    given, copies = _Deliveries.of(cutting, itemsize, topology), cutting.destination.replicas
+    books = _Books(given, topology)
+    first = np.full(len(given.row), -1)
+    if shares == LEVELLED[WHOLE]:
+        pieces = cutting.pieces(copies, Sharing(cutting.source.replicas, WHOLE), None)
+        first = np.where(given.nbytes > 0, pieces.parts.reshape(-1, copies)[given.row, given.copy], -1)
+    for delivery, holder in enumerate(first.tolist()):
+        books.give(delivery, holder)
+    if shares in LEVELLED.values():
+        books.level()
+    shape = (*map(len, cutting.lengths), copies)
+    number = np.ravel_multi_index((*cutting.every[given.row].T, given.copy), shape)
+    sent, place = np.nonzero(books.parts)
+    stops = np.rint(np.cumsum(books.parts, 1) * UNITS).astype(np.int64)[sent, place]
+    order = np.argsort(number[sent], kind="stable")
+    counts = np.bincount(number[sent], minlength=int(np.prod(shape)))
+    return Allotment(shape, offsets_of(counts), place[order], stops[order])
+
+
+class _Books:
+    """Who sends what part of each delivery, and what NICs and ranks have to do."""
+
+    def __init__(self, given: _Deliveries, topology: Topology) -> None:
+        self.given, self.ranks = given, len(topology.hosts)
+        self.nics = topology.nic_numbers[given.holders]
+        self.overhead = topology.overhead_seconds
+        self.rates = topology.nic_send_rates
+        self.parts = np.zeros(given.holders.shape)
+        self.sending = np.zeros(len(topology.nic_send_rates))  # seconds
+        self.posted = np.zeros(len(topology.hosts), np.int64)
+
+    def give(self, delivery: int, place: int) -> None:
+        """One of them to a holder, or with -1 to the one that is done first."""
+        places = np.flatnonzero(self.given.holders[delivery] >= 0) if place < 0 else np.array([place])
+        holders, nics = self.given.holders[delivery, places], self.nics[delivery, places]
+        sending = self.sending[nics] + self.given.nbytes[delivery] / self.rates[nics]
+        posting = (self.posted[holders] + 1) * self.overhead
+        best = np.lexsort((places, sending + posting, np.maximum(sending, posting)))[0]
+        self.parts[delivery, places[best]] = 1.0
+        self.sending[nics[best]] = sending[best]
+        self.posted[holders[best]] += 1
+
+    def level(self) -> None:
+        """Let NICs that send longer than the mean give parts of what their ranks send to others, in few messages."""
+        nics = np.unique(self.nics[self.given.holders >= 0])
+        mean = float(self.sending[nics].sum()) / max(len(nics), 1)
+        for nic in nics[np.argsort(-self.sending[nics], kind="stable")].tolist():
+            while self.sending[nic] - mean > WORTH_A_CUT * mean and self._relieve(nic, mean):
+                pass
+
+    def _relieve(self, nic: int, mean: float) -> bool:
+        """Move the largest part that another NIC has time for; False if there is none."""
+        given, seconds = self.given, self.given.nbytes / self.rates[nic]
+        delivery, place = np.nonzero((self.parts > 0) & (self.nics == nic) & (given.nbytes > 0)[:, None])
+        spare = np.where(given.holders[delivery] >= 0, mean - self.sending[self.nics[delivery]], 0.0)
+        whole = (self.parts[delivery, place] * seconds[delivery])[:, None]
+        moved = np.minimum(np.minimum(spare, whole), self.sending[nic] - mean)
+        if not len(delivery) or moved.max() <= WORTH_A_CUT * mean:
+            return False
+        # Of as large ones, from the rank that posts most to the one that posts least, which shall post it last.
+        row, to = np.nonzero(moved >= moved.max() * (1 - WORTH_A_CUT))
+        taker = given.holders[delivery[row], to]
+        distance = (given.receiver[delivery[row]] - taker) % self.ranks
+        posted = self.posted[given.holders[delivery[row], place[row]]]
+        best = np.lexsort((row, -distance, self.posted[taker], -posted))[0]
+        row, to = row[best], to[best]
+        at, part = delivery[row], moved[row, to] / seconds[delivery[row]]
+        self.posted[given.holders[at, to]] += self.parts[at, to] == 0
+        self.parts[at, to] += part
+        left = self.parts[at, place[row]] - part
+        is_gone = left * UNITS < 1
+        self.parts[at, place[row]] = 0.0 if is_gone else left
+        self.posted[given.holders[at, place[row]]] -= is_gone
+        self.sending[nic] -= moved[row, to]
+        self.sending[self.nics[at, to]] += moved[row, to]
+        return True

@@ -11,7 +11,7 @@ from tricomm.plan.product.allotted import FEW_DELIVERIES
 from tricomm.plan.product.loads import Loads, sent_directly
 from tricomm.plan.product.move import ProductMove
 from tricomm.plan.product.rings import BESIDE, FROM_SENDER
-from tricomm.plan.product.sharing import ALLOTTED, BY_TURNS, WHOLE, Sharing
+from tricomm.plan.product.sharing import BY_ALLOTMENT, BY_TURNS, WHOLE, Sharing
 from tricomm.plan.product.tried import SIMULATED_RANKS, Trial, fastest, plainest
 from tricomm.plan.product.way import Way, best_way
 from tricomm.plan.routes.chunks import MAX_CHUNKS, MAX_PEERS_PER_ROUND, RouteContext, best_chunk_count
@@ -116,7 +116,7 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
         (loads,), directly = move.loads(1, Sharing(holders, 1), (1,)), sent_directly(move.shared)
         direct = [Sharing(holders, count) for count in (WHOLE, 1, BY_TURNS)]
         if is_simulated and holders > 1 and prod(map(len, move.cutting.lengths)) * copies <= FEW_DELIVERIES:
-            direct.append(Sharing(holders, ALLOTTED))
+            direct += [Sharing(holders, count) for count in BY_ALLOTMENT]
         ways += [direct_way(move, sharing, loads, directly) for sharing in direct + _by_nic(move, 1)]
     if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
         shares, fewer = (range(BY_TURNS, FEW_SHARES), {1, 2}) if is_simulated else (range(4), {1})

@@ -151,7 +151,7 @@ class Rings:
         counts = np.diff(firsts, axis=1)
         parts = 1 / counts[np.arange(len(ranks))[:, None], place]
         of_nic = np.bincount(topology.nic_numbers[ranks].reshape(-1), parts.reshape(-1))
-        number, of_host = _times_before(numbers[:, 0]), int(counts.max())
+        number, of_host = times_before(numbers[:, 0]), int(counts.max())
         return cls(ranks, place, firsts, count, numbers, number, of_host, most_hosts, float(of_nic.max()))
 
     @property
@@ -203,11 +203,11 @@ class Rings:
         return np.where(at >= 0, place[at], -1)
 
 
-def _times_before(values: np.ndarray) -> np.ndarray:
+def times_before(values: np.ndarray) -> np.ndarray:
     """How often each value stands before it.
 
     Example:
-        >>> _times_before(np.array([5, 3, 5, 5])).tolist()
+        >>> times_before(np.array([5, 3, 5, 5])).tolist()
         [0, 0, 1, 2]
     """
     order = np.argsort(values, kind="stable")

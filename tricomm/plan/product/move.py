@@ -17,7 +17,7 @@ from tricomm.plan.product.nics import Nics, nics_of, share_hosts, units_of
 from tricomm.plan.product.pieces import Cutting
 from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
-from tricomm.plan.product.sharing import ALLOTTED, Sharing
+from tricomm.plan.product.sharing import BY_ALLOTMENT, Allotment, Sharing
 from tricomm.plan.product.way import Way
 from tricomm.plan.refine import cells
 from tricomm.plan.routes.chunks import MIN_CHUNK_NBYTES, PairColumns, RouteContext, Unicasts, unicast
@@ -169,7 +169,8 @@ class ProductMove:
         return PartGroups(self.stack, self.itemsize, regions)
 
     def _directly(self, way: Way, rank: int | None) -> Unicasts:
-        allotment = _allotment(self) if way.sharing.shares == ALLOTTED else None
+        shares = way.sharing.shares
+        allotment = _allotment(self, shares) if shares in BY_ALLOTMENT else None
         if self.shared is not None:
             pairs = self.shared.pairs(way.sharing, rank, self._parts, allotment)
         else:
@@ -192,6 +193,6 @@ class ProductMove:
 
 
 @lru_cache(maxsize=64)
-def _allotment(move: ProductMove) -> np.ndarray:
+def _allotment(move: ProductMove, shares: int) -> Allotment:
     """Who sends each cell to each replica; by identity of the move."""
-    return allotted(move.cutting, move.itemsize, move.context.topology)
+    return allotted(move.cutting, move.itemsize, move.context.topology, shares)

@@ -8,7 +8,7 @@ import numpy as np
 
 from tricomm.layout.columns import Groups, IntervalLists, Regions, counts_of, offsets_of, spread
 from tricomm.plan.product.grid import Grid
-from tricomm.plan.product.sharing import BY_TURNS, Ends, Sharing, turns_of
+from tricomm.plan.product.sharing import BY_TURNS, UNITS, Allotment, Ends, Sharing, turns_of
 from tricomm.plan.refine import Cells
 
 WIDE = 64
@@ -174,7 +174,7 @@ class Cutting:
         """Elements of destination tiles."""
         return self.destination_line.sizes(np.stack(np.unravel_index(tiles, self.destination.parts), -1))
 
-    def pieces(self, copies: int, sharing: Sharing, rank: int | None, allotment: np.ndarray | None = None) -> Pieces:
+    def pieces(self, copies: int, sharing: Sharing, rank: int | None, allotment: Allotment | None = None) -> Pieces:
         """What is sent.
 
         Args:
@@ -182,7 +182,7 @@ class Cutting:
             sharing: of the line of a tile's cells; where it leaves cells whole, holders may send more than others; so
                 may they by turns, but as many messages.
             rank: only what this rank sends or, in its own tile, receives; None is everything.
-            allotment: where cells are allotted, whose each is; see ``allotted``.
+            allotment: where cells are allotted, what each holder sends of them.
         """
         if rank is None:
             return self.shared(self.every, copies, sharing, allotment=allotment)
@@ -200,13 +200,18 @@ class Cutting:
         sharing: Sharing,
         holder: int | None = None,
         copy: int | None = None,
-        allotment: np.ndarray | None = None,
+        allotment: Allotment | None = None,
     ) -> Pieces:
         """The pieces of some cells, of one holder and for one copy if they are given; see ``pieces``."""
         copy_of = np.zeros(len(rows), np.int64) if copy is None else np.full(len(rows), copy)
         if copies > 1 and copy is None:
             copy_of = np.tile(np.arange(copies), len(rows))
             rows = rows.repeat(copies, 0)
+        if allotment is not None:
+            row, number, places, regions = self.allotted(rows, copy_of, allotment, holder)
+            sources, tiles = self.tiles_of(rows[row])
+            senders = self.source.ranks[sources, number]
+            return Pieces(senders, tiles, row, copy_of[row], number, np.zeros_like(row), places, regions)
         size = self.numel(rows)
         begin, total = self._lines(rows, size, copies, copy_of)
         holders = self.source.replicas
@@ -220,8 +225,6 @@ class Cutting:
             last = np.maximum(((begin + size) * count - 1 - sliver) // total, first)
             if ends is not None:
                 first, last = ends.find(sources, first), ends.find(sources, last)
-        elif allotment is not None:
-            first = last = allotment[(*rows.T, copy_of)]
         elif sharing.shares == BY_TURNS:
             first = last = turns_of(self.numbers_held(rows) * copies + copy_of, count) % count
         else:
@@ -242,6 +245,19 @@ class Cutting:
         row, share = row[kept], share[kept]
         senders = self.source.ranks[sources[row], sharing.holders(share, turns[row], holders)]
         return Pieces(senders, tiles[row], row, copy_of[row], share, share % sharing.each, places, regions)
+
+    def allotted(
+        self, rows: np.ndarray, copies: np.ndarray, allotment: Allotment, holder: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Groups]:
+        """The parts of some cells for some replicas, of one holder if it is given: (which of the rows each is of, its
+        holder, its place as in ``Pieces``, its region).
+        """
+        row, number, start, stop = allotment.parts(rows, copies)
+        if holder is not None:
+            own = number == holder
+            row, number, start, stop = row[own], number[own], start[own], stop[own]
+        kept, places, regions = self.cut(rows[row], Parts.between(start, stop, self.numel(rows[row])))
+        return row[kept], number[kept], places, regions
 
     def _lines(
         self, rows: np.ndarray, size: np.ndarray, copies: int, copy_of: np.ndarray
@@ -323,6 +339,12 @@ class Parts(NamedTuple):
         """Of cells that are a line each, which is cut evenly."""
         zeros = np.zeros_like(share)
         return cls(share, zeros, parts - 1, share, share + 1, parts, zeros, size)
+
+    @classmethod
+    def between(cls, start: np.ndarray, stop: np.ndarray, size: np.ndarray) -> "Parts":
+        """Of cells that are a line each, from where to where in UNITS of it."""
+        zeros = np.zeros_like(start)
+        return cls(zeros - 1, zeros, zeros, start, stop, zeros + UNITS, zeros, size)
 
     def span(self, size: np.ndarray, extent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(from, to): which coordinates of its cell each part has along a dim of some extents."""

@@ -10,7 +10,7 @@ from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.grid import Rings
 from tricomm.plan.product.pieces import Cutting, Parts
 from tricomm.plan.product.rings import Visits
-from tricomm.plan.product.sharing import Sharing, turns_of
+from tricomm.plan.product.sharing import Allotment, Sharing, turns_of
 from tricomm.plan.routes.chunks import PairColumns
 
 
@@ -125,7 +125,7 @@ class SharedHosts:
         sharing: Sharing,
         rank: int | None,
         parts_of: Callable[[Groups], PartGroups],
-        allotment: np.ndarray | None = None,
+        allotment: Allotment | None = None,
     ) -> PairColumns:
         """What is sent if each replica hears from a holder; at most one row for each pair of ranks.
 
@@ -261,7 +261,7 @@ class SharedHosts:
         return Visits(senders, chosen.tile, zeros, chosen.place, zeros + 1, zeros, turn, turn, regions)
 
     def _from_arcs(
-        self, rows: np.ndarray, arcs: Arcs, receiver: int | None, allotment: np.ndarray | None
+        self, rows: np.ndarray, arcs: Arcs, receiver: int | None, allotment: Allotment | None
     ) -> tuple[np.ndarray, np.ndarray, Groups]:
         """(senders, receivers, regions) of what ranks on the hosts of arcs, or one of them, get from holders."""
         rings = self.rings
@@ -278,8 +278,9 @@ class SharedHosts:
         lacks = np.flatnonzero(self._tile_of[receivers] != chosen.source)
         chosen, receivers, ahead = chosen.take(lacks), receivers[lacks], ahead[lacks]
         if allotment is not None:
-            number = allotment[(*rows[chosen.cell].T, self._copy_of[receivers])]
-            return self.cutting.source.ranks[chosen.source, number], receivers, self.cutting.whole(rows[chosen.cell])
+            cells, copies = rows[chosen.cell], self._copy_of[receivers]
+            part, number, _, regions = self.cutting.allotted(cells, copies, allotment)
+            return self.cutting.source.ranks[chosen.source[part], number], receivers[part], regions
         # Those on the host where an arc begins hear from there.
         here = self.rings.count(chosen.tile, chosen.place)
         beside = self.holders.at(chosen.source, chosen.holding, taking_turns(chosen) + ahead)

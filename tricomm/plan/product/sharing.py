@@ -4,13 +4,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tricomm.layout.columns import counts_of, spread
+
 WHOLE = 0
 BY_TURNS = -1
 """In the place of a number of shares: cells stay whole, and the holders of a tile take turns in sending them."""
 
-
 ALLOTTED = -2
 """The same, but each cell is sent by the holder that has least to do; see ``allotted``."""
+
+LEVELLED = {ALLOTTED: -3, WHOLE: -4}
+"""As such a one, but where NICs send more than others, some cells are cut, and others send a part of them."""
+
+BY_ALLOTMENT = (ALLOTTED, *LEVELLED.values())
+"""What each holder sends is told by an Allotment."""
+
+UNITS = 1 << 16
+"""Of a cell, in which what each holder sends of it is told."""
 
 
 class Sharing(NamedTuple):
@@ -20,7 +30,8 @@ class Sharing(NamedTuple):
 
     Attributes:
         senders: of a tile's holders, how many send.
-        shares: how many parts each sends; WHOLE, BY_TURNS and ALLOTTED leave cells whole, and all holders send.
+        shares: how many parts each sends; WHOLE, BY_TURNS and ALLOTTED leave cells whole, and LEVELLED most; all
+            holders send.
         is_by_nic: whether NICs, not holders, send equal parts: the fewer ranks use a NIC, the more each sends.
 
     Example:
@@ -109,6 +120,35 @@ class Ends(NamedTuple):
     def spans(self, tiles: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the first unit, the one behind the last) of some parts."""
         return np.where(parts > 0, self.ends[tiles, parts - 1], 0), self.ends[tiles, parts]
+
+
+class Allotment(NamedTuple):
+    """What each holder sends of each cell to each replica, where that follows from no rule.
+
+    Attributes:
+        shape: cells of each dim, replicas: a delivery is a place in it.
+        offsets: (deliveries + 1,), where the parts of each begin.
+        holders: (parts,), which of its tile's holders sends each.
+        stops: (parts,), where each ends, in UNITS of the cell.
+    """
+
+    shape: tuple[int, ...]
+    offsets: np.ndarray
+    holders: np.ndarray
+    stops: np.ndarray
+
+    def parts(self, rows: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(which of the rows, holder, where it begins, where it ends) of each part of some cells for some replicas.
+
+        Args:
+            rows: the cells, (deliveries, dims).
+            copies: the replicas, (deliveries,).
+        """
+        number = np.ravel_multi_index((*rows.T, copies), self.shape)
+        row, at = np.arange(len(rows)).repeat(counts_of(self.offsets)[number]), spread(self.offsets, number)
+        is_first = np.ones(len(at), bool)
+        is_first[1:] = row[1:] != row[:-1]
+        return row, self.holders[at], np.where(is_first, 0, self.stops[at - 1]), self.stops[at]
 
 
 def turns_of(numbers: np.ndarray, count: np.ndarray | int) -> np.ndarray:
