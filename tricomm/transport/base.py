@@ -290,6 +290,13 @@ class Linked(Connections, Protocol):
         """
         ...
 
+    def nod(self, tag: int) -> list[tuple[int, Any]] | None:
+        """Tell all others that this rank has what it needs in its call; works to wait for: that they have, too.
+
+        None where that takes messages, which is the same on all ranks.
+        """
+        ...
+
     def finish(self, limit: timedelta) -> None:
         """Return when all has been told that is to be told: nobody looks after it once the call is over."""
         ...

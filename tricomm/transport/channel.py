@@ -267,7 +267,8 @@ class Channel:
         if accelerator is None:
             of_gloo = dist.PrefixStore(f"{found.place}/gloo", store)
             gloo: Any = GlooConnections(of_gloo, rank, index, self._devices, timeout_seconds, interrupted)
-            link = None if door is None else partial(met, gloo, door, found.exchange, interrupted, found.refused)
+            others, refused = [other for other in self.participants if other != rank], found.refused
+            link = None if door is None else partial(met, gloo, door, others, found.exchange, interrupted, refused)
             found.connect(gloo, link)
             return True
 

@@ -23,7 +23,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ from tricomm.transport.base import (
     Asked,
     ConnectionLostError,
     Connections,
-    Directions,
     Linked,
     NoConnections,
     Operation,
@@ -58,10 +56,6 @@ LOG = logging.getLogger("tricomm")
 CONNECTING_TAG = 0
 """The tag of what is sent before any call; Resharders' tags begin at 1."""
 
-COMPUTING_FACTOR = 20.0
-SPARE_HEARTBEATS = 3.0
-"""The monitor ends waits at their deadline, which moves on while this rank computes. Should it be unable to, they end
-by themselves, after so many timeouts and heartbeats."""
 
 PostedWork = tuple[int, Any]
 """The peer of a posted operation, and the backend's work. Several NCCL operations of one group share that."""
@@ -105,12 +99,12 @@ class Communicator:
         """The one that runs, or ran last."""
         self._before = self.call
         """The one before it."""
-        self._limit = timedelta(0)
         self._timeout_seconds = 0.0
         self._place = Place.of(self.place, 0.0)
+        self._limit = self._place.limit_after(0.0)
         self._completed: dict[int, int] = {}
         self._unfinished: deque[Run] = deque()
-        """Runs whose calls have returned while the device still has to do what they queued, in their order."""
+        """Runs of which the device has still to do what they queued when their calls returned, in their order."""
         self._has_failed_late = False
         self._board: CallBoard | None = None
         """Where messages have no tags, what calls were made."""
@@ -121,8 +115,7 @@ class Communicator:
         self._by_memory: Linked | None = None
         self.refused = {} if refused is None else refused
         self.depth, self.launch = self.connections.depth, self.connections.launch
-        self.in_place: Directions = NOWHERE
-        self.arenas = NO_ARENAS
+        self.in_place, self.arenas = NOWHERE, NO_ARENAS
         """See Transport."""
         self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
@@ -220,11 +213,14 @@ class Communicator:
             self.wait(work)
 
     def confirm(self) -> None:
-        """Return when every rank of the communicator has come here: a dissemination barrier of one-byte messages.
+        """Return when every rank of the communicator has come here.
 
+        Each tells each by its link, or else there is a dissemination barrier of one-byte messages.
         In step k a rank tells the one 2^k places on and hears the one 2^k places back. A rank that failed has closed
-        its connections, which ends everybody's wait. Where messages have no tags, they carry tag and call instead.
+        its connections, which ends all waits. Where messages have no tags, they carry tag and call instead.
         """
+        if self.connections is self._by_memory and self._nod():
+            return
         ranks = self.participants
         here = ranks.index(self.coordinator.rank)
         ours, theirs = self._token[:1], self._token[1:]
@@ -239,6 +235,15 @@ class Communicator:
                 self._join()
                 self._compare(back, theirs)
             reach *= 2
+
+    def _nod(self) -> bool:
+        """As ``confirm``, by links; false if there are not enough."""
+        assert self._by_memory is not None
+        with self._losing():
+            nods = self._by_memory.nod(self.call.tag)
+        for nod in nods or ():
+            self.wait(nod)
+        return nods is not None
 
     def _join(self) -> None:
         """Return when the device has done all that this call has queued: nothing has been received before.
@@ -281,22 +286,18 @@ class Communicator:
         if timeout_seconds != self._timeout_seconds:
             self._set_timeout(timeout_seconds, connecting)
         by_memory = self._by_memory
-        if by_memory is not None:
-            self.connections, self.in_place, self.arenas = (
-                (by_memory, by_memory.in_place, by_memory.arenas)
-                if uses_memory
-                else (self._network, NOWHERE, NO_ARENAS)
-            )
-        self.begun = begun = self.begun + 1
-        self._before = self.call
-        self.call = self.run = run = Run(tag, number, name, self._place, self, begun)
+        if by_memory is not None and uses_memory:
+            self.connections, self.in_place, self.arenas = by_memory, by_memory.in_place, by_memory.arenas
+        elif by_memory is not None:
+            self.connections, self.in_place, self.arenas = self._network, NOWHERE, NO_ARENAS
+        self.begun, self._before = self.begun + 1, self.call
+        self.call = self.run = run = Run(tag, number, name, self._place, self, self.begun)
         begin = self.connections.begin
         if begin is not None:
             run.pending = begin()
         if self._board is not None:
             self._board.add(tag, number, name)
-            self._last_runs[tag] = run
-            run.board = self._board
+            self._last_runs[tag], run.board = run, self._board
         self._monitor.watch(run)
         return run
 
@@ -304,8 +305,7 @@ class Communicator:
         """Bind once what calls with the same timeout have in common."""
         self._timeout_seconds = 0.0 if connecting else timeout_seconds
         self._place = Place.of(self.place, timeout_seconds, connecting)
-        spare_seconds = SPARE_HEARTBEATS * self._place.heartbeat_seconds
-        self._limit = timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + spare_seconds)
+        self._limit = self._place.limit_after(timeout_seconds)
 
     def end(self, run: Run, is_complete: bool = False) -> None:
         """End a call, badly or well: then it is over here, and what fails later is another one.

@@ -60,6 +60,7 @@ def test_receives_match_as_they_are_posted_however_they_are_waited_for(ends: tup
     there.expect(other, OTHER).wait(there, patience(there))
     offers[1].wait(here, patience(here))
     assert bool((other.buffer == 7).all())
+    assert [there._early, there._expected] == [{}, {}], "nothing stays of a tag, of which each one-shot call has one"
 
 
 def test_more_messages_than_a_socket_has_room_for_arrive(ends: tuple[Link, Link]) -> None:
@@ -76,6 +77,35 @@ def test_more_messages_than_a_socket_has_room_for_arrive(ends: tuple[Link, Link]
         offer.wait(here, waiting)
     assert not here.is_crowded
     assert not there.is_crowded
+
+
+def test_nods_are_of_a_tag_and_count_even_when_they_come_before_they_are_awaited(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    first, other = here.nod(TAG), here.nod(OTHER)
+    there.nod(OTHER).wait(there, patience(there))
+    other.wait(here, patience(here))
+    with pytest.raises(LinkClosedError, match="no sign within the limit"):
+        first.wait(here, patience(here, seconds=0.05))
+    there.nod(TAG).wait(there, patience(there))
+    again = there.nod(TAG)
+    first.wait(here, patience(here))
+    here.nod(TAG).wait(here, patience(here))
+    again.wait(there, patience(there))
+    for end in ends:
+        end.look()
+        assert [end._nods, end._early_nods] == [{}, set()]
+
+
+def test_a_nod_that_was_told_before_the_end_counts_and_another_does_not_come(ends: tuple[Link, Link]) -> None:
+    here, there = ends
+    there.nod(TAG)
+    told, missed = here.nod(TAG), here.nod(OTHER)
+    there.close()
+    told.wait(here, patience(here))
+    with pytest.raises(LinkClosedError, match="the link to rank 1 is closed"):
+        missed.wait(here, patience(here))
+    with pytest.raises(ConnectionLostError):
+        here.nod(TAG)
 
 
 def test_another_size_is_refused_and_the_link_stands(ends: tuple[Link, Link]) -> None:

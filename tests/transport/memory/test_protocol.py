@@ -13,6 +13,7 @@ from tricomm.transport.memory.protocol import (
     Action,
     Done,
     Event,
+    Nod,
     Ready,
     Receiving,
     Sending,
@@ -257,7 +258,7 @@ def test_random_orders_of_many_calls_keep_the_promise(seed: int) -> None:
             steps += 1
 
 
-@pytest.mark.parametrize("message", [Ready(2**40, 7, 2**41, 2**47 - 1, 1024, 3), Done(9), Slab(4, 2**33)])
+@pytest.mark.parametrize("message", [Ready(2**40, 7, 2**41, 2**47 - 1, 1024, 3), Done(9), Slab(4, 2**33), Nod(2**31)])
 def test_messages_are_what_they_were(message: Any) -> None:
     assert decode(encode(message)) == message
 

@@ -1,6 +1,7 @@
 """Run: a stretch of waiting, which the thread that runs and the monitor share."""
 
 import time
+from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from tricomm.transport.base import GroupLostError, Pending
@@ -8,6 +9,11 @@ from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.status import Wait
 
 MAX_HEARTBEAT_SECONDS = 1.0
+
+COMPUTING_FACTOR = 20.0
+SPARE_HEARTBEATS = 3.0
+"""The monitor ends waits at their deadline, which moves on while this rank computes. Should it be unable to, they end
+by themselves, after so many timeouts and heartbeats."""
 
 
 def heartbeat_seconds(timeout_seconds: float) -> float:
@@ -44,6 +50,10 @@ class Place(NamedTuple):
     def of(cls, name: str, timeout_seconds: float, participants: tuple[int, ...] = ()) -> "Place":
         """One where runs have this timeout."""
         return cls(name, participants, heartbeat_seconds(timeout_seconds), waiting_seconds(timeout_seconds))
+
+    def limit_after(self, timeout_seconds: float) -> timedelta:
+        """When waits there end by themselves."""
+        return timedelta(seconds=COMPUTING_FACTOR * timeout_seconds + SPARE_HEARTBEATS * self.heartbeat_seconds)
 
 
 class CallId:

@@ -175,6 +175,9 @@ class DeviceConnections:
         """See Linked. Streams wait for that; but nothing is begun with a rank that is known to be gone."""
         return [(link.peer, link) for link in self._links.values() if not link.counts()]
 
+    def nod(self, tag: int) -> None:
+        """See Linked: streams wait, and not the host."""
+
     def finish(self, limit: timedelta) -> None:
         """See Linked: a call is over on this rank."""
         self._tell_read()

@@ -1,7 +1,7 @@
 """Connections of which some pairs go by memory, beside a network for all others."""
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,9 @@ from tricomm.transport.memory.signals import LinkClosedError
 Exchange = Callable[[Iterable[Operation]], None]
 """Posts operations and waits for all of them."""
 
+MOST_NODS = 15
+"""So many others each rank tells by itself that it has come so far; with more, ranks pass it on."""
+
 
 class HostConnections:
     """See Linked.
@@ -25,6 +28,7 @@ class HostConnections:
         network: for all pairs that have no link.
         links: by rank.
         transports: of the pairs of this rank, for whoever asks.
+        are_all_linked: whether every rank has a link with each other one; the same on all of them.
     """
 
     has_tags = True
@@ -32,11 +36,14 @@ class HostConnections:
     arenas = NO_ARENAS
     launch: Any = staticmethod(operator.call)
 
-    def __init__(self, network: Connections, links: Mapping[int, Link], transports: PairTransports) -> None:
+    def __init__(
+        self, network: Connections, links: Mapping[int, Link], transports: PairTransports, are_all_linked: bool = False
+    ) -> None:
         self.network = network
         self.transports = transports
         self.depth = network.depth
         self._links = tuple(links.values())
+        self._are_all_linked = are_all_linked
         ways = {(is_send, rank): links[rank].rung(is_send) for rank in links for is_send in (True, False)}
         self._ways = {way: links[way[1]] for way, rung in ways.items() if rung is not Rung.NETWORK}
         self.in_place: Directions = frozenset(way for way, rung in ways.items() if rung is Rung.READ)
@@ -78,6 +85,12 @@ class HostConnections:
         """See Linked."""
         return [(link.peer, (link, offer.wait_read)) for link in self._links for offer in link.unread()]
 
+    def nod(self, tag: int) -> list[tuple[int, Any]] | None:
+        """See Linked."""
+        if not self._are_all_linked:
+            return None
+        return [(link.peer, (link, nod.wait)) for link, nod in [(link, link.nod(tag)) for link in self._links]]
+
     def finish(self, limit: timedelta) -> None:
         """See Linked."""
         for link in self._links:
@@ -104,13 +117,19 @@ class HostConnections:
 
 
 def met(
-    network: Connections, door: Doorway, exchange: Exchange, interrupted: Callable[[], None], refused: Mapping[int, str]
+    network: Connections,
+    door: Doorway,
+    others: Collection[int],
+    exchange: Exchange,
+    interrupted: Callable[[], None],
+    refused: Mapping[int, str],
 ) -> HostConnections:
     """Connect to the ranks of this host, once all ranks are connected by the network.
 
     Args:
         network: see HostConnections.
         door: of this rank.
+        others: all ranks but this one.
         exchange: sends and receives over the network, and is watched.
         interrupted, refused: see ``meet``.
     """
@@ -127,9 +146,20 @@ def met(
         return {rank: bytes(buffer.tolist()).rstrip(b"\0").decode() for rank, buffer in theirs.items()}
 
     try:
-        return HostConnections(network, *meet(door, tell, interrupted, refused))
+        links, transports = meet(door, tell, interrupted, refused)
+        is_linked = len(others) <= MOST_NODS and _agreed(links.keys() == {*others}, others, exchange)
+        return HostConnections(network, links, transports, is_linked)
     finally:
         door.close()
+
+
+def _agreed(is_so: bool, others: Collection[int], exchange: Exchange) -> bool:
+    """Whether all say so."""
+    ours = torch.tensor([is_so], dtype=torch.uint8)
+    theirs = torch.zeros(len(others), dtype=torch.uint8)
+    receives = [Operation(False, rank, theirs[index : index + 1]) for index, rank in enumerate(others)]
+    exchange([*receives, *(Operation(True, rank, ours) for rank in others)])
+    return is_so and bool(theirs.all())
 
 
 def _padded(text: str) -> torch.Tensor:

@@ -23,6 +23,7 @@ from tricomm.transport.memory.protocol import (
     Done,
     Event,
     Message,
+    Nod,
     Ready,
     Receiving,
     Sending,
@@ -71,6 +72,9 @@ class Link(Signals):
         """Offers that came before anybody expected them, by tag."""
         self._expected: dict[int, deque[Expected]] = {}
         """What is expected and was not offered yet, by tag; in the order in which it was posted."""
+        self._early_nods: set[int] = set()
+        self._nods: dict[int, ExpectedNod] = {}
+        """The same of nods. No call of a tag begins before the one before it is over, so there is one of each tag."""
         self._offers: dict[int, Offer] = {}
         self._count = 0
         self._arena = Arena()
@@ -137,8 +141,25 @@ class Link(Signals):
         early = self._early.get(tag)
         if early:
             found.ready = early.popleft()
+            if not early:
+                del self._early[tag]  # a one-shot call has a tag of its own
         else:
             self._expected.setdefault(tag, deque()).append(found)
+        return found
+
+    def nod(self, tag: int) -> "ExpectedNod":
+        """Tell the peer that this rank has all that it needs in a call; something to wait for: that it tells the same.
+
+        Raises:
+            ConnectionLostError: the link is closed.
+        """
+        self._tell_of(Nod(tag))
+        found = ExpectedNod()
+        if tag in self._early_nods:
+            self._early_nods.remove(tag)
+            found.has_come = True
+        else:
+            self._nods[tag] = found
         return found
 
     def read(self, ready: Ready, operation: Operation) -> None:
@@ -187,14 +208,16 @@ class Link(Signals):
         except LinkClosedError:
             return
 
-    def look(self, awaiting: "Expected | None" = None) -> None:
-        """Take what messages have come; only until an offer is among them, if one is awaited."""
+    def look(self, awaiting: "Expected | ExpectedNod | None" = None) -> None:
+        """Take what messages have come; only until what is awaited is among them, if anything is."""
         for message, files in self.come():
             match message:
                 case Ready():
                     expected = self._expected.get(message.tag)
                     if expected:
                         found = expected.popleft()
+                        if not expected:
+                            del self._expected[message.tag]
                         found.ready = message
                         if found is awaiting:
                             return
@@ -205,6 +228,14 @@ class Link(Signals):
                     offer.is_read = True
                     if offer.slab is not None:
                         self._arena.give_back(offer.slab)
+                case Nod():
+                    nod = self._nods.pop(message.tag, None)
+                    if nod is None:
+                        self._early_nods.add(message.tag)
+                        continue
+                    nod.has_come = True
+                    if nod is awaiting:
+                        return
                 case Slab():
                     self._slabs[message.slab] = mapped_slab(message.slab, files[0], message.nbytes)
 
@@ -328,3 +359,27 @@ class Expected:
         except UnreadableError as error:
             return Event.NOT_ALL_READ, error
         return Event.ALL_COPIED if self.ready.slab else Event.ALL_READ, None
+
+
+class ExpectedNod:
+    """That the peer has all that it needs in a call."""
+
+    __slots__ = ("has_come",)
+
+    def __init__(self) -> None:
+        self.has_come = False
+
+    def wait(self, link: Link, patience: Patience) -> None:
+        """Return when it is told.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+        """
+        is_over = False
+        while not self.has_come:
+            link.look(self)
+            if self.has_come:
+                return
+            if is_over:
+                raise LinkClosedError(f"the link to rank {link.peer} is closed")
+            is_over = patience.await_news(link)

@@ -162,7 +162,13 @@ class Closed(NamedTuple):
     number: int
 
 
-Message = Ready | Done | Slab | Region | Sources | Opened | Closed
+class Nod(NamedTuple):
+    """A rank has all that it needs in a call of the Resharder with a tag."""
+
+    tag: int
+
+
+Message = Ready | Done | Slab | Region | Sources | Opened | Closed | Nod
 
 _READY = struct.Struct("=BQQQQII")
 _DONE = struct.Struct("=BQ")
@@ -171,6 +177,7 @@ _REGION = struct.Struct("=B64sQQ")
 _SOURCES = struct.Struct("=BQQ")
 _OPENED = struct.Struct("=BQ")
 _CLOSED = struct.Struct("=BQ")
+_NOD = struct.Struct("=BQ")
 MAX_MESSAGE_NBYTES = 256
 
 
@@ -180,6 +187,8 @@ def encode(message: Message) -> bytes:
         return _READY.pack(1, *message)
     if isinstance(message, Done):
         return _DONE.pack(2, *message)
+    if isinstance(message, Nod):
+        return _NOD.pack(8, *message)
     if isinstance(message, Region):
         return _REGION.pack(4, *message)
     if isinstance(message, Sources):
@@ -215,6 +224,8 @@ def decode(data: bytes) -> Message:
                 return Opened(_OPENED.unpack_from(data)[1], data[_OPENED.size :].decode(errors="replace"))
             case 7:
                 return Closed(*_CLOSED.unpack(data)[1:])
+            case 8:
+                return Nod(*_NOD.unpack(data)[1:])
     except struct.error as error:
         raise ValueError(f"a message of kind {kind} and {len(data)} bytes: {error}") from None
     raise ValueError(f"a message of unknown kind {kind}")
