@@ -96,7 +96,7 @@ def launches(rank: int, threads: Threads, name: str) -> tuple[int, str, Any]:
 def test_one_launch_pulls_from_all_and_nothing_is_packed() -> None:
     with threads_of(4) as threads:
         for count, told, stats in threads.run(launches, threads, "rows to columns"):
-            assert count == 2, "what the rank has itself, and what it pulls"
+            assert count == 1, "what it pulls from three others, and what it has itself"
             assert told.endswith(STRAIGHT)
             assert stats.messages == 2 * 3
             assert stats.staging_nbytes == 0
@@ -264,6 +264,40 @@ def test_memory_is_kept_until_all_have_closed_it() -> None:
     with threads_of(2) as threads:
         assert threads.run(close_in_turns, threads)[0] == [1, 1, 0]
         assert threads.exports.faults == []
+
+
+def overwrite(rank: int, threads: Threads, gate: Any) -> tuple[str, bool]:
+    """The sender gives its call up while the receiver's device is busy, and then writes into what is still to be read;
+    what the receiver's next call says, and whether what it has got is wrong.
+    """
+    spec, target = (ShardingSpec(Mesh([one], ("x",)), (Replicate(),), (1 << 10,), "float32") for one in range(2))
+    mover = Resharder(spec, target, timeout_seconds=5, **threads.options(rank))
+    tensor = torch.ones(1 << 10) if rank == 0 else None
+    mover(tensor)
+    threads.finish(rank)
+    threads.barrier.wait()
+    if rank == 1:
+        threads.standins[rank].device.current.launch(lambda: None, gate)
+    output = mover(tensor)
+    threads.barrier.wait()
+    if tensor is not None:
+        mover.abort("rank 0 has something better to do")
+        threads.finish(rank)  # its stream goes on
+        tensor.zero_()
+    threads.barrier.wait()
+    if rank == 1:
+        gate.open()
+        threads.finish(rank)
+    threads.barrier.wait()
+    text, _ = over_nccl.attempt(lambda: mover(tensor))
+    return text, output is not None and not bool((output == 1).all())
+
+
+def test_what_was_read_after_its_sender_gave_up_does_not_count() -> None:
+    with threads_of(2) as threads:
+        text, is_wrong = threads.run(overwrite, threads, threads.gate())[1]
+    assert is_wrong, "else this shows nothing"
+    assert "rank 0 has something better to do" in text
 
 
 @pytest.fixture

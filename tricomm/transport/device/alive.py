@@ -71,10 +71,11 @@ def when_idle(is_idle: Callable[[], bool], work: Callable[[], object]) -> None:
     """
 
     def is_done() -> bool:
-        with alive().quiet:
-            if is_idle():
-                work()
-                return True
+        if is_idle():  # asked without the lock first: a driver may not answer
+            with alive().quiet:
+                if is_idle():
+                    work()
+                    return True
         return False
 
     wait_until(is_done)
