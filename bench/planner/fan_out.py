@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 
+import numpy as np
+
 from bench.planner.cases import WHOLE, mesh
 from tricomm import Shard, ShardingSpec, Topology, make_plan
 
@@ -53,7 +55,8 @@ class FanOut:
         plan = make_plan(*self.specs, topology=topology)
         move = plan.moves[0]
         seconds = plan.simulated_seconds()
-        way = {0: "directly", 1: "chains", 2: "trees", -1: "to every host"}[getattr(move.messages, "children", 0)]
+        children = getattr(move.messages, "children", np.zeros(1))
+        way = {0: "directly", 1: "chains", 2: "trees", -1: "to every host"}[int(children.max())]
         return (
             f"| {self.sources} -> {self.receivers} | {self.devices} | {self.megabytes} MB | "
             f"{self.gigabytes_per_second:g} GB/s | {way}, {len(move.messages)} messages | {seconds * 1e3:.2f} ms | "

@@ -262,10 +262,12 @@ LEVEL = [146, 179, 212, 269, 292, 331, 379, 1024, 1073, 1076, 3270, 3458]
 COPIES_ON_A_HOST = [1338]
 # All cells but one or two stay whole, and those are cut for holders whose NICs would else send less than others.
 LEVELLED = [305, 439, 2055, 4475]
+# Senders give messages to all hosts, but for those which would post more than others.
+BY_LOAD = [2395]
 
 
 MENDED = FEWER_SENDERS + ENTRIES + COPIES_ON_A_HOST + TURNS + NICS + RAGGED_RINGS + LEVEL
-MENDED += LEVELLED + ALLOTTED + WRONG_ESTIMATES + CHUNKS + ENTRIES_OF_SHARED_HOSTS
+MENDED += BY_LOAD + LEVELLED + ALLOTTED + WRONG_ESTIMATES + CHUNKS + ENTRIES_OF_SHARED_HOSTS
 
 
 @pytest.mark.parametrize("seed", MENDED)
@@ -273,6 +275,18 @@ def test_it_is_as_good_as_search_where_it_once_was_not(seed: int) -> None:
     (found,) = measured([seed])
     assert not found.is_worse
     assert not found.is_less_level
+
+
+@pytest.mark.parametrize("seed", BY_LOAD + LEVELLED)
+def test_each_rank_finds_its_part_where_loads_of_all_say_who_sends(seed: int) -> None:
+    move = drawn(seed)
+    whole, *alone = (
+        make_plan(move.source, move.destination, topology=move.topology, strategy=FORMULAS, rank=rank)
+        for rank in (None, *range(len(move.topology.hosts)))
+    )
+    for plan in alone:
+        assert plan.rank is not None
+        assert list(what_passes(plan, plan.rank)) == list(what_passes(whole, plan.rank))
 
 
 def test_replicas_behind_a_shared_host_hear_from_holders_of_all_hosts() -> None:

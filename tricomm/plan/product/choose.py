@@ -10,7 +10,7 @@ from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.product.allotted import FEW_DELIVERIES
 from tricomm.plan.product.loads import Loads, sent_directly
 from tricomm.plan.product.move import ProductMove
-from tricomm.plan.product.rings import BESIDE, FROM_SENDER
+from tricomm.plan.product.rings import BESIDE, BY_LOAD, FROM_SENDER
 from tricomm.plan.product.sharing import BY_ALLOTMENT, BY_TURNS, WHOLE, Sharing
 from tricomm.plan.product.tried import SIMULATED_RANKS, Trial, fastest, plainest
 from tricomm.plan.product.way import Way, best_way
@@ -130,6 +130,9 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
             ways += [replace(way, by_replica=True) for way in about]
         if is_simulated and move.shared is not None:
             ways += [replace(way, skewed=not way.skewed) for way in about]
+        if is_simulated:
+            alone = [way for way in ways if way.children == FROM_SENDER and move.is_uneven(way)]
+            ways += [replace(way, children=BY_LOAD) for way in alone]
     return ways
 
 

@@ -15,7 +15,7 @@ from tricomm.plan.product.grid import Grid, Rings, grid_of, is_held_once
 from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.nics import Nics, nics_of, share_hosts, units_of
 from tricomm.plan.product.pieces import Cutting
-from tricomm.plan.product.rings import RingMessages, Visits, ring_hops
+from tricomm.plan.product.rings import BY_LOAD, FROM_SENDER, RingMessages, Visits, ring_hops
 from tricomm.plan.product.shared import SharedHosts
 from tricomm.plan.product.sharing import BY_ALLOTMENT, Allotment, Sharing
 from tricomm.plan.product.way import Way
@@ -183,13 +183,38 @@ class ProductMove:
         return unicast(pairs, chunk_bytes, self.context)
 
     def _round_about(self, way: Way, rank: int | None) -> RingMessages:
+        return RingMessages.of(self._visits(way, rank), self.rings, self._children(way), self._parts, way.chunks_of)
+
+    def _visits(self, way: Way, rank: int | None) -> Visits:
         if self.shared is not None:
-            visits = self.shared.visits(way.sharing, rank, way.skewed)
-        else:
-            pieces = self.cutting.pieces(1, way.sharing, rank)
-            sizes = self.cutting.sizes_of(pieces.tiles)
-            visits = Visits.round_about(pieces, sizes, self.rings, way.by_replica, way.skewed)
-        return RingMessages.of(visits, self.rings, way.children, self._parts, way.chunks_of)
+            return self.shared.visits(way.sharing, rank, way.skewed)
+        pieces = self.cutting.pieces(1, way.sharing, rank)
+        sizes = self.cutting.sizes_of(pieces.tiles)
+        return Visits.round_about(pieces, sizes, self.rings, way.by_replica, way.skewed)
+
+    def _children(self, way: Way) -> np.ndarray:
+        """How many hosts a host gives the messages of each rank to; see RingMessages."""
+        ranks = len(self.context.topology.hosts)
+        if way.children != BY_LOAD:
+            return np.full(ranks, way.children)
+        messages, posts = _loads_of_senders(self, way)
+        return np.where(posts > messages.max(initial=0), 1, FROM_SENDER)
+
+    def is_uneven(self, way: Way) -> bool:
+        """Whether some senders would post more than others do anyway if they gave their messages to all hosts, and some
+        would not.
+        """
+        messages, posts = _loads_of_senders(self, way)
+        more = posts > messages.max(initial=0)
+        return bool(more.any() and not more[posts > messages].all())
+
+
+@lru_cache(maxsize=64)
+def _loads_of_senders(move: ProductMove, way: Way) -> tuple[np.ndarray, np.ndarray]:
+    """How many messages each rank sends, and how often if it gives each to all its hosts; by identity of the move."""
+    visits, ranks = move._visits(way, None), len(move.context.topology.hosts)
+    posts = np.bincount(visits.senders, visits.spans, ranks).astype(np.int64)
+    return np.bincount(visits.senders, minlength=ranks), posts
 
 
 @lru_cache(maxsize=64)

@@ -24,6 +24,9 @@ too many messages."""
 FROM_SENDER = -1
 """In the place of a number of children: the sender of a message gives it to every host by itself."""
 
+BY_LOAD = -2
+"""The same, but what comes from senders that would have more to post than others goes in chains."""
+
 BESIDE = 2
 """Replicas to which one gives a message on its own host."""
 
@@ -121,14 +124,14 @@ class RingMessages(MessageTable):
     Attributes:
         rings: of the tiles.
         visits: of each message.
-        children: hosts that a host gives a message to: 1 is a chain, 2 a tree; or FROM_SENDER.
+        children: (messages,), hosts that a host gives a message to: 1 is a chain, 2 a tree; or FROM_SENDER.
         lengths: (messages,), replicas that each visits.
     """
 
     __slots__ = ("children", "lengths", "rings", "visits")
 
     def __init__(
-        self, rings: Rings, visits: Visits, parts: PartGroups, children: int, cut: Mapping[int, Chunks]
+        self, rings: Rings, visits: Visits, parts: PartGroups, children: np.ndarray, cut: Mapping[int, Chunks]
     ) -> None:
         super().__init__(visits.senders, parts, parts.nbytes, cut)
         self.rings, self.visits, self.children = rings, visits, children
@@ -141,7 +144,7 @@ class RingMessages(MessageTable):
         cls,
         visits: Visits,
         rings: Rings,
-        children: int,
+        children: np.ndarray,
         parts_of: Callable[[Groups], PartGroups],
         chunks_of: Callable[[PartGroups], Mapping[int, Chunks]],
     ) -> "RingMessages":
@@ -150,13 +153,13 @@ class RingMessages(MessageTable):
         Args:
             visits: in any order.
             rings: of the tiles.
-            children: 1, 2 or FROM_SENDER.
+            children: of the messages of each rank: 1, 2 or FROM_SENDER.
             parts_of: says of which stack regions are.
             chunks_of: cuts messages, given their parts.
         """
         visits = visits.take(np.lexsort((visits.only, visits.shares, visits.senders, visits.tiles)))
         parts = parts_of(visits.regions)
-        return cls(rings, visits, parts, children, chunks_of(parts))
+        return cls(rings, visits, parts, children[visits.senders], chunks_of(parts))
 
     @property
     def hearers(self) -> Hearers:
@@ -175,9 +178,10 @@ class RingMessages(MessageTable):
     def ends(self, hearers: Hearers) -> tuple[np.ndarray, np.ndarray]:
         """(who gives each, who hears it), ranks."""
         message, host, turn = hearers
-        above = np.where(turn == 0, (host - 1) // self.children, host)
+        children = self.children[message]
+        above = np.where(turn == 0, (host - 1) // np.maximum(children, 1), host)
         giver = self._at(message, np.maximum(above, 0), np.maximum(turn - 1, 0) // BESIDE)
-        is_first = turn == 0 if self.children == FROM_SENDER else (turn == 0) & (host == 0)
+        is_first = (turn == 0) & ((host == 0) | (children == FROM_SENDER))
         return np.where(is_first, self.visits.senders[message], giver), self._at(message, host, turn)
 
     def _at(self, message: np.ndarray, host: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -196,7 +200,7 @@ class RingMessages(MessageTable):
     def _of_row(self, row: int) -> Hearers:
         only = np.array([row])
         assert isinstance(self.parts, PartGroups)
-        alone = RingMessages(self.rings, self.visits.take(only), self.parts.take(only), self.children, {})
+        alone = RingMessages(self.rings, self.visits.take(only), self.parts.take(only), self.children[only], {})
         return alone.hearers._replace(message=np.full(int(self.lengths[row]), row))
 
     def receivers_of(self, row: int) -> tuple[int, ...]:
@@ -213,7 +217,7 @@ class RingMessages(MessageTable):
         """The replicas that hear from a rank, and that rank itself."""
         visits, rings = self.visits, self.rings
         sent = np.flatnonzero(visits.senders == rank)
-        hosts = visits.spans[sent] if self.children == FROM_SENDER else np.ones_like(sent)
+        hosts = np.where(self.children[sent] == FROM_SENDER, visits.spans[sent], 1)
         sent = sent.repeat(hosts)
         first = Hearers(sent, np.arange(len(sent)) - (np.cumsum(hosts) - hosts).repeat(hosts), np.zeros_like(sent))
         at = np.argwhere(rings.ranks == rank)
@@ -235,9 +239,10 @@ class RingMessages(MessageTable):
             beside = goes_on._replace(turn=goes_on.turn * BESIDE + child)
             found.append(beside.take(np.flatnonzero(beside.turn < here)))
         entry = goes_on.take(np.flatnonzero(goes_on.turn == 0))
-        for child in range(1, self.children + 1):
-            below = entry._replace(host=entry.host * self.children + child)
-            found.append(below.take(np.flatnonzero(below.host < visits.spans[below.message])))
+        children = self.children[entry.message]
+        for child in range(1, int(children.max(initial=0)) + 1):
+            below = entry._replace(host=entry.host * children + child)
+            found.append(below.take(np.flatnonzero((child <= children) & (below.host < visits.spans[below.message]))))
         return Hearers(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
@@ -272,15 +277,15 @@ def ring_hops(
     circle = max(len(senders), len(rings.ranks))
     of_sender = np.array([senders[one] for one in visits.senders.tolist()], np.int64)
     distance = ((visits.tiles - of_sender) % circle * shares + visits.shares)[message]
-    children = messages.children
-    if children == FROM_SENDER:  # all hosts at once
-        distance = distance * int(rings.most_hosts) + host
-        host = np.zeros_like(host)
-    depth = host if children == 1 else _levels(host)
+    children = messages.children[message]
+    at_once = children == FROM_SENDER
+    distance = np.where(at_once, distance * int(rings.most_hosts) + host, distance)
+    host = np.where(at_once, 0, host)
+    depth = np.where(children == 1, host, _levels(host))
     step = depth + _levels(turn)
     # Of a step: what enters first, what is handed on from host to host, within hosts, and to single replicas.
-    inside = max(children, 0) + 1
-    within = np.where(turn > 0, inside + turn, np.where(host > 0, 1 + (host - 1) % children, 0))
+    inside = np.maximum(children, 0) + 1
+    within = np.where(turn > 0, inside + turn, np.where(host > 0, 1 + (host - 1) % np.maximum(children, 1), 0))
     only = visits.only[message]
     within = np.where(only >= 0, inside + rings.of_host + only, within)
     counts = messages.chunk_counts[message]

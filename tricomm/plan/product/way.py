@@ -17,7 +17,7 @@ class Way:
     Attributes:
         context: what a strategy may know.
         children: 0 if each replica hears from holders; 1 if pieces go from host to host in chains, 2 in trees,
-            FROM_SENDER if a sender gives them to every host by itself.
+            FROM_SENDER if a sender gives them to every host by itself, BY_LOAD if those do that have little to post.
         sharing: of what holders send.
         by_replica: whether as much enters at each replica, and not on each host; see Visits.
         skewed: whether pieces of the next turn enter a host later; see Visits.
