@@ -18,6 +18,7 @@ from tests.transport.device.test_moves import WAYS
 from tests.transport.test_gloo import drawable
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, SendRecv, Shard, ShardingSpec, SpecError, TransportError
+from tricomm.transport.device.alive import alive
 
 STRAIGHT = "CUDA IPC, straight from the tensors"
 
@@ -261,6 +262,7 @@ def kept_by(shares: Any) -> int:
 
 
 def test_memory_is_kept_until_all_have_closed_it() -> None:
+    alive.cache_clear()  # devices of tests before this one, which were closed with something under way
     with threads_of(2) as threads:
         assert threads.run(close_in_turns, threads)[0] == [1, 1, 0]
         assert threads.exports.faults == []

@@ -3,7 +3,8 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Protocol
 
@@ -11,6 +12,10 @@ import torch
 
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 """Between two looks whether the device is idle, and whether peers have given back what they had open."""
+
+
+QUIET_SECONDS = 1.0
+"""How long runs wait at most while something is given back, which may wait for what others do after them."""
 
 
 class OnDevice(Protocol):
@@ -32,8 +37,9 @@ class AliveConnections:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # to look may collect garbage, whose end may look again
-        self.quiet = threading.RLock()
+        self._quiet = threading.RLock()
         """Held while something is done that waits for the device, and while a run begins."""
+        self._quiet_until = 0.0
         self._found: weakref.WeakSet[OnDevice] = weakref.WeakSet()
 
     def add(self, connections: OnDevice) -> None:
@@ -45,6 +51,23 @@ class AliveConnections:
         """Return those of a device."""
         with self._lock:
             return [one for one in self._found if one.device == device]
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Let no run begin."""
+        with self._quiet:
+            self._quiet_until = time.monotonic() + QUIET_SECONDS
+            yield
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Begin a run, when it is not quiet."""
+        has_turn = self._quiet.acquire(timeout=max(0.0, self._quiet_until - time.monotonic()))
+        try:
+            yield
+        finally:
+            if has_turn:
+                self._quiet.release()
 
     def are_idle_on(self, device: torch.device) -> bool:
         """Whether a device has done all that any of them has queued there."""
@@ -72,7 +95,7 @@ def when_idle(is_idle: Callable[[], bool], work: Callable[[], object]) -> None:
 
     def is_done() -> bool:
         if is_idle():  # asked without the lock first: a driver may not answer
-            with alive().quiet:
+            with alive().quiet():
                 if is_idle():
                     work()
                     return True

@@ -11,9 +11,6 @@ from tricomm.transport.accelerator import Accelerator, Awaited, Event, await_eve
 from tricomm.transport.base import GroupLostError
 from tricomm.transport.device.alive import alive
 
-QUIET_SECONDS = 1.0
-"""For which a run waits at most while something is given back: that may wait for what others do after this run."""
-
 Check = Callable[[], None]
 """Raises RuntimeError if what came from a rank does not count."""
 
@@ -146,10 +143,6 @@ class DeviceRuns:
 
     def begin(self) -> DeviceRun:
         """See Connections."""
-        is_quiet = alive().quiet.acquire(timeout=QUIET_SECONDS)
-        try:
+        with alive().beginning():
             self.last = DeviceRun(self._accelerator, self._device, self.last)
-        finally:
-            if is_quiet:
-                alive().quiet.release()
         return self.last
