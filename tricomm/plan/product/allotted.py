@@ -61,7 +61,8 @@ def allotted(cutting: Cutting, itemsize: int, topology: Topology, shares: int) -
     """Give each cell for each replica to one of its tile's holders: to whoever is done first with what it sends.
     Replicas that have holders on their host hear from those.
 
-    A holder is done when its NIC has sent everything that its ranks send, and when it has posted its own messages.
+    A holder is done when its NIC has sent everything that its ranks send, and when it has posted its own messages
+    and the longest of them is sent.
 
     Args:
         cutting: of both sides.
@@ -100,16 +101,19 @@ class _Books:
         self.parts = np.zeros(given.holders.shape)
         self.sending = np.zeros(len(topology.nic_send_rates))  # seconds
         self.posted = np.zeros(len(topology.hosts), np.int64)
+        self.longest = np.zeros(len(topology.hosts))  # seconds of a rank's longest message, which may be posted last
 
     def give(self, delivery: int, place: int) -> None:
         """One of them to a holder, or with -1 to the one that is done first."""
         places = np.flatnonzero(self.given.holders[delivery] >= 0) if place < 0 else np.array([place])
         holders, nics = self.given.holders[delivery, places], self.nics[delivery, places]
-        sending = self.sending[nics] + self.given.nbytes[delivery] / self.rates[nics]
-        posting = (self.posted[holders] + 1) * self.overhead
+        seconds = self.given.nbytes[delivery] / self.rates[nics]
+        sending, longest = self.sending[nics] + seconds, np.maximum(self.longest[holders], seconds)
+        posting = (self.posted[holders] + 1) * self.overhead + longest
         best = np.lexsort((places, sending + posting, np.maximum(sending, posting)))[0]
         self.parts[delivery, places[best]] = 1.0
         self.sending[nics[best]] = sending[best]
+        self.longest[holders[best]] = longest[best]
         self.posted[holders[best]] += 1
 
     def level(self) -> None:

@@ -120,9 +120,11 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
         ways += [direct_way(move, sharing, loads, directly) for sharing in direct + _by_nic(move, 1)]
     if not isinstance(move.strategy, SendRecv) and move.rings.replicas > 1:
         shares, fewer = (range(BY_TURNS, FEW_SHARES), {1, 2}) if is_simulated else (range(4), {1})
-        sharings = [Sharing(holders, count) for count in sorted({*shares, *_level_shares(move, holders)})]
-        for senders in _fewer_senders(move):
-            sharings += [Sharing(senders, count) for count in sorted({*fewer, *_level_shares(move, senders)})]
+        sharings = [Sharing(holders, count) for count in sorted({*shares, *_level_shares(move, holders, is_simulated)})]
+        for senders in _fewer_senders(move, is_simulated):
+            sharings += [
+                Sharing(senders, count) for count in sorted({*fewer, *_level_shares(move, senders, is_simulated)})
+            ]
         found = [round_ways(move, sharing) for sharing in sharings + _by_nic(move, 2)]
         about = [way for of_kind in zip(*found, strict=True) for way in of_kind]
         ways += about
@@ -130,6 +132,8 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
             ways += [replace(way, by_replica=True) for way in about]
         if is_simulated and move.shared is not None:
             ways += [replace(way, skewed=not way.skewed) for way in about]
+            if (move.shared.entry >= 0).any():
+                ways += [replace(way, aside=True) for way in about]
         if is_simulated:
             alone = [way for way in ways if way.children == FROM_SENDER and move.is_uneven(way)]
             ways += [replace(way, children=BY_LOAD) for way in alone]
@@ -143,23 +147,29 @@ def _by_nic(move: ProductMove, most_shares: int) -> list[Sharing]:
     return [Sharing(move.source.replicas, count, is_by_nic=True) for count in range(1, most_shares + 1)]
 
 
-def _level_shares(move: ProductMove, senders: int) -> set[int]:
+def _level_shares(move: ProductMove, senders: int, is_simulated: bool) -> set[int]:
     """As many shares of a sender that there are messages for all places to enter at, so that all NICs are busy from the
     first step to the last.
     """
-    if move.shared is not None:
-        return set()
+    if move.shared is not None and not is_simulated:
+        return set()  # hosts that have holders are not as busy as the others, which an estimate says little of
     messages = max(round(move.tile_nbytes / Load.of(move, 1, Sharing(senders, 1)).piece_nbytes), 1)
     places = _places(move)
     return {-(-places // messages), places // gcd(places, messages), -(-2 * move.rails // messages)}
 
 
-def _fewer_senders(move: ProductMove) -> list[int]:
+def _fewer_senders(move: ProductMove, is_simulated: bool) -> list[int]:
     """How many of a tile's holders may send, if not all: for a message, or two, a NIC of a host or of all hosts."""
     cutting = move.cutting
     cells = 1 if cutting.alone else cutting.source_line.most_cells
     least = -(-move.rails * cells // cutting.destination_line.most_cells)
-    return sorted(count for count in {least, 2 * least, least * move.rings.most_hosts} if count < move.source.replicas)
+    counts = {
+        least,
+        2 * least,
+        least * move.rings.most_hosts,
+        *((move.rails,) if is_simulated and cutting.alone else ()),
+    }
+    return sorted(count for count in counts if count < move.source.replicas)
 
 
 def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: float) -> Way:
@@ -176,6 +186,7 @@ def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: floa
         move.context,
         0,
         sharing,
+        False,
         False,
         False,
         1,
@@ -226,7 +237,9 @@ def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, l
     # So few messages that the places where they enter would all be on one host; between shared hosts it is tried.
     apart = rings.most_hosts * rings.of_host // messages
     skewed = move.shared is None and rings.most_hosts > 1 and apart > 0 and apart % rings.most_hosts == 0
-    return Way(context, children, sharing, False, skewed, chunks, limit, move.tiny_nbytes, chunk_bytes, seconds, uneven)
+    return Way(
+        context, children, sharing, False, skewed, False, chunks, limit, move.tiny_nbytes, chunk_bytes, seconds, uneven
+    )
 
 
 def _on_a_host(move: ProductMove, first: float, messages: int) -> tuple[float, float]:

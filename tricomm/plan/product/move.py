@@ -187,7 +187,7 @@ class ProductMove:
 
     def _visits(self, way: Way, rank: int | None) -> Visits:
         if self.shared is not None:
-            return self.shared.visits(way.sharing, rank, way.skewed)
+            return self.shared.visits(way.sharing, rank, way.skewed, way.aside)
         pieces = self.cutting.pieces(1, way.sharing, rank)
         sizes = self.cutting.sizes_of(pieces.tiles)
         return Visits.round_about(pieces, sizes, self.rings, way.by_replica, way.skewed)

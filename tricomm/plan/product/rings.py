@@ -59,7 +59,13 @@ class Visits(NamedTuple):
 
     @classmethod
     def round_about(
-        cls, pieces: Pieces, tile_sizes: np.ndarray, rings: Rings, by_replica: bool = False, skewed: bool = False
+        cls,
+        pieces: Pieces,
+        tile_sizes: np.ndarray,
+        rings: Rings,
+        by_replica: bool = False,
+        skewed: bool = False,
+        entry: np.ndarray | None = None,
     ) -> "Visits":
         """Each piece visits all replicas of its tile.
 
@@ -71,6 +77,7 @@ class Visits(NamedTuple):
             rings: of the tiles.
             by_replica: whether as much enters at each replica, and not on each host, if hosts have unequally many.
             skewed: whether those of the next turn enter a host later, so that few pieces do not enter all on one host.
+            entry: (tiles,), on which of its hosts all pieces of a tile enter; -1, or None for all, where they lie.
         """
         hosts, number = rings.hosts[pieces.tiles], rings.number[pieces.tiles]
         if by_replica:
@@ -82,6 +89,8 @@ class Visits(NamedTuple):
             entries = pieces.places * (hosts * rings.of_host) // tile_sizes + number
             turns = entries // hosts
             places = (entries + turns if skewed else entries) % hosts
+        if entry is not None:
+            places = np.where(entry[pieces.tiles] >= 0, entry[pieces.tiles], places)
         zeros = np.zeros_like(hosts)
         columns = (pieces.senders, pieces.tiles, pieces.shares, zeros, hosts, places, turns)
         return cls(*columns, zeros - 1, pieces.regions)

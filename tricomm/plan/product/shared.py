@@ -1,6 +1,7 @@
 """Hosts with ranks of both meshes: what is there stays there, and goes on from there."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -98,20 +99,29 @@ class SharedHosts:
         self._copy_of = np.full(len(hosts), -1)
         self._copy_of[cutting.destination.ranks] = np.arange(rings.replicas)
 
-    def visits(self, sharing: Sharing, rank: int | None, skewed: bool = False) -> Visits:
+    @cached_property
+    def entry(self) -> np.ndarray:
+        """See ``entries_aside``."""
+        return entries_aside(self.rings, np.unique(self.hosts[self.cutting.source.ranks]))
+
+    def visits(self, sharing: Sharing, rank: int | None, skewed: bool = False, aside: bool = False) -> Visits:
         """What is sent if replicas hand it on.
 
         Args:
             sharing: of each cell.
             rank: only what this rank has part in; None is everything.
             skewed: whether pieces of the next turn enter a host later; see ``Visits``.
+            aside: whether cells without holders on a tile's hosts come last to those that have holders of others.
         """
+        entry = self.entry if aside else None
         found: list[Visits] = []
         for rows, holder in self._rows(rank):
             arcs, free = self.arcs(rows)
             cells = rows[free]
             pieces = self.cutting.shared(cells, 1, sharing, holder)
-            about = Visits.round_about(pieces, self.cutting.sizes_of(pieces.tiles), self.rings, skewed=skewed)
+            about = Visits.round_about(
+                pieces, self.cutting.sizes_of(pieces.tiles), self.rings, skewed=skewed, entry=entry
+            )
             found += [
                 about._replace(turns=self.turns(cells[pieces.cells], pieces.parts, sharing)),
                 self._onward(rows, arcs.take(np.flatnonzero(arcs.spans > 0)), sharing, skewed),
@@ -303,6 +313,24 @@ class SharedHosts:
             is_it = self.rings.at(visits.tiles, visits.begins, visits.turns) == rank
             heard = (visits.tiles == tile) & (far < visits.spans) & ((visits.only < 0) | is_it)
         return np.flatnonzero(heard | (visits.senders == rank))
+
+
+def entries_aside(rings: Rings, holding: np.ndarray) -> np.ndarray:
+    """Behind which of a tile's hosts the longest stretch without holders begins, (tiles,); -1 where all have some, or
+    none has. What enters there comes last to hosts that have holders, and those do not hand it on.
+
+    Args:
+        rings: of the tiles.
+        holding: hosts with holders of any tile, the topology's numbers.
+    """
+    found = np.full(len(rings.ranks), -1)
+    for tile, count in enumerate(rings.hosts.tolist()):
+        busy = np.isin(rings.host_numbers[tile, :count], holding)
+        if busy.any() and not busy.all():
+            at = np.flatnonzero(busy)
+            idle = np.diff(np.append(at, at[0] + count)) - 1
+            found[tile] = (at[idle.argmax()] + 1) % count
+    return found
 
 
 def taking_turns(arcs: Arcs) -> np.ndarray:
