@@ -261,7 +261,7 @@ ENTRIES_OF_SHARED_HOSTS = [2056]
 LEVEL = [146, 179, 212, 269, 292, 331, 379, 1024, 1073, 1076, 3270, 3458]
 COPIES_ON_A_HOST = [1338]
 # All cells but one or two stay whole, and those are cut for holders whose NICs would else send less than others.
-LEVELLED = [305, 439, 2055, 4475, 6775, 6787]
+LEVELLED = [305, 439, 2055, 4475, 6769, 6775, 6787]
 # Senders give messages to all hosts, but for those which would post more than others.
 BY_LOAD = [2395]
 # Chains come last to hosts that have holders; as many senders as a host has NICs; who posts most has no long message.

@@ -2,6 +2,7 @@
 are few.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -117,36 +118,75 @@ class _Books:
         self.posted[holders[best]] += 1
 
     def level(self) -> None:
-        """Let NICs that send longer than the mean give parts of what their ranks send to others, in few messages."""
+        """Let NICs that send longer than the mean give parts of what their ranks send to others, in few messages; those
+        may have to give as much to others again.
+        """
         nics = np.unique(self.nics[self.given.holders >= 0])
-        mean = float(self.sending[nics].sum()) / max(len(nics), 1)
+        mean = sum(self.sending[nics].tolist()) / max(len(nics), 1)  # in one order on every machine
+        least = WORTH_A_CUT * mean
         for nic in nics[np.argsort(-self.sending[nics], kind="stable")].tolist():
-            while self.sending[nic] - mean > WORTH_A_CUT * mean and self._relieve(nic, mean):
-                pass
+            while self.sending[nic] - mean > least:
+                seconds, path = self._relief(nic, mean, least)
+                if not path:
+                    break
+                for giver, taker in reversed(list(pairwise(path))):
+                    self._pass_on(giver, taker, seconds)
 
-    def _relieve(self, nic: int, mean: float) -> bool:
-        """Move the largest part that another NIC has time for; False if there is none."""
-        given, seconds = self.given, self.given.nbytes / self.rates[nic]
+    def _relief(self, nic: int, mean: float, least: float) -> tuple[float, list[int]]:
+        """The shortest way on which NICs may pass on what the first of them sends too much of, in parts of one delivery
+        each, and how much of it; an empty one if there is none.
+        """
+        most, before = {nic: self.sending[nic] - mean}, {nic: -1}
+        reached = [nic]
+        while reached:
+            following: list[int] = []
+            for one in reached:
+                parts = self._largest_parts(one)
+                for to in np.flatnonzero(parts > least).tolist():
+                    if to not in most:
+                        most[to], before[to] = min(most[one], parts[to]), one
+                        following.append(to)
+            spare = {to: min(most[to], mean - self.sending[to]) for to in following}
+            best = max(following, key=lambda to: spare[to], default=-1)
+            if best >= 0 and spare[best] > least:
+                path = [best]
+                while before[path[-1]] >= 0:
+                    path.append(before[path[-1]])
+                return spare[best], path[::-1]
+            reached = following
+        return 0.0, []
+
+    def _parts_of(self, nic: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(delivery, place of the holder, seconds, which holders may send it instead) of each part that a NIC sends."""
+        given = self.given
         delivery, place = np.nonzero((self.parts > 0) & (self.nics == nic) & (given.nbytes > 0)[:, None])
-        spare = np.where(given.holders[delivery] >= 0, mean - self.sending[self.nics[delivery]], 0.0)
-        whole = (self.parts[delivery, place] * seconds[delivery])[:, None]
-        moved = np.minimum(np.minimum(spare, whole), self.sending[nic] - mean)
-        if not len(delivery) or moved.max() <= WORTH_A_CUT * mean:
-            return False
-        # Of as large ones, from the rank that posts most to the one that posts least, which shall post it last.
-        row, to = np.nonzero(moved >= moved.max() * (1 - WORTH_A_CUT))
-        taker = given.holders[delivery[row], to]
+        seconds = self.parts[delivery, place] * given.nbytes[delivery] / self.rates[nic]
+        return delivery, place, seconds, (given.holders[delivery] >= 0) & (self.nics[delivery] != nic)
+
+    def _largest_parts(self, nic: int) -> np.ndarray:
+        """The seconds of the largest part that each NIC may send in the place of one."""
+        delivery, _, seconds, others = self._parts_of(nic)
+        found = np.zeros(len(self.sending))
+        row, to = np.nonzero(others)
+        np.maximum.at(found, self.nics[delivery[row], to], seconds[row])
+        return found
+
+    def _pass_on(self, nic: int, to_nic: int, moved: float) -> None:
+        """Let another NIC send so many seconds of a part, from the rank that posts most to the one that posts least,
+        which shall post it last.
+        """
+        given = self.given
+        delivery, place, seconds, others = self._parts_of(nic)
+        row, to = np.nonzero(others & (self.nics[delivery] == to_nic) & (seconds >= moved)[:, None])
+        giver, taker = given.holders[delivery[row], place[row]], given.holders[delivery[row], to]
         distance = (given.receiver[delivery[row]] - taker) % self.ranks
-        posted = self.posted[given.holders[delivery[row], place[row]]]
-        best = np.lexsort((row, -distance, self.posted[taker], -posted))[0]
+        best = np.lexsort((row, -distance, self.posted[taker], -self.posted[giver]))[0]
         row, to = row[best], to[best]
-        at, part = delivery[row], moved[row, to] / seconds[delivery[row]]
-        self.posted[given.holders[at, to]] += self.parts[at, to] == 0
+        at, of, part = delivery[row], place[row], moved / (given.nbytes[delivery[row]] / self.rates[nic])
+        self.posted[taker[best]] += self.parts[at, to] == 0
         self.parts[at, to] += part
-        left = self.parts[at, place[row]] - part
+        left = self.parts[at, of] - part
         is_gone = left * UNITS < 1
-        self.parts[at, place[row]] = 0.0 if is_gone else left
-        self.posted[given.holders[at, place[row]]] -= is_gone
-        self.sending[nic] -= moved[row, to]
-        self.sending[self.nics[at, to]] += moved[row, to]
-        return True
+        self.parts[at, of] = 0.0 if is_gone else left
+        self.posted[giver[best]] -= is_gone
+        self.sending[[nic, to_nic]] += (-moved, moved)
