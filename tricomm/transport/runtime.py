@@ -265,7 +265,7 @@ class PlanExecution:
         self.tally.staging_nbytes = max(self.tally.staging_nbytes, program.staging_nbytes)
         read, written = ([*map(_alias, tensors)] for tensors in (sources, destinations))
         binding = bind(program, read, written, buffer, in_place, arenas)
-        pulled = NOTHING_PULLED if straight is None else straight.pulled(program, read, written)
+        pulled = NOTHING_PULLED if straight is None else straight.pulled(program.destination, written)
         bindings = self._bindings
 
         def forget(_: object) -> None:

@@ -97,7 +97,7 @@ def launches(rank: int, threads: Threads, name: str) -> tuple[int, str, Any]:
 def test_one_launch_pulls_from_all_and_nothing_is_packed() -> None:
     with threads_of(4) as threads:
         for count, told, stats in threads.run(launches, threads, "rows to columns"):
-            assert count == 1, "what it pulls from three others, and what it has itself"
+            assert count == 2, "what the rank has itself, and what it pulls from three others"
             assert told.endswith(STRAIGHT)
             assert stats.messages == 2 * 3
             assert stats.staging_nbytes == 0

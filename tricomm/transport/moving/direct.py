@@ -57,8 +57,8 @@ class Straight:
                 place = shared.received[peer][len(self._tensors) - first]
                 firsts[peer].setdefault(stack, len(self._tensors))
                 self._tensors.append(self._tensor(place, shape, dtype))
-        self._described = tuple(LocalTensor(one.dtype, one.stride(), alignment_nbytes(one)) for one in self._tensors)
-        self._sides = {peer: Side(self._described, of_stacks, self._counts) for peer, of_stacks in firsts.items()}
+        described = tuple(LocalTensor(one.dtype, one.stride(), alignment_nbytes(one)) for one in self._tensors)
+        self._sides = {peer: Side(described, of_stacks, self._counts) for peer, of_stacks in firsts.items()}
 
     def _tensor(self, place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """That of a peer."""
@@ -68,27 +68,19 @@ class Straight:
         memory = self._shared.memory(place.address, reach * dtype.itemsize)
         return memory.view(dtype).as_strided(shape, place.strides)
 
-    def pulled(self, program: CopyProgram, sources: Tensors, destinations: Tensors) -> Pulled:
-        """What is done in each run, for some tensors of this rank, which ``program`` is bound to.
-
-        What the rank has itself is copied by the same launch: two of them would be two turns where ranks share a GPU.
-        """
+    def pulled(self, side: Side, destinations: Tensors) -> Pulled:
+        """What is done in each run, for some tensors of this rank."""
         nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
         sends, receives = (
             tuple(Operation(way, peer, nothing, is_direct=True) for way, peer in self.pulls.nbytes if way == is_send)
             for is_send in (True, False)
         )
         nbytes = [sum(n for (way, _), n in self.pulls.nbytes.items() if way == is_send) for is_send in (True, False)]
+        boxes = tuple(box for one in self.pulls.boxes for box in between(one.copy, self._sides[one.peer], side))
         if not sends and not receives:
             return NOTHING_PULLED
-        side, first = program.destination, len(self._tensors)
-        every = Side((*self._described, *program.source.tensors), {}, {})
-        boxes = [box for one in self.pulls.boxes for box in between(one.copy, self._sides[one.peer], side)]
-        if receives:
-            boxes += (one._replace(tensor=first + one.tensor) for one in program.copies)
-        copies = local_copies(
-            CopyProgram(every, side, (), (), tuple(boxes), 0, 0, 0), [*self._tensors, *sources], destinations
-        )
+        some = next(iter(self._sides.values()), side)
+        copies = local_copies(CopyProgram(some, side, (), (), boxes, 0, 0, 0), self._tensors, destinations)
         return Pulled(receives, sends, copies, nbytes[1], nbytes[0])
 
 

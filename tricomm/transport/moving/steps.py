@@ -1,7 +1,7 @@
 """Steps: what is bound to tensors and buffers, in the order in which it is posted, awaited and unpacked.
 
 The order is COSTA's: receives first, then pack and send, local copies while the network works, and unpack in the order
-of the rounds. What goes straight from tensors to tensors is told before all else, and pulled with the local copies.
+of the rounds. What goes straight from tensors to tensors is told before all else, and pulled after the local copies.
 """
 
 import itertools
@@ -54,7 +54,7 @@ class Pulled(NamedTuple):
 
     Attributes:
         receives, sends: posted before all else.
-        copies: what pulls all that is received, and copies what the rank has itself; nothing where nothing is received.
+        copies: what pulls all that is received.
         received_nbytes, sent_nbytes: of a run.
     """
 
@@ -117,14 +117,14 @@ def schedule(binding: Binding, is_last: bool, pulled: Pulled = NOTHING_PULLED) -
 
 
 def _with_pulled(steps: Sequence[Step], pulled: Pulled) -> list[Step]:
-    """Tell all that may be pulled first; pull when all is there, with the local copies; and end when all was pulled of
-    this rank.
+    """Tell all that may be pulled first; pull after the local copies, when all is there; and end when all was pulled
+    of this rank.
     """
     (number, local), *ended = steps[0].ended
     count = len(pulled.receives)
     coming: list[Completion] = [(at, None) for at in range(count)]
     if coming:
-        coming[-1], local = (count - 1, _run_of(pulled.copies)), ()
+        coming[-1] = count - 1, _run_of(pulled.copies)
     first = Step((), pulled.receives, tuple((one, None) for one in pulled.sends), ((number, (*local, *coming)),))
     found = [first, steps[0]._replace(ended=tuple(ended)), *steps[1:]]
     (*before, (number, completions)) = found[-1].ended or found[-2].ended
