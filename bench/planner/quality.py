@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.planner.drawn import Drawn, drawn
-from tricomm import Auto, Plan, make_plan
+from bench.reshard.cases import CASES, Case
+from tricomm import Auto, Plan, SendRecv, Topology, make_plan
 
 FORMULAS, SEARCH = Auto(search_up_to=0), Auto(search_up_to=10**9)
 WORSE = 1.03
@@ -118,4 +119,35 @@ def table(found: Sequence[Quality]) -> str:
             f"| {kind} | {len(of_kind)} | {statistics.median(ratios):.3f} | {max(ratios):.3f} | {worse} "
             f"| {', '.join(map(str, unlevel))} | {more} |"
         )
+    return "\n".join(lines)
+
+
+def topology_of(case: Case) -> Topology:
+    """The cluster of a case of ``bench.reshard``, at about the figures that calibration finds."""
+    rates = case.cluster.rates
+    return Topology(
+        [f"host{host}" for host in range(len(rates)) for _ in range(case.cluster.devices)],
+        {f"host{host}": 24e6 * rate for host, rate in enumerate(rates)},
+        nics_per_host=case.cluster.nics,
+        intra_bytes_per_second=3e9,
+        latency_seconds=150e-6,
+        overhead_seconds=40e-6,
+    )
+
+
+def table_of_cases() -> str:
+    """Markdown: a row for each case of ``bench.reshard``, of a size whose bound is two seconds."""
+    lines = [
+        "| case | formulas to the bound | search to the bound | busiest NIC, formulas to search |",
+        "|---|---|---|---|",
+    ]
+    for case in CASES:
+        topology = topology_of(case)
+        least = make_plan(*case.make(240), topology=topology, strategy=SendRecv()).lower_bound_seconds()
+        specs = case.make(max(round(2.0 / least), 1) * 240)
+        plans = [make_plan(*specs, topology=topology, strategy=strategy) for strategy in (FORMULAS, SEARCH)]
+        plans[0].verify()
+        ratios = [plan.simulated_seconds() / plan.lower_bound_seconds() for plan in plans]
+        busy = [max(busy_seconds(plan)) for plan in plans]
+        lines.append(f"| {case.name} | {ratios[0]:.3f} | {ratios[1]:.3f} | {busy[0] / busy[1]:.3f} |")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.planner import cases, fan_out, quality
+from bench.planner import cases, fan_out, irregular, quality
 from tricomm import Topology, make_plan
 from tricomm.kernels.reference import alignment_nbytes
 from tricomm.packing.binding import bind
@@ -270,12 +270,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quality", type=int, metavar="N", help="N random layouts by formulas and by search, instead")
     parser.add_argument("--first-seed", type=int, default=0, metavar="SEED", help="of those layouts (%(default)s)")
     parser.add_argument("--fan-out", action="store_true", help="simulated fan-outs, instead")
+    parser.add_argument("--irregular", action="store_true", help="layouts that are searched for, instead")
     parser.add_argument("--sets", action="store_true", help="sets of tensors alone, instead")
     parser.add_argument("--json", type=Path, metavar="PATH", default=RESULTS, help="(%(default)s)")
     options = parser.parse_args(arguments)
-    if options.quality or options.fan_out:
-        seeds = range(options.first_seed, options.first_seed + (options.quality or 0))
-        print(fan_out.table() if options.fan_out else quality.table(quality.measured(seeds)))
+    if options.fan_out or options.irregular:
+        print(fan_out.table() if options.fan_out else irregular.table(forget))
+        return
+    if options.quality:
+        seeds = range(options.first_seed, options.first_seed + options.quality)
+        print(quality.table(quality.measured(seeds)), quality.table_of_cases(), sep="\n\n")
         return
     if options.sets:
         print(table(run_sets(options.repeats)))
