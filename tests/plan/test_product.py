@@ -266,10 +266,14 @@ LEVELLED = [305, 439, 2055, 4475, 6769, 6775, 6787]
 BY_LOAD = [2395]
 # Chains come last to hosts that have holders; as many senders as a host has NICs; who posts most has no long message.
 BESIDE_HOLDERS = [6313, 6826, 6912]
+# Tiles are unequal: of each, as many equal parts as a host has NICs.
+OF_EACH_CELL = [8421]
 
 
 MENDED = FEWER_SENDERS + ENTRIES + COPIES_ON_A_HOST + TURNS + NICS + RAGGED_RINGS + LEVEL
-MENDED += BESIDE_HOLDERS + BY_LOAD + LEVELLED + ALLOTTED + WRONG_ESTIMATES + CHUNKS + ENTRIES_OF_SHARED_HOSTS
+MENDED += (
+    OF_EACH_CELL + BESIDE_HOLDERS + BY_LOAD + LEVELLED + ALLOTTED + WRONG_ESTIMATES + CHUNKS + ENTRIES_OF_SHARED_HOSTS
+)
 
 
 @pytest.mark.parametrize("seed", MENDED)
@@ -279,7 +283,7 @@ def test_it_is_as_good_as_search_where_it_once_was_not(seed: int) -> None:
     assert not found.is_less_level
 
 
-@pytest.mark.parametrize("seed", BESIDE_HOLDERS + BY_LOAD + LEVELLED)
+@pytest.mark.parametrize("seed", OF_EACH_CELL + BESIDE_HOLDERS + BY_LOAD + LEVELLED)
 def test_each_rank_finds_its_part_where_loads_of_all_say_who_sends(seed: int) -> None:
     move = drawn(seed)
     whole, *alone = (

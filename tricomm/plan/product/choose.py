@@ -130,6 +130,9 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
         ways += about
         if is_simulated and move.shared is None and move.rings.is_ragged:
             ways += [replace(way, by_replica=True) for way in about]
+        if is_simulated and move.shared is None and holders > 1:
+            each = [round_ways(move, sharing) for sharing in _of_each_cell(move)]
+            ways += [replace(way, by_cell=True) for of_kind in zip(*each, strict=True) for way in of_kind]
         if is_simulated and move.shared is not None:
             ways += [replace(way, skewed=not way.skewed) for way in about]
             if (move.shared.entry >= 0).any():
@@ -138,6 +141,12 @@ def ways_of(move: ProductMove, is_simulated: bool = False) -> list[Way]:
             alone = [way for way in ways if way.children == FROM_SENDER and move.is_uneven(way)]
             ways += [replace(way, children=BY_LOAD) for way in alone]
     return ways
+
+
+def _of_each_cell(move: ProductMove) -> list[Sharing]:
+    """Ways of sharing a cell of which equal parts enter at every NIC of a host, or of all hosts of a tile."""
+    senders = [(min(count, move.source.replicas), count) for count in sorted({move.rails, _places(move)})]
+    return [Sharing(few, -(-count // few)) for few, count in senders]
 
 
 def _by_nic(move: ProductMove, most_shares: int) -> list[Sharing]:
@@ -186,6 +195,7 @@ def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: floa
         move.context,
         0,
         sharing,
+        False,
         False,
         False,
         False,
@@ -238,7 +248,19 @@ def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, l
     apart = rings.most_hosts * rings.of_host // messages
     skewed = move.shared is None and rings.most_hosts > 1 and apart > 0 and apart % rings.most_hosts == 0
     return Way(
-        context, children, sharing, False, skewed, False, chunks, limit, move.tiny_nbytes, chunk_bytes, seconds, uneven
+        context,
+        children,
+        sharing,
+        False,
+        skewed,
+        False,
+        False,
+        chunks,
+        limit,
+        move.tiny_nbytes,
+        chunk_bytes,
+        seconds,
+        uneven,
     )
 
 

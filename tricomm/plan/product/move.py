@@ -188,7 +188,8 @@ class ProductMove:
     def _visits(self, way: Way, rank: int | None) -> Visits:
         if self.shared is not None:
             return self.shared.visits(way.sharing, rank, way.skewed, way.aside)
-        pieces = self.cutting.pieces(1, way.sharing, rank)
+        cutting = _by_cell(self) if way.by_cell else self.cutting
+        pieces = cutting.pieces(1, way.sharing, rank)
         sizes = self.cutting.sizes_of(pieces.tiles)
         return Visits.round_about(pieces, sizes, self.rings, way.by_replica, way.skewed)
 
@@ -215,6 +216,12 @@ def _loads_of_senders(move: ProductMove, way: Way) -> tuple[np.ndarray, np.ndarr
     visits, ranks = move._visits(way, None), len(move.context.topology.hosts)
     posts = np.bincount(visits.senders, visits.spans, ranks).astype(np.int64)
     return np.bincount(visits.senders, minlength=ranks), posts
+
+
+@lru_cache(maxsize=64)
+def _by_cell(move: ProductMove) -> Cutting:
+    """The cutting whose holders share each cell by itself; by identity of the move."""
+    return Cutting(move.cutting.cells, move.source, move.destination, alone=True)
 
 
 @lru_cache(maxsize=64)

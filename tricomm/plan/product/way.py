@@ -21,6 +21,7 @@ class Way:
         sharing: of what holders send.
         by_replica: whether as much enters at each replica, and not on each host; see Visits.
         skewed: whether pieces of the next turn enter a host later; see Visits.
+        by_cell: whether holders share each cell by itself, also where no host has ranks of both meshes; see Cutting.
         aside: whether pieces enter behind the hosts that have holders of others, and come to those last.
         chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
@@ -35,6 +36,7 @@ class Way:
     sharing: Sharing
     by_replica: bool
     skewed: bool
+    by_cell: bool
     aside: bool
     chunks: int
     limit_nbytes: int
