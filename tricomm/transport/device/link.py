@@ -23,7 +23,7 @@ from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.device.flags import Flag, Flags
 from tricomm.transport.device.memory import DeviceMemory, DeviceMemoryError
 from tricomm.transport.device.run import DeviceRun
-from tricomm.transport.memory.protocol import Closed, Opened, Region, Sources
+from tricomm.transport.memory.protocol import Closed, Message, Opened, Region, Sources
 from tricomm.transport.memory.signals import LinkClosedError, Signals
 
 LOOK_MILLISECONDS = 5.0
@@ -159,7 +159,7 @@ class DeviceLink:
             LinkClosedError: the link is closed.
         """
         self.arenas[True] = self._memory.tensor(address + offset, nbytes)
-        self.signals.tell(Region(handle, offset, nbytes))
+        self.tell(Region(handle, offset, nbytes))
 
     def take(self, nbytes: int, interrupted: Callable[[], None]) -> None:
         """Wait until the peer has given a part of its arena that is large enough, which it does in the same call.
@@ -194,6 +194,15 @@ class DeviceLink:
             if self.look(LOOK_MILLISECONDS) and not come:
                 raise ConnectionLostError(self.peer, LinkClosedError(f"the link to rank {self.peer} is closed"))
         return come.popleft()
+
+    def tell(self, message: Message, file: int | None = None) -> None:
+        """Send a message, from any thread; see Signals.
+
+        Raises:
+            LinkClosedError: the link is closed.
+        """
+        with self._lock:
+            self.signals.tell(message, file)
 
     def look(self, milliseconds: float) -> bool:
         """Take what comes until then; true if the link has ended."""

@@ -95,7 +95,7 @@ class Shares:
                         problem = f"the tensors cannot be opened: {error}"
                 if problem:
                     refused[peer] = problem
-                self._links[peer].signals.tell(Opened(message.number, problem))
+                self._links[peer].tell(Opened(message.number, problem))
             sent = {peer: self._links[peer].receive(Opened, interrupted)[0].problem for peer in asked.to}
         except LinkClosedError as error:
             raise ConnectionLostError(peer, error) from error
@@ -117,7 +117,7 @@ class Shares:
             problem = why or lacking
             file = None if problem else _written(table)
             try:
-                self._links[peer].signals.tell(Sources(number, tag, problem), file)
+                self._links[peer].tell(Sources(number, tag, problem), file)
             except LinkClosedError as error:
                 raise ConnectionLostError(peer, error) from error
 
@@ -184,7 +184,7 @@ class Shares:
         when_idle(are_idle, partial(self._drop, kept.opened))
         for peer, theirs in kept.numbers.items():
             with suppress(LinkClosedError):
-                self._links[peer].signals.tell(Closed(theirs))
+                self._links[peer].tell(Closed(theirs))
         wait_until(lambda: all(self._is_closed(peer, number) for peer in kept.readers))
         self._kept.pop(number, None)
 
