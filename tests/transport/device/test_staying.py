@@ -50,6 +50,7 @@ def move(rank: int, threads: Threads, case: Case) -> tuple[list[torch.Tensor | N
     options: dict[str, Any] = {**case.plan_arguments(), "timeout_seconds": 10, **threads.options(rank)}
     with Resharder(case.source, case.destination, **options) as mover:
         if rank not in mover.participants:
+            threads.barrier.wait()
             return [None] * 3, {}
         mover(tensor)
         threads.finish(rank)
@@ -57,6 +58,7 @@ def move(rank: int, threads: Threads, case: Case) -> tuple[list[torch.Tensor | N
             tensor.copy_(shard)
         found = [mover(tensor), mover.start(tensor).wait(), mover(tensor)]
         threads.finish(rank)
+        threads.barrier.wait()  # nobody closes what another still calls
         return found, mover.transports
 
 
