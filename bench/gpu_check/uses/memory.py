@@ -49,11 +49,12 @@ def moves(setting: Setting) -> Iterator[Outcome]:
         checks += exact_moves(setting, "memory")
     checks += [(f"{name}, staying", _exact(setting, case)) for name, case in STAYING.items()]
     checks.append(("many, staying", lambda ranks: told(ranks, many_stay, setting)))
-    for nbytes in PULLED_NBYTES:
+    for nbytes in PULLED_NBYTES[: setting.scaled(len(PULLED_NBYTES), 1)]:
         size = f"{nbytes >> 20} MiB staying"
         checks += [(f"{name}, {size}", _rate_of(setting, name, nbytes, STAYS)) for name in SIDES]
     checks += [(name, _rate_of(setting, name, GIB, {})) for name in SIDES]
-    checks += [(f"{name}, long rounds", _rate_of(setting, name, GIB, LONG_ROUNDS)) for name in SIDES]
+    if not setting.is_rehearsal:
+        checks += [(f"{name}, long rounds", _rate_of(setting, name, GIB, LONG_ROUNDS)) for name in SIDES]
     for stays in (True, False):
         text = "4 KiB, staying" if stays else "4 KiB"
         checks.append((text, partial(_latency, setting=setting, stays=stays)))

@@ -18,6 +18,7 @@ from tests.transport.device.test_moves import WAYS
 from tests.transport.test_gloo import drawable
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, SendRecv, Shard, ShardingSpec, SpecError, TransportError
+from tricomm.launch import Ranks
 from tricomm.transport.device.alive import alive
 
 STRAIGHT = "CUDA IPC, straight from the tensors"
@@ -128,6 +129,7 @@ def any_move(rank: int, threads: Threads, case: dict[str, Any]) -> tuple[bool, s
         threads.finish(rank)
         if output is not None:
             require_equal(output, pick(full, destination, rank), "by arenas")
+    threads.barrier.wait()  # nobody closes what another still calls
     return True, str(mover.transports)
 
 
@@ -335,3 +337,26 @@ def test_the_next_call_of_all_works(four: Threads) -> None:
 def test_after_an_error_that_was_found_late_all_go_on(four: Threads) -> None:
     for rank, texts in enumerate(four.run(over_nccl.late_by_a_timeout, four)):
         assert any("rank 3 " in text.split(";")[0] for text in texts), f"rank {rank}: {texts}"
+
+
+def refuse_in_host_memory(rank: int) -> list[str]:
+    """What another tensor says between ranks whose tensors are in host memory; the same one moves."""
+    if rank >= 2:
+        return []
+    source, target = (ShardingSpec(Mesh([0, 1], ("x",)), (Shard(dim),), (4, 6), "float32") for dim in (0, 1))
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensor, texts = pick(whole, source, rank), []
+    with Resharder(source, target, stays_in_place=True, confirm=True, timeout_seconds=20) as mover:
+        for given_ in (tensor, tensor.clone(), tensor.view(2, 6)):
+            try:
+                require_equal(mover(given_), pick(whole, target, rank), "in host memory")
+                texts.append("")
+            except SpecError as error:
+                texts.append(str(error))
+    return texts
+
+
+def test_the_rule_holds_in_host_memory_too(ranks: Ranks) -> None:
+    for texts in ranks.run(refuse_in_host_memory)[:2]:
+        assert texts[0] == texts[2] == ""
+        assert "is at another address than in the first call" in texts[1]
