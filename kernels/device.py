@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tricomm.kernels import layout
-from tricomm.kernels.rows import Rows
+from tricomm.kernels.tiles import Rows
 from tricomm.kernels.variants import Variant, compiled
 
 
@@ -40,13 +40,14 @@ class Side:
 
 
 class Launch(NamedTuple):
-    """A compiled kernel with its grid, and its arguments but for the bases."""
+    """A compiled kernel with its grid, its arguments but for the bases, and what to add to these."""
 
     kernel: Callable[..., None]
-    rows_address: int
+    rows: int | tuple[int, ...]
     tiles_address: int
     magic: tuple[int, int]
     arguments: tuple[Any, ...]
+    places: tuple[int, int]
 
 
 class Bound:
@@ -76,8 +77,12 @@ class Bound:
         # One allocation and one copy for everything, each part at a multiple of a row. The allocator of pinned memory
         # does not hand the staging out again before the copy is done.
         parts: list[Any] = []
+        sizes = []
         for rows in every:
-            parts += [rows.rows.reshape(-1), rows.tiles, np.zeros(-len(rows.tiles) % layout.ROW_INTS, np.int32)]
+            row, of_tiles, _, _ = rows.given
+            some = [rows.rows.reshape(-1) if row is None else np.zeros(0, np.int32), of_tiles]
+            parts += [*some, np.zeros(-len(of_tiles) % layout.ROW_INTS, np.int32)]
+            sizes.append([part.nbytes for part in parts[-3:]])
         staging = torch.from_numpy(np.concatenate(parts)).pin_memory()
         self.memory = staging.to(device, non_blocking=True)
         # What streams other than this one wait for before they read the table.
@@ -88,13 +93,17 @@ class Bound:
         self._streams: set[int] = set()
         address = self.memory.data_ptr()
         target = current_target()
-        for rows, variant in zip(every, variants, strict=True):
+        for rows, variant, (rows_nbytes, *of_tiles_nbytes) in zip(every, variants, sizes, strict=True):
             count = len(rows.tiles)
-            grid = count if programs is None else min(count, programs)
+            grid = -(-count // variant.program.tiles)
+            if programs is not None:
+                grid = min(grid, programs)
             kernel = compiled(variant, target, device.index)[(grid, 1, 1)]
+            row, _, magic, places = rows.given
             arguments = (count, *variant.constants().values())
-            self.launches.append(Launch(kernel, address, address + rows.rows.nbytes, rows.each_magic, arguments))
-            address += rows.rows.nbytes + -(-len(rows.tiles) // layout.ROW_INTS) * layout.ROW_INTS * 4
+            tiles_address = address + rows_nbytes
+            self.launches.append(Launch(kernel, row or address, tiles_address, magic, arguments, places))
+            address = tiles_address + sum(of_tiles_nbytes)
 
     def is_of(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> bool:
         """Whether the rows are right for these."""
@@ -111,8 +120,8 @@ class Bound:
         read, write = self.tensors.base(tensors), self.buffers.base(buffers)
         if not packs:
             read, write = write, read
-        for kernel, rows, tiles, magic, arguments in self.launches:
-            kernel(rows, tiles, *magic, read, write, *arguments, stream=stream.cuda_stream)
+        for kernel, rows, tiles, magic, arguments, (read_at, write_at) in self.launches:
+            kernel(rows, tiles, *magic, read + read_at, write + write_at, *arguments, stream=stream.cuda_stream)
         used: list[torch.Tensor] = []
         for side, given in ((self.tensors, tensors), (self.buffers, buffers)):
             used += given if side.is_relative else ()

@@ -9,6 +9,11 @@ the largest float8_e4m3fn, which has no infinity, depends on its version: NaN up
 import triton
 import triton.language as tl
 
+from tricomm.kernels import layout
+from tricomm.kernels.jit_table import RUN, RUN_JUMPS, TOTAL, column, offsets_of, quotient_of
+
+_LINE = tl.constexpr(layout.LINE_UNITS)
+
 
 @triton.jit
 def _decoded(raw, FORMAT: tl.constexpr):
@@ -130,3 +135,49 @@ def cast(raw, FROM: tl.constexpr, TO: tl.constexpr, SATURATES: tl.constexpr, NAT
         return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
     else:
         return _to_float8(raw, FROM, TO, SATURATES, NATIVE)
+
+
+@triton.jit
+def cast_lines(
+    bases,
+    row,
+    tile,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
+    LINES: tl.constexpr,
+    RANK: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    SATURATES: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Cast a tile of narrow words, of one element each, in lines: 128 side by side, 4 by each of 32 threads.
+
+    Finding the place of an element takes more instructions than a GPU has time for; here that is done once a line.
+    Nothing is masked: the last line of a run is moved back until it ends with the run, and what comes behind the last
+    line of a box is that line once more, so that some elements are written twice, with the same.
+
+    Args:
+        bases: addresses of both sides; multiples of the elements.
+        tile: which of the box.
+        READ, WRITE: types of the elements, integers.
+        LINES: of a tile.
+    """
+    read_base, write_base = bases
+    index = tl.minimum(tile * LINES + tl.arange(0, LINES), column(row, TOTAL) - 1)
+    read, write = offsets_of(index, row, RANK)
+    begins = index * column(row, RUN_JUMPS) + quotient_of(index, row, 1) * column(row, RUN_JUMPS + 1)
+    back = tl.minimum(column(row, RUN) - _LINE - begins, 0)
+    lanes = tl.arange(0, 32)[None, :]
+    source = tl.multiple_of(read_base.to(tl.pointer_type(READ)), READ.primitive_bitwidth // 8)
+    target = tl.multiple_of(write_base.to(tl.pointer_type(WRITE)), WRITE.primitive_bitwidth // 8)
+    source += (read + back)[:, None] + lanes
+    target += (write + back)[:, None] + lanes
+    # All are read before any is written, as one wait is enough. (With a third dim for the four, Triton 3.6 would give
+    # the warps to it, and each of them the places of all lines to find.)
+    tl.static_assert(_LINE == 4 * 32)
+    first, second, third, fourth = tl.load(source), tl.load(source + 32), tl.load(source + 64), tl.load(source + 96)
+    tl.store(target, cast(first, FROM, TO, SATURATES, NATIVE))
+    tl.store(target + 32, cast(second, FROM, TO, SATURATES, NATIVE))
+    tl.store(target + 64, cast(third, FROM, TO, SATURATES, NATIVE))
+    tl.store(target + 96, cast(fourth, FROM, TO, SATURATES, NATIVE))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tricomm.kernels import layout
-from tricomm.kernels.jit_table import RUN, RUN_JUMPS, TOTAL, offsets_of, quotient_of
+from tricomm.kernels.jit_table import RUN, RUN_JUMPS, TOTAL, column, offsets_of, quotient_of
 
 _LONG_RUN = tl.constexpr(layout.LONG_RUN_NBYTES)
 
@@ -25,8 +25,8 @@ def move_shifted(bases, row, tile, UNIT: tl.constexpr, WORDS: tl.constexpr, RANK
         UNIT: an unsigned integer of the size that everything is a multiple of.
     """
     read_base, write_base = bases
-    run, total = tl.load(row + RUN), tl.load(row + TOTAL)
-    read_end, back = tl.load(row + RUN_JUMPS), tl.load(row + RUN_JUMPS + 1)
+    run, total = column(row, RUN), column(row, TOTAL)
+    read_end, back = column(row, RUN_JUMPS), column(row, RUN_JUMPS + 1)
     read_low, write_low = (read_base & 7).to(tl.int32), (write_base & 31).to(tl.int32)
     aligned = tl.where(run >= _LONG_RUN, 31, 7)
     index = tile * WORDS + tl.arange(0, WORDS)

@@ -18,32 +18,56 @@ RUN_JUMPS = tl.constexpr(layout.RUN_JUMPS)
 
 
 @triton.jit
-def row_of(tile, rows, tiles, magic, shift):
-    """Of a tile: by division where every row has as many tiles (``rows.each_magic``), else from the map, whose reading
-    every program would wait for before it can read its row.
-    """
-    if magic == 0:
-        index = tl.load(tiles + tile)
+def column(row, COLUMN: tl.constexpr):
+    """What a row has in a column: a row in memory, or one that came with the launch."""
+    if isinstance(row, tl.tensor):
+        return tl.load(row + COLUMN)
     else:
-        twice = (2 * tile).to(tl.uint32, bitcast=True)
-        quotient = tl.umulhi(twice, magic.to(tl.uint32, bitcast=True)) >> shift.to(tl.uint32, bitcast=True)
-        index = quotient.to(tl.int32, bitcast=True)
-    return rows + index * ROW
+        return row[COLUMN]
 
 
 @triton.jit
-def bases_of(row, read_base, write_base):
-    """The addresses of the first word of a box where it is read and where it is written."""
-    places = row.to(tl.pointer_type(tl.int64))
-    return read_base + tl.load(places), write_base + tl.load(places + 1)
+def found(tile, rows, tiles, magic, shift, read_base, write_base, SEVERAL: tl.constexpr):
+    """What a tile is of: the row; the addresses of the first word of its box on both sides; which of the box's tiles.
+
+    Which box is found by division where all have as many tiles (``Rows.each_magic``), else in the map, whose reading
+    every program would wait for before it can read its row. A row that came with the launch is every box's, and memory
+    has their places alone; those of an only box are in the bases.
+    """
+    if isinstance(rows, tl.tensor):
+        if magic == 0:  # noqa: SIM108 - of several tiles, one by one
+            index = tl.load(tiles + tile)
+        else:
+            index = _quotient(2 * tile, magic, shift)
+        row = rows + index * ROW
+        places = row.to(tl.pointer_type(tl.int64))
+        return row, (read_base + tl.load(places), write_base + tl.load(places + 1)), tile - tl.load(row + FIRST_TILE)
+    elif SEVERAL:
+        index = _quotient(2 * tile, magic, shift)
+        places = tiles.to(tl.pointer_type(tl.int64)) + 2 * index
+        bases = read_base + tl.load(places), write_base + tl.load(places + 1)
+        return rows, bases, tile - index * rows[FIRST_TILE]
+    else:
+        if magic != 0:
+            index = _quotient(2 * tile, magic, shift)
+            places = tiles.to(tl.pointer_type(tl.int64)) + 2 * index
+            read_base += tl.load(places)
+            write_base += tl.load(places + 1)
+            tile -= index * rows[FIRST_TILE]
+        return rows, (read_base, write_base), tile
+
+
+@triton.jit
+def _quotient(number, magic, shift):
+    """By what ``rows.magic_numbers`` made the two of."""
+    high = tl.umulhi(number.to(tl.uint32, bitcast=True), magic.to(tl.uint32, bitcast=True))
+    return (high >> shift.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def quotient_of(index, row, DIM: tl.constexpr):
     """Of the words ``index`` by the extents of the dims inside of DIM."""
-    magic = tl.load(row + MAGICS + (DIM - 1)).to(tl.uint32, bitcast=True)
-    shift = tl.load(row + SHIFTS + (DIM - 1)).to(tl.uint32, bitcast=True)
-    return (tl.umulhi(index.to(tl.uint32, bitcast=True), magic) >> shift).to(tl.int32, bitcast=True)
+    return _quotient(index, column(row, MAGICS + (DIM - 1)), column(row, SHIFTS + (DIM - 1)))
 
 
 @triton.jit
@@ -53,10 +77,10 @@ def offsets_of(index, row, RANK: tl.constexpr):
     Products may wrap; their sum does not, nor its multiple by the lanes of a word: the builder keeps the reach of a
     row below 2**31 lanes (``rows.reach_words``).
     """
-    read = index * tl.load(row + READ_JUMPS)
-    write = index * tl.load(row + WRITE_JUMPS)
+    read = index * column(row, READ_JUMPS)
+    write = index * column(row, WRITE_JUMPS)
     for dim in tl.static_range(1, RANK):
         quotient = quotient_of(index, row, dim)
-        read += quotient * tl.load(row + READ_JUMPS + dim)
-        write += quotient * tl.load(row + WRITE_JUMPS + dim)
+        read += quotient * column(row, READ_JUMPS + dim)
+        write += quotient * column(row, WRITE_JUMPS + dim)
     return read, write

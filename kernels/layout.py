@@ -17,6 +17,10 @@ FIRST_TILE = 5
 WORD_LOG2 = 6
 """Units in a word, as a power of 2; of a transposing row 1 if both sides take whole vectors, else 0."""
 
+ANY = -1
+"""Kind of the words of boxes that have not all the same; else it is WORD_LOG2, and IN_RUNS more of words in runs."""
+IN_RUNS = 8
+
 # A word's index i has quotients q0 = i and qk = i // (extents 0 to k-1), innermost first; its place is the sum of qk
 # times a jump, and jump k is stride k less what the dim inside of it has gone through (extent times stride of k-1).
 READ_JUMPS = 8
@@ -56,6 +60,10 @@ VECTOR_NBYTES = 16
 """The widest word."""
 
 
+LARGE_SIDE = 128
+"""Units along each side of a large transposing tile, of one or two bytes: 32 KiB of shared memory or less."""
+
+
 def tile_side(unit_nbytes: int) -> int:
-    """Units along each side of a transposing tile, which is 16 KiB of shared memory or less."""
+    """Units along each side of other ones, which are 16 KiB of shared memory or less."""
     return 32 if unit_nbytes == 8 else 64

@@ -8,6 +8,7 @@ definition. A launch waits for nothing, and can be captured in a CUDA graph once
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ import torch
 from tricomm.kernels import layout, reference
 from tricomm.kernels.boxes import Boxes, Columns
 from tricomm.kernels.device import Bound, Side, span_nbytes
-from tricomm.kernels.rows import Rows, make_rows
+from tricomm.kernels.rows import make_rows
 from tricomm.kernels.sides import Sides
-from tricomm.kernels.variants import WARP_WORDS, Variant, tile_words
+from tricomm.kernels.tiles import Rows
+from tricomm.kernels.variants import Variant
 
 
 class Table:
@@ -67,7 +69,7 @@ class Table:
             packs: the direction.
             tensor_bases, buffer_bases: addresses. Where there is one, rows count from it; where there are several,
                 rows hold addresses.
-            words_per_tile: None is what there are kernels for.
+            words_per_tile: None is what fits.
         """
         boxes = self.boxes
         tensor = _side(boxes.tensor_strides, boxes.tensor_place, boxes.tensor, tensor_bases)
@@ -78,22 +80,23 @@ class Table:
             itemsizes = None if itemsizes is None else itemsizes[::-1]
         columns = [column for pair in zip(tensor, packed, strict=True) for column in pair]
         sides = Sides(np.ascontiguousarray(boxes.shape.T[::-1]), *columns)
-        sizes = tile_words(self.multiprocessors is not None) if words_per_tile is None else (words_per_tile,)
-        every: tuple[Rows, ...] = make_rows(sides, boxes.tensor_itemsize, itemsizes, sizes)
+        persistent = self.multiprocessors is not None
+        every: tuple[Rows, ...] = make_rows(sides, boxes.tensor_itemsize, itemsizes, persistent, words_per_tile)
         return every
 
     def variant(self, rows: Rows, packs: bool) -> Variant:
         """The kernel that does some rows."""
         persistent = self.multiprocessors is not None
+        of_rows: dict[str, Any] = {"program": rows.program, "kind": rows.kind, "is_shared": rows.shared is not None}
         if rows.transposed_nbytes:
-            return Variant(rows.rank, persistent, transposed_nbytes=rows.transposed_nbytes)
-        warps = max(rows.words_per_tile // WARP_WORDS, 1)
+            nbytes = rows.transposed_nbytes
+            return Variant(rows.rank, persistent, transposed_nbytes=nbytes, side=rows.side, **of_rows)
         if self.cast is None:
-            return Variant(rows.rank, persistent, num_warps=warps)
+            return Variant(rows.rank, persistent, **of_rows)
         tensor, packed = (_name(dtype) for dtype in self.cast)
         formats = (tensor, packed) if packs else (packed, tensor)
         saturates = formats[1] == "float8_e4m3fn" and torch_saturates()
-        return Variant(rows.rank, persistent, formats, saturates, num_warps=warps)
+        return Variant(rows.rank, persistent, formats, saturates, **of_rows)
 
     def launch(self, packs: bool, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
         """Pack or unpack on the CUDA device where the tensors are."""

@@ -3,15 +3,29 @@
 Where a box is read or written does not matter here: callers say which side is which.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from tricomm.kernels import layout
 from tricomm.kernels.boxes import Columns
 from tricomm.kernels.sides import Mask, Sides, canonical, has_run, padded
+from tricomm.kernels.tiles import (
+    COPIES,
+    FEW_VECTORS,
+    MANY_TILES,
+    MANY_VECTORS,
+    PERSISTENT,
+    VECTORS_LOG2,
+    VECTORS_OF_ONE,
+    WIDE_CASTS,
+    Integers,
+    Program,
+    Rows,
+    fitting_program,
+    magic_numbers,
+    square,
+)
 
 MAX_REACH_WORDS = 2**29
 """A row reaches fewer words than this on either side, so that offsets are int32 in the kernels, which count in the
@@ -20,49 +34,16 @@ lanes of a word: 4 of them at most where bits are moved. See reach_words for cas
 MAX_NARROW_LOG2 = 1
 """Of the words that do not go by themselves if they make up runs. Wider ones take the kernels less time each than the
 memory takes."""
-MAX_TILE_NBYTES = 4096
-"""Of what is moved as bits: smaller programs follow each other more evenly, and write closer to each other."""
-MIN_FILLED = 0.8
-"""Of all tiles of a launch; smaller ones are taken where less would be."""
 MIN_TRANSPOSED_EXTENT = 16
 """Along both unit-stride dims; smaller boxes leave most of a square empty."""
 
-Integers = np.ndarray[Any, np.dtype[np.int32]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """The rows of one launch.
-
-    Attributes:
-        rows: (boxes, 32), as ``layout`` says.
-        tiles: (tiles,), the row of each tile.
-        rank: dims that are used, 2, 4 or 6.
-        transposed_nbytes: bytes of a unit if these rows are for the transposing kernel, else 0.
-        words_per_tile: what a program moves at a time, if they are not.
-    """
-
-    rows: Integers
-    tiles: Integers
-    rank: int
-    transposed_nbytes: int
-    words_per_tile: int = 0
-
-    @property
-    def each_magic(self) -> tuple[int, int]:
-        """(magic, shift), as int32, with ``tile // n == (2 * tile * magic >> 32) >> shift`` where each row has n tiles;
-        (0, 0) where they have not all as many.
-        """
-        each, rest = divmod(len(self.tiles), len(self.rows))
-        first = self.rows[:, layout.FIRST_TILE]
-        if rest or (first != np.arange(len(self.rows)) * each).any():
-            return 0, 0
-        magic, shift = magic_numbers(np.array([2 * each]))
-        return int(magic.astype(np.uint32).view(np.int32)[0]), int(shift[0])
-
 
 def make_rows(
-    sides: Sides, itemsize: Columns, cast: tuple[int, int] | None, tile_words: Sequence[int]
+    sides: Sides,
+    itemsize: Columns,
+    cast: tuple[int, int] | None,
+    persistent: bool = False,
+    words_per_tile: int | None = None,
 ) -> tuple[Rows, ...]:
     """The rows of all boxes: those that keep their order, then those to be transposed, by the size of their units.
 
@@ -70,7 +51,8 @@ def make_rows(
         sides: strides in bytes.
         itemsize: (n,), bytes of an element where none is cast.
         cast: bytes of an element where it is read and where it is written, if elements are cast.
-        tile_words: words of a tile that there are kernels for, the most first.
+        persistent: whether a small grid does all tiles.
+        words_per_tile: None is what fits.
 
     Raises:
         ValueError: an element of a cast is not at a multiple of its size, or elements are written to one place.
@@ -104,10 +86,10 @@ def make_rows(
     turned, across = _transposable(sides, log2) if cast is None else (np.zeros(len(log2), np.bool_), log2)
     results = []
     if not turned.all():
-        results.append(_rows(sides.pick(~turned), log2[~turned], cast is not None, tile_words))
+        results.append(_rows(sides.pick(~turned), log2[~turned], cast, persistent, words_per_tile))
     for unit_log2 in np.unique(log2[turned]).tolist():
         chosen = turned & (log2 == unit_log2)
-        results.append(_transposing_rows(sides.pick(chosen), across[chosen], 1 << unit_log2))
+        results.append(_transposing_rows(sides.pick(chosen), across[chosen], 1 << unit_log2, persistent))
     return tuple(results)
 
 
@@ -313,26 +295,46 @@ def _transposable(sides: Sides, log2: Columns) -> tuple[Mask, Columns]:
     return turned, across
 
 
-def magic_numbers(divisors: Columns) -> tuple[Columns, Columns]:
-    """(magic, shift) with ``n // divisor == (n * magic >> 32) >> shift`` for all n below 2**31 and divisors from 2 on.
+def _programs(kind: int, total: Columns, is_cast: bool, persistent: bool) -> tuple[Program, ...]:
+    """Those that there are for boxes of ``total`` words of a kind, those of the most words first."""
+    if persistent:
+        return PERSISTENT
+    if is_cast:
+        return COPIES if kind == layout.ANY else WIDE_CASTS
+    if kind != VECTORS_LOG2:
+        return COPIES
+    if (-(-total // FEW_VECTORS[0].words)).sum() < MANY_TILES:
+        return FEW_VECTORS
+    return VECTORS_OF_ONE if len(total) == 1 else MANY_VECTORS
 
-    With l bits in divisor - 1 the magic number is 2**(31+l) / divisor, rounded up: the error, below 2**l, times n
-    stays below 2**(31+l) (Granlund and Montgomery, 1994).
+
+def _kind(log2: Columns, run: Columns, cast: tuple[int, int] | None) -> int:
+    """The kind of the words of all boxes, if it is one that is compiled by itself: of casts the widest, of copies those
+    of more than a byte.
     """
-    bits = np.frexp((divisors - 1).astype(np.float64))[1].astype(np.int64)
-    power = np.int64(1) << (31 + bits)
-    return (power + divisors - 1) // divisors, bits - 1
+    kinds = log2 + np.where(run > 0, layout.IN_RUNS, 0)
+    widest = None if cast is None else (layout.VECTOR_NBYTES // max(cast)).bit_length() - 1
+    kind = int(kinds[0])
+    is_one = (kinds == kind).all() and (kind % layout.IN_RUNS > 0 if widest is None else kind == widest)
+    return kind if is_one else layout.ANY
 
 
-def _rows(sides: Sides, log2: Columns, is_cast: bool, tile_words: Sequence[int]) -> Rows:
+def _rows(
+    sides: Sides, log2: Columns, cast: tuple[int, int] | None, persistent: bool, words_per_tile: int | None
+) -> Rows:
+    is_cast = cast is not None
     sides, log2, run, run_jumps = _in_lines(sides, log2) if is_cast else _shifted(sides, log2)
     used, count = sides.extents.shape
     total = sides.extents.prod(0)
     # A warp moves a line at a time, where it moves 32 words of other rows.
     at_once = np.where(is_cast & (run > 0), 32, 1)
     nbytes = np.ones_like(log2) if is_cast else np.where(run > 0, 8, 1 << log2)
-    words_per_tile = fitting_tile(total * at_once, nbytes, tile_words)
-    rows, first = _heads(sides, total, np.maximum(words_per_tile // at_once, 1))
+    kind = layout.ANY if persistent else _kind(log2, run, cast)
+    programs: tuple[Program, ...] = (Program(words_per_tile or 0, 4),)
+    if words_per_tile is None:
+        programs = _programs(kind, total, is_cast, persistent)
+    program = fitting_program(total * at_once, nbytes, programs)
+    rows, first = _heads(sides, total, np.maximum(program.words // at_once, 1))
     rows[:, layout.WORD_LOG2] = log2
     rows[:, layout.RUN] = run
     rows[:, layout.RUN_JUMPS : layout.RUN_JUMPS + 2] = run_jumps
@@ -349,24 +351,7 @@ def _rows(sides: Sides, log2: Columns, is_cast: bool, tile_words: Sequence[int])
         rows[:, layout.READ_JUMPS + dim] = read
         rows[:, layout.WRITE_JUMPS + dim] = write
         inner = inner * sides.extents[dim]
-    return Rows(rows, first, 2 * -(-used // 2), 0, words_per_tile)
-
-
-def fitting_tile(words: Columns, nbytes: Columns, tile_words: Sequence[int]) -> int:
-    """The largest tile of which boxes of so many words leave little empty; else that of which they leave least.
-
-    A program takes its time and its place on a multiprocessor whether its tile is full or not.
-
-    Args:
-        words: (n,), of each box.
-        nbytes: (n,), of its words.
-        tile_words: of the tiles that there are, the most first.
-    """
-    small = [tile for tile in tile_words if tile * (words * nbytes).sum() <= MAX_TILE_NBYTES * words.sum()]
-    tile_words = small or tile_words[-1:]
-    filled = [float(words.sum() / (-(-words // tile) * tile).sum()) for tile in tile_words]
-    enough = min(MIN_FILLED, max(filled))
-    return next(tile for tile, share in zip(tile_words, filled, strict=True) if share >= enough)
+    return Rows(rows, first, 2 * -(-used // 2), 0, program, 0, kind, persistent)
 
 
 def _heads(
@@ -383,9 +368,9 @@ def _heads(
     return rows, np.repeat(np.arange(len(total), dtype=np.int32), tiles)
 
 
-def _transposing_rows(sides: Sides, across: Columns, unit_nbytes: int) -> Rows:
+def _transposing_rows(sides: Sides, across: Columns, unit_nbytes: int, persistent: bool) -> Rows:
     rank, count = sides.extents.shape
-    side, lanes = layout.tile_side(unit_nbytes), layout.VECTOR_NBYTES // unit_nbytes
+    lanes = layout.VECTOR_NBYTES // unit_nbytes
     boxes = np.arange(count)
     extent_y, extent_x = sides.extents[0], sides.extents[across, boxes]
     read_y, write_x = sides.read[0], sides.write[across, boxes]
@@ -398,6 +383,8 @@ def _transposing_rows(sides: Sides, across: Columns, unit_nbytes: int) -> Rows:
         bits = bits | read | write
     for at in sides.addresses:
         bits = bits | at // unit_nbytes
+    kind = 1 if (bits % lanes == 0).all() and not persistent else layout.ANY
+    program, side = square(unit_nbytes, extent_y, extent_x, kind == 1 and count == 1)
     tiles_y, tiles_x = -(-extent_y // side), -(-extent_x // side)
     tiles = tiles_y * tiles_x
     for extent, _, _ in outer:
@@ -411,4 +398,4 @@ def _transposing_rows(sides: Sides, across: Columns, unit_nbytes: int) -> Rows:
     for dim, columns in enumerate(outer):
         for place, column in zip((layout.OUTER_EXTENTS, layout.OUTER_READ, layout.OUTER_WRITE), columns, strict=True):
             rows[:, place + dim] = column
-    return Rows(rows, of_tiles, 2 * -(-max(rank, 2) // 2), unit_nbytes)
+    return Rows(rows, of_tiles, 2 * -(-max(rank, 2) // 2), unit_nbytes, program, side, kind, persistent)

@@ -5,22 +5,12 @@ from functools import lru_cache
 from typing import Any
 
 from tricomm.kernels import layout
-
-WARP_WORDS = 4 * 32
-"""What a warp moves at a time: four words a thread."""
-
+from tricomm.kernels.tiles import COPIES, Program
 
 MAX_REGISTERS = 40
 """Of a thread of a copy. The compiler keeps to it by itself but for rows of the most dims, where it would take a few
 more and so leave fewer programs a place. From Hopper on it needs to spill nothing for that.
 """
-
-
-def tile_words(persistent: bool) -> tuple[int, ...]:
-    """The words of a tile that copies and casts are compiled for, the most first: of programs of 16 warps if they are
-    to fill a multiprocessor each, else of 4 or fewer.
-    """
-    return tuple(WARP_WORDS * warps for warps in ((16,) if persistent else (4, 2, 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +23,10 @@ class Variant:
         formats: (read, written) element types, names in ``layout.FORMATS``, if elements are cast.
         saturates: whether a cast to float8_e4m3fn gives its largest value, not NaN, for all beyond it.
         transposed_nbytes: bytes of a unit (1, 2, 4 or 8), for the transposing kernel, else 0.
-        num_warps: of a program. Squares of 64 give 4 warps whole vectors, and no more; boxes of a few words leave
-            less of a small program idle.
+        program: what takes a tile at a time, or several. Boxes of a few words leave less of a small one idle.
+        side: of the squares of a transpose, in units.
+        kind: what words boxes have, if all have the same: only these are compiled then (``Rows.kind``).
+        is_shared: whether the row of all boxes comes with the launch, so that no program waits for it.
     """
 
     rank: int = 2
@@ -42,12 +34,10 @@ class Variant:
     formats: tuple[str, str] | None = None
     saturates: bool = False
     transposed_nbytes: int = 0
-    num_warps: int = 4
-
-    @property
-    def words_per_tile(self) -> int:
-        """What a program moves at a time."""
-        return WARP_WORDS * self.num_warps
+    program: Program = COPIES[0]
+    side: int = 64
+    kind: int = layout.ANY
+    is_shared: bool = False
 
     def kernel(self, jit: Any) -> Any:
         """The function of the module ``jit``."""
@@ -62,15 +52,16 @@ class Variant:
         if self.transposed_nbytes:
             types = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
             return {
-                "SIDE": layout.tile_side(self.transposed_nbytes),
+                "SIDE": self.side,
                 "RANK": self.rank,
                 "PERSISTENT": self.persistent,
                 "TYPE": types[self.transposed_nbytes],
                 "LANES": layout.VECTOR_NBYTES // self.transposed_nbytes,
+                "KIND": self.kind,
             }
-        constants = {"WORDS": self.words_per_tile, "RANK": self.rank, "PERSISTENT": self.persistent}
+        constants = {"WORDS": self.program.words, "RANK": self.rank, "PERSISTENT": self.persistent}
         if self.formats is None:
-            return constants
+            return {**constants, "KIND": self.kind, "TILES": self.program.tiles}
         types = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32}
         sizes = [layout.FORMATS[name] for name in self.formats]
         return {
@@ -82,6 +73,7 @@ class Variant:
             "READ": types[sizes[0]],
             "WRITE": types[sizes[1]],
             "WIDEST_LOG2": (layout.VECTOR_NBYTES // max(sizes)).bit_length() - 1,
+            "KIND": self.kind,
         }
 
 
@@ -106,15 +98,17 @@ def compiled(variant: Variant, target: Any, device_index: int = 0) -> Any:
     is_hopper = target.backend == "cuda" and target.arch >= 90
     if variant.formats is not None:
         constants["NATIVE"] = is_hopper
-    arguments = {"rows": "*i32", "tiles": "*i32", "magic": "i32", "shift": "i32"}
+    arguments: dict[str, Any] = {"rows": "*i32", "tiles": "*i32", "magic": "i32", "shift": "i32"}
+    if variant.is_shared:
+        arguments["rows"] = ("i32",) * layout.ROW_INTS
     arguments |= {"read_base": "i64", "write_base": "i64", "count": "i32"}
     source = ASTSource(
         fn=variant.kernel(jit),
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
-        attrs={(index,): [["tt.divisibility", 16]] for index in range(2)},
+        attrs={(index,): [["tt.divisibility", 16]] for index in range(int(variant.is_shared), 2)},
     )
-    options = {"num_warps": variant.num_warps}
+    options = {"num_warps": variant.program.warps}
     is_copy = variant.formats is None and not variant.transposed_nbytes
     if is_copy and variant.rank == layout.MAX_RANK and is_hopper:
         options["maxnreg"] = MAX_REGISTERS

@@ -1,8 +1,12 @@
 """The kernels on a GPU: bit for bit what the torch reference does there."""
 
+import multiprocessing
+import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +14,13 @@ import torch
 from bench.gpu_check.parts import Outcome, Setting, guarded
 from tricomm.kernels import layout, reference
 from tricomm.kernels.boxes import Boxes, boxes_in_order
-from tricomm.kernels.pack import Table, pack, unpack
+from tricomm.kernels.device import current_target
+from tricomm.kernels.pack import Table, pack, runs_kernels, unpack
+from tricomm.kernels.variants import Variant, compiled
 
 RANDOM_SCENES = 400
 REHEARSED_SCENES = 25
+MAX_COMPILERS = 8
 GUARD_NBYTES = 64
 FLOAT32_PATTERNS = 1 << 26
 REHEARSED_FLOAT32_PATTERNS = 1 << 12
@@ -89,13 +96,40 @@ def bytes_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def check_random_boxes(device: torch.device, scenes: int = RANDOM_SCENES) -> str:
-    """Pack and unpack random boxes, one and several buffers, with and without a limit of multiprocessors."""
+def random_scene(seed: int, device: torch.device) -> tuple[list[torch.Tensor], Table, int]:
+    """Random boxes of random tensors, with and without a limit of multiprocessors, and the bytes that they fill."""
+    dice = random.Random(seed)
+    tensors = [random_tensor(dice, device) for _ in range(dice.randint(1, 4))]
+    some, nbytes = random_boxes(dice, tensors)
+    return tensors, Table(some, multiprocessors=dice.choice((None, None, 3))), nbytes
+
+
+def compile_at_once(device: torch.device, scenes: int) -> None:
+    """Compile what random scenes need into Triton's cache, by several processes: one would take longer than to move."""
+    variants = set()
     for seed in range(scenes):
-        dice = random.Random(seed)
-        tensors = [random_tensor(dice, device) for _ in range(dice.randint(1, 4))]
-        some, nbytes = random_boxes(dice, tensors)
-        table = Table(some, multiprocessors=dice.choice((None, None, 3)))
+        tensors, table, _ = random_scene(seed, device)
+        addresses = list(map(torch.Tensor.data_ptr, tensors))
+        for packs in (True, False):
+            every = table.rows(packs, addresses, [0] if packs else [0, 0])
+            variants |= {table.variant(rows, packs) for rows in every}
+    processes = max(min(os.cpu_count() or 1, MAX_COMPILERS), 1)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(compile_one, variant, current_target()) for variant in variants]:
+            done.result()
+
+
+def compile_one(variant: Variant, target: Any) -> None:
+    """In a process of its own, which cannot give back what it has compiled."""
+    compiled(variant, target)
+
+
+def check_random_boxes(device: torch.device, scenes: int = RANDOM_SCENES) -> str:
+    """Pack and unpack random boxes, one and several buffers."""
+    if runs_kernels(device):
+        compile_at_once(device, scenes)
+    for seed in range(scenes):
+        tensors, table, nbytes = random_scene(seed, device)
         size = nbytes + 2 * GUARD_NBYTES
         found, wanted = (torch.full((size,), 0xA5, dtype=torch.uint8, device=device) for _ in range(2))
         inner = [memory[GUARD_NBYTES : GUARD_NBYTES + nbytes] for memory in (found, wanted)]

@@ -15,9 +15,18 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.kernels.sass import CLASSES, Tile, disassembled, tiles, usage
 from tricomm.kernels import layout
+from tricomm.kernels.tiles import (
+    FEW_VECTORS,
+    LARGE_SQUARES,
+    MANY_VECTORS,
+    PERSISTENT,
+    VECTORS_LOG2,
+    VECTORS_OF_ONE,
+)
 from tricomm.kernels.variants import Variant, compiled
 
 UNIT_NBYTES = 512
@@ -29,6 +38,10 @@ BUDGET = 132 * 4 * 1.7e9 / (2.15e12 / UNIT_NBYTES)
 2.15e12 bytes of payload a second: about 214.
 """
 IN_LINES, SHIFTED, WITH_ENDS = "in lines", "shifted", "shifted, with ends"
+COPIED = (3, 2, 1, layout.IN_RUNS + 1)
+"""Kinds of words that are copied by themselves, but for those of 16 bytes."""
+LARGE: dict[str, Any] = {"side": layout.LARGE_SIDE, "program": LARGE_SQUARES, "kind": 1, "is_shared": True}
+"""What is of a transpose in large squares."""
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
 
@@ -69,8 +82,12 @@ def every_variant() -> list[Variant]:
     names = list(layout.FORMATS)
     return [
         *(Variant(rank) for rank in (2, 4, 6)),
-        Variant(4, persistent=True, num_warps=16),
-        *(Variant(transposed_nbytes=nbytes) for nbytes in (8, 4, 2, 1)),
+        *(Variant(rank, kind=kind, is_shared=True) for rank in (2, 4, 6) for kind in COPIED),
+        *(Variant(rank, program=VECTORS_OF_ONE[0], kind=VECTORS_LOG2, is_shared=True) for rank in (2, 4, 6)),
+        *(Variant(program=program, kind=VECTORS_LOG2) for program in (*MANY_VECTORS, FEW_VECTORS[0])),
+        Variant(4, persistent=True, program=PERSISTENT[0]),
+        *(Variant(transposed_nbytes=nbytes, side=layout.tile_side(nbytes)) for nbytes in (8, 4, 2, 1)),
+        *(Variant(transposed_nbytes=nbytes, **LARGE) for nbytes in (2, 1)),
         *(Variant(rank, transposed_nbytes=1) for rank in (4, 6)),
         *(
             Variant(4, formats=(source, to), saturates=to == "float8_e4m3fn")
@@ -83,11 +100,17 @@ def every_variant() -> list[Variant]:
 
 def variant_name(variant: Variant) -> str:
     """As it is printed."""
+    of_all = f", rank {variant.rank}" + (", persistent" if variant.persistent else "")
     if variant.transposed_nbytes:
-        return f"transpose of {variant.transposed_nbytes} B, rank {variant.rank}"
+        large = ", large" if variant.side == layout.LARGE_SIDE else ""
+        return f"transpose of {variant.transposed_nbytes} B{of_all}{large}"
     if variant.formats is not None:
-        return " to ".join(variant.formats) + f", rank {variant.rank}"
-    return f"copy, rank {variant.rank}" + (", persistent" if variant.persistent else "")
+        return " to ".join(variant.formats) + of_all
+    if variant.kind == layout.ANY:
+        return "copy" + of_all
+    only = f" of {1 << variant.kind % layout.IN_RUNS} B only"
+    tiles = f", {variant.program.tiles} tiles of {variant.program.words} words" if variant.program.tiles > 1 else ""
+    return "copy" + (" of runs" if variant.kind >= layout.IN_RUNS else "") + only + of_all + tiles
 
 
 def full_tiles(variant: Variant, found: Sequence[Tile]) -> list[tuple[Tile, str]]:
@@ -96,19 +119,21 @@ def full_tiles(variant: Variant, found: Sequence[Tile]) -> list[tuple[Tile, str]
     What skips a store is the way of a tile that is not full. A shifted word is read from two; what reads still more is
     the way of ends that are there and are not stored.
     """
-    threads = 32 * variant.num_warps
+    threads, words = 32 * variant.program.warps, variant.program.words * variant.program.tiles
     whole = [tile for tile in found if tile.word_nbytes == SHIFTED_NBYTES and not tile.narrow_stores]
     once = min((tile.loads for tile in whole), default=0)
     twice = min((tile.loads for tile in whole if tile.loads >= once + tile.stores), default=0)
+    if variant.kind != layout.ANY:
+        twice = once if variant.kind >= layout.IN_RUNS else 0
     longest: dict[tuple[int, str], Tile] = {}
     for tile in found:
         how = ""
         if variant.transposed_nbytes:
-            stores = layout.tile_side(variant.transposed_nbytes) ** 2 * variant.transposed_nbytes // tile.word_nbytes
-        elif variant.formats is not None and tile.stores > variant.words_per_tile // threads:
-            how, stores = IN_LINES, variant.words_per_tile // 32 * layout.LINE_UNITS
+            stores = variant.side**2 * variant.transposed_nbytes // tile.word_nbytes
+        elif variant.formats is not None and tile.stores > words // threads:
+            how, stores = IN_LINES, words // 32 * layout.LINE_UNITS
         else:
-            stores = variant.words_per_tile
+            stores = words
             if tile.narrow_stores:
                 how = WITH_ENDS
             elif tile in whole and tile.loads >= twice > 0:

@@ -24,6 +24,7 @@ from tricomm.kernels.pack import Table, pack, unpack
 
 FLUSH_NBYTES = 256 << 20
 HOST_SCALE = 64
+ALIGNMENT_NBYTES = 512
 BUSY_CYCLES = 500_000
 """A quarter of a millisecond: a call for 160 tensors takes the host 80 us."""
 OURS = ("pack", "unpack", "copy")
@@ -108,8 +109,9 @@ def methods(
     """What to time, by name."""
     cast = None if case.packed is None else (tensors[0].dtype, case.packed)
     table = Table(boxes, cast=cast, multiprocessors=multiprocessors)
-    # Random bytes too: a copy of zeros may be faster.
-    plain = torch.empty(2, moved_nbytes(boxes) // 2, dtype=torch.uint8, device=buffer.device).random_(0, 64)
+    # Random bytes too, as a copy of zeros may be faster, and both at multiples of a line, as else it is slower.
+    half = -(-moved_nbytes(boxes) // 2 // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
+    plain = torch.empty(2, half, dtype=torch.uint8, device=buffer.device).random_(0, 64)
     found: dict[str, Callable[[], object]] = {
         "pack": lambda: pack(tensors, table, buffer),
         "unpack": lambda: unpack(buffer, table, tensors),

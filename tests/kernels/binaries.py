@@ -6,8 +6,17 @@ from typing import NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
-from bench.kernels.instructions import Count, count
+from bench.kernels.instructions import COPIED, LARGE, Count, count
 from bench.kernels.sass import usage
+from tricomm.kernels.tiles import (
+    COPIES,
+    FEW_VECTORS,
+    MANY_VECTORS,
+    PERSISTENT,
+    VECTORS_LOG2,
+    VECTORS_OF_ONE,
+    WIDE_CASTS,
+)
 from tricomm.kernels.variants import Variant, compiled
 
 TARGETS = {
@@ -27,10 +36,17 @@ CASTS = [
 ]
 VARIANTS = [
     *(Variant(rank) for rank in (2, 4, 6)),
-    *(Variant(4, num_warps=warps) for warps in (1, 2)),
-    Variant(4, persistent=True, num_warps=16),
+    *(Variant(4, program=program) for program in COPIES[1:]),
+    *(Variant(4, kind=kind, is_shared=True) for kind in COPIED),
+    *(Variant(rank, kind=VECTORS_LOG2, is_shared=True, program=VECTORS_OF_ONE[0]) for rank in (2, 6)),
+    Variant(kind=VECTORS_LOG2, is_shared=True, program=FEW_VECTORS[-1]),
+    *(Variant(kind=VECTORS_LOG2, program=program) for program in (*MANY_VECTORS, FEW_VECTORS[0])),
+    Variant(4, persistent=True, program=PERSISTENT[0]),
+    Variant(4, formats=("float32", "bfloat16"), kind=2, is_shared=True, program=WIDE_CASTS[0]),
+    Variant(transposed_nbytes=8, side=32),
+    *(Variant(transposed_nbytes=nbytes, **LARGE) for nbytes in (1, 2)),
     *(Variant(4, formats=formats, saturates=formats[1] == "float8_e4m3fn") for formats in CASTS),
-    *(Variant(transposed_nbytes=nbytes) for nbytes in (1, 2, 4, 8)),
+    *(Variant(transposed_nbytes=nbytes) for nbytes in (1, 2, 4)),
     Variant(6, transposed_nbytes=1),
 ]
 

@@ -23,7 +23,7 @@ def interpreted() -> ModuleType:
     """
     with knobs.runtime.scope(), patch.dict(sys.modules):
         knobs.runtime.interpret = True
-        for name in ("jit_casts", "jit_table", "jit_shifted", "jit"):
+        for name in ("jit_table", "jit_casts", "jit_shifted", "jit"):
             spec = importlib.util.spec_from_file_location(
                 f"tricomm.kernels.{name}", Path(layout.__file__).with_name(f"{name}.py")
             )
@@ -50,14 +50,16 @@ def launch(
     for rows in every:
         variant = table.variant(rows, packs)
         constants = variant.constants()
-        if "WORDS" in constants and words_per_tile is not None:
-            constants["WORDS"] = words_per_tile
         count = len(rows.tiles)
-        grid = count if table.multiprocessors is None else min(count, table.multiprocessors)
-        arrays = torch.from_numpy(rows.rows), torch.from_numpy(rows.tiles)
+        grid = -(-count // variant.program.tiles)
+        if table.multiprocessors is not None:
+            grid = min(grid, table.multiprocessors)
+        row, of_tiles, magic, places = rows.given
+        arrays = row or torch.from_numpy(rows.rows), torch.from_numpy(of_tiles)
+        both = [base + place for base, place in zip(bases if packs else bases[::-1], places, strict=True)]
         with warnings.catch_warnings():
             # numpy warns of what is infinite or NaN by intention.
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel = variant.kernel(interpreted())
-            kernel[(grid,)](*arrays, *rows.each_magic, *(bases if packs else bases[::-1]), count, *constants.values())
+            kernel[(grid,)](*arrays, *magic, *both, count, *constants.values())
     return len(every)

@@ -16,7 +16,7 @@ from tests.oracle import WORDS, require_equal
 from tricomm.kernels import layout
 from tricomm.kernels.boxes import Boxes, boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
-from tricomm.kernels.rows import Rows
+from tricomm.kernels.tiles import Rows
 
 CAST = [name for name in CAST_DTYPES if name in layout.FORMATS]
 

@@ -12,8 +12,8 @@ import torch
 from tests.kernels.interpreted import interpreted
 from tests.oracle import require_equal
 from tricomm.kernels import device as device_module
+from tricomm.kernels import layout, reference
 from tricomm.kernels import pack as pack_module
-from tricomm.kernels import reference
 from tricomm.kernels.boxes import boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
 from tricomm.kernels.variants import Variant
@@ -58,10 +58,15 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     def compiled(variant: Variant, target: Any, index: int) -> dict[tuple[int, ...], Callable[..., None]]:
         class Kernel:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                def run(rows: int, tiles: int, *arguments: Any, stream: int) -> None:
+                def run(rows: Any, tiles: int, *arguments: Any, stream: int) -> None:
                     assert stream == found.stream.cuda_stream
-                    assert rows % 16 == tiles % 16 == 0
+                    assert tiles % 16 == 0
                     found.grids.append(grid)
+                    if isinstance(rows, tuple):
+                        boxes = arguments[4] // rows[layout.FIRST_TILE]
+                        variant.kernel(interpreted())[grid](rows, from_address(tiles, 4 * boxes), *arguments)
+                        return
+                    assert rows % 16 == 0
                     of_tiles = from_address(tiles, arguments[4])
                     of_rows = from_address(rows, (int(of_tiles.max()) + 1) * 32)
                     variant.kernel(interpreted())[grid](of_rows, of_tiles, *arguments)

@@ -13,7 +13,7 @@ from tests.oracle import WORDS, require_equal
 from tricomm.kernels import layout
 from tricomm.kernels.boxes import boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
-from tricomm.kernels.rows import Rows
+from tricomm.kernels.tiles import Rows
 
 BOXES = {
     "one run": ((1000,), (3,), (901,)),

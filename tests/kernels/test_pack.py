@@ -21,8 +21,8 @@ from tricomm.kernels import pack as pack_module
 from tricomm.kernels import rows as rows_module
 from tricomm.kernels.boxes import PACKED_ALIGNMENT_NBYTES, boxes_in_order
 from tricomm.kernels.pack import Table, pack, unpack
-from tricomm.kernels.rows import Rows, fitting_tile, magic_numbers
 from tricomm.kernels.table import StridedBox, widened
+from tricomm.kernels.tiles import COPIES, PERSISTENT, Program, Rows, fitting_program, magic_numbers
 
 EXAMPLES = 60
 
@@ -131,8 +131,8 @@ def test_a_row_is_read_from_the_map_where_one_has_more_tiles_than_another() -> N
 )
 def test_small_boxes_and_wide_words_take_small_tiles(words: list[int], nbytes: int, tile: int) -> None:
     sizes = np.full(len(words), nbytes)
-    assert fitting_tile(np.array(words), sizes, (512, 256, 128)) == tile
-    assert fitting_tile(np.array(words), sizes, (2048,)) == 2048
+    assert fitting_program(np.array(words), sizes, COPIES).words == tile
+    assert fitting_program(np.array(words), sizes, PERSISTENT) == Program(2048, 16)
 
 
 def test_division_by_magic_numbers_is_exact() -> None:
