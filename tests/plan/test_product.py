@@ -266,8 +266,8 @@ LEVELLED = [305, 439, 2055, 4475, 6769, 6775, 6787]
 BY_LOAD = [2395]
 # Chains come last to hosts that have holders; as many senders as a host has NICs; who posts most has no long message.
 BESIDE_HOLDERS = [6313, 6826, 6912]
-# Tiles are unequal: of each, as many equal parts as a host has NICs.
-OF_EACH_CELL = [8421]
+# Tiles are unequal, so as many equal parts of each as a host has NICs; or pieces enter where least was heard.
+OF_EACH_CELL = [6630, 8421]
 
 
 MENDED = FEWER_SENDERS + ENTRIES + COPIES_ON_A_HOST + TURNS + NICS + RAGGED_RINGS + LEVEL

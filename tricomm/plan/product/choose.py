@@ -63,6 +63,8 @@ def _simulated_way(move: ProductMove) -> Way:
     ways = [replace(way, chunks=min(way.chunks, TRIED_CHUNKS)) for way in ways_of(move, is_simulated=True)]
     trial = Trial(move.messages_of, lambda way: move.routes_of(way).hops, move.context.topology)
     best = fastest(ways, attrgetter("seconds"), move.delay, trial)
+    if best.children != 0 and move.shared is None:
+        best = fastest([best, replace(best, least_heard=True)], attrgetter("seconds"), move.delay, trial)
     if best.children == 0 or best.chunk_bytes is not None:
         return best
     # An estimate of how long chains take to fill may be wrong, too.
@@ -195,10 +197,6 @@ def direct_way(move: ProductMove, sharing: Sharing, loads: Loads, directly: floa
         move.context,
         0,
         sharing,
-        False,
-        False,
-        False,
-        False,
         1,
         move.context.staging_nbytes,
         move.tiny_nbytes,
@@ -251,16 +249,13 @@ def _round_way(move: ProductMove, sharing: Sharing, children: int, load: Load, l
         context,
         children,
         sharing,
-        False,
-        skewed,
-        False,
-        False,
         chunks,
         limit,
         move.tiny_nbytes,
         chunk_bytes,
         seconds,
         uneven,
+        skewed=skewed,
     )
 
 

@@ -1,7 +1,7 @@
 """A move that formulas can route, and its routes by a way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +11,7 @@ from tricomm.layout.part_table import part_table
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.parts import PartGroups
 from tricomm.plan.product.allotted import allotted
+from tricomm.plan.product.entries import least_heard
 from tricomm.plan.product.grid import Grid, Rings, grid_of, is_held_once
 from tricomm.plan.product.loads import Loads
 from tricomm.plan.product.nics import Nics, nics_of, share_hosts, units_of
@@ -188,10 +189,19 @@ class ProductMove:
     def _visits(self, way: Way, rank: int | None) -> Visits:
         if self.shared is not None:
             return self.shared.visits(way.sharing, rank, way.skewed, way.aside)
+        if way.least_heard:
+            visits = _least_heard(self, replace(way, least_heard=False))
+            return visits if rank is None else visits.take(self._with(visits, rank))
         cutting = _by_cell(self) if way.by_cell else self.cutting
         pieces = cutting.pieces(1, way.sharing, rank)
-        sizes = self.cutting.sizes_of(pieces.tiles)
+        sizes = cutting.sizes_of(pieces.tiles)
         return Visits.round_about(pieces, sizes, self.rings, way.by_replica, way.skewed)
+
+    def _with(self, visits: Visits, rank: int) -> np.ndarray:
+        """Those that a rank sends or hears."""
+        needed = self.destination.find(rank)
+        heard = visits.tiles == (-1 if needed is None else needed[0])
+        return np.flatnonzero(heard | (visits.senders == rank))
 
     def _children(self, way: Way) -> np.ndarray:
         """How many hosts a host gives the messages of each rank to; see RingMessages."""
@@ -216,6 +226,12 @@ def _loads_of_senders(move: ProductMove, way: Way) -> tuple[np.ndarray, np.ndarr
     visits, ranks = move._visits(way, None), len(move.context.topology.hosts)
     posts = np.bincount(visits.senders, visits.spans, ranks).astype(np.int64)
     return np.bincount(visits.senders, minlength=ranks), posts
+
+
+@lru_cache(maxsize=64)
+def _least_heard(move: ProductMove, way: Way) -> Visits:
+    """What all ranks send by a way, but for where it enters; by identity of the move."""
+    return least_heard(move._visits(way, None), move.rings, move.context.topology)
 
 
 @lru_cache(maxsize=64)

@@ -23,6 +23,7 @@ class Way:
         skewed: whether pieces of the next turn enter a host later; see Visits.
         by_cell: whether holders share each cell by itself, also where no host has ranks of both meshes; see Cutting.
         aside: whether pieces enter behind the hosts that have holders of others, and come to those last.
+        least_heard: whether pieces enter at the replicas that have heard least, and not where they lie in their tile.
         chunks: into how many chunks a message is cut if it is not too small or too large for that.
         limit_nbytes: the largest chunk that the staging budget allows.
         tiny_nbytes: smaller chunks cost more than they save.
@@ -34,16 +35,17 @@ class Way:
     context: RouteContext
     children: int
     sharing: Sharing
-    by_replica: bool
-    skewed: bool
-    by_cell: bool
-    aside: bool
     chunks: int
     limit_nbytes: int
     tiny_nbytes: int
     chunk_bytes: int | None
     seconds: float
     uneven_seconds: float
+    skewed: bool = False
+    by_replica: bool = False
+    by_cell: bool = False
+    aside: bool = False
+    least_heard: bool = False
 
     def chunks_of(self, parts: PartGroups) -> Mapping[int, Chunks]:
         """The chunks of those messages that have more than one, given their parts."""
