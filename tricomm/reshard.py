@@ -1,6 +1,6 @@
 """reshard and reshard_async: one call, compared by all ranks before anything is sent."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, Unpack, overload
 
@@ -10,6 +10,7 @@ from tricomm.compiled.outside import eagerly
 from tricomm.interop import is_dtensor
 from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Side, Sides, as_specs
+from tricomm.layout.spec import ShardingSpec
 from tricomm.options import Options, ReshardOptions
 from tricomm.packing.tensor_checker import Given, NamedTensors
 from tricomm.plan.ends.mapped import items_and_ends
@@ -22,6 +23,31 @@ from tricomm.transport.telling import tell_all
 def _one_shot(tensors: tuple[Any, Any], sides: tuple[Any, Any], given: ReshardOptions, caller: str) -> Resharder:
     """The Resharder of calls with these arguments, made in the first of them; the ranks meet in each."""
     group = resolve_group(given.get("group"))
+    key = _quick_key(sides, given)
+    if key is None:
+        return _found(group, tensors, sides, given, caller)
+    found: Resharder = context_of(group).kept(key, lambda: _found(group, tensors, sides, given, caller))
+    return found
+
+
+def _quick_key(sides: tuple[Any, Any], given: ReshardOptions) -> Hashable | None:
+    """What tells calls of a group apart as written, which are checked once; None where that takes a closer look.
+
+    Values of another type may be equal, and be refused. The group is left out, which nothing here keeps alive.
+    """
+    if not all(type(side) is ShardingSpec for side in sides):
+        return None
+    key = sides, tuple((name, type(value), value) for name, value in given.items() if name != "group")
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _found(
+    group: Any, tensors: tuple[Any, Any], sides: tuple[Any, Any], given: ReshardOptions, caller: str
+) -> Resharder:
     # A side that is left out is that of the DTensor that is read or written.
     source, destination = (
         one if side is None and is_dtensor(one) else side for one, side in zip(tensors, sides, strict=True)

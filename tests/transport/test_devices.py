@@ -70,3 +70,10 @@ def test_a_gpu_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyP
 
 def test_host_memory_is_host_memory_whatever_its_index() -> None:
     assert torch.equal(tricomm.reshard(FULL, WHOLE, ROWS, device="cpu:0"), FULL)
+
+
+def test_an_option_of_the_wrong_kind_is_refused_after_an_equal_one_that_was_right() -> None:
+    assert torch.equal(tricomm.reshard(FULL, WHOLE, ROWS, confirm=True, timeout_seconds=20.0), FULL)
+    with pytest.raises(tricomm.ArgumentError, match="confirm=1 is no truth value"):
+        tricomm.reshard(FULL, WHOLE, ROWS, confirm=1, timeout_seconds=20.0)  # type: ignore[call-overload]
+    assert torch.equal(tricomm.reshard(FULL, WHOLE, ROWS, confirm=True, timeout_seconds=20), FULL)

@@ -248,6 +248,31 @@ class Connections(Protocol):
         ...
 
 
+class Near(Protocol):
+    """Links of a rank with all others, by which they tell each other what they are about to do. For one thread.
+
+    Attributes:
+        have_told: whether all others have told the same; looked at in ``wait``.
+        is_in_vain: whether one has told something else, or its link is closed.
+        number: of the rendezvous at which this rank has told anything last; 0 if it has not.
+        find_failed: says why the call failed that others have begun, as they had met by links at the rendezvous of a
+            number; None if it did not.
+    """
+
+    have_told: bool
+    is_in_vain: bool
+    number: int
+    find_failed: Callable[[int], str | None]
+
+    def tell(self, number: int, digest: str) -> None:
+        """Tell all others that this rank is about to do what a digest is of, at the rendezvous of a number."""
+        ...
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the others, or sleep if that is in vain; whether they have told the same."""
+        ...
+
+
 class Linked(Connections, Protocol):
     """Connections of which some pairs go by memory."""
 
@@ -295,6 +320,10 @@ class Linked(Connections, Protocol):
 
         None where that takes messages, which is the same on all ranks.
         """
+        ...
+
+    def near(self) -> Near | None:
+        """What ranks meet by that have connections; None if not all have links, which is the same on all ranks."""
         ...
 
     def finish(self, limit: timedelta) -> None:

@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 from tricomm.errors import TransportError
 from tricomm.transport.accelerator import Accelerator
+from tricomm.transport.base import Near
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, Communicator
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.diagnosis import describe_missed
-from tricomm.transport.coordination.intent import Intent
+from tricomm.transport.coordination.intent import Intent, ProblemError
 from tricomm.transport.coordination.run import CallId
-from tricomm.transport.coordination.status import Heartbeat
+from tricomm.transport.coordination.status import Heartbeat, StatusStore
 from tricomm.transport.device.joining import joined
 from tricomm.transport.device.run import DeviceRuns
 from tricomm.transport.gloo import MAX_TAG, GlooConnections, GlooDevices
@@ -178,12 +179,18 @@ class Channel:
         """Whether calls may begin as it is."""
         return self.communicator is not None and self.communicator.is_usable
 
-    def connect(self, intent: Intent, timeout_seconds: float, uses_memory: bool = False) -> int:
+    def connect(self, intent: Intent, timeout_seconds: float, uses_memory: bool = False, by_links: bool = False) -> int:
         """Compare with the other ranks what is going to be done, and connect to them; returns the tag for it.
 
         Any rank may have lost its communicator, by a failure or because nothing there used it any more. So all take a
         new one if any rank asks for it; otherwise all have the same. One that is to use memory takes the place of one
         that cannot.
+
+        Args:
+            intent: what is going to be done.
+            timeout_seconds: how long to wait.
+            uses_memory: whether the memory of other ranks is to be used.
+            by_links: whether no other thread uses the links of the ranks, so that they may meet by these.
 
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
@@ -212,13 +219,17 @@ class Channel:
             told.append(text)
             return text
 
+        must_reconnect = not self.is_connected or is_lacking
+        near = self._near() if by_links and uses_memory and not must_reconnect else None
         try:
             agreed = self.coordinator.rendezvous.join(
-                intent, timeout_seconds, not self.is_connected or is_lacking, decide, find_missed
+                intent, timeout_seconds, must_reconnect, decide, find_missed, near
             )
-        except TransportError:
+        except BaseException as error:
             if told and communicator is not None:
                 communicator.abort(told[-1], CallId(CONNECTING_TAG, 0, intent.call))
+            elif near is not None and communicator is not None:
+                _tell_those_who_met(communicator, near.number, intent.call, error)
             raise
         generation, with_memory, with_network = map(int, agreed.decision.split())
         if communicator is None or communicator.generation != generation:
@@ -228,7 +239,15 @@ class Channel:
             has = bool(with_memory), bool(with_network)
             self._take(self._connected(generation, intent.call, timeout_seconds, has))
             self._has_memory = bool(with_memory)
-        return 1 + agreed.epoch % (MAX_TAG - 1)
+        return _tag_of(agreed.epoch)
+
+    def _near(self) -> Near | None:
+        """What the ranks meet by, if all have links."""
+        communicator = self.communicator
+        near = None if communicator is None else communicator.near()
+        if communicator is not None and near is not None:
+            near.find_failed = partial(_failed, self.coordinator.status, communicator.place)
+        return near
 
     def _connected(self, generation: int, call: str, timeout_seconds: float, has: tuple[bool, bool]) -> Communicator:
         """A communicator whose connections stand on all ranks; ``has`` memory, network."""
@@ -293,6 +312,27 @@ class Channel:
         names = "GLOO_SOCKET_IFNAME" if self._accelerator is None else "NCCL_SOCKET_IFNAME"
         LOG.info("rank %d while it connects for %s: %s", self.coordinator.rank, call, error)
         return f"{who} in {call}; see whether a rank died, and on several hosts whether {names} names the right network"
+
+
+def _tag_of(epoch: int) -> int:
+    """The tag of what is done from the epoch of a number on."""
+    return 1 + epoch % (MAX_TAG - 1)
+
+
+def _failed(status: StatusStore, place: str, epoch: int) -> str | None:
+    """See Near: why what was done from an epoch on has failed, for ranks that are still there."""
+    reason = status.abort_of(place)
+    return reason.text if reason is not None and reason.tag == _tag_of(epoch) else None
+
+
+def _tell_those_who_met(communicator: Communicator, epoch: int, call: str, error: BaseException) -> None:
+    """A rank that failed at a rendezvous tells those who may have met there by links, and have begun the call."""
+    problem = error.__cause__
+    if not epoch or (isinstance(problem, ProblemError) and not problem.may_have_met):
+        return
+    rank, late = communicator.coordinator.rank, problem.late if isinstance(problem, ProblemError) else None
+    text = str(error) if isinstance(error, TransportError) else f"rank {rank} failed in {call}: {error!r}"
+    communicator.abort(text, CallId(_tag_of(epoch), 0, call), late, "late")
 
 
 def _post_closed(status: Any, place: str, process: int) -> None:

@@ -36,6 +36,7 @@ from tricomm.transport.base import (
     ConnectionLostError,
     Connections,
     Linked,
+    Near,
     NoConnections,
     Operation,
     Shared,
@@ -95,10 +96,8 @@ class Communicator:
         self.run: Run | None = None
         self.begun = 0
         """Calls that have begun here."""
-        self.call = CallId(CONNECTING_TAG, 0, "")
-        """The one that runs, or ran last."""
-        self._before = self.call
-        """The one before it."""
+        self.call = self._before = CallId(CONNECTING_TAG, 0, "")
+        """The one that runs, or ran last, and the one before it."""
         self._timeout_seconds = 0.0
         self._place = Place.of(self.place, 0.0)
         self._limit = self._place.limit_after(0.0)
@@ -113,6 +112,7 @@ class Communicator:
         self.connections: Connections = NoConnections()
         self._network: Connections = self.connections
         self._by_memory: Linked | None = None
+        self.near: Callable[[], Near | None] = lambda: None
         self.refused = {} if refused is None else refused
         self.depth, self.launch = self.connections.depth, self.connections.launch
         self.in_place, self.arenas = NOWHERE, NO_ARENAS
@@ -137,6 +137,7 @@ class Communicator:
             self._board = CallBoard(self.coordinator.status, self.place, self.participants, tell)
         if link is not None:
             self._by_memory = link()
+            self.near = self._by_memory.near
         connections.connected()
 
     def transports(self, uses_memory: bool) -> PairTransports:
@@ -215,9 +216,8 @@ class Communicator:
     def confirm(self) -> None:
         """Return when every rank of the communicator has come here.
 
-        Each tells each by its link, or else there is a dissemination barrier of one-byte messages.
-        In step k a rank tells the one 2^k places on and hears the one 2^k places back. A rank that failed has closed
-        its connections, which ends all waits. Where messages have no tags, they carry tag and call instead.
+        Each tells each by its link, or else in step k the one 2^k places on, by a byte, and hears the one 2^k places
+        back. Who failed has closed its connections, which ends all waits. Without tags, bytes are tag and call.
         """
         if self.connections is self._by_memory and self._nod():
             return
@@ -238,9 +238,8 @@ class Communicator:
 
     def _nod(self) -> bool:
         """As ``confirm``, by links; false if there are not enough."""
-        assert self._by_memory is not None
         with self._losing():
-            nods = self._by_memory.nod(self.call.tag)
+            nods = self._by_memory and self._by_memory.nod(self.call.tag)
         for nod in nods or ():
             self.wait(nod)
         return nods is not None
@@ -382,8 +381,8 @@ class Communicator:
         LOG.info("rank %d in %s: %s", self.coordinator.rank, self.call, error)
         if self.abort_reason is not None:
             return TransportError(self.abort_reason.text)
-        place = self.place, self.participants
-        text, lost, fault = describe_loss(self.coordinator.status, place, str(self.call), peer, error)
+        status, place = self.coordinator.status, (self.place, self.participants)
+        text, lost, fault = describe_loss(status, place, str(self.call), peer, error)
         return self.abort(text, None, lost, fault)
 
     def unreadable(self, peer: int, error: UnreadableError) -> TransportError:

@@ -19,8 +19,8 @@ from tricomm.transport.channel import Channel
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.gloo import GlooDevices
 
-MAX_KEPT = 256
-"""So many Resharders of one-shot calls are kept, those that were used last."""
+MAX_KEPT = 512
+"""So many keys of Resharders of one-shot calls are kept, those that were used last; most have two."""
 
 MAX_COUNTED = 1 << 16
 """Resharders are counted for so many layouts and names, those that were made last."""

@@ -190,7 +190,7 @@ class Session:
         communicator = self._communicator
         if communicator is None or not communicator.is_usable or (self.meets_always and self._met_in_call != number):
             self._require_all(communicator)
-            communicator = self._connect(number, self._timeout_seconds)
+            communicator = self._connect(number, self._timeout_seconds, by_links=True)
         try:
             self._carry_out(communicator, execution, sources, destinations, number, self._timeout_seconds, gate)
         except TransportError as failure:
@@ -258,7 +258,8 @@ class Session:
         except TransportError as error:
             self.last_run = None
             reason, rank = communicator.abort_reason, self._context.rank
-            if reason is None or (reason.tag, reason.call) != (run.tag, run.number) or reason.late != rank:
+            is_of_it = reason is not None and reason.tag == run.tag and reason.call in (0, run.number)
+            if reason is None or not is_of_it or reason.late != rank:
                 raise
             self._context.rendezvous.note_late(self._participants, self._channel_name)
             raise TransportError(f"{error}; {describe_late(rank)}") from error
@@ -269,14 +270,15 @@ class Session:
         finally:
             communicator.end(run, is_complete)
 
-    def _connect(self, number: int, timeout_seconds: float) -> Communicator:
+    def _connect(self, number: int, timeout_seconds: float, by_links: bool = False) -> Communicator:
+        """Meet; ``by_links`` where nothing else is under way on the channel, and so nobody uses its links."""
         communicator = self._communicator
         if self._stays_broken and communicator is not None and communicator.abort_reason is not None:
             raise TransportError(communicator.abort_reason.text)
         self.identity.count()
         intent = self.identity.intent(self._participants, self.channel.name, number, self.call_fields)
         try:
-            tag = self.channel.connect(intent, timeout_seconds, self._uses_memory)
+            tag = self.channel.connect(intent, timeout_seconds, self._uses_memory, by_links)
         except BaseException as error:
             self._told = error
             problem = error.__cause__

@@ -10,9 +10,11 @@ from tricomm.transport.coordination.attendance import (
     PATIENCE_SECONDS,
     Abort,
     Announce,
+    Arrive,
     CallEpoch,
     Decide,
     Look,
+    Meet,
     Note,
     Phase,
     Return,
@@ -25,6 +27,7 @@ from tricomm.transport.coordination.attendance import (
 
 EPOCH = CallEpoch("ranks", 3)
 TERMS = Terms(EPOCH, (0, 1, 2), arrived=100.0, deadline=110.0, dead={})
+TOLD = State(Phase.TOLD)
 ARRIVED = State()
 ANNOUNCED = State(Phase.ANNOUNCED)
 
@@ -35,6 +38,30 @@ def note(rank: int = 0, **changes: object) -> Note:
 
 
 ALIKE = {rank: note(rank) for rank in (0, 1, 2)}
+
+
+@pytest.mark.parametrize("state", [TOLD, ARRIVED, ANNOUNCED])
+@pytest.mark.parametrize("view", [View(100.0), View(100.0, is_last=True), View(111.0, "problem"), View(111.0)])
+def test_ranks_that_have_told_the_same_by_links_have_met_wherever_one_of_them_is(state: State, view: View) -> None:
+    assert advance(state, replace(view, have_told=True), TERMS) == (state, Meet())
+
+
+def test_who_is_at_the_store_gives_up_when_those_who_have_met_by_links_have_failed() -> None:
+    for state in (ARRIVED, ANNOUNCED):
+        assert advance(state, View(100.0, failed="lost"), TERMS) == (state, Abort("lost", None, (EPOCH,)))
+
+
+def test_who_waits_at_links_goes_to_the_store_when_that_is_in_vain_or_takes_long() -> None:
+    state, action = advance(TOLD, View(100.04), TERMS)
+    assert (state, action) == (TOLD, Look(pytest.approx(PATIENCE_SECONDS - 0.04)))
+    assert advance(TOLD, View(100.04, is_in_vain=True), TERMS) == (ARRIVED, Arrive())
+    assert advance(TOLD, View(100.0 + PATIENCE_SECONDS), TERMS) == (ARRIVED, Arrive())
+    assert advance(TOLD, View(100.01), replace(TERMS, deadline=100.01)) == (ARRIVED, Arrive())
+
+
+def test_at_the_store_it_does_not_matter_that_links_are_in_vain() -> None:
+    assert advance(ARRIVED, View(100.0, is_last=True, is_in_vain=True), TERMS) == (ARRIVED, Decide())
+    assert advance(ARRIVED, View(100.04, is_in_vain=True), TERMS)[1] == Look(pytest.approx(PATIENCE_SECONDS - 0.04))
 
 
 def test_the_last_to_arrive_decides() -> None:

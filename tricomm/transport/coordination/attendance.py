@@ -1,5 +1,8 @@
 """One rank at one rendezvous, as a state machine without a store: what it sees and the time in, what it does out.
 
+any     --all have told the same by links-------------------> Meet
+any     --a call failed that others began by links----------> Abort
+TOLD    --in vain, or PATIENCE over-------------------------> Arrive: ARRIVED
 ARRIVED --the last to arrive--------------------------------> Decide
 ARRIVED --PATIENCE over-------------------------------------> Announce: ANNOUNCED
 any     --an outcome stands---------------------------------> Return
@@ -90,8 +93,9 @@ class Note(NamedTuple):
 
 
 class Phase(Enum):
-    """Whether a rank has told the others what it is about to do."""
+    """Whether a rank has told the others what it is about to do: by links, or by its note on the store."""
 
+    TOLD = 0
     ARRIVED = 1
     ANNOUNCED = 2
 
@@ -134,6 +138,10 @@ class View:
         notes: of the participants, by rank; looked at when this rank has announced.
         elsewhere: what absent ranks are in, by rank, where it is known.
         missed: an absent rank that waits for those who are here, and in which call.
+        have_told: whether all others have told by links that they are about to do the same; so have this rank and each
+            other one to all then, and every one of them sees it sooner or later.
+        is_in_vain: whether not all will tell that by links.
+        failed: why the call failed that others have begun, as they had met by links.
     """
 
     now: float
@@ -142,6 +150,17 @@ class View:
     notes: Mapping[int, Note] | None = None
     elsewhere: Mapping[int, str] | None = None
     missed: tuple[int, str] | None = None
+    have_told: bool = False
+    is_in_vain: bool = False
+    failed: str | None = None
+
+
+class Meet(NamedTuple):
+    """Go on as is: all others do."""
+
+
+class Arrive(NamedTuple):
+    """Go to the store: somebody has to be met there, or to be told what is wrong."""
 
 
 class Decide(NamedTuple):
@@ -182,17 +201,19 @@ class Abort(NamedTuple):
     is_mismatch: bool = False
 
 
-Action = Decide | Announce | Look | Return | Abort
+Action = Meet | Arrive | Decide | Announce | Look | Return | Abort
 
 
 def advance(state: State, view: View, terms: Terms) -> tuple[State, Action]:
     """Return the next state and what to do; see the table above."""
+    patient_until = min(terms.arrived + PATIENCE_SECONDS, terms.deadline)
+    if view.have_told or view.failed or state.phase is Phase.TOLD:
+        return _by_links(state, view, terms, patient_until)
     if state.phase is Phase.ARRIVED and view.is_last:
         return state, Decide()
     if view.outcome is not None:
         return state, Return(view.outcome)
     if state.phase is Phase.ARRIVED:
-        patient_until = min(terms.arrived + PATIENCE_SECONDS, terms.deadline)
         if view.now < patient_until:
             return state, Look(patient_until - view.now)
         return replace(state, phase=Phase.ANNOUNCED), Announce()
@@ -203,6 +224,16 @@ def advance(state: State, view: View, terms: Terms) -> tuple[State, Action]:
     state = replace(state, mismatch_since=None)
     end = _hopeless(view, terms, tuple(rank for rank in terms.participants if rank not in notes))
     return state, end or Look(min(PATIENCE_SECONDS, terms.deadline - view.now))
+
+
+def _by_links(state: State, view: View, terms: Terms, patient_until: float) -> tuple[State, Action]:
+    if view.have_told:
+        return state, Meet()
+    if view.failed:
+        return state, Abort(view.failed, None, (terms.epoch,))
+    if view.is_in_vain or view.now >= patient_until:
+        return replace(state, phase=Phase.ARRIVED), Arrive()
+    return state, Look(patient_until - view.now)
 
 
 def _hopeless(view: View, terms: Terms, absent: tuple[int, ...]) -> Abort | None:

@@ -1,6 +1,6 @@
 """What a rank is about to do, as the others compare it, and what is said when they do not come together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,12 +45,27 @@ class ProblemError(TransportError):
         text: in words.
         is_mismatch: ranks are about to do different things.
         counts_anew: all ranks of what this one calls have heard of it, and count its calls from one again.
+        refused_by: the rank that refused or failed, if one did.
+        absent: ranks that did not come.
+
+    Attributes:
+        may_have_met: other ranks may have met all the same, by links, and may wait for this one in the call. Who fails
+            by itself tells them; and a rank that is about to do something else has not met anybody.
     """
 
-    def __init__(self, text: str, is_mismatch: bool = False, counts_anew: bool = False) -> None:
+    def __init__(
+        self,
+        text: str,
+        is_mismatch: bool = False,
+        counts_anew: bool = False,
+        refused_by: int | None = None,
+        absent: Sequence[int] = (),
+    ) -> None:
         super().__init__(text)
         self.is_mismatch = is_mismatch
         self.counts_anew = counts_anew
+        self.may_have_met = refused_by is None and not is_mismatch
+        self.late = absent[0] if absent else None
 
 
 def describe_refusal(rank: int, reason: str) -> str:

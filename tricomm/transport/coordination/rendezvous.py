@@ -14,24 +14,26 @@ another failed, and a call that failed may simply be made again.
 | rendezvous/NAME/EPOCH/DIGEST/fields | a rank | it announces itself | watchers, if digests differ | likewise |
 | now/RANK | RANK | PATIENCE after it arrived, or it refused | watchers | never: one per rank |
 
-NAME is a hash of the participants and the channel. On the fast path a rank adds one to a counter and looks at the
-outcome; what it is about to do it tells in detail only if somebody is slow. What a rank does while it waits, the state
-machine in ``attendance`` says; what an outcome means for it, ``Rendezvous._take`` says.
+NAME is a hash of the participants and the channel. Ranks that have links with all others tell each by these first; if
+all have told the same soon, they have met, and the store knows nothing of it. Else they go there, and listen to links
+as well: what one has heard of all, all hear, unless one has died meanwhile; then they are told why the others failed.
+At the store a rank adds one to a counter and looks at the outcome; what it is about to do it tells in detail only if
+somebody is slow. See ``attendance`` for what a rank does while it waits, and ``_take`` for what an outcome means.
 
 Of thousands of ranks few are ever as quick as PATIENCE, so waiting must be cheap too. A rank that waits writes one
 short note, and looks at the outcome at growing distances. The notes of the others are read by watchers alone, the first
-two that wait, and by a rank whose time is over before a watcher has decided anything. What a rank is about to do stands
-in its note as a digest; fields, which name all ranks and hosts, are written once per digest.
+two that wait, and by a rank whose time is over before. A note has a digest; fields are written once per digest.
 """
 
-import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tricomm.errors import TransportError
+from tricomm.transport.base import Near
 from tricomm.transport.coordination.attendance import (
     PATIENCE_SECONDS,
     Abort,
@@ -39,6 +41,7 @@ from tricomm.transport.coordination.attendance import (
     CallEpoch,
     Decide,
     Look,
+    Meet,
     Note,
     Phase,
     Return,
@@ -52,7 +55,14 @@ from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, 
 from tricomm.transport.coordination.monitor import Monitor
 from tricomm.transport.coordination.run import Place, Run, deadline_after
 from tricomm.transport.coordination.status import Heartbeat
-from tricomm.transport.coordination.store import LONGEST_PAUSE_SECONDS, store_errors, wait_for_key
+from tricomm.transport.coordination.store import (
+    LONGEST_PAUSE_SECONDS,
+    EpochKeys,
+    Leavings,
+    name_of,
+    store_errors,
+    wait_for_key,
+)
 
 DONE = "done "
 
@@ -84,7 +94,7 @@ class Rendezvous:
         self._monitor = monitor
         self._dead = dead
         self._epochs: dict[str, int] = {}
-        self._last_digest: dict[str, str] = {}
+        self._leavings = Leavings(store)
         self._was_late: set[str] = set()
         self._notes: dict[str, Note] = {}
         self._lock = threading.Lock()
@@ -96,6 +106,7 @@ class Rendezvous:
         needs_reconnect: bool = False,
         decide: Callable[[bool], str] = lambda _: "",
         find_missed: FindMissed = lambda *_: None,
+        near: Near | None = None,
     ) -> Agreed:
         """Return once every participant has come and is about to do the same.
 
@@ -108,6 +119,7 @@ class Rendezvous:
                 reconnect.
             find_missed: says in words that an absent rank, whose heartbeat it is given, waits for some that are present
                 in a call that they have not begun; None if it does not.
+            near: links with all others, if there are.
 
         Raises:
             TransportError: somebody is about to do something else, refused, failed, or did not come in time; from a
@@ -119,12 +131,11 @@ class Rendezvous:
                 epoch = self._next_epoch(intent.participants, intent.channel)
                 try:
                     if needs_reconnect:
-                        self.store.set(_reconnect_key(epoch), "1")
-                    outcome = self._attend(epoch, intent, deadline, timeout_seconds, decide, find_missed)
-                except (TransportError, RuntimeError):
-                    raise
+                        self.store.set(EpochKeys(*epoch).reconnect, "1")
+                    outcome = self._attend(epoch, intent, deadline, timeout_seconds, decide, find_missed, near)
                 except BaseException as error:
-                    self._end(f"rank {self.rank} failed in {intent.call}: {error!r}", self.rank, [epoch])
+                    if not isinstance(error, RuntimeError):  # as TransportErrors are, too
+                        self._end(f"rank {self.rank} failed in {intent.call}: {error!r}", self.rank, [epoch])
                     raise
                 try:
                     agreed = self._take(outcome, epoch, intent)
@@ -157,12 +168,11 @@ class Rendezvous:
     def abort_awaited(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
         """As ``abort``, if others wait for this rank in a rendezvous by now; else nothing."""
         with store_errors():
-            self._abort_if_awaited(_name_of(participants, channel), participants, channel, reason)
+            self._abort_if_awaited(name_of(participants, channel), participants, channel, reason)
 
     def _take(self, outcome: str, epoch: CallEpoch, intent: Intent) -> Agreed | None:
         """Take an outcome for what it means here: None if the next epoch is meant."""
         if outcome.startswith(DONE):
-            self._last_digest[epoch.name] = intent.digest
             self._was_late.discard(epoch.name)
             self._settle(epoch, intent)
             if self._dead:
@@ -181,7 +191,7 @@ class Rendezvous:
             counts_anew = caught_up is not None
             text = caught_up or f"{text}; {describe_late(self.rank)}"
         if problem["refused_by"] != self.rank:
-            raise ProblemError(text, problem["is_mismatch"], counts_anew)
+            raise ProblemError(text, problem["is_mismatch"], counts_anew, problem["refused_by"], problem["absent"])
         # The others aborted this epoch when this rank refused an earlier call: the next one is meant.
         return None
 
@@ -197,13 +207,13 @@ class Rendezvous:
 
     def note_late(self, participants: Sequence[int], channel: str) -> None:
         """This rank was told, in a call, that the others had given it up there."""
-        self._was_late.add(_name_of(participants, channel))
+        self._was_late.add(name_of(participants, channel))
 
     def _catch_up(self, epoch: CallEpoch, intent: Intent) -> str | None:
         """On the first miss, skip the aborted epochs: whoever calls again is found there. On the second one running
         this rank is a call behind, and would be for ever, so it ends a call of the others, and says how.
         """
-        while self.store.check([_outcome_key(epoch._replace(number=self._epochs[epoch.name] + 1))]):
+        while self.store.check([EpochKeys(epoch.name, self._epochs[epoch.name] + 1).outcome]):
             self._epochs[epoch.name] += 1
         is_behind = epoch.name in self._was_late
         self._was_late.add(epoch.name)
@@ -230,7 +240,7 @@ class Rendezvous:
         return True
 
     def _next_epoch(self, participants: Sequence[int], channel: str) -> CallEpoch:
-        name = _name_of(participants, channel)
+        name = name_of(participants, channel)
         with self._lock:
             self._epochs[name] = self._epochs.get(name, 0) + 1
             return CallEpoch(name, self._epochs[name])
@@ -243,48 +253,84 @@ class Rendezvous:
         timeout_seconds: float,
         decide: Callable[[bool], str],
         find_missed: FindMissed,
+        near: Near | None,
     ) -> str:
         """Be at one rendezvous; returns its outcome."""
-        is_last = self.store.add(_count_key(epoch, intent.digest), 1) == len(intent.participants)
+        keys = EpochKeys(*epoch, intent.digest)
         # Not a copy: somebody may die, or leave, while this rank waits for it.
         terms = Terms(epoch, intent.participants, time.monotonic(), deadline, self._dead)
-        state, view = State(), View(terms.arrived, is_last=is_last)
+        state, view = State(Phase.TOLD), View(terms.arrived, is_in_vain=near is None)
+        if near is not None:
+            near.tell(epoch.number, intent.digest)
+        while state.phase is Phase.TOLD:
+            state, action = advance(state, view, terms)
+            match action:
+                case Meet():
+                    self._leavings.met(keys, was_at_store=False)
+                    return DONE + decide(False)
+                case Look() if near is not None:
+                    near.wait(action.seconds)
+                    view = _heard(View(time.monotonic()), near)
+        return self._attend_at_store(keys, terms, intent, timeout_seconds, decide, find_missed, near)
+
+    def _attend_at_store(
+        self,
+        keys: EpochKeys,
+        terms: Terms,
+        intent: Intent,
+        timeout_seconds: float,
+        decide: Callable[[bool], str],
+        find_missed: FindMissed,
+        near: Near | None,
+    ) -> str:
+        is_last = self.store.add(keys.counter, 1) == len(intent.participants)
+        state, view, epoch = State(), View(terms.arrived, is_last=is_last), terms.epoch
         run = Run(0, 0, intent.call, Place.of(f"rendezvous/{epoch.name}", timeout_seconds))
         crowd = max(len(intent.participants) / RANKS_AT_ONCE, 1.0)
         watches, before = False, dict[int, int]()
         try:
             while True:
-                state, action = advance(state, view, terms)
+                state, action = advance(state, _heard(view, near, epoch.number), terms)
                 match action:
+                    case Meet():
+                        self._leavings.met(keys, was_at_store=True)
+                        return DONE + decide(False)
                     case Return():
+                        self._leavings.ended(keys, action.outcome.startswith(DONE))
                         return action.outcome
                     case Decide():
-                        return self._decide(epoch, intent, decide)
+                        outcome = self._conclude(epoch, DONE + decide(self.store.check([keys.reconnect])))
+                        self._leavings.decided(keys)
+                        return outcome
                     case Abort():
                         counted = intent.counted if action.is_mismatch and differ_in_count(intent, view) else ""
+                        self._leavings.ended(keys, is_agreed=False)
                         return self._end(*action, digest=intent.digest, counted=counted)
                     case Announce():
                         self._monitor.watch(run)
-                        self._tell_fields(epoch, intent)
+                        keys.tell(self.store, intent.fields)
                         self._announce(_note_of(intent, epoch))
-                        watches = self.store.add(_waiting_key(epoch), 1) <= WATCHERS
+                        watches = self.store.add(keys.waiting, 1) <= WATCHERS
                         if watches:
                             status = self._monitor.status
                             before = {rank: status.heartbeat_of(rank).number for rank in intent.participants}
                         view = self._view(epoch, intent, before, find_missed) if watches else View(time.monotonic())
                     case Look():
-                        seconds = action.seconds
-                        if state.phase is not Phase.ARRIVED:
-                            left = deadline - time.monotonic()
-                            seconds = min(seconds * crowd, left) if watches else left
-                        if wait_for_key(self.store, _outcome_key(epoch), seconds, LONGEST_PAUSE_SECONDS * crowd):
-                            view = View(time.monotonic(), bytes(self.store.get(_outcome_key(epoch))).decode())
-                        elif state.phase is Phase.ARRIVED:
-                            view = View(time.monotonic())
-                        else:
+                        is_patient, left = state.phase is Phase.ARRIVED, terms.deadline - time.monotonic()
+                        longer = min(action.seconds * crowd, left) if watches else left
+                        seconds = action.seconds if is_patient else longer
+                        found = self._await_outcome(keys, seconds, LONGEST_PAUSE_SECONDS * crowd, near)
+                        view = View(time.monotonic(), found)
+                        if found is None and not is_patient:
                             view = self._view(epoch, intent, before, find_missed)
         finally:
             self._monitor.release(run)
+
+    def _await_outcome(self, keys: EpochKeys, seconds: float, longest_pause: float, near: Near | None) -> str | None:
+        """The outcome, if it comes within some seconds; ends early if the ranks have met by links."""
+        if not wait_for_key(self.store, keys.outcome, seconds, longest_pause, None if near is None else near.wait):
+            return None
+        return bytes(self.store.get(keys.outcome)).decode()
 
     def _view(self, epoch: CallEpoch, intent: Intent, before: Mapping[int, int], find_missed: FindMissed) -> View:
         """Look at what the others say, and where those are that say nothing."""
@@ -300,20 +346,9 @@ class Rendezvous:
                     missed = missed or (None if text is None else (rank, text))
         return View(time.monotonic(), None, False, notes, elsewhere, missed)
 
-    def _decide(self, epoch: CallEpoch, intent: Intent, decide: Callable[[bool], str]) -> str:
-        """Write what is agreed on, as the last one to arrive, and delete the keys of the epoch before."""
-        outcome = self._conclude(epoch, DONE + decide(self.store.check([_reconnect_key(epoch)])))
-        digest = self._last_digest.pop(epoch.name, None)
-        if digest is not None:
-            before = epoch._replace(number=epoch.number - 1)
-            count = _count_key(before, digest)
-            for key in (_outcome_key(before), count, f"{count}/fields", _reconnect_key(before), _waiting_key(before)):
-                self.store.delete_key(key)
-        return outcome
-
     def _conclude(self, epoch: CallEpoch, outcome: str) -> str:
         """Write an outcome unless there is one; the outcome that stands."""
-        return bytes(self.store.compare_set(_outcome_key(epoch), "", outcome)).decode()
+        return bytes(self.store.compare_set(EpochKeys(*epoch).outcome, "", outcome)).decode()
 
     def _end(
         self,
@@ -345,21 +380,12 @@ class Rendezvous:
                 self._conclude(epoch, outcome)
         return outcome
 
-    def _tell_fields(self, epoch: CallEpoch, intent: Intent) -> None:
-        """Write what this rank is about to do, unless somebody has."""
-        key = f"{_count_key(epoch, intent.digest)}/fields"
-        if not self.store.check([key]):
-            self.store.set(key, json.dumps(dict(intent.fields)))
-
     def _fields_of(self, note: Note, intent: Intent) -> Mapping[str, str] | None:
         """What the rank that wrote a note is about to do; None if it refused."""
         if note.digest in (None, intent.digest):
             return None if note.digest is None else intent.fields
-        key = f"{_count_key(note.epoch, note.digest)}/fields"
-        if not self.store.check([key]):
-            return {"digest": note.digest}  # it is past that call by now
-        fields: dict[str, str] = json.loads(self.store.get(key))
-        return fields
+        fields = EpochKeys(*note.epoch, note.digest or "").told(self.store)
+        return {"digest": str(note.digest)} if fields is None else fields  # it is past that call by now
 
     def _announce(self, note: Note) -> None:
         """Tell the others where this rank is, on each of its channels."""
@@ -384,26 +410,11 @@ class Rendezvous:
         return found
 
 
-def _name_of(participants: Sequence[int], channel: str) -> str:
-    """Return what the epochs of some ranks on a channel are called on the store."""
-    return hashlib.sha256(repr((list(participants), channel)).encode()).hexdigest()[:16]
+def _heard(view: View, near: Near | None, number: int = 0) -> View:
+    """What a rank sees, with what it has heard by links, and at the store of who went on from an epoch by links."""
+    failed = near.find_failed(number) if near is not None and number else None
+    return view if near is None else replace(view, have_told=near.have_told, is_in_vain=near.is_in_vain, failed=failed)
 
 
 def _note_of(intent: Intent, epoch: CallEpoch) -> Note:
     return Note(epoch, runs_of(intent.participants), intent.channel, intent.call, intent.digest)
-
-
-def _outcome_key(epoch: CallEpoch) -> str:
-    return f"rendezvous/{epoch.name}/{epoch.number}/outcome"
-
-
-def _reconnect_key(epoch: CallEpoch) -> str:
-    return f"rendezvous/{epoch.name}/{epoch.number}/reconnect"
-
-
-def _waiting_key(epoch: CallEpoch) -> str:
-    return f"rendezvous/{epoch.name}/{epoch.number}/waiting"
-
-
-def _count_key(epoch: CallEpoch, digest: str) -> str:
-    return f"rendezvous/{epoch.name}/{epoch.number}/{digest}"

@@ -1,10 +1,11 @@
 """Small things about a torch.distributed key-value store."""
 
+import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from tricomm.errors import TransportError
 
@@ -53,8 +54,14 @@ def with_lost_store(text: str, lost: TransportError) -> str:
     return text if STORE_LOST in text else f"{text}; {lost}"
 
 
-def wait_for_key(store: Any, key: str, seconds: float, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> bool:
-    """Whether the key appears within some seconds.
+def wait_for_key(
+    store: Any,
+    key: str,
+    seconds: float,
+    longest_pause_seconds: float = LONGEST_PAUSE_SECONDS,
+    pause_for: Callable[[float], object] | None = None,
+) -> bool:
+    """Whether the key appears within some seconds, or until ``pause_for``, by which to sleep, returns what is true.
 
     Asked for again and again, at growing distances: a store's own wait logs a warning for every wait that ends
     early, and may take a second to end it.
@@ -64,7 +71,8 @@ def wait_for_key(store: Any, key: str, seconds: float, longest_pause_seconds: fl
     while not store.check([key]):
         if time.monotonic() > deadline:
             return False
-        time.sleep(min(pause, max(deadline - time.monotonic(), FIRST_PAUSE_SECONDS)))
+        if (pause_for or time.sleep)(min(pause, max(deadline - time.monotonic(), FIRST_PAUSE_SECONDS))):
+            return False
         pause = min(PAUSE_GROWTH * pause, longest_pause_seconds)
     return True
 
@@ -85,3 +93,103 @@ def awaited_note(store: Any, key: str, seconds: float, absent: str) -> Any:
         if not wait_for_key(store, key, seconds):
             raise TransportError(absent)
         return json.loads(store.get(key))
+
+
+class EpochKeys(NamedTuple):
+    """What a rendezvous has on the store; see ``rendezvous``.
+
+    Attributes:
+        name, number: of the epoch.
+        digest: of what a rank is about to do there; "" where it does not matter.
+    """
+
+    name: str
+    number: int
+    digest: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """Of the outcome."""
+        return f"rendezvous/{self.name}/{self.number}/outcome"
+
+    @property
+    def reconnect(self) -> str:
+        """Whether a rank has no connections."""
+        return f"rendezvous/{self.name}/{self.number}/reconnect"
+
+    @property
+    def waiting(self) -> str:
+        """How many have announced themselves."""
+        return f"rendezvous/{self.name}/{self.number}/waiting"
+
+    @property
+    def counter(self) -> str:
+        """How many have come to do this."""
+        return f"rendezvous/{self.name}/{self.number}/{self.digest}"
+
+    @property
+    def fields(self) -> str:
+        """What that is."""
+        return f"{self.counter}/fields"
+
+    def tell(self, store: Any, fields: Mapping[str, str]) -> None:
+        """Write what a rank is about to do, unless somebody has."""
+        if not store.check([self.fields]):
+            store.set(self.fields, json.dumps(dict(fields)))
+
+    def told(self, store: Any) -> Mapping[str, str] | None:
+        """What that is; None if it is not there, or not any more."""
+        return json.loads(store.get(self.fields)) if store.check([self.fields]) else None
+
+    def delete(self, store: Any) -> None:
+        """Nobody looks there any more. To ask for a key takes a fraction of what it takes to delete one."""
+        seldom = [(self.waiting, (self.waiting, self.fields)), (self.reconnect, (self.reconnect,))]
+        there = [key for asked, keys in seldom if store.check([asked]) for key in keys]
+        for key in (self.outcome, self.counter, *there):
+            store.delete_key(key)
+
+
+def name_of(participants: Sequence[int], channel: str) -> str:
+    """Return what the epochs of some ranks on a channel are called on the store."""
+    return hashlib.sha256(repr((list(participants), channel)).encode()).hexdigest()[:16]
+
+
+class Leavings:
+    """What the rendezvous of a rank have left on the store. It is deleted when all have come to a later one.
+
+    Args:
+        store: of the ranks.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._shared: dict[str, list[EpochKeys]] = {}
+        """By name, what all who were there know of; the last to come there for a later one deletes it."""
+        self._own: dict[str, EpochKeys] = {}
+        """Of a rendezvous at which this rank was at the store while others met by links: it deletes that itself."""
+
+    def decided(self, keys: EpochKeys) -> None:
+        """This rank was the last to come to the store, and has written what was agreed on."""
+        for before in self._shared.pop(keys.name, ()):
+            before.delete(self._store)
+        self._delete_own(keys.name)
+        self._shared[keys.name] = [keys]
+
+    def ended(self, keys: EpochKeys, is_agreed: bool) -> None:
+        """An outcome stands on the store: another rank has written what was agreed on, or something was wrong."""
+        if is_agreed:
+            self._shared[keys.name] = [keys]
+            self._delete_own(keys.name)
+        else:
+            self._shared.setdefault(keys.name, []).append(keys)
+
+    def met(self, keys: EpochKeys, was_at_store: bool) -> None:
+        """The ranks have met by links."""
+        self._delete_own(keys.name)
+        if was_at_store:
+            self._own[keys.name] = keys
+
+    def _delete_own(self, name: str) -> None:
+        own = self._own.pop(name, None)
+        if own is not None:
+            own.delete(self._store)

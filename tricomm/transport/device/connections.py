@@ -178,6 +178,9 @@ class DeviceConnections:
     def nod(self, tag: int) -> None:
         """See Linked: streams wait, and not the host."""
 
+    def near(self) -> None:
+        """See Linked."""
+
     def finish(self, limit: timedelta) -> None:
         """See Linked: a call is over on this rank."""
         self._tell_read()

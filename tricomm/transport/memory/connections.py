@@ -11,6 +11,7 @@ from tricomm.packing.staging import Direction
 from tricomm.transport.base import NO_ARENAS, Asked, Connections, Directions, Operation, Shared
 from tricomm.transport.memory.link import Link, Patience
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
+from tricomm.transport.memory.nearby import Nearby
 from tricomm.transport.memory.rungs import PairTransports, Rung
 from tricomm.transport.memory.signals import LinkClosedError
 
@@ -90,6 +91,10 @@ class HostConnections:
         if not self._are_all_linked:
             return None
         return [(link.peer, (link, nod.wait)) for link, nod in [(link, link.nod(tag)) for link in self._links]]
+
+    def near(self) -> Nearby | None:
+        """See Linked."""
+        return Nearby(self._links) if self._are_all_linked else None
 
     def finish(self, limit: timedelta) -> None:
         """See Linked."""

@@ -22,6 +22,7 @@ from tricomm.transport.memory.protocol import (
     Action,
     Done,
     Event,
+    Here,
     Message,
     Nod,
     Ready,
@@ -41,6 +42,9 @@ LONGEST_MILLISECONDS = 3_600_000.0
 
 EAGER_NBYTES = 1 << 16
 """At most so many bytes are copied for a sender that does not wait: up to here a copy takes less than to be woken."""
+
+MAX_HERES = 16
+"""A peer is not known to be at more rendezvous at once; it is ahead by one at most."""
 
 MAX_TABLES = 64
 """Whose runs a link remembers."""
@@ -75,6 +79,8 @@ class Link(Signals):
         self._early_nods: set[int] = set()
         self._nods: dict[int, ExpectedNod] = {}
         """The same of nods. No call of a tag begins before the one before it is over, so there is one of each tag."""
+        self.heres: deque[Here] = deque(maxlen=MAX_HERES)
+        """To which rendezvous the peer has come, as far as is known without a look, until this rank comes there."""
         self._offers: dict[int, Offer] = {}
         self._count = 0
         self._arena = Arena()
@@ -228,16 +234,22 @@ class Link(Signals):
                     offer.is_read = True
                     if offer.slab is not None:
                         self._arena.give_back(offer.slab)
+                case Here():
+                    self.heres.append(message)
                 case Nod():
-                    nod = self._nods.pop(message.tag, None)
-                    if nod is None:
-                        self._early_nods.add(message.tag)
-                        continue
-                    nod.has_come = True
-                    if nod is awaiting:
+                    if self._take_nod(message) is awaiting is not None:
                         return
                 case Slab():
                     self._slabs[message.slab] = mapped_slab(message.slab, files[0], message.nbytes)
+
+    def _take_nod(self, message: Nod) -> "ExpectedNod | None":
+        """Who awaited it, if anybody did."""
+        nod = self._nods.pop(message.tag, None)
+        if nod is None:
+            self._early_nods.add(message.tag)
+        else:
+            nod.has_come = True
+        return nod
 
 
 class Patience:

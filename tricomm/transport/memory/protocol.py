@@ -21,7 +21,7 @@ nothing is read after it.
 import struct
 from collections.abc import Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Sending(Enum):
@@ -168,36 +168,45 @@ class Nod(NamedTuple):
     tag: int
 
 
-Message = Ready | Done | Slab | Region | Sources | Opened | Closed | Nod
+class Here(NamedTuple):
+    """A rank has come to the rendezvous of a number, about to do what a digest is of, in 16 bytes."""
 
-_READY = struct.Struct("=BQQQQII")
-_DONE = struct.Struct("=BQ")
-_SLAB = struct.Struct("=BIQ")
-_REGION = struct.Struct("=B64sQQ")
-_SOURCES = struct.Struct("=BQQ")
-_OPENED = struct.Struct("=BQ")
-_CLOSED = struct.Struct("=BQ")
-_NOD = struct.Struct("=BQ")
+    number: int
+    digest: bytes
+
+
+Message = Ready | Done | Slab | Region | Sources | Opened | Closed | Nod | Here
+
+_FORMATS: Mapping[int, tuple[type[Any], struct.Struct]] = {
+    kind: (message, struct.Struct(f"=B{fields}"))
+    for kind, message, fields in (
+        (1, Ready, "QQQQII"),
+        (2, Done, "Q"),
+        (3, Slab, "IQ"),
+        (4, Region, "64sQQ"),
+        (5, Sources, "QQ"),
+        (6, Opened, "Q"),
+        (7, Closed, "Q"),
+        (8, Nod, "Q"),
+        (9, Here, "Q16s"),
+    )
+}
+"""By the kind of a message, its first byte."""
+
+WITH_TEXT = (5, 6)
+"""Kinds that end with a text."""
+
+_KINDS = {message: (kind, format.pack) for kind, (message, format) in _FORMATS.items()}
 MAX_MESSAGE_NBYTES = 256
 
 
 def encode(message: Message) -> bytes:
     """A message as bytes; its kind is the first."""
-    if isinstance(message, Ready):
-        return _READY.pack(1, *message)
-    if isinstance(message, Done):
-        return _DONE.pack(2, *message)
-    if isinstance(message, Nod):
-        return _NOD.pack(8, *message)
-    if isinstance(message, Region):
-        return _REGION.pack(4, *message)
-    if isinstance(message, Sources):
-        return (_SOURCES.pack(5, *message[:2]) + message.problem.encode())[:MAX_MESSAGE_NBYTES]
-    if isinstance(message, Opened):
-        return (_OPENED.pack(6, message.number) + message.problem.encode())[:MAX_MESSAGE_NBYTES]
-    if isinstance(message, Closed):
-        return _CLOSED.pack(7, *message)
-    return _SLAB.pack(3, *message)
+    kind, pack = _KINDS[type(message)]
+    if kind in WITH_TEXT:
+        *rest, text = message
+        return (pack(kind, *rest) + str(text).encode())[:MAX_MESSAGE_NBYTES]
+    return pack(kind, *message)
 
 
 def decode(data: bytes) -> Message:
@@ -207,25 +216,15 @@ def decode(data: bytes) -> Message:
         ValueError: they are none.
     """
     kind = data[0] if data else 0
+    if kind not in _FORMATS:
+        raise ValueError(f"a message of unknown kind {kind}")
+    cls, format = _FORMATS[kind]
     try:
-        match kind:
-            case 1:
-                return Ready(*_READY.unpack(data)[1:])
-            case 2:
-                return Done(*_DONE.unpack(data)[1:])
-            case 3:
-                return Slab(*_SLAB.unpack(data)[1:])
-            case 4:
-                return Region(*_REGION.unpack(data)[1:])
-            case 5:
-                _, number, tag = _SOURCES.unpack_from(data)
-                return Sources(number, tag, data[_SOURCES.size :].decode(errors="replace"))
-            case 6:
-                return Opened(_OPENED.unpack_from(data)[1], data[_OPENED.size :].decode(errors="replace"))
-            case 7:
-                return Closed(*_CLOSED.unpack(data)[1:])
-            case 8:
-                return Nod(*_NOD.unpack(data)[1:])
+        message: Message
+        if kind in WITH_TEXT:
+            message = cls(*format.unpack_from(data)[1:], data[format.size :].decode(errors="replace"))
+        else:
+            message = cls(*format.unpack(data)[1:])
     except struct.error as error:
         raise ValueError(f"a message of kind {kind} and {len(data)} bytes: {error}") from None
-    raise ValueError(f"a message of unknown kind {kind}")
+    return message
