@@ -5,10 +5,15 @@ the coordinates of the holding, one dim at a time.
 """
 
 import math
+import random
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
 from tricomm import ShardingSpec
+
+T = TypeVar("T")
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SMALL = 97
@@ -136,3 +141,10 @@ def reduced(parts: list[torch.Tensor], op: str, divisor: int | None = None) -> t
         real = exact.real
         total = (real.amax(0) if op == "max" else real.amin(0)).to(torch.complex128)
     return (total if dtype.is_complex else total.real).to(dtype)
+
+
+def as_written_by(rank: int, mapping: Mapping[str, T]) -> dict[str, T]:
+    """The same in another order on each rank, as ranks build mappings from what they hold, or from a set."""
+    names = list(mapping)
+    random.Random(rank).shuffle(names)
+    return {name: mapping[name] for name in names}

@@ -220,6 +220,26 @@ def under(module: str, names: set[str]) -> bool:
     return any(module == name or module.startswith(name + ".") for name in names)
 
 
+MAKERS = {"arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+MAKERS |= {"randperm", "scalar_tensor", "tensor", "zeros"}
+
+
+def test_tensors_are_made_on_a_device_that_is_said() -> None:
+    """A user may have set another default device, on which nobody sends, receives, or reads an answer."""
+    found = [
+        f"{path}:{call.lineno}"
+        for path in sorted((ROOT / "tricomm").rglob("*.py"))
+        if path.parent.name != "examples" and path.name != "demo.py"
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in MAKERS
+        and ast.unparse(call.func.value) == "torch"
+        and not any(keyword.arg in ("device", None) for keyword in call.keywords)
+    ]
+    assert found == []
+
+
 def test_planning_needs_no_torch() -> None:
     for found in imports():
         if under(found.module, WITHOUT_TORCH) and (found.module, found.function) != DETECTION:

@@ -12,6 +12,7 @@ from tests.oracle import coded, pick, require_equal
 from tricomm import LocalTransport, Mesh, Partial, Resharder, Shard, ShardingSpec, SpecError, make_plan
 from tricomm.launch import Ranks
 from tricomm.layout.dtype import ITEMSIZE
+from tricomm.options import TransportName
 
 ALL = Mesh(list(range(RANKS)), ("x",))
 ROWS = ShardingSpec(ALL, (Shard(0),), (16, 8), "float32")
@@ -40,6 +41,19 @@ def in_inference_mode(rank: int) -> None:
 
 def test_inference_mode_may_be_on_in_one_place_and_off_in_another(ranks: Ranks) -> None:
     ranks.run(in_inference_mode)
+
+
+def under_another_default_device(rank: int, transport: TransportName) -> None:
+    with torch.device("meta"):
+        mover = Resharder(ROWS, NARROW, transport=transport, channel=f"meta {transport}", timeout_seconds=10.0)
+        for _ in range(2):
+            assert torch.equal(mover(shard(rank)), FULL.chunk(RANKS, 1)[rank].bfloat16())
+
+
+@pytest.mark.parametrize("transport", ["auto", "network"])
+def test_the_default_device_is_that_of_the_user_alone(ranks: Ranks, transport: TransportName) -> None:
+    """What a connecting needs for itself is in host memory; the first call hung there."""
+    ranks.run(under_another_default_device, transport)
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZE))

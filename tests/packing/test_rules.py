@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tricomm
 from tests.cases import RANKS, specs
-from tests.oracle import pick, require_equal
+from tests.oracle import as_written_by, pick, require_equal
 from tests.packing.test_many import quick
 from tests.rules.test_algebra import Pair, grown, sources
 from tests.transport.test_properties import TRANSPORTS, restrided
@@ -110,15 +110,16 @@ def test_any_rules_between_any_layouts(drawn: Mapped, transport: LocalTransport)
 def move(rank: int, drawn: Mapped, api: str, transport: str) -> None:
     """Move on this rank and compare."""
     tensors = given_shards(drawn, rank)
+    before, after = (as_written_by(rank, side) for side in (drawn.before, drawn.after))
     options: Any = {"rules": drawn.rules, "timeout_seconds": 30.0, "transport": transport}
     wanted = shards(drawn.made, drawn.after, rank)
     out = {name: restrided(torch.zeros_like(tensor), drawn.strides) for name, tensor in wanted.items()}
     if api == "reshard":
-        check(drawn, rank, tricomm.reshard(tensors, drawn.before, drawn.after, **options))
+        check(drawn, rank, tricomm.reshard(tensors, before, after, **options))
     elif api == "async":
-        check(drawn, rank, tricomm.reshard_async(tensors, drawn.before, drawn.after, out=out, **options).wait())
+        check(drawn, rank, tricomm.reshard_async(tensors, before, after, out=out, **options).wait())
     else:
-        mover = Resharder(drawn.before, drawn.after, **options)
+        mover = Resharder(before, after, **options)
         for _ in range(2):
             for tensor in out.values():
                 tensor.zero_()

@@ -29,13 +29,13 @@ def test_a_plan_prints_both_specs_and_how_it_moves(plan: Plan, words: list[str])
 def test_a_plan_of_many_says_what_is_alike_once() -> None:
     names = [f"layers.{layer}.weight" for layer in range(40)]
     kinds = {
-        f"kind{index}": ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), (12, 9 + index), "float32")
+        f"norm{index}": ShardingSpec(Mesh([0, 1], ("x",)), (Shard(0),), (12, 9 + index), "float32")
         for index in range(20)
     }
     text = str(
         make_plan(dict.fromkeys(names, ROWS) | kinds, dict.fromkeys([*names, *kinds], spec([2], Shard(0), shape=None)))
     )
-    for words in ("60 tensors", "layers.0.weight and 39 like it", "kind0\n", "... and 9 more kinds of tensors"):
+    for words in ("60 tensors", "layers.0.weight and 39 like it", "norm0\n", "... and 9 more kinds of tensors"):
         assert words in text, text
 
 

@@ -18,6 +18,7 @@ from tests.oracle import require_equal
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
 from tricomm.resharder import Resharder as ResharderClass
+from tricomm.transport.gloo import PatientStore
 
 TIMEOUT_SECONDS = 6.0
 SHAPE = (6, 4)
@@ -285,7 +286,11 @@ def killed(rank: int, when: str) -> list[tuple[str, float]]:
     if rank == 2:
         if when == "warm":
             os.kill(os.getpid(), signal.SIGKILL)
-        tricomm.transport.channel.GlooConnections = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        if when == "shaking hands":
+            wait = PatientStore.wait
+            PatientStore.wait = lambda *given: (wait(*given), os.kill(os.getpid(), signal.SIGKILL))
+        else:
+            tricomm.transport.channel.GlooConnections = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
     def again_and_again() -> None:
         for _ in range(3):
@@ -307,7 +312,7 @@ def killed(rank: int, when: str) -> list[tuple[str, float]]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("when", ["connecting", "warm"])
+@pytest.mark.parametrize("when", ["connecting", "shaking hands", "warm"])
 def test_a_rank_that_was_killed_is_named_and_not_waited_for_again(when: str) -> None:
     with Ranks(3, timeout_seconds=40) as doomed:
         doomed.start(killed, when)
@@ -324,7 +329,7 @@ def test_a_rank_that_was_killed_is_named_and_not_waited_for_again(when: str) -> 
 
 SCRIPT = """
 import gc, os, sys, torch, torch.distributed as dist
-from tricomm import Mesh, Replicate, Resharder, ShardingSpec
+from tricomm import Mesh, Replicate, Resharder, ShardingSpec, TransportError
 rank, port, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 mover = Resharder(ShardingSpec(Mesh([0], ("x",)), (Replicate(),), (8,), "float32"),
@@ -345,6 +350,13 @@ if how != "pending":
         if how == "fork while pending":
             del mover
             gc.collect()
+        else:
+            try:
+                mover(None)
+            except TransportError as error:
+                assert "is a fork of process" in str(error), error
+            else:
+                sys.exit("a child took what its parent is sent")
         sys.exit(7)
     print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     if how == "fork while pending":

@@ -40,7 +40,7 @@ def runs_in(table: torch.Tensor) -> Runs:
 
 def one_run(address: int, nbytes: int) -> Runs:
     """The bytes at an address."""
-    return Runs(torch.tensor([[address, nbytes]]), (nbytes,))
+    return Runs(torch.tensor([[address, nbytes]], device="cpu"), (nbytes,))
 
 
 def runs_of(boxes: Sequence[TensorBox], tensors: Sequence[torch.Tensor], nbytes: int) -> Runs | None:
@@ -63,7 +63,7 @@ def runs_of(boxes: Sequence[TensorBox], tensors: Sequence[torch.Tensor], nbytes:
     table = places[:, 1:].contiguous()
     found = runs_in(table)
     # Each run begins where the one before it ends, and all are the chunk: else it is not theirs alone.
-    starts = torch.tensor([0, *found.ends[:-1]])
+    starts = torch.tensor([0, *found.ends[:-1]], device="cpu")
     return found if found.nbytes == nbytes and torch.equal(places[:, 0], starts) else None
 
 
@@ -83,9 +83,11 @@ def _placed(one: TensorBox, address: int) -> torch.Tensor:
     box, outer = one.box, _outer(one)
     word = box.word_nbytes
     nbytes = word * (box.shape[-1] if _has_long_rows(one) else 1)
-    places = torch.zeros(2, dtype=torch.int64)
+    places = torch.zeros(2, dtype=torch.int64, device="cpu")
     for extent, first, second in zip(outer, box.packed_strides, box.tensor_strides, strict=False):
-        steps = torch.arange(extent)[:, None] * torch.tensor([first, second])
+        steps = torch.arange(extent, device="cpu")[:, None] * torch.tensor([first, second], device="cpu")
         places = (places[..., None, :] + steps).reshape(-1, 2)
-    places = places.reshape(-1, 2) * word + torch.tensor([box.packed_offset * word, address + box.tensor_offset * word])
-    return torch.cat([places, torch.full((len(places), 1), nbytes)], dim=1)
+    places = places.reshape(-1, 2) * word + torch.tensor(
+        [box.packed_offset * word, address + box.tensor_offset * word], device="cpu"
+    )
+    return torch.cat([places, torch.full((len(places), 1), nbytes, device="cpu")], dim=1)

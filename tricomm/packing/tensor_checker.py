@@ -291,7 +291,7 @@ def check_casts(plan: Plan) -> None:
         if source == destination:
             continue
         try:
-            torch.empty(1, dtype=torch_dtype(source)).to(torch_dtype(destination))
+            torch.empty(1, dtype=torch_dtype(source), device="cpu").to(torch_dtype(destination))
         except (RuntimeError, NotImplementedError) as error:
             raise SpecError(
                 f"this torch {torch.__version__} cannot cast {source} to {destination} ({error}); cast the tensor "

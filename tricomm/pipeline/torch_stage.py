@@ -171,10 +171,10 @@ class ReshardStage(_Stage):  # type: ignore[misc]
     # ---- setting up, where torch would exchange shapes and allocate a buffer per microbatch
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Any = None) -> torch.Tensor:
-        return torch.ones(1, dtype=torch.int32)
+        return torch.ones(1, dtype=torch.int32, device="cpu")
 
     def _warmup_backward_result(self, received_result: Any = None) -> torch.Tensor:
-        return torch.ones(1, dtype=torch.int32)
+        return torch.ones(1, dtype=torch.int32, device="cpu")
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         return []

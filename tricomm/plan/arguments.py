@@ -115,7 +115,7 @@ def _is_hashable(value: object) -> bool:
 
 
 def items_of(source: object, destination: object) -> tuple[Item, ...]:
-    """Pair the layouts of one tensor, or of each of many by its name, in the order of the source.
+    """Pair the layouts of one tensor, or of each of many by its name, sorted: ranks write mappings in any order.
 
     Raises:
         SpecError: names that only one side has, or layouts that contradict each other; an ArgumentError where an
@@ -134,7 +134,8 @@ def items_of(source: object, destination: object) -> tuple[Item, ...]:
     _check_names(source, destination)
     known: dict[tuple[int, int], ShardingSpec] = {}
     items = []
-    for name, spec in source.items():
+    for name in sorted(source):
+        spec = source[name]
         identity = (id(spec), id(destination[name]))
         if identity not in known:
             try:

@@ -29,6 +29,10 @@ CLOSING_TAG = (1 << 31) - 1
 """Tag of the receive that closes a connection; no data has it."""
 
 MAX_TAG = CLOSING_TAG - 1
+CONNECT_TIMEOUTS = 5
+"""For how many of its timeouts gloo waits for a rank that has told its address and then does not connect."""
+
+MIN_CONNECT_SECONDS = 0.01
 
 
 class PatientStore(dist.Store):
@@ -133,14 +137,15 @@ class GlooConnections:
         self._rank = rank
         self._index = index
         self._store = PatientStore(store, interrupted)
-        timeout = timedelta(seconds=timeout_seconds)
         _of_this_process().add(self)
-        self._backends: list[Any] = [
-            dist.ProcessGroupGloo(
-                dist.PrefixStore(way, self._store), index[rank], len(index), _options(of_way, timeout)
-            )
-            for way, of_way in zip(("down", "up"), devices.get(), strict=True)
-        ]
+        end = time.monotonic() + timeout_seconds
+        self._backends: list[Any] = []
+        for way, of_way in zip(("down", "up"), devices.get(), strict=True):
+            left = max(end - time.monotonic(), MIN_CONNECT_SECONDS)
+            options = _options(of_way, timedelta(seconds=left / CONNECT_TIMEOUTS))
+            backend = dist.ProcessGroupGloo(dist.PrefixStore(way, self._store), index[rank], len(index), options)
+            backend._set_default_timeout(timedelta(seconds=timeout_seconds))
+            self._backends.append(backend)
 
     launch: Any = staticmethod(operator.call)
 
@@ -173,7 +178,7 @@ class GlooConnections:
 
     def abort(self) -> None:
         """See Connections. gloo has no call for it, but a receive that times out closes its pair on both sides."""
-        nothing = torch.empty(1, dtype=torch.uint8)
+        nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
         for backend in self._backends:
             for rank, index in self._index.items():
                 if rank == self._rank:

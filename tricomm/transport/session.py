@@ -130,7 +130,9 @@ class Session:
 
         Raises:
             SpecError: it was closed, or another thread is in a call. The other ranks are told.
+            TransportError: this is a forked child.
         """
+        self._context.require_own_process()
         self.calls += 1
         channel = self._channel
         try:
@@ -161,6 +163,7 @@ class Session:
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
+        self._context.require_own_process()
         number = self.calls if self.meets_always else 0
         self._connect(number, self._timeout_seconds)
         self.calls = number

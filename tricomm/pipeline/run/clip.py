@@ -62,7 +62,7 @@ def clip_gradients(executor: Executor, max_norm: float, *, layout_of: LayoutOf |
     refuse_wrong_kinds(clip_gradients, executor=executor)
     if not executor.runs:
         _check_norm(max_norm, layout_of)
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     row = torch.zeros(HEADER + 1 + len(executor.stages), dtype=torch.float64, device=executor.device)
     problem: Exception | None = None
     try:

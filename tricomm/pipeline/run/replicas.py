@@ -118,7 +118,8 @@ def _sums(gradient: torch.Tensor) -> list[float]:
     """
     exact = gradient.detach().double().flatten()
     # Bit k of an element's byte is its sign in sum k.
-    signs = torch.randint(1 << PROJECTIONS, exact.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    random = torch.Generator().manual_seed(0)
+    signs = torch.randint(1 << PROJECTIONS, exact.shape, generator=random, dtype=torch.uint8, device="cpu")
     signs = signs.to(exact.device)
     sums = [torch.where((signs & 1 << bit).bool(), exact, -exact).sum() for bit in range(PROJECTIONS)]
     return [float(one) for one in (*sums, exact.norm())]

@@ -74,9 +74,7 @@ def ends_of_rules(rules: object, source: object, destination: object) -> tuple[t
         check_mapping(side, given)
     assert isinstance(source, Mapping)
     assert isinstance(destination, Mapping)
-    return _ends(
-        rules, tuple(map(Named, source, source.values())), tuple(map(Named, destination, destination.values()))
-    )
+    return _ends(rules, *(tuple([Named(name, side[name]) for name in sorted(side)]) for side in (source, destination)))
 
 
 @lru_cache(maxsize=32)

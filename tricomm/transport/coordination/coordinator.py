@@ -1,9 +1,11 @@
 """What one process keeps to coordinate with the other ranks of one process group."""
 
+import os
 from typing import Any
 
 import torch.distributed as dist
 
+from tricomm.errors import TransportError
 from tricomm.transport.coordination.monitor import Monitor
 from tricomm.transport.coordination.rendezvous import Rendezvous
 from tricomm.transport.coordination.status import StatusStore
@@ -20,6 +22,7 @@ class Coordinator:
     """
 
     def __init__(self, group: Any) -> None:
+        self._process = os.getpid()
         self.rank: int = group.rank()
         self.size: int = group.size()
         self._base_store = group.get_group_store()  # one that is written in Python goes with its last reference here
@@ -29,3 +32,15 @@ class Coordinator:
         self.dead: dict[int, str] = {}
         """Ranks whose connections closed without a word, and how that was found; until they come again."""
         self.rendezvous = Rendezvous(self.store, self.rank, self.monitor, self.dead)
+
+    def require_own_process(self) -> None:
+        """Refuse a forked child, which would take and answer what is meant for its parent.
+
+        Raises:
+            TransportError: this is another process than the one that first used the process group.
+        """
+        if os.getpid() != self._process:
+            raise TransportError(
+                f"process {os.getpid()} is a fork of process {self._process}, whose connections it would share; call "
+                "in the process that made the process group, or spawn one that makes its own"
+            )

@@ -286,7 +286,7 @@ class Meeting:
         if link.flags.theirs(Flag.PROBED) != PROBED:
             return "what its device writes to a shared page does not come here"
         with self._accelerator.on_stream(self._accelerator.new_stream(self._device)):
-            read = torch.zeros(NONCE_NBYTES, dtype=torch.uint8)
+            read = torch.zeros(NONCE_NBYTES, dtype=torch.uint8, device="cpu")
             self._accelerator.launch(partial(read.copy_, link.arenas[False][:NONCE_NBYTES]))
             self._join(interrupted)
         return "" if read.equal(as_tensor(nonce)) else "what was opened is not what the other has exported"

@@ -140,7 +140,7 @@ def met(
     """
 
     def tell(texts: Mapping[int, str]) -> dict[int, str]:
-        theirs = {rank: torch.zeros(VERDICT_NBYTES, dtype=torch.uint8) for rank in texts}
+        theirs = {rank: torch.zeros(VERDICT_NBYTES, dtype=torch.uint8, device="cpu") for rank in texts}
         ours = {rank: _padded(text) for rank, text in texts.items()}
         exchange(
             [
@@ -160,8 +160,8 @@ def met(
 
 def _agreed(is_so: bool, others: Collection[int], exchange: Exchange) -> bool:
     """Whether all say so."""
-    ours = torch.tensor([is_so], dtype=torch.uint8)
-    theirs = torch.zeros(len(others), dtype=torch.uint8)
+    ours = torch.tensor([is_so], dtype=torch.uint8, device="cpu")
+    theirs = torch.zeros(len(others), dtype=torch.uint8, device="cpu")
     receives = [Operation(False, rank, theirs[index : index + 1]) for index, rank in enumerate(others)]
     exchange([*receives, *(Operation(True, rank, ours) for rank in others)])
     return is_so and bool(theirs.all())

@@ -195,7 +195,7 @@ class Link(Signals):
         """The runs of an offer. Their table is read from the peer each time; only what it says is known by it."""
         if not ready.runs:
             return one_run(ready.address, ready.nbytes)
-        table = torch.empty(ready.runs, 2, dtype=torch.int64)
+        table = torch.empty(ready.runs, 2, dtype=torch.int64, device="cpu")
         read_run(self.pid, table.data_ptr(), ready.address, table.nbytes)
         found = self._tables.get(ready.address)
         if found is None or not torch.equal(found.table, table):

@@ -114,7 +114,7 @@ def _from(runs: Runs, done: int) -> tuple[torch.Tensor, int]:
     begun = done - (runs.ends[first - 1] if first else 0)
     if begun:
         rows = rows.clone()
-        rows[0] += torch.tensor([begun, -begun])
+        rows[0] += torch.tensor([begun, -begun], device="cpu")
     return rows, first
 
 
