@@ -130,7 +130,8 @@ class Options:
             paddings or shapes differ: each side then has its own names. What travels are the pieces that ranks need,
             straight from shards into shards. See :mod:`tricomm.rules`.
         differentiable: whether gradients come back between ranks that hold different things: all ranks of either mesh
-            make the calls with gradients on, in one order, and end with :func:`tricomm.backward`.
+            make the calls with gradients on, in one order, and end with :func:`tricomm.backward`. The order in which a
+            backward pass reaches the calls of one Resharder counts as the order of calls: it is to be the same too.
         transport: "auto", the default, reads the sender's memory where two ranks are on one host and may (on GPUs by
             CUDA IPC), and takes the network elsewhere; "network" takes it between all ranks; "memory" raises where two
             ranks cannot read. ``Resharder.transports`` tells what was found. All ranks give the same.
