@@ -3,7 +3,7 @@
 Where kernels run, one launch copies for all transfers of a round in one direction; elsewhere torch copies view by view.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -12,8 +12,9 @@ import torch
 
 from tricomm.kernels import pack as kernels
 from tricomm.kernels.reference import InWords, paired_views, view
+from tricomm.packing import runs as in_runs
 from tricomm.packing.copy_program import CopyProgram, Launches, Side
-from tricomm.packing.runs import Runs, runs_of
+from tricomm.packing.runs import NOTHING_IN_PLACE, InPlace, Pieces, Runs, runs_of
 from tricomm.packing.staging import Direction, StagedTransfer, TensorBox
 
 NO_ARENAS: Mapping[Direction, torch.Tensor] = MappingProxyType({})
@@ -101,14 +102,14 @@ class BoundTransfer(NamedTuple):
 
     One launch for all transfers of a round stands at the first of the sends, which are read as a group before any is
     posted, and at the last of the receives, which are waited for in order. Where ``runs`` say where the bytes are in
-    the tensors themselves, there is nothing to copy, and the buffer is not used. ``place`` is the byte of the pair's
-    arena where it crosses, if they have one.
+    the tensors themselves, or are pieces that copy themselves, there is nothing else to copy, and the buffer is not
+    used. ``place`` is the byte of the pair's arena where it crosses, if they have one.
     """
 
     peer: int
     buffer: torch.Tensor
     copies: Copies
-    runs: Runs | None = None
+    runs: Runs | Pieces | None = None
     group: tuple[int, ...] = ()
     place: int = 0
 
@@ -139,7 +140,7 @@ def bind(
     sources: Sequence[torch.Tensor],
     destinations: Sequence[torch.Tensor],
     staging: torch.Tensor,
-    in_place: Collection[tuple[bool, int]] = (),
+    in_place: InPlace = NOTHING_IN_PLACE,
     arenas: Mapping[Direction, torch.Tensor] = NO_ARENAS,
 ) -> Binding:
     """Make everything that a run needs.
@@ -148,8 +149,7 @@ def bind(
         program: made for tensors with these strides and alignments.
         sources, destinations: the rank's tensors, as its sides have them.
         staging: uint8, at least ``program.staging_nbytes``.
-        in_place: (whether it sends, peer) where bytes need not be in one piece, if their runs are long. Torch copies
-            there; a chunk that is relayed is in one piece always.
+        in_place: where bytes need not be in one buffer. Torch copies there; a chunk that is relayed is in one always.
         arenas: uint8, of each of ``program.arenas`` at least what that says.
     """
     relayed = {t.key for step in program.sends for t in step if t.relay}
@@ -185,13 +185,25 @@ def bind(
                 for t, before_or_after in zip(step, copies, strict=True)
             )
 
-    def found_runs(transfer: StagedTransfer, tensors: Sequence[torch.Tensor], is_send: bool) -> Runs | None:
-        if (is_send, transfer.peer) not in in_place or transfer.key in relayed or _has_kernels(staging.device):
+    def found_runs(transfer: StagedTransfer, tensors: Sequence[torch.Tensor], is_send: bool) -> Runs | Pieces | None:
+        way = is_send, transfer.peer
+        if transfer.key in relayed or not transfer.boxes or _has_kernels(staging.device):
             return None
-        return runs_of(transfer.boxes, tensors, transfer.nbytes)
+        if transfer.nbytes > in_runs.WHOLE_NBYTES:
+            return _pieces_of(transfer, tensors, program, is_send) if way in in_place.pieces else None
+        return runs_of(transfer.boxes, tensors, transfer.nbytes) if way in in_place.runs else None
 
     receives = tuple(bound(destinations, False))
     return Binding(program, tuple(bound(sources, True)), receives, local_copies(program, sources, destinations))
+
+
+def _pieces_of(transfer: StagedTransfer, tensors: Sequence[torch.Tensor], program: CopyProgram, packs: bool) -> Pieces:
+    side = program.source if packs else program.destination
+
+    def copies(boxes: Sequence[TensorBox], memory: torch.Tensor, place_nbytes: int) -> Callable[[], None]:
+        return Views(tensors, (memory,)).copies(boxes, side, 0, place_nbytes, packs).run
+
+    return Pieces(transfer.boxes, transfer.nbytes, copies)
 
 
 def _copies(

@@ -1,19 +1,45 @@
-"""Runs: where the bytes of a chunk are in tensors, for transports that need no copy of them in one piece."""
+"""Where the bytes of a chunk are in tensors, for transports that need no copy of them in one buffer.
 
-from collections.abc import Sequence
+*Runs* are for whoever reads them there. *Pieces* are parts of equal size, but for the last, that are copied one by one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
 import torch
 
-from tricomm.packing.staging import TensorBox
+from tricomm.kernels.table import StridedBox
+from tricomm.packing.staging import Direction, TensorBox
+
+PIECE_NBYTES = 1 << 21
+"""Of each piece but the last; the same on all ranks. Pieces stay in the caches from their packing to their unpacking,
+and a word never lies in two of them."""
+
+WHOLE_NBYTES = 1 << 20
+"""A chunk of at most so many bytes does not go in pieces; the same on all ranks."""
 
 MIN_RUN_NBYTES = 2048
 """On average: shorter runs are packed, as the kernel takes longer to find each than to copy it."""
 
 ROW_NBYTES = 16
 """Of a run in a table, which is the kernel's iovec: an address and a number of bytes."""
+
+
+class InPlace(NamedTuple):
+    """Between which ranks what a transfer moves may be named in place of a buffer.
+
+    Attributes:
+        runs: where it may be runs of memory, as far as they are long.
+        pieces: where it may be pieces, if it is more than one.
+    """
+
+    runs: frozenset[Direction] = frozenset()
+    pieces: frozenset[Direction] = frozenset()
+
+
+NOTHING_IN_PLACE = InPlace()
 
 
 class Runs(NamedTuple):
@@ -91,3 +117,79 @@ def _placed(one: TensorBox, address: int) -> torch.Tensor:
         [box.packed_offset * word, address + box.tensor_offset * word], device="cpu"
     )
     return torch.cat([places, torch.full((len(places), 1), nbytes, device="cpu")], dim=1)
+
+
+Copy = Callable[[], None]
+"""Copies one piece, in the direction of its chunk."""
+
+
+class Pieces:
+    """A chunk as pieces, each copied between tensors and memory where it is in one run.
+
+    Args:
+        boxes: of the chunk, whose packed places count from its beginning.
+        nbytes: of the chunk.
+        copies: gives what copies some boxes, whose packed places count from a byte before or at the memory's first.
+    """
+
+    def __init__(
+        self,
+        boxes: Sequence[TensorBox],
+        nbytes: int,
+        copies: Callable[[Sequence[TensorBox], torch.Tensor, int], Copy],
+    ) -> None:
+        self.nbytes = nbytes
+        self._copies = copies
+        self._boxes: list[list[TensorBox]] = [[] for _ in range(0, nbytes, PIECE_NBYTES)]
+        for one in boxes:
+            for index, box in cut(one.box, PIECE_NBYTES // (one.box.word_nbytes or one.packed.itemsize)):
+                self._boxes[index].append(one._replace(box=box))
+        self._made: list[tuple[torch.Tensor, Copy] | None] = [None] * len(self._boxes)
+
+    def copy(self, index: int, memory: torch.Tensor) -> None:
+        """Copy a piece, into the memory or out of it, uint8; fastest if a piece has the same memory each time."""
+        made = self._made[index]
+        if made is None or made[0] is not memory:
+            made = memory, self._copies(self._boxes[index], memory, -index * PIECE_NBYTES)
+            self._made[index] = made
+        made[1]()
+
+
+def cut(box: StridedBox, size: int) -> Iterator[tuple[int, StridedBox]]:
+    """The parts of a box by the piece in which they are packed, when each piece has ``size`` of its words.
+
+    Example:
+        >>> box = StridedBox((3, 4), 0, (10, 1), 0, (4, 1), 1)
+        >>> [(piece, part.shape, part.tensor_offset) for piece, part in cut(box, 6)]
+        [(0, (4,), 0), (0, (2,), 10), (1, (2,), 12), (1, (4,), 20)]
+    """
+    shape, tensor_strides, packed_strides = [*box.shape], box.tensor_strides, box.packed_strides
+    # The dim whose slices lie farthest from each other; of those, as many as are whole in a piece stay together.
+    dim = max(range(len(shape)), key=packed_strides.__getitem__, default=-1)
+    others = (*range(dim), *range(dim + 1, len(shape)))
+    width = 1 + sum((shape[at] - 1) * packed_strides[at] for at in others)
+    left, tensor_offset, packed_offset = (shape[dim] if shape else 1), box.tensor_offset, box.packed_offset
+    while left:
+        index = packed_offset // size
+        step, other_step = (packed_strides[dim], tensor_strides[dim]) if shape else (1, 1)
+        whole = min(left, ((index + 1) * size - packed_offset - width) // step + 1)
+        if whole > 1:
+            part = (*shape[:dim], whole, *shape[dim + 1 :])
+            yield index, box._replace(shape=part, tensor_offset=tensor_offset, packed_offset=packed_offset)
+        else:
+            one = StridedBox(
+                tuple(shape[at] for at in others),
+                tensor_offset,
+                tuple(tensor_strides[at] for at in others),
+                packed_offset,
+                tuple(packed_strides[at] for at in others),
+                box.word_nbytes,
+            )
+            if whole == 1:
+                yield index, one
+            else:
+                yield from cut(one, size)
+                whole = 1
+        left -= whole
+        tensor_offset += whole * other_step
+        packed_offset += whole * step

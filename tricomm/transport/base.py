@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from tricomm.packing.runs import Runs
+from tricomm.packing.runs import InPlace, Pieces, Runs
 from tricomm.packing.staging import Direction
 from tricomm.transport.memory.rungs import PairTransports
 
@@ -18,8 +18,8 @@ class Operation(NamedTuple):
         is_send: the direction.
         peer: the other rank.
         buffer: 1-d contiguous uint8, never empty; it belongs to the transport until the work is done.
-        runs: the same bytes where they are in the rank's own tensors, in place of the buffer, which is then neither
-            packed before nor unpacked after; only where the transport takes them, see ``in_place``.
+        runs: the same bytes where they are in the rank's own tensors, or what copies them piece by piece, in place of
+            the buffer, which is then neither packed before nor unpacked after; see ``Transport.in_place``.
         group: if the bytes go from one rank to several at once, that one and those: a transport that can may carry out
             all operations of a group in a round by one call of its own.
         place: the byte at which they cross in the arena of the pair, if that has one, see ``arenas``.
@@ -30,7 +30,7 @@ class Operation(NamedTuple):
     is_send: bool
     peer: int
     buffer: torch.Tensor
-    runs: Runs | None = None
+    runs: Runs | Pieces | None = None
     group: tuple[int, ...] = ()
     place: int = 0
     is_direct: bool = False
@@ -114,8 +114,8 @@ class Transport(Protocol[Work]):
         ...
 
     @property
-    def in_place(self) -> Directions:
-        """Where operations may name runs of memory in place of a buffer."""
+    def in_place(self) -> InPlace:
+        """Where operations may name runs of memory, or pieces, in place of a buffer."""
         ...
 
     @property
@@ -282,7 +282,7 @@ class Linked(Connections, Protocol):
         ...
 
     @property
-    def in_place(self) -> Directions:
+    def in_place(self) -> InPlace:
         """See Transport."""
         ...
 

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 
 from tricomm.errors import TransportError
+from tricomm.packing.runs import NOTHING_IN_PLACE
 from tricomm.packing.staging import Direction
 from tricomm.transport.base import (
     NO_ARENAS,
-    NOWHERE,
     Asked,
     ConnectionLostError,
     Connections,
@@ -115,7 +115,7 @@ class Communicator:
         self.near: Callable[[], Near | None] = lambda: None
         self.refused = {} if refused is None else refused
         self.depth, self.launch = self.connections.depth, self.connections.launch
-        self.in_place, self.arenas = NOWHERE, NO_ARENAS
+        self.in_place, self.arenas = NOTHING_IN_PLACE, NO_ARENAS
         """See Transport."""
         self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
@@ -288,7 +288,7 @@ class Communicator:
         if by_memory is not None and uses_memory:
             self.connections, self.in_place, self.arenas = by_memory, by_memory.in_place, by_memory.arenas
         elif by_memory is not None:
-            self.connections, self.in_place, self.arenas = self._network, NOWHERE, NO_ARENAS
+            self.connections, self.in_place, self.arenas = self._network, NOTHING_IN_PLACE, NO_ARENAS
         self.begun, self._before = self.begun + 1, self.call
         self.call = self.run = run = Run(tag, number, name, self._place, self, self.begun)
         begin = self.connections.begin

@@ -18,12 +18,13 @@ import torch
 
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import checks_fields, explains_missing
+from tricomm.packing.runs import NOTHING_IN_PLACE
 from tricomm.packing.selection import Planned, Selection
 from tricomm.packing.staging import Direction
 from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
-from tricomm.transport.base import NO_ARENAS, NOWHERE, Asked, Directions, Operation, Shared
+from tricomm.transport.base import NO_ARENAS, Asked, Operation, Shared
 from tricomm.transport.runtime import PlanExecution, StagingProvider
 
 
@@ -103,7 +104,7 @@ class LocalNetwork:
 class LocalEndpoint:
     """One rank's end of a LocalNetwork."""
 
-    in_place: Directions = NOWHERE
+    in_place = NOTHING_IN_PLACE
     arenas = NO_ARENAS
 
     def __init__(self, network: LocalNetwork, rank: int) -> None:

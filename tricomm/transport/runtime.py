@@ -19,6 +19,7 @@ from tricomm.packing.binding import NO_ARENAS as NOTHING_RESERVED
 from tricomm.packing.binding import NOTHING, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors, tensors_of_rank
+from tricomm.packing.runs import InPlace
 from tricomm.packing.selection import Planned, groups_of
 from tricomm.packing.views import ItemViews
 from tricomm.transport.base import NOWHERE, Arenas, Directions, Operation, Transport, Work
@@ -34,8 +35,8 @@ StagingProvider = Callable[[int], torch.Tensor]
 """Gives the staging buffer: a uint8 tensor of at least so many bytes, valid until the next call."""
 
 
-Way = tuple[tuple[int, int], Directions, Arenas]
-"""The depth of a transport, where it takes runs of memory in place of buffers, and where both ranks have memory."""
+Way = tuple[tuple[int, int], InPlace, Arenas]
+"""The depth of a transport, where it takes more than buffers, and where both ranks have memory."""
 
 
 def run_move(

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from tricomm.packing import runs
 from tricomm.transport.communicator import CONNECTING_TAG
 from tricomm.transport.gloo import GlooConnections
 from tricomm.transport.memory import meeting
 from tricomm.transport.memory.reading import UnreadableError
 
-RUNGS = ("process_vm_readv", "arena", "two hosts")
+RUNGS = ("process_vm_readv", "arena", "two hosts", "pieces", "pieces in an arena")
 
 
 def refuse(*_: object) -> None:
@@ -20,10 +21,15 @@ def refuse(*_: object) -> None:
 
 
 @contextmanager
-def forced(rung: str, rank: int) -> Iterator[None]:
-    """While ranks connect: no memory can be read, or odd ranks are on another host."""
+def forced(rung: str, rank: int, piece_nbytes: int = 64) -> Iterator[None]:
+    """While ranks connect: no memory can be read, or odd ranks are on another host; or while they call: few bytes go in
+    pieces already.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        if rung == "arena":
+        if rung.startswith("pieces"):
+            patch.setattr(runs, "PIECE_NBYTES", piece_nbytes)
+            patch.setattr(runs, "WHOLE_NBYTES", piece_nbytes // 2)
+        if rung.endswith("arena"):
             patch.setattr(meeting, "read_run", refuse)
         elif rung == "two hosts":
             patch.setattr(meeting, "host_key", lambda: f"host {rank % 2}")

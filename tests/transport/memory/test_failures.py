@@ -98,12 +98,12 @@ DEEDS: dict[str, Callable[[], None]] = {
 }
 
 
-def end_at(rank: int, point: str, deed: str) -> tuple[str, str, float]:
+def end_at(rank: int, point: str, deed: str, rung: str) -> tuple[str, str, float]:
     """A call that works, then one in which a rank comes to its end."""
     mover = Resharder(SOURCE, DESTINATION, timeout_seconds=TIMEOUT_SECONDS, confirm=True, transport="memory")
     tensor = full(0) if rank == SENDER else None
-    mover(tensor)
-    with pytest.MonkeyPatch.context() as patch:
+    with forced(rung, rank, 1 << 17), pytest.MonkeyPatch.context() as patch:
+        mover(tensor)
         at_point(point, rank, DEEDS[deed], patch)
         outcome = attempt(lambda: mover(tensor))
     if tensor is not None:
@@ -111,15 +111,15 @@ def end_at(rank: int, point: str, deed: str) -> tuple[str, str, float]:
     return outcome
 
 
-CASES = [(point, "killed") for point in POINTS]
-CASES += [("after READY", "stopped"), ("before DONE", "stopped")]
-CASES += [("after READY", "killed, with a child"), ("before the read", "killed, with a child")]
+CASES = [(point, "killed", rung) for rung in ("process_vm_readv", "pieces") for point in POINTS]
+CASES += [("after READY", "stopped", "process_vm_readv"), ("before DONE", "stopped", "process_vm_readv")]
+CASES += [(point, "killed, with a child", "process_vm_readv") for point in ("after READY", "before the read")]
 
 
-@pytest.mark.parametrize(("point", "deed"), CASES, ids=str)
-def test_a_rank_that_ends_is_named_in_time(doomed: Ranks, point: str, deed: str) -> None:
+@pytest.mark.parametrize(("point", "deed", "rung"), CASES, ids=str)
+def test_a_rank_that_ends_is_named_in_time(doomed: Ranks, point: str, deed: str, rung: str) -> None:
     victim = POINTS[point][0]
-    doomed.start(end_at, point, deed)
+    doomed.start(end_at, point, deed, rung)
     ((kind, text, seconds),) = doomed.collect([1 - victim])
     assert kind == "TransportError", text
     assert f"rank {victim} " in text.split(";")[0]
@@ -159,7 +159,7 @@ def cancel() -> None:
 def cancelled_at(rank: int, point: str, rung: str) -> list[tuple[str, str, float]]:
     """Again and again: a call in which a rank is cancelled and writes over its tensor, then one that works."""
     outcomes = []
-    with forced(rung, rank):
+    with forced(rung, rank, 1 << 17):
         mover = Resharder(
             SOURCE, DESTINATION, timeout_seconds=TIMEOUT_SECONDS, confirm=True, transport="memory", channel=rung
         )
@@ -176,7 +176,7 @@ def cancelled_at(rank: int, point: str, rung: str) -> list[tuple[str, str, float
     return outcomes
 
 
-@pytest.mark.parametrize("rung", ["process_vm_readv", "arena"])
+@pytest.mark.parametrize("rung", ["process_vm_readv", "arena", "pieces"])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_rank_that_is_cancelled_tells_and_the_next_call_works(two: Ranks, point: str, rung: str) -> None:
     victim = POINTS[point][0]
@@ -277,11 +277,21 @@ def held() -> dict[str, int]:
             found["processes"] += target == "anon_inode:[pidfd]"
             found["files"] += "memfd:tricomm" in target
     found["mappings"] = Path("/proc/self/maps").read_text().count("memfd:tricomm")
+    found["threads"] = len(os.listdir("/proc/self/task"))
     return found
 
 
-def many_communicators(rank: int, count: int, rung: str) -> tuple[dict[str, int], dict[str, int], int]:
-    """(held before, held after, keys on the store) of so many communicators; keys beyond those of the network's."""
+def memory_nbytes() -> int:
+    """Of this process, as far as it is in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def many_communicators(rank: int, count: int, rung: str) -> tuple[dict[str, int], dict[str, int], int, int]:
+    """(held before, held after, keys on the store, bytes of memory) of so many communicators.
+
+    Keys are counted beyond those of the network's communicators, and bytes beyond those of the first tenth.
+    """
+    few = max(1, count // 10)
     store = dist.distributed_c10d._get_default_store()
 
     def make(transport: Any) -> None:
@@ -296,27 +306,33 @@ def many_communicators(rank: int, count: int, rung: str) -> tuple[dict[str, int]
         dist.barrier()
         return int(number)
 
-    with forced(rung, rank):
+    with forced(rung, rank, 1 << 17):
         for transport in ("memory", "network"):
             make(transport)
         gc.collect()  # what tests before this one left in cycles, which would go meanwhile
         before, first = held(), keys()
-        for _ in range(count):
+        for _ in range(few):
             make("network")
         second = keys()
-        for _ in range(count):
+        for _ in range(few):
             make("memory")
-        third = keys()
+        third, at_first = keys(), memory_nbytes()
+        for _ in range(count - few):
+            make("memory")
+        last, at_last = keys(), memory_nbytes()
         make("network")
-    return before, held(), (third - second) - (second - first)
+    of_memory = (last - third) * few - (second - first) * (count - few)
+    return before, held(), max((third - second) - (second - first), of_memory // few), at_last - at_first
 
 
-@pytest.mark.parametrize("rung", ["process_vm_readv", "arena"])
+@pytest.mark.parametrize("rung", ["process_vm_readv", "arena", "pieces"])
 def test_communicators_leave_nothing_behind(two: Ranks, rung: str) -> None:
-    count = int(os.environ.get("TRICOMM_COMMUNICATORS", "30"))
-    for before, after, keys in two.run(many_communicators, count, rung):
+    """A thousand in all. A slab that stayed behind would be a MiB of each."""
+    count = int(os.environ.get("TRICOMM_COMMUNICATORS", "334"))
+    for before, after, keys, grown_nbytes in two.run(many_communicators, count, rung):
         assert after == before
         assert keys <= 2  # the first and the last of a row may differ
+        assert grown_nbytes < 32 << 20
 
 
 def in_a_child(rank: int) -> None:

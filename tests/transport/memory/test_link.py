@@ -10,10 +10,11 @@ import torch
 from tricomm.packing.runs import runs_in
 from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.memory.arena import Arena
-from tricomm.transport.memory.link import EAGER_NBYTES, EAGER_OFFERS, Link, Patience
+from tricomm.transport.memory.link import EAGER_NBYTES, EAGER_OFFERS, Link
 from tricomm.transport.memory.reading import UnreadableError
 from tricomm.transport.memory.rungs import Rung
 from tricomm.transport.memory.signals import LinkClosedError
+from tricomm.transport.memory.transfers import Patience
 
 TAG, OTHER = 3, 4
 FEW, MANY = 100, EAGER_NBYTES + 100

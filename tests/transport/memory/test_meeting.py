@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from tricomm.transport.base import Operation
 from tricomm.transport.memory import arena, meeting
-from tricomm.transport.memory.link import Link, Patience
+from tricomm.transport.memory.link import Link
 from tricomm.transport.memory.meeting import Candidate, Doorway, doorway, meet
 from tricomm.transport.memory.rungs import PairTransports, Rung
+from tricomm.transport.memory.transfers import Patience
 
 LIMIT_SECONDS = 20.0
 

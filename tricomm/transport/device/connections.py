@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from tricomm.packing.runs import NOTHING_IN_PLACE
 from tricomm.packing.staging import Direction
 from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.base import (
-    NOWHERE,
     Arenas,
     Asked,
     ConnectionLostError,
@@ -53,7 +53,7 @@ class DeviceConnections:
 
     has_tags = False
     depth = DEPTH
-    in_place: Directions = NOWHERE
+    in_place = NOTHING_IN_PLACE
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """An arena: memory without a name that two processes share, handed over a socket, for which nobody needs a permission.
 
-It consists of slabs, each of which holds one transfer at a time and is used again when that is done. Nothing of it
-outlives the two processes.
+It consists of slabs, each of which holds one transfer, or one piece of one, at a time and is used again when that is
+done. Nothing of it outlives the two processes.
 """
 
 import ctypes
@@ -100,3 +100,31 @@ class Arena:
     def give_back(self, slab: SharedSlab) -> None:
         """Its transfer is done."""
         self._free.setdefault(slab.memory.numel(), []).append(slab)
+
+
+class Ring:
+    """The sender's slabs for the pieces of a link: those of equal place in their transfers have the same one."""
+
+    def __init__(self, arena: Arena, size: int) -> None:
+        self._arena = arena
+        self._slabs: list[SharedSlab | None] = [None] * size
+        self._taken: set[int] = set()
+
+    def take(self, index: int, nbytes: int) -> tuple[SharedSlab, int | None] | None:
+        """The slab for piece ``index``, as in Arena; None as long as another piece is there."""
+        place = index % len(self._slabs)
+        slab, file = self._slabs[place], None
+        if slab is not None and slab.number in self._taken:
+            return None
+        if slab is None:
+            slab, file = self._arena.take(nbytes)
+            self._slabs[place] = slab
+        self._taken.add(slab.number)
+        return slab, file
+
+    def give_back(self, slab: SharedSlab) -> None:
+        """Its piece, or its transfer if it is no slab of the ring, is done."""
+        if slab.number in self._taken:
+            self._taken.remove(slab.number)
+        else:
+            self._arena.give_back(slab)

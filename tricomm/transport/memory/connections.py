@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from tricomm.packing.runs import InPlace
 from tricomm.packing.staging import Direction
-from tricomm.transport.base import NO_ARENAS, Asked, Connections, Directions, Operation, Shared
-from tricomm.transport.memory.link import Link, Patience
+from tricomm.transport.base import NO_ARENAS, Asked, Connections, Operation, Shared
+from tricomm.transport.memory.link import Link
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.nearby import Nearby
 from tricomm.transport.memory.rungs import PairTransports, Rung
 from tricomm.transport.memory.signals import LinkClosedError
+from tricomm.transport.memory.transfers import Patience
 
 Exchange = Callable[[Iterable[Operation]], None]
 """Posts operations and waits for all of them."""
@@ -47,7 +49,8 @@ class HostConnections:
         self._are_all_linked = are_all_linked
         ways = {(is_send, rank): links[rank].rung(is_send) for rank in links for is_send in (True, False)}
         self._ways = {way: links[way[1]] for way, rung in ways.items() if rung is not Rung.NETWORK}
-        self.in_place: Directions = frozenset(way for way, rung in ways.items() if rung is Rung.READ)
+        readable = frozenset(way for way, rung in ways.items() if rung is Rung.READ)
+        self.in_place = InPlace(readable, frozenset(self._ways))
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Works are waited for, each by itself."""

@@ -1,44 +1,33 @@
 """Link: one pair of ranks of one host. A local socket carries signals, memory the bytes; see ``protocol``.
 
 Few bytes go by way of the arena even where the peer could read them from the tensor: the sender goes on at once, and is
-not woken once more to hear that they were read. It hears of that in its next call, which does not begin before.
+not woken once more to hear that they were read. It hears of that in its next call, which does not begin before. Many
+bytes go the same way, piece by piece: both ends copy at once, what one has packed is still in the caches when the other
+unpacks it, and the system, which takes longer to find each page than to copy it, has no part in it.
 """
 
 import ctypes
 import os
 import socket
-import time
 from collections import deque
-from datetime import timedelta
 
 import torch
 
-from tricomm.packing.runs import Runs, one_run, runs_in
+from tricomm.packing import runs as in_runs
+from tricomm.packing.runs import Pieces, Runs, one_run, runs_in
 from tricomm.transport.base import ConnectionLostError, Operation
-from tricomm.transport.memory.arena import Arena, SharedSlab, mapped_slab
+from tricomm.transport.memory.arena import Arena, Ring, SharedSlab, mapped_slab
 from tricomm.transport.memory.protocol import (
-    RECEIVING,
-    SENDING,
-    Action,
     Done,
-    Event,
     Here,
-    Message,
     Nod,
     Ready,
-    Receiving,
-    Sending,
     Slab,
 )
 from tricomm.transport.memory.reading import UnreadableError, read_run, read_runs
 from tricomm.transport.memory.rungs import Rung
-from tricomm.transport.memory.signals import LinkClosedError, Signals
-
-CROWDED_MILLISECONDS = 1.0
-"""How long to wait between two tries to tell what did not fit into a socket."""
-
-LONGEST_MILLISECONDS = 3_600_000.0
-"""Of one look for news: poll takes less than 25 days, and a limit may be longer."""
+from tricomm.transport.memory.signals import LinkClosedError
+from tricomm.transport.memory.transfers import Arrival, Departure, End, Expected, ExpectedNod, Offer, size_of
 
 EAGER_NBYTES = 1 << 16
 """At most so many bytes are copied for a sender that does not wait: up to here a copy takes less than to be woken."""
@@ -56,8 +45,11 @@ system, and few slabs stay in the caches."""
 EAGER_OFFERS = 16
 """How many transfers of a link may be under way when another sender does not wait: memory stays bounded."""
 
+PIECES_UNDER_WAY = 2
+"""Of a link in one direction: while one is unpacked, the next is packed."""
 
-class Link(Signals):
+
+class Link(End):
     """One end of the link of this rank with another. One thread uses it at a time, but for ``close``.
 
     Args:
@@ -74,8 +66,12 @@ class Link(Signals):
         self.incoming = incoming
         self._early: dict[int, deque[Ready]] = {}
         """Offers that came before anybody expected them, by tag."""
-        self._expected: dict[int, deque[Expected]] = {}
-        """What is expected and was not offered yet, by tag; in the order in which it was posted."""
+        self._expected: dict[int, deque[Expected | Arrival]] = {}
+        """What is expected and was not offered in whole yet, by tag; in the order in which it was posted."""
+        self._leaving: deque[Departure] = deque()
+        """What goes piece by piece, as long as not all pieces are packed; and what was offered behind it."""
+        self._arriving: set[Arrival] = set()
+        """What is expected in pieces."""
         self._early_nods: set[int] = set()
         self._nods: dict[int, ExpectedNod] = {}
         """The same of nods. No call of a tag begins before the one before it is over, so there is one of each tag."""
@@ -84,6 +80,7 @@ class Link(Signals):
         self._offers: dict[int, Offer] = {}
         self._count = 0
         self._arena = Arena()
+        self._ring = Ring(self._arena, PIECES_UNDER_WAY)
         self._slabs: dict[int, SharedSlab] = {}
         self._tables: dict[int, Runs] = {}
         """Runs of offers that were read last, by the address of their table in the peer's memory."""
@@ -92,17 +89,29 @@ class Link(Signals):
         """How bytes go in one direction."""
         return self.outgoing if is_send else self.incoming
 
-    def offer(self, operation: Operation, tag: int) -> "Offer":
-        """Tell the peer that bytes may be read: those of the operation's buffer, or of its runs.
+    def offer(self, operation: Operation, tag: int) -> "Offer | Departure":
+        """Tell the peer that bytes may be read: those of the operation's buffer, or of its runs or pieces.
 
         Raises:
             ConnectionLostError: the link is closed.
         """
-        self._count += 1
+        try:
+            return self._offered(operation, tag)
+        except LinkClosedError as error:
+            raise ConnectionLostError(self.peer, error) from error
+
+    def _offered(self, operation: Operation, tag: int) -> "Offer | Departure":
         _, _, buffer, runs, *_ = operation
         nbytes = buffer.numel() if runs is None else runs.nbytes
         if len(self._offers) >= OFFERS_BEFORE_LOOKING:
             self.look()  # what was read meanwhile is not under way any more
+        if nbytes > in_runs.WHOLE_NBYTES or self._leaving:
+            departure = Departure(operation, tag, nbytes)
+            self._leaving.append(departure)
+            self._pack()
+            return departure
+        assert not isinstance(runs, Pieces)
+        self._count += 1
         is_eager = nbytes <= EAGER_NBYTES and len(self._offers) < EAGER_OFFERS
         slab = None
         if is_eager or self.outgoing is Rung.ARENA:
@@ -113,43 +122,93 @@ class Link(Signals):
         else:
             ready = Ready(self._count, tag, nbytes, runs.table.data_ptr(), len(runs.ends))
         found = self._offers[self._count] = Offer(None if is_eager else operation, slab)
-        self._tell_of(ready)
+        self.tell(ready)
         return found
 
     def _filled(self, operation: Operation, nbytes: int) -> SharedSlab:
         """A slab of the arena with the bytes of an operation, of which the peer knows."""
-        _, _, buffer, runs, *_ = operation
         slab, file = self._arena.take(nbytes)
+        self._fill(slab, file, operation, 0, nbytes)
+        return slab
+
+    def _fill(self, slab: SharedSlab, file: int | None, operation: Operation, place: int, nbytes: int) -> None:
+        """Copy a piece that begins at a byte of an operation into a slab; tell the peer of its file, if it has one."""
+        _, _, buffer, runs, *_ = operation
         if file is not None:
-            self._tell_of(Slab(slab.number, slab.memory.numel()), file)
+            self.tell(Slab(slab.number, slab.memory.numel()), file)
         if runs is None:
-            ctypes.memmove(slab.address, buffer.data_ptr(), nbytes)
+            ctypes.memmove(slab.address, buffer.data_ptr() + place, nbytes)
+        elif isinstance(runs, Pieces):
+            runs.copy(place // in_runs.PIECE_NBYTES, slab.memory)
         else:
             read_runs(os.getpid(), one_run(slab.address, nbytes), runs)
-        return slab
+
+    def _pack(self) -> None:
+        """Pack and offer as many pieces as there is room for."""
+        while self._leaving:
+            one, size = self._leaving[0], in_runs.PIECE_NBYTES
+            taken = self._ring.take(one.packed_nbytes // size, size)
+            if taken is None:
+                return
+            slab, file = taken
+            nbytes = min(size, one.nbytes - one.packed_nbytes)
+            self._fill(slab, file, one.operation, one.packed_nbytes, nbytes)
+            self._count += 1
+            self._offers[self._count] = Offer(None, slab)
+            self.tell(Ready(self._count, one.tag, one.nbytes, one.packed_nbytes, 0, slab.number))
+            one.packed_nbytes += nbytes
+            if one.is_free:
+                self._leaving.popleft()
+
+    def _unpack(self) -> None:
+        """Unpack the pieces that have come."""
+        for one in [*self._arriving]:
+            while one.pieces:
+                ready = one.pieces.popleft()
+                try:
+                    self.read(ready, one.operation)
+                except UnreadableError as error:
+                    one.problem = error
+                    self._arriving.discard(one)
+                    break
+                one.unpacked_nbytes += in_runs.PIECE_NBYTES
+                self.done(ready)
+            if one.is_whole:
+                self._arriving.discard(one)
+
+    def serve(self) -> None:
+        """See End."""
+        self.look()
+        if self._arriving:
+            self._unpack()
+        if self._leaving:
+            self._pack()
+
+    @property
+    def is_busy(self) -> bool:
+        """See End."""
+        return bool(self._leaving or self._arriving or self.is_crowded)
 
     def unread(self) -> list["Offer"]:
         """What was offered, as far as is known without a look, and is not read yet."""
         return [*self._offers.values()]
 
-    def _tell_of(self, message: Message, file: int | None = None) -> None:
-        try:
-            self.tell(message, file)
-        except LinkClosedError as error:
-            raise ConnectionLostError(self.peer, error) from error
-
-    def expect(self, operation: Operation, tag: int) -> "Expected":
+    def expect(self, operation: Operation, tag: int) -> "Expected | Arrival":
         """Something to wait for: the bytes that the peer offers next under a tag.
 
         Offers and what is expected match in the order in which they are posted, in whatever order they are waited for.
         """
-        found = Expected(operation)
+        found: Expected | Arrival = Expected(operation)
+        if size_of(operation) > in_runs.WHOLE_NBYTES:
+            found = Arrival(operation)
+            self._arriving.add(found)
         early = self._early.get(tag)
-        if early:
-            found.ready = early.popleft()
+        is_met = False
+        while early and not is_met:
+            is_met = found.take(early.popleft())
             if not early:
                 del self._early[tag]  # a one-shot call has a tag of its own
-        else:
+        if not is_met:
             self._expected.setdefault(tag, deque()).append(found)
         return found
 
@@ -159,7 +218,10 @@ class Link(Signals):
         Raises:
             ConnectionLostError: the link is closed.
         """
-        self._tell_of(Nod(tag))
+        try:
+            self.tell(Nod(tag))
+        except LinkClosedError as error:
+            raise ConnectionLostError(self.peer, error) from error
         found = ExpectedNod()
         if tag in self._early_nods:
             self._early_nods.remove(tag)
@@ -169,22 +231,23 @@ class Link(Signals):
         return found
 
     def read(self, ready: Ready, operation: Operation) -> None:
-        """Read what was offered into the operation's buffer, or its runs.
-
-        Raises:
-            UnreadableError: not all could be read.
-        """
+        """See End."""
         _, _, buffer, runs, *_ = operation
-        expected = buffer.numel() if runs is None else runs.nbytes
+        expected = size_of(operation)
         if ready.nbytes != expected:
             text = f"{ready.nbytes} bytes came where {expected} were expected; the ranks do not follow the same plan"
             raise UnreadableError(0, text)
         if ready.slab:
-            address = self._slabs[ready.slab].address
+            slab, place = self._slabs[ready.slab], ready.address
             if runs is None:
-                ctypes.memmove(buffer.data_ptr(), address, ready.nbytes)
+                nbytes = min(ready.nbytes - place, in_runs.PIECE_NBYTES)
+                ctypes.memmove(buffer.data_ptr() + place, slab.address, nbytes)
+            elif isinstance(runs, Pieces):
+                runs.copy(place // in_runs.PIECE_NBYTES, slab.memory)
             else:
-                read_runs(os.getpid(), runs, one_run(address, ready.nbytes))
+                read_runs(os.getpid(), runs, one_run(slab.address, ready.nbytes))
+        elif isinstance(runs, Pieces):
+            raise UnreadableError(0, f"{ready.nbytes} bytes came whole where pieces were expected")
         elif not ready.runs and runs is None:
             read_run(self.pid, buffer.data_ptr(), ready.address, ready.nbytes)
         else:
@@ -208,32 +271,25 @@ class Link(Signals):
         return found
 
     def done(self, ready: Ready) -> None:
-        """Tell the peer that what it offered was read. If it has closed, it learns from that."""
+        """See End."""
         try:
             self.tell(Done(ready.number))
         except LinkClosedError:
             return
 
-    def look(self, awaiting: "Expected | ExpectedNod | None" = None) -> None:
-        """Take what messages have come; only until what is awaited is among them, if anything is."""
+    def look(self, awaiting: "Expected | Arrival | ExpectedNod | None" = None) -> None:
+        """See End."""
         for message, files in self.come():
             match message:
                 case Ready():
-                    expected = self._expected.get(message.tag)
-                    if expected:
-                        found = expected.popleft()
-                        if not expected:
-                            del self._expected[message.tag]
-                        found.ready = message
-                        if found is awaiting:
-                            return
-                    else:
-                        self._early.setdefault(message.tag, deque()).append(message)
+                    found = self._met(message)
+                    if found is not None and found is awaiting:
+                        return
                 case Done():
                     offer = self._offers.pop(message.number)
                     offer.is_read = True
                     if offer.slab is not None:
-                        self._arena.give_back(offer.slab)
+                        self._ring.give_back(offer.slab)
                 case Here():
                     self.heres.append(message)
                 case Nod():
@@ -251,147 +307,15 @@ class Link(Signals):
             nod.has_come = True
         return nod
 
-
-class Patience:
-    """Until when to wait, and which links may still have something to tell meanwhile."""
-
-    def __init__(self, limit: timedelta, links: tuple[Link, ...]) -> None:
-        self._deadline = time.monotonic() + limit.total_seconds()
-        self._links = links
-
-    def await_news(self, link: Link) -> bool:
-        """Wait for news from a link; true if it has ended.
-
-        Raises:
-            LinkClosedError: the deadline is over.
-        """
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise LinkClosedError(f"rank {link.peer} gave no sign within the limit")
-        crowded = [one for one in self._links if one.is_crowded]
-        for one in crowded:
-            try:
-                one.flush()
-            except LinkClosedError:
-                continue  # whoever waits for that one hears of it
-        return link.wait(CROWDED_MILLISECONDS if crowded else min(1000 * left, LONGEST_MILLISECONDS))
-
-
-class Offer:
-    """Bytes that the peer may read. Its link holds it, and it does not hold its link.
-
-    Attributes:
-        operation: keeps alive what is read; None where the link has a copy.
-        slab: of the link's arena in which they are, if they are there.
-        is_read: whether the peer has them.
-    """
-
-    __slots__ = ("is_read", "operation", "slab")
-
-    def __init__(self, operation: Operation | None, slab: SharedSlab | None) -> None:
-        self.operation = operation
-        self.slab = slab
-        self.is_read = False
-
-    @property
-    def is_free(self) -> bool:
-        """Whether whoever offered them may change them."""
-        return self.is_read or self.operation is None
-
-    def wait(self, link: Link, patience: Patience) -> None:
-        """Return when the sender may change them.
-
-        Raises:
-            LinkClosedError: the link has ended before.
-        """
-        if not self.is_free:
-            self.wait_read(link, patience)
-
-    def wait_read(self, link: Link, patience: Patience) -> None:
-        """Return when the peer has them.
-
-        Raises:
-            LinkClosedError: the link has ended before.
-        """
-        state, is_over = Sending.OFFERED, False
-        while state is Sending.OFFERED:
-            link.look()
-            if self.is_read:
-                state, _ = SENDING[state, Event.DONE]
-            elif is_over:
-                state, _ = SENDING[state, Event.CLOSED]
-            else:
-                is_over = patience.await_news(link)
-        if state is Sending.LOST:
-            raise LinkClosedError(f"the link to rank {link.peer} is closed")
-
-
-class Expected:
-    """Bytes that the peer is to offer. Its link holds it, and it does not hold its link."""
-
-    __slots__ = ("_operation", "ready")
-
-    def __init__(self, operation: Operation) -> None:
-        self._operation = operation
-        self.ready: Ready | None = None
-
-    def wait(self, link: Link, patience: Patience) -> None:
-        """Return when they are here, and count.
-
-        Raises:
-            LinkClosedError: the link has ended before.
-            UnreadableError: they cannot be read though the link stands.
-        """
-        state, action, is_over, problem = Receiving.WAITING, Action.LOOK, False, None
-        while action not in (Action.TELL_DONE, Action.FAIL):
-            if action is Action.LOOK:
-                if self.ready is None:
-                    link.look(self)
-                if self.ready is None and not is_over:
-                    is_over = patience.await_news(link)
-                    continue
-                event = Event.CLOSED if self.ready is None else Event.READY
-            elif action is Action.READ:
-                event, problem = self._read(link)
-            else:
-                event = Event.CLOSED if link.is_closed() else Event.STANDS
-            state, action = RECEIVING[state, event]
-        if state is Receiving.UNREADABLE:
-            assert problem is not None
-            raise problem
-        if state is Receiving.LOST:
-            raise LinkClosedError(f"the link to rank {link.peer} is closed")
-        assert self.ready is not None
-        link.done(self.ready)
-
-    def _read(self, link: Link) -> tuple[Event, UnreadableError | None]:
-        assert self.ready is not None
-        try:
-            link.read(self.ready, self._operation)
-        except UnreadableError as error:
-            return Event.NOT_ALL_READ, error
-        return Event.ALL_COPIED if self.ready.slab else Event.ALL_READ, None
-
-
-class ExpectedNod:
-    """That the peer has all that it needs in a call."""
-
-    __slots__ = ("has_come",)
-
-    def __init__(self) -> None:
-        self.has_come = False
-
-    def wait(self, link: Link, patience: Patience) -> None:
-        """Return when it is told.
-
-        Raises:
-            LinkClosedError: the link has ended before.
-        """
-        is_over = False
-        while not self.has_come:
-            link.look(self)
-            if self.has_come:
-                return
-            if is_over:
-                raise LinkClosedError(f"the link to rank {link.peer} is closed")
-            is_over = patience.await_news(link)
+    def _met(self, ready: Ready) -> "Expected | Arrival | None":
+        """What expects an offer, which is told; None if nothing does yet."""
+        expected = self._expected.get(ready.tag)
+        if not expected:
+            self._early.setdefault(ready.tag, deque()).append(ready)
+            return None
+        found = expected[0]
+        if found.take(ready):
+            expected.popleft()
+            if not expected:
+                del self._expected[ready.tag]
+        return found

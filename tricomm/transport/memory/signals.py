@@ -51,6 +51,8 @@ class Signals:
         if self._process is not None:
             self._poll.register(self._process, select.POLLIN)
         self._backlog: Backlog = deque()
+        self._joint: tuple[tuple[Signals, ...], select.poll, dict[int, int]] | None = None
+        """Others that it was waited for with, and what waits for all."""
         weakref.finalize(self, _close, end, self._process, self._backlog, os.getpid()).atexit = False
 
     def tell(self, message: Message, file: int | None = None) -> None:
@@ -109,6 +111,27 @@ class Signals:
     def wait(self, milliseconds: float) -> bool:
         """Wait for a message, or the end of the link; true if it has ended. Messages may have come before that."""
         return any(event & GONE or file == self._process for file, event in self._poll.poll(milliseconds))
+
+    def wait_with(self, others: tuple["Signals", ...], milliseconds: float) -> dict[int, bool]:
+        """Wait for a message of this link or others, or the end of one: by peer of which there is news, whether it is
+        the end.
+        """
+        if self._joint is None or self._joint[0] != others:
+            poll, peers = select.poll(), dict[int, int]()
+            for one in (self, *others):
+                poll.register(one._socket, select.POLLIN | HALF_CLOSED)
+                peers[one._socket.fileno()] = one.peer
+                if one._process is not None:
+                    poll.register(one._process, select.POLLIN)
+                    peers[~one._process] = one.peer
+            self._joint = others, poll, peers
+        _, poll, peers = self._joint
+        news: dict[int, bool] = {}
+        for file, event in poll.poll(milliseconds):
+            is_socket = file in peers
+            peer = peers[file if is_socket else ~file]
+            news[peer] = news.get(peer, False) or not is_socket or bool(event & GONE)
+        return news
 
     def is_closed(self) -> bool:
         """Whether either end has closed, or the peer's process has ended."""

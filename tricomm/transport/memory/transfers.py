@@ -1,0 +1,317 @@
+"""Transfers over a link: what is offered, what is expected, and how long to wait for it. See ``link``."""
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from contextlib import suppress
+from datetime import timedelta
+
+from tricomm.packing import runs as in_runs
+from tricomm.transport.base import Operation
+from tricomm.transport.memory.arena import SharedSlab
+from tricomm.transport.memory.protocol import (
+    RECEIVING,
+    SENDING,
+    Action,
+    Event,
+    Ready,
+    Receiving,
+    Sending,
+)
+from tricomm.transport.memory.reading import UnreadableError
+from tricomm.transport.memory.signals import LinkClosedError, Signals
+
+CROWDED_MILLISECONDS = 1.0
+"""How long to wait between two tries to tell what did not fit into a socket."""
+
+LONGEST_MILLISECONDS = 3_600_000.0
+"""Of one look for news: poll takes less than 25 days, and a limit may be longer."""
+
+
+class End(Signals, ABC):
+    """What transfers ask of their link."""
+
+    @property
+    @abstractmethod
+    def is_busy(self) -> bool:
+        """Whether something is under way in pieces, or waits for room in the socket."""
+
+    @abstractmethod
+    def look(self, awaiting: "Expected | Arrival | ExpectedNod | None" = None) -> None:
+        """Take what messages have come; only until what is awaited is among them, if anything is."""
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Take what messages have come, and go on with all pieces.
+
+        Raises:
+            LinkClosedError: it is.
+        """
+
+    @abstractmethod
+    def read(self, ready: Ready, operation: Operation) -> None:
+        """Read what was offered, or a piece of it, into the operation's buffer, its runs or its pieces.
+
+        Raises:
+            UnreadableError: not all could be read.
+        """
+
+    @abstractmethod
+    def done(self, ready: Ready) -> None:
+        """Tell the peer that what it offered was read. If it has closed, it learns from that."""
+
+
+def size_of(operation: Operation) -> int:
+    """Bytes of an operation."""
+    _, _, buffer, runs, *_ = operation
+    return buffer.numel() if runs is None else runs.nbytes
+
+
+class Patience:
+    """Until when to wait, and which links may still have something to tell meanwhile."""
+
+    def __init__(self, limit: timedelta, links: tuple[End, ...]) -> None:
+        self._deadline = time.monotonic() + limit.total_seconds()
+        self._links = links
+        self._ended: set[int] = set()
+
+    def await_news(self, link: End) -> bool:
+        """Wait for news from a link; true if it has ended.
+
+        Raises:
+            LinkClosedError: the deadline is over.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise LinkClosedError(f"rank {link.peer} gave no sign within the limit")
+        milliseconds = min(1000 * left, LONGEST_MILLISECONDS)
+        busy = [one for one in self._links if one.is_busy]
+        if not busy:
+            return link.wait(milliseconds)
+        for one in busy:
+            if one.is_crowded:
+                milliseconds = CROWDED_MILLISECONDS
+                with suppress(LinkClosedError):  # whoever waits for that one hears of it
+                    one.flush()
+        others = tuple(one for one in busy if one is not link and one.peer not in self._ended)
+        if not others:
+            return link.wait(milliseconds)
+        news = link.wait_with(others, milliseconds)
+        for one in others:
+            if one.peer in news:
+                if news[one.peer]:
+                    self._ended.add(one.peer)  # whoever waits for that one hears of it
+                with suppress(LinkClosedError):
+                    one.serve()
+        return news.get(link.peer, False)
+
+
+class Offer:
+    """Bytes that the peer may read. Its link holds it, and it does not hold its link.
+
+    Attributes:
+        operation: keeps alive what is read; None where the link has a copy.
+        slab: of the link's arena in which they are, if they are there.
+        is_read: whether the peer has them.
+    """
+
+    __slots__ = ("is_read", "operation", "slab")
+
+    def __init__(self, operation: Operation | None, slab: SharedSlab | None) -> None:
+        self.operation = operation
+        self.slab = slab
+        self.is_read = False
+
+    @property
+    def is_free(self) -> bool:
+        """Whether whoever offered them may change them."""
+        return self.is_read or self.operation is None
+
+    def wait(self, link: End, patience: Patience) -> None:
+        """Return when the sender may change them.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+        """
+        if not self.is_free:
+            self.wait_read(link, patience)
+
+    def wait_read(self, link: End, patience: Patience) -> None:
+        """Return when the peer has them.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+        """
+        state, is_over = Sending.OFFERED, False
+        while state is Sending.OFFERED:
+            link.serve()
+            if self.is_read:
+                state, _ = SENDING[state, Event.DONE]
+            elif is_over:
+                state, _ = SENDING[state, Event.CLOSED]
+            else:
+                is_over = patience.await_news(link)
+        if state is Sending.LOST:
+            raise LinkClosedError(f"the link to rank {link.peer} is closed")
+
+
+class Departure:
+    """Bytes that go piece by piece. Its link holds it, and it does not hold its link.
+
+    Attributes:
+        operation: what is sent.
+        tag, nbytes: of it.
+        packed_nbytes: how many the link has copied.
+    """
+
+    __slots__ = ("nbytes", "operation", "packed_nbytes", "tag")
+
+    def __init__(self, operation: Operation, tag: int, nbytes: int) -> None:
+        self.operation = operation
+        self.tag = tag
+        self.nbytes = nbytes
+        self.packed_nbytes = 0
+
+    @property
+    def is_free(self) -> bool:
+        """Whether whoever offered them may change them."""
+        return self.packed_nbytes == self.nbytes
+
+    def wait(self, link: End, patience: Patience) -> None:
+        """Return when the sender may change them.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+        """
+        is_over = False
+        while not self.is_free:
+            if is_over:
+                raise LinkClosedError(f"the link to rank {link.peer} is closed")
+            is_over = patience.await_news(link)
+            link.serve()
+
+
+class Expected:
+    """Bytes that the peer is to offer. Its link holds it, and it does not hold its link."""
+
+    __slots__ = ("_operation", "ready")
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+        self.ready: Ready | None = None
+
+    def take(self, ready: Ready) -> bool:
+        """This is what is offered; returns whether it is all."""
+        self.ready = ready
+        return True
+
+    def wait(self, link: End, patience: Patience) -> None:
+        """Return when they are here, and count.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+            UnreadableError: they cannot be read though the link stands.
+        """
+        state, action, is_over, problem = Receiving.WAITING, Action.LOOK, False, None
+        while action not in (Action.TELL_DONE, Action.FAIL):
+            if action is Action.LOOK:
+                if self.ready is None:
+                    link.look(self)
+                    if link.is_busy:
+                        link.serve()  # it may come behind others
+                if self.ready is None and not is_over:
+                    is_over = patience.await_news(link)
+                    continue
+                event = Event.CLOSED if self.ready is None else Event.READY
+            elif action is Action.READ:
+                event, problem = self._read(link)
+            else:
+                event = Event.CLOSED if link.is_closed() else Event.STANDS
+            state, action = RECEIVING[state, event]
+        if state is Receiving.UNREADABLE:
+            assert problem is not None
+            raise problem
+        if state is Receiving.LOST:
+            raise LinkClosedError(f"the link to rank {link.peer} is closed")
+        assert self.ready is not None
+        link.done(self.ready)
+
+    def _read(self, link: End) -> tuple[Event, UnreadableError | None]:
+        assert self.ready is not None
+        try:
+            link.read(self.ready, self._operation)
+        except UnreadableError as error:
+            return Event.NOT_ALL_READ, error
+        return Event.ALL_COPIED if self.ready.slab else Event.ALL_READ, None
+
+
+class Arrival:
+    """Bytes that the peer is to offer piece by piece. Its link holds it, and it does not hold its link.
+
+    Attributes:
+        operation: what is received.
+        pieces: offered and not unpacked yet.
+        unpacked_nbytes: how many are; or more, if all are.
+        problem: why that cannot go on.
+    """
+
+    __slots__ = ("_nbytes", "operation", "pieces", "problem", "unpacked_nbytes")
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+        self._nbytes = size_of(operation)
+        self.pieces: deque[Ready] = deque()
+        self.unpacked_nbytes = 0
+        self.problem: UnreadableError | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes are here."""
+        return self.unpacked_nbytes >= self._nbytes
+
+    def take(self, ready: Ready) -> bool:
+        """This is what is offered next; returns whether it is the last."""
+        self.pieces.append(ready)
+        return ready.nbytes != self._nbytes or ready.address + in_runs.PIECE_NBYTES >= self._nbytes
+
+    def wait(self, link: End, patience: Patience) -> None:
+        """Return when they are here. What is in slabs counts, see ``protocol``.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+            UnreadableError: they are not what was expected.
+        """
+        is_over = False
+        while True:
+            link.serve()
+            if self.problem is not None:
+                raise self.problem
+            if self.is_whole:
+                return
+            if is_over:
+                raise LinkClosedError(f"the link to rank {link.peer} is closed")
+            is_over = patience.await_news(link)
+
+
+class ExpectedNod:
+    """That the peer has all that it needs in a call."""
+
+    __slots__ = ("has_come",)
+
+    def __init__(self) -> None:
+        self.has_come = False
+
+    def wait(self, link: End, patience: Patience) -> None:
+        """Return when it is told.
+
+        Raises:
+            LinkClosedError: the link has ended before.
+        """
+        is_over = False
+        while not self.has_come:
+            link.look(self)
+            if self.has_come:
+                return
+            if is_over:
+                raise LinkClosedError(f"the link to rank {link.peer} is closed")
+            is_over = patience.await_news(link)
