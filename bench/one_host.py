@@ -19,12 +19,14 @@ from bench.turns import Methods, Samples, p10, slowest, take_turns
 from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec
 from tricomm.launch import Ranks
 from tricomm.options import TransportName
+from tricomm.packing import runs
 from tricomm.transport.memory import meeting
 from tricomm.transport.memory.reading import UnreadableError
 
 HAND = "by hand"
 NETWORK = "network"
 ARENA = "arena"
+PIECES = "in pieces"
 PACKED = "packed, then read"
 IN_PLACE = "read in place"
 MEMORY = "memory"
@@ -89,7 +91,10 @@ def fan_out(rank: int, repeats: int) -> Samples:
 
 @contextmanager
 def taking(way: str) -> Iterator[None]:
-    """While ranks connect and bind: as if no memory could be read, or whatever the length of runs."""
+    """While ranks connect and bind: as if no memory could be read, or whatever the length of runs.
+
+    4 MiB go from each rank to each, in pieces if they can.
+    """
 
     def refuse(*_: object) -> None:
         raise UnreadableError(errno.EPERM, "not for this measurement")
@@ -99,8 +104,17 @@ def taking(way: str) -> Iterator[None]:
             yield
     else:
         least = {PACKED: RUNS_NBYTES + 1, IN_PLACE: 1}.get(way)
-        with patch("tricomm.packing.runs.MIN_RUN_NBYTES", least) if least else patch.dict({}):
+        with patch.object(runs, "MIN_RUN_NBYTES", least) if least else patch.dict({}):
             yield
+
+
+def whole(call: Callable[[], object]) -> None:
+    """Call as if nothing went in pieces, which is how all went before there were any."""
+    before, runs.PIECE_NBYTES = runs.PIECE_NBYTES, RUNS_NBYTES
+    try:
+        call()
+    finally:
+        runs.PIECE_NBYTES = before
 
 
 def by_runs(rank: int, run_nbytes: int, repeats: int) -> Samples:
@@ -114,12 +128,14 @@ def by_runs(rank: int, run_nbytes: int, repeats: int) -> Samples:
     sends = {} if shard is None else dict(zip((2, 3), shard.chunk(2, dim=1), strict=True))
     receives = {} if out is None else dict(zip((0, 1), out.chunk(2), strict=True))
     methods: dict[str, Callable[[], object]] = {HAND: Hand(sends, receives)}
-    for way in (NETWORK, ARENA, PACKED, IN_PLACE):
+    for way in (NETWORK, ARENA, PIECES, PACKED, IN_PLACE):
         transport: Any = NETWORK if way == NETWORK else MEMORY
         mover = Resharder(source, destination, transport=transport, channel=way)
-        with taking(way):
-            mover(shard, out=out)
         methods[way] = partial(mover, shard, out=out)
+        if way in (PACKED, IN_PLACE):
+            methods[way] = partial(whole, methods[way])
+        with taking(way):
+            methods[way]()
     require(out, columns[max(rank - 2, 0)], methods)
     return take_turns(methods, repeats)
 

@@ -189,7 +189,7 @@ def bind(
         way = is_send, transfer.peer
         if transfer.key in relayed or not transfer.boxes or _has_kernels(staging.device):
             return None
-        if transfer.nbytes > in_runs.WHOLE_NBYTES:
+        if transfer.nbytes > in_runs.PIECE_NBYTES:
             return _pieces_of(transfer, tensors, program, is_send) if way in in_place.pieces else None
         return runs_of(transfer.boxes, tensors, transfer.nbytes) if way in in_place.runs else None
 

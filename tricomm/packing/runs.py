@@ -14,11 +14,8 @@ from tricomm.kernels.table import StridedBox
 from tricomm.packing.staging import Direction, TensorBox
 
 PIECE_NBYTES = 1 << 21
-"""Of each piece but the last; the same on all ranks. Pieces stay in the caches from their packing to their unpacking,
-and a word never lies in two of them."""
-
-WHOLE_NBYTES = 1 << 20
-"""A chunk of at most so many bytes does not go in pieces; the same on all ranks."""
+"""Of each piece but the last; the same on all ranks. A chunk of at most so many bytes is not cut. Pieces stay in the
+caches from their packing to their unpacking, and a word never lies in two of them."""
 
 MIN_RUN_NBYTES = 2048
 """On average: shorter runs are packed, as the kernel takes longer to find each than to copy it."""

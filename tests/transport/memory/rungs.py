@@ -28,7 +28,6 @@ def forced(rung: str, rank: int, piece_nbytes: int = 64) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if rung.startswith("pieces"):
             patch.setattr(runs, "PIECE_NBYTES", piece_nbytes)
-            patch.setattr(runs, "WHOLE_NBYTES", piece_nbytes // 2)
         if rung.endswith("arena"):
             patch.setattr(meeting, "read_run", refuse)
         elif rung == "two hosts":

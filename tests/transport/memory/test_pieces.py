@@ -30,7 +30,6 @@ PIECE_NBYTES = 64
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tricomm.packing.runs.PIECE_NBYTES", PIECE_NBYTES)
-    monkeypatch.setattr("tricomm.packing.runs.WHOLE_NBYTES", PIECE_NBYTES)
 
 
 def linked(rung: Rung = Rung.READ) -> tuple[Link, Link]:

@@ -105,7 +105,7 @@ class Link(End):
         nbytes = buffer.numel() if runs is None else runs.nbytes
         if len(self._offers) >= OFFERS_BEFORE_LOOKING:
             self.look()  # what was read meanwhile is not under way any more
-        if nbytes > in_runs.WHOLE_NBYTES or self._leaving:
+        if nbytes > in_runs.PIECE_NBYTES or self._leaving:
             departure = Departure(operation, tag, nbytes)
             self._leaving.append(departure)
             self._pack()
@@ -199,7 +199,7 @@ class Link(End):
         Offers and what is expected match in the order in which they are posted, in whatever order they are waited for.
         """
         found: Expected | Arrival = Expected(operation)
-        if size_of(operation) > in_runs.WHOLE_NBYTES:
+        if size_of(operation) > in_runs.PIECE_NBYTES:
             found = Arrival(operation)
             self._arriving.add(found)
         early = self._early.get(tag)
