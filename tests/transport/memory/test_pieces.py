@@ -1,8 +1,10 @@
 """Many bytes go piece by piece, by both ends at once: how boxes are cut, and two ends of links in this process."""
 
+import gc
 import os
 import socket
 import threading
+import weakref
 from datetime import timedelta
 from itertools import product
 from math import prod
@@ -228,3 +230,17 @@ def test_a_link_that_has_ended_does_not_disturb_who_waits_for_another() -> None:
         arrival.wait(here, patience(here, other, seconds=0.05))
     there.offer(Operation(True, 0, torch.ones(100, dtype=torch.uint8)), TAG)
     arrival.wait(here, patience(here, other))
+
+
+def test_links_that_were_waited_for_together_go_when_nobody_has_them() -> None:
+    here, other = linked()[0], linked()[0]
+    other.peer = 2
+    for first, second in ((here, other), (other, here)):
+        assert first.wait_with((second,), 0) == {1: True, 2: True}  # their other ends have gone
+    gone = [weakref.ref(here), weakref.ref(other)]
+    gc.disable()
+    try:
+        del here, other, first, second
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()

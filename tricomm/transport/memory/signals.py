@@ -51,8 +51,8 @@ class Signals:
         if self._process is not None:
             self._poll.register(self._process, select.POLLIN)
         self._backlog: Backlog = deque()
-        self._joint: tuple[tuple[Signals, ...], select.poll, dict[int, int]] | None = None
-        """Others that it was waited for with, and what waits for all."""
+        self._joint: tuple[tuple[int, ...], select.poll, dict[int, int]] | None = None
+        """The peers of others that it was waited for with, and what waits for all. It holds none of them."""
         weakref.finalize(self, _close, end, self._process, self._backlog, os.getpid()).atexit = False
 
     def tell(self, message: Message, file: int | None = None) -> None:
@@ -116,7 +116,8 @@ class Signals:
         """Wait for a message of this link or others, or the end of one: by peer of which there is news, whether it is
         the end.
         """
-        if self._joint is None or self._joint[0] != others:
+        with_peers = tuple(one.peer for one in others)
+        if self._joint is None or self._joint[0] != with_peers:
             poll, peers = select.poll(), dict[int, int]()
             for one in (self, *others):
                 poll.register(one._socket, select.POLLIN | HALF_CLOSED)
@@ -124,7 +125,7 @@ class Signals:
                 if one._process is not None:
                     poll.register(one._process, select.POLLIN)
                     peers[~one._process] = one.peer
-            self._joint = others, poll, peers
+            self._joint = with_peers, poll, peers
         _, poll, peers = self._joint
         news: dict[int, bool] = {}
         for file, event in poll.poll(milliseconds):
