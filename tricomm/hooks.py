@@ -70,7 +70,7 @@ class Hooks:
         >>> moved = mover({"l.0.w": torch.tensor([2.0, 4.0])})
         l.0 has come
         >>> moved
-        {'l.0.w': tensor([0.5000, 1.0000]), 'l.0.scale': tensor([4., 4.])}
+        {'l.0.scale': tensor([4., 4.]), 'l.0.w': tensor([0.5000, 1.0000])}
         >>> dist.destroy_process_group()
     """
 

@@ -145,7 +145,7 @@ def reshard(
         >>> weights = {"wq": torch.ones(2, 3), "wk": torch.zeros(2, 3)}
         >>> moved = reshard(weights, dict.fromkeys(weights, rows), dict.fromkeys(weights, whole))
         >>> {name: float(tensor.sum()) for name, tensor in moved.items()}
-        {'wq': 6.0, 'wk': 0.0}
+        {'wk': 0.0, 'wq': 6.0}
         >>> dist.destroy_process_group()
     """
     if torch.compiler.is_compiling():

@@ -73,7 +73,7 @@ REFUSALS: dict[str, Refusal] = {
     "out lacks one": (lambda: receive({"wq": torch.zeros(8, 2)}), SpecError,
         "out of rank 2", "has no tensor 'wk'", "give all of them"),
     "outs share memory": (share_memory, SpecError,
-        "out['wq'] of rank 2", "shares memory with out['wk']", "pass another tensor"),
+        "out['wk'] of rank 2", "shares memory with out['wq']", "pass another tensor"),
     "too many groups": (lambda: joined([Routes(SendRecv(), (), ())] * (MAX_GROUPS + 1)), PlanError,
         "4097 groups", "has at most 4096", "in several calls"),
 }

@@ -88,7 +88,7 @@ class Selections(Connected):
             >>> mover = Resharder(parts, {"qk": ShardingSpec(one, (Replicate(),))}, rules=rules)
             >>> fused = mover({"q": torch.zeros(2), "k": torch.ones(2)})
             >>> mover.reverse()(fused)
-            {'q': tensor([0., 0.]), 'k': tensor([1., 1.])}
+            {'k': tensor([1., 1.]), 'q': tensor([0., 0.])}
             >>> dist.destroy_process_group()
         """
         group = self._group()
