@@ -33,6 +33,10 @@ CONNECT_TIMEOUTS = 5
 """For how many of its timeouts gloo waits for a rank that has told its address and then does not connect."""
 
 MIN_CONNECT_SECONDS = 0.01
+CONNECT_SHARE = 0.9
+"""Of the timeout. gloo does not say who is missing; in the rest of it the monitor does, which knows who is silent."""
+
+PAUSE_SECONDS = 0.01
 
 
 class PatientStore(dist.Store):
@@ -138,12 +142,19 @@ class GlooConnections:
         self._index = index
         self._store = PatientStore(store, interrupted)
         _of_this_process().add(self)
-        end = time.monotonic() + timeout_seconds
+        begin = time.monotonic()
+        end = begin + CONNECT_SHARE * timeout_seconds
         self._backends: list[Any] = []
         for way, of_way in zip(("down", "up"), devices.get(), strict=True):
             left = max(end - time.monotonic(), MIN_CONNECT_SECONDS)
             options = _options(of_way, timedelta(seconds=left / CONNECT_TIMEOUTS))
-            backend = dist.ProcessGroupGloo(dist.PrefixStore(way, self._store), index[rank], len(index), options)
+            try:
+                backend = dist.ProcessGroupGloo(dist.PrefixStore(way, self._store), index[rank], len(index), options)
+            except RuntimeError:
+                while end <= time.monotonic() < begin + timeout_seconds:
+                    interrupted()
+                    time.sleep(PAUSE_SECONDS)
+                raise
             backend._set_default_timeout(timedelta(seconds=timeout_seconds))
             self._backends.append(backend)
 
