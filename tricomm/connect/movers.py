@@ -28,7 +28,7 @@ class Movers:
     def __init__(
         self, sources: Mapping[str, ShardingSpec], destinations: Mapping[str, ShardingSpec], options: Options
     ) -> None:
-        self._mover = Resharder(dict(sorted(sources.items())), dict(sorted(destinations.items())), **options.given())
+        self._mover = Resharder(dict(sources), dict(destinations), **options.given())
         self._is_written = any(self._mover.rank in spec.mesh for spec in destinations.values())
 
     def start(

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,24 @@ def intent(what: str, participants: tuple[int, ...] = (0, 1), channel: str = "")
     return Intent(participants, {"what": what}, what, channel, f"call of {what}")
 
 
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What each call returns on a thread of its own, or the text of its TransportError."""
+    results: list[Any] = [None] * len(calls)
+
+    def work(index: int) -> None:
+        try:
+            results[index] = calls[index]()
+        except TransportError as error:
+            results[index] = str(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
 class Group:
     """Ranks that share a store and no process."""
 
@@ -34,20 +53,7 @@ class Group:
 
     def run(self, *calls: Callable[[Rendezvous], Any]) -> list[Any]:
         """Run a call on each rank at once: what each returns, or the text of its TransportError."""
-        results: list[Any] = [None] * len(calls)
-
-        def work(rank: int) -> None:
-            try:
-                results[rank] = calls[rank](self.ranks[rank])
-            except TransportError as error:
-                results[rank] = str(error)
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(calls))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+        return at_once(*map(partial, calls, self.ranks))
 
 
 def joining(what: str, **options: Any) -> Callable[[Rendezvous], Agreed]:

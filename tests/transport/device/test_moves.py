@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,16 +23,23 @@ from tricomm.transport.device.alive import alive
 WAYS = ("all by memory", "two devices", "one refuses")
 
 
-@pytest.fixture
-def ways() -> Iterator[dict[str, Threads]]:
-    """All ranks on one device; odd ranks on another; and one that may open nothing."""
-    made = {way: Threads(RANKS, Limits(loads=True), transport="auto") for way in WAYS}
+@contextmanager
+def started_in_ways(**options: Any) -> Iterator[dict[str, Threads]]:
+    """All ranks on one device; odd ranks on another; and those of whom one is still to be made to refuse."""
+    made = {way: Threads(RANKS, Limits(loads=True), transport="auto", **options) for way in WAYS}
     made["two devices"].exports.identities |= dict.fromkeys(range(1, RANKS, 2), "other")
-    made["one refuses"].exports.refused[1] = "CUDA_ERROR_NOT_SUPPORTED (801)"
     yield made
     for threads in made.values():
         threads.__exit__()
         assert threads.exports.faults == []
+
+
+@pytest.fixture
+def ways() -> Iterator[dict[str, Threads]]:
+    """See ``started_in_ways``; one may open nothing."""
+    with started_in_ways() as made:
+        made["one refuses"].exports.refused[1] = "CUDA_ERROR_NOT_SUPPORTED (801)"
+        yield made
 
 
 def move(rank: int, threads: Threads, case: Case) -> tuple[list[torch.Tensor | None], Any]:

@@ -21,13 +21,17 @@ def four() -> Iterator[Threads]:
     assert not any(standin.backends for standin in started.standins), "NCCL was connected"
 
 
+def require_named_by_every_other(threads: Threads, how: str, victim: int, confirm: bool) -> None:
+    with threads.keys_are_ours():
+        found = threads.run(over_nccl.lose_one, threads, victim, how, confirm)
+    over_nccl.require_named(found, victim, confirm)
+
+
 @pytest.mark.parametrize("confirm", [False, True])
 @pytest.mark.parametrize("victim", [1, 3])
 @pytest.mark.parametrize("how", ["dies", "stops", "stays away"])
 def test_a_rank_that_does_not_come_is_named_by_every_other(four: Threads, how: str, victim: int, confirm: bool) -> None:
-    with four.keys_are_ours():
-        found = four.run(over_nccl.lose_one, four, victim, how, confirm)
-    over_nccl.require_named(found, victim, confirm)
+    require_named_by_every_other(four, how, victim, confirm)
 
 
 def test_a_slow_but_healthy_step_is_never_killed(four: Threads) -> None:

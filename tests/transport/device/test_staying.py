@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 
-from tests.cases import RANKS, Case, cases, of_random_draws
+from tests.cases import Case, cases, of_random_draws
 from tests.oracle import pick, require_equal, source_and_result
 from tests.standin import test_promise as over_nccl
 from tests.standin.device import Limits
 from tests.standin.ranks import Threads
 from tests.standin.test_moves import CASES
-from tests.transport.device.test_moves import WAYS
+from tests.transport.device import test_promise as by_memory
+from tests.transport.device.test_moves import started_in_ways
 from tests.transport.test_gloo import drawable
 from tests.transport.test_properties import restrided
 from tricomm import Mesh, Replicate, Resharder, SendRecv, Shard, ShardingSpec, SpecError, TransportError
@@ -30,14 +31,10 @@ def threads_of(size: int, **more: Any) -> Threads:
 
 @pytest.fixture
 def ways() -> Iterator[dict[str, Threads]]:
-    """All ranks on one device; odd ranks on another; and one whose tensors nobody can open."""
-    made = {way: threads_of(RANKS) for way in WAYS}
-    made["two devices"].exports.identities |= dict.fromkeys(range(1, RANKS, 2), "other")
-    made["one refuses"].exports.private[1] = "CUDA_ERROR_INVALID_VALUE (1)"
-    yield made
-    for threads in made.values():
-        threads.__exit__()
-        assert threads.exports.faults == []
+    """See ``started_in_ways``; the tensors of one nobody can open."""
+    with started_in_ways(stays_in_place=True) as made:
+        made["one refuses"].exports.private[1] = "CUDA_ERROR_INVALID_VALUE (1)"
+        yield made
 
 
 def move(rank: int, threads: Threads, case: Case) -> tuple[list[torch.Tensor | None], Any]:
@@ -319,24 +316,12 @@ def four() -> Iterator[Threads]:
     [("dies", 1, False), ("dies", 3, True), ("stops", 3, False), ("stops", 1, True), ("stays away", 1, False)],
 )
 def test_a_rank_that_does_not_come_is_named_by_every_other(four: Threads, how: str, victim: int, confirm: bool) -> None:
-    with four.keys_are_ours():
-        found = four.run(over_nccl.lose_one, four, victim, how, confirm)
-    over_nccl.require_named(found, victim, confirm)
+    by_memory.require_named_by_every_other(four, how, victim, confirm)
 
 
-def test_a_slow_but_healthy_step_is_never_killed(four: Threads) -> None:
-    with four.keys_are_ours():
-        four.run(over_nccl.slow_but_healthy, four, four.gate())
-
-
-def test_the_next_call_of_all_works(four: Threads) -> None:
-    for texts in four.run(over_nccl.fail_and_go_on, four)[:3]:
-        assert "rank 3 " in texts[0]
-
-
-def test_after_an_error_that_was_found_late_all_go_on(four: Threads) -> None:
-    for rank, texts in enumerate(four.run(over_nccl.late_by_a_timeout, four)):
-        assert any("rank 3 " in text.split(";")[0] for text in texts), f"rank {rank}: {texts}"
+test_a_slow_but_healthy_step_is_never_killed = by_memory.test_a_slow_but_healthy_step_is_never_killed
+test_the_next_call_of_all_works = by_memory.test_the_next_call_of_all_works
+test_after_an_error_that_was_found_late_all_go_on = by_memory.test_after_an_error_that_was_found_late_all_go_on
 
 
 def refuse_in_host_memory(rank: int) -> list[str]:

@@ -4,15 +4,15 @@ import itertools
 import os
 import random
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from tricomm import TransportError
+from tests.transport.coordination.test_rendezvous import at_once
 from tricomm.transport.coordination import attendance
 from tricomm.transport.coordination.intent import Agreed, Intent, describe_refusal
 from tricomm.transport.coordination.monitor import Monitor
@@ -65,20 +65,7 @@ class Group:
 
     def run(self, *calls: Callable[[int], Any]) -> list[Any]:
         """Run a call on each rank at once: what each returns, or the text of its TransportError."""
-        results: list[Any] = [None] * len(calls)
-
-        def work(rank: int) -> None:
-            try:
-                results[rank] = calls[rank](rank)
-            except TransportError as error:
-                results[rank] = str(error)
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(calls))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+        return at_once(*map(partial, calls, range(len(calls))))
 
     def join_all(self, *whats: str, late: float = 0.0, at_store: Sequence[int] = ()) -> list[Any]:
         """Each rank comes to do its thing, the last one some seconds late."""

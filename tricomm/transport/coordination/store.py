@@ -108,24 +108,29 @@ class EpochKeys(NamedTuple):
     digest: str = ""
 
     @property
+    def place(self) -> str:
+        """Under which all of them are."""
+        return f"rendezvous/{self.name}/{self.number}"
+
+    @property
     def outcome(self) -> str:
         """Of the outcome."""
-        return f"rendezvous/{self.name}/{self.number}/outcome"
+        return f"{self.place}/outcome"
 
     @property
     def reconnect(self) -> str:
         """Whether a rank has no connections."""
-        return f"rendezvous/{self.name}/{self.number}/reconnect"
+        return f"{self.place}/reconnect"
 
     @property
     def waiting(self) -> str:
         """How many have announced themselves."""
-        return f"rendezvous/{self.name}/{self.number}/waiting"
+        return f"{self.place}/waiting"
 
     @property
     def counter(self) -> str:
         """How many have come to do this."""
-        return f"rendezvous/{self.name}/{self.number}/{self.digest}"
+        return f"{self.place}/{self.digest}"
 
     @property
     def fields(self) -> str:

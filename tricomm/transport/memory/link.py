@@ -102,7 +102,7 @@ class Link(End):
 
     def _offered(self, operation: Operation, tag: int) -> "Offer | Departure":
         _, _, buffer, runs, *_ = operation
-        nbytes = buffer.numel() if runs is None else runs.nbytes
+        nbytes = size_of(operation)
         if len(self._offers) >= OFFERS_BEFORE_LOOKING:
             self.look()  # what was read meanwhile is not under way any more
         if nbytes > in_runs.PIECE_NBYTES or self._leaving:
