@@ -70,13 +70,13 @@ class Command:
 
 
 class Event(Command):
-    """A place in a stream."""
+    """A place in a stream. A device that is switched off has done all: or who waits for that would do so for ever."""
 
     def query(self) -> bool:
         """Whether the device has come past it."""
         with self.stream.device.world.moved:
             self.stream.device.answer()
-            return self.done
+            return self.done or self.stream.device.world.is_closed
 
 
 class Wait(Command):

@@ -19,6 +19,9 @@ from tricomm.transport.group import context_of
 
 HOST = torch.device("cpu")
 
+PATIENT_SECONDS = 60.0
+"""A timeout that no test waits for: on a machine that does other things besides, ranks are late and nothing fails."""
+
 
 class Gone(BaseException):
     """The rank of this thread is dead, or all ranks are closed."""
@@ -154,6 +157,8 @@ class Threads:
         self.timeout_seconds = timeout_seconds
         self.frozen: set[int] = set()
         self.dead: set[int] = set()
+        self.kept: list[Any] = []
+        """What ranks hold that are stopped."""
         self.is_closed = False
         self.exports = Exports()
         self._stores = [RankStore(self, rank) for rank in range(size)]
@@ -175,6 +180,7 @@ class Threads:
                 for backend in standin.backends:
                     backend.is_aborted = True
             self.world.moved.notify_all()
+        self.kept.clear()
         for group in self.groups:
             shared = context_of(group).monitor._shared
             shared.end(os.getpid())
@@ -215,7 +221,7 @@ class Threads:
         assert not errors, "\n".join(errors)
         return [result.value for result in results]
 
-    def finish(self, rank: int, seconds: float = 10.0) -> None:
+    def finish(self, rank: int, seconds: float = PATIENT_SECONDS) -> None:
         """Wait on the host until the device of a rank has done all that its current stream has to do."""
         event, deadline = self.standins[rank].device.current.record_event(), time.monotonic() + seconds
         while not event.query():

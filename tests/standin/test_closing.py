@@ -1,12 +1,14 @@
 """To give a communicator back holds up nothing, though it waits for all that the device has to do."""
 
 import gc
+import threading
 import time
 
 import torch
 
 from tests.standin.device import Limits
-from tests.standin.ranks import Threads
+from tests.standin.ranks import PATIENT_SECONDS, Threads
+from tests.standin.test_promise import SIZE, lose_one
 from tricomm import Mesh, Replicate, Resharder, ShardingSpec
 
 SOURCE, TARGET = (ShardingSpec(Mesh([rank], ("x",)), (Replicate(),), (64,), "float32") for rank in range(2))
@@ -46,3 +48,21 @@ def close_beside_a_receive(rank: int, threads: Threads) -> bool:
 def test_closing_holds_up_neither_the_host_nor_what_is_under_way() -> None:
     with Threads(2, Limits(error_seconds=None, loads=True)) as threads:
         assert threads.run(close_beside_a_receive, threads) == [True, True]
+
+
+def giving_back() -> list[threading.Thread]:
+    return [
+        one for one in threading.enumerate() if one.name in ("tricomm-give-back", "tricomm-let-go", "tricomm-close")
+    ]
+
+
+def test_a_stand_in_that_is_closed_leaves_nothing_that_waits_for_its_devices() -> None:
+    """Or every later test of the process would be slower: whoever gives back waits for all devices, again and again."""
+    for transport, is_staying in (("network", False), ("memory", False), ("memory", True)):
+        with Threads(SIZE, Limits(loads=True), transport=transport, stays_in_place=is_staying) as threads:
+            threads.run(lose_one, threads, 3, "dies", False)
+    deadline = time.monotonic() + PATIENT_SECONDS
+    while giving_back() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert giving_back() == []

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from tests.standin.ranks import Threads
-from tests.standin.test_promise import FINISH_SECONDS, TIMEOUT_SECONDS, attempt, check, shard_of
+from tests.standin.ranks import PATIENT_SECONDS, Threads
+from tests.standin.test_promise import attempt, check, shard_of
 from tests.standin.test_promise import mover_of as mover_of_promise
 from tricomm import Resharder
 from tricomm.transport.coordination.board import LOOKS, CallBoard
@@ -18,7 +18,7 @@ ROUNDS = 4
 
 
 def mover_of(rank: int, threads: Threads, name: str) -> Resharder:
-    return mover_of_promise(rank, threads, name=name)
+    return mover_of_promise(rank, threads, name=name, timeout_seconds=PATIENT_SECONDS)
 
 
 def in_another_order(rank: int, threads: Threads, odd: int, quick: int) -> list[str]:
@@ -26,31 +26,31 @@ def in_another_order(rank: int, threads: Threads, odd: int, quick: int) -> list[
     movers = [mover_of(rank, threads, name) for name in ("queries", "keys")]
     for mover in movers:
         output = mover(shard_of(rank))
-        threads.finish(rank, FINISH_SECONDS)
+        threads.finish(rank)
         check(rank, output)
     for _ in range(quick):
         movers[0](shard_of(rank))
-        threads.finish(rank, FINISH_SECONDS)
+        threads.finish(rank)
     threads.barrier.wait()
     found = [attempt(lambda mover=mover: mover(shard_of(rank)))[0] for mover in movers[:: -1 if rank == odd else 1]]
-    threads.finish(rank, FINISH_SECONDS)
-    time.sleep(LOOKS * heartbeat_seconds(TIMEOUT_SECONDS) + 0.5)
+    threads.finish(rank)
+    time.sleep(LOOKS * heartbeat_seconds(PATIENT_SECONDS) + 0.5)
     threads.barrier.wait()
     for _ in range(ROUNDS):
         for mover in movers:
             found.append(attempt(lambda mover=mover: mover(shard_of(rank)))[0])
-            threads.finish(rank, FINISH_SECONDS)
+            threads.finish(rank)
         threads.barrier.wait()
     for mover in movers:
         output = mover(shard_of(rank))
-        threads.finish(rank, FINISH_SECONDS)
+        threads.finish(rank)
         check(rank, output)
     return [text for text in found if text]
 
 
 @pytest.mark.parametrize(("odd", "quick"), [(0, 0), (3, 0), (2, 100)])
 def test_calls_in_another_order_are_told_on_every_rank_and_the_next_ones_work(odd: int, quick: int) -> None:
-    with Threads(SIZE) as threads:
+    with Threads(SIZE, timeout_seconds=2 * PATIENT_SECONDS) as threads:
         found = threads.run(in_another_order, threads, odd, quick)
     for rank, told in enumerate(found):
         assert told, f"rank {rank} was not told"

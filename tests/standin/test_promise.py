@@ -68,6 +68,8 @@ def lose_one(rank: int, threads: Threads, victim: int, how: str, confirm: bool) 
     began = time.monotonic()
     if rank == victim:
         {"dies": threads.kill, "stops": threads.stop, "stays away": lambda _: None}[how](rank)
+        if how == "stops":
+            threads.kept.append(mover)  # to let it go is something that a stopped rank does not do
         return "", "", 0.0
     text, _ = attempt(lambda: mover(shard_of(rank)))
     threads.finish(rank, FINISH_SECONDS)
@@ -207,10 +209,12 @@ def wait_on_two_channels(rank: int, threads: Threads) -> list[tuple[str, float]]
     threads.barrier.wait()
     if rank == 3:
         threads.kill(rank)
+        threads.barrier.wait()  # what it holds is let go later: else its links close while others begin
         return []
     handles = [mover.start(shard_of(rank)) for mover in movers]
     for handle in handles:
         handle.wait()
+    threads.barrier.wait()
     threads.finish(rank, FINISH_SECONDS)
     return [attempt(lambda mover=mover: mover(shard_of(rank))) for mover in movers]
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from tests.cases import RANKS, Case, cases, of_random_draws
 from tests.oracle import pick, require_equal, source_and_result
 from tests.standin.device import Limits
-from tests.standin.ranks import Threads
+from tests.standin.ranks import PATIENT_SECONDS, Threads
 from tests.standin.test_moves import CASES
 from tests.transport.test_gloo import drawable
 from tests.transport.test_properties import restrided
@@ -26,7 +26,8 @@ WAYS = ("all by memory", "two devices", "one refuses")
 @contextmanager
 def started_in_ways(**options: Any) -> Iterator[dict[str, Threads]]:
     """All ranks on one device; odd ranks on another; and those of whom one is still to be made to refuse."""
-    made = {way: Threads(RANKS, Limits(loads=True), transport="auto", **options) for way in WAYS}
+    options |= {"limits": Limits(loads=True), "timeout_seconds": 2 * PATIENT_SECONDS, "transport": "auto"}
+    made = {way: Threads(RANKS, **options) for way in WAYS}
     made["two devices"].exports.identities |= dict.fromkeys(range(1, RANKS, 2), "other")
     yield made
     for threads in made.values():
@@ -47,7 +48,7 @@ def move(rank: int, threads: Threads, case: Case) -> tuple[list[torch.Tensor | N
     shards, _ = source_and_result(case.source, case.destination, rank)
     shard = shards.get(rank)
     tensor = None if shard is None else restrided(shard, case.strides)
-    options: dict[str, Any] = {**case.plan_arguments(), "timeout_seconds": 10, **threads.options(rank)}
+    options: dict[str, Any] = {**case.plan_arguments(), "timeout_seconds": PATIENT_SECONDS, **threads.options(rank)}
     mover = Resharder(case.source, case.destination, **options)
     if rank not in mover.participants:
         return [None] * 3, {}

@@ -12,7 +12,7 @@ from tests.cases import Case, cases, of_random_draws
 from tests.oracle import pick, require_equal, source_and_result
 from tests.standin import test_promise as over_nccl
 from tests.standin.device import Limits
-from tests.standin.ranks import Threads
+from tests.standin.ranks import PATIENT_SECONDS, Threads
 from tests.standin.test_moves import CASES
 from tests.transport.device import test_promise as by_memory
 from tests.transport.device.test_moves import started_in_ways
@@ -45,7 +45,7 @@ def move(rank: int, threads: Threads, case: Case) -> tuple[list[torch.Tensor | N
     if shard is not None:
         tensor = restrided(shard.clone(), case.strides)
         tensor.untyped_storage().fill_(0)
-    options: dict[str, Any] = {**case.plan_arguments(), "timeout_seconds": 10, **threads.options(rank)}
+    options: dict[str, Any] = {**case.plan_arguments(), "timeout_seconds": PATIENT_SECONDS, **threads.options(rank)}
     with Resharder(case.source, case.destination, **options) as mover:
         if rank not in mover.participants:
             threads.barrier.wait()
