@@ -90,6 +90,18 @@ def test_a_push_from_torchtitan_to_vllm_takes_ten_lines(ranks: Ranks) -> None:
     assert all(ranks.run(push))
 
 
+def test_the_network_is_told_in_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"tricomm": tricomm}
+    exec(textwrap.dedent(re.findall(r"^  ```python\n(.*?)^  ```$", README, re.S | re.M)[1]), names)
+    source, destination = (
+        ShardingSpec(Mesh(ranks, ("tp",)), (Shard(0),), (8, 6), "float32") for ranks in (range(4), [4, 5])
+    )
+    options = tricomm.Options(**names["how"]).given()
+    chosen = {name: options[name] for name in ("topology", "strategy")}
+    assert "over  6 ranks on 2 hosts, a NIC of 50 GB/s" in str(tricomm.make_plan(source, destination, **chosen))
+
+
 def off_the_mesh(rank: int) -> tuple[Any, ...]:
     """What a rank gets that needs nothing; ranks beyond the second do not call."""
     here, there = (DeviceMesh("cpu", [one]) for one in (0, 1))  # made by all ranks
