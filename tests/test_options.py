@@ -4,6 +4,7 @@ import inspect
 import pickle
 from dataclasses import fields, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Unpack, get_type_hints
 
 import pytest
@@ -83,6 +84,13 @@ def test_the_nearest_option_is_named(typo: str) -> None:
         Options.of({typo: 1}, "test")
     nearest = str(caught.value).split("write ")[1].removesuffix("=...")
     assert nearest in CHOSEN
+
+
+def test_progress_may_be_whatever_takes_one() -> None:
+    def with_more(progress: object, prefix: str = "") -> None: ...
+
+    for callback in (print, with_more, [].append, lambda *_: None, partial(with_more, prefix="a"), int.__call__):
+        assert Options(progress=callback).progress is callback
 
 
 def test_stats_add_up() -> None:

@@ -4,6 +4,7 @@ Each of them takes its options by keyword, typed, so that mypy and editors refus
 mypy is told the nearest right name. What was given becomes one value, :class:`Options`, checked once.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -200,8 +201,8 @@ class Options:
                 raise ArgumentError(f"{option}={getattr(self, option)!r} is no truth value; pass True or False")
         if self.hooks is not None and not isinstance(self.hooks, Hooks):
             raise ArgumentError(f"hooks={self.hooks!r} must be Hooks; write Hooks(after={{'layers.3': function}})")
-        if self.progress is not None and not callable(self.progress):
-            raise ArgumentError(f"progress={self.progress!r} cannot be called; pass a function of one Progress")
+        if self.progress is not None:
+            _check_progress(self.progress)
         object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))
         object.__setattr__(self, "device", _checked_device(self.device))
         object.__setattr__(self, "timeout_seconds", _checked_seconds(self.timeout_seconds))
@@ -287,6 +288,19 @@ def _checked_seconds(timeout: object) -> float:
             "which is some 31 years; give a time after which a rank that stays away is known to be lost"
         )
     return float(timeout)
+
+
+def _check_progress(progress: Any) -> None:
+    if not callable(progress):
+        raise ArgumentError(f"progress={progress!r} cannot be called; pass a function of one Progress")
+    try:
+        inspect.signature(progress).bind(None)
+    except ValueError:  # what is written in C may not say what it takes
+        return
+    except TypeError as error:
+        raise ArgumentError(
+            f"progress={progress!r} cannot be called with one Progress ({error}); pass a function of one Progress"
+        ) from None
 
 
 def _checked_grad_placements(placements: object) -> tuple[Any, ...] | None:

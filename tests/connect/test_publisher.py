@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -183,6 +184,36 @@ def test_a_server_waits_for_its_first_version(meeting: Meeting) -> None:
 
     version, _ = raised(together(serve, train))
     assert torch.equal(out["w"], full(version))
+
+
+def test_ranks_of_a_fleet_that_differ_are_told_once_and_what_of(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = threading.Semaphore(0)
+    real = Subscriber._feed_between
+
+    def counted(*arguments: Any) -> Any:
+        tried.release()
+        return real(*arguments)
+
+    monkeypatch.setattr(Subscriber, "_feed_between", counted)
+    trainer = Trainer(meeting, ["columns"])
+
+    def serve(rank: int) -> Subscriber:
+        specs = {"w": replace(FLEETS["columns"]["w"], dtype="float32" if rank == 2 else "bfloat16")}
+        return Subscriber(
+            meeting.address, side="columns", side_rank=rank, side_size=3, source="trainer", specs=specs, out={},
+            secret=SECRET, device="cpu", timeout_seconds=30,
+        )  # fmt: skip
+
+    subscribers = raised(together(*(lambda rank=rank: serve(rank) for rank in range(3))))
+    trainer.until(lambda: tried._value >= 3 * 4)
+    for one in (*subscribers, trainer):
+        one.close()
+    told = [one.getMessage() for one in caplog.records if "says other layouts" in one.getMessage()]
+    assert 1 <= len(told) <= 3 + 2, "one line of each rank, however often they try"
+    for text in told:
+        assert "rank 2 of side 'columns' says other layouts than its rank 0: 'w' is float32[10, 6/tp]" in text
 
 
 def test_what_makes_no_sense_is_refused(meeting: Meeting) -> None:

@@ -139,7 +139,11 @@ def test_a_rank_that_says_other_layouts_than_its_side_is_named_to_all(meeting: M
     worlds = worlds_of(meeting, SIZES)
     odd = {"w": replace(OWN_COLUMNS, dtype="bfloat16")}
     errors = together(*(lambda w=w: exchange(w, odd if w.rank() == 3 else None) for w in worlds))
-    assert all("rank 1 of side 'server' says other layouts than its rank 0" in str(error) for error in errors)
+    text = "rank 1 of side 'server' says other layouts than its rank 0: 'w' is bfloat16[?"
+    assert all(text in str(error) and " for rank 1, and " in str(error) for error in errors), errors
+    more = {"w": OWN_COLUMNS, "bias": OWN_COLUMNS}
+    errors = together(*(lambda w=w: exchange(w, more if w.rank() == 3 else None) for w in worlds))
+    assert all("than its rank 0: only rank 1 has 'bias'; all ranks" in str(error) for error in errors), errors
     raised(together(*(lambda w=w: exchange(w) for w in worlds)))
 
 
@@ -390,6 +394,7 @@ def test_a_forked_child_keeps_nothing_open(meeting: Meeting) -> None:
         ({"address": "tcp://:5"}, "is not tcp://host:port"),
         ({"address": "tcp://a:70000"}, "is not tcp://host:port"),
         ({"secret": "short"}, "has 5 bytes and needs at least 16"),
+        ({"secret": "a secret of the tests \ud83d"}, "secret has at place 22 a character that is none by itself"),
         ({"timeout_seconds": 0}, "must be a number of seconds above 0"),
         ({"device": "nowhere"}, "is not a device of torch"),
         ({"side_rank": "0"}, "side_rank must be an integer"),

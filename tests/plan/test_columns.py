@@ -255,3 +255,9 @@ def test_a_tensor_without_dims_is_one_chunk_however_small_chunks_are(strategy: A
     plan.verify()
     value = torch.tensor(3.0, dtype=torch.float64)
     assert torch.equal(LocalTransport().run(plan, {1: value})[0], value)
+
+
+def test_a_rank_may_be_an_integer_of_any_kind() -> None:
+    plan = make_plan(*(ShardingSpec(Mesh([rank], ("x",)), (Shard(0),), (4,), "float32") for rank in range(2)))
+    for one in (np.int64(1), np.array(1), torch.tensor(1)):
+        assert plan.for_rank(one) is plan.for_rank(1)

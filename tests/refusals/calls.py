@@ -37,6 +37,13 @@ def receive_into(out: torch.Tensor, rank: int = 2, source: torch.Tensor | None =
     )
 
 
+def without_memory(shape: tuple[int, ...] = (4, 4), left_nbytes: int = 0) -> torch.Tensor:
+    """As parameters are between uses under FSDP."""
+    tensor = torch.zeros(shape)
+    tensor.untyped_storage().resize_(left_nbytes)
+    return tensor
+
+
 def receive_into_the_source() -> torch.Tensor | None:
     buffer = torch.zeros(32)
     return receive_into(buffer[15:31].view(8, 2), 2, buffer[:16].view(4, 4))
@@ -164,6 +171,10 @@ REFUSALS: dict[str, Refusal] = {
         "transport='tcp'", "is none of auto", "write one of them"),
     "progress no function": (lambda: options(progress=3), ArgumentError,
         "progress=3", "cannot be called", "pass a function of one Progress"),
+    "progress of nothing": (lambda: options(progress=lambda: None), ArgumentError,
+        "progress=<function", "cannot be called with one Progress (too many positional arguments)", "pass a function"),
+    "progress of two": (lambda: options(progress=lambda done, of: None), ArgumentError,
+        "progress=<function", "cannot be called with one Progress (missing a required argument: 'of')", "of one"),
     "device a number": (lambda: options(device=0.5), ArgumentError,
         "device=0.5", "not a device", 'write "cpu"'),
     "device unknown": (lambda: options(device="gpu"), SpecError,
@@ -210,6 +221,12 @@ REFUSALS: dict[str, Refusal] = {
         "has dtype torch.float16", "its spec says", "pass tensor.to(torch.float32)"),
     "tensor elsewhere": (lambda: run({1: torch.zeros(4, 4, device="meta")}), SpecError,
         "rank 1 is on meta", "works on cpu", "pass one that was made on 'cpu'"),
+    "tensor without memory": (lambda: run({1: without_memory()}), SpecError,
+        "rank 1 has shape (4, 4) and no memory for it", "its storage has 0 bytes", "pass another tensor"),
+    "out without memory": (lambda: receive_into(without_memory((8, 2))), SpecError,
+        "out of rank 2 has shape (8, 2) and no memory for it", "its storage has 0 bytes", "leave out=None"),
+    "tensor of a smaller storage": (lambda: run({1: without_memory(left_nbytes=32)}), SpecError,
+        "rank 1 has shape (4, 4) and no memory for it", "its storage has 32 bytes", "give it its memory back"),
     "out off the mesh": (lambda: receive_into(torch.zeros(8, 2), 0), SpecError,
         "rank 0 gave out of shape (8, 2)", "not on the destination mesh", "pass None"),
     "out of another shape": (lambda: receive_into(torch.zeros(2, 8)), SpecError,

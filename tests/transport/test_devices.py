@@ -68,6 +68,17 @@ def test_a_gpu_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyP
         CALLS[name]("cuda:9")
 
 
+def test_a_group_that_was_destroyed_is_refused_and_one_that_torch_never_knew_is_not() -> None:
+    group = dist.new_group([0])
+    assert torch.equal(tricomm.reshard(FULL, WHOLE, ROWS, group=group), FULL)
+    dist.destroy_process_group(group)
+    for call in (lambda: tricomm.reshard(FULL, WHOLE, ROWS, group=group), lambda: Resharder(WHOLE, ROWS, group=group)):
+        with pytest.raises(SpecError, match=r"was destroyed.*pass one that is there, on all of its ranks"):
+            call()
+    own = dist.ProcessGroup(dist.HashStore(), 0, 1)
+    assert torch.equal(tricomm.reshard(FULL, WHOLE, ROWS, group=own, device="cpu"), FULL)
+
+
 def test_host_memory_is_host_memory_whatever_its_index() -> None:
     assert torch.equal(tricomm.reshard(FULL, WHOLE, ROWS, device="cpu:0"), FULL)
 

@@ -1,15 +1,19 @@
 """When the tensors of a background run may change: once all of this rank is sent, whatever others still do."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tricomm import Mesh, Resharder, Shard, ShardingSpec, TransportError
+from tricomm import Mesh, Resharder, Shard, ShardingSpec, SpecError, TransportError
+from tricomm.transport.channel import Channel
+from tricomm.transport.coordination.rendezvous import Rendezvous
 from tricomm.transport.handle import Handle, SourceGate
 from tricomm.transport.session import Session
 
@@ -51,6 +55,52 @@ def test_a_gate_opens_when_the_run_ends_badly() -> None:
     gate = SourceGate(lambda: "sent")
     gate.end()
     assert gate.wait() is None
+
+
+def test_an_interrupt_as_a_call_ends_does_not_keep_the_channel(mover: Resharder) -> None:
+    def interrupt(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is Session.__exit__.__code__:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mover(torch.zeros(4, 4))
+    finally:
+        sys.settrace(before)
+    assert torch.equal(mover(torch.ones(4, 4)), torch.ones(4, 4))
+
+
+def test_a_call_within_a_call_is_refused(mover: Resharder) -> None:
+    assert mover._session is not None
+    with mover._session, pytest.raises(SpecError, match="two threads of rank 0 call at once"):
+        mover(torch.zeros(4, 4))
+    assert torch.equal(mover(torch.ones(4, 4)), torch.ones(4, 4))
+
+
+def test_connecting_has_what_the_meeting_has_left_of_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+    join, connected = Rendezvous.join, Channel._connected
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return join(*arguments)
+
+    def noted(channel: Channel, generation: int, call: str, seconds: float, *has: Any) -> Any:
+        found.append(seconds)
+        return connected(channel, generation, call, seconds, *has)
+
+    monkeypatch.setattr(Rendezvous, "join", slow)
+    monkeypatch.setattr(Channel, "_connected", noted)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for seconds in (10.0, 0.2):
+        with Resharder(ROWS, ROWS, channel=str(seconds), timeout_seconds=seconds) as made:
+            made.connect()
+    dist.destroy_process_group()
+    assert 1.0 <= found[0] <= 9.7
+    assert found[1] == pytest.approx(0.02), "some is left for who came at the last moment"
 
 
 def failing_once(monkeypatch: pytest.MonkeyPatch, mover: Resharder, hold: threading.Event) -> list[int]:

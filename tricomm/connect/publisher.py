@@ -31,6 +31,8 @@ class _Fleet:
     name: str
     feed: Feed | None = None
     push: Push | None = None
+    told: str = ""
+    """Why it was lost last, which is logged once."""
 
     @property
     def is_paired(self) -> bool:
@@ -154,7 +156,9 @@ class Publisher(Paired):
             return self._lost(fleet, version, error)
 
     def _lost(self, fleet: _Fleet, version: int, error: TransportError) -> Push:
-        LOG.warning("%s: %s", fleet.name, error)
+        if str(error) != fleet.told:
+            LOG.warning("%s: %s", fleet.name, error)
+        fleet.told = str(error)
         if fleet.feed is not None:
             fleet.feed.world.refresh()
         return Push(version, str(error))

@@ -28,6 +28,10 @@ LONGEST_PAUSE_SECONDS = 0.05
 PATIENCE_SECONDS = 30.0
 """After which a server that waits for its trainer begins anew, unless it was closed."""
 
+FIRST_RETRY_SECONDS = 0.05
+LONGEST_RETRY_SECONDS = 2.0
+"""Between attempts to meet a trainer that fail, as they do while ranks of one side say different things."""
+
 ADOPT_SECONDS = 10.0
 """In which a rank has met a trainer that rank 0 has met, or has failed to."""
 
@@ -181,6 +185,7 @@ class Subscriber(Paired):
     def _met(self, before: Feed | None) -> Feed:
         if before is not None:
             part(before)
+        told, pause = "", FIRST_RETRY_SECONDS
         while True:
             try:
                 world = self._connect(side_sizes=self._sizes, timeout_seconds=PATIENCE_SECONDS)
@@ -195,7 +200,11 @@ class Subscriber(Paired):
                 world.close()
                 if self._is_closed.is_set() or isinstance(error, DifferenceError):
                     raise
-                LOG.warning("%s", error)
+                if str(error) != told:
+                    LOG.warning("%s; side %r goes on trying to meet side %r", error, self._side, self._source)
+                told = str(error)
+                self._is_closed.wait(pause)
+                pause = min(2 * pause, LONGEST_RETRY_SECONDS)
             else:
                 return feed
 

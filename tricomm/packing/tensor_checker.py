@@ -263,8 +263,21 @@ class ItemChecker:
                 f"{name} of rank {rank} is on {tensor.device}, and this call works on {self._device}; "
                 f"{remedies.of_device(tensor.device, self._device, role)}"
             )
+        here = tensor.untyped_storage().nbytes()
+        if here < tensor.nbytes and here < _reach_nbytes(tensor):
+            raise SpecError(
+                f"{name} of rank {rank} has shape {shape} and no memory for it: its storage has {here} bytes, as after "
+                "untyped_storage().resize_(0), which FSDP does between uses; give it its memory back before the call "
+                f"(unshard, gather), or {'pass another tensor' if role == 'source' else 'leave out=None'}"
+            )
         checked: torch.Tensor = tensor
         return checked
+
+
+def _reach_nbytes(tensor: torch.Tensor) -> int:
+    """How many bytes of its storage a tensor with elements needs: up to its last one."""
+    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

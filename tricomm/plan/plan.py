@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import itemgetter
+from operator import index, itemgetter
 
 import numpy as np
 
@@ -244,6 +244,7 @@ class Plan:
             >>> [(send.peer, send.nbytes) for step in program.rounds for send in step.sends]
             [(1, 16), (2, 16)]
         """
+        rank = index(rank)  # an array of no dims is an integer, too, and no key
         if rank < 0:
             raise PlanError(f"rank={rank} must be at least 0; give a rank, which has nothing to do off both meshes")
         if self.rank not in (None, rank):

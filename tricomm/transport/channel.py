@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -10,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ from tricomm.transport.memory.connections import met
 from tricomm.transport.memory.meeting import doorway
 from tricomm.transport.nccl import NcclConnections
 from tricomm.transport.streams import StreamContext, stream_context_of
+
+LEAST_PART_TO_CONNECT = 0.1
+"""Of the timeout, for connecting after a rank that came to the meeting at the last moment."""
 
 LAST_WAIT_SECONDS = 2.0
 """For which the end of a process waits for what is aborted in the background."""
@@ -106,6 +111,38 @@ def _end_pending(worker: Worker, current: "list[weakref.ref[Communicator]]", ran
         worker.wait_idle(LAST_WAIT_SECONDS)
 
 
+class Turn:
+    """Whose turn a channel is: a frame's that is in a ``with`` block, from when it takes it until it gives it back.
+
+    A frame that an interrupt (KeyboardInterrupt) has ended on the way out, before the first line of what gives the turn
+    back, is on no stack any more, and its turn is over all the same.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: tuple[int, FrameType] | None = None
+
+    def take(self, frame: FrameType) -> bool:
+        """Take it for a frame of this thread, without waiting; false if another frame has it."""
+        with self._lock:
+            if self._holder is not None and _is_running(*self._holder):
+                return False
+            self._holder = (threading.get_ident(), frame)
+            return True
+
+    def give_back(self) -> None:
+        """End the turn of the frame that has it."""
+        self._holder = None
+
+
+def _is_running(thread: int, frame: FrameType) -> bool:
+    """Whether a frame is on the stack of a thread."""
+    at = sys._current_frames().get(thread)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is frame
+
+
 class Channel:
     """One rank's end: the communicator of the moment, a thread for background runs, staging, and whose turn it is.
 
@@ -146,8 +183,8 @@ class Channel:
         self._devices = devices
         self._accelerator = accelerator
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
-        self.turn = threading.Lock()
-        """Held by the thread that is in a call; taken without waiting, see ``describe_two_threads``."""
+        self.turn = Turn()
+        """Of the thread that is in a call; taken without waiting, see ``describe_two_threads``."""
         key = repr((participants, device.type, name))
         self._place = f"communicator/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -195,7 +232,7 @@ class Channel:
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
-        communicator, store = self.communicator, self.coordinator.store
+        began, communicator, store = time.monotonic(), self.communicator, self.coordinator.store
         has_memory = uses_memory or (communicator is not None and self._has_memory)
         has_network = not uses_memory or (communicator is not None and self._has_network)
         is_lacking = has_memory > self._has_memory or has_network > self._has_network
@@ -237,7 +274,7 @@ class Channel:
             communicator = None
             self._take(None)
             has = bool(with_memory), bool(with_network)
-            self._take(self._connected(generation, intent.call, timeout_seconds, has))
+            self._take(self._connected(generation, intent.call, _left(began, timeout_seconds), has))
             self._has_memory = bool(with_memory)
         return _tag_of(agreed.epoch)
 
@@ -312,6 +349,11 @@ class Channel:
         names = "GLOO_SOCKET_IFNAME" if self._accelerator is None else "NCCL_SOCKET_IFNAME"
         LOG.info("rank %d while it connects for %s: %s", self.coordinator.rank, call, error)
         return f"{who} in {call}; see whether a rank died, and on several hosts whether {names} names the right network"
+
+
+def _left(began: float, timeout_seconds: float) -> float:
+    """What the meeting has left of the timeout, for connecting."""
+    return max(began + timeout_seconds - time.monotonic(), LEAST_PART_TO_CONNECT * timeout_seconds)
 
 
 def _tag_of(epoch: int) -> int:

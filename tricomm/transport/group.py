@@ -146,11 +146,15 @@ def resolve_group(group: Any) -> Any:
     """Return the process group, the default one for None.
 
     Raises:
-        SpecError: there is none, or this process is not in it.
+        SpecError: there is none, it was destroyed, or this process is not in it.
     """
     if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise SpecError("this process is not in the given group; only its ranks may call")
     if dist.is_available() and isinstance(group, dist.ProcessGroup):
+        if _is_destroyed(group):
+            raise SpecError(
+                f"group={group!r} was destroyed (destroy_process_group); pass one that is there, on all of its ranks"
+            )
         return group
     if not dist.is_available() or not dist.is_initialized():
         remedy = "call torch.distributed.init_process_group first, or run all ranks here with tricomm.LocalTransport"
@@ -158,6 +162,22 @@ def resolve_group(group: Any) -> Any:
     if group is not None:
         raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
     return dist.group.WORLD
+
+
+def _is_destroyed(group: Any) -> bool:
+    """Whether torch has forgotten a group that had a name; others without a name are of those who make their own."""
+    if type(group) is not dist.ProcessGroup:
+        return False
+    try:
+        name = group.group_name
+    except RuntimeError:
+        return False
+    if not name:
+        return False
+    try:
+        return dist.distributed_c10d._resolve_process_group(name) is not group
+    except RuntimeError:
+        return True
 
 
 def is_whole_job(group: Any) -> bool:

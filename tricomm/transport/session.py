@@ -8,6 +8,7 @@ check of the arguments on, reaches the others at once: in the rendezvous if they
 connections.
 """
 
+import sys
 import time
 import weakref
 from collections.abc import Collection, Mapping
@@ -140,7 +141,7 @@ class Session:
                 raise SpecError(CLOSED_TEXT)
             if self.last_run is not None:
                 self._raise_late(self.last_run)
-            if not channel.turn.acquire(False):
+            if not channel.turn.take(sys._getframe(1)):
                 raise SpecError(channel.describe_two_threads())
         except SpecError as error:
             self.tell(error)
@@ -152,7 +153,7 @@ class Session:
     ) -> None:
         """End the call on this thread; what stopped it reaches the other ranks."""
         if self._channel is not None:
-            self._channel.turn.release()
+            self._channel.turn.give_back()
         if error is not None and error is not self._told and not isinstance(error, TransportError):
             self.tell(error)
         self._told = None

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tricomm import TransportError
+from tricomm.transport.coordination.identity import NUMBER, Identity
 from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, describe_refusal
 from tricomm.transport.coordination.monitor import Monitor
 from tricomm.transport.coordination.rendezvous import Rendezvous
@@ -226,6 +228,43 @@ def test_channels_do_not_disturb_each_other() -> None:
         assert isinstance(group.run(joining("a"), after(0.25, joining("a")))[0], Agreed)
     assert isinstance(group.ranks[1].join(slow, 5.0), Agreed)
     waiting.join()
+
+
+def test_ranks_that_name_different_channels_are_told_both() -> None:
+    group = Group(2)
+    other = lambda one: one.join(intent("a", channel="b"), TIMEOUT_SECONDS)  # noqa: E731
+    first, second = group.run(joining("a"), other)
+    about = "in call of a on {}, and is missed on {}; give the same channel= on all ranks"
+    assert about.format("channel 'b'", "the shared channel") in first, first
+    assert about.format("the shared channel", "channel 'b'") in second, second
+    assert any(isinstance(group.run(joining("a"), joining("a"))[0], Agreed) for _ in range(3)), "as after any absence"
+
+
+def test_who_has_made_another_number_of_unnamed_resharders_is_told_to_name_them() -> None:
+    group, counts = Group(2), [Counter[str](), Counter[str]()]
+
+    def connecting(rank: int) -> Callable[[Rendezvous], Any]:
+        made = Identity(Counts(counts[rank]), {"layout": "rows"}, f"Resharder {NUMBER} of rows", is_counted=True)
+        return lambda rendezvous: rendezvous.join(made.intent((0, 1), "", 0, {}), TIMEOUT_SECONDS)
+
+    connecting(1)  # nobody else makes it
+    for text in group.run(connecting(0), connecting(1)):
+        assert "rank 0 says number 1, rank 1 says number 2" in text, text
+        assert "a name=... of its own for each needs no counting" in text, text
+
+
+class Counts:
+    """See identity.Counts."""
+
+    def __init__(self, made: Counter[str]) -> None:
+        self.made = made
+
+    def count(self, digest: str) -> int:
+        self.made[digest] += 1
+        return self.made[digest]
+
+    def uncount(self, digest: str, number: int) -> None:
+        self.made[digest] -= 1
 
 
 def test_a_dead_rank_is_not_waited_for_and_may_come_back() -> None:

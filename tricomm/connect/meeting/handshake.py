@@ -27,11 +27,18 @@ def checked_secret(secret: object) -> bytes:
     """Return the bytes of a secret.
 
     Raises:
-        SpecError: it is too short to be one; an ArgumentError if it is no text.
+        SpecError: it is too short to be one, or holds what cannot be written; an ArgumentError if it is no text.
     """
     if not isinstance(secret, str | bytes):
         raise ArgumentError(f"secret={type(secret).__name__} is not a text; pass what `openssl rand -hex 32` prints")
-    found = secret.encode() if isinstance(secret, str) else secret
+    try:
+        found = secret.encode() if isinstance(secret, str) else secret
+    except UnicodeEncodeError as error:
+        # Nothing of it is shown: not the character, and not the error, which has it all.
+        raise SpecError(
+            f"secret has at place {error.start} a character that is none by itself (half of a surrogate pair), which "
+            "no encoding writes; pass bytes, or what `openssl rand -hex 32` prints"
+        ) from None
     if len(found) < MIN_SECRET_BYTES:
         raise SpecError(
             f"secret has {len(found)} bytes and needs at least {MIN_SECRET_BYTES}, as whoever guesses it joins; pass "

@@ -105,7 +105,8 @@ class Exchange:
         for side in self._sizes:
             documents = self._heard(side)
             if side == self._side and documents != ours:
-                raise self._problem(_contradiction(self._side, self._side_rank, len(specs), ours, documents))
+                theirs = self._value(side, 0, documents[0], known)
+                raise self._problem(_contradiction(self._side, self._side_rank, (specs, theirs), ours, documents))
             values = [self._value(side, number, document, known) for number, document in enumerate(documents)]
             layouts[side] = values[0]
             told[side] = {one.about: value for one, value in zip(documents[1:], values[1:], strict=True)}
@@ -202,15 +203,23 @@ def decode_documents(data: bytes) -> tuple[Document, ...]:
 
 
 def _contradiction(
-    side: str, side_rank: int, tensors: int, ours: tuple[Document, ...], theirs: tuple[Document, ...]
+    side: str, side_rank: int, layouts: tuple[Specs, Specs], ours: tuple[Document, ...], theirs: tuple[Document, ...]
 ) -> str:
-    """Say in what a rank differs from rank 0 of its side."""
+    """Say in what a rank differs from rank 0 of its side; ``layouts`` are its own, and those."""
     if ours[0] != theirs[0]:
-        return (
-            f"rank {side_rank} of side {side!r} says other layouts than its rank 0 ({tensors} tensors in "
-            f"{ours[0].length} bytes, and {theirs[0].length} bytes there); all ranks of a side say the same"
-        )
+        about = f"rank {side_rank} of side {side!r} says other layouts than its rank 0"
+        return f"{about}: {_difference(side_rank, *layouts)}; all ranks of a side say the same"
     pairs = sorted({one.about for one in {*ours} ^ {*theirs}})
     between = "; ".join(f"from {source!r} to {destination!r}" for source, destination in pairs)
     told = f"rank {side_rank} of side {side!r} tells other rules {between} than its rank 0"
     return f"{told}; all ranks of a side tell the same"
+
+
+def _difference(side_rank: int, ours: Specs, theirs: Specs) -> str:
+    """Name the first tensor of which two ranks say different things."""
+    for name in sorted({**ours, **theirs}):
+        if name not in ours or name not in theirs:
+            return f"only rank {side_rank if name in ours else 0} has {name!r}"
+        if ours[name] != theirs[name]:
+            return f"{name!r} is {ours[name]} for rank {side_rank}, and {theirs[name]} for rank 0"
+    return f"{len(ours)} tensors, and {len(theirs)} there"

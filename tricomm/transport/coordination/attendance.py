@@ -20,6 +20,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from tricomm.transport.coordination.order import same_order_rule
+from tricomm.transport.coordination.status import Wait
 
 PATIENCE_SECONDS = 0.1
 """How long a rank waits before it tells the others what it is about to do, and between two looks at what they tell."""
@@ -305,6 +306,26 @@ def describe_absence(absent: Sequence[int], participants: Sequence[int], elsewhe
         f"rank {absent[0]} did not call within the timeout{others}, and ranks {list(participants)} must all "
         f"call{seen}; see whether it died, hangs, calls something else or calls with layouts that leave it out"
     )
+
+
+def describe_apart(wait: Wait, notes: Sequence[Note], channel: str) -> str:
+    """Say what an absent rank is in, with both channels if it waits at a rendezvous of another one.
+
+    Args:
+        wait: of that rank, by its heartbeat.
+        notes: its own, of all channels.
+        channel: where it is missed.
+
+    Example:
+        >>> note = Note(CallEpoch("ab12", 1), ((0, 1, 1),), "b", "call 1", "digest")
+        >>> describe_apart(Wait("rendezvous/ab12", None, "call 1"), [note], "")
+        "call 1 on channel 'b', and is missed on the shared channel; give the same channel= on all ranks"
+    """
+    there = next((note.channel for note in notes if wait.place == f"rendezvous/{note.epoch.name}"), channel)
+    if there == channel:
+        return wait.call
+    here, other = (f"channel {name!r}" if name else "the shared channel" for name in (channel, there))
+    return f"{wait.call} on {other}, and is missed on {here}; give the same channel= on all ranks"
 
 
 def around_difference(one: str, other: str, limit: int = 200) -> tuple[str, str]:

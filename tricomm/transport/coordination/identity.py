@@ -9,7 +9,7 @@ from tricomm.transport.coordination.intent import Intent
 NUMBER = "<number>"
 """Stands in labels for the number of a Resharder that is counted."""
 
-NUMBER_FIELD = "which Resharder of this layout and name it is"
+NUMBER_FIELD = "which Resharder of this layout and name it is (a name=... of its own for each needs no counting)"
 
 CALL_FIELD = "which call of the Resharder it is (all count anew from here, as after connect())"
 

@@ -1,11 +1,12 @@
 """What a rank is about to do, as the others compare it, and what is said when they do not come together."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tricomm.errors import TransportError
-from tricomm.transport.coordination.attendance import View
+from tricomm.transport.coordination.attendance import Note, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +84,9 @@ def differ_in_count(intent: Intent, view: View) -> bool:
     said = [note.fields or {} for note in (view.notes or {}).values()]
     others = [{name: value for name, value in one.items() if name != intent.counter} for one in said]
     return bool(intent.counter) and all(one == others[0] for one in others)
+
+
+def notes_of(store: Any, rank: int) -> list[Note]:
+    """What a rank tells on the store of where it is, on each of its channels."""
+    key = f"now/{rank}"
+    return [Note.of(note) for note in json.loads(store.get(key))] if store.check([key]) else []

@@ -49,9 +49,10 @@ from tricomm.transport.coordination.attendance import (
     Terms,
     View,
     advance,
+    describe_apart,
     runs_of,
 )
-from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, describe_late, differ_in_count
+from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, describe_late, differ_in_count, notes_of
 from tricomm.transport.coordination.monitor import Monitor
 from tricomm.transport.coordination.run import Place, Run, deadline_after
 from tricomm.transport.coordination.status import Heartbeat
@@ -341,7 +342,7 @@ class Rendezvous:
             if rank not in notes:
                 heartbeat = self._monitor.status.heartbeat_of(rank)
                 if heartbeat.waits and heartbeat.number != before.get(rank):
-                    elsewhere[rank] = heartbeat.waits[0].call
+                    elsewhere[rank] = describe_apart(heartbeat.waits[0], notes_of(self.store, rank), intent.channel)
                     text = find_missed(rank, heartbeat, list(notes))
                     missed = missed or (None if text is None else (rank, text))
         return View(time.monotonic(), None, False, notes, elsewhere, missed)
@@ -400,10 +401,7 @@ class Rendezvous:
         """Read the participants' latest notes that concern this rank and no call that it is past."""
         found: dict[int, Note] = {}
         for rank in participants:
-            key = f"now/{rank}"
-            if not self.store.check([key]):
-                continue
-            for note in map(Note.of, json.loads(self.store.get(key))):
+            for note in notes_of(self.store, rank):
                 is_ahead = note.epoch.number > self._epochs.get(note.epoch.name, 0) and note.awaits(self.rank)
                 if note.channel == channel and (note.epoch == epoch or is_ahead):
                     found[rank] = note
