@@ -114,7 +114,8 @@ class Options:
     Args:
         strategy: how elements travel.
         balance: which holder sends.
-        topology: hosts and rates; None puts every rank on a host of its own.
+        topology: hosts and rates; None puts every rank on a host of its own, and all on one where ``transport`` is
+            "memory".
         staging_bytes: the most that one rank may hold in packed chunks.
         group: the process group whose ranks the meshes name; None is the default one.
         device: where tensors live; None is host memory, or the current CUDA device if the group has NCCL.

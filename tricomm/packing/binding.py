@@ -154,6 +154,7 @@ def bind(
     """
     relayed = {t.key for step in program.sends for t in step if t.relay}
     buffers: dict[tuple[int, int], torch.Tensor] = {}
+    pieces: dict[tuple[bool, tuple[TensorBox, ...]], Pieces] = {}  # what several get is packed once
 
     packed = (staging, *(arenas[way] for way in program.arenas))
 
@@ -190,7 +191,12 @@ def bind(
         if transfer.key in relayed or not transfer.boxes or _has_kernels(staging.device):
             return None
         if transfer.nbytes > in_runs.PIECE_NBYTES:
-            return _pieces_of(transfer, tensors, program, is_send) if way in in_place.pieces else None
+            if way not in in_place.pieces:
+                return None
+            key = is_send, transfer.boxes
+            if key not in pieces:
+                pieces[key] = _pieces_of(transfer, tensors, program, is_send)
+            return pieces[key]
         return runs_of(transfer.boxes, tensors, transfer.nbytes) if way in in_place.runs else None
 
     receives = tuple(bound(destinations, False))

@@ -30,6 +30,9 @@ NCCL_HOP_SECONDS = 14e-6
 """NCCL's own figure for a step of a ring between hosts (ring, simple protocol, network: hwLat in src/graph/tuning.cc of
 2.28), the largest of its protocols. On one GPU shared by ranks no such figure can be measured; see bench/README.md."""
 
+COPY_BYTES_PER_SECOND, COPIES_BYTES_PER_SECOND = 9e9, 15e9
+"""Between two processes by way of memory that both have, and between all those of two cores together."""
+
 MOST_PLANNED_TOGETHER = Auto().search_up_to
 """With more ranks each plans its own part, and does not know all groups."""
 
@@ -38,6 +41,15 @@ def _share_hosts(topology: Topology, ranks: tuple[int, ...]) -> bool:
     """Whether any two of these ranks are on one host."""
     topology.check_covers(ranks)
     return len(set(map(topology.host, ranks))) < len(ranks)
+
+
+@cache
+def _one_host(ranks: int) -> Topology:
+    return Topology(
+        ("this host",) * ranks,
+        intra_bytes_per_second=COPY_BYTES_PER_SECOND,
+        memory_bytes_per_second=COPIES_BYTES_PER_SECOND,
+    )
 
 
 class GroupContext(Coordinator):
@@ -74,8 +86,11 @@ class GroupContext(Coordinator):
         self, topology: Topology | None, participants: tuple[int, ...], device: torch.device, transport: str
     ) -> Topology | None:
         """The topology of a plan whose ranks can broadcast in one call, if those of this device surely can: where some
-        read each other's memory, nothing goes in one call.
+        read each other's memory, nothing goes in one call. Ranks that use memory alone share a host, if nothing else is
+        said: then each reads what others have, and nobody hands on what it got.
         """
+        if topology is None and transport == "memory" and self.accelerator_of(device) is None:
+            return _one_host(participants[-1] + 1)
         is_said = topology is not None and topology.multicast_hop_seconds is not None
         if is_said or len(participants) > MOST_PLANNED_TOGETHER or self.accelerator_of(device) is None:
             return topology

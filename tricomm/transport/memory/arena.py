@@ -94,8 +94,12 @@ class Arena:
         free = self._free.get(_size_for(nbytes))
         if free:
             return free.pop(), None
+        return new_slab(self.number(), nbytes)
+
+    def number(self) -> int:
+        """Of a new slab, whosever it is."""
         self._count += 1
-        return new_slab(self._count, nbytes)
+        return self._count
 
     def give_back(self, slab: SharedSlab) -> None:
         """Its transfer is done."""

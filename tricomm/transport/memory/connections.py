@@ -1,21 +1,23 @@
 """Connections of which some pairs go by memory, beside a network for all others."""
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from tricomm.packing import runs as in_runs
 from tricomm.packing.runs import InPlace
 from tricomm.packing.staging import Direction
 from tricomm.transport.base import NO_ARENAS, Asked, Connections, Operation, Shared
-from tricomm.transport.memory.link import Link
+from tricomm.transport.memory.link import PIECES_UNDER_WAY, Link
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.nearby import Nearby
+from tricomm.transport.memory.pieces import Common, Pool
 from tricomm.transport.memory.rungs import PairTransports, Rung
 from tricomm.transport.memory.signals import LinkClosedError
-from tricomm.transport.memory.transfers import Patience
+from tricomm.transport.memory.transfers import Patience, size_of
 
 Exchange = Callable[[Iterable[Operation]], None]
 """Posts operations and waits for all of them."""
@@ -47,6 +49,7 @@ class HostConnections:
         self.depth = network.depth
         self._links = tuple(links.values())
         self._are_all_linked = are_all_linked
+        self._pool = Pool(PIECES_UNDER_WAY * len(links))
         ways = {(is_send, rank): links[rank].rung(is_send) for rank in links for is_send in (True, False)}
         self._ways = {way: links[way[1]] for way, rung in ways.items() if rung is not Rung.NETWORK}
         readable = frozenset(way for way, rung in ways.items() if rung is Rung.READ)
@@ -58,15 +61,22 @@ class HostConnections:
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections."""
         works: list[tuple[int, Any]] = []
-        for operation in operations:
-            is_send, peer, *_ = operation
-            link = self._ways.get((is_send, peer))
-            if link is None:
-                works += self.network.post((operation,), tag)
-            elif is_send:
-                works.append((peer, (link, link.offer(operation, tag).wait)))
-            else:
-                works.append((peer, (link, link.expect(operation, tag).wait)))
+        for alike in _together(operations):
+            links = [self._ways.get((one.is_send, one.peer)) for one in alike]
+            common = None
+            if len(alike) > 1 and len(alike) > links.count(None) + 1:
+                common = Common(alike[0], self._pool, len(alike) - links.count(None))
+            for operation, link in zip(alike, links, strict=True):
+                if link is None:
+                    works += self.network.post((operation,), tag)
+                elif operation.is_send:
+                    works.append((operation.peer, (link, link.offer(operation, tag, common).wait)))
+                else:
+                    works.append((operation.peer, (link, link.expect(operation, tag).wait)))
+            if common is not None:
+                for link in links:
+                    if link is not None:
+                        link.set_off()
         return works
 
     def wait(self, work: Any, limit: timedelta) -> None:
@@ -122,6 +132,28 @@ class HostConnections:
         for link in self._links:
             link.close()
         self.network.abort()
+
+
+def _together(operations: Iterable[Operation]) -> Iterator[list[Operation]]:
+    """Operations one by one, but those together that follow each other and send the same, if it is several pieces."""
+    together: list[Operation] = []
+    for one in operations:
+        if together and (one.peer == together[-1].peer or not _same(one, together[0])):
+            yield together
+            together = []
+        together.append(one)
+        if not one.is_send or size_of(one) <= in_runs.PIECE_NBYTES:
+            yield together
+            together = []
+    if together:
+        yield together
+
+
+def _same(one: Operation, other: Operation) -> bool:
+    """Whether two send the same bytes."""
+    if not one.is_send or one.runs is not other.runs or size_of(one) != size_of(other):
+        return False
+    return one.runs is not None or one.buffer.data_ptr() == other.buffer.data_ptr()
 
 
 def met(

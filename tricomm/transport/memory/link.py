@@ -17,6 +17,7 @@ from tricomm.packing import runs as in_runs
 from tricomm.packing.runs import Pieces, Runs, one_run, runs_in
 from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.memory.arena import Arena, Ring, SharedSlab, mapped_slab
+from tricomm.transport.memory.pieces import Common, Slot, pack_piece
 from tricomm.transport.memory.protocol import (
     Done,
     Here,
@@ -81,6 +82,10 @@ class Link(End):
         self._count = 0
         self._arena = Arena()
         self._ring = Ring(self._arena, PIECES_UNDER_WAY)
+        self._slots: dict[Slot, SharedSlab] = {}
+        """Those that this link has offered, by the numbers that it gave them."""
+        self._common_under_way = 0
+        """How many of them are not read yet."""
         self._slabs: dict[int, SharedSlab] = {}
         self._tables: dict[int, Runs] = {}
         """Runs of offers that were read last, by the address of their table in the peer's memory."""
@@ -89,14 +94,34 @@ class Link(End):
         """How bytes go in one direction."""
         return self.outgoing if is_send else self.incoming
 
-    def offer(self, operation: Operation, tag: int) -> "Offer | Departure":
+    def offer(self, operation: Operation, tag: int, common: Common | None = None) -> "Offer | Departure":
         """Tell the peer that bytes may be read: those of the operation's buffer, or of its runs or pieces.
+
+        Args:
+            operation: whose bytes they are.
+            tag: of its call.
+            common: of what other links send too, in pieces: the peer is told with ``set_off``, when all have it.
+
+        Raises:
+            ConnectionLostError: the link is closed.
+        """
+        if common is not None:
+            departure = Departure(operation, tag, size_of(operation), common)
+            self._leaving.append(departure)
+            return departure
+        try:
+            return self._offered(operation, tag)
+        except LinkClosedError as error:
+            raise ConnectionLostError(self.peer, error) from error
+
+    def set_off(self) -> None:
+        """Begin with what leaves.
 
         Raises:
             ConnectionLostError: the link is closed.
         """
         try:
-            return self._offered(operation, tag)
+            self._pack()
         except LinkClosedError as error:
             raise ConnectionLostError(self.peer, error) from error
 
@@ -127,38 +152,57 @@ class Link(End):
 
     def _filled(self, operation: Operation, nbytes: int) -> SharedSlab:
         """A slab of the arena with the bytes of an operation, of which the peer knows."""
-        slab, file = self._arena.take(nbytes)
-        self._fill(slab, file, operation, 0, nbytes)
+        slab = self._told(*self._arena.take(nbytes))
+        pack_piece(operation, 0, nbytes, slab)
         return slab
 
-    def _fill(self, slab: SharedSlab, file: int | None, operation: Operation, place: int, nbytes: int) -> None:
-        """Copy a piece that begins at a byte of an operation into a slab; tell the peer of its file, if it has one."""
-        _, _, buffer, runs, *_ = operation
+    def _told(self, slab: SharedSlab, file: int | None) -> SharedSlab:
+        """A slab of whose file, if it has one, the peer is told."""
         if file is not None:
             self.tell(Slab(slab.number, slab.memory.numel()), file)
-        if runs is None:
-            ctypes.memmove(slab.address, buffer.data_ptr() + place, nbytes)
-        elif isinstance(runs, Pieces):
-            runs.copy(place // in_runs.PIECE_NBYTES, slab.memory)
-        else:
-            read_runs(os.getpid(), one_run(slab.address, nbytes), runs)
+        return slab
 
     def _pack(self) -> None:
         """Pack and offer as many pieces as there is room for."""
         while self._leaving:
-            one, size = self._leaving[0], in_runs.PIECE_NBYTES
-            taken = self._ring.take(one.packed_nbytes // size, size)
-            if taken is None:
+            one = self._leaving[0]
+            nbytes = min(in_runs.PIECE_NBYTES, one.nbytes - one.packed_nbytes)
+            offer = self._packed_for_several(one, nbytes) if one.common else self._packed_alone(one, nbytes)
+            if offer is None:
                 return
-            slab, file = taken
-            nbytes = min(size, one.nbytes - one.packed_nbytes)
-            self._fill(slab, file, one.operation, one.packed_nbytes, nbytes)
             self._count += 1
-            self._offers[self._count] = Offer(None, slab)
-            self.tell(Ready(self._count, one.tag, one.nbytes, one.packed_nbytes, 0, slab.number))
+            self._offers[self._count] = offer
+            assert offer.slab is not None
+            self.tell(Ready(self._count, one.tag, one.nbytes, one.packed_nbytes, 0, offer.slab.number))
             one.packed_nbytes += nbytes
             if one.is_free:
                 self._leaving.popleft()
+
+    def _packed_alone(self, one: Departure, nbytes: int) -> Offer | None:
+        """The next piece in a slab of the ring; None as long as there is no room."""
+        size = in_runs.PIECE_NBYTES
+        taken = self._ring.take(one.packed_nbytes // size, size)
+        if taken is None:
+            return None
+        slab = self._told(*taken)
+        pack_piece(one.operation, one.packed_nbytes, nbytes, slab)
+        return Offer(None, slab)
+
+    def _packed_for_several(self, one: Departure, nbytes: int) -> Offer | None:
+        """The same in a slab that other links offer too."""
+        if self._common_under_way == PIECES_UNDER_WAY:
+            return None
+        assert one.common is not None
+        slot = one.common.packed(one.packed_nbytes, nbytes)
+        if slot is None:
+            return None
+        slab = self._slots.get(slot)
+        if slab is None:
+            slab = self._slots[slot] = slot.slab._replace(number=self._arena.number())
+            self._told(slab, os.dup(slot.file))
+        slot.readers += 1
+        self._common_under_way += 1
+        return Offer(None, slab, slot)
 
     def _unpack(self) -> None:
         """Unpack the pieces that have come."""
@@ -188,6 +232,16 @@ class Link(End):
     def is_busy(self) -> bool:
         """See End."""
         return bool(self._leaving or self._arriving or self.is_crowded)
+
+    @property
+    def is_ahead(self) -> bool:
+        """See End."""
+        return bool(self._leaving) and self._common_under_way < PIECES_UNDER_WAY and self._leaving[0].common is not None
+
+    def hurry(self) -> None:
+        """See End."""
+        if self._leaving and self._leaving[0].common is not None:
+            self._leaving[0].common.waits = False
 
     def unread(self) -> list["Offer"]:
         """What was offered, as far as is known without a look, and is not read yet."""
@@ -288,7 +342,10 @@ class Link(End):
                 case Done():
                     offer = self._offers.pop(message.number)
                     offer.is_read = True
-                    if offer.slab is not None:
+                    if offer.slot is not None:
+                        offer.slot.readers -= 1
+                        self._common_under_way -= 1
+                    elif offer.slab is not None:
                         self._ring.give_back(offer.slab)
                 case Here():
                     self.heres.append(message)

@@ -9,6 +9,7 @@ from datetime import timedelta
 from tricomm.packing import runs as in_runs
 from tricomm.transport.base import Operation
 from tricomm.transport.memory.arena import SharedSlab
+from tricomm.transport.memory.pieces import Common, Slot
 from tricomm.transport.memory.protocol import (
     RECEIVING,
     SENDING,
@@ -24,6 +25,9 @@ from tricomm.transport.memory.signals import LinkClosedError, Signals
 CROWDED_MILLISECONDS = 1.0
 """How long to wait between two tries to tell what did not fit into a socket."""
 
+AHEAD_MILLISECONDS = 20.0
+"""So long a link waits for others that send the same, if none of them goes on: longer than ranks wait for a core."""
+
 LONGEST_MILLISECONDS = 3_600_000.0
 """Of one look for news: poll takes less than 25 days, and a limit may be longer."""
 
@@ -35,6 +39,15 @@ class End(Signals, ABC):
     @abstractmethod
     def is_busy(self) -> bool:
         """Whether something is under way in pieces, or waits for room in the socket."""
+
+    @property
+    @abstractmethod
+    def is_ahead(self) -> bool:
+        """Whether it waits for links that send the same: they are served first, or it hurries."""
+
+    @abstractmethod
+    def hurry(self) -> None:
+        """Do not wait for other links any more with what is under way."""
 
     @abstractmethod
     def look(self, awaiting: "Expected | Arrival | ExpectedNod | None" = None) -> None:
@@ -94,13 +107,17 @@ class Patience:
                 with suppress(LinkClosedError):  # whoever waits for that one hears of it
                     one.flush()
         others = tuple(one for one in busy if one is not link and one.peer not in self._ended)
-        if not others:
-            return link.wait(milliseconds)
-        news = link.wait_with(others, milliseconds)
+        ahead = [one for one in busy if one.is_ahead]
+        if ahead:
+            milliseconds = min(milliseconds, AHEAD_MILLISECONDS)
+        news = link.wait_with(others, milliseconds) if others else {link.peer: link.wait(milliseconds)}
+        for one in ahead:
+            if not others or not news:
+                one.hurry()
         for one in others:
-            if one.peer in news:
-                if news[one.peer]:
-                    self._ended.add(one.peer)  # whoever waits for that one hears of it
+            if news.get(one.peer):
+                self._ended.add(one.peer)  # whoever waits for that one hears of it
+            if one.peer in news or one in ahead:
                 with suppress(LinkClosedError):
                     one.serve()
         return news.get(link.peer, False)
@@ -111,15 +128,17 @@ class Offer:
 
     Attributes:
         operation: keeps alive what is read; None where the link has a copy.
-        slab: of the link's arena in which they are, if they are there.
+        slab: in which they are, if they are in one.
+        slot: whose slab it is, if other links offer it too; else it is of the link's arena.
         is_read: whether the peer has them.
     """
 
-    __slots__ = ("is_read", "operation", "slab")
+    __slots__ = ("is_read", "operation", "slab", "slot")
 
-    def __init__(self, operation: Operation | None, slab: SharedSlab | None) -> None:
+    def __init__(self, operation: Operation | None, slab: SharedSlab | None, slot: Slot | None = None) -> None:
         self.operation = operation
         self.slab = slab
+        self.slot = slot
         self.is_read = False
 
     @property
@@ -161,15 +180,17 @@ class Departure:
     Attributes:
         operation: what is sent.
         tag, nbytes: of it.
-        packed_nbytes: how many the link has copied.
+        common: if other links send the same, what packs it once for all.
+        packed_nbytes: how many the link has offered.
     """
 
-    __slots__ = ("nbytes", "operation", "packed_nbytes", "tag")
+    __slots__ = ("common", "nbytes", "operation", "packed_nbytes", "tag")
 
-    def __init__(self, operation: Operation, tag: int, nbytes: int) -> None:
+    def __init__(self, operation: Operation, tag: int, nbytes: int, common: Common | None = None) -> None:
         self.operation = operation
         self.tag = tag
         self.nbytes = nbytes
+        self.common = common
         self.packed_nbytes = 0
 
     @property
