@@ -39,7 +39,7 @@ LAYERS = [
 # The same inside of a package.
 LAYERS_WITHIN = {
     "autograd": [["layouts"], ["tape"], ["gradients"]],
-    "resharder": [["costs", "staying"], ["connected"], ["selections"], ["calls"], ["resharder"]],
+    "resharder": [["costs", "repeat", "staying"], ["connected"], ["selections"], ["calls"], ["resharder"]],
     "pipeline": [
         ["schedule"],
         ["costs"],

@@ -56,7 +56,7 @@ def kept_alive(rank: int, threads: Threads) -> bool:
     channel = mover._session.channel
     before = len(standin.kept)
     mover.start(tensor).wait()
-    streams = [stream for tensor, stream in standin.kept[before:] if tensor is channel._staging]
+    streams = [stream for tensor, stream in standin.kept[before:] if tensor is channel.staged]
     return streams == [channel.stream_context.stream]
 
 

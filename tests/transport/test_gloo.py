@@ -174,13 +174,13 @@ def warm_call(rank: int, source: ShardingSpec, destination: ShardingSpec) -> tup
     channel = mover._session.channel
     communicator = channel.communicator
     before = {key: id(table) for key, table in mover._execution._copy_programs.items()}
-    bound = {key: id(cached) for key, cached in mover._execution._bindings.items()}
+    bound = {key: id(cached) for key, cached in mover._execution.kept.bindings.items()}
     staging = channel.staging(0).data_ptr()
     with Allocations() as allocations:
         mover(tensor, out=out)
     assert {key: id(table) for key, table in mover._execution._copy_programs.items()} == before
     last = len(mover.plan.moves) - 1
-    assert id(mover._execution._bindings[last]) == bound[last] or mover.plan.reduction is not None
+    assert id(mover._execution.kept.bindings[last]) == bound[last] or mover.plan.reduction is not None
     assert channel.communicator is communicator
     assert channel.staging(0).data_ptr() == staging
     staged = sum(table.staged_chunks for table in mover._execution._copy_programs.values())
@@ -305,9 +305,9 @@ def forgotten(rank: int, source: ShardingSpec, destination: ShardingSpec) -> Non
         output = mover(tensor)
         if output is not None:
             require_equal(output, pick(full, destination, rank), f"rank {rank}, data {salt}")
-    assert list(mover._execution._bindings) == [0]
+    assert list(mover._execution.kept.bindings) == [0]
     del tensor, output
-    assert not mover._execution._bindings
+    assert not mover._execution.kept.bindings
 
 
 def test_a_resharder_keeps_no_tensor_and_sees_new_memory(ranks: Ranks) -> None:

@@ -45,10 +45,10 @@ def test_a_binding_goes_with_the_tensors(
     for rank, out in outs.items():
         require_equal(out, full[:, 12 * (rank - 1) : 12 * rank].to(out.dtype), f"rank {rank}")
     del out
-    assert all(execution._bindings for execution in executions.values()), "kept for the next call of these tensors"
+    assert all(execution.kept.bindings for execution in executions.values()), "kept for the next call of these tensors"
     tensors.clear()
     outs.clear()
-    assert not any(execution._bindings for execution in executions.values()), "something holds a tensor"
+    assert not any(execution.kept.bindings for execution in executions.values()), "something holds a tensor"
 
 
 def test_a_binding_of_a_view_goes_with_it() -> None:
@@ -59,9 +59,9 @@ def test_a_binding_of_a_view_goes_with_it() -> None:
     staging = torch.zeros(1 << 12, dtype=torch.uint8)
     network = LocalNetwork(True, (0, 2))
     _run_all({0: execution.steps([source], [out], lambda _: staging, LocalEndpoint(network, 0))}, network)
-    assert execution._bindings
+    assert execution.kept.bindings
     del source, out
-    assert not execution._bindings
+    assert not execution.kept.bindings
 
 
 @pytest.mark.parametrize("depth", [(0, 0), (0, 2), (4, 2)])
@@ -89,7 +89,7 @@ def test_every_work_is_awaited_once(depth: tuple[int, int]) -> None:
     )
     forwarded = 0
     for rank, execution in executions.items():
-        steps = execution._bindings[0].bound.steps
+        steps = execution.kept.bindings[0].bound.steps
         posted = sum(len(step.receives) + len(step.sends) for step in steps)
         completions = [one for step in steps for _, ended in step.ended for one in ended]
         ended = [number for number, _ in completions if number is not None]

@@ -15,9 +15,11 @@ from tricomm.interop import is_wrapped
 from tricomm.layout.sides import has_wrapped, shards_of
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.tensor_checker import Given, bump_versions
+from tricomm.resharder.repeat import remember
 from tricomm.resharder.selections import Names, Selections
 from tricomm.resharder.staying import Staying
 from tricomm.transport.handle import Ended, Handle, Moved_co, SourceGate, order_problem
+from tricomm.transport.moving.kept import Kept
 from tricomm.transport.session import CLOSED_TEXT
 from tricomm.transport.streams import HostStreamContext
 
@@ -33,6 +35,8 @@ class Calls(Selections, Generic[Moved_co]):
     _names_whole_job: bool
     _call_fields: Sequence[Mapping[str, str]]
     _staying: Staying | None
+    _kept: Kept | None
+    """Where it has the call before, if that may come again."""
 
     def __call__(self, tensor: Given = None, *, out: Given = None, only: Names | None = None) -> Moved_co:
         """Reshard. Arguments and result as for :func:`reshard`.
@@ -40,7 +44,15 @@ class Calls(Selections, Generic[Moved_co]):
         ``only`` names those of many tensors that move, see ``only()``; ``tensor`` and ``out`` may have the others too.
         """
         moved: Moved_co
-        if only is not None:
+        if (
+            only is None
+            and not is_dynamo_compiling()
+            and self._kept is not None
+            and (repeat := self._kept.repeat) is not None
+            and repeat.make(tensor, out)
+        ):
+            moved = out  # type: ignore[assignment]
+        elif only is not None:
             moved = self._call_only(tensor, out, only)
         elif is_dynamo_compiling() or (
             out is None and self._fits_graphs and is_traced(tensor) and not is_wrapped(tensor)
@@ -112,6 +124,8 @@ class Calls(Selections, Generic[Moved_co]):
                     if last is not None:
                         channel.stream_context.wait_event(last.result()[1])
                     session.run(execution, sources, destinations, session.calls)
+                    if self._kept is not None and not requires_grad:
+                        remember(session, execution, sources, destinations, (self.name, self._about))
             if self._checksums is not None:
                 items = execution.items_of(sources, destinations)
                 self._checksums.check(*items, partial(execution.unfilled, destinations))

@@ -180,8 +180,16 @@ class Resharder(Calls[Moved_co]):
         self._staying = Staying(self.rank) if stays_in_place else None
         if has_part:
             self._execution = PlanExecution(self.plan, self.rank, self.device, chosen.progress, stays_in_place)
+        self._kept = None
+        if self._execution is not None and is_kept and self._is_plain(chosen, stays_in_place):
+            self._kept = self._execution.kept
         self._planned, self._selections = self.plan, {}
         self._plan_seconds = perf_counter() - began
+
+    def _is_plain(self, chosen: Options, stays_in_place: bool) -> bool:
+        """Whether its calls do no more than to move one tensor of host memory as it is."""
+        frills = stays_in_place, chosen.differentiable, chosen.checksum, chosen.progress, self.plan.ends.bound
+        return self.device.type == "cpu" and not (any(frills) or self.plan.is_mapping or len(self.plan.stacks) > 1)
 
     def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> "Resharder[Any]":
         group = self._group()

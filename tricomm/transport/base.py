@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -245,6 +245,21 @@ class Connections(Protocol):
 
     def abort(self) -> None:
         """Wake whoever waits for this rank, and this rank if it waits. May be called from any thread, again too."""
+        ...
+
+
+Prepare = Callable[[Operation, int], Callable[[], Any]]
+"""See Prepares."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """Connections that start each operation by itself, and on which to launch work on buffers is to do it."""
+
+    def prepare(self, operation: Operation, tag: int) -> Callable[[], Any]:
+        """Return what starts an operation of a tag, as often as it is called, and returns the backend's work: its
+        ``wait`` takes a limit, as a timedelta. RuntimeErrors of either are the connection's.
+        """
         ...
 
 

@@ -182,7 +182,8 @@ class Channel:
         weakref.finalize(self, _end_pending, self.worker, self._current, coordinator.rank, os.getpid())
         self._devices = devices
         self._accelerator = accelerator
-        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+        self.staged = torch.empty(0, dtype=torch.uint8, device=device)
+        """What ``staging`` gave last."""
         self.turn = Turn()
         """Of the thread that is in a call; taken without waiting, see ``describe_two_threads``."""
         key = repr((participants, device.type, name))
@@ -198,10 +199,10 @@ class Channel:
     def staging(self, nbytes: int) -> torch.Tensor:
         """Staging of the channel, grown where it is too small; one run at a time uses it, on its current stream."""
         if self._accelerator is not None:
-            self._accelerator.keep(self._staging, self._accelerator.current_stream(self.device))
-        if self._staging.numel() < nbytes:
-            self._staging = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        return self._staging
+            self._accelerator.keep(self.staged, self._accelerator.current_stream(self.device))
+        if self.staged.numel() < nbytes:
+            self.staged = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self.staged
 
     def describe_two_threads(self) -> str:
         """Say that the turn is another thread's."""

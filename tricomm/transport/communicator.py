@@ -57,7 +57,6 @@ LOG = logging.getLogger("tricomm")
 CONNECTING_TAG = 0
 """The tag of what is sent before any call; Resharders' tags begin at 1."""
 
-
 PostedWork = tuple[int, Any]
 """The peer of a posted operation, and the backend's work. Several NCCL operations of one group share that."""
 
@@ -205,8 +204,10 @@ class Communicator:
 
     def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
         """See Connections."""
-        with self._losing():
+        try:
             self.connections.gather(groups)
+        except ConnectionLostError as error:
+            raise self.lost(error.peer, error) from error
 
     def exchange(self, operations: Iterable[Operation]) -> None:
         """Post operations and wait for all of them."""
@@ -312,7 +313,7 @@ class Communicator:
         What it has queued on a device stays watched until it is done.
         """
         if is_complete:
-            if self._by_memory is not None:
+            if self._by_memory is not None and self.connections is self._by_memory:
                 self._by_memory.finish(self._limit)
             self._completed[self.call.tag] = self.call.number
         self.run = None

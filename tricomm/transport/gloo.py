@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -162,6 +162,12 @@ class GlooConnections:
 
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Works are waited for, each by itself."""
+
+    def prepare(self, operation: Operation, tag: int) -> Callable[[], Any]:
+        """See Prepares."""
+        is_send, peer, buffer, *_ = operation
+        backend = self._backends[is_send == (peer > self._rank)]
+        return partial(backend.send if is_send else backend.recv, [buffer], self._index[peer], tag)
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections."""

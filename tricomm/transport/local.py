@@ -25,7 +25,8 @@ from tricomm.packing.tensor_checker import Given, TensorChecker
 from tricomm.plan import Plan
 from tricomm.stats import Traffic
 from tricomm.transport.base import NO_ARENAS, Asked, Operation, Shared
-from tricomm.transport.runtime import PlanExecution, StagingProvider
+from tricomm.transport.moving.kept import StagingProvider
+from tricomm.transport.runtime import PlanExecution
 
 
 class LocalWork:

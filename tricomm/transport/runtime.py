@@ -6,7 +6,6 @@ in-process transport goes on with another rank. ``moving.steps`` is the order.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
 
@@ -19,24 +18,17 @@ from tricomm.packing.binding import NO_ARENAS as NOTHING_RESERVED
 from tricomm.packing.binding import NOTHING, bind
 from tricomm.packing.copy_program import CopyProgram, LocalTensor, make_copy_program, side_of, torch_dtype
 from tricomm.packing.holdings import RankHoldings, Tensors, tensors_of_rank
-from tricomm.packing.runs import InPlace
 from tricomm.packing.selection import Planned, groups_of
 from tricomm.packing.views import ItemViews
-from tricomm.transport.base import NOWHERE, Arenas, Directions, Operation, Transport, Work
+from tricomm.transport.base import NOWHERE, Directions, Operation, Transport, Work
 from tricomm.transport.memory.rungs import PairTransports
 from tricomm.transport.moving.direct import Direct, Straight
+from tricomm.transport.moving.kept import CachedBinding, Kept, StagingProvider
 from tricomm.transport.moving.steps import NOTHING_PULLED, Bound, Send, schedule
 from tricomm.transport.tally import Steps, Tally
 
 MAX_COPY_PROGRAMS = 16
 """Combinations of strides and alignments that one Resharder keeps copy programs for."""
-
-StagingProvider = Callable[[int], torch.Tensor]
-"""Gives the staging buffer: a uint8 tensor of at least so many bytes, valid until the next call."""
-
-
-Way = tuple[tuple[int, int], InPlace, Arenas]
-"""The depth of a transport, where it takes more than buffers, and where both ranks have memory."""
 
 
 def run_move(
@@ -50,9 +42,8 @@ def run_move(
         tally: to which is added what the run costs.
         report: called with the number of each round that is done; with -1 after the local copies.
     """
-    steps, sent, received, calls = bound
     works: list[Work] = []
-    for relayed, receives, sends, rounds in steps:
+    for relayed, receives, sends, rounds in bound.steps:
         began = perf_counter()
         if relayed:
             for number in relayed:
@@ -79,11 +70,7 @@ def run_move(
             if report is not None:
                 report(index)
         tally.wait_seconds += perf_counter() - posted
-    tally.calls += calls
-    tally.messages += sent[0]
-    tally.nbytes += sent[1]
-    tally.received_messages += received[0]
-    tally.received_nbytes += received[1]
+    tally.add(bound)
 
 
 def _packed(
@@ -131,7 +118,7 @@ class PlanExecution:
         self._views = None if plan.ends.bound is None else ItemViews(plan, rank)
         self._is_one_move, self._is_in_order = len(plan.stacks) == 1, self._holdings.is_in_order
         self._copy_programs: dict[object, CopyProgram] = {}
-        self._bindings: dict[int, CachedBinding] = {}
+        self.kept = Kept()
         self._device = device
         self._reducers: dict[int, Reducer] = {}
         self._direct: Direct | None = None
@@ -161,6 +148,14 @@ class PlanExecution:
             sources, destinations = self._holdings.sources(sources), self._holdings.destinations(destinations)
         return self._move(0, sources, destinations, staging, transport)
 
+    def steps_again(
+        self, binding: CachedBinding, staging: StagingProvider, transport: Transport[Work]
+    ) -> Iterator[Work] | None:
+        """The steps of a call with the tensors of a binding; None if that stands no more."""
+        if not binding.stands(staging, (transport.depth, transport.in_place, transport.arenas)):
+            return None
+        return run_move(binding.bound, transport, self.tally)
+
     def items_of(self, sources: Tensors, destinations: Tensors) -> tuple[Tensors, Tensors]:
         """The plan's items that are the rank's shards, or parts of them."""
         return (sources, destinations) if self._views is None else self._views.of(sources, destinations)[:2]
@@ -186,7 +181,7 @@ class PlanExecution:
 
     def close(self) -> None:
         """Nothing is run any more."""
-        self._bindings.clear()
+        self.kept.clear()
         if self._direct is not None:
             self._direct.close()
 
@@ -194,7 +189,7 @@ class PlanExecution:
         """Free the buffers of the reductions; the next run makes them again."""
         if self._reducers:
             self._reducers = {}
-            self._bindings.clear()
+            self.kept.clear()
 
     def _reduce_and_move(
         self, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport[Work]
@@ -233,9 +228,10 @@ class PlanExecution:
         self, index: int, sources: Tensors, destinations: Tensors, staging: StagingProvider, transport: Transport[Work]
     ) -> Iterator[Work]:
         """The steps of move ``index``."""
-        cached = self._bindings.get(index)
+        cached = self.kept.bindings.get(index)
         way = transport.depth, transport.in_place, transport.arenas
-        if cached is None or not cached.is_of(sources, destinations, staging, way):
+        self.kept.is_bound_again = cached is not None and cached.is_of(sources, destinations, staging, way)
+        if cached is None or not self.kept.is_bound_again:
             began = perf_counter()
             cached = self._bind(index, sources, destinations, staging, transport)
             self.tally.bind_seconds += perf_counter() - began
@@ -267,11 +263,8 @@ class PlanExecution:
         read, written = ([*map(_alias, tensors)] for tensors in (sources, destinations))
         binding = bind(program, read, written, buffer, in_place, arenas)
         pulled = NOTHING_PULLED if straight is None else straight.pulled(program.destination, written)
-        bindings = self._bindings
-
-        def forget(_: object) -> None:
-            bindings.pop(index, None)
-
+        self.kept.forget(index)
+        forget = self.kept.forgetting(index)
         every = (*sources, *destinations)
         cached = CachedBinding(
             [(weakref.ref(tensor, forget), tensor.data_ptr(), tensor.stride()) for tensor in every],
@@ -280,7 +273,7 @@ class PlanExecution:
             (depth, in_place, transport.arenas),
             schedule(binding, index + 1 == len(self.plan.stacks), pulled),
         )
-        bindings[index] = cached
+        self.kept.bindings[index] = cached
         return cached
 
     def _copy_program_for(
@@ -312,28 +305,6 @@ class PlanExecution:
                 arenas,
             )
         return self._copy_programs[key]
-
-
-@dataclass(frozen=True, slots=True)
-class CachedBinding:
-    """The binding of the last call, good for the same tensors in the same place. It does not keep them alive."""
-
-    tensors: Sequence[tuple["weakref.ref[torch.Tensor]", int, tuple[int, ...]]]
-    staging: torch.Tensor
-    staging_nbytes: int
-    way: Way
-    bound: Bound
-
-    def is_of(self, sources: Tensors, destinations: Tensors, staging: StagingProvider, way: Way) -> bool:
-        """Whether a call with these may use the binding."""
-        every = (*sources, *destinations)
-        if self.way != way or len(self.tensors) != len(every):
-            return False
-        # Where a tensor's elements are, and its strides, may change under the same object (set_, data).
-        for tensor, (reference, address, strides) in zip(every, self.tensors, strict=True):
-            if reference() is not tensor or tensor.data_ptr() != address or tensor.stride() != strides:
-                return False
-        return not self.staging_nbytes or staging(self.staging_nbytes) is self.staging
 
 
 def _described(tensor: torch.Tensor) -> LocalTensor:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from enum import Enum
 from functools import partial
 from types import TracebackType
+from typing import NoReturn
 
 from tricomm.errors import SpecError, TransportError
 from tricomm.packing.holdings import Tensors
@@ -83,15 +84,17 @@ class Session:
         self._context = context
         self._participants = channel.participants
         self._stays_broken = stays_broken
-        self._timeout_seconds = timeout_seconds
-        self._confirm = confirm
-        self._uses_memory = transport != "network"
+        self.timeout_seconds = timeout_seconds
+        self.confirms = confirm
+        self.uses_memory = transport != "network"
         self._needs_memory = pairs if transport == "memory" else ()
-        self._tag = 0
-        self._communicator: Communicator | None = None
+        self.tag = 0
+        """Of its messages since they have met last."""
+        self.communicator: Communicator | None = None
+        """What it used last."""
         self._met_in_call = 0
         self._closed: weakref.ref[Communicator] | None = None
-        self._is_closed = False
+        self.is_closed = False
         self.last_run: Run | None = None
         """Of the last call that returned, which a device may still have to carry out."""
         self._told: BaseException | None = None
@@ -106,23 +109,18 @@ class Session:
     @property
     def state(self) -> State:
         """Where it is."""
-        if self._is_closed:
+        if self.is_closed:
             return State.CLOSED
-        communicator = self._communicator
+        communicator = self.communicator
         if communicator is None:
             return State.NEW
         return State.CONNECTED if communicator.is_usable else State.BROKEN
 
     @property
-    def communicator(self) -> Communicator | None:
-        """What it used last."""
-        return self._communicator
-
-    @property
     def transports(self) -> PairTransports:
         """How bytes go between this rank and each other, by (sender, receiver); empty before they have met."""
-        communicator = self._communicator
-        return {} if communicator is None else communicator.transports(self._uses_memory)
+        communicator = self.communicator
+        return {} if communicator is None else communicator.transports(self.uses_memory)
 
     # ---- a call: "with session: check, then run or start"
 
@@ -137,7 +135,7 @@ class Session:
         self.calls += 1
         channel = self._channel
         try:
-            if self._is_closed or channel is None:
+            if self.is_closed or channel is None:
                 raise SpecError(CLOSED_TEXT)
             if self.last_run is not None:
                 self._raise_late(self.last_run)
@@ -166,7 +164,7 @@ class Session:
         """
         self._context.require_own_process()
         number = self.calls if self.meets_always else 0
-        self._connect(number, self._timeout_seconds)
+        self._connect(number, self.timeout_seconds)
         self.calls = number
 
     def run(
@@ -188,33 +186,46 @@ class Session:
         Raises:
             TransportError: a rank failed.
         """
-        deadline = time.monotonic() + self._timeout_seconds
+        deadline = time.monotonic() + self.timeout_seconds
         if self.last_run is not None:
             self._raise_late(self.last_run)
-        communicator = self._communicator
+        communicator = self.communicator
         if communicator is None or not communicator.is_usable or (self.meets_always and self._met_in_call != number):
             self._require_all(communicator)
-            communicator = self._connect(number, self._timeout_seconds, by_links=True)
+            communicator = self._connect(number, self.timeout_seconds, by_links=True)
         try:
-            self._carry_out(communicator, execution, sources, destinations, number, self._timeout_seconds, gate)
+            self._carry_out(communicator, execution, sources, destinations, number, self.timeout_seconds, gate)
         except TransportError as failure:
-            remaining = deadline - time.monotonic()
-            if self._stays_broken or not communicator.is_past() or remaining < MIN_RETRY_SECONDS:
-                raise
-            # What failed was an earlier call, which was over here: others meet for this one.
-            before = communicator.abort_reason
-            if gate is not None and not gate.take_back():
-                whose = f"rank {self._context.rank} cannot repeat its call, as its tensors"
-                text = f"{failure}; {whose} may have changed since they were sent"
-                self.abort(text)
-                raise TransportError(text) from failure
-            try:
-                communicator = self._connect(number, remaining)
-            except TransportError as error:
-                raise TransportError(f"{before.text if before else ''}; then {error}") from error
-            self._carry_out(communicator, execution, sources, destinations, number, deadline - time.monotonic(), gate)
+            self.carry_out_anew(failure, communicator, execution, sources, destinations, number, deadline, gate)
         if self.meets_always:
             execution.release()  # nobody says when a one-shot call was the last
+
+    def carry_out_anew(
+        self,
+        failure: TransportError,
+        communicator: Communicator,
+        execution: PlanExecution,
+        sources: Tensors,
+        destinations: Tensors,
+        number: int,
+        deadline: float,
+        gate: SourceGate | None,
+    ) -> None:
+        """If what failed was an earlier call, which was over here, others meet for this one; else raise that."""
+        remaining = deadline - time.monotonic()
+        if self._stays_broken or not communicator.is_past() or remaining < MIN_RETRY_SECONDS:
+            raise failure
+        before = communicator.abort_reason
+        if gate is not None and not gate.take_back():
+            whose = f"rank {self._context.rank} cannot repeat its call, as its tensors"
+            text = f"{failure}; {whose} may have changed since they were sent"
+            self.abort(text)
+            raise TransportError(text) from failure
+        try:
+            communicator = self._connect(number, remaining)
+        except TransportError as error:
+            raise TransportError(f"{before.text if before else ''}; then {error}") from error
+        self._carry_out(communicator, execution, sources, destinations, number, deadline - time.monotonic(), gate)
 
     def _raise_late(self, last: Run) -> None:
         """Raise, once, what became of a call that had returned before the device was done with it. The others wait for
@@ -231,7 +242,7 @@ class Session:
     def _require_all(self, communicator: Communicator | None) -> None:
         """Do not wait for a rank that does not come to this one again, as it or others said."""
         reason = None if communicator is None else communicator.abort_reason
-        if reason is not None and reason.lost is not None and reason.tag == self._tag and not self.meets_always:
+        if reason is not None and reason.lost is not None and reason.tag == self.tag and not self.meets_always:
             raise TransportError(reason.text)
 
     def _carry_out(
@@ -246,43 +257,47 @@ class Session:
     ) -> None:
         channel = self._channel
         assert channel is not None
-        run = communicator.begin(self._tag, number, self.identity.label, timeout_seconds, self._uses_memory)
-        is_complete = False
+        run = communicator.begin(self.tag, number, self.identity.label, timeout_seconds, self.uses_memory)
         try:
             communicator.catch_up()
             communicator.gather(execution.groups)
             for work in execution.steps(sources, destinations, channel.staging, communicator):
                 communicator.wait(work)
-            if self._confirm:
+            if self.confirms:
                 if gate is not None:
                     gate.open()
                 communicator.confirm()
-            is_complete = True
             self.last_run = None if run.pending is None else run
-        except TransportError as error:
+        except BaseException as error:
+            self.end_badly(communicator, run, error)
+        communicator.end(run, is_complete=True)
+
+    def end_badly(self, communicator: Communicator, run: Run, error: BaseException) -> NoReturn:
+        """End a call that failed, and raise what became of it."""
+        try:
+            if not isinstance(error, TransportError):
+                communicator.abort(describe_failure(self._context.rank, str(run), error))
+                self._told = error
+                raise error
             self.last_run = None
             reason, rank = communicator.abort_reason, self._context.rank
             is_of_it = reason is not None and reason.tag == run.tag and reason.call in (0, run.number)
             if reason is None or not is_of_it or reason.late != rank:
-                raise
+                raise error
             self._context.rendezvous.note_late(self._participants, self._channel_name)
             raise TransportError(f"{error}; {describe_late(rank)}") from error
-        except BaseException as error:
-            communicator.abort(describe_failure(self._context.rank, str(run), error))
-            self._told = error
-            raise
         finally:
-            communicator.end(run, is_complete)
+            communicator.end(run)
 
     def _connect(self, number: int, timeout_seconds: float, by_links: bool = False) -> Communicator:
         """Meet; ``by_links`` where nothing else is under way on the channel, and so nobody uses its links."""
-        communicator = self._communicator
+        communicator = self.communicator
         if self._stays_broken and communicator is not None and communicator.abort_reason is not None:
             raise TransportError(communicator.abort_reason.text)
         self.identity.count()
         intent = self.identity.intent(self._participants, self.channel.name, number, self.call_fields)
         try:
-            tag = self.channel.connect(intent, timeout_seconds, self._uses_memory, by_links)
+            tag = self.channel.connect(intent, timeout_seconds, self.uses_memory, by_links)
         except BaseException as error:
             self._told = error
             problem = error.__cause__
@@ -291,17 +306,17 @@ class Session:
             if not (isinstance(problem, ProblemError) and problem.is_mismatch):
                 self._uncount()
             raise
-        self._tag = tag
+        self.tag = tag
         self._met_in_call = number
-        self._communicator = self.channel.communicator
-        assert self._communicator is not None
+        self.communicator = self.channel.communicator
+        assert self.communicator is not None
         if self._needs_memory and (lacking := describe_lacking(self._needs_memory, self.transports)):
-            raise self._communicator.abort(lacking, CallId(tag, number, self.identity.label))
-        return self._communicator
+            raise self.communicator.abort(lacking, CallId(tag, number, self.identity.label))
+        return self.communicator
 
     def _uncount(self) -> None:
         """Nobody has met this one, so that it counts anew: a rank that failed to make it will make another."""
-        if self._communicator is not None or self._is_closed:
+        if self.communicator is not None or self.is_closed:
             return
         if not self.meets_always:
             self.calls = 0
@@ -311,15 +326,15 @@ class Session:
 
     def tell(self, error: BaseException) -> None:
         """Tell the others that this rank does not go on with its call, and why."""
-        call = CallId(self._tag, self.calls, self.identity.label)
-        lost = self._context.rank if self._is_closed else None
+        call = CallId(self.tag, self.calls, self.identity.label)
+        lost = self._context.rank if self.is_closed else None
         self.abort(describe_failure(self._context.rank, str(call), error), call, lost)
 
     def abort(self, text: str, call: CallId | None = None, lost: int | None = None) -> None:
         """Tell the others something that ends their call; see Communicator.abort."""
         rendezvous, channel = self._context.rendezvous, self._channel_name
-        communicator = self._communicator
-        if self._is_closed:
+        communicator = self.communicator
+        if self.is_closed:
             communicator = None if self._closed is None else self._closed()
             if communicator is None and self._closed is not None:
                 # Its connections have closed, which tells those that use them; others may wait at a rendezvous.
@@ -327,7 +342,7 @@ class Session:
                 return
         if call is None:
             # Not in a call of this session: what others have to hear of is their next one.
-            call = CallId(self._tag, self.calls + 1, self.identity.label)
+            call = CallId(self.tag, self.calls + 1, self.identity.label)
         has_met = not self.meets_always or self._met_in_call == self.calls
         if communicator is not None and communicator.abort_reason is None and has_met:
             communicator.abort(text, call, lost)
@@ -343,7 +358,7 @@ class Session:
 
     def close(self, execution: PlanExecution | None = None) -> None:
         """Give back what it holds, and an execution of its, as soon as what was started is done."""
-        self._is_closed = True
+        self.is_closed = True
         if self._channel is None:
             return
         last = self._channel.last_started
@@ -355,6 +370,6 @@ class Session:
     def _release(self, execution: PlanExecution | None) -> None:
         if execution is not None:
             execution.close()
-        if self._communicator is not None:
-            self._closed = weakref.ref(self._communicator)
-        self._communicator = self._channel = self.last_run = None
+        if self.communicator is not None:
+            self._closed = weakref.ref(self.communicator)
+        self.communicator = self._channel = self.last_run = None

@@ -10,6 +10,7 @@ from tricomm.options import ProgressCallback
 from tricomm.plan.program import BoxTransfers, RankProgram, Transfer
 from tricomm.plan.stacks import Stack
 from tricomm.stats import Progress
+from tricomm.transport.moving.steps import Bound
 
 
 class Tally:
@@ -41,6 +42,26 @@ class Tally:
         self.calls = self.messages = self.nbytes = self.received_messages = self.received_nbytes = 0
         self.staging_nbytes = 0
         self.bind_seconds = self.pack_seconds = self.post_seconds = self.wait_seconds = self.unpack_seconds = 0.0
+
+    def add(
+        self,
+        bound: Bound,
+        packing_seconds: float = 0.0,
+        posting_seconds: float = 0.0,
+        unpacking_seconds: float = 0.0,
+        waiting_seconds: float = 0.0,
+    ) -> None:
+        """Add a run that is over: all but what of its seconds has been added before."""
+        _, sent, received, calls = bound
+        self.calls += calls
+        self.messages += sent[0]
+        self.nbytes += sent[1]
+        self.received_messages += received[0]
+        self.received_nbytes += received[1]
+        self.pack_seconds += packing_seconds
+        self.post_seconds += posting_seconds
+        self.unpack_seconds += unpacking_seconds
+        self.wait_seconds += waiting_seconds
 
     def waited_since(self, began: float) -> float:
         """Add a wait that began then and is over; returns the time, of perf_counter."""

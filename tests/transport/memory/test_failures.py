@@ -346,7 +346,7 @@ def in_a_child(rank: int) -> None:
         if child == 0:
             code = 1
             try:
-                mover._session._communicator = mover._session._channel = None
+                mover._session.communicator = mover._session._channel = None
                 code = 0
             finally:
                 os._exit(code)

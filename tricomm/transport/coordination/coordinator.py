@@ -22,7 +22,8 @@ class Coordinator:
     """
 
     def __init__(self, group: Any) -> None:
-        self._process = os.getpid()
+        self.process = os.getpid()
+        """That which first used the process group."""
         self.rank: int = group.rank()
         self.size: int = group.size()
         self._base_store = group.get_group_store()  # one that is written in Python goes with its last reference here
@@ -39,8 +40,8 @@ class Coordinator:
         Raises:
             TransportError: this is another process than the one that first used the process group.
         """
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
             raise TransportError(
-                f"process {os.getpid()} is a fork of process {self._process}, whose connections it would share; call "
+                f"process {os.getpid()} is a fork of process {self.process}, whose connections it would share; call "
                 "in the process that made the process group, or spawn one that makes its own"
             )

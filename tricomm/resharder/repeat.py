@@ -1,0 +1,230 @@
+"""A call with the tensors of the one before, on the same connections: nothing is looked up, bound or made for it anew.
+
+A call that comes after something else finds its code and its data in no cache. Then each function that it enters costs
+as much as ten in a loop, and a call of few bytes costs what its functions do. So this is one, and it looks at what may
+have changed since the call before, alone; whatever has leaves the call to the ordinary way, which says why.
+"""
+
+import os
+from collections.abc import Callable
+from time import monotonic, perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import increment_version
+
+from tricomm.errors import TransportError
+from tricomm.packing.holdings import Tensors
+from tricomm.transport.base import Prepare, Prepares
+from tricomm.transport.channel import Channel
+from tricomm.transport.communicator import Communicator
+from tricomm.transport.coordination.run import Place, Run
+from tricomm.transport.moving.kept import CachedBinding, Unchanged
+from tricomm.transport.moving.steps import Bound, Completion
+from tricomm.transport.runtime import PlanExecution
+from tricomm.transport.session import Session
+from tricomm.transport.telling import name_error
+
+_is_in_transform = torch._C._are_functorch_transforms_active
+_count_modes = torch._C._len_torch_dispatch_stack
+
+Start = tuple[Callable[[], object] | None, Callable[[], Any], int]
+"""What packs an operation, if anything does; what starts it, which returns the backend's work; and the peer."""
+
+
+class Prepared(NamedTuple):
+    """A run that is one step, with what starts each of its operations made.
+
+    Attributes:
+        starts: in the order of the works.
+        completions: see Step.
+    """
+
+    starts: tuple[Start, ...]
+    completions: tuple[Completion, ...]
+
+    @classmethod
+    def of(cls, bound: Bound, prepare: Prepare | None, tag: int) -> "Prepared | None":
+        """Prepare a run; None if it takes several steps, or operations are not started each by itself."""
+        if prepare is None or len(bound.steps) > 1:
+            return None
+        ((_, receives, sends, rounds),) = bound.steps
+        every = (*((one, None) for one in receives), *sends)
+        starts = tuple((pack, prepare(operation, tag), operation.peer) for operation, pack in every)
+        return cls(starts, tuple(one for _, of_round in rounds for one in of_round))
+
+
+class Repeat:
+    """See above.
+
+    Args:
+        session: of the Resharder.
+        execution: of its plan.
+        binding: of the call before.
+        sources, destinations: what that was given: at most one each.
+        name: of the Resharder, and what it is about; see name_error.
+
+    Attributes:
+        tag: with which the calls go.
+    """
+
+    __slots__ = (
+        "_binding",
+        "_channel",
+        "_destination",
+        "_execution",
+        "_fields",
+        "_label",
+        "_limit",
+        "_name",
+        "_prepared",
+        "_process",
+        "_session",
+        "_source",
+        "_tally",
+        "tag",
+    )
+
+    def __init__(
+        self,
+        session: Session,
+        execution: PlanExecution,
+        binding: CachedBinding,
+        sources: Tensors,
+        destinations: Tensors,
+        name: tuple[str, str],
+    ) -> None:
+        references = [reference for reference, *_ in binding.tensors]
+        self._source = Unchanged(sources[0], references[0]) if sources else None
+        self._destination = Unchanged(destinations[0], references[-1]) if destinations else None
+        self._session, self._execution, self._binding, self._name = session, execution, binding, name
+        self._tally = execution.tally
+        self._channel, self.tag, self._fields = session.channel, session.tag, session.call_fields
+        self._label, self._process = session.identity.label, os.getpid()
+        self._limit = Place.of("", session.timeout_seconds).limit_after(session.timeout_seconds)
+        assert session.communicator is not None
+        connections = session.communicator.connections
+        prepare = connections.prepare if isinstance(connections, Prepares) else None
+        self._prepared = Prepared.of(binding.bound, prepare, self.tag)
+
+    def make(self, tensor: Any, out: Any) -> bool:
+        """Make the call once more; false, and nothing is done, if it is another one.
+
+        Raises:
+            TransportError: a rank failed.
+        """
+        source, destination, session, channel = self._source, self._destination, self._session, self._channel
+        communicator, binding = session.communicator, self._binding
+        if not (
+            (tensor is None if source is None else source.is_same(tensor))
+            and (out is None if destination is None else destination.is_same(out))
+            and not (_is_in_transform() or (out is None and _count_modes()))
+            and session.tag == self.tag
+            and communicator is not None
+            and communicator.is_usable
+            and not session.is_closed
+            and os.getpid() == self._process
+            and channel.turn.acquire(False)
+            and (channel.last_started is None or _keeps_turn(channel))
+        ):
+            return False
+        session.calls = number = session.calls + 1
+        run = None
+        try:
+            run = communicator.begin(self.tag, number, self._label, session.timeout_seconds, session.uses_memory)
+            communicator.catch_up()
+            if self._prepared is None or (binding.staging_nbytes and channel.staged is not binding.staging):
+                self._move_by_steps(communicator, tensor, out)
+            else:
+                works: list[tuple[int, Any]] = []
+                packing, posting = 0.0, perf_counter()
+                for pack, start, peer in self._prepared.starts:
+                    if pack is not None:
+                        now = perf_counter()
+                        pack()
+                        packing += perf_counter() - now
+                    run.waiting_for = peer
+                    works.append((peer, start()))
+                    run.waiting_for = None
+                unpacking, posted = 0.0, perf_counter()
+                for awaited, unpack in self._prepared.completions:
+                    if awaited is not None:
+                        run.waiting_for, work = works[awaited]
+                        work.wait(self._limit)
+                        run.waiting_for = None
+                    if unpack is not None:
+                        now = perf_counter()
+                        unpack()
+                        unpacking += perf_counter() - now
+                waited = perf_counter() - posted - unpacking
+                self._tally.add(binding.bound, packing, posted - posting - packing, unpacking, waited)
+            if session.confirms:
+                communicator.confirm()
+            communicator.end(run, is_complete=True)
+        except BaseException as error:
+            self._fail(communicator, run, error, tensor, out)
+        else:
+            channel.turn.release()
+        if destination is not None and destination.has_version:
+            increment_version(out)
+        return True
+
+    def _move_by_steps(self, communicator: Communicator, tensor: Any, out: Any) -> None:
+        execution, staging = self._execution, self._channel.staging
+        communicator.gather(execution.groups)
+        steps = execution.steps_again(self._binding, staging, communicator)
+        for work in steps or execution.steps(*self._sides(tensor, out), staging, communicator):
+            communicator.wait(work)
+
+    def _sides(self, tensor: Any, out: Any) -> tuple[list[Any], list[Any]]:
+        return [] if self._source is None else [tensor], [] if self._destination is None else [out]
+
+    def _fail(
+        self,
+        communicator: Communicator,
+        run: Run | None,
+        error: BaseException,
+        tensor: Any,
+        out: Any,
+    ) -> None:
+        """Make the call anew if what failed was an earlier one, which was over here; else raise why it failed."""
+        session = self._session
+        try:
+            try:
+                if run is None:
+                    raise error
+                peer = run.waiting_for
+                if peer is not None and isinstance(error, RuntimeError) and not isinstance(error, TransportError):
+                    cause, error = error, communicator.lost(peer, error)
+                    error.__cause__ = cause
+                session.end_badly(communicator, run, error)
+            except TransportError as failure:
+                deadline = (monotonic() if run is None else run.began) + session.timeout_seconds
+                session.call_fields, sides = self._fields, self._sides(tensor, out)
+                session.carry_out_anew(failure, communicator, self._execution, *sides, session.calls, deadline, None)
+        except BaseException as failure:
+            session.__exit__(type(failure), failure, None)
+            name_error(failure, *self._name)
+            raise
+        session.__exit__(None, None, None)
+
+
+def _keeps_turn(channel: Channel) -> bool:
+    """Whether nothing has to wait behind what was started; else the turn is given back."""
+    last = channel.last_started
+    if last is None or (last.done() and last.exception() is None):
+        return True
+    channel.turn.release()
+    return False
+
+
+def remember(
+    session: Session, execution: PlanExecution, sources: Tensors, destinations: Tensors, name: tuple[str, str]
+) -> None:
+    """Say what a call was like that is over: if it was as the one before, others may be, too. See Repeat."""
+    kept = execution.kept
+    binding = kept.bindings.get(0)
+    if kept.repeat is not None and kept.repeat.tag != session.tag:
+        kept.repeat = None
+    if kept.repeat is None and binding is not None and kept.is_bound_again:
+        kept.repeat = Repeat(session, execution, binding, sources, destinations, name)
