@@ -23,6 +23,7 @@ from tricomm.transport.moving.kept import CachedBinding, Unchanged
 from tricomm.transport.moving.steps import Bound, Completion
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import Session
+from tricomm.transport.streams import HostStreamContext
 from tricomm.transport.telling import name_error
 
 _is_in_transform = torch._C._are_functorch_transforms_active
@@ -226,5 +227,7 @@ def remember(
     binding = kept.bindings.get(0)
     if kept.repeat is not None and kept.repeat.tag != session.tag:
         kept.repeat = None
-    if kept.repeat is None and binding is not None and kept.is_bound_again:
+    # On a device a call returns before it is over, which the next one has to look at.
+    is_over = isinstance(session.channel.stream_context, HostStreamContext)
+    if kept.repeat is None and binding is not None and kept.is_bound_again and is_over:
         kept.repeat = Repeat(session, execution, binding, sources, destinations, name)

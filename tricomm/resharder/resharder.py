@@ -187,9 +187,9 @@ class Resharder(Calls[Moved_co]):
         self._plan_seconds = perf_counter() - began
 
     def _is_plain(self, chosen: Options, stays_in_place: bool) -> bool:
-        """Whether its calls do no more than to move one tensor of host memory as it is."""
+        """Whether its calls do no more than to move one tensor as it is."""
         frills = stays_in_place, chosen.differentiable, chosen.checksum, chosen.progress, self.plan.ends.bound
-        return self.device.type == "cpu" and not (any(frills) or self.plan.is_mapping or len(self.plan.stacks) > 1)
+        return not (any(frills) or self.plan.is_mapping or len(self.plan.stacks) > 1)
 
     def _mover_of_gradient(self, source: ShardingSpec, destination: ShardingSpec) -> "Resharder[Any]":
         group = self._group()
