@@ -6,6 +6,7 @@ have changed since the call before, alone; whatever has leaves the call to the o
 """
 
 import os
+import sys
 from collections.abc import Callable
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ class Repeat:
             and communicator.is_usable
             and not session.is_closed
             and os.getpid() == self._process
-            and channel.turn.acquire(False)
+            and channel.turn.take(sys._getframe())
             and (channel.last_started is None or _keeps_turn(channel))
         ):
             return False
@@ -165,7 +166,7 @@ class Repeat:
         except BaseException as error:
             self._fail(communicator, run, error, tensor, out)
         else:
-            channel.turn.release()
+            channel.turn.give_back()
         if destination is not None and destination.has_version:
             increment_version(out)
         return True
@@ -215,7 +216,7 @@ def _keeps_turn(channel: Channel) -> bool:
     last = channel.last_started
     if last is None or (last.done() and last.exception() is None):
         return True
-    channel.turn.release()
+    channel.turn.give_back()
     return False
 
 
