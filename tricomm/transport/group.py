@@ -33,6 +33,9 @@ NCCL_HOP_SECONDS = 14e-6
 COPY_BYTES_PER_SECOND, COPIES_BYTES_PER_SECOND = 9e9, 15e9
 """Between two processes by way of memory that both have, and between all those of two cores together."""
 
+WAKING_SECONDS = 60e-6
+"""From a process that has packed to one that unpacks, both in Python."""
+
 MOST_PLANNED_TOGETHER = Auto().search_up_to
 """With more ranks each plans its own part, and does not know all groups."""
 
@@ -48,6 +51,7 @@ def _one_host(ranks: int) -> Topology:
     return Topology(
         ("this host",) * ranks,
         intra_bytes_per_second=COPY_BYTES_PER_SECOND,
+        latency_seconds=WAKING_SECONDS,
         memory_bytes_per_second=COPIES_BYTES_PER_SECOND,
     )
 
