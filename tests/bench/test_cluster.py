@@ -13,7 +13,7 @@ from bench.cluster.cli import main, parse_hosts, parse_nic, parse_nics
 from bench.cluster.cluster import Cluster
 from bench.cluster.flows import Flow
 from bench.cluster.network import ClusterError, Host, Nic
-from bench.cluster.shaping import BUCKETS, NETWORK_HEADER
+from bench.cluster.shaping import BUCKETS, NETWORK_HEADER, kernel_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST, SLOW = Nic.symmetric(400e6), Nic(200_000_000, 100_000_000)
@@ -65,7 +65,7 @@ def test_a_nic_is_shaped_in_both_directions_and_small_packets_go_first() -> None
         "quantum 1514",
         "class add dev nic0 parent 1:1 classid 1:10 htb rate 20000000bit ceil 200000000bit burst 50000 cburst 50000 "
         "quantum 1514 prio 0",
-        "class add dev nic0 parent 1:1 classid 1:20 htb rate 1406250bit ceil 200000000bit burst 50000 "
+        "class add dev nic0 parent 1:1 classid 1:20 htb rate 175781bit ceil 200000000bit burst 50000 "
         "cburst 50000 quantum 1514 prio 1",
     )
     assert filters_of(sends)[0] == "1 u32 match u16 0x0000 0xffc0 at 2 flowid 1:10"
@@ -87,6 +87,12 @@ def test_links_have_the_rate_each() -> None:
             address = int.from_bytes(bytes(map(int, peer.split("."))), "big")
             found = [bucket_of(batch, address, side, 40000, port) for port in range(50000, 50256, 2)]
             assert sorted(found) == list(buckets)
+
+
+def test_nics_do_not_take_over_how_the_machine_is_tuned() -> None:
+    settings = kernel_settings()
+    assert settings["net/ipv4/tcp_congestion_control"] == "reno"
+    assert {"net/ipv4/tcp_rmem", "net/ipv4/tcp_wmem"} <= settings.keys()
 
 
 def test_connections_that_were_made_one_after_the_other_have_buckets_of_their_own() -> None:

@@ -23,7 +23,7 @@ from tricomm.plan.senders.policy import SenderPolicy
 from tricomm.plan.stacks import Alike, Item, Stack, alike, stacks_of_moves
 from tricomm.plan.verify import require, verify_move
 
-PLANNER_VERSION = 27
+PLANNER_VERSION = 28
 """Raised whenever equal arguments may give another plan: ranks with different planners must not meet."""
 
 

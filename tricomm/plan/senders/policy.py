@@ -169,11 +169,14 @@ class SendLoads:
         return other
 
     def best(self, demand: TransferDemand) -> int:
-        """Find the holder whose NIC would send least; ties go to the rank that sends least, then to mesh order."""
+        """Find the holder whose NIC would send least; ties go to the NIC that sends least without it, which of two fast
+        and slow ones is the slow one, then to the rank that sends least, then to mesh order.
+        """
         nbytes, nic_of = self.fan_out.sends(demand.hosts) * demand.nbytes, self.topology.nic
 
-        def load(rank: int) -> tuple[float, int]:
-            return self.nics.after(nic_of(rank), nbytes), self.rank_nbytes.get(rank, 0)
+        def load(rank: int) -> tuple[float, float, int]:
+            nic = nic_of(rank)
+            return self.nics.after(nic, nbytes), self.nics.of(nic), self.rank_nbytes.get(rank, 0)
 
         return min(demand.holders, key=load)
 
