@@ -310,8 +310,10 @@ class Session:
         self._met_in_call = number
         self.communicator = self.channel.communicator
         assert self.communicator is not None
-        if self._needs_memory and (lacking := describe_lacking(self._needs_memory, self.transports)):
-            raise self.communicator.abort(lacking, CallId(tag, number, self.identity.label))
+        if self._needs_memory and self.communicator is not communicator:
+            lacking = describe_lacking(self._needs_memory, self.transports)
+            if lacking is not None:
+                raise self.communicator.abort(lacking, CallId(tag, number, self.identity.label))
         return self.communicator
 
     def _uncount(self) -> None:

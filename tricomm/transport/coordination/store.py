@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tricomm.errors import TransportError
@@ -156,6 +157,11 @@ class EpochKeys(NamedTuple):
 
 def name_of(participants: Sequence[int], channel: str) -> str:
     """Return what the epochs of some ranks on a channel are called on the store."""
+    return _name_of(tuple(participants), channel)
+
+
+@lru_cache(maxsize=64)
+def _name_of(participants: tuple[int, ...], channel: str) -> str:
     return hashlib.sha256(repr((list(participants), channel)).encode()).hexdigest()[:16]
 
 
