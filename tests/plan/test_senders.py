@@ -218,9 +218,9 @@ def test_a_faster_nic_sends_more() -> None:
 
 def test_a_slow_nic_sends_what_a_fast_one_would_send_last() -> None:
     """The fast one alone would take as long: with no moment to spare, and while the slow one sends nothing."""
-    source, destination = spec(2, 1, 0, Replicate(), Replicate()), spec(2, 1, 2, Shard(0), Replicate())
+    source, destination = spec(2, 2, 0, Replicate(), Replicate()), spec(2, 2, 4, Shard(0), Replicate())
     rates = {"h0": 2 * RATE, "h1": RATE, "h2": 2 * RATE, "h3": RATE}
-    plan = make_plan(source, destination, topology=cluster(4, 1, nic_bytes_per_second=rates))
+    plan = make_plan(source, destination, topology=cluster(4, 2, nic_bytes_per_second=rates))
     out, _ = nic_nbytes(plan)
     assert out[0] == out[1] == NBYTES / 2
 
