@@ -14,6 +14,7 @@ from tricomm import Mesh, Resharder, Shard, ShardingSpec, SpecError, TransportEr
 from tricomm.launch import Ranks
 from tricomm.resharder.repeat import Repeat
 from tricomm.transport.communicator import Communicator
+from tricomm.transport.moving.kept import Unchanged
 
 SHAPE = (8, 12)
 SIZE = 4
@@ -312,3 +313,25 @@ def past(rank: int) -> None:
 
 def test_a_failure_of_the_call_before_is_met_by_making_the_call_anew(ranks: Ranks) -> None:
     ranks.run(past)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: one.resize_(6, 4),
+        lambda one: one.t_(),
+        lambda one: one.requires_grad_(),
+        lambda one: setattr(one, "data", torch.zeros(4, 6)),
+        lambda one: setattr(one, "data", one.data.view(torch.int32)),
+    ],
+)
+def test_a_tensor_is_the_one_before_only_as_it_was(change: Callable[[torch.Tensor], object]) -> None:
+    tensor = torch.zeros(4, 6)
+    seen = Unchanged(tensor, weakref.ref(tensor))
+    assert seen.is_same(tensor)
+    assert not any(map(seen.is_same, (None, torch.zeros(4, 6), tensor.view(4, 6), tensor.numpy())))
+    change(tensor)
+    assert not seen.is_same(tensor)
+    gone = weakref.ref(tensor)
+    del tensor
+    assert gone() is None, "it is not kept"

@@ -93,17 +93,16 @@ class Communicator:
         """Whether calls may begin: nobody has aborted it, as far as is known here, nor taken another in its place."""
         self._monitor = coordinator.monitor
         self.run: Run | None = None
-        self.begun = 0
-        """Calls that have begun here."""
+        self.begun, self._may_be_unread = 0, False
+        """Calls that have begun here, and whether others may still read what one before gave them."""
         self.call = self._before = CallId(CONNECTING_TAG, 0, "")
         """The one that runs, or ran last, and the one before it."""
-        self._timeout_seconds = 0.0
+        self._timeout_seconds, self._has_failed_late = 0.0, False
         self._place = Place.of(self.place, 0.0)
         self._limit = self._place.limit_after(0.0)
         self._completed: dict[int, int] = {}
         self._unfinished: deque[Run] = deque()
         """Runs of which the device has still to do what they queued when their calls returned, in their order."""
-        self._has_failed_late = False
         self._board: CallBoard | None = None
         """Where messages have no tags, what calls were made."""
         self._last_runs: dict[int, Run] = {}
@@ -195,7 +194,8 @@ class Communicator:
 
     def catch_up(self) -> None:
         """Wait until others have read what this rank gave in the call before this one, which may post then."""
-        unread = [] if self._by_memory is None else self._by_memory.unread()
+        unread = self._by_memory.unread() if self._may_be_unread and self._by_memory is not None else []
+        self._may_be_unread = False
         if unread and self.run is not None:
             self.run.behind = self._before
             for work in unread:
@@ -222,8 +222,7 @@ class Communicator:
         """
         if self.connections is self._by_memory and self._nod():
             return
-        ranks = self.participants
-        here = ranks.index(self.coordinator.rank)
+        ranks, here = self.participants, self.participants.index(self.coordinator.rank)
         ours, theirs = self._token[:1], self._token[1:]
         if not self.connections.has_tags:
             identity = torch.tensor([self.call.tag, self.call.number], device=self.device)
@@ -315,6 +314,7 @@ class Communicator:
         if is_complete:
             if self._by_memory is not None and self.connections is self._by_memory:
                 self._by_memory.finish(self._limit)
+                self._may_be_unread = True
             self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:

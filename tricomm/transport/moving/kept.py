@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch._C._dynamo.guards import TensorGuards
 
 from tricomm.packing.holdings import Tensors
 from tricomm.packing.runs import InPlace
@@ -17,6 +18,8 @@ StagingProvider = Callable[[int], torch.Tensor]
 
 Way = tuple[tuple[int, int], InPlace, Arenas]
 """The depth of a transport, where it takes more than buffers, and where both ranks have memory."""
+
+_guards: Any = TensorGuards  # whose stub does not name the tensors that it takes
 
 Reference: TypeAlias = "weakref.ref[torch.Tensor]"
 
@@ -50,6 +53,9 @@ class CachedBinding:
 class Unchanged:
     """A tensor that was checked, and says whether one that is given is the same, and as it was. It does not keep it.
 
+    Torch's guards of compiled code compare, in one call where each getter would be one: kind, dtype, shape, strides,
+    requires_grad, and whether a call would go another way (negated, conjugated, of inference).
+
     Args:
         tensor: plain and dense, of host memory.
         reference: to it.
@@ -58,25 +64,18 @@ class Unchanged:
         has_version: whether autograd is told when it is written.
     """
 
-    __slots__ = ("_address", "_dtype", "_is_complex", "_kind", "_reference", "_shape", "_strides", "has_version")
+    __slots__ = ("_address", "_is_as_it_was", "_reference", "has_version")
 
     def __init__(self, tensor: torch.Tensor, reference: Reference) -> None:
-        self._reference, self._kind = reference, type(tensor)
-        self._address, self._strides = tensor.data_ptr(), tensor.stride()
-        self._shape, self._dtype, self._is_complex = tensor.shape, tensor.dtype, tensor.is_complex()
+        self._reference, self._address = reference, tensor.data_ptr()
+        sizes, strides = [[*tensor.shape]], [[*tensor.stride()]]
+        self._is_as_it_was = _guards(tensor, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         self.has_version = not tensor.is_inference()
 
     def is_same(self, given: Any) -> bool:
         """Whether a call may take this for it without another look: all that may change under the same object."""
-        return (
-            given is self._reference()
-            and type(given) is self._kind
-            and given.data_ptr() == self._address
-            and given.stride() == self._strides
-            and given.shape == self._shape
-            and given.dtype is self._dtype
-            and not (given.requires_grad or given.is_neg() or (self._is_complex and given.is_conj()))
-        )
+        known: Any = self._reference()
+        return given is known and given.data_ptr() == self._address and self._is_as_it_was(given) is True
 
 
 class Kept:
