@@ -277,7 +277,7 @@ def let_go(rank: int) -> None:
     gc.collect()
     gc.disable()
     try:
-        bed = Bed(rank)
+        bed = Bed(rank, channel="let go")
         tensor = weakref.ref(bed.shard if bed.shard is not None else bed.out)
         channel, kept = weakref.ref(bed.mover._session.channel), bed.mover._execution.kept
         assert kept.repeat is not None
@@ -286,7 +286,7 @@ def let_go(rank: int) -> None:
         assert kept.repeat is None
         assert not kept.bindings
         del kept
-        other = Bed(rank)
+        other = Bed(rank, channel="let go")
         del bed, other
         assert channel() is None
     finally:

@@ -1,6 +1,7 @@
 """Any layout to any layout by memory of devices, on the stand-in; mixed with NCCL; and that nothing stays behind."""
 
 import gc
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from tests.standin.ranks import PATIENT_SECONDS, Threads
 from tests.standin.test_moves import CASES
 from tests.transport.test_gloo import drawable
 from tests.transport.test_properties import restrided
-from tricomm import Mesh, Replicate, Resharder, ShardingSpec, TransportError
+from tricomm import Mesh, Replicate, Resharder, Shard, ShardingSpec, TransportError
 from tricomm.transport.device.alive import alive
 
 WAYS = ("all by memory", "two devices", "one refuses")
@@ -144,3 +145,30 @@ def test_communicators_leave_nothing_behind() -> None:
         assert not any(standin._memory.registered for standin in threads.standins)
         assert threads.exports.faults == []
         assert not [key for key in threads.store.list_keys() if "/device/" in key]
+
+
+def leave_first(rank: int, threads: Threads, done: threading.Barrier) -> None:
+    """Rank 2 holds nothing and needs nothing: its connections end before the others begin their last call."""
+    source = ShardingSpec(Mesh([0, 1, 2], ("x",)), (Shard(0),), (2, 4), "float32")
+    destination = ShardingSpec(Mesh([0, 1], ("x",)), (Shard(1),), (2, 4), "float32")
+    shards, full = source_and_result(source, destination)
+    with Resharder(source, destination, timeout_seconds=10, **threads.options(rank)) as mover:
+        mover(shards.get(rank))
+        threads.finish(rank)
+        done.wait(10)
+        assert mover._session is not None
+        communicator: Any = mover._session.communicator
+        if rank == 2:
+            for link in communicator._by_memory._links.values():
+                link.signals.close()
+        done.wait(10)
+        output = mover(shards.get(rank)) if rank < 2 else None
+        threads.finish(rank)
+        done.wait(10)
+    if output is not None:
+        require_equal(output, pick(full, destination, rank), "after rank 2 has left")
+
+
+def test_a_rank_that_has_nothing_to_do_may_leave_first() -> None:
+    with Threads(3, transport="memory") as threads:
+        threads.run(leave_first, threads, threading.Barrier(3))

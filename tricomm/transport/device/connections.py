@@ -172,8 +172,10 @@ class DeviceConnections:
             self.network.abort()
 
     def unread(self) -> list[tuple[int, Any]]:
-        """See Linked. Streams wait for that; but nothing is begun with a rank that is known to be gone."""
-        return [(link.peer, link) for link in self._links.values() if not link.counts()]
+        """See Linked. Streams wait for that; but nothing is begun with a rank that is known to be gone, unless nothing
+        ever went to it or came from it: it may be done, and have nothing to do with this rank.
+        """
+        return [(link.peer, link) for link in self._links.values() if link.is_used and not link.counts()]
 
     def nod(self, tag: int) -> None:
         """See Linked: streams wait, and not the host."""

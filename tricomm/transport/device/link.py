@@ -231,6 +231,11 @@ class DeviceLink:
         if self.flags.theirs(Flag.ABORTED):
             raise LinkClosedError(f"rank {self.peer} aborted before all was read")
 
+    @property
+    def is_used(self) -> bool:
+        """Whether anything went to the peer or came from it."""
+        return any(self._counts.values())
+
     def counts(self) -> bool:
         """Whether it can still be used."""
         return not self.flags.theirs(Flag.ABORTED) and self.stands()
