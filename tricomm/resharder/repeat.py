@@ -8,6 +8,7 @@ have changed since the call before, alone; whatever has leaves the call to the o
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from tricomm.transport.base import Prepare, Prepares
 from tricomm.transport.channel import Channel
 from tricomm.transport.communicator import Communicator
 from tricomm.transport.coordination.run import Place, Run
+from tricomm.transport.handle import Ended
 from tricomm.transport.moving.kept import CachedBinding, Unchanged
 from tricomm.transport.moving.steps import Bound, Completion
 from tricomm.transport.runtime import PlanExecution
@@ -127,7 +129,7 @@ class Repeat:
             and not session.is_closed
             and os.getpid() == self._process
             and channel.turn.take(sys._getframe())
-            and (channel.last_started is None or _keeps_turn(channel))
+            and (channel.last_started is None or _keeps_turn(channel, channel.last_started))
         ):
             return False
         session.calls = number = session.calls + 1
@@ -211,10 +213,9 @@ class Repeat:
         session.__exit__(None, None, None)
 
 
-def _keeps_turn(channel: Channel) -> bool:
-    """Whether nothing has to wait behind what was started; else the turn is given back."""
-    last = channel.last_started
-    if last is None or (last.done() and last.exception() is None):
+def _keeps_turn(channel: Channel, last: "Future[Ended]") -> bool:
+    """Whether nothing has to wait behind what was started last; else the turn is given back."""
+    if last.done() and last.exception() is None:
         return True
     channel.turn.give_back()
     return False

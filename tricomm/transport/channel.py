@@ -24,6 +24,7 @@ from tricomm.transport.communicator import CONNECTING_TAG, LOG, Communicator
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.diagnosis import describe_missed
 from tricomm.transport.coordination.intent import Intent, ProblemError
+from tricomm.transport.coordination.order import channel_in_words
 from tricomm.transport.coordination.run import CallId
 from tricomm.transport.coordination.status import Heartbeat, StatusStore
 from tricomm.transport.device.joining import joined
@@ -206,10 +207,10 @@ class Channel:
 
     def describe_two_threads(self) -> str:
         """Say that the turn is another thread's."""
-        channel = f"channel {self.name!r}" if self.name else "the shared channel"
         return (
             f"two threads of rank {self.coordinator.rank} call at once between ranks {list(self.participants)} on "
-            f"{channel}, so ranks cannot know which call comes first; give each thread a channel=... of its own"
+            f"{channel_in_words(self.name)}, so ranks cannot know which call comes first; give each thread a "
+            "channel=... of its own"
         )
 
     @property

@@ -19,7 +19,7 @@ from enum import Enum
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from tricomm.transport.coordination.order import same_order_rule
+from tricomm.transport.coordination.order import channel_in_words, same_order_rule
 from tricomm.transport.coordination.status import Wait
 
 PATIENCE_SECONDS = 0.1
@@ -324,7 +324,7 @@ def describe_apart(wait: Wait, notes: Sequence[Note], channel: str) -> str:
     there = next((note.channel for note in notes if wait.place == f"rendezvous/{note.epoch.name}"), channel)
     if there == channel:
         return wait.call
-    here, other = (f"channel {name!r}" if name else "the shared channel" for name in (channel, there))
+    here, other = map(channel_in_words, (channel, there))
     return f"{wait.call} on {other}, and is missed on {here}; give the same channel= on all ranks"
 
 

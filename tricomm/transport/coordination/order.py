@@ -1,4 +1,4 @@
-"""What is said to ranks whose calls are not in one order."""
+"""What is said to ranks whose calls are not in one order, or not on one channel."""
 
 UNNAMED = "Resharder number "
 """Begins the label of a Resharder without a name of its own."""
@@ -19,3 +19,13 @@ def same_order_rule(*calls: str) -> str:
     rule = "every rank must make the same calls in the same order"
     is_unnamed = any(UNNAMED in call for call in calls)
     return f'{rule}; Resharder(..., name="queries") lets errors say which one is meant' if is_unnamed else rule
+
+
+def channel_in_words(name: str) -> str:
+    """How errors name a channel.
+
+    Example:
+        >>> channel_in_words("weights"), channel_in_words("")
+        ("channel 'weights'", 'the shared channel')
+    """
+    return f"channel {name!r}" if name else "the shared channel"
