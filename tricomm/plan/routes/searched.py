@@ -12,7 +12,7 @@ from tricomm.plan.routes.stored import read, written
 from tricomm.plan.routes.strategies import Strategy
 from tricomm.plan.tasks import Tasks
 
-SECONDS_PER_DELIVERY = 80e-6
+SECONDS_PER_DELIVERY = 180e-6
 NBYTES_PER_DELIVERY = 8_000
 """What one task for one receiver takes, as measured for 64 to 256 ranks a side on one core."""
 
