@@ -1,6 +1,10 @@
 """Who holds what, against torch.chunk applied to the coordinates themselves; and the intervals underneath."""
 
 import itertools
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import tricomm
 from tests.cases import EXTENTS, Case, cases, meshes, placements
 from tests.oracle import coded, pick, require_equal
+from tests.test_house import ROOT
 from tricomm import Mesh, Partial, Replicate, Shard, ShardingSpec, Topology, local_shard, make_plan
 from tricomm.layout.intervals import (
     Intervals,
@@ -398,3 +403,17 @@ def test_segments_stand_at_their_axis() -> None:
     first = ShardingSpec(mesh, (Shard(0, (2, 6)), Shard(0)), (8,), "int8")
     second = ShardingSpec(mesh, (Shard(0), Shard(0, (2, 6))), (8,), "int8")
     assert (first.notation, second.notation) == ("S0{2,6}1", "S01{2,6}")
+
+
+SENT = "Mesh([[0, 1], [2, 3]], ('a', 'b')), ShardingSpec(Mesh([0, 1], ('x',)), (Shard(1),), (4, 6), 'float32')"
+
+
+@pytest.mark.processes
+def test_a_layout_from_another_process_is_found_among_equal_ones() -> None:
+    """Texts have other hashes there; sets and the caches of plans go by those of layouts."""
+    code = f"import pickle, sys; from tricomm import *; sys.stdout.buffer.write(pickle.dumps(({SENT})))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    sent = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, check=True)
+    for there, here in zip(pickle.loads(sent.stdout), eval(SENT), strict=True):
+        assert there == here
+        assert there in {here}

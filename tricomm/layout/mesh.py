@@ -101,7 +101,8 @@ class Mesh:
         object.__setattr__(self, "axis_names", names)
         object.__setattr__(self, "ranks", flat)
         object.__setattr__(self, "_index", index)
-        object.__setattr__(self, "_hash", hash((shape, names, flat)))  # once, for caches look up large meshes often
+        # Once, for caches look up large meshes often; of numbers alone, as texts have other hashes in another process.
+        object.__setattr__(self, "_hash", hash((shape, flat)))
 
     def __hash__(self) -> int:
         return self._hash

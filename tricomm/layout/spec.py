@@ -72,6 +72,7 @@ class ShardingSpec:
     axis_order: tuple[int, ...] | None
     holdings: tuple[Holding, ...] | None
     _held: dict[int, Holding] | None = field(init=False, compare=False)  # by rank, of those that were asked about
+    _hash: int = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -90,12 +91,19 @@ class ShardingSpec:
         set_field(self, "shape", None if shape is None else checked_shape(shape))
         set_field(self, "dtype", None if dtype is None else dtype_name(dtype))
         set_field(self, "holdings", None if holdings is None else checked_holdings(mesh, holdings, self.global_shape))
-        if holdings is not None:
-            set_field(self, "placements", ())
-            set_field(self, "axis_order", None)
-            return
-        set_field(self, "placements", checked_placements(mesh, placements, self.shape))
-        set_field(self, "axis_order", canonical_axis_order(mesh, self.placements, self.shape is not None, axis_order))
+        placed: tuple[Placement, ...] = ()
+        order = None
+        if holdings is None:
+            placed = checked_placements(mesh, placements, self.shape)
+            order = canonical_axis_order(mesh, placed, self.shape is not None, axis_order)
+        set_field(self, "placements", placed)
+        set_field(self, "axis_order", order)
+        # Once, and of numbers alone: texts have other hashes in another process, which may be sent this.
+        dims = tuple(one.dim if isinstance(one, Shard) else -1 for one in placed)
+        set_field(self, "_hash", hash((mesh, dims, self.shape or (), self.holdings or ())))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     # ---- other ways to write a spec
 
@@ -209,12 +217,9 @@ class ShardingSpec:
             float32[4/dp, 2] on (dp=1: rank 0)
             >>> dist.destroy_process_group()
         """
-        if isinstance(dtensor, TorchLayout):
-            layout = dtensor
-        elif is_dtensor(dtensor):
-            layout = describe_dtensor(dtensor)
-        else:
+        if not (isinstance(dtensor, TorchLayout) or is_dtensor(dtensor)):
             raise ArgumentError(f"{dtensor!r} is not a DTensor; write ShardingSpec(mesh, placements, shape, dtype)")
+        layout = dtensor if isinstance(dtensor, TorchLayout) else describe_dtensor(dtensor)
         as_order = layout.is_ordered if strided_as_order is None else strided_as_order
         mesh, placements, shape, dtype, _, order = layout
         spec = cls.from_placements(mesh, placements, shape, dtype, group=group, strided_as_order=as_order)
@@ -325,11 +330,8 @@ class ShardingSpec:
         >>> ShardingSpec(Mesh([[0, 1], [2, 3]], ("dp", "tp")), (Partial(), Shard(0)), (8,)).partial_axes
         (0,)
         """
-        return tuple(
-            axis
-            for axis, placement in enumerate(self.placements)
-            if isinstance(placement, Partial) and self.mesh.shape[axis] > 1
-        )
+        extents = self.mesh.shape
+        return tuple(axis for axis, one in enumerate(self.placements) if isinstance(one, Partial) and extents[axis] > 1)
 
     def cutting_axes(self, dim: int) -> tuple[int, ...]:
         """The mesh axes that cut a dim, first cut first.
@@ -394,10 +396,8 @@ class ShardingSpec:
         """
         if self.holdings is not None:
             return self.mesh.size == 1
-        return all(
-            isinstance(placement, Shard) or extent == 1
-            for placement, extent in zip(self.placements, self.mesh.shape, strict=True)
-        )
+        parts = zip(self.placements, self.mesh.shape, strict=True)
+        return all(isinstance(placement, Shard) or extent == 1 for placement, extent in parts)
 
     @property
     def notation(self) -> str:

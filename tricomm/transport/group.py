@@ -68,6 +68,8 @@ class GroupContext(Coordinator):
         self._channels: weakref.WeakValueDictionary[Hashable, Channel] = weakref.WeakValueDictionary()
         self._devices = GlooDevices()
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self.as_written: dict[tuple[int | str, ...], tuple[Any, Hashable]] = {}
+        """By the ids of what one-shot calls were given, what was made for them; and that, so that ids stay its own."""
         self._counts: OrderedDict[str, int] = OrderedDict()
         self.tapes: dict[str, Any] = {}
         """Of differentiable moves, by channel; see tricomm.autograd.tape."""
@@ -130,12 +132,21 @@ class GroupContext(Coordinator):
             self._kept[key] = made
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
+                self.as_written.clear()  # what goes is held by nothing else
         return made
+
+    def note_written(self, written: tuple[int | str, ...], made: Any, given: Hashable) -> None:
+        """Let ``as_written`` find what is kept. A group among the arguments is this one, and is not held."""
+        with self._lock:
+            if len(self.as_written) >= MAX_KEPT:
+                self.as_written.clear()
+            self.as_written[written] = made, given
 
     def clear(self) -> None:
         """Forget what was kept for one-shot calls."""
         with self._lock:
             self._kept.clear()
+            self.as_written.clear()
 
 
 @cache
@@ -167,6 +178,8 @@ def resolve_group(group: Any) -> Any:
     Raises:
         SpecError: there is none, it was destroyed, or this process is not in it.
     """
+    if group is None and dist.is_available() and (default := dist.group.WORLD) is not None:
+        return default
     if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise SpecError("this process is not in the given group; only its ranks may call")
     if dist.is_available() and isinstance(group, dist.ProcessGroup):
@@ -178,9 +191,7 @@ def resolve_group(group: Any) -> Any:
     if not dist.is_available() or not dist.is_initialized():
         remedy = "call torch.distributed.init_process_group first, or run all ranks here with tricomm.LocalTransport"
         raise SpecError(f"there is no process group; {remedy}")
-    if group is not None:
-        raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
-    return dist.group.WORLD
+    raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
 
 
 def _is_destroyed(group: Any) -> bool:
