@@ -182,7 +182,7 @@ class Threads:
             self.world.moved.notify_all()
         self.kept.clear()
         for group in self.groups:
-            shared = context_of(group).monitor._shared
+            shared = context_of(group).monitor.watched
             shared.end(os.getpid())
             if shared.thread is not None:
                 shared.thread.join(2)

@@ -111,7 +111,9 @@ def test_a_round_is_one_group_on_its_device(backend: Backend) -> None:
 
 def connected(backend: Backend, rank: int, store: Any) -> Communicator:
     """A communicator on a device that is not there."""
-    coordinator = SimpleNamespace(rank=rank, status=StatusStore(store, rank), monitor=None, dead={})
+    coordinator = SimpleNamespace(
+        rank=rank, status=StatusStore(store, rank), monitor=SimpleNamespace(watched=None), dead={}
+    )
     communicator = Communicator(coordinator, tuple(INDEX), "communicator/x", 1, torch.device("cpu"))
     communicator.call = communicator.run = Run(3, 2, "Resharder 'a'", Place.of("communicator/x/1", 5.0))
     connections = object.__new__(nccl.NcclConnections)

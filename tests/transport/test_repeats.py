@@ -223,6 +223,7 @@ def fails_then_works(rank: int, culprit: int, where: str, transport: str) -> str
     with pytest.MonkeyPatch.context() as patch:
         if rank == culprit:
             patch.setattr(Communicator, "catch_up", broken(where))
+            bed.mover._session.communicator.may_be_unread = True
         with pytest.raises((TransportError, RuntimeError, KeyError)) as caught:
             bed.mover(bed.shard, out=bed.out)
     for _ in range(BEFORE + 1):
@@ -256,7 +257,8 @@ def lost(rank: int) -> str | None:
         repeat = bed.mover._execution.kept.repeat
         starts = repeat._prepared.starts
 
-        def fail() -> None:
+        def fail(tag: int) -> None:
+            assert tag == bed.mover._session.tag
             raise RuntimeError("connection closed by peer")
 
         repeat._prepared = repeat._prepared._replace(starts=(*starts[:-1], (*starts[-1][:1], fail, starts[-1][2])))

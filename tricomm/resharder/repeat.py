@@ -6,14 +6,15 @@ have changed since the call before, alone; whatever has leaves the call to the o
 """
 
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import timedelta
+from sys import _getframe
+from threading import get_ident
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import increment_version
 
 from tricomm.errors import TransportError
 from tricomm.packing.holdings import Tensors
@@ -27,35 +28,69 @@ from tricomm.transport.moving.steps import Bound, Completion
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import Session
 from tricomm.transport.streams import HostStreamContext
+from tricomm.transport.tally import Tally
 from tricomm.transport.telling import name_error
 
 _is_in_transform = torch._C._are_functorch_transforms_active
 _count_modes = torch._C._len_torch_dispatch_stack
+_increment_version = torch._C._increment_version
 
-Start = tuple[Callable[[], object] | None, Callable[[], Any], int]
-"""What packs an operation, if anything does; what starts it, which returns the backend's work; and the peer."""
+Start = tuple[Callable[[], object] | None, Callable[[int], Any], int]
+"""What packs an operation, if anything does; what starts it with a tag and returns the backend's work; and the peer."""
 
 
 class Prepared(NamedTuple):
     """A run that is one step, with what starts each of its operations made.
 
     Attributes:
+        bound: the run.
         starts: in the order of the works.
         completions: see Step.
     """
 
+    bound: Bound
     starts: tuple[Start, ...]
     completions: tuple[Completion, ...]
 
     @classmethod
-    def of(cls, bound: Bound, prepare: Prepare | None, tag: int) -> "Prepared | None":
+    def of(cls, bound: Bound, prepare: Prepare | None) -> "Prepared | None":
         """Prepare a run; None if it takes several steps, or operations are not started each by itself."""
         if prepare is None or len(bound.steps) > 1:
             return None
         ((_, receives, sends, rounds),) = bound.steps
         every = (*((one, None) for one in receives), *sends)
-        starts = tuple((pack, prepare(operation, tag), operation.peer) for operation, pack in every)
-        return cls(starts, tuple(one for _, of_round in rounds for one in of_round))
+        starts = tuple((pack, prepare(operation), operation.peer) for operation, pack in every)
+        return cls(bound, starts, tuple(one for _, of_round in rounds for one in of_round))
+
+    def move(self, run: Run, limit: timedelta, tally: Tally) -> None:
+        """Move all in a run that has begun, as ``runtime.run_move`` does.
+
+        Raises:
+            RuntimeError: of the connection with the peer that ``run.waiting_for`` names.
+        """
+        tag, works = run.tag, list[tuple[int, Any]]()
+        packing, posting = 0.0, perf_counter()
+        for pack, start, peer in self.starts:
+            if pack is not None:
+                now = perf_counter()
+                pack()
+                packing += perf_counter() - now
+            run.waiting_for = peer
+            works.append((peer, start(tag)))
+            run.waiting_for = None
+        unpacking, posted = 0.0, perf_counter()
+        for awaited, unpack in self.completions:
+            if awaited is not None:
+                run.waiting_for, work = works[awaited]
+                if work is not None:
+                    work.wait(limit)
+                run.waiting_for = None
+            if unpack is not None:
+                now = perf_counter()
+                unpack()
+                unpacking += perf_counter() - now
+        waited = perf_counter() - posted - unpacking
+        tally.add(self.bound, packing, posted - posting - packing, unpacking, waited)
 
 
 class Repeat:
@@ -109,7 +144,7 @@ class Repeat:
         assert session.communicator is not None
         connections = session.communicator.connections
         prepare = connections.prepare if isinstance(connections, Prepares) else None
-        self._prepared = Prepared.of(binding.bound, prepare, self.tag)
+        self._prepared = Prepared.of(binding.bound, prepare)
 
     def make(self, tensor: Any, out: Any) -> bool:
         """Make the call once more; false, and nothing is done, if it is another one.
@@ -118,59 +153,39 @@ class Repeat:
             TransportError: a rank failed.
         """
         source, destination, session, channel = self._source, self._destination, self._session, self._channel
-        communicator, binding = session.communicator, self._binding
+        communicator, binding, tag, turn = session.communicator, self._binding, self.tag, channel.turn
         if not (
             (tensor is None if source is None else source.is_same(tensor))
             and (out is None if destination is None else destination.is_same(out))
             and not (_is_in_transform() or (out is None and _count_modes()))
-            and session.tag == self.tag
+            and session.tag == tag
             and communicator is not None
             and communicator.is_usable
             and not session.is_closed
             and os.getpid() == self._process
-            and channel.turn.take(sys._getframe())
+            and (turn.holders.setdefault(0, (get_ident(), _getframe()))[1] is _getframe() or turn.take(_getframe()))
             and (channel.last_started is None or _keeps_turn(channel, channel.last_started))
         ):
             return False
         session.calls = number = session.calls + 1
         run = None
         try:
-            run = communicator.begin(self.tag, number, self._label, session.timeout_seconds, session.uses_memory)
-            communicator.catch_up()
+            run = communicator.begin(tag, number, self._label, session.timeout_seconds, session.uses_memory)
+            if communicator.may_be_unread:
+                communicator.catch_up()
             if self._prepared is None or (binding.staging_nbytes and channel.staged is not binding.staging):
                 self._move_by_steps(communicator, tensor, out)
             else:
-                works: list[tuple[int, Any]] = []
-                packing, posting = 0.0, perf_counter()
-                for pack, start, peer in self._prepared.starts:
-                    if pack is not None:
-                        now = perf_counter()
-                        pack()
-                        packing += perf_counter() - now
-                    run.waiting_for = peer
-                    works.append((peer, start()))
-                    run.waiting_for = None
-                unpacking, posted = 0.0, perf_counter()
-                for awaited, unpack in self._prepared.completions:
-                    if awaited is not None:
-                        run.waiting_for, work = works[awaited]
-                        work.wait(self._limit)
-                        run.waiting_for = None
-                    if unpack is not None:
-                        now = perf_counter()
-                        unpack()
-                        unpacking += perf_counter() - now
-                waited = perf_counter() - posted - unpacking
-                self._tally.add(binding.bound, packing, posted - posting - packing, unpacking, waited)
+                self._prepared.move(run, self._limit, self._tally)
             if session.confirms:
                 communicator.confirm()
             communicator.end(run, is_complete=True)
         except BaseException as error:
             self._fail(communicator, run, error, tensor, out)
         else:
-            channel.turn.give_back()
+            turn.holders.clear()
         if destination is not None and destination.has_version:
-            increment_version(out)
+            _increment_version((out,))
         return True
 
     def _move_by_steps(self, communicator: Communicator, tensor: Any, out: Any) -> None:

@@ -248,7 +248,7 @@ class Connections(Protocol):
         ...
 
 
-Prepare = Callable[[Operation, int], Callable[[], Any]]
+Prepare = Callable[[Operation], Callable[[int], Any]]
 """See Prepares."""
 
 
@@ -256,9 +256,10 @@ Prepare = Callable[[Operation, int], Callable[[], Any]]
 class Prepares(Protocol):
     """Connections that start each operation by itself, and on which to launch work on buffers is to do it."""
 
-    def prepare(self, operation: Operation, tag: int) -> Callable[[], Any]:
-        """Return what starts an operation of a tag, as often as it is called, and returns the backend's work: its
-        ``wait`` takes a limit, as a timedelta. RuntimeErrors of either are the connection's.
+    def prepare(self, operation: Operation) -> Callable[[int], Any]:
+        """Return what starts an operation, as often as it is called with a tag, and returns the backend's work, or None
+        if there is nothing to wait for: its ``wait`` takes a limit, as a timedelta. RuntimeErrors of either are the
+        connection's.
         """
         ...
 

@@ -117,23 +117,30 @@ class Turn:
 
     A frame that an interrupt (KeyboardInterrupt) has ended on the way out, before the first line of what gives the turn
     back, is on no stack any more, and its turn is over all the same.
+
+    Attributes:
+        holders: one at most, at 0: the first to ``setdefault`` itself there has the turn, until it clears this.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder: tuple[int, FrameType] | None = None
+        self.holders: dict[int, tuple[int, FrameType]] = {}
+        self._taking_over = threading.Lock()
 
     def take(self, frame: FrameType) -> bool:
         """Take it for a frame of this thread, without waiting; false if another frame has it."""
-        with self._lock:
-            if self._holder is not None and _is_running(*self._holder):
+        mine = (threading.get_ident(), frame)
+        while (holder := self.holders.setdefault(0, mine)) is not mine:
+            if _is_running(*holder):
                 return False
-            self._holder = (threading.get_ident(), frame)
-            return True
+            with self._taking_over:
+                # One that has ended and is here still will not give it back, and nobody else may take its place.
+                if self.holders.get(0) is holder:
+                    self.holders[0] = mine
+        return True
 
     def give_back(self) -> None:
         """End the turn of the frame that has it."""
-        self._holder = None
+        self.holders.clear()
 
 
 def _is_running(thread: int, frame: FrameType) -> bool:

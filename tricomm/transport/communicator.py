@@ -44,7 +44,7 @@ from tricomm.transport.base import (
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.loss import describe_loss
-from tricomm.transport.coordination.order import same_order_rule
+from tricomm.transport.coordination.order import describe_another
 from tricomm.transport.coordination.questions import Question
 from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason, Fault
@@ -91,9 +91,9 @@ class Communicator:
         """Why it can no longer be used. Written once, under the lock."""
         self.is_usable = True
         """Whether calls may begin: nobody has aborted it, as far as is known here, nor taken another in its place."""
-        self._monitor = coordinator.monitor
+        self._monitor, self._watched = coordinator.monitor, coordinator.monitor.watched
         self.run: Run | None = None
-        self.begun, self._may_be_unread = 0, False
+        self.begun, self.may_be_unread = 0, False
         """Calls that have begun here, and whether others may still read what one before gave them."""
         self.call = self._before = CallId(CONNECTING_TAG, 0, "")
         """The one that runs, or ran last, and the one before it."""
@@ -114,13 +114,11 @@ class Communicator:
         self.refused = {} if refused is None else refused
         self.depth, self.launch = self.connections.depth, self.connections.launch
         self.in_place, self.arenas = NOTHING_IN_PLACE, NO_ARENAS
-        """See Transport."""
         self._lock = threading.Lock()
         self._token = torch.zeros(2, dtype=torch.uint8, device=device)
 
     def connect(self, connections: Connections, link: Callable[[], Linked] | None = None) -> None:
-        """Use the connections, in a run, once every rank has all its own: one that is quick could do its part, close
-        and be gone before a slower one has looked at the connection to it.
+        """Use the connections, in a run, once every rank has all its own: a quick one could else be gone before.
 
         Args:
             connections: over the network.
@@ -194,13 +192,13 @@ class Communicator:
 
     def catch_up(self) -> None:
         """Wait until others have read what this rank gave in the call before this one, which may post then."""
-        unread = self._by_memory.unread() if self._may_be_unread and self._by_memory is not None else []
-        self._may_be_unread = False
-        if unread and self.run is not None:
-            self.run.behind = self._before
-            for work in unread:
-                self.wait(work)
-            self.run.behind = None
+        unread = self._by_memory.unread() if self.may_be_unread and self._by_memory is not None else []
+        self.may_be_unread = False
+        assert self.run is not None
+        self.run.behind = self._before if unread else None
+        for work in unread:
+            self.wait(work)
+        self.run.behind = None
 
     def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
         """See Connections."""
@@ -257,11 +255,8 @@ class Communicator:
         """Without tags: whether another rank confirms the same call."""
         tag, number = received.view(torch.int64).tolist()
         if (tag, number) != (self.call.tag, self.call.number):
-            what = "the same Resharder" if tag == self.call.tag else f"another Resharder (of tag {tag})"
-            raise self.abort(
-                f"rank {self.coordinator.rank} is in {self.call}, and rank {other} in call {number} of {what}; "
-                f"{same_order_rule(str(self.call))}"
-            )
+            rank, is_of_same = self.coordinator.rank, tag == self.call.tag
+            raise self.abort(describe_another(rank, str(self.call), other, number, is_of_same, tag))
 
     # ---- calls
 
@@ -297,7 +292,11 @@ class Communicator:
         if self._board is not None:
             self._board.add(tag, number, name)
             self._last_runs[tag], run.board = run, self._board
-        self._monitor.watch(run)
+        watched = self._watched  # as Monitor.watch, which does the rest if there is any
+        run.computed_before = watched.computing.seconds_before
+        watched.runs.add(run)
+        if watched.is_idle or watched.computing.what or run.place.heartbeat_seconds < watched.seconds:
+            self._monitor.watch(run)
         return run
 
     def _set_timeout(self, timeout_seconds: float, connecting: tuple[int, ...]) -> None:
@@ -314,11 +313,12 @@ class Communicator:
         if is_complete:
             if self._by_memory is not None and self.connections is self._by_memory:
                 self._by_memory.finish(self._limit)
-                self._may_be_unread = True
+                self.may_be_unread = True
             self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:
-            self._monitor.release(run)
+            self._watched.runs.discard(run)
+            run.owner = None  # see Monitor.release
             return
         run.pending.close()
         for before in tuple(self._unfinished):

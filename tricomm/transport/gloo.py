@@ -166,11 +166,11 @@ class GlooConnections:
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Works are waited for, each by itself."""
 
-    def prepare(self, operation: Operation, tag: int) -> Callable[[], Any]:
+    def prepare(self, operation: Operation) -> Callable[[int], Any]:
         """See Prepares."""
         is_send, peer, buffer, *_ = operation
         backend = self._backends[is_send == (peer > self._rank)]
-        return partial(backend.send if is_send else backend.recv, [buffer], self._index[peer], tag)
+        return partial(backend.send if is_send else backend.recv, [buffer], self._index[peer])
 
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections."""

@@ -72,7 +72,7 @@ class Computing(NamedTuple):
         return run.deadline + self.seconds(now) - run.computed_before
 
 
-class _Shared:
+class Watched:
     """What a monitor and its thread share; it keeps neither alive."""
 
     def __init__(self) -> None:
@@ -87,6 +87,7 @@ class _Shared:
         self.thread: threading.Thread | None = None
 
     def wake(self) -> None:
+        """Let the thread look."""
         self.is_idle = False
         self.busy.set()
 
@@ -109,17 +110,20 @@ class Monitor:
 
     Args:
         status: where heartbeats are posted and reasons are read.
+
+    Attributes:
+        watched: what it watches.
     """
 
     def __init__(self, status: StatusStore) -> None:
         self.status = status
-        self._shared = _Shared()
+        self.watched = Watched()
         self._starting = threading.Lock()
-        weakref.finalize(self, self._shared.end, os.getpid())
+        weakref.finalize(self, self.watched.end, os.getpid())
 
     def watch(self, run: Run) -> None:
-        """Begin to watch a run."""
-        shared = self._shared
+        """Begin to watch a run. Communicator.begin does the usual part of it by itself."""
+        shared = self.watched
         computing = shared.computing
         run.computed_before = computing.seconds(run.began) if computing.what else computing.seconds_before
         shared.runs.add(run)
@@ -132,7 +136,7 @@ class Monitor:
 
     def release(self, run: Run) -> None:
         """End to watch a run."""
-        self._shared.runs.discard(run)
+        self.watched.runs.discard(run)
         run.owner = None  # it may be kept, and what it would abort must not
 
     @contextmanager
@@ -143,7 +147,7 @@ class Monitor:
             what: in words.
             timeout_seconds: of those runs.
         """
-        shared, began = self._shared, time.monotonic()
+        shared, began = self.watched, time.monotonic()
         shared.computing = Computing(what, began, shared.computing.seconds_before, heartbeat_seconds(timeout_seconds))
         if shared.is_idle:
             self._wake()
@@ -154,7 +158,7 @@ class Monitor:
 
     def _wake(self) -> None:
         """Begin to look, on a thread that the first run starts."""
-        shared = self._shared
+        shared = self.watched
         with self._starting:
             if shared.thread is None:
                 arguments = (shared, self.status)
@@ -163,7 +167,7 @@ class Monitor:
         shared.wake()
 
 
-def _watch(shared: _Shared, status: StatusStore) -> None:
+def _watch(shared: Watched, status: StatusStore) -> None:
     """The monitor's thread."""
     watcher = Watcher(status)
     while True:
@@ -187,7 +191,7 @@ def _watch(shared: _Shared, status: StatusStore) -> None:
         del runs
 
 
-def _seconds_to_next_look(shared: _Shared) -> float:
+def _seconds_to_next_look(shared: Watched) -> float:
     """Return the time to the next heartbeat or deadline; the caller meanwhile keeps no run of a group that is gone."""
     now = time.monotonic()
     shared.seconds = min(shared.seconds, shared.computing.heartbeat_seconds)

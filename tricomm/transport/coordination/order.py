@@ -21,6 +21,18 @@ def same_order_rule(*calls: str) -> str:
     return f'{rule}; Resharder(..., name="queries") lets errors say which one is meant' if is_unnamed else rule
 
 
+def describe_another(rank: int, call: str, other: int, its_number: int, is_of_same: bool, its_tag: int) -> str:
+    """What is said to a rank that confirms a call where another rank confirms another one.
+
+    Args:
+        rank, call: this one, and its call.
+        other, its_number, its_tag: the other one, and its call.
+        is_of_same: whether that is of the same Resharder.
+    """
+    what = "the same Resharder" if is_of_same else f"another Resharder (of tag {its_tag})"
+    return f"rank {rank} is in {call}, and rank {other} in call {its_number} of {what}; {same_order_rule(call)}"
+
+
 def channel_in_words(name: str) -> str:
     """How errors name a channel.
 
