@@ -15,6 +15,7 @@ from tricomm.launch import Ranks
 from tricomm.resharder.repeat import Repeat
 from tricomm.transport.communicator import Communicator
 from tricomm.transport.moving.kept import Unchanged
+from tricomm.transport.tally import MOST_NOTED
 
 SHAPE = (8, 12)
 SIZE = 4
@@ -222,8 +223,7 @@ def fails_then_works(rank: int, culprit: int, where: str, transport: str) -> str
     bed = Bed(rank, ROWS_OF_ALL, COLUMNS_OF_ALL, transport=transport)
     with pytest.MonkeyPatch.context() as patch:
         if rank == culprit:
-            patch.setattr(Communicator, "catch_up", broken(where))
-            bed.mover._session.communicator.may_be_unread = True
+            patch.setattr(Communicator, "begin", broken(where))
         with pytest.raises((TransportError, RuntimeError, KeyError)) as caught:
             bed.mover(bed.shard, out=bed.out)
     for _ in range(BEFORE + 1):
@@ -232,8 +232,8 @@ def fails_then_works(rank: int, culprit: int, where: str, transport: str) -> str
     return str(caught.value)
 
 
-def broken(where: str) -> Callable[[Any], None]:
-    def fail(self: Any) -> None:
+def broken(where: str) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
         raise (KeyError if where == "key" else RuntimeError)(f"no {where} here")
 
     return fail
@@ -337,3 +337,21 @@ def test_a_tensor_is_the_one_before_only_as_it_was(change: Callable[[torch.Tenso
     gone = weakref.ref(tensor)
     del tensor
     assert gone() is None, "it is not kept"
+
+
+def many(rank: int) -> None:
+    if rank >= SIZE:
+        return
+    bed = Bed(rank)
+    tally, before = bed.mover._execution.tally, bed.mover.stats
+    assert not tally.noted
+    for _ in range(MOST_NOTED + 7):
+        bed.mover(bed.shard, out=bed.out)
+    assert len(tally.noted) == 7
+    after = bed.mover.stats
+    assert after.calls == before.calls + MOST_NOTED + 7
+    assert after.post_seconds > before.post_seconds
+
+
+def test_repeats_are_added_up_when_they_are_many_or_somebody_looks(ranks: Ranks) -> None:
+    ranks.run(many)

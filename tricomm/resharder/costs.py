@@ -28,7 +28,7 @@ def stats_of(
     """
     if execution is None:
         return Stats(plan_seconds=plan_seconds)
-    tally = execution.tally
+    tally = execution.tally.settled()
     sent = Traffic(
         transport=_names_of(execution, device, transports),
         messages=tally.messages,

@@ -28,7 +28,7 @@ from tricomm.transport.moving.steps import Bound, Completion
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import Session
 from tricomm.transport.streams import HostStreamContext
-from tricomm.transport.tally import Tally
+from tricomm.transport.tally import MOST_NOTED, Tally
 from tricomm.transport.telling import name_error
 
 _is_in_transform = torch._C._are_functorch_transforms_active
@@ -90,7 +90,9 @@ class Prepared(NamedTuple):
                 unpack()
                 unpacking += perf_counter() - now
         waited = perf_counter() - posted - unpacking
-        tally.add(self.bound, packing, posted - posting - packing, unpacking, waited)
+        tally.noted.append((self.bound, packing, posted - posting - packing, unpacking, waited))
+        if len(tally.noted) >= MOST_NOTED:
+            tally.settled()
 
 
 class Repeat:
@@ -171,7 +173,7 @@ class Repeat:
         run = None
         try:
             run = communicator.begin(tag, number, self._label, session.timeout_seconds, session.uses_memory)
-            if communicator.may_be_unread:
+            if communicator.unread_of is not None and session.uses_memory:
                 communicator.catch_up()
             if self._prepared is None or (binding.staging_nbytes and channel.staged is not binding.staging):
                 self._move_by_steps(communicator, tensor, out)

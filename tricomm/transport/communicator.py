@@ -93,10 +93,12 @@ class Communicator:
         """Whether calls may begin: nobody has aborted it, as far as is known here, nor taken another in its place."""
         self._monitor, self._watched = coordinator.monitor, coordinator.monitor.watched
         self.run: Run | None = None
-        self.begun, self.may_be_unread = 0, False
-        """Calls that have begun here, and whether others may still read what one before gave them."""
-        self.call = self._before = CallId(CONNECTING_TAG, 0, "")
-        """The one that runs, or ran last, and the one before it."""
+        self.begun = 0
+        """Calls that have begun here."""
+        self.unread_of: Run | None = None
+        """The call of which others may still read what it gave them by memory."""
+        self.call = CallId(CONNECTING_TAG, 0, "")
+        """The one that runs, or ran last."""
         self._timeout_seconds, self._has_failed_late = 0.0, False
         self._place = Place.of(self.place, 0.0)
         self._limit = self._place.limit_after(0.0)
@@ -191,14 +193,15 @@ class Communicator:
             return self._by_memory.share(asked, self.call.tag)
 
     def catch_up(self) -> None:
-        """Wait until others have read what this rank gave in the call before this one, which may post then."""
-        unread = self._by_memory.unread() if self.may_be_unread and self._by_memory is not None else []
-        self.may_be_unread = False
-        assert self.run is not None
-        self.run.behind = self._before if unread else None
+        """Before anything is posted by memory, wait until others have read what this rank gave in a call before."""
+        run, given, by_memory = self.run, self.unread_of, self._by_memory
+        if run is None or given is None or by_memory is None or self.connections is not by_memory:
+            return
+        self.unread_of, unread = None, by_memory.unread()
+        run.behind = given if unread else None
         for work in unread:
             self.wait(work)
-        self.run.behind = None
+        run.behind = None
 
     def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
         """See Connections."""
@@ -284,7 +287,7 @@ class Communicator:
             self.connections, self.in_place, self.arenas = by_memory, by_memory.in_place, by_memory.arenas
         elif by_memory is not None:
             self.connections, self.in_place, self.arenas = self._network, NOTHING_IN_PLACE, NO_ARENAS
-        self.begun, self._before = self.begun + 1, self.call
+        self.begun += 1
         self.call = self.run = run = Run(tag, number, name, self._place, self, self.begun)
         begin = self.connections.begin
         if begin is not None:
@@ -306,14 +309,11 @@ class Communicator:
         self._limit = self._place.limit_after(timeout_seconds)
 
     def end(self, run: Run, is_complete: bool = False) -> None:
-        """End a call, badly or well: then it is over here, and what fails later is another one.
-
-        What it has queued on a device stays watched until it is done.
-        """
+        """End a call, badly or well: it is over here, and what it queued on a device is watched until it is done."""
         if is_complete:
             if self._by_memory is not None and self.connections is self._by_memory:
                 self._by_memory.finish(self._limit)
-                self.may_be_unread = True
+                self.unread_of = run
             self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:

@@ -12,6 +12,9 @@ from tricomm.plan.stacks import Stack
 from tricomm.stats import Progress
 from tricomm.transport.moving.steps import Bound
 
+MOST_NOTED = 256
+"""Runs that are noted at a time."""
+
 
 class Tally:
     """Sums over all runs; the loop that carries a run out adds to them as it goes.
@@ -22,6 +25,8 @@ class Tally:
         received_messages, received_nbytes: likewise.
         bind_seconds, pack_seconds, post_seconds, wait_seconds, unpack_seconds: on this thread.
         staging_nbytes: the most that a run had in packed chunks.
+        noted: runs that are over, as ``add`` takes them, and are to be added when somebody looks, or when these are
+            many: a call of few bytes has no time for that. Look at all else after ``settled``.
     """
 
     __slots__ = (
@@ -29,6 +34,7 @@ class Tally:
         "calls",
         "messages",
         "nbytes",
+        "noted",
         "pack_seconds",
         "post_seconds",
         "received_messages",
@@ -41,6 +47,7 @@ class Tally:
     def __init__(self) -> None:
         self.calls = self.messages = self.nbytes = self.received_messages = self.received_nbytes = 0
         self.staging_nbytes = 0
+        self.noted: list[tuple[Bound, float, float, float, float]] = []
         self.bind_seconds = self.pack_seconds = self.post_seconds = self.wait_seconds = self.unpack_seconds = 0.0
 
     def add(
@@ -62,6 +69,12 @@ class Tally:
         self.post_seconds += posting_seconds
         self.unpack_seconds += unpacking_seconds
         self.wait_seconds += waiting_seconds
+
+    def settled(self) -> "Tally":
+        """Return this, with all that was noted added."""
+        while self.noted:
+            self.add(*self.noted.pop())
+        return self
 
     def waited_since(self, began: float) -> float:
         """Add a wait that began then and is over; returns the time, of perf_counter."""

@@ -91,8 +91,8 @@ class Run(CallId):
     """
 
     waiting_for: int | None = None
-    behind: CallId | None = None
-    """The call before it, of which others have still to read what this rank gave: where this rank is until then."""
+    behind: "Run | None" = None
+    """A call before it, of which others have still to read what this rank gave: where this rank is until then."""
     computed_before = 0.0
     """How long this rank had computed when the run began."""
     pending: Pending | None = None
@@ -128,8 +128,8 @@ class Run(CallId):
     def wait(self) -> Wait:
         """Return what the run waits for now."""
         peer, others = (self.candidates or (None,))[0], self.candidates[1:]
-        call, position = (self, self.position) if self.behind is None else (self.behind, self.position - 1)
-        return Wait(self.place.name, peer, str(call), others, position)
+        at = self if self.behind is None else self.behind
+        return Wait(self.place.name, peer, str(at), others, at.position)
 
     def is_done(self) -> bool:
         """Whether the device has done all of it; for the thread that runs."""
