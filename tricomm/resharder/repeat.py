@@ -58,9 +58,13 @@ class Prepared(NamedTuple):
         if prepare is None or len(bound.steps) > 1:
             return None
         ((_, receives, sends, rounds),) = bound.steps
-        every = (*((one, None) for one in receives), *sends)
-        starts = tuple((pack, prepare(operation), operation.peer) for operation, pack in every)
-        return cls(bound, starts, tuple(one for _, of_round in rounds for one in of_round))
+        starts: list[Start] = []
+        for operation, pack in (*((one, None) for one in receives), *sends):
+            start = prepare(operation)
+            if start is None:
+                return None
+            starts.append((pack, start, operation.peer))
+        return cls(bound, tuple(starts), tuple(one for _, of_round in rounds for one in of_round))
 
     def move(self, run: Run, limit: timedelta, tally: Tally) -> None:
         """Move all in a run that has begun, as ``runtime.run_move`` does.

@@ -248,7 +248,7 @@ class Connections(Protocol):
         ...
 
 
-Prepare = Callable[[Operation], Callable[[int], Any]]
+Prepare = Callable[[Operation], Callable[[int], Any] | None]
 """See Prepares."""
 
 
@@ -256,10 +256,10 @@ Prepare = Callable[[Operation], Callable[[int], Any]]
 class Prepares(Protocol):
     """Connections that start each operation by itself, and on which to launch work on buffers is to do it."""
 
-    def prepare(self, operation: Operation) -> Callable[[int], Any]:
+    def prepare(self, operation: Operation) -> Callable[[int], Any] | None:
         """Return what starts an operation, as often as it is called with a tag, and returns the backend's work, or None
         if there is nothing to wait for: its ``wait`` takes a limit, as a timedelta. RuntimeErrors of either are the
-        connection's.
+        connection's. None if an operation like that has to be posted with those beside it.
         """
         ...
 

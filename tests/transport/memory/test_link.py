@@ -61,7 +61,7 @@ def test_receives_match_as_they_are_posted_however_they_are_waited_for(ends: tup
     there.expect(other, OTHER).wait(there, patience(there))
     offers[1].wait(here, patience(here))
     assert bool((other.buffer == 7).all())
-    assert [there._early, there._expected] == [{}, {}], "nothing stays of a tag, of which each one-shot call has one"
+    assert [there.early, there.expected] == [{}, {}], "nothing stays of a tag, of which each one-shot call has one"
 
 
 def test_more_messages_than_a_socket_has_room_for_arrive(ends: tuple[Link, Link]) -> None:

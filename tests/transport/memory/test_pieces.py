@@ -190,7 +190,7 @@ def test_memory_is_that_of_few_pieces_whatever_is_sent() -> None:
         there.look()
         for one in here.unread():
             one.wait_read(here, patience(here))
-    assert len(there._slabs) == 2
+    assert len(there.slabs) == 2
 
 
 @pytest.mark.parametrize("nbytes", [PIECE_NBYTES * 4, 8])

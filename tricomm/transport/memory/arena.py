@@ -91,10 +91,14 @@ class Arena:
 
     def take(self, nbytes: int) -> tuple[SharedSlab, int | None]:
         """A free slab for so many bytes, and its file if it is new and is to be handed over."""
-        free = self._free.get(_size_for(nbytes))
+        free = self.free(nbytes)
         if free:
             return free.pop(), None
         return new_slab(self.number(), nbytes)
+
+    def free(self, nbytes: int) -> list[SharedSlab]:
+        """The free slabs for so many bytes, from now on too; whoever has used one gives it back there."""
+        return self._free.setdefault(_size_for(nbytes), [])
 
     def number(self) -> int:
         """Of a new slab, whosever it is."""

@@ -10,11 +10,12 @@ import torch
 from tricomm.packing import runs as in_runs
 from tricomm.packing.runs import InPlace
 from tricomm.packing.staging import Direction
-from tricomm.transport.base import NO_ARENAS, Asked, Connections, Operation, Shared
+from tricomm.transport.base import NO_ARENAS, Asked, Connections, Operation, Prepares, Shared
 from tricomm.transport.memory.link import PIECES_UNDER_WAY, Link
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.nearby import Nearby
 from tricomm.transport.memory.pieces import Common, Pool
+from tricomm.transport.memory.prepared import prepared
 from tricomm.transport.memory.rungs import PairTransports, Rung
 from tricomm.transport.memory.signals import LinkClosedError
 from tricomm.transport.memory.transfers import Patience, size_of
@@ -48,6 +49,8 @@ class HostConnections:
         self.transports = transports
         self.depth = network.depth
         self._links = tuple(links.values())
+        self._offers = tuple(link.offers for link in self._links)
+        self._backlogs = tuple(link.backlog for link in self._links)
         self._are_all_linked = are_all_linked
         self._pool = Pool(PIECES_UNDER_WAY * len(links))
         ways = {(is_send, rank): links[rank].rung(is_send) for rank in links for is_send in (True, False)}
@@ -95,9 +98,21 @@ class HostConnections:
         """See Linked."""
         raise NotImplementedError
 
+    def prepare(self, operation: Operation, tag: int) -> Callable[[], Any] | None:
+        """See Prepares."""
+        link = self._ways.get((operation.is_send, operation.peer))
+        if link is not None:
+            return prepared(operation, tag, link, self._links)
+        return self.network.prepare(operation, tag) if isinstance(self.network, Prepares) else None
+
     def unread(self) -> list[tuple[int, Any]]:
         """See Linked."""
-        return [(link.peer, (link, offer.wait_read)) for link in self._links for offer in link.unread()]
+        works: list[tuple[int, Any]] = []
+        if any(self._offers):
+            for link in self._links:
+                if link.offers and not link.has_read():
+                    works += ((link.peer, (link, offer.wait_read)) for offer in link.unread())
+        return works
 
     def nod(self, tag: int) -> list[tuple[int, Any]] | None:
         """See Linked."""
@@ -111,6 +126,8 @@ class HostConnections:
 
     def finish(self, limit: timedelta) -> None:
         """See Linked."""
+        if not any(self._backlogs):
+            return
         for link in self._links:
             while link.is_crowded:
                 try:

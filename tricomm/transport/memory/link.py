@@ -10,6 +10,7 @@ import ctypes
 import os
 import socket
 from collections import deque
+from itertools import count
 
 import torch
 
@@ -19,15 +20,19 @@ from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.memory.arena import Arena, Ring, SharedSlab, mapped_slab
 from tricomm.transport.memory.pieces import Common, Slot, pack_piece
 from tricomm.transport.memory.protocol import (
+    DONE,
+    DONE_KIND,
+    MAX_MESSAGE_NBYTES,
     Done,
     Here,
     Nod,
     Ready,
     Slab,
+    decode,
 )
 from tricomm.transport.memory.reading import UnreadableError, read_run, read_runs
 from tricomm.transport.memory.rungs import Rung
-from tricomm.transport.memory.signals import LinkClosedError
+from tricomm.transport.memory.signals import FILE_NBYTES, FLAGS, NO_FILES, Ancillary, LinkClosedError, files_in
 from tricomm.transport.memory.transfers import Arrival, Departure, End, Expected, ExpectedNod, Offer, size_of
 
 EAGER_NBYTES = 1 << 16
@@ -65,28 +70,31 @@ class Link(End):
         self.pid = pid
         self.outgoing = outgoing
         self.incoming = incoming
-        self._early: dict[int, deque[Ready]] = {}
+        self.early: dict[int, deque[Ready]] = {}
         """Offers that came before anybody expected them, by tag."""
-        self._expected: dict[int, deque[Expected | Arrival]] = {}
+        self.expected: dict[int, deque[Expected | Arrival]] = {}
         """What is expected and was not offered in whole yet, by tag; in the order in which it was posted."""
-        self._leaving: deque[Departure] = deque()
+        self.leaving: deque[Departure] = deque()
         """What goes piece by piece, as long as not all pieces are packed; and what was offered behind it."""
-        self._arriving: set[Arrival] = set()
+        self.arriving: set[Arrival] = set()
         """What is expected in pieces."""
         self._early_nods: set[int] = set()
         self._nods: dict[int, ExpectedNod] = {}
         """The same of nods. No call of a tag begins before the one before it is over, so there is one of each tag."""
         self.heres: deque[Here] = deque(maxlen=MAX_HERES)
         """To which rendezvous the peer has come, as far as is known without a look, until this rank comes there."""
-        self._offers: dict[int, Offer] = {}
-        self._count = 0
+        self.offers: dict[int, Offer] = {}
+        """What was offered and, as far as is known without a look, is not read yet."""
+        self.numbers = count(1)
         self._arena = Arena()
+        self.free_slabs = self._arena.free
         self._ring = Ring(self._arena, PIECES_UNDER_WAY)
         self._slots: dict[Slot, SharedSlab] = {}
         """Those that this link has offered, by the numbers that it gave them."""
         self._common_under_way = 0
         """How many of them are not read yet."""
-        self._slabs: dict[int, SharedSlab] = {}
+        self.slabs: dict[int, SharedSlab] = {}
+        """Of the peer."""
         self._tables: dict[int, Runs] = {}
         """Runs of offers that were read last, by the address of their table in the peer's memory."""
 
@@ -107,7 +115,7 @@ class Link(End):
         """
         if common is not None:
             departure = Departure(operation, tag, size_of(operation), common)
-            self._leaving.append(departure)
+            self.leaving.append(departure)
             return departure
         try:
             return self._offered(operation, tag)
@@ -128,33 +136,29 @@ class Link(End):
     def _offered(self, operation: Operation, tag: int) -> "Offer | Departure":
         _, _, buffer, runs, *_ = operation
         nbytes = size_of(operation)
-        if len(self._offers) >= OFFERS_BEFORE_LOOKING:
+        if len(self.offers) >= OFFERS_BEFORE_LOOKING:
             self.look()  # what was read meanwhile is not under way any more
-        if nbytes > in_runs.PIECE_NBYTES or self._leaving:
+        if nbytes > in_runs.PIECE_NBYTES or self.leaving:
             departure = Departure(operation, tag, nbytes)
-            self._leaving.append(departure)
+            self.leaving.append(departure)
             self._pack()
             return departure
         assert not isinstance(runs, Pieces)
-        self._count += 1
-        is_eager = nbytes <= EAGER_NBYTES and len(self._offers) < EAGER_OFFERS
-        slab = None
+        number = next(self.numbers)
+        is_eager = nbytes <= EAGER_NBYTES and len(self.offers) < EAGER_OFFERS
+        slab = free = None
         if is_eager or self.outgoing is Rung.ARENA:
-            slab = self._filled(operation, nbytes)
-            ready = Ready(self._count, tag, nbytes, 0, 0, slab.number)
+            free = self.free_slabs(nbytes)
+            slab = free.pop() if free else self._told(*self._arena.take(nbytes))
+            pack_piece(operation, 0, nbytes, slab)
+            ready = Ready(number, tag, nbytes, 0, 0, slab.number)
         elif runs is None:
-            ready = Ready(self._count, tag, nbytes, buffer.data_ptr())
+            ready = Ready(number, tag, nbytes, buffer.data_ptr())
         else:
-            ready = Ready(self._count, tag, nbytes, runs.table.data_ptr(), len(runs.ends))
-        found = self._offers[self._count] = Offer(None if is_eager else operation, slab)
+            ready = Ready(number, tag, nbytes, runs.table.data_ptr(), len(runs.ends))
+        found = self.offers[number] = Offer(None if is_eager else operation, slab, free=free)
         self.tell(ready)
         return found
-
-    def _filled(self, operation: Operation, nbytes: int) -> SharedSlab:
-        """A slab of the arena with the bytes of an operation, of which the peer knows."""
-        slab = self._told(*self._arena.take(nbytes))
-        pack_piece(operation, 0, nbytes, slab)
-        return slab
 
     def _told(self, slab: SharedSlab, file: int | None) -> SharedSlab:
         """A slab of whose file, if it has one, the peer is told."""
@@ -164,19 +168,19 @@ class Link(End):
 
     def _pack(self) -> None:
         """Pack and offer as many pieces as there is room for."""
-        while self._leaving:
-            one = self._leaving[0]
+        while self.leaving:
+            one = self.leaving[0]
             nbytes = min(in_runs.PIECE_NBYTES, one.nbytes - one.packed_nbytes)
             offer = self._packed_for_several(one, nbytes) if one.common else self._packed_alone(one, nbytes)
             if offer is None:
                 return
-            self._count += 1
-            self._offers[self._count] = offer
+            number = next(self.numbers)
+            self.offers[number] = offer
             assert offer.slab is not None
-            self.tell(Ready(self._count, one.tag, one.nbytes, one.packed_nbytes, 0, offer.slab.number))
+            self.tell(Ready(number, one.tag, one.nbytes, one.packed_nbytes, 0, offer.slab.number))
             one.packed_nbytes += nbytes
             if one.is_free:
-                self._leaving.popleft()
+                self.leaving.popleft()
 
     def _packed_alone(self, one: Departure, nbytes: int) -> Offer | None:
         """The next piece in a slab of the ring; None as long as there is no room."""
@@ -206,46 +210,46 @@ class Link(End):
 
     def _unpack(self) -> None:
         """Unpack the pieces that have come."""
-        for one in [*self._arriving]:
+        for one in [*self.arriving]:
             while one.pieces:
                 ready = one.pieces.popleft()
                 try:
                     self.read(ready, one.operation)
                 except UnreadableError as error:
                     one.problem = error
-                    self._arriving.discard(one)
+                    self.arriving.discard(one)
                     break
                 one.unpacked_nbytes += in_runs.PIECE_NBYTES
                 self.done(ready)
             if one.is_whole:
-                self._arriving.discard(one)
+                self.arriving.discard(one)
 
     def serve(self) -> None:
         """See End."""
         self.look()
-        if self._arriving:
+        if self.arriving:
             self._unpack()
-        if self._leaving:
+        if self.leaving:
             self._pack()
 
     @property
     def is_busy(self) -> bool:
         """See End."""
-        return bool(self._leaving or self._arriving or self.is_crowded)
+        return bool(self.leaving or self.arriving or self.is_crowded)
 
     @property
     def is_ahead(self) -> bool:
         """See End."""
-        return bool(self._leaving) and self._common_under_way < PIECES_UNDER_WAY and self._leaving[0].common is not None
+        return bool(self.leaving) and self._common_under_way < PIECES_UNDER_WAY and self.leaving[0].common is not None
 
     def hurry(self) -> None:
         """See End."""
-        if self._leaving and self._leaving[0].common is not None:
-            self._leaving[0].common.waits = False
+        if self.leaving and self.leaving[0].common is not None:
+            self.leaving[0].common.waits = False
 
     def unread(self) -> list["Offer"]:
         """What was offered, as far as is known without a look, and is not read yet."""
-        return [*self._offers.values()]
+        return [*self.offers.values()]
 
     def expect(self, operation: Operation, tag: int) -> "Expected | Arrival":
         """Something to wait for: the bytes that the peer offers next under a tag.
@@ -255,15 +259,15 @@ class Link(End):
         found: Expected | Arrival = Expected(operation)
         if size_of(operation) > in_runs.PIECE_NBYTES:
             found = Arrival(operation)
-            self._arriving.add(found)
-        early = self._early.get(tag)
+            self.arriving.add(found)
+        early = self.early.get(tag)
         is_met = False
         while early and not is_met:
             is_met = found.take(early.popleft())
             if not early:
-                del self._early[tag]  # a one-shot call has a tag of its own
+                del self.early[tag]  # a one-shot call has a tag of its own
         if not is_met:
-            self._expected.setdefault(tag, deque()).append(found)
+            self.expected.setdefault(tag, deque()).append(found)
         return found
 
     def nod(self, tag: int) -> "ExpectedNod":
@@ -292,7 +296,7 @@ class Link(End):
             text = f"{ready.nbytes} bytes came where {expected} were expected; the ranks do not follow the same plan"
             raise UnreadableError(0, text)
         if ready.slab:
-            slab, place = self._slabs[ready.slab], ready.address
+            slab, place = self.slabs[ready.slab], ready.address
             if runs is None:
                 nbytes = min(ready.nbytes - place, in_runs.PIECE_NBYTES)
                 ctypes.memmove(buffer.data_ptr() + place, slab.address, nbytes)
@@ -333,27 +337,63 @@ class Link(End):
 
     def look(self, awaiting: "Expected | Arrival | ExpectedNod | None" = None) -> None:
         """See End."""
-        for message, files in self.come():
-            match message:
+        receive = self.receive
+        while True:
+            try:
+                data, ancillary, _, _ = receive(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
+            except OSError:
+                return  # nothing is there; or reset: ``is_closed`` says so
+            if not data or (self.take(data, ancillary) is awaiting is not None):
+                return
+
+    def take(self, data: bytes, ancillary: Ancillary = ()) -> object:
+        """Take a message that has come; whoever expected it, if anybody did."""
+        files = files_in(ancillary) if ancillary else NO_FILES
+        try:
+            match message := decode(data):
                 case Ready():
-                    found = self._met(message)
-                    if found is not None and found is awaiting:
-                        return
+                    return self._met(message)
                 case Done():
-                    offer = self._offers.pop(message.number)
+                    offer = self.offers.pop(message.number)
                     offer.is_read = True
                     if offer.slot is not None:
                         offer.slot.readers -= 1
                         self._common_under_way -= 1
+                    elif offer.slab is not None and offer.free is not None:
+                        offer.free.append(offer.slab)
                     elif offer.slab is not None:
                         self._ring.give_back(offer.slab)
                 case Here():
                     self.heres.append(message)
                 case Nod():
-                    if self._take_nod(message) is awaiting is not None:
-                        return
+                    return self._take_nod(message)
                 case Slab():
-                    self._slabs[message.slab] = mapped_slab(message.slab, files[0], message.nbytes)
+                    self.slabs[message.slab] = mapped_slab(message.slab, files[0], message.nbytes)
+        finally:
+            for file in files:
+                os.close(file)
+        return None
+
+    def has_read(self) -> bool:
+        """Take what has come; whether the peer has read all that was offered, as far as it has told."""
+        offers, receive = self.offers, self.receive
+        while offers:
+            try:
+                data, ancillary, _, _ = receive(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
+            except OSError:
+                break
+            if not data:
+                break
+            if data[0] == DONE_KIND:
+                number = DONE.unpack(data)[1]
+                offer = offers[number]
+                if offer.free is not None and offer.slab is not None:
+                    del offers[number]
+                    offer.is_read = True
+                    offer.free.append(offer.slab)
+                    continue
+            self.take(data, ancillary)
+        return not offers
 
     def _take_nod(self, message: Nod) -> "ExpectedNod | None":
         """Who awaited it, if anybody did."""
@@ -366,13 +406,13 @@ class Link(End):
 
     def _met(self, ready: Ready) -> "Expected | Arrival | None":
         """What expects an offer, which is told; None if nothing does yet."""
-        expected = self._expected.get(ready.tag)
+        expected = self.expected.get(ready.tag)
         if not expected:
-            self._early.setdefault(ready.tag, deque()).append(ready)
+            self.early.setdefault(ready.tag, deque()).append(ready)
             return None
         found = expected[0]
         if found.take(ready):
             expected.popleft()
             if not expected:
-                del self._expected[ready.tag]
+                del self.expected[ready.tag]
         return found

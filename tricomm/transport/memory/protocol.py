@@ -31,6 +31,8 @@ class Sending(Enum):
     FREE = "free"
     LOST = "lost"
 
+    __hash__ = object.__hash__  # Enum's own is no function of C, and tables ask for it at each step
+
 
 class Receiving(Enum):
     """Where a transfer is at its receiver."""
@@ -43,6 +45,8 @@ class Receiving(Enum):
     LOST = "lost"
     UNREADABLE = "unreadable"
 
+    __hash__ = object.__hash__
+
 
 class Event(Enum):
     """What an end of a transfer may see."""
@@ -54,6 +58,8 @@ class Event(Enum):
     NOT_ALL_READ = "not all could be read"
     STANDS = "stands"
     CLOSED = "closed"
+
+    __hash__ = object.__hash__
 
 
 class Action(Enum):
@@ -177,17 +183,18 @@ class Here(NamedTuple):
 
 Message = Ready | Done | Slab | Region | Sources | Opened | Closed | Nod | Here
 
+READY_KIND, DONE_KIND, NOD_KIND = 1, 2, 8
 _FORMATS: Mapping[int, tuple[type[Any], struct.Struct]] = {
     kind: (message, struct.Struct(f"=B{fields}"))
     for kind, message, fields in (
-        (1, Ready, "QQQQII"),
-        (2, Done, "Q"),
+        (READY_KIND, Ready, "QQQQII"),
+        (DONE_KIND, Done, "Q"),
         (3, Slab, "IQ"),
         (4, Region, "64sQQ"),
         (5, Sources, "QQ"),
         (6, Opened, "Q"),
         (7, Closed, "Q"),
-        (8, Nod, "Q"),
+        (NOD_KIND, Nod, "Q"),
         (9, Here, "Q16s"),
     )
 }
@@ -195,6 +202,9 @@ _FORMATS: Mapping[int, tuple[type[Any], struct.Struct]] = {
 
 WITH_TEXT = (5, 6)
 """Kinds that end with a text."""
+
+READY, DONE, NOD = (_FORMATS[kind][1] for kind in (READY_KIND, DONE_KIND, NOD_KIND))
+"""Formats of what calls of few bytes tell, their kinds included."""
 
 _KINDS = {message: (kind, format.pack) for kind, (message, format) in _FORMATS.items()}
 MAX_MESSAGE_NBYTES = 256
@@ -224,7 +234,7 @@ def decode(data: bytes) -> Message:
         if kind in WITH_TEXT:
             message = cls(*format.unpack_from(data)[1:], data[format.size :].decode(errors="replace"))
         else:
-            message = cls(*format.unpack(data)[1:])
+            message = tuple.__new__(cls, format.unpack(data)[1:])
     except struct.error as error:
         raise ValueError(f"a message of kind {kind} and {len(data)} bytes: {error}") from None
     return message

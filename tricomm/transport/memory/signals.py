@@ -23,6 +23,9 @@ FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
 BUFFER_NBYTES = 1 << 20
 FILE_NBYTES = socket.CMSG_SPACE(array("i").itemsize)
 NO_FILES: Sequence[int] = ()
+Ancillary = Sequence[tuple[int, int, bytes]]
+"""What a socket says beside a message."""
+
 Backlog = deque[tuple[bytes, int | None]]
 """Messages that wait for room in a socket, with the file that goes with each."""
 
@@ -43,17 +46,19 @@ class Signals:
     def __init__(self, peer: int, end: socket.socket, pid: int) -> None:
         self.peer = peer
         self._socket = end
+        self.receive, self.send = end.recvmsg, end.send
         end.setblocking(False)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_NBYTES)
-        self._poll = select.poll()
-        self._poll.register(end, select.POLLIN | HALF_CLOSED)
+        poll = select.poll()
+        poll.register(end, select.POLLIN | HALF_CLOSED)
         self._process = _opened(pid)
         if self._process is not None:
-            self._poll.register(self._process, select.POLLIN)
-        self._backlog: Backlog = deque()
+            poll.register(self._process, select.POLLIN)
+        self.poll = poll.poll
+        self.backlog: Backlog = deque()
         self._joint: tuple[tuple[int, ...], select.poll, dict[int, int]] | None = None
         """The peers of others that it was waited for with, and what waits for all. It holds none of them."""
-        weakref.finalize(self, _close, end, self._process, self._backlog, os.getpid()).atexit = False
+        weakref.finalize(self, _close, end, self._process, self.backlog, os.getpid()).atexit = False
 
     def tell(self, message: Message, file: int | None = None) -> None:
         """Send a message, now or when there is room; the file is handed over with it, and closed.
@@ -61,7 +66,15 @@ class Signals:
         Raises:
             LinkClosedError: the link is closed.
         """
-        self._backlog.append((encode(message), file))
+        data = encode(message)
+        if file is None and not self.backlog:
+            try:
+                self.send(data, FLAGS)
+            except OSError:
+                pass  # no room; or closed, as ``flush`` says
+            else:
+                return
+        self.backlog.append((data, file))
         self.flush()
 
     def flush(self) -> bool:
@@ -70,19 +83,19 @@ class Signals:
         Raises:
             LinkClosedError: the link is closed.
         """
-        while self._backlog:
-            data, file = self._backlog[0]
+        while self.backlog:
+            data, file = self.backlog[0]
             try:
                 if file is None:
-                    self._socket.send(data, FLAGS)
+                    self.send(data, FLAGS)
                 else:
                     socket.send_fds(self._socket, [data], [file], FLAGS)
             except BlockingIOError:
                 return False
             except OSError as error:
-                _drop(self._backlog)
+                _drop(self.backlog)
                 raise LinkClosedError(f"the link to rank {self.peer} is closed: {error}") from error
-            self._backlog.popleft()
+            self.backlog.popleft()
             if file is not None:
                 os.close(file)
         return True
@@ -91,17 +104,15 @@ class Signals:
         """The messages that have come, each with the files handed over with it, which are closed afterwards."""
         while True:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
-            except BlockingIOError:
-                return
+                data, ancillary, _, _ = self.receive(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
             except OSError:
-                return  # reset: ``is_closed`` says so
+                return  # nothing is there; or reset: ``is_closed`` says so
             if not data:
                 return
             if not ancillary:
                 yield decode(data), NO_FILES
                 continue
-            files = [*array("i", b"".join(one for _, _, one in ancillary))]
+            files = files_in(ancillary)
             try:
                 yield decode(data), files
             finally:
@@ -110,7 +121,7 @@ class Signals:
 
     def wait(self, milliseconds: float) -> bool:
         """Wait for a message, or the end of the link; true if it has ended. Messages may have come before that."""
-        return any(event & GONE or file == self._process for file, event in self._poll.poll(milliseconds))
+        return any(event & GONE or file == self._process for file, event in self.poll(milliseconds))
 
     def wait_with(self, others: tuple["Signals", ...], milliseconds: float) -> dict[int, bool]:
         """Wait for a message of this link or others, or the end of one: by peer of which there is news, whether it is
@@ -149,7 +160,7 @@ class Signals:
     @property
     def is_crowded(self) -> bool:
         """Whether something waits for room in the socket."""
-        return bool(self._backlog)
+        return bool(self.backlog)
 
     def close(self) -> None:
         """End the link for both. May be called from any thread, again too."""
@@ -163,6 +174,11 @@ def _opened(pid: int) -> int | None:
         return os.pidfd_open(pid) if pid else None
     except (OSError, AttributeError):  # an old kernel, or a Python that was built for one
         return None
+
+
+def files_in(ancillary: Ancillary) -> Sequence[int]:
+    """The files that were handed over with a message; whoever has it closes them."""
+    return [*array("i", b"".join(one for _, _, one in ancillary))]
 
 
 def _drop(backlog: Backlog) -> None:

@@ -130,15 +130,23 @@ class Offer:
         operation: keeps alive what is read; None where the link has a copy.
         slab: in which they are, if they are in one.
         slot: whose slab it is, if other links offer it too; else it is of the link's arena.
+        free: where the slab goes when they are read; None if it is of a slot, or of the link's ring.
         is_read: whether the peer has them.
     """
 
-    __slots__ = ("is_read", "operation", "slab", "slot")
+    __slots__ = ("free", "is_read", "operation", "slab", "slot")
 
-    def __init__(self, operation: Operation | None, slab: SharedSlab | None, slot: Slot | None = None) -> None:
+    def __init__(
+        self,
+        operation: Operation | None,
+        slab: SharedSlab | None,
+        slot: Slot | None = None,
+        free: list[SharedSlab] | None = None,
+    ) -> None:
         self.operation = operation
         self.slab = slab
         self.slot = slot
+        self.free = free
         self.is_read = False
 
     @property
@@ -215,10 +223,10 @@ class Departure:
 class Expected:
     """Bytes that the peer is to offer. Its link holds it, and it does not hold its link."""
 
-    __slots__ = ("_operation", "ready")
+    __slots__ = ("operation", "ready")
 
     def __init__(self, operation: Operation) -> None:
-        self._operation = operation
+        self.operation = operation
         self.ready: Ready | None = None
 
     def take(self, ready: Ready) -> bool:
@@ -260,7 +268,7 @@ class Expected:
     def _read(self, link: End) -> tuple[Event, UnreadableError | None]:
         assert self.ready is not None
         try:
-            link.read(self.ready, self._operation)
+            link.read(self.ready, self.operation)
         except UnreadableError as error:
             return Event.NOT_ALL_READ, error
         return Event.ALL_COPIED if self.ready.slab else Event.ALL_READ, None
