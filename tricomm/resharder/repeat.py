@@ -220,7 +220,7 @@ class Repeat:
                     raise error
                 peer = run.waiting_for
                 if peer is not None and isinstance(error, RuntimeError) and not isinstance(error, TransportError):
-                    cause, error = error, communicator.lost(peer, error)
+                    cause, error = error, communicator.failed(peer, error)
                     error.__cause__ = cause
                 session.end_badly(communicator, run, error)
             except TransportError as failure:

@@ -172,10 +172,8 @@ class Communicator:
         run.waiting_for, work = posted
         try:
             (self._by_memory or self.connections).wait(work, self._limit)
-        except UnreadableError as error:
-            raise (self.lost if error.is_of_dead else self.unreadable)(posted[0], error) from error
         except RuntimeError as error:
-            raise self.lost(posted[0], error) from error
+            raise self.failed(posted[0], error) from error
         run.waiting_for = None
 
     def reserve(self, nbytes: Mapping[Direction, int]) -> Mapping[Direction, torch.Tensor]:
@@ -386,8 +384,10 @@ class Communicator:
         text, lost, fault = describe_loss(status, place, str(self.call), peer, error)
         return self.abort(text, None, lost, fault)
 
-    def unreadable(self, peer: int, error: UnreadableError) -> TransportError:
-        """A rank's memory cannot be read though it is there: tell everybody, do without, and return the error."""
+    def failed(self, peer: int, error: RuntimeError) -> TransportError:
+        """As ``lost``; but if a rank's memory cannot be read though it is there, tell everybody, and do without."""
+        if not isinstance(error, UnreadableError) or error.is_of_dead:
+            return self.lost(peer, error)
         self.refused[peer] = f"its memory could not be read in {self.call}: {error}"
         rank = self.coordinator.rank
         return self.abort(f"rank {rank} could not read the memory of rank {peer} in {self.call}: {error}; call again")
