@@ -240,15 +240,20 @@ def test_bytes_that_change_under_the_reader_do_not_count(two: Ranks) -> None:
     assert two.run(torn, 5)[RECEIVER] == 5, "the reader did see what was written meanwhile"
 
 
-def unreadable(rank: int) -> list[tuple[str, str]]:
+def unreadable(rank: int, repeats: int) -> list[tuple[str, str]]:
     """What cannot be read costs one call; afterwards the pair takes the next rung, and says why."""
-    mover = Resharder(SOURCE, DESTINATION, timeout_seconds=TIMEOUT_SECONDS, transport="auto", channel="unreadable")
+    channel = f"unreadable {repeats}"
+    mover = Resharder(SOURCE, DESTINATION, timeout_seconds=TIMEOUT_SECONDS, transport="auto", channel=channel)
+    given, out = (full(1), None) if rank == SENDER else (None, torch.zeros(SHAPE) if repeats else None)
+    for _ in range(repeats):
+        mover(given, out=out)
+    assert (mover._execution.kept.repeat is not None) == bool(repeats)
     told = []
     for number in range(3):
         with pytest.MonkeyPatch.context() as patch:
             if rank == RECEIVER and number == 1:
                 patch.setattr(Link, "read", lambda *_: mprotected())
-            kind, text, _ = attempt(lambda salt=number: mover(full(salt) if rank == SENDER else None))
+            kind, text, _ = attempt(lambda: mover(given, out=out))
         told.append((kind, text or str(mover.transports[SENDER, RECEIVER])))
     return told
 
@@ -257,13 +262,14 @@ def mprotected() -> None:
     raise UnreadableError(14, "process_vm_readv: Bad address")
 
 
-def test_memory_that_cannot_be_read_is_not_tried_again(two: Ranks) -> None:
-    for rank, told in enumerate(two.run(unreadable)):
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_memory_that_cannot_be_read_is_not_tried_again(two: Ranks, repeats: int) -> None:
+    for rank, told in enumerate(two.run(unreadable, repeats)):
         assert told[0] == ("returned", "process_vm_readv")
         assert told[1][0] == "TransportError"
-        assert told[1][1].startswith("rank 1 could not read the memory of rank 0 in call 2 of "), rank
+        assert told[1][1].startswith(f"rank 1 could not read the memory of rank 0 in call {repeats + 2} of "), rank
         assert told[2][0] == "returned"
-        assert told[2][1].startswith("arena; its memory could not be read in call 2 of ")
+        assert told[2][1].startswith(f"arena; its memory could not be read in call {repeats + 2} of ")
 
 
 def held() -> dict[str, int]:
