@@ -85,7 +85,7 @@ class Way:
                         runs = runs_in(torch.tensor([[at, nbytes - 100], [at + nbytes - 100, 100]]))
                     operation = self.operations[is_send, rank, which] = Operation(is_send, 1 - rank, buffer, runs)
                     if is_short:
-                        self.starts[is_send, rank, which] = prepared(operation, tag_of(which), link, [link])
+                        self.starts[is_send, rank, which] = prepared(operation, link, [link])
 
     def run(self, what: str, rank: int, number: int, salt: int) -> Any:
         """What comes of a command, to be compared."""
@@ -125,7 +125,7 @@ class Way:
         if key[0]:
             self.operations[key].buffer.fill_(salt % 251)
         if self.is_short:
-            work = self.starts[key]()
+            work = self.starts[key](tag_of(key[2]))
         elif key[0]:
             work = link.offer(self.operations[key], tag_of(key[2]))
             work = None if work.is_free else work
@@ -220,8 +220,8 @@ def test_a_warm_operation_enters_one_function_at_each_end(monkeypatch: pytest.Mo
     """Nothing of the ordinary way, once a slab is there."""
     here, there = linked()
     source, into = (torch.zeros(100, dtype=torch.uint8) for _ in range(2))
-    send = prepared(Operation(True, 1, source), TAG, here, [here])
-    receive = prepared(Operation(False, 0, into), TAG, there, [there])
+    send = prepared(Operation(True, 1, source), here, [here])
+    receive = prepared(Operation(False, 0, into), there, [there])
     assert send is not None
     assert receive is not None
     for call in range(5):
@@ -230,8 +230,8 @@ def test_a_warm_operation_enters_one_function_at_each_end(monkeypatch: pytest.Mo
             for name in ("offer", "expect", "look", "serve", "take", "read", "done", "tell", "flush", "wait"):
                 for owner in (Signals, Link):
                     monkeypatch.delattr(owner, name, raising=False)
-        work = receive()
-        assert send() is None
+        work = receive(TAG)
+        assert send(TAG) is None
         work.wait(SOON)
         assert bool((into == call).all())
         assert here.has_read()
@@ -242,7 +242,7 @@ def test_operations_that_go_in_pieces_or_by_no_link_are_not_made_ready() -> None
     connections = HostConnections(NoConnections(), {1: here}, {})
     buffers = [torch.zeros(nbytes, dtype=torch.uint8) for nbytes in (PIECE_NBYTES + 1, PIECE_NBYTES, 8)]
     assert [
-        connections.prepare(Operation(is_send, peer, buffer), TAG) is None
+        connections.prepare(Operation(is_send, peer, buffer)) is None
         for is_send in (False, True)
         for peer, buffer in zip((1, 1, 2), buffers, strict=True)
     ] == [True, False, True] * 2
@@ -251,9 +251,9 @@ def test_operations_that_go_in_pieces_or_by_no_link_are_not_made_ready() -> None
 def test_a_send_looks_for_what_was_read_before_it_takes_more_memory() -> None:
     here, there = linked()
     source = torch.zeros(100, dtype=torch.uint8)
-    send = PreparedSend(Operation(True, 1, source), TAG, here, (here,))
-    receive = PreparedReceive(Operation(False, 0, source.clone()), TAG, there, (there,))
+    send = PreparedSend(Operation(True, 1, source), here, (here,))
+    receive = PreparedReceive(Operation(False, 0, source.clone()), there, (there,))
     for _ in range(50):
-        assert send.start() is None
-        receive.start().wait(SOON)
+        assert send.start(TAG) is None
+        receive.start(TAG).wait(SOON)
     assert len(there.slabs) <= OFFERS_BEFORE_LOOKING

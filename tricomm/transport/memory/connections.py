@@ -98,12 +98,12 @@ class HostConnections:
         """See Linked."""
         raise NotImplementedError
 
-    def prepare(self, operation: Operation, tag: int) -> Callable[[], Any] | None:
+    def prepare(self, operation: Operation) -> Callable[[int], Any] | None:
         """See Prepares."""
         link = self._ways.get((operation.is_send, operation.peer))
         if link is not None:
-            return prepared(operation, tag, link, self._links)
-        return self.network.prepare(operation, tag) if isinstance(self.network, Prepares) else None
+            return prepared(operation, link, self._links)
+        return self.network.prepare(operation) if isinstance(self.network, Prepares) else None
 
     def unread(self) -> list[tuple[int, Any]]:
         """See Linked."""

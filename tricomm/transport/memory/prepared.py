@@ -32,25 +32,24 @@ from tricomm.transport.memory.transfers import LONGEST_MILLISECONDS, Departure, 
 NOW = timedelta(0)
 
 
-def prepared(operation: Operation, tag: int, link: Link, every: Sequence[Link]) -> Callable[[], Any] | None:
+def prepared(operation: Operation, link: Link, every: Sequence[Link]) -> Callable[[int], Any] | None:
     """What starts an operation, as Prepares has it; None if it may go in pieces, as others have to know of each other.
 
     Args:
         operation: of the peer of the link.
-        tag: of its calls.
         link: by which it goes.
         every: the links of this rank, which may have something to do while it waits.
     """
     if size_of(operation) > in_runs.PIECE_NBYTES:
         return None
-    return (PreparedSend if operation.is_send else PreparedReceive)(operation, tag, link, tuple(every)).start
+    return (PreparedSend if operation.is_send else PreparedReceive)(operation, link, tuple(every)).start
 
 
 class PreparedSend:
     """A send, again and again. The work of one whose bytes are not free yet."""
 
-    def __init__(self, operation: Operation, tag: int, link: Link, every: tuple[Link, ...]) -> None:
-        self._operation, self._tag, self._link, self._every = operation, tag, link, every
+    def __init__(self, operation: Operation, link: Link, every: tuple[Link, ...]) -> None:
+        self._operation, self._link, self._every = operation, link, every
         self._nbytes = size_of(operation)
         self._address = 0 if operation.runs is not None else operation.buffer.data_ptr()
         self._free, self._numbers, self._send = link.free_slabs(self._nbytes), link.numbers, link.send
@@ -60,7 +59,7 @@ class PreparedSend:
         self._offer.is_read = self._nbytes <= links.EAGER_NBYTES
         self._work: Offer | Departure = self._offer
 
-    def start(self) -> "PreparedSend | None":
+    def start(self, tag: int) -> "PreparedSend | None":
         """Offer the bytes; None if they are free.
 
         Raises:
@@ -73,7 +72,7 @@ class PreparedSend:
             or self._backlog
             or len(offers) >= OFFERS_BEFORE_LOOKING  # then some are perhaps read
         ):
-            self._work = work = self._link.offer(self._operation, self._tag)
+            self._work = work = self._link.offer(self._operation, tag)
             return None if work.is_free else self
         slab = free.pop()
         if self._address:
@@ -83,7 +82,7 @@ class PreparedSend:
         number = next(self._numbers)
         offer.slab, offer.is_read = slab, False
         offers[number] = offer
-        data = READY.pack(READY_KIND, number, self._tag, self._nbytes, 0, 0, slab.number)
+        data = READY.pack(READY_KIND, number, tag, self._nbytes, 0, 0, slab.number)
         try:
             self._send(data, FLAGS)
         except BlockingIOError:
@@ -104,8 +103,8 @@ class PreparedSend:
 class PreparedReceive:
     """A receive, again and again, and the work of each."""
 
-    def __init__(self, operation: Operation, tag: int, link: Link, every: tuple[Link, ...]) -> None:
-        self._tag, self._link, self._every = tag, link, every
+    def __init__(self, operation: Operation, link: Link, every: tuple[Link, ...]) -> None:
+        self._link, self._every, self._tag = link, every, 0
         self._nbytes = size_of(operation)
         self._address = 0 if operation.runs is not None else operation.buffer.data_ptr()
         self._early, self._expected, self._slabs = link.early, link.expected, link.slabs
@@ -113,9 +112,9 @@ class PreparedReceive:
         self._found = Expected(operation)
         self._under_way = under_way(every)
 
-    def start(self) -> "PreparedReceive":
+    def start(self, tag: int) -> "PreparedReceive":
         """Say that the bytes are expected, which matches offers as ``Link.expect`` does."""
-        found, tag = self._found, self._tag
+        found, self._tag = self._found, tag
         found.ready = None
         early = self._early.get(tag)
         if early:
