@@ -1,18 +1,25 @@
-"""One-shot calls that come again: they find what was made for them, and no call finds what is another's."""
+"""One-shot calls that come again: they find what was made for them, and promise what each call does."""
 
 import gc
+import random
+import time
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import tricomm
-from tricomm import Mesh, Replicate, Shard, ShardingSpec, SpecError
+from tests.oracle import pick, require_equal
+from tricomm import Mesh, Replicate, Shard, ShardingSpec, SpecError, TransportError
+from tricomm.launch import Ranks
+from tricomm.resharder.repeat import Repeat
 from tricomm.transport import group as of_groups
+from tricomm.transport.communicator import Communicator
 from tricomm.transport.group import GroupContext, context_of
+from tricomm.transport.memory.nearby import Nearby
 
 ONE = Mesh([0], ("x",))
 FULL = torch.arange(16, dtype=torch.float32).reshape(4, 4)
@@ -100,3 +107,150 @@ def test_the_group_keeps_it_and_is_not_kept() -> None:
             moved(sides)
         gc.collect()  # errors hold what has raised them
         assert [one() for one in gone] == [None] * 3 * (number + 1)
+
+
+SIZE = 4
+SHAPE = (8, 12)
+ALL, FIRST, LAST = Mesh([0, 1, 2, 3], ("x",)), Mesh([0, 1], ("x",)), Mesh([2, 3], ("x",))
+LAYOUTS = [
+    (ShardingSpec(FIRST, (Shard(0),), SHAPE, "float32"), ShardingSpec(LAST, (Shard(1),), SHAPE, "float32")),
+    (ShardingSpec(ALL, (Shard(0),), SHAPE, "float32"), ShardingSpec(ALL, (Shard(1),), SHAPE, "float32")),
+    (ShardingSpec(LAST, (Shard(1),), SHAPE, "float32"), ShardingSpec(ALL, (Replicate(),), SHAPE, "float32")),
+]
+"""Their calls are all of the same ranks, which count them together."""
+
+
+class Step(NamedTuple):
+    """A call that all ranks make, and what one of them does in it."""
+
+    layout: int
+    confirm: bool
+    event: str
+    culprit: int
+
+
+USUAL = ["", "", "", "new out", "no out", "equal layouts", "late", "very late", "in the background"]
+BAD = ["refuses", "fails", "interrupted", "calls another"]
+
+
+def drawn(seed: int, count: int) -> list[Step]:
+    choose = random.Random(seed)
+
+    def one() -> Step:
+        event = choose.choice(BAD) if choose.random() < 0.12 else choose.choice(USUAL)
+        return Step(choose.choice([0, 0, 1, 2]), choose.random() < 0.8, event, choose.randrange(SIZE))
+
+    return [one() for _ in range(count)]
+
+
+class OneShots:
+    """One rank that makes calls, with the same tensors as long as nothing is said."""
+
+    def __init__(self, rank: int, transport: str) -> None:
+        self.rank, self.transport = rank, transport
+        self.tensors = [self.fresh(source, destination) for source, destination in LAYOUTS]
+        self.salt = self.repeats = 0
+
+    def fresh(self, source: ShardingSpec, destination: ShardingSpec) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        rank = self.rank
+        shard = torch.zeros(source.local_shape(rank)) if rank in source.mesh else None
+        return shard, torch.zeros(destination.local_shape(rank)) if rank in destination.mesh else None
+
+    def call(self, step: Step) -> None:
+        """Make a call, and compare what it gives."""
+        self.salt += 1
+        event = step.event if step.culprit == self.rank else ""
+        source, destination = sides = LAYOUTS[step.layout]
+        shard, out = self.tensors[step.layout]
+        full = torch.arange(96, dtype=torch.float32).reshape(SHAPE) + 1000 * self.salt
+        if shard is not None:
+            shard.copy_(pick(full, source, self.rank))
+        if out is not None:
+            out.fill_(torch.nan)
+        if event == "new out":
+            self.tensors[step.layout] = shard, out = self.fresh(source, destination)
+            if shard is not None:
+                shard.copy_(pick(full, source, self.rank))
+        elif event == "no out":
+            out = None
+        elif event == "equal layouts":
+            sides = tuple(ShardingSpec(one.mesh, one.placements, SHAPE, "float32") for one in sides)  # type: ignore[assignment]
+        elif event.endswith("late"):
+            time.sleep(0.25 if event == "very late" else 0.02)
+        options: dict[str, Any] = {"transport": self.transport, "timeout_seconds": 20}
+        options |= {} if step.confirm else {"confirm": False}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Repeat, "make", self.counting(Repeat.make))
+            if step.event == "in the background":  # on all ranks, as that is another call
+                moved = tricomm.reshard_async(shard, *sides, out=out, **options).wait()
+            else:
+                moved = tricomm.reshard(shard, *sides, out=out, **options)
+        if self.rank in destination.mesh:
+            require_equal(moved, pick(full, destination, self.rank), f"rank {self.rank}, {step}")
+        else:
+            assert moved is None
+
+    def counting(self, make: Callable[..., bool]) -> Callable[..., bool]:
+        def counted(repeat: Repeat, tensor: Any, out: Any) -> bool:
+            made = make(repeat, tensor, out)
+            self.repeats += made
+            return made
+
+        return counted
+
+    def fail(self, step: Step) -> str:
+        """Make a call in which the culprit fails; what is said of that here."""
+        is_culprit = step.culprit == self.rank
+        sides, (shard, out) = LAYOUTS[step.layout], self.tensors[step.layout]
+        with pytest.MonkeyPatch.context() as patch:
+            if is_culprit and step.event == "refuses":
+                shard, out = torch.zeros(1), torch.zeros(1)
+            elif is_culprit and step.event == "fails":
+                patch.setattr(Communicator, "confirm", raising(KeyError("no key here")))
+            elif is_culprit and step.event == "interrupted":
+                patch.setattr(Nearby, "_wait", raising(KeyboardInterrupt()))
+            elif is_culprit:
+                another = (step.layout + 1) % len(LAYOUTS)
+                sides, (shard, out) = LAYOUTS[another], self.tensors[another]
+            with pytest.raises((TransportError, SpecError, KeyError, KeyboardInterrupt)) as caught:
+                tricomm.reshard(shard, *sides, out=out, transport=self.transport, timeout_seconds=20)
+        text = str(caught.value)
+        if not is_culprit:
+            assert caught.type is TransportError
+        if step.event == "calls another":
+            assert "disagrees" in text
+        else:
+            assert is_culprit or f"rank {step.culprit}" in text, text
+        return text
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def made_in_turn(rank: int, steps: list[Step], transport: str) -> tuple[list[int], int]:
+    """The largest tag after each step, and how many calls were repeats."""
+    if rank >= SIZE:
+        return [], 0
+    bed, tags = OneShots(rank, transport), list[int]()
+    context = context_of(dist.group.WORLD)
+    for step in steps:
+        if step.event in BAD and (step.event != "interrupted" or transport == "memory"):
+            bed.fail(step)
+        else:
+            bed.call(step)
+            tags.append(max(mover._session.tag for mover, _ in context.as_written.values()))
+    return tags, bed.repeats
+
+
+@pytest.mark.parametrize("transport", ["memory", "network"])
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_that_come_again_and_those_that_do_not_are_one_to_the_other_ranks(
+    ranks: Ranks, seed: int, transport: str
+) -> None:
+    found = ranks.run(made_in_turn, drawn(seed, 60), transport)[:SIZE]
+    assert len({tuple(tags) for tags, _ in found}) == 1
+    assert all(repeats > 3 for _, repeats in found)

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from sys import _getframe
 from threading import get_ident
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ class Repeat:
         name: of the Resharder, and what it is about; see name_error.
 
     Attributes:
-        tag: with which the calls go.
+        communicator: of the call before.
     """
 
     __slots__ = (
@@ -119,15 +119,17 @@ class Repeat:
         "_destination",
         "_execution",
         "_fields",
+        "_intent",
         "_label",
         "_limit",
         "_name",
+        "_near",
         "_prepared",
         "_process",
         "_session",
         "_source",
         "_tally",
-        "tag",
+        "communicator",
     )
 
     def __init__(
@@ -144,11 +146,14 @@ class Repeat:
         self._destination = Unchanged(destinations[0], references[-1]) if destinations else None
         self._session, self._execution, self._binding, self._name = session, execution, binding, name
         self._tally = execution.tally
-        self._channel, self.tag, self._fields = session.channel, session.tag, session.call_fields
+        self._channel, self._fields = session.channel, session.call_fields
         self._label, self._process = session.identity.label, os.getpid()
         self._limit = Place.of("", session.timeout_seconds).limit_after(session.timeout_seconds)
+        self._intent = session.intent(session.calls) if session.meets_always else None
+        self._near = self._channel.near() if session.meets_always and session.uses_memory else None
         assert session.communicator is not None
-        connections = session.communicator.connections
+        self.communicator = session.communicator
+        connections = self.communicator.connections
         prepare = connections.prepare if isinstance(connections, Prepares) else None
         self._prepared = Prepared.of(binding.bound, prepare)
 
@@ -159,13 +164,12 @@ class Repeat:
             TransportError: a rank failed.
         """
         source, destination, session, channel = self._source, self._destination, self._session, self._channel
-        communicator, binding, tag, turn = session.communicator, self._binding, self.tag, channel.turn
+        communicator, binding, intent, turn = self.communicator, self._binding, self._intent, channel.turn
         if not (
             (tensor is None if source is None else source.is_same(tensor))
             and (out is None if destination is None else destination.is_same(out))
             and not (_is_in_transform() or (out is None and _count_modes()))
-            and session.tag == tag
-            and communicator is not None
+            and session.communicator is communicator
             and communicator.is_usable
             and not session.is_closed
             and os.getpid() == self._process
@@ -176,10 +180,16 @@ class Repeat:
         session.calls = number = session.calls + 1
         run = None
         try:
-            run = communicator.begin(tag, number, self._label, session.timeout_seconds, session.uses_memory)
+            if intent is not None:
+                session.call_fields = self._fields
+                communicator = session.meet_again(intent, self._near, number)
+            run = communicator.begin(session.tag, number, self._label, session.timeout_seconds, session.uses_memory)
             if communicator.unread_of is not None and session.uses_memory:
                 communicator.catch_up()
-            if self._prepared is None or (binding.staging_nbytes and channel.staged is not binding.staging):
+            is_bound = communicator is self.communicator and (
+                not binding.staging_nbytes or channel.staged is binding.staging
+            )
+            if self._prepared is None or not is_bound:
                 self._move_by_steps(communicator, tensor, out)
             else:
                 self._prepared.move(run, self._limit, self._tally)
@@ -215,16 +225,16 @@ class Repeat:
         """Make the call anew if what failed was an earlier one, which was over here; else raise why it failed."""
         session = self._session
         try:
+            if run is None:
+                raise error
             try:
-                if run is None:
-                    raise error
                 peer = run.waiting_for
                 if peer is not None and isinstance(error, RuntimeError) and not isinstance(error, TransportError):
                     cause, error = error, communicator.failed(peer, error)
                     error.__cause__ = cause
                 session.end_badly(communicator, run, error)
             except TransportError as failure:
-                deadline = (monotonic() if run is None else run.began) + session.timeout_seconds
+                deadline = run.began + session.timeout_seconds
                 session.call_fields, sides = self._fields, self._sides(tensor, out)
                 session.carry_out_anew(failure, communicator, self._execution, *sides, session.calls, deadline, None)
         except BaseException as failure:
@@ -248,7 +258,7 @@ def remember(
     """Say what a call was like that is over: if it was as the one before, others may be, too. See Repeat."""
     kept = execution.kept
     binding = kept.bindings.get(0)
-    if kept.repeat is not None and kept.repeat.tag != session.tag:
+    if kept.repeat is not None and kept.repeat.communicator is not session.communicator:
         kept.repeat = None
     # On a device a call returns before it is over, which the next one has to look at.
     is_over = isinstance(session.channel.stream_context, HostStreamContext)

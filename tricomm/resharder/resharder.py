@@ -181,7 +181,7 @@ class Resharder(Calls[Moved_co]):
         if has_part:
             self._execution = PlanExecution(self.plan, self.rank, self.device, chosen.progress, stays_in_place)
         self._kept = None
-        if self._execution is not None and is_kept and self._is_plain(chosen, stays_in_place):
+        if self._execution is not None and not self._stays_broken and self._is_plain(chosen, stays_in_place):
             self._kept = self._execution.kept
         self._planned, self._selections = self.plan, {}
         self._plan_seconds = perf_counter() - began

@@ -288,6 +288,10 @@ class Near(Protocol):
         """Wait for the others, or sleep if that is in vain; whether they have told the same."""
         ...
 
+    def meet(self, number: int, digest: str, seconds: float) -> bool:
+        """Tell all others, and wait for them, unless that is in vain; whether they have told the same."""
+        ...
+
 
 class Linked(Connections, Protocol):
     """Connections of which some pairs go by memory."""

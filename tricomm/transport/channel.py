@@ -225,7 +225,14 @@ class Channel:
         """Whether calls may begin as it is."""
         return self.communicator is not None and self.communicator.is_usable
 
-    def connect(self, intent: Intent, timeout_seconds: float, uses_memory: bool = False, by_links: bool = False) -> int:
+    def connect(
+        self,
+        intent: Intent,
+        timeout_seconds: float,
+        uses_memory: bool = False,
+        by_links: bool = False,
+        near: Near | None = None,
+    ) -> int:
         """Compare with the other ranks what is going to be done, and connect to them; returns the tag for it.
 
         Any rank may have lost its communicator, by a failure or because nothing there used it any more. So all take a
@@ -237,18 +244,19 @@ class Channel:
             timeout_seconds: how long to wait.
             uses_memory: whether the memory of other ranks is to be used.
             by_links: whether no other thread uses the links of the ranks, so that they may meet by these.
+            near: the links, if this rank has come to meet by them already.
 
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
         """
-        began, communicator, store = time.monotonic(), self.communicator, self.coordinator.store
+        began, communicator, coordinator = time.monotonic(), self.communicator, self.coordinator
         has_memory = uses_memory or (communicator is not None and self._has_memory)
         has_network = not uses_memory or (communicator is not None and self._has_network)
         is_lacking = has_memory > self._has_memory or has_network > self._has_network
 
         def decide(must_reconnect: bool) -> str:
             if must_reconnect or communicator is None:
-                return f"{store.add(f'{self._place}/generations', 1)} {int(has_memory)} {int(has_network)}"
+                return f"{coordinator.store.add(f'{self._place}/generations', 1)} {int(has_memory)} {int(has_network)}"
             return f"{communicator.generation} {int(self._has_memory)} {int(self._has_network)}"
 
         seen: dict[int, int] = {}
@@ -257,7 +265,7 @@ class Channel:
         def find_missed(other: int, heartbeat: Heartbeat, present: Sequence[int]) -> str | None:
             if communicator is None or communicator.abort_reason is not None:
                 return None
-            place, begun, rank = communicator.place, communicator.begun, self.coordinator.rank
+            place, begun, rank = communicator.place, communicator.begun, coordinator.rank
             text = describe_missed(rank, intent.call, begun, place, other, heartbeat, present)
             # What one heartbeat says may be over; two say that it lasts.
             if text is None or seen.setdefault(other, heartbeat.number) == heartbeat.number:
@@ -266,16 +274,15 @@ class Channel:
             return text
 
         must_reconnect = not self.is_connected or is_lacking
-        near = self._near() if by_links and uses_memory and not must_reconnect else None
+        if near is None or not near.number:
+            near = self.near() if by_links and uses_memory and not must_reconnect else None
         try:
-            agreed = self.coordinator.rendezvous.join(
-                intent, timeout_seconds, must_reconnect, decide, find_missed, near
-            )
+            agreed = coordinator.rendezvous.join(intent, timeout_seconds, must_reconnect, decide, find_missed, near)
         except BaseException as error:
             if told and communicator is not None:
                 communicator.abort(told[-1], CallId(CONNECTING_TAG, 0, intent.call))
-            elif near is not None and communicator is not None:
-                _tell_those_who_met(communicator, near.number, intent.call, error)
+            else:
+                self.fail_to_meet(near, intent.call, error)
             raise
         generation, with_memory, with_network = map(int, agreed.decision.split())
         if communicator is None or communicator.generation != generation:
@@ -285,9 +292,14 @@ class Channel:
             has = bool(with_memory), bool(with_network)
             self._take(self._connected(generation, intent.call, _left(began, timeout_seconds), has))
             self._has_memory = bool(with_memory)
-        return _tag_of(agreed.epoch)
+        return tag_of(agreed.epoch)
 
-    def _near(self) -> Near | None:
+    def fail_to_meet(self, near: Near | None, call: str, error: BaseException) -> None:
+        """Tell those who may have met by links, and have begun the call, that this rank failed at the rendezvous."""
+        if near is not None and self.communicator is not None:
+            _tell_those_who_met(self.communicator, near.number, call, error)
+
+    def near(self) -> Near | None:
         """What the ranks meet by, if all have links."""
         communicator = self.communicator
         near = None if communicator is None else communicator.near()
@@ -365,7 +377,7 @@ def _left(began: float, timeout_seconds: float) -> float:
     return max(began + timeout_seconds - time.monotonic(), LEAST_PART_TO_CONNECT * timeout_seconds)
 
 
-def _tag_of(epoch: int) -> int:
+def tag_of(epoch: int) -> int:
     """The tag of what is done from the epoch of a number on."""
     return 1 + epoch % (MAX_TAG - 1)
 
@@ -373,7 +385,7 @@ def _tag_of(epoch: int) -> int:
 def _failed(status: StatusStore, place: str, epoch: int) -> str | None:
     """See Near: why what was done from an epoch on has failed, for ranks that are still there."""
     reason = status.abort_of(place)
-    return reason.text if reason is not None and reason.tag == _tag_of(epoch) else None
+    return reason.text if reason is not None and reason.tag == tag_of(epoch) else None
 
 
 def _tell_those_who_met(communicator: Communicator, epoch: int, call: str, error: BaseException) -> None:
@@ -383,7 +395,7 @@ def _tell_those_who_met(communicator: Communicator, epoch: int, call: str, error
         return
     rank, late = communicator.coordinator.rank, problem.late if isinstance(problem, ProblemError) else None
     text = str(error) if isinstance(error, TransportError) else f"rank {rank} failed in {call}: {error!r}"
-    communicator.abort(text, CallId(_tag_of(epoch), 0, call), late, "late")
+    communicator.abort(text, CallId(tag_of(epoch), 0, call), late, "late")
 
 
 def _post_closed(status: Any, place: str, process: int) -> None:

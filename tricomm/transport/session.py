@@ -19,10 +19,11 @@ from typing import NoReturn
 
 from tricomm.errors import SpecError, TransportError
 from tricomm.packing.holdings import Tensors
-from tricomm.transport.channel import Channel
+from tricomm.transport.base import Near
+from tricomm.transport.channel import Channel, tag_of
 from tricomm.transport.communicator import Communicator
 from tricomm.transport.coordination.identity import Identity
-from tricomm.transport.coordination.intent import ProblemError, describe_late
+from tricomm.transport.coordination.intent import Intent, ProblemError, describe_late
 from tricomm.transport.coordination.run import CallId, Run
 from tricomm.transport.group import GroupContext
 from tricomm.transport.handle import SourceGate
@@ -289,15 +290,46 @@ class Session:
         finally:
             communicator.end(run)
 
-    def _connect(self, number: int, timeout_seconds: float, by_links: bool = False) -> Communicator:
+    def intent(self, number: int) -> Intent:
+        """What the ranks compare before a call."""
+        return self.identity.intent(self._participants, self._channel_name, number, self.call_fields)
+
+    def meet_again(self, intent: Intent, near: Near | None, number: int) -> Communicator:
+        """Meet for a one-shot call, on a channel on which nothing is under way.
+
+        Args:
+            intent: of a call like this one.
+            near: by what the ranks have met for that, if by links; used for nothing else.
+            number: of this call.
+
+        Raises:
+            TransportError: see ``connect``.
+        """
+        timeout_seconds, communicator = self.timeout_seconds, self.communicator
+        if near is not None and communicator is not None:
+            began = time.monotonic()
+            try:
+                epoch = self._context.rendezvous.join_by_links(intent, near)
+            except BaseException as error:
+                self.channel.fail_to_meet(near, intent.call, error)
+                raise
+            if epoch:
+                self.tag, self._met_in_call = tag_of(epoch), number
+                return communicator
+            timeout_seconds -= time.monotonic() - began
+        return self._connect(number, timeout_seconds, by_links=True, near=near)
+
+    def _connect(
+        self, number: int, timeout_seconds: float, by_links: bool = False, near: Near | None = None
+    ) -> Communicator:
         """Meet; ``by_links`` where nothing else is under way on the channel, and so nobody uses its links."""
         communicator = self.communicator
         if self._stays_broken and communicator is not None and communicator.abort_reason is not None:
             raise TransportError(communicator.abort_reason.text)
         self.identity.count()
-        intent = self.identity.intent(self._participants, self.channel.name, number, self.call_fields)
+        intent = self.intent(number)
         try:
-            tag = self.channel.connect(intent, timeout_seconds, self.uses_memory, by_links)
+            tag = self.channel.connect(intent, timeout_seconds, self.uses_memory, by_links, near)
         except BaseException as error:
             self._told = error
             problem = error.__cause__

@@ -63,16 +63,25 @@ class Group:
         near = self.nears[rank] if by_links else None
         return self.ranks[rank].join(self.intent(what), seconds, decide=str, near=near)
 
+    def join_again(self, rank: int, what: str, *, seconds: float = TIMEOUT_SECONDS) -> Agreed:
+        """As ``join``, by links if that comes about at once."""
+        number = self.ranks[rank].join_by_links(self.intent(what), self.nears[rank])
+        return Agreed(number, "False") if number else self.join(rank, what, seconds=seconds)
+
     def run(self, *calls: Callable[[int], Any]) -> list[Any]:
         """Run a call on each rank at once: what each returns, or the text of its TransportError."""
         return at_once(*map(partial, calls, range(len(calls))))
 
-    def join_all(self, *whats: str, late: float = 0.0, at_store: Sequence[int] = ()) -> list[Any]:
-        """Each rank comes to do its thing, the last one some seconds late."""
+    def join_all(
+        self, *whats: str, late: float = 0.0, at_store: Sequence[int] = (), again: Sequence[int] = ()
+    ) -> list[Any]:
+        """Each rank comes to do its thing, the last one some seconds late; some as in the call before."""
 
         def come(rank: int) -> Agreed:
             if rank == len(whats) - 1:
                 time.sleep(late)
+            if rank in again:
+                return self.join_again(rank, whats[rank])
             return self.join(rank, whats[rank], by_links=rank not in at_store)
 
         return self.run(*[come] * len(whats))
@@ -165,7 +174,8 @@ def test_who_did_not_hear_of_a_rank_that_died_gives_up_when_those_who_did_have_f
     assert time.monotonic() - began < 20.0, "not at the deadline"
 
 
-def test_random_calls_are_met_by_all_or_by_nobody() -> None:
+@pytest.mark.parametrize("share_again", [0.0, 0.5, 1.0])
+def test_random_calls_are_met_by_all_or_by_nobody(share_again: float) -> None:
     """Ranks are late, go to the store, or mean something else; each outcome is the same on all ranks."""
     choose, group = random.Random(1), Group(3)
     met = 0
@@ -174,10 +184,67 @@ def test_random_calls_are_met_by_all_or_by_nobody() -> None:
         if choose.random() < 0.2:
             whats[choose.randrange(3)] = "b"
         at_store = [rank for rank in range(3) if choose.random() < 0.2]
-        results = group.join_all(*whats, late=choose.choice([0.0, 0.0, 0.0, 0.09, 0.11, 0.2]), at_store=at_store)
+        again = [rank for rank in range(3) if choose.random() < share_again and rank not in at_store]
+        late = choose.choice([0.0, 0.0, 0.0, 0.09, 0.11, 0.2, 0.25])
+        results = group.join_all(*whats, late=late, at_store=at_store, again=again)
         if len({*whats}) == 1:
             assert results == [Agreed(number, "False")] * 3
             met += 1
         else:
             assert all("disagrees" in text for text in results)
     assert met > 10
+
+
+def test_ranks_meet_again_without_the_store_and_one_that_is_late_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attendance, "PATIENCE_SECONDS", TIMEOUT_SECONDS)
+    group = Group(4)
+    asked = group.store.asked
+    for number in range(1, 20):
+        again = range(number % 5)
+        late = 0.2 if number == 7 else 0.0
+        assert group.join_all(*["a"] * 4, late=late, again=again) == [Agreed(number, "False")] * 4
+    assert group.store.asked == asked
+
+
+def test_what_is_to_be_settled_is_not_left_out() -> None:
+    group = Group(3)
+    refusal = describe_refusal(2, "SpecError: no")
+
+    def refuse(rank: int) -> None:
+        group.ranks[rank].abort(group.everybody, refusal)
+
+    assert group.run(*[lambda rank: group.join_again(rank, "a")] * 2, refuse) == [refusal, refusal, None]
+    for number in (2, 3):
+        assert group.join_all("a", "a", "a", again=(0, 1, 2)) == [Agreed(number, "False")] * 3
+    notes = group.ranks[2]._notes.of_channels[""]
+    assert not notes.is_awaited_refusal, "nobody waits for a rank that has come again"
+    dead = group.ranks[0]._dead
+    dead[1] = "rank 1 died"
+    assert group.join_all("a", "a", "a", again=(0, 1, 2)) == [Agreed(4, "False")] * 3
+    assert not dead
+    assert group.join_all("a", "a", "a", late=0.3) == [Agreed(5, "False")] * 3, "some leave keys at the store"
+    assert group.join_all("a", "a", "a", again=(0, 1, 2)) == [Agreed(6, "False")] * 3
+    assert group.store.keys <= 3 + 3, "notes and heartbeats, one a rank"
+
+
+@pytest.mark.parametrize("where", ["send", "wait"])
+def test_an_interrupt_while_ranks_meet_again_leaves_the_epoch_to_be_ended(where: str) -> None:
+    """Whoever is interrupted knows at which epoch others may have met it, and its next word there ends that."""
+    group = Group(2)
+    assert group.join_all("a", "a", again=(0, 1)) == [Agreed(1, "False")] * 2
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    link = group.links[1][0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(link, "tell" if where == "send" else "look", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            group.join_again(1, "a")
+    assert group.nears[1].number == 2
+    group.ranks[1].abort(group.everybody, "rank 1 was interrupted")
+    if where == "send":
+        assert group.run(lambda rank: group.join_again(rank, "a")) == ["rank 1 was interrupted"]
+    else:
+        assert group.join_again(0, "a") == Agreed(2, "False"), "it has met, and fails in the call"
+    assert group.join_all("a", "a", again=(0, 1)) == [Agreed(3, "False")] * 2

@@ -86,6 +86,11 @@ class Note(NamedTuple):
         """Who must come there."""
         return {rank for first, last, step in self.participants for rank in range(first, last + 1, max(step, 1))}
 
+    @property
+    def is_awaited_refusal(self) -> bool:
+        """Whether it says that this rank does not come, to ranks that may wait for it."""
+        return self.digest is None and bool(self.participants)
+
     @classmethod
     def of(cls, value: Sequence[Any]) -> "Note":
         """Read a note from what JSON gives back."""

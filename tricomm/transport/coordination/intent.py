@@ -1,12 +1,16 @@
 """What a rank is about to do, as the others compare it, and what is said when they do not come together."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tricomm.errors import TransportError
-from tricomm.transport.coordination.attendance import Note, View
+from tricomm.transport.coordination.attendance import CallEpoch, Note, View, runs_of
+
+MAX_NOTES = 16
+"""Notes of so many channels are kept, the latest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +94,43 @@ def notes_of(store: Any, rank: int) -> list[Note]:
     """What a rank tells on the store of where it is, on each of its channels."""
     key = f"now/{rank}"
     return [Note.of(note) for note in json.loads(store.get(key))] if store.check([key]) else []
+
+
+class OwnNotes:
+    """What this rank tells the others on the store of where it is; see ``notes_of``.
+
+    Args:
+        store: of the ranks.
+        rank: this one.
+
+    Attributes:
+        of_channels: its notes, by channel; the latest is the last.
+    """
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self._store = store
+        self._key = f"now/{rank}"
+        self._lock = threading.Lock()
+        self.of_channels: dict[str, Note] = {}
+
+    def announce(self, note: Note) -> None:
+        """Tell the others where this rank is on a channel."""
+        with self._lock:
+            self.of_channels.pop(note.channel, None)
+            self.of_channels[note.channel] = note
+            while len(self.of_channels) > MAX_NOTES:
+                del self.of_channels[next(iter(self.of_channels))]
+            self._tell()
+
+    def settle(self, epoch: CallEpoch, intent: Intent) -> None:
+        """Whoever has met this rank since it refused a call waits for that no longer; nobody does if this was it."""
+        with self._lock:
+            note = self.of_channels.get(intent.channel)
+            if note is None or not note.is_awaited_refusal:
+                return
+            told = set() if note.epoch.name == epoch.name else note.ranks.difference(intent.participants)
+            self.of_channels[note.channel] = note._replace(participants=runs_of(sorted(told)))
+            self._tell()
+
+    def _tell(self) -> None:
+        self._store.set(self._key, json.dumps(list(self.of_channels.values())))

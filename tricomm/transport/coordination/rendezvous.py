@@ -52,7 +52,15 @@ from tricomm.transport.coordination.attendance import (
     describe_apart,
     runs_of,
 )
-from tricomm.transport.coordination.intent import Agreed, Intent, ProblemError, describe_late, differ_in_count, notes_of
+from tricomm.transport.coordination.intent import (
+    Agreed,
+    Intent,
+    OwnNotes,
+    ProblemError,
+    describe_late,
+    differ_in_count,
+    notes_of,
+)
 from tricomm.transport.coordination.monitor import Monitor
 from tricomm.transport.coordination.run import Place, Run, deadline_after
 from tricomm.transport.coordination.status import Heartbeat
@@ -68,9 +76,6 @@ from tricomm.transport.coordination.store import (
 DONE = "done "
 
 FindMissed = Callable[[int, Heartbeat, Sequence[int]], str | None]
-
-MAX_NOTES = 16
-"""Notes of so many channels are kept, the latest."""
 
 WATCHERS = 2
 """Ranks of a rendezvous that read what the others tell; two, so that one may die."""
@@ -97,7 +102,7 @@ class Rendezvous:
         self._epochs: dict[str, int] = {}
         self._leavings = Leavings(store)
         self._was_late: set[str] = set()
-        self._notes: dict[str, Note] = {}
+        self._notes = OwnNotes(store, rank)
         self._lock = threading.Lock()
 
     def join(
@@ -145,6 +150,22 @@ class Rendezvous:
                 if agreed is not None:
                     return agreed
 
+    def join_by_links(self, intent: Intent, near: Near) -> int:
+        """As ``join``, if all others come by links, soon, and nothing is to be settled; the number of the epoch.
+
+        Else 0, and ``join`` goes on from what ``near`` has told. Who fails here may have been met at ``near.number``.
+        """
+        near.number = 0
+        name, note = name_of(intent.participants, intent.channel), self._notes.of_channels.get(intent.channel)
+        is_settled = not (self._dead or name in self._was_late or name in self._leavings.own)
+        number = self._epochs.get(name, 0) + 1
+        is_settled = is_settled and not (note is not None and note.is_awaited_refusal)
+        if not (is_settled and near.meet(number, intent.digest, PATIENCE_SECONDS)):
+            return 0
+        with self._lock:
+            self._epochs[name] = max(number, self._epochs.get(name, 0))
+        return number
+
     def abort(
         self, participants: Sequence[int], reason: str, channel: str = "", audience: Sequence[int] | None = None
     ) -> None:
@@ -164,7 +185,7 @@ class Rendezvous:
             self._end(reason, self.rank, [epoch])
             # For ranks that expect it in a call of other participants.
             told = tuple(participants if audience is None else audience)
-            self._announce(Note(epoch, runs_of(told), channel, "", None, reason))
+            self._notes.announce(Note(epoch, runs_of(told), channel, "", None, reason))
 
     def abort_awaited(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
         """As ``abort``, if others wait for this rank in a rendezvous by now; else nothing."""
@@ -175,7 +196,7 @@ class Rendezvous:
         """Take an outcome for what it means here: None if the next epoch is meant."""
         if outcome.startswith(DONE):
             self._was_late.discard(epoch.name)
-            self._settle(epoch, intent)
+            self._notes.settle(epoch, intent)
             if self._dead:
                 for rank in intent.participants:
                     self._dead.pop(rank, None)
@@ -195,16 +216,6 @@ class Rendezvous:
             raise ProblemError(text, problem["is_mismatch"], counts_anew, problem["refused_by"], problem["absent"])
         # The others aborted this epoch when this rank refused an earlier call: the next one is meant.
         return None
-
-    def _settle(self, epoch: CallEpoch, intent: Intent) -> None:
-        """Whoever has met this rank since it refused a call waits for that no longer; nobody does if this was it."""
-        with self._lock:
-            note = self._notes.get(intent.channel)
-            if note is None or note.digest is not None:
-                return
-            told = set() if note.epoch.name == epoch.name else note.ranks.difference(intent.participants)
-            self._notes[note.channel] = note._replace(participants=runs_of(sorted(told)))
-            self.store.set(f"now/{self.rank}", json.dumps(list(self._notes.values())))
 
     def note_late(self, participants: Sequence[int], channel: str) -> None:
         """This rank was told, in a call, that the others had given it up there."""
@@ -260,9 +271,9 @@ class Rendezvous:
         keys = EpochKeys(*epoch, intent.digest)
         # Not a copy: somebody may die, or leave, while this rank waits for it.
         terms = Terms(epoch, intent.participants, time.monotonic(), deadline, self._dead)
-        state, view = State(Phase.TOLD), View(terms.arrived, is_in_vain=near is None)
-        if near is not None:
+        if near is not None and near.number != epoch.number:
             near.tell(epoch.number, intent.digest)
+        state, view = State(Phase.TOLD), View(terms.arrived, is_in_vain=near is None or near.is_in_vain)
         while state.phase is Phase.TOLD:
             state, action = advance(state, view, terms)
             match action:
@@ -310,7 +321,7 @@ class Rendezvous:
                     case Announce():
                         self._monitor.watch(run)
                         keys.tell(self.store, intent.fields)
-                        self._announce(_note_of(intent, epoch))
+                        self._notes.announce(_note_of(intent, epoch))
                         watches = self.store.add(keys.waiting, 1) <= WATCHERS
                         if watches:
                             status = self._monitor.status
@@ -387,15 +398,6 @@ class Rendezvous:
             return None if note.digest is None else intent.fields
         fields = EpochKeys(*note.epoch, note.digest or "").told(self.store)
         return {"digest": str(note.digest)} if fields is None else fields  # it is past that call by now
-
-    def _announce(self, note: Note) -> None:
-        """Tell the others where this rank is, on each of its channels."""
-        with self._lock:
-            self._notes.pop(note.channel, None)
-            self._notes[note.channel] = note
-            while len(self._notes) > MAX_NOTES:
-                del self._notes[next(iter(self._notes))]
-            self.store.set(f"now/{self.rank}", json.dumps(list(self._notes.values())))
 
     def _read_notes(self, epoch: CallEpoch, participants: Sequence[int], channel: str) -> dict[int, Note]:
         """Read the participants' latest notes that concern this rank and no call that it is past."""

@@ -176,7 +176,7 @@ class Leavings:
         self._store = store
         self._shared: dict[str, list[EpochKeys]] = {}
         """By name, what all who were there know of; the last to come there for a later one deletes it."""
-        self._own: dict[str, EpochKeys] = {}
+        self.own: dict[str, EpochKeys] = {}
         """Of a rendezvous at which this rank was at the store while others met by links: it deletes that itself."""
 
     def decided(self, keys: EpochKeys) -> None:
@@ -198,9 +198,9 @@ class Leavings:
         """The ranks have met by links."""
         self._delete_own(keys.name)
         if was_at_store:
-            self._own[keys.name] = keys
+            self.own[keys.name] = keys
 
     def _delete_own(self, name: str) -> None:
-        own = self._own.pop(name, None)
+        own = self.own.pop(name, None)
         if own is not None:
             own.delete(self._store)

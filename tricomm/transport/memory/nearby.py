@@ -8,6 +8,7 @@ says so where the others look: see ``find_failed``.
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from tricomm.transport.memory.link import Link
 from tricomm.transport.memory.protocol import Here
@@ -16,6 +17,7 @@ from tricomm.transport.memory.signals import LinkClosedError
 DIGEST_NBYTES = 16
 
 
+@lru_cache(maxsize=64)
 def digest_of(text: str) -> bytes:
     """What is told of what a rank is about to do."""
     return hashlib.sha256(text.encode()).digest()[:DIGEST_NBYTES]
@@ -50,6 +52,20 @@ class Nearby:
     def wait(self, seconds: float) -> bool:
         """See Near."""
         deadline = time.monotonic() + seconds
+        self._wait(seconds)
+        if self.is_in_vain:
+            time.sleep(max(0.0, deadline - time.monotonic()))
+        return self.have_told
+
+    def meet(self, number: int, digest: str, seconds: float) -> bool:
+        """See Near."""
+        self.tell(number, digest)
+        self._wait(seconds)
+        return self.have_told
+
+    def _wait(self, seconds: float) -> None:
+        """Wait until all have told the same, or one tells something else."""
+        deadline = time.monotonic() + seconds
         while self._missing and not self.is_in_vain:
             link = self._missing[0]
             if self._has_told(link):
@@ -62,9 +78,6 @@ class Nearby:
                 link.look()  # what was told before the end
                 self.is_in_vain = not link.heres
         self.have_told = not self._missing and not self.is_in_vain
-        if self.is_in_vain:
-            time.sleep(max(0.0, deadline - time.monotonic()))
-        return self.have_told
 
     def _has_told(self, link: Link) -> bool:
         """Whether the peer of a link has told the same."""
