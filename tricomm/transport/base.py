@@ -336,9 +336,13 @@ class Linked(Connections, Protocol):
         ...
 
     def nod(self, tag: int) -> list[tuple[int, Any]] | None:
-        """Tell all others that this rank has what it needs in its call; works to wait for: that they have, too.
+        """Tell all others that this rank has what it needs in its call; works to wait for: that they have, too. Their
+        ``wait`` takes a limit.
 
         None where that takes messages, which is the same on all ranks.
+
+        Raises:
+            ConnectionLostError: a rank is gone.
         """
         ...
 

@@ -237,10 +237,16 @@ class Communicator:
 
     def _nod(self) -> bool:
         """As ``confirm``, by links; false if there are not enough."""
-        with self._losing():
-            nods = self._by_memory and self._by_memory.nod(self.call.tag)
-        for nod in nods or ():
-            self.wait(nod)
+        run, by_memory = self.run, self._by_memory
+        if run is None or by_memory is None:
+            return False
+        try:
+            nods = by_memory.nod(run.tag)
+            for run.waiting_for, nod in nods or ():
+                nod.wait(self._limit)
+        except RuntimeError as error:
+            raise self.lost(error.peer if isinstance(error, ConnectionLostError) else run.waiting_for, error) from error
+        run.waiting_for = None
         return nods is not None
 
     def _join(self) -> None:

@@ -94,7 +94,7 @@ def test_nods_are_of_a_tag_and_count_even_when_they_come_before_they_are_awaited
     again.wait(there, patience(there))
     for end in ends:
         end.look()
-        assert [end._nods, end._early_nods] == [{}, set()]
+        assert [end.nods, end.early_nods] == [{}, set()]
 
 
 def test_a_nod_that_was_told_before_the_end_counts_and_another_does_not_come(ends: tuple[Link, Link]) -> None:

@@ -10,12 +10,12 @@ import torch
 from tricomm.packing import runs as in_runs
 from tricomm.packing.runs import InPlace
 from tricomm.packing.staging import Direction
-from tricomm.transport.base import NO_ARENAS, Asked, Connections, Operation, Prepares, Shared
+from tricomm.transport.base import NO_ARENAS, Asked, ConnectionLostError, Connections, Operation, Prepares, Shared
 from tricomm.transport.memory.link import PIECES_UNDER_WAY, Link
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.nearby import Nearby
 from tricomm.transport.memory.pieces import Common, Pool
-from tricomm.transport.memory.prepared import prepared
+from tricomm.transport.memory.prepared import PreparedNod, prepared
 from tricomm.transport.memory.rungs import PairTransports, Rung
 from tricomm.transport.memory.signals import LinkClosedError
 from tricomm.transport.memory.transfers import Patience, size_of
@@ -50,6 +50,7 @@ class HostConnections:
         self.depth = network.depth
         self._links = tuple(links.values())
         self._offers = tuple(link.offers for link in self._links)
+        self._nods = tuple((link.peer, PreparedNod(link, self._links).start) for link in self._links)
         self._backlogs = tuple(link.backlog for link in self._links)
         self._are_all_linked = are_all_linked
         self._pool = Pool(PIECES_UNDER_WAY * len(links))
@@ -118,7 +119,13 @@ class HostConnections:
         """See Linked."""
         if not self._are_all_linked:
             return None
-        return [(link.peer, (link, nod.wait)) for link, nod in [(link, link.nod(tag)) for link in self._links]]
+        works: list[tuple[int, Any]] = []
+        for peer, start in self._nods:
+            try:
+                works.append((peer, start(tag)))
+            except LinkClosedError as error:
+                raise ConnectionLostError(peer, error) from error
+        return works
 
     def near(self) -> Nearby | None:
         """See Linked."""

@@ -78,8 +78,8 @@ class Link(End):
         """What goes piece by piece, as long as not all pieces are packed; and what was offered behind it."""
         self.arriving: set[Arrival] = set()
         """What is expected in pieces."""
-        self._early_nods: set[int] = set()
-        self._nods: dict[int, ExpectedNod] = {}
+        self.early_nods: set[int] = set()
+        self.nods: dict[int, ExpectedNod] = {}
         """The same of nods. No call of a tag begins before the one before it is over, so there is one of each tag."""
         self.heres: deque[Here] = deque(maxlen=MAX_HERES)
         """To which rendezvous the peer has come, as far as is known without a look, until this rank comes there."""
@@ -281,11 +281,11 @@ class Link(End):
         except LinkClosedError as error:
             raise ConnectionLostError(self.peer, error) from error
         found = ExpectedNod()
-        if tag in self._early_nods:
-            self._early_nods.remove(tag)
+        if tag in self.early_nods:
+            self.early_nods.remove(tag)
             found.has_come = True
         else:
-            self._nods[tag] = found
+            self.nods[tag] = found
         return found
 
     def read(self, ready: Ready, operation: Operation) -> None:
@@ -397,9 +397,9 @@ class Link(End):
 
     def _take_nod(self, message: Nod) -> "ExpectedNod | None":
         """Who awaited it, if anybody did."""
-        nod = self._nods.pop(message.tag, None)
+        nod = self.nods.pop(message.tag, None)
         if nod is None:
-            self._early_nods.add(message.tag)
+            self.early_nods.add(message.tag)
         else:
             nod.has_come = True
         return nod

@@ -22,12 +22,22 @@ from tricomm.transport.memory.protocol import (
     DONE,
     DONE_KIND,
     MAX_MESSAGE_NBYTES,
+    NOD,
+    NOD_KIND,
     READY,
     READY_KIND,
     Ready,
 )
 from tricomm.transport.memory.signals import FILE_NBYTES, FLAGS, LinkClosedError
-from tricomm.transport.memory.transfers import LONGEST_MILLISECONDS, Departure, Expected, Offer, Patience, size_of
+from tricomm.transport.memory.transfers import (
+    LONGEST_MILLISECONDS,
+    Departure,
+    Expected,
+    ExpectedNod,
+    Offer,
+    Patience,
+    size_of,
+)
 
 NOW = timedelta(0)
 
@@ -172,6 +182,71 @@ class PreparedReceive:
             self._backlog.append((data, None))
         except OSError:
             pass  # the peer has closed, and learns from that
+
+
+class PreparedNod:
+    """A nod to the peer of a link and the one that it gives, again and again, and what is waited for each time."""
+
+    def __init__(self, link: Link, every: tuple[Link, ...]) -> None:
+        self._link, self._every = link, every
+        self._found, self._tag = ExpectedNod(), 0
+        self._early, self._nods = link.early_nods, link.nods
+        self._receive, self._poll, self._send, self._backlog = link.receive, link.poll, link.send, link.backlog
+        self._under_way = under_way(every)
+
+    def start(self, tag: int) -> "PreparedNod":
+        """Tell the peer that this rank has all that it needs in a call, as ``Link.nod`` does.
+
+        Raises:
+            LinkClosedError, ConnectionLostError: the link is closed.
+        """
+        self._tag = tag
+        if self._backlog:
+            self._found = self._link.nod(tag)
+            return self
+        data = NOD.pack(NOD_KIND, tag)
+        try:
+            self._send(data, FLAGS)
+        except BlockingIOError:
+            self._backlog.append((data, None))
+        except OSError as error:
+            raise LinkClosedError(f"the link to rank {self._link.peer} is closed: {error}") from error
+        found = self._found = ExpectedNod()
+        if tag in self._early:
+            self._early.remove(tag)
+            found.has_come = True
+        else:
+            self._nods[tag] = found
+        return self
+
+    def wait(self, limit: timedelta) -> None:
+        """Return when the peer has told the same.
+
+        Raises:
+            LinkClosedError: the link has ended before, or the limit is over.
+        """
+        found, receive = self._found, self._receive
+        has_waited = any(self._under_way)  # else it is for the ordinary way
+        while not found.has_come:
+            try:
+                data, ancillary, _, _ = receive(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
+            except BlockingIOError:
+                if has_waited:
+                    break
+                has_waited = True
+                if not self._poll(min(1000 * limit.total_seconds(), LONGEST_MILLISECONDS)):
+                    limit = NOW
+                continue
+            except OSError:
+                break
+            if data and data[0] == NOD_KIND and NOD.unpack(data)[1] == self._tag:
+                del self._nods[self._tag]
+                return
+            if not data:
+                break
+            self._link.take(data, ancillary)
+        if not found.has_come:
+            found.wait(self._link, Patience(limit, self._every))
 
 
 def under_way(links: Sequence[Link]) -> tuple[Collection[Any], ...]:

@@ -325,10 +325,7 @@ class Arrival:
 class ExpectedNod:
     """That the peer has all that it needs in a call."""
 
-    __slots__ = ("has_come",)
-
-    def __init__(self) -> None:
-        self.has_come = False
+    has_come = False
 
     def wait(self, link: End, patience: Patience) -> None:
         """Return when it is told.
