@@ -350,8 +350,12 @@ class Linked(Connections, Protocol):
         """What ranks meet by that have connections; None if not all have links, which is the same on all ranks."""
         ...
 
-    def finish(self, limit: timedelta) -> None:
-        """Return when all has been told that is to be told: nobody looks after it once the call is over."""
+    def finish(self, limit: timedelta) -> bool:
+        """Return when all has been told that is to be told: nobody looks after it once the call is over.
+
+        Returns:
+            Whether peers may still have to read something.
+        """
         ...
 
 

@@ -82,11 +82,8 @@ class Communicator:
         device: torch.device,
         refused: dict[int, str] | None = None,
     ) -> None:
-        self.coordinator = coordinator
-        self.participants = participants
-        self.place = f"{place}/{generation}"
-        self.generation = generation
-        self.device = device
+        self.coordinator, self.participants = coordinator, participants
+        self.place, self.generation, self.device = f"{place}/{generation}", generation, device
         self.abort_reason: AbortReason | None = None
         """Why it can no longer be used. Written once, under the lock."""
         self.is_usable = True
@@ -203,10 +200,8 @@ class Communicator:
 
     def gather(self, groups: tuple[tuple[int, ...], ...]) -> None:
         """See Connections."""
-        try:
+        with self._losing():
             self.connections.gather(groups)
-        except ConnectionLostError as error:
-            raise self.lost(error.peer, error) from error
 
     def exchange(self, operations: Iterable[Operation]) -> None:
         """Post operations and wait for all of them."""
@@ -237,11 +232,10 @@ class Communicator:
 
     def _nod(self) -> bool:
         """As ``confirm``, by links; false if there are not enough."""
-        run, by_memory = self.run, self._by_memory
-        if run is None or by_memory is None:
-            return False
+        run = self.run
+        assert run is not None
         try:
-            nods = by_memory.nod(run.tag)
+            nods = self._by_memory and self._by_memory.nod(run.tag)
             for run.waiting_for, nod in nods or ():
                 nod.wait(self._limit)
         except RuntimeError as error:
@@ -316,8 +310,7 @@ class Communicator:
         """End a call, badly or well: it is over here, and what it queued on a device is watched until it is done."""
         if is_complete:
             if self._by_memory is not None and self.connections is self._by_memory:
-                self._by_memory.finish(self._limit)
-                self.unread_of = run
+                self.unread_of = run if self._by_memory.finish(self._limit) else None
             self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:

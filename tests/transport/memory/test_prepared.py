@@ -16,7 +16,7 @@ from tricomm.packing.runs import PIECE_NBYTES, runs_in
 from tricomm.transport.base import NoConnections, Operation
 from tricomm.transport.memory.connections import HostConnections
 from tricomm.transport.memory.link import EAGER_NBYTES, EAGER_OFFERS, OFFERS_BEFORE_LOOKING, Link
-from tricomm.transport.memory.prepared import PreparedReceive, PreparedSend, prepared
+from tricomm.transport.memory.prepared import PreparedNod, PreparedReceive, PreparedSend, prepared
 from tricomm.transport.memory.protocol import Here, Ready, decode
 from tricomm.transport.memory.rungs import Rung
 from tricomm.transport.memory.signals import Signals
@@ -34,6 +34,7 @@ FEW_MESSAGES = 4096
 
 
 Send = Callable[[bytes, int], int]
+Key = tuple[bool | None, int, int]
 
 
 class Recorded:
@@ -67,15 +68,16 @@ class Way:
     """Both ends of a link with operations in both directions, which are made ready or not.
 
     Attributes:
-        works: by (receiving?, rank, which), of those that were started.
+        works: by (whether it sends; None for a nod, rank, which), of those that were started.
     """
 
     def __init__(self, is_short: bool, rung: Rung, is_narrow: bool) -> None:
         self.is_short, self.link = is_short, Recorded(rung, is_narrow)
-        self.operations: dict[tuple[bool, int, int], Operation] = {}
-        self.starts: dict[tuple[bool, int, int], Any] = {}
-        self.works: dict[tuple[bool, int, int], Any] = {}
+        self.operations: dict[Key, Operation] = {}
+        self.starts: dict[Key, Any] = {}
+        self.works: dict[Key, Any] = {}
         for rank, link in enumerate(self.link.ends):
+            self.starts[None, rank, 0] = PreparedNod(link, (link,)).start
             for which, nbytes in enumerate(SIZES):
                 for is_send in (True, False):
                     buffer = torch.zeros(nbytes, dtype=torch.uint8)
@@ -95,6 +97,8 @@ class Way:
                 case "send" | "receive":
                     key = (what == "send", rank, number % len(SIZES))
                     return None if key in self.works else self.start(key, link, salt)
+                case "nod" if (None, rank, 0) not in self.works:
+                    return self.nod(link, rank, (TAG, OTHER)[number % 2])
                 case "wait" if self.works:
                     return self.wait([*self.works][number % len(self.works)])
                 case "catch up":
@@ -107,10 +111,13 @@ class Way:
                 case "close" if number < 4:
                     link.close()
         except RuntimeError as error:
-            return type(error).__name__ if what == "send" else (type(error).__name__, str(error))
+            return type(error).__name__, str(error)
         return None
 
-    def wait(self, key: tuple[bool, int, int]) -> list[int]:
+    def nod(self, link: Link, rank: int, tag: int) -> None:
+        self.works[None, rank, 0] = self.starts[None, rank, 0](tag) if self.is_short else link.nod(tag)
+
+    def wait(self, key: Key) -> list[int] | None:
         """The bytes of an operation that is over."""
         link, work = self.link.ends[key[1]], self.works[key]
         if self.is_short:
@@ -118,9 +125,9 @@ class Way:
         else:
             work.wait(link, Patience(AT_ONCE, (link,)))
         del self.works[key]
-        return self.operations[key].buffer.tolist()
+        return None if key[0] is None else self.operations[key].buffer.tolist()
 
-    def start(self, key: tuple[bool, int, int], link: Link, salt: int) -> bool:
+    def start(self, key: Key, link: Link, salt: int) -> bool:
         """Whether there is something to wait for."""
         if key[0]:
             self.operations[key].buffer.fill_(salt % 251)
@@ -143,6 +150,8 @@ class Way:
                 {tag: [ready.number for ready in found] for tag, found in link.early.items()},
                 {number: offer.is_free for number, offer in link.offers.items()},
                 [*link.heres],
+                {tag: found.has_come for tag, found in link.nods.items()},
+                link.early_nods,
                 [data for data, _ in link.backlog if not isinstance(decode(data), Ready)],
                 len(link.backlog),
                 [[slab.number for slab in link.free_slabs(nbytes)] for nbytes in SIZES],
@@ -158,7 +167,7 @@ def tag_of(which: int) -> int:
 
 COMMANDS = st.lists(
     st.tuples(
-        st.sampled_from(["send", "receive", "wait", "wait"] * 3 + ["catch up", "catch up", "tell", "serve", "close"]),
+        st.sampled_from(["send", "receive", "wait", "wait"] * 3 + ["catch up", "nod"] * 2 + ["tell", "serve", "close"]),
         st.integers(0, 1),
         st.integers(0, 40),
     ),
@@ -173,6 +182,7 @@ RUNS = [("receive", 1, 3), ("send", 0, 3), ("wait", 1, 0)]
 RECEIVES, SENDS, WAITS = (
     [(what, rank, at) for at in range(3)] for what, rank in (("receive", 1), ("send", 0), ("wait", 1))
 )
+NODS = [("nod", 0, 0), ("nod", 1, 0), ("wait", 0, 0), ("wait", 0, 0)]
 CATCH_UP = [("catch up", 0, 0)]
 WARM = [*RECEIVES, *SENDS, *WAITS[:1] * 3, *CATCH_UP]
 NEARLY_FULL = [
@@ -180,7 +190,7 @@ NEARLY_FULL = [
     for count in range(16)
     for command in (
         *(*RECEIVES, ("tell", 0, count), *SENDS, ("tell", 1, count), *WAITS[:1] * 3),
-        *(("serve", 0, 0), ("serve", 1, 0), ("tell", 0, 1), ("tell", 1, 1), *CATCH_UP) * 2,
+        *(*NODS[:1], ("serve", 0, 0), ("serve", 1, 0), ("tell", 0, 1), ("tell", 1, 1), *CATCH_UP) * 2,
     )
 ]
 """The socket has room for some of what follows."""
@@ -197,6 +207,11 @@ WARM_AHEAD = [*AHEAD[:10], *[ROUND[0], ROUND[2]] * 10, *CATCH_UP, *WARM]
 @example(commands=[*WARM_AHEAD, *SENDS[:1] * 5, *[ROUND[0], ROUND[2]] * 2, *SENDS[1:]], rung=Rung.READ, is_narrow=False)
 @example(commands=[*WARM, ("tell", 0, 40), ("serve", 1, 0), *ROUND * 9], rung=Rung.READ, is_narrow=True)
 @example(commands=[*WARM, *EARLY, ("tell", 1, 40), ("serve", 0, 0), *ROUND[2:] * 9], rung=Rung.READ, is_narrow=True)
+@example(commands=[*WARM, ("close", 0, 0), *SENDS, *NODS], rung=Rung.READ, is_narrow=False)
+@example(commands=[*NODS, *ROUND, *NODS * 2], rung=Rung.READ, is_narrow=False)
+@example(commands=[*NODS[:1], ("nod", 1, 1), *NODS[2:] * 2, *NODS], rung=Rung.READ, is_narrow=False)
+@example(commands=[*NODS[:2], ("close", 0, 0), *NODS[2:], *NODS], rung=Rung.READ, is_narrow=False)
+@example(commands=[("tell", 0, 40), *NODS[:2], *[("serve", 1, 0), ("tell", 0, 1)] * 20], rung=Rung.READ, is_narrow=True)
 @example(commands=NEARLY_FULL, rung=Rung.READ, is_narrow=True)
 @example(commands=[*SECOND_FIRST * 3, *OTHER_TAG * 3, *RUNS * 2], rung=Rung.READ, is_narrow=False)
 @example(commands=[*ROUND, *ROUND[:2], ("close", 0, 0), *ROUND[2:], *ROUND], rung=Rung.READ, is_narrow=False)

@@ -183,9 +183,10 @@ class DeviceConnections:
     def near(self) -> None:
         """See Linked."""
 
-    def finish(self, limit: timedelta) -> None:
+    def finish(self, limit: timedelta) -> bool:
         """See Linked: a call is over on this rank."""
         self._tell_read()
+        return True
 
     # ---- arenas
 

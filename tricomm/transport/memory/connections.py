@@ -10,7 +10,7 @@ import torch
 from tricomm.packing import runs as in_runs
 from tricomm.packing.runs import InPlace
 from tricomm.packing.staging import Direction
-from tricomm.transport.base import NO_ARENAS, Asked, ConnectionLostError, Connections, Operation, Prepares, Shared
+from tricomm.transport.base import NO_ARENAS, Asked, Connections, Operation, Prepares, Shared
 from tricomm.transport.memory.link import PIECES_UNDER_WAY, Link
 from tricomm.transport.memory.meeting import VERDICT_NBYTES, Doorway, meet
 from tricomm.transport.memory.nearby import Nearby
@@ -119,22 +119,16 @@ class HostConnections:
         """See Linked."""
         if not self._are_all_linked:
             return None
-        works: list[tuple[int, Any]] = []
-        for peer, start in self._nods:
-            try:
-                works.append((peer, start(tag)))
-            except LinkClosedError as error:
-                raise ConnectionLostError(peer, error) from error
-        return works
+        return [(peer, start(tag)) for peer, start in self._nods]
 
     def near(self) -> Nearby | None:
         """See Linked."""
         return Nearby(self._links) if self._are_all_linked else None
 
-    def finish(self, limit: timedelta) -> None:
+    def finish(self, limit: timedelta) -> bool:
         """See Linked."""
         if not any(self._backlogs):
-            return
+            return any(self._offers)
         for link in self._links:
             while link.is_crowded:
                 try:
@@ -142,6 +136,7 @@ class HostConnections:
                         Patience(limit, (link,)).await_news(link)
                 except LinkClosedError:
                     break  # the peer learns more from that
+        return any(self._offers)
 
     def connected(self) -> None:
         """See Connections."""

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 from tricomm.packing import runs as in_runs
-from tricomm.transport.base import Operation
+from tricomm.transport.base import ConnectionLostError, Operation
 from tricomm.transport.memory import link as links
 from tricomm.transport.memory.link import OFFERS_BEFORE_LOOKING, Link
 from tricomm.transport.memory.pieces import pack_piece
@@ -40,6 +40,9 @@ from tricomm.transport.memory.transfers import (
 )
 
 NOW = timedelta(0)
+
+SHORT_PAUSES = 4
+"""So often something else may come before what is awaited: then the ordinary way looks at the limit."""
 
 
 def prepared(operation: Operation, link: Link, every: Sequence[Link]) -> Callable[[int], Any] | None:
@@ -73,7 +76,7 @@ class PreparedSend:
         """Offer the bytes; None if they are free.
 
         Raises:
-            LinkClosedError, ConnectionLostError: the link is closed.
+            ConnectionLostError: the link is closed.
         """
         offer, offers, free = self._offer, self._offers, self._free
         if (
@@ -98,7 +101,7 @@ class PreparedSend:
         except BlockingIOError:
             self._backlog.append((data, None))
         except OSError as error:
-            raise LinkClosedError(f"the link to rank {self._link.peer} is closed: {error}") from error
+            raise closed(self._link.peer, error) from error
         return None
 
     def wait(self, limit: timedelta) -> None:
@@ -198,7 +201,7 @@ class PreparedNod:
         """Tell the peer that this rank has all that it needs in a call, as ``Link.nod`` does.
 
         Raises:
-            LinkClosedError, ConnectionLostError: the link is closed.
+            ConnectionLostError: the link is closed.
         """
         self._tag = tag
         if self._backlog:
@@ -210,7 +213,7 @@ class PreparedNod:
         except BlockingIOError:
             self._backlog.append((data, None))
         except OSError as error:
-            raise LinkClosedError(f"the link to rank {self._link.peer} is closed: {error}") from error
+            raise closed(self._link.peer, error) from error
         found = self._found = ExpectedNod()
         if tag in self._early:
             self._early.remove(tag)
@@ -226,16 +229,16 @@ class PreparedNod:
             LinkClosedError: the link has ended before, or the limit is over.
         """
         found, receive = self._found, self._receive
-        has_waited = any(self._under_way)  # else it is for the ordinary way
+        pauses = 0 if any(self._under_way) else SHORT_PAUSES
         while not found.has_come:
             try:
                 data, ancillary, _, _ = receive(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
             except BlockingIOError:
-                if has_waited:
+                if not pauses:
                     break
-                has_waited = True
+                pauses -= 1
                 if not self._poll(min(1000 * limit.total_seconds(), LONGEST_MILLISECONDS)):
-                    limit = NOW
+                    limit, pauses = NOW, 0
                 continue
             except OSError:
                 break
@@ -247,6 +250,11 @@ class PreparedNod:
             self._link.take(data, ancillary)
         if not found.has_come:
             found.wait(self._link, Patience(limit, self._every))
+
+
+def closed(peer: int, error: OSError) -> ConnectionLostError:
+    """What to raise as nothing can be told to a peer."""
+    return ConnectionLostError(peer, LinkClosedError(f"the link to rank {peer} is closed: {error}"))
 
 
 def under_way(links: Sequence[Link]) -> tuple[Collection[Any], ...]:
