@@ -158,8 +158,8 @@ def reshard(
     """
     if torch.compiler.is_compiling():
         return eagerly(reshard, tensor, source, destination, out=out, **options)
-    mover = _one_shot((tensor, out), (source, destination), options, "reshard")
-    return mover._call(tensor, out)
+    mover: Any = _one_shot((tensor, out), (source, destination), options, "reshard")
+    return mover(tensor, out=out)
 
 
 @overload

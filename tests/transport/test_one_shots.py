@@ -242,7 +242,8 @@ def made_in_turn(rank: int, steps: list[Step], transport: str) -> tuple[list[int
             bed.fail(step)
         else:
             bed.call(step)
-            tags.append(max(mover._session.tag for mover, _ in context.as_written.values()))
+            movers = [mover for mover, _ in context.as_written.values() if mover.participants == ALL.ranks]
+            tags.append(max(mover._session.tag for mover in movers))
     return tags, bed.repeats
 
 

@@ -19,6 +19,9 @@ from tricomm.transport.channel import Channel
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.gloo import GlooDevices
 
+HAS_GROUPS = dist.is_available()
+"""Whether torch was built with them."""
+
 MAX_KEPT = 512
 """So many keys of Resharders of one-shot calls are kept, those that were used last; most have two."""
 
@@ -178,7 +181,7 @@ def resolve_group(group: Any) -> Any:
     Raises:
         SpecError: there is none, it was destroyed, or this process is not in it.
     """
-    if group is None and dist.is_available() and (default := dist.group.WORLD) is not None:
+    if group is None and HAS_GROUPS and (default := dist.group.WORLD) is not None:
         return default
     if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise SpecError("this process is not in the given group; only its ranks may call")

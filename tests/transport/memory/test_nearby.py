@@ -238,7 +238,7 @@ def test_an_interrupt_while_ranks_meet_again_leaves_the_epoch_to_be_ended(where:
 
     link = group.links[1][0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(link, "tell" if where == "send" else "look", interrupted)
+        patch.setattr(link, "say" if where == "send" else "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             group.join_again(1, "a")
     assert group.nears[1].number == 2

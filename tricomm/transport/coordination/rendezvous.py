@@ -190,7 +190,7 @@ class Rendezvous:
     def abort_awaited(self, participants: Sequence[int], reason: str, channel: str = "") -> None:
         """As ``abort``, if others wait for this rank in a rendezvous by now; else nothing."""
         with store_errors():
-            self._abort_if_awaited(name_of(participants, channel), participants, channel, reason)
+            self._abort_if_awaited(name_of(tuple(participants), channel), participants, channel, reason)
 
     def _take(self, outcome: str, epoch: CallEpoch, intent: Intent) -> Agreed | None:
         """Take an outcome for what it means here: None if the next epoch is meant."""
@@ -219,7 +219,7 @@ class Rendezvous:
 
     def note_late(self, participants: Sequence[int], channel: str) -> None:
         """This rank was told, in a call, that the others had given it up there."""
-        self._was_late.add(name_of(participants, channel))
+        self._was_late.add(name_of(tuple(participants), channel))
 
     def _catch_up(self, epoch: CallEpoch, intent: Intent) -> str | None:
         """On the first miss, skip the aborted epochs: whoever calls again is found there. On the second one running
@@ -252,7 +252,7 @@ class Rendezvous:
         return True
 
     def _next_epoch(self, participants: Sequence[int], channel: str) -> CallEpoch:
-        name = name_of(participants, channel)
+        name = name_of(tuple(participants), channel)
         with self._lock:
             self._epochs[name] = self._epochs.get(name, 0) + 1
             return CallEpoch(name, self._epochs[name])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -155,13 +155,9 @@ class EpochKeys(NamedTuple):
             store.delete_key(key)
 
 
-def name_of(participants: Sequence[int], channel: str) -> str:
-    """Return what the epochs of some ranks on a channel are called on the store."""
-    return _name_of(tuple(participants), channel)
-
-
 @lru_cache(maxsize=64)
-def _name_of(participants: tuple[int, ...], channel: str) -> str:
+def name_of(participants: tuple[int, ...], channel: str) -> str:
+    """Return what the epochs of some ranks on a channel are called on the store."""
     return hashlib.sha256(repr((list(participants), channel)).encode()).hexdigest()[:16]
 
 

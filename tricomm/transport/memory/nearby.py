@@ -3,16 +3,25 @@
 Each tells each. A rank has met the others when all have told the same as it has itself; then every one of them has, or
 will have when it looks, unless its link with one ended before that had told it. Who has met fails in the call then, and
 says so where the others look: see ``find_failed``.
+
+What each tells each is one message, the same for all: it is encoded once, and what comes is compared with it as bytes.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 from tricomm.transport.memory.link import Link
-from tricomm.transport.memory.protocol import Here
-from tricomm.transport.memory.signals import LinkClosedError
+from tricomm.transport.memory.protocol import (
+    HERE,
+    HERE_KIND,
+    MAX_MESSAGE_NBYTES,
+    Here,
+)
+from tricomm.transport.memory.signals import FILE_NBYTES, FLAGS, LinkClosedError
+from tricomm.transport.memory.transfers import CROWDED_MILLISECONDS, LONGEST_MILLISECONDS
 
 DIGEST_NBYTES = 16
 
@@ -31,21 +40,23 @@ class Nearby:
     """
 
     def __init__(self, links: Sequence[Link]) -> None:
-        self._links = links
+        self._links = tuple(links)
+        self._backlogs = tuple(link.backlog for link in links)
         self._missing: list[Link] = []
-        self._here = Here(0, b"")
+        self._here, self._data = Here(0, b""), b""
         self.have_told = self.is_in_vain = False
         self.number = 0
         self.find_failed: Callable[[int], str | None] = lambda _: None
 
     def tell(self, number: int, digest: str) -> None:
         """See Near."""
-        self._here = here = Here(number, digest_of(digest))
+        here = number, digest_of(digest)
+        self._here, self._data = tuple.__new__(Here, here), HERE.pack(HERE_KIND, *here)
         self._missing = [*self._links]
         self.have_told, self.is_in_vain, self.number = False, False, number
         for link in self._links:
             try:
-                link.tell(here)
+                link.say(self._data)
             except LinkClosedError:
                 self.is_in_vain = True
 
@@ -60,35 +71,68 @@ class Nearby:
     def meet(self, number: int, digest: str, seconds: float) -> bool:
         """See Near."""
         self.tell(number, digest)
-        self._wait(seconds)
+        return self._wait(seconds)
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait until all have told the same, or one tells something else; whether they have."""
+        here, missing, is_late = self._here, self._missing, False
+        deadline = time.monotonic() + seconds
+        while missing and not (self.is_in_vain or is_late):
+            link = missing[0]
+            heres = link.heres
+            while heres and heres[0].number < here.number:
+                heres.popleft()  # of a rendezvous for which this rank went to the store
+            if heres:
+                self.is_in_vain = heres[0] != here
+                if not self.is_in_vain:
+                    heres.popleft()
+                    del missing[0]
+                continue
+            try:
+                heard = self._hear(link, self._data, deadline - time.monotonic())
+            except LinkClosedError:
+                self.is_in_vain = True
+                break
+            if heard:
+                del missing[0]
+            is_late = heard is None
+        self.have_told = not missing and not self.is_in_vain
         return self.have_told
 
-    def _wait(self, seconds: float) -> None:
-        """Wait until all have told the same, or one tells something else."""
-        deadline = time.monotonic() + seconds
-        while self._missing and not self.is_in_vain:
-            link = self._missing[0]
-            if self._has_told(link):
-                self._missing.pop(0)
-                continue
-            left = deadline - time.monotonic()
-            if self.is_in_vain or left <= 0:
-                break
-            if link.wait(1000 * left) and not link.heres:
-                link.look()  # what was told before the end
-                self.is_in_vain = not link.heres
-        self.have_told = not self._missing and not self.is_in_vain
+    def _hear(self, link: Link, data: bytes, seconds: float) -> bool | None:
+        """Take what comes by a link until it is a message, or another of its kind: whether it is; None if neither comes
+        within some seconds.
 
-    def _has_told(self, link: Link) -> bool:
-        """Whether the peer of a link has told the same."""
-        heres = link.heres
-        if not heres:
-            link.look()
-        while heres and heres[0].number < self._here.number:
-            heres.popleft()  # of a rendezvous for which this rank went to the store
-        if not heres:
-            return False
-        self.is_in_vain = heres[0] != self._here
-        if not self.is_in_vain:
-            heres.popleft()
-        return not self.is_in_vain
+        Raises:
+            LinkClosedError: the link has ended before.
+        """
+        deadline, is_over = 0.0, False
+        while True:
+            try:
+                came, ancillary, _, _ = link.receive(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
+            except BlockingIOError:
+                now = time.monotonic()
+                deadline = deadline or now + seconds
+                if now < deadline and not is_over:
+                    milliseconds = min(1000 * (deadline - now), LONGEST_MILLISECONDS)
+                    is_over = link.wait(self._flushed(milliseconds) if any(self._backlogs) else milliseconds)
+                    continue
+                if not is_over:
+                    return None
+                came = b""
+            except OSError:
+                came = b""
+            if came == data:
+                return True
+            if not came:
+                raise LinkClosedError(f"the link to rank {link.peer} is closed")
+            link.take(came, ancillary)
+            if came[0] == data[0]:
+                return False
+
+    def _flushed(self, milliseconds: float) -> float:
+        """Send what waits for room; how long to wait for news at most, until some is tried again."""
+        for one in self._links:
+            with suppress(LinkClosedError):  # whoever waits for that one hears of it
+                one.flush()
+        return min(milliseconds, CROWDED_MILLISECONDS) if any(self._backlogs) else milliseconds

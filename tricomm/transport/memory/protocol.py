@@ -183,7 +183,7 @@ class Here(NamedTuple):
 
 Message = Ready | Done | Slab | Region | Sources | Opened | Closed | Nod | Here
 
-READY_KIND, DONE_KIND, NOD_KIND = 1, 2, 8
+READY_KIND, DONE_KIND, NOD_KIND, HERE_KIND = 1, 2, 8, 9
 _FORMATS: Mapping[int, tuple[type[Any], struct.Struct]] = {
     kind: (message, struct.Struct(f"=B{fields}"))
     for kind, message, fields in (
@@ -195,7 +195,7 @@ _FORMATS: Mapping[int, tuple[type[Any], struct.Struct]] = {
         (6, Opened, "Q"),
         (7, Closed, "Q"),
         (NOD_KIND, Nod, "Q"),
-        (9, Here, "Q16s"),
+        (HERE_KIND, Here, "Q16s"),
     )
 }
 """By the kind of a message, its first byte."""
@@ -203,7 +203,7 @@ _FORMATS: Mapping[int, tuple[type[Any], struct.Struct]] = {
 WITH_TEXT = (5, 6)
 """Kinds that end with a text."""
 
-READY, DONE, NOD = (_FORMATS[kind][1] for kind in (READY_KIND, DONE_KIND, NOD_KIND))
+READY, DONE, NOD, HERE = (_FORMATS[kind][1] for kind in (READY_KIND, DONE_KIND, NOD_KIND, HERE_KIND))
 """Formats of what calls of few bytes tell, their kinds included."""
 
 _KINDS = {message: (kind, format.pack) for kind, (message, format) in _FORMATS.items()}

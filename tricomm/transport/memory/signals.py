@@ -67,14 +67,22 @@ class Signals:
             LinkClosedError: the link is closed.
         """
         data = encode(message)
-        if file is None and not self.backlog:
+        if file is None:
+            self.say(data)
+            return
+        self.backlog.append((data, file))
+        self.flush()
+
+    def say(self, data: bytes) -> None:
+        """As ``tell``, of a message that is encoded."""
+        if not self.backlog:
             try:
                 self.send(data, FLAGS)
             except OSError:
                 pass  # no room; or closed, as ``flush`` says
             else:
                 return
-        self.backlog.append((data, file))
+        self.backlog.append((data, None))
         self.flush()
 
     def flush(self) -> bool:
@@ -121,7 +129,10 @@ class Signals:
 
     def wait(self, milliseconds: float) -> bool:
         """Wait for a message, or the end of the link; true if it has ended. Messages may have come before that."""
-        return any(event & GONE or file == self._process for file, event in self.poll(milliseconds))
+        is_over = False
+        for file, event in self.poll(milliseconds):
+            is_over = is_over or bool(event & GONE) or file == self._process
+        return is_over
 
     def wait_with(self, others: tuple["Signals", ...], milliseconds: float) -> dict[int, bool]:
         """Wait for a message of this link or others, or the end of one: by peer of which there is news, whether it is
