@@ -236,7 +236,7 @@ def test_links_that_were_waited_for_together_go_when_nobody_has_them() -> None:
     here, other = linked()[0], linked()[0]
     other.peer = 2
     for first, second in ((here, other), (other, here)):
-        assert first.wait_with((second,), 0) == {1: True, 2: True}  # their other ends have gone
+        assert first.wait_with({2: second}, 0) == {1: True, 2: True}  # their other ends have gone
     gone = [weakref.ref(here), weakref.ref(other)]
     gc.disable()
     try:

@@ -74,10 +74,6 @@ class Link(End):
         """Offers that came before anybody expected them, by tag."""
         self.expected: dict[int, deque[Expected | Arrival]] = {}
         """What is expected and was not offered in whole yet, by tag; in the order in which it was posted."""
-        self.leaving: deque[Departure] = deque()
-        """What goes piece by piece, as long as not all pieces are packed; and what was offered behind it."""
-        self.arriving: set[Arrival] = set()
-        """What is expected in pieces."""
         self.early_nods: set[int] = set()
         self.nods: dict[int, ExpectedNod] = {}
         """The same of nods. No call of a tag begins before the one before it is over, so there is one of each tag."""
@@ -224,18 +220,13 @@ class Link(End):
             if one.is_whole:
                 self.arriving.discard(one)
 
-    def serve(self) -> None:
+    def serve(self, one_message: bool = False) -> None:
         """See End."""
-        self.look()
+        self.look(one_message=one_message)
         if self.arriving:
             self._unpack()
         if self.leaving:
             self._pack()
-
-    @property
-    def is_busy(self) -> bool:
-        """See End."""
-        return bool(self.leaving or self.arriving or self.is_crowded)
 
     @property
     def is_ahead(self) -> bool:
@@ -335,7 +326,7 @@ class Link(End):
         except LinkClosedError:
             return
 
-    def look(self, awaiting: "Expected | Arrival | ExpectedNod | None" = None) -> None:
+    def look(self, awaiting: "Expected | Arrival | ExpectedNod | None" = None, one_message: bool = False) -> None:
         """See End."""
         receive = self.receive
         while True:
@@ -343,7 +334,7 @@ class Link(End):
                 data, ancillary, _, _ = receive(MAX_MESSAGE_NBYTES, FILE_NBYTES, FLAGS)
             except OSError:
                 return  # nothing is there; or reset: ``is_closed`` says so
-            if not data or (self.take(data, ancillary) is awaiting is not None):
+            if not data or (self.take(data, ancillary) is awaiting is not None) or one_message:
                 return
 
     def take(self, data: bytes, ancillary: Ancillary = ()) -> object:

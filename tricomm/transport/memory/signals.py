@@ -10,7 +10,7 @@ import socket
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from tricomm.transport.memory.protocol import MAX_MESSAGE_NBYTES, Message, decode, encode
@@ -134,26 +134,28 @@ class Signals:
             is_over = is_over or bool(event & GONE) or file == self._process
         return is_over
 
-    def wait_with(self, others: tuple["Signals", ...], milliseconds: float) -> dict[int, bool]:
-        """Wait for a message of this link or others, or the end of one: by peer of which there is news, whether it is
-        the end.
+    def wait_with(self, others: Mapping[int, "Signals"], milliseconds: float) -> dict[int, bool]:
+        """Wait for a message of this link or others, by peer, or the end of one: by peer of which there is news,
+        whether it is the end.
         """
-        with_peers = tuple(one.peer for one in others)
+        with_peers = tuple(others)
         if self._joint is None or self._joint[0] != with_peers:
             poll, peers = select.poll(), dict[int, int]()
-            for one in (self, *others):
+            for one in (self, *others.values()):
                 poll.register(one._socket, select.POLLIN | HALF_CLOSED)
                 peers[one._socket.fileno()] = one.peer
                 if one._process is not None:
                     poll.register(one._process, select.POLLIN)
-                    peers[~one._process] = one.peer
+                    peers[one._process] = ~one.peer  # what it tells is the end
             self._joint = with_peers, poll, peers
         _, poll, peers = self._joint
         news: dict[int, bool] = {}
         for file, event in poll.poll(milliseconds):
-            is_socket = file in peers
-            peer = peers[file if is_socket else ~file]
-            news[peer] = news.get(peer, False) or not is_socket or bool(event & GONE)
+            peer = peers[file]
+            if peer < 0 or event & GONE:
+                news[peer if peer >= 0 else ~peer] = True
+            else:
+                news.setdefault(peer, False)
         return news
 
     def is_closed(self) -> bool:

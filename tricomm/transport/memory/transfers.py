@@ -1,5 +1,6 @@
 """Transfers over a link: what is offered, what is expected, and how long to wait for it. See ``link``."""
 
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -33,12 +34,22 @@ LONGEST_MILLISECONDS = 3_600_000.0
 
 
 class End(Signals, ABC):
-    """What transfers ask of their link."""
+    """What transfers ask of their link.
+
+    Attributes:
+        leaving: what goes piece by piece, as long as not all pieces are packed; and what was offered behind it.
+        arriving: what is expected in pieces.
+    """
+
+    def __init__(self, peer: int, end: socket.socket, pid: int) -> None:
+        super().__init__(peer, end, pid)
+        self.leaving: deque[Departure] = deque()
+        self.arriving: set[Arrival] = set()
 
     @property
-    @abstractmethod
     def is_busy(self) -> bool:
         """Whether something is under way in pieces, or waits for room in the socket."""
+        return bool(self.leaving or self.arriving or self.backlog)
 
     @property
     @abstractmethod
@@ -54,8 +65,8 @@ class End(Signals, ABC):
         """Take what messages have come; only until what is awaited is among them, if anything is."""
 
     @abstractmethod
-    def serve(self) -> None:
-        """Take what messages have come, and go on with all pieces.
+    def serve(self, one_message: bool = False) -> None:
+        """Take what messages have come, or the first one if that is enough, and go on with all pieces.
 
         Raises:
             LinkClosedError: it is.
@@ -88,8 +99,12 @@ class Patience:
         self._links = links
         self._ended: set[int] = set()
 
-    def await_news(self, link: End) -> bool:
-        """Wait for news from a link; true if it has ended.
+    def await_news(self, link: End, serves: bool = False) -> bool:
+        """Wait for news from a link, and go on with other links meanwhile; true if it has ended.
+
+        Args:
+            link: the one.
+            serves: whether to go on with that one too, if there is news of it.
 
         Raises:
             LinkClosedError: the deadline is over.
@@ -98,29 +113,35 @@ class Patience:
         if left <= 0:
             raise LinkClosedError(f"rank {link.peer} gave no sign within the limit")
         milliseconds = min(1000 * left, LONGEST_MILLISECONDS)
-        busy = [one for one in self._links if one.is_busy]
-        if not busy:
-            return link.wait(milliseconds)
-        for one in busy:
-            if one.is_crowded:
+        others: dict[int, End] = {}
+        ahead: list[End] = []
+        for one in self._links:
+            if one.backlog:
                 milliseconds = CROWDED_MILLISECONDS
                 with suppress(LinkClosedError):  # whoever waits for that one hears of it
                     one.flush()
-        others = tuple(one for one in busy if one is not link and one.peer not in self._ended)
-        ahead = [one for one in busy if one.is_ahead]
-        if ahead:
-            milliseconds = min(milliseconds, AHEAD_MILLISECONDS)
+            elif not (one.leaving or one.arriving):
+                continue
+            if one.leaving and one.is_ahead:
+                ahead.append(one)
+                milliseconds = min(milliseconds, AHEAD_MILLISECONDS)
+            if one is not link and one.peer not in self._ended:
+                others[one.peer] = one
         news = link.wait_with(others, milliseconds) if others else {link.peer: link.wait(milliseconds)}
         for one in ahead:
             if not others or not news:
                 one.hurry()
-        for one in others:
-            if news.get(one.peer):
-                self._ended.add(one.peer)  # whoever waits for that one hears of it
-            if one.peer in news or one in ahead:
+        for peer, one in others.items():
+            is_over = news.get(peer)
+            if is_over:
+                self._ended.add(peer)  # whoever waits for that one hears of it
+            if is_over is not None or one in ahead:
                 with suppress(LinkClosedError):
-                    one.serve()
-        return news.get(link.peer, False)
+                    one.serve(one_message=not is_over)
+        is_over = news.get(link.peer)
+        if serves and (is_over is not None or link in ahead):
+            link.serve(one_message=not is_over)
+        return is_over is True
 
 
 class Offer:
@@ -170,14 +191,14 @@ class Offer:
             LinkClosedError: the link has ended before.
         """
         state, is_over = Sending.OFFERED, False
+        link.serve()
         while state is Sending.OFFERED:
-            link.serve()
             if self.is_read:
                 state, _ = SENDING[state, Event.DONE]
             elif is_over:
                 state, _ = SENDING[state, Event.CLOSED]
             else:
-                is_over = patience.await_news(link)
+                is_over = patience.await_news(link, serves=True)
         if state is Sending.LOST:
             raise LinkClosedError(f"the link to rank {link.peer} is closed")
 
@@ -212,12 +233,13 @@ class Departure:
         Raises:
             LinkClosedError: the link has ended before.
         """
+        if not self.is_free:
+            link.serve()
         is_over = False
         while not self.is_free:
             if is_over:
                 raise LinkClosedError(f"the link to rank {link.peer} is closed")
-            is_over = patience.await_news(link)
-            link.serve()
+            is_over = patience.await_news(link, serves=True)
 
 
 class Expected:
@@ -311,15 +333,13 @@ class Arrival:
             UnreadableError: they are not what was expected.
         """
         is_over = False
-        while True:
-            link.serve()
-            if self.problem is not None:
-                raise self.problem
-            if self.is_whole:
-                return
+        link.serve()
+        while self.problem is None and not self.is_whole:
             if is_over:
                 raise LinkClosedError(f"the link to rank {link.peer} is closed")
-            is_over = patience.await_news(link)
+            is_over = patience.await_news(link, serves=True)
+        if self.problem is not None:
+            raise self.problem
 
 
 class ExpectedNod:
