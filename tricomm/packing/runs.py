@@ -17,6 +17,9 @@ PIECE_NBYTES = 1 << 21
 """Of each piece but the last; the same on all ranks. A chunk of at most so many bytes is not cut. Pieces stay in the
 caches from their packing to their unpacking, and a word never lies in two of them."""
 
+MEMORIES_KEPT = 4
+"""In which a piece knows how it is copied: as many as links that send the same take turns with."""
+
 MIN_RUN_NBYTES = 2048
 """On average: shorter runs are packed, as the kernel takes longer to find each than to copy it."""
 
@@ -141,14 +144,17 @@ class Pieces:
         for one in boxes:
             for index, box in cut(one.box, PIECE_NBYTES // (one.box.word_nbytes or one.packed.itemsize)):
                 self._boxes[index].append(one._replace(box=box))
-        self._made: list[tuple[torch.Tensor, Copy] | None] = [None] * len(self._boxes)
+        self._made: list[dict[int, tuple[torch.Tensor, Copy]]] = [{} for _ in self._boxes]
+        """Of each piece by the number of the memory, which is kept so that no other has it."""
 
     def copy(self, index: int, memory: torch.Tensor) -> None:
-        """Copy a piece, into the memory or out of it, uint8; fastest if a piece has the same memory each time."""
-        made = self._made[index]
-        if made is None or made[0] is not memory:
-            made = memory, self._copies(self._boxes[index], memory, -index * PIECE_NBYTES)
-            self._made[index] = made
+        """Copy a piece, into the memory or out of it, uint8; fastest if the memory is one of few that it had before."""
+        of_piece = self._made[index]
+        made = of_piece.get(id(memory))
+        if made is None:
+            if len(of_piece) == MEMORIES_KEPT:
+                of_piece.clear()
+            made = of_piece[id(memory)] = memory, self._copies(self._boxes[index], memory, -index * PIECE_NBYTES)
         made[1]()
 
 

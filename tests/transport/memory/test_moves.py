@@ -54,10 +54,10 @@ def move_large(rank: int, kind: str, rung: str) -> tuple[dict[int, int], set[str
     named = 0
     offer, read = Link.offer, Link.read
 
-    def offering(link, operation, tag, common):
+    def offering(link, operation, tag, common, others_follow):
         nonlocal named
         named += operation.runs is not None
-        return offer(link, operation, tag, common)
+        return offer(link, operation, tag, common, others_follow)
 
     def reading(link, ready, operation):
         nonlocal named

@@ -18,7 +18,8 @@ from tricomm.kernels.reference import InWords, paired_views
 from tricomm.kernels.table import StridedBox, contiguous_strides
 from tricomm.packing.runs import Pieces, cut
 from tricomm.packing.staging import TensorBox
-from tricomm.transport.base import Operation
+from tricomm.transport.base import NoConnections, Operation
+from tricomm.transport.memory.connections import HostConnections
 from tricomm.transport.memory.link import Link
 from tricomm.transport.memory.reading import UnreadableError
 from tricomm.transport.memory.rungs import Rung
@@ -191,6 +192,31 @@ def test_memory_is_that_of_few_pieces_whatever_is_sent() -> None:
         for one in here.unread():
             one.wait_read(here, patience(here))
     assert len(there.slabs) == 2
+
+
+def test_links_that_pack_at_the_same_time_have_a_piece_under_way_each_and_one_that_is_alone_two() -> None:
+    pairs = {1: linked(), 2: linked()}
+    here, there = ({peer: pair[at] for peer, pair in pairs.items()} for at in (0, 1))
+    here[2].peer = 2
+    connections = HostConnections(NoConnections(), here, {})
+    for call in range(3):
+        counts = {1: 5, 2: 9}
+        sources = {peer: torch.full((count * PIECE_NBYTES,), call, dtype=torch.uint8) for peer, count in counts.items()}
+        results = {peer: torch.ones_like(source) for peer, source in sources.items()}
+        connections.post([Operation(True, peer, source) for peer, source in sources.items()], TAG)
+        for peer, result in results.items():
+            there[peer].expect(Operation(False, 0, result), TAG)
+        under_way = []
+        while here[2].leaving:
+            under_way.append((len(here[1].unread()), len(here[2].unread())))
+            for ends in pairs.values():
+                ends[1].serve()
+                ends[0].serve()
+        for ends in pairs.values():
+            ends[1].serve()
+            ends[0].serve()
+        assert under_way == [(1, 1)] * 4 + [(1, 2), (0, 2)]
+        assert all(torch.equal(results[peer], source) for peer, source in sources.items())
 
 
 @pytest.mark.parametrize("nbytes", [PIECE_NBYTES * 4, 8])

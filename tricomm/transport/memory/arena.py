@@ -111,22 +111,24 @@ class Arena:
 
 
 class Ring:
-    """The sender's slabs for the pieces of a link: those of equal place in their transfers have the same one."""
+    """The sender's slabs for the pieces of a link: few, each of which stays in the caches as it is used again."""
 
-    def __init__(self, arena: Arena, size: int) -> None:
+    def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._slabs: list[SharedSlab | None] = [None] * size
+        self._slabs: list[SharedSlab] = []
         self._taken: set[int] = set()
 
-    def take(self, index: int, nbytes: int) -> tuple[SharedSlab, int | None] | None:
-        """The slab for piece ``index``, as in Arena; None as long as another piece is there."""
-        place = index % len(self._slabs)
-        slab, file = self._slabs[place], None
-        if slab is not None and slab.number in self._taken:
+    def take(self, nbytes: int, most: int) -> tuple[SharedSlab, int | None] | None:
+        """The first free slab, as in Arena; None as long as at least so many are taken."""
+        if len(self._taken) >= most:
             return None
-        if slab is None:
+        file = None
+        for slab in self._slabs:
+            if slab.number not in self._taken:
+                break
+        else:
             slab, file = self._arena.take(nbytes)
-            self._slabs[place] = slab
+            self._slabs.append(slab)
         self._taken.add(slab.number)
         return slab, file
 

@@ -52,6 +52,9 @@ class HostConnections:
         self._offers = tuple(link.offers for link in self._links)
         self._nods = tuple((link.peer, PreparedNod(link, self._links).start) for link in self._links)
         self._backlogs = tuple(link.backlog for link in self._links)
+        leaving = tuple(link.leaving for link in self._links)
+        for link in self._links:
+            link.leaving_beside = leaving
         self._are_all_linked = are_all_linked
         self._pool = Pool(PIECES_UNDER_WAY * len(links))
         ways = {(is_send, rank): links[rank].rung(is_send) for rank in links for is_send in (True, False)}
@@ -65,6 +68,7 @@ class HostConnections:
     def post(self, operations: Iterable[Operation], tag: int) -> list[tuple[int, Any]]:
         """See Connections."""
         works: list[tuple[int, Any]] = []
+        leaving: dict[int, Link] = {}
         for alike in _together(operations):
             links = [self._ways.get((one.is_send, one.peer)) for one in alike]
             common = None
@@ -74,13 +78,13 @@ class HostConnections:
                 if link is None:
                     works += self.network.post((operation,), tag)
                 elif operation.is_send:
-                    works.append((operation.peer, (link, link.offer(operation, tag, common).wait)))
+                    works.append((operation.peer, (link, link.offer(operation, tag, common, True).wait)))
+                    if link.leaving:
+                        leaving[link.peer] = link
                 else:
                     works.append((operation.peer, (link, link.expect(operation, tag).wait)))
-            if common is not None:
-                for link in links:
-                    if link is not None:
-                        link.set_off()
+        for link in leaving.values():
+            link.set_off()
         return works
 
     def wait(self, work: Any, limit: timedelta) -> None:

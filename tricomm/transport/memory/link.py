@@ -10,6 +10,7 @@ import ctypes
 import os
 import socket
 from collections import deque
+from collections.abc import Collection
 from itertools import count
 
 import torch
@@ -52,7 +53,8 @@ EAGER_OFFERS = 16
 """How many transfers of a link may be under way when another sender does not wait: memory stays bounded."""
 
 PIECES_UNDER_WAY = 2
-"""Of a link in one direction: while one is unpacked, the next is packed."""
+"""Of a rank in one direction, and of links to several that get the same: while one is unpacked, the next is packed.
+Where several links have something to pack, each has one piece under way: more would only be in the caches' way."""
 
 
 class Link(End):
@@ -84,7 +86,9 @@ class Link(End):
         self.numbers = count(1)
         self._arena = Arena()
         self.free_slabs = self._arena.free
-        self._ring = Ring(self._arena, PIECES_UNDER_WAY)
+        self._ring = Ring(self._arena)
+        self.leaving_beside: Collection[Collection[Departure]] = (self.leaving,)
+        """Of all links of this rank."""
         self._slots: dict[Slot, SharedSlab] = {}
         """Those that this link has offered, by the numbers that it gave them."""
         self._common_under_way = 0
@@ -98,23 +102,29 @@ class Link(End):
         """How bytes go in one direction."""
         return self.outgoing if is_send else self.incoming
 
-    def offer(self, operation: Operation, tag: int, common: Common | None = None) -> "Offer | Departure":
+    def offer(
+        self, operation: Operation, tag: int, common: Common | None = None, others_follow: bool = False
+    ) -> "Offer | Departure":
         """Tell the peer that bytes may be read: those of the operation's buffer, or of its runs or pieces.
 
         Args:
             operation: whose bytes they are.
             tag: of its call.
             common: of what other links send too, in pieces: the peer is told with ``set_off``, when all have it.
+            others_follow: perhaps on other links: of what goes in pieces all but the first wait for ``set_off``.
 
         Raises:
             ConnectionLostError: the link is closed.
         """
-        if common is not None:
-            departure = Departure(operation, tag, size_of(operation), common)
-            self.leaving.append(departure)
-            return departure
+        nbytes = size_of(operation)
         try:
-            return self._offered(operation, tag)
+            if nbytes <= in_runs.PIECE_NBYTES and not self.leaving:
+                return self._offered(operation, tag, nbytes)
+            departure = Departure(operation, tag, nbytes, common)
+            self.leaving.append(departure)
+            if common is None:
+                self._pack(others_follow)
+            return departure
         except LinkClosedError as error:
             raise ConnectionLostError(self.peer, error) from error
 
@@ -129,16 +139,10 @@ class Link(End):
         except LinkClosedError as error:
             raise ConnectionLostError(self.peer, error) from error
 
-    def _offered(self, operation: Operation, tag: int) -> "Offer | Departure":
+    def _offered(self, operation: Operation, tag: int, nbytes: int) -> Offer:
         _, _, buffer, runs, *_ = operation
-        nbytes = size_of(operation)
         if len(self.offers) >= OFFERS_BEFORE_LOOKING:
             self.look()  # what was read meanwhile is not under way any more
-        if nbytes > in_runs.PIECE_NBYTES or self.leaving:
-            departure = Departure(operation, tag, nbytes)
-            self.leaving.append(departure)
-            self._pack()
-            return departure
         assert not isinstance(runs, Pieces)
         number = next(self.numbers)
         is_eager = nbytes <= EAGER_NBYTES and len(self.offers) < EAGER_OFFERS
@@ -162,12 +166,14 @@ class Link(End):
             self.tell(Slab(slab.number, slab.memory.numel()), file)
         return slab
 
-    def _pack(self) -> None:
+    def _pack(self, others_follow: bool = False) -> None:
         """Pack and offer as many pieces as there is room for."""
+        is_alone = not others_follow and sum(map(bool, self.leaving_beside)) <= 1
+        most = PIECES_UNDER_WAY if is_alone else 1
         while self.leaving:
             one = self.leaving[0]
             nbytes = min(in_runs.PIECE_NBYTES, one.nbytes - one.packed_nbytes)
-            offer = self._packed_for_several(one, nbytes) if one.common else self._packed_alone(one, nbytes)
+            offer = self._packed_for_several(one, nbytes) if one.common else self._packed_alone(one, nbytes, most)
             if offer is None:
                 return
             number = next(self.numbers)
@@ -178,10 +184,9 @@ class Link(End):
             if one.is_free:
                 self.leaving.popleft()
 
-    def _packed_alone(self, one: Departure, nbytes: int) -> Offer | None:
+    def _packed_alone(self, one: Departure, nbytes: int, most: int) -> Offer | None:
         """The next piece in a slab of the ring; None as long as there is no room."""
-        size = in_runs.PIECE_NBYTES
-        taken = self._ring.take(one.packed_nbytes // size, size)
+        taken = self._ring.take(in_runs.PIECE_NBYTES, most)
         if taken is None:
             return None
         slab = self._told(*taken)
