@@ -53,14 +53,14 @@ class Prepared(NamedTuple):
     completions: tuple[Completion, ...]
 
     @classmethod
-    def of(cls, bound: Bound, prepare: Prepare | None) -> "Prepared | None":
+    def of(cls, bound: Bound, prepare: Prepare | None, is_confirmed: bool) -> "Prepared | None":
         """Prepare a run; None if it takes several steps, or operations are not started each by itself."""
         if prepare is None or len(bound.steps) > 1:
             return None
         ((_, receives, sends, rounds),) = bound.steps
         starts: list[Start] = []
         for operation, pack in (*((one, None) for one in receives), *sends):
-            start = prepare(operation)
+            start = prepare(operation, is_confirmed)
             if start is None:
                 return None
             starts.append((pack, start, operation.peer))
@@ -155,7 +155,7 @@ class Repeat:
         self.communicator = session.communicator
         connections = self.communicator.connections
         prepare = connections.prepare if isinstance(connections, Prepares) else None
-        self._prepared = Prepared.of(binding.bound, prepare)
+        self._prepared = Prepared.of(binding.bound, prepare, session.confirms)
 
     def make(self, tensor: Any, out: Any) -> bool:
         """Make the call once more; false, and nothing is done, if it is another one.

@@ -248,7 +248,7 @@ class Connections(Protocol):
         ...
 
 
-Prepare = Callable[[Operation], Callable[[int], Any] | None]
+Prepare = Callable[[Operation, bool], Callable[[int], Any] | None]
 """See Prepares."""
 
 
@@ -256,10 +256,14 @@ Prepare = Callable[[Operation], Callable[[int], Any] | None]
 class Prepares(Protocol):
     """Connections that start each operation by itself, and on which to launch work on buffers is to do it."""
 
-    def prepare(self, operation: Operation) -> Callable[[int], Any] | None:
+    def prepare(self, operation: Operation, is_confirmed: bool) -> Callable[[int], Any] | None:
         """Return what starts an operation, as often as it is called with a tag, and returns the backend's work, or None
         if there is nothing to wait for: its ``wait`` takes a limit, as a timedelta. RuntimeErrors of either are the
         connection's. None if an operation like that has to be posted with those beside it.
+
+        Args:
+            operation: what is started.
+            is_confirmed: whether each call with it is confirmed.
         """
         ...
 

@@ -166,7 +166,7 @@ class GlooConnections:
     def join(self, is_aborted: Callable[[], bool]) -> None:
         """See Connections. Works are waited for, each by itself."""
 
-    def prepare(self, operation: Operation) -> Callable[[int], Any]:
+    def prepare(self, operation: Operation, is_confirmed: bool) -> Callable[[int], Any]:
         """See Prepares."""
         is_send, peer, buffer, *_ = operation
         backend = self._backends[is_send == (peer > self._rank)]

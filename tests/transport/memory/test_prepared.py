@@ -17,7 +17,7 @@ from tricomm.transport.base import NoConnections, Operation
 from tricomm.transport.memory.connections import HostConnections
 from tricomm.transport.memory.link import EAGER_NBYTES, EAGER_OFFERS, OFFERS_BEFORE_LOOKING, Link
 from tricomm.transport.memory.prepared import PreparedNod, PreparedReceive, PreparedSend, prepared
-from tricomm.transport.memory.protocol import Here, Ready, decode
+from tricomm.transport.memory.protocol import Done, Here, Ready, decode
 from tricomm.transport.memory.rungs import Rung
 from tricomm.transport.memory.signals import Signals
 from tricomm.transport.memory.transfers import Patience
@@ -252,12 +252,44 @@ def test_a_warm_operation_enters_one_function_at_each_end(monkeypatch: pytest.Mo
         assert here.has_read()
 
 
+def test_where_calls_end_with_nods_these_say_that_few_bytes_are_read() -> None:
+    """More than those are told of by themselves: their sender waits for that before it nods."""
+    record = Recorded(Rung.ARENA, False)
+    here, there = record.ends
+    sizes = (100, EAGER_NBYTES, EAGER_NBYTES + 1)
+    sources, places = ([torch.zeros(nbytes, dtype=torch.uint8) for nbytes in sizes] for _ in range(2))
+    sends = [prepared(Operation(True, 1, source), here, [here], True) for source in sources]
+    receives = [prepared(Operation(False, 0, place), there, [there], True) for place in places]
+    nods = [PreparedNod(link, (link,)).start for link in record.ends]
+    for call in range(5):
+        del record.told[:]
+        works: list[Any] = []
+        for source, send, receive in zip(sources, sends, receives, strict=True):
+            assert send is not None
+            assert receive is not None
+            source.fill_(call + 1)
+            works += receive(TAG), send(TAG)
+        for work in (*works[::2], works[-1]):
+            work.wait(SOON)
+        assert all(bool((place == call + 1).all()) for place in places)
+        if call:  # the first finds no slabs, and goes the ordinary way
+            assert sum(isinstance(message, Done) for _, message in record.told) == 1
+        theirs, ours = nods[1](TAG), nods[0](TAG) if call % 2 else None
+        if ours is None:
+            here.serve()  # it comes before it is expected
+            ours = nods[0](TAG)
+        ours.wait(SOON)
+        theirs.wait(SOON)
+        assert not here.offers
+    assert len(there.slabs) == len(sizes)
+
+
 def test_operations_that_go_in_pieces_or_by_no_link_are_not_made_ready() -> None:
     here, _ = linked()
     connections = HostConnections(NoConnections(), {1: here}, {})
     buffers = [torch.zeros(nbytes, dtype=torch.uint8) for nbytes in (PIECE_NBYTES + 1, PIECE_NBYTES, 8)]
     assert [
-        connections.prepare(Operation(is_send, peer, buffer)) is None
+        connections.prepare(Operation(is_send, peer, buffer), False) is None
         for is_send in (False, True)
         for peer, buffer in zip((1, 1, 2), buffers, strict=True)
     ] == [True, False, True] * 2

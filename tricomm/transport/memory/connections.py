@@ -103,12 +103,12 @@ class HostConnections:
         """See Linked."""
         raise NotImplementedError
 
-    def prepare(self, operation: Operation) -> Callable[[int], Any] | None:
+    def prepare(self, operation: Operation, is_confirmed: bool) -> Callable[[int], Any] | None:
         """See Prepares."""
         link = self._ways.get((operation.is_send, operation.peer))
         if link is not None:
-            return prepared(operation, link, self._links)
-        return self.network.prepare(operation) if isinstance(self.network, Prepares) else None
+            return prepared(operation, link, self._links, is_confirmed and self._are_all_linked)
+        return self.network.prepare(operation, is_confirmed) if isinstance(self.network, Prepares) else None
 
     def unread(self) -> list[tuple[int, Any]]:
         """See Linked."""

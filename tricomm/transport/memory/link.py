@@ -11,6 +11,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Collection
+from contextlib import suppress
 from itertools import count
 
 import torch
@@ -156,7 +157,7 @@ class Link(End):
             ready = Ready(number, tag, nbytes, buffer.data_ptr())
         else:
             ready = Ready(number, tag, nbytes, runs.table.data_ptr(), len(runs.ends))
-        found = self.offers[number] = Offer(None if is_eager else operation, slab, free=free)
+        found = self.offers[number] = Offer(tag, None if is_eager else operation, slab, free=free)
         self.tell(ready)
         return found
 
@@ -191,7 +192,7 @@ class Link(End):
             return None
         slab = self._told(*taken)
         pack_piece(one.operation, one.packed_nbytes, nbytes, slab)
-        return Offer(None, slab)
+        return Offer(one.tag, None, slab)
 
     def _packed_for_several(self, one: Departure, nbytes: int) -> Offer | None:
         """The same in a slab that other links offer too."""
@@ -207,7 +208,7 @@ class Link(End):
             self._told(slab, os.dup(slot.file))
         slot.readers += 1
         self._common_under_way += 1
-        return Offer(None, slab, slot)
+        return Offer(one.tag, None, slab, slot)
 
     def _unpack(self) -> None:
         """Unpack the pieces that have come."""
@@ -277,10 +278,9 @@ class Link(End):
         except LinkClosedError as error:
             raise ConnectionLostError(self.peer, error) from error
         found = ExpectedNod()
-        if tag in self.early_nods:
-            self.early_nods.remove(tag)
-            found.has_come = True
-        else:
+        found.has_come = tag in self.early_nods
+        self.early_nods.discard(tag)
+        if not found.has_come:
             self.nods[tag] = found
         return found
 
@@ -326,10 +326,8 @@ class Link(End):
 
     def done(self, ready: Ready) -> None:
         """See End."""
-        try:
+        with suppress(LinkClosedError):
             self.tell(Done(ready.number))
-        except LinkClosedError:
-            return
 
     def look(self, awaiting: "Expected | Arrival | ExpectedNod | None" = None, one_message: bool = False) -> None:
         """See End."""
@@ -350,15 +348,7 @@ class Link(End):
                 case Ready():
                     return self._met(message)
                 case Done():
-                    offer = self.offers.pop(message.number)
-                    offer.is_read = True
-                    if offer.slot is not None:
-                        offer.slot.readers -= 1
-                        self._common_under_way -= 1
-                    elif offer.slab is not None and offer.free is not None:
-                        offer.free.append(offer.slab)
-                    elif offer.slab is not None:
-                        self._ring.give_back(offer.slab)
+                    self._end(message.number)
                 case Here():
                     self.heres.append(message)
                 case Nod():
@@ -369,6 +359,22 @@ class Link(End):
             for file in files:
                 os.close(file)
         return None
+
+    def _end(self, number: int) -> None:
+        offer = self.offers.pop(number, None)
+        if offer is None:
+            return  # a nod has said it
+        offer.is_read = True
+        if offer.slot is not None:
+            offer.slot.readers -= 1
+            self._common_under_way -= 1
+        elif offer.slab is not None:
+            (self._ring.give_back if offer.free is None else offer.free.append)(offer.slab)
+
+    def end_all(self, tag: int) -> None:
+        """The peer has nodded: it has read all that was offered to it in that call."""
+        for number in [number for number, offer in self.offers.items() if offer.tag == tag]:
+            self._end(number)
 
     def has_read(self) -> bool:
         """Take what has come; whether the peer has read all that was offered, as far as it has told."""
@@ -381,9 +387,8 @@ class Link(End):
             if not data:
                 break
             if data[0] == DONE_KIND:
-                number = DONE.unpack(data)[1]
-                offer = offers[number]
-                if offer.free is not None and offer.slab is not None:
+                offer = offers.get(number := DONE.unpack(data)[1])
+                if offer is not None and offer.free is not None and offer.slab is not None:
                     del offers[number]
                     offer.is_read = True
                     offer.free.append(offer.slab)
@@ -393,6 +398,7 @@ class Link(End):
 
     def _take_nod(self, message: Nod) -> "ExpectedNod | None":
         """Who awaited it, if anybody did."""
+        self.end_all(message.tag)
         nod = self.nods.pop(message.tag, None)
         if nod is None:
             self.early_nods.add(message.tag)

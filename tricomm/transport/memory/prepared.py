@@ -8,6 +8,7 @@ the one that is awaited. Anything else goes their way, in the middle of an opera
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from ctypes import memmove
 from datetime import timedelta
 from itertools import chain
@@ -45,17 +46,22 @@ SHORT_PAUSES = 4
 """So often something else may come before what is awaited: then the ordinary way looks at the limit."""
 
 
-def prepared(operation: Operation, link: Link, every: Sequence[Link]) -> Callable[[int], Any] | None:
+def prepared(
+    operation: Operation, link: Link, every: Sequence[Link], ends_with_nods: bool = False
+) -> Callable[[int], Any] | None:
     """What starts an operation, as Prepares has it; None if it may go in pieces, as others have to know of each other.
 
     Args:
         operation: of the peer of the link.
         link: by which it goes.
         every: the links of this rank, which may have something to do while it waits.
+        ends_with_nods: whether the ranks nod at the end of each call.
     """
     if size_of(operation) > in_runs.PIECE_NBYTES:
         return None
-    return (PreparedSend if operation.is_send else PreparedReceive)(operation, link, tuple(every)).start
+    if operation.is_send:
+        return PreparedSend(operation, link, tuple(every)).start
+    return PreparedReceive(operation, link, tuple(every), ends_with_nods).start
 
 
 class PreparedSend:
@@ -67,7 +73,7 @@ class PreparedSend:
         self._address = 0 if operation.runs is not None else operation.buffer.data_ptr()
         self._free, self._numbers, self._send = link.free_slabs(self._nbytes), link.numbers, link.send
         self._offers, self._leaving, self._backlog = link.offers, link.leaving, link.backlog
-        self._offer = Offer(None, None, free=self._free)
+        self._offer = Offer(0, None, None, free=self._free)
         # Bytes that are too many to be copied for a sender that does not wait never go the short way.
         self._offer.is_read = self._nbytes <= links.EAGER_NBYTES
         self._work: Offer | Departure = self._offer
@@ -93,7 +99,7 @@ class PreparedSend:
         else:
             pack_piece(self._operation, 0, self._nbytes, slab)
         number = next(self._numbers)
-        offer.slab, offer.is_read = slab, False
+        offer.tag, offer.slab, offer.is_read = tag, slab, False
         offers[number] = offer
         data = READY.pack(READY_KIND, number, tag, self._nbytes, 0, 0, slab.number)
         try:
@@ -114,15 +120,15 @@ class PreparedSend:
 
 
 class PreparedReceive:
-    """A receive, again and again, and the work of each."""
+    """A receive, again and again, and the work of each. Where calls end with nods these say that few bytes are read."""
 
-    def __init__(self, operation: Operation, link: Link, every: tuple[Link, ...]) -> None:
+    def __init__(self, operation: Operation, link: Link, every: tuple[Link, ...], ends_with_nods: bool = False) -> None:
         self._link, self._every, self._tag = link, every, 0
         self._nbytes = size_of(operation)
         self._address = 0 if operation.runs is not None else operation.buffer.data_ptr()
         self._early, self._expected, self._slabs = link.early, link.expected, link.slabs
-        self._receive, self._poll, self._send, self._backlog = link.receive, link.poll, link.send, link.backlog
-        self._found = Expected(operation)
+        self._receive, self._poll = link.receive, link.poll
+        self._found, self._tells = Expected(operation), not (ends_with_nods and self._nbytes <= links.EAGER_NBYTES)
         self._under_way = under_way(every)
 
     def start(self, tag: int) -> "PreparedReceive":
@@ -175,16 +181,9 @@ class PreparedReceive:
             found.wait(self._link, Patience(limit, self._every))
             return
         memmove(self._address, self._slabs[ready.slab].address, self._nbytes)
-        if self._backlog:
-            self._link.done(ready)
-            return
-        data = DONE.pack(DONE_KIND, ready.number)
-        try:
-            self._send(data, FLAGS)
-        except BlockingIOError:
-            self._backlog.append((data, None))
-        except OSError:
-            pass  # the peer has closed, and learns from that
+        if self._tells:
+            with suppress(LinkClosedError):  # the peer has closed, and learns from that
+                self._link.say(DONE.pack(DONE_KIND, ready.number))
 
 
 class PreparedNod:
@@ -193,7 +192,7 @@ class PreparedNod:
     def __init__(self, link: Link, every: tuple[Link, ...]) -> None:
         self._link, self._every = link, every
         self._found, self._tag = ExpectedNod(), 0
-        self._early, self._nods = link.early_nods, link.nods
+        self._early, self._nods, self._offers = link.early_nods, link.nods, link.offers
         self._receive, self._poll, self._send, self._backlog = link.receive, link.poll, link.send, link.backlog
         self._under_way = under_way(every)
 
@@ -244,6 +243,8 @@ class PreparedNod:
                 break
             if data and data[0] == NOD_KIND and NOD.unpack(data)[1] == self._tag:
                 del self._nods[self._tag]
+                if self._offers:
+                    self._link.end_all(self._tag)
                 return
             if not data:
                 break

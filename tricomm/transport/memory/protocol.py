@@ -14,6 +14,9 @@ as it is until DONE, whatever becomes of the sender. What was read there counts 
 
     READING --all read, from a slab--> HAS
 
+A nod says that a rank has all that it needs in a call, and so has read all that was offered to it there. Where a call
+ends with nods, a receiver of few bytes in a slab leaves DONE to that, which its peer waits for anyway.
+
 Messages of a link keep their order, and what was sent before the link closed is still seen: a DONE counts even then, as
 nothing is read after it.
 """

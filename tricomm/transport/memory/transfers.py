@@ -148,6 +148,7 @@ class Offer:
     """Bytes that the peer may read. Its link holds it, and it does not hold its link.
 
     Attributes:
+        tag: of its call.
         operation: keeps alive what is read; None where the link has a copy.
         slab: in which they are, if they are in one.
         slot: whose slab it is, if other links offer it too; else it is of the link's arena.
@@ -155,15 +156,17 @@ class Offer:
         is_read: whether the peer has them.
     """
 
-    __slots__ = ("free", "is_read", "operation", "slab", "slot")
+    __slots__ = ("free", "is_read", "operation", "slab", "slot", "tag")
 
     def __init__(
         self,
+        tag: int,
         operation: Operation | None,
         slab: SharedSlab | None,
         slot: Slot | None = None,
         free: list[SharedSlab] | None = None,
     ) -> None:
+        self.tag = tag
         self.operation = operation
         self.slab = slab
         self.slot = slot
