@@ -92,8 +92,8 @@ class Communicator:
         self.run: Run | None = None
         self.begun = 0
         """Calls that have begun here."""
-        self.unread_of: Run | None = None
-        """The call of which others may still read what it gave them by memory."""
+        self.unread_of: tuple[int, int, str, int] | None = None
+        """Tag, number, name and position of the call of which others may still read what it gave them by memory."""
         self.call = CallId(CONNECTING_TAG, 0, "")
         """The one that runs, or ran last."""
         self._timeout_seconds, self._has_failed_late = 0.0, False
@@ -193,7 +193,7 @@ class Communicator:
         if run is None or given is None or by_memory is None or self.connections is not by_memory:
             return
         self.unread_of, unread = None, by_memory.unread()
-        run.behind = given if unread else None
+        run.behind = Run(*given[:3], self._place, None, given[3]) if unread else None
         for work in unread:
             self.wait(work)
         run.behind = None
@@ -310,7 +310,8 @@ class Communicator:
         """End a call, badly or well: it is over here, and what it queued on a device is watched until it is done."""
         if is_complete:
             if self._by_memory is not None and self.connections is self._by_memory:
-                self.unread_of = run if self._by_memory.finish(self._limit) else None
+                is_unread = self._by_memory.finish(self._limit)
+                self.unread_of = (run.tag, run.number, run.name, run.position) if is_unread else None
             self._completed[self.call.tag] = self.call.number
         self.run = None
         if run.pending is None:
