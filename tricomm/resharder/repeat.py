@@ -168,7 +168,8 @@ class Repeat:
         if not (
             (tensor is None if source is None else source.is_same(tensor))
             and (out is None if destination is None else destination.is_same(out))
-            and not (_is_in_transform() or (out is None and _count_modes()))
+            and not (source is None and destination is None and _is_in_transform())
+            and not (out is None and _count_modes())
             and session.communicator is communicator
             and communicator.is_usable
             and not session.is_closed

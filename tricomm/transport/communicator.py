@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import Any
 
 import torch
@@ -90,15 +91,13 @@ class Communicator:
         """Whether calls may begin: nobody has aborted it, as far as is known here, nor taken another in its place."""
         self._monitor, self._watched = coordinator.monitor, coordinator.monitor.watched
         self.run: Run | None = None
-        self.begun = 0
-        """Calls that have begun here."""
+        self.begun = 0  # calls
         self.unread_of: tuple[int, int, str, int] | None = None
         """Tag, number, name and position of the call of which others may still read what it gave them by memory."""
         self.call = CallId(CONNECTING_TAG, 0, "")
         """The one that runs, or ran last."""
-        self._timeout_seconds, self._has_failed_late = 0.0, False
-        self._place = Place.of(self.place, 0.0)
-        self._limit = self._place.limit_after(0.0)
+        self._has_failed_late = False
+        self._set_timeout(0.0, ())
         self._completed: dict[int, int] = {}
         self._unfinished: deque[Run] = deque()
         """Runs of which the device has still to do what they queued when their calls returned, in their order."""
@@ -137,9 +136,8 @@ class Communicator:
 
     def transports(self, uses_memory: bool) -> PairTransports:
         """How bytes go between this rank and each other, in calls that use memory or do not."""
-        otherwise = ELSEWHERE if uses_memory else NOT_ASKED
         found = self._by_memory.transports if self._by_memory is not None and uses_memory else {}
-        return of_all(found, self.coordinator.rank, self.participants, otherwise)
+        return of_all(found, self.coordinator.rank, self.participants, ELSEWHERE if uses_memory else NOT_ASKED)
 
     # ---- Transport
 
@@ -286,9 +284,11 @@ class Communicator:
         elif by_memory is not None:
             self.connections, self.in_place, self.arenas = self._network, NOTHING_IN_PLACE, NO_ARENAS
         self.begun += 1
-        self.call = self.run = run = Run(tag, number, name, self._place, self, self.begun)
-        begin = self.connections.begin
-        if begin is not None:
+        self.call = self.run = run = object.__new__(Run)  # and what Run(...) does: few functions are entered here
+        run.tag, run.number, run.name, run.owner, run.position = tag, number, name, self, self.begun
+        run.place, run.began = self._place, monotonic()
+        run.deadline = run.began + self._place.waiting_seconds
+        if (begin := self.connections.begin) is not None:
             run.pending = begin()
         if self._board is not None:
             self._board.add(tag, number, name)

@@ -54,7 +54,7 @@ class Unchanged:
     """A tensor that was checked, and says whether one that is given is the same, and as it was. It does not keep it.
 
     Torch's guards of compiled code compare, in one call where each getter would be one: kind, dtype, shape, strides,
-    requires_grad, and whether a call would go another way (negated, conjugated, of inference).
+    requires_grad, and whether a call would go another way (negated, conjugated, of inference, in a transform).
 
     Args:
         tensor: plain and dense, of host memory.
