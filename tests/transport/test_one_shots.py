@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import tricomm
 from tests.oracle import pick, require_equal
+from tests.transport.test_repeats import counting
 from tricomm import Mesh, Replicate, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
 from tricomm.resharder.repeat import Repeat
@@ -180,7 +181,7 @@ class OneShots:
         options: dict[str, Any] = {"transport": self.transport, "timeout_seconds": 20}
         options |= {} if step.confirm else {"confirm": False}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Repeat, "make", self.counting(Repeat.make))
+            patch.setattr(Repeat, "make", counting(self, Repeat.make))
             if step.event == "in the background":  # on all ranks, as that is another call
                 moved = tricomm.reshard_async(shard, *sides, out=out, **options).wait()
             else:
@@ -189,14 +190,6 @@ class OneShots:
             require_equal(moved, pick(full, destination, self.rank), f"rank {self.rank}, {step}")
         else:
             assert moved is None
-
-    def counting(self, make: Callable[..., bool]) -> Callable[..., bool]:
-        def counted(repeat: Repeat, tensor: Any, out: Any) -> bool:
-            made = make(repeat, tensor, out)
-            self.repeats += made
-            return made
-
-        return counted
 
     def fail(self, step: Step) -> str:
         """Make a call in which the culprit fails; what is said of that here."""

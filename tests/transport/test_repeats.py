@@ -31,6 +31,17 @@ def full(salt: int) -> torch.Tensor:
     return torch.arange(96, dtype=torch.float32).reshape(SHAPE) + 1000 * salt
 
 
+def counting(bed: Any, make: Callable[..., bool]) -> Callable[..., bool]:
+    """``Repeat.make`` that adds to a bed's ``repeats``."""
+
+    def counted(repeat: Repeat, tensor: Any, out: Any) -> bool:
+        made = make(repeat, tensor, out)
+        bed.repeats += made
+        return made
+
+    return counted
+
+
 class Bed:
     """A Resharder on one rank that has been called with the same tensors, and what its calls were.
 
@@ -56,20 +67,12 @@ class Bed:
         if self.shard is not None:
             self.shard.copy_(pick(full(self.salt), self.source, self.rank))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Repeat, "make", self.counting(Repeat.make))
+            patch.setattr(Repeat, "make", counting(self, Repeat.make))
             moved = self.mover(self.shard, out=self.out) if call is None else call()
         if self.rank in self.destination.mesh:
             require_equal(moved, pick(full(self.salt), self.destination, self.rank), f"rank {self.rank}")
         else:
             assert moved is None
-
-    def counting(self, make: Callable[..., bool]) -> Callable[..., bool]:
-        def counted(repeat: Repeat, tensor: Any, out: Any) -> bool:
-            made = make(repeat, tensor, out)
-            self.repeats += made
-            return made
-
-        return counted
 
 
 def repeated(rank: int, source: ShardingSpec, destination: ShardingSpec, options: dict[str, Any]) -> None:

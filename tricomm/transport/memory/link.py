@@ -25,6 +25,8 @@ from tricomm.transport.memory.protocol import (
     DONE,
     DONE_KIND,
     MAX_MESSAGE_NBYTES,
+    NOD,
+    NOD_KIND,
     Done,
     Here,
     Nod,
@@ -70,9 +72,7 @@ class Link(End):
 
     def __init__(self, peer: int, end: socket.socket, pid: int, outgoing: Rung, incoming: Rung) -> None:
         super().__init__(peer, end, pid)
-        self.pid = pid
-        self.outgoing = outgoing
-        self.incoming = incoming
+        self.pid, self.outgoing, self.incoming = pid, outgoing, incoming
         self.early: dict[int, deque[Ready]] = {}
         """Offers that came before anybody expected them, by tag."""
         self.expected: dict[int, deque[Expected | Arrival]] = {}
@@ -274,7 +274,7 @@ class Link(End):
             ConnectionLostError: the link is closed.
         """
         try:
-            self.tell(Nod(tag))
+            self.say(NOD.pack(NOD_KIND, tag))
         except LinkClosedError as error:
             raise ConnectionLostError(self.peer, error) from error
         found = ExpectedNod()

@@ -71,7 +71,7 @@ class PreparedSend:
         self._operation, self._link, self._every = operation, link, every
         self._nbytes = size_of(operation)
         self._address = 0 if operation.runs is not None else operation.buffer.data_ptr()
-        self._free, self._numbers, self._send = link.free_slabs(self._nbytes), link.numbers, link.send
+        self._free, self._numbers = link.free_slabs(self._nbytes), link.numbers
         self._offers, self._leaving, self._backlog = link.offers, link.leaving, link.backlog
         self._offer = Offer(0, None, None, free=self._free)
         # Bytes that are too many to be copied for a sender that does not wait never go the short way.
@@ -101,13 +101,10 @@ class PreparedSend:
         number = next(self._numbers)
         offer.tag, offer.slab, offer.is_read = tag, slab, False
         offers[number] = offer
-        data = READY.pack(READY_KIND, number, tag, self._nbytes, 0, 0, slab.number)
         try:
-            self._send(data, FLAGS)
-        except BlockingIOError:
-            self._backlog.append((data, None))
-        except OSError as error:
-            raise closed(self._link.peer, error) from error
+            self._link.say(READY.pack(READY_KIND, number, tag, self._nbytes, 0, 0, slab.number))
+        except LinkClosedError as error:
+            raise ConnectionLostError(self._link.peer, error) from error
         return None
 
     def wait(self, limit: timedelta) -> None:
@@ -192,8 +189,8 @@ class PreparedNod:
     def __init__(self, link: Link, every: tuple[Link, ...]) -> None:
         self._link, self._every = link, every
         self._found, self._tag = ExpectedNod(), 0
-        self._early, self._nods, self._offers = link.early_nods, link.nods, link.offers
-        self._receive, self._poll, self._send, self._backlog = link.receive, link.poll, link.send, link.backlog
+        self._nods, self._offers = link.nods, link.offers
+        self._receive, self._poll = link.receive, link.poll
         self._under_way = under_way(every)
 
     def start(self, tag: int) -> "PreparedNod":
@@ -202,23 +199,7 @@ class PreparedNod:
         Raises:
             ConnectionLostError: the link is closed.
         """
-        self._tag = tag
-        if self._backlog:
-            self._found = self._link.nod(tag)
-            return self
-        data = NOD.pack(NOD_KIND, tag)
-        try:
-            self._send(data, FLAGS)
-        except BlockingIOError:
-            self._backlog.append((data, None))
-        except OSError as error:
-            raise closed(self._link.peer, error) from error
-        found = self._found = ExpectedNod()
-        if tag in self._early:
-            self._early.remove(tag)
-            found.has_come = True
-        else:
-            self._nods[tag] = found
+        self._tag, self._found = tag, self._link.nod(tag)
         return self
 
     def wait(self, limit: timedelta) -> None:
@@ -251,11 +232,6 @@ class PreparedNod:
             self._link.take(data, ancillary)
         if not found.has_come:
             found.wait(self._link, Patience(limit, self._every))
-
-
-def closed(peer: int, error: OSError) -> ConnectionLostError:
-    """What to raise as nothing can be told to a peer."""
-    return ConnectionLostError(peer, LinkClosedError(f"the link to rank {peer} is closed: {error}"))
 
 
 def under_way(links: Sequence[Link]) -> tuple[Collection[Any], ...]:

@@ -61,23 +61,21 @@ class Unchanged:
         reference: to it.
 
     Attributes:
-        reference, address: to it, and of its first element.
-        is_as_it_was: the guards' check.
         has_version: whether autograd is told when it is written.
     """
 
-    __slots__ = ("address", "has_version", "is_as_it_was", "reference")
+    __slots__ = ("_address", "_is_as_it_was", "_reference", "has_version")
 
     def __init__(self, tensor: torch.Tensor, reference: Reference) -> None:
-        self.reference, self.address = reference, tensor.data_ptr()
+        self._reference, self._address = reference, tensor.data_ptr()
         sizes, strides = [[*tensor.shape]], [[*tensor.stride()]]
-        self.is_as_it_was = _guards(tensor, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        self._is_as_it_was = _guards(tensor, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         self.has_version = not tensor.is_inference()
 
     def is_same(self, given: Any) -> bool:
         """Whether a call may take this for it without another look: all that may change under the same object."""
-        known: Any = self.reference()
-        return given is known and given.data_ptr() == self.address and self.is_as_it_was(given) is True
+        known: Any = self._reference()
+        return given is known and given.data_ptr() == self._address and self._is_as_it_was(given) is True
 
 
 class Kept:
