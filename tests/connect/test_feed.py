@@ -12,6 +12,7 @@ import torch
 from tests.connect.jobs import join, raised, together, worlds_of
 from tests.oracle import pick
 from tricomm import Feed, Latest, Meeting, Mesh, Push, Replicate, Shard, ShardingSpec, SpecError, TransportError, World
+from tricomm.connect import ballot
 from tricomm.connect.ballot import Offer
 
 SHAPES = {"a": (10, 6), "b": (7, 4)}
@@ -96,6 +97,19 @@ def test_versions_are_published_one_after_the_other(ranks: list[Rank]) -> None:
         assert raised(all_of(ranks, lambda r: r.feed.latest())) == [Latest(version, "")] * 5
 
 
+def test_a_feed_keeps_as_little_of_many_pushes_as_of_few(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ballot, "MAX_KEPT", 3)
+    store = ranks[0].world.get_group_store()
+    found = []
+    for version in range(1, 11):
+        ranks[2].feed.ready()
+        raised(all_of(ranks[:2], lambda r: r.push(version)))  # noqa: B023
+        raised(all_of(ranks, lambda r: moved(r, version)))  # noqa: B023
+        found.append(store.num_keys())
+    assert found[-1] == found[4] < found[0] + 4 * (found[1] - found[0])
+    assert raised(all_of(ranks, lambda r: r.feed.latest())) == [Latest(10, "")] * 5
+
+
 def test_a_push_whose_bytes_were_lost_is_published_nowhere(meeting: Meeting, worlds: list[World]) -> None:
     ranks = raised(together(*(lambda w=w: Rank(w, checksum=True) for w in worlds)))
     assert raised(all_of(ranks, lambda r: moved(r, 1))) == [True, True] + [Offer(1, None)] * 3
@@ -122,7 +136,7 @@ def test_a_destination_that_is_not_ready_is_skipped_before_the_start(ranks: list
         for push in raised(all_of(ranks[:2], lambda r: r.push(version))):  # noqa: B023
             assert (push.is_started, push.skipped, push.wait(), push.done()) == (
                 False,
-                "1 of 3 ranks are ready",
+                "1 of 3 ranks are ready, but not ranks 3-4",
                 False,
                 True,
             )

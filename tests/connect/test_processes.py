@@ -98,11 +98,10 @@ def test_a_rank_that_is_killed_is_named_and_starts_again(start: Start, victim: t
     assert again.said()[0] == "done"
 
 
+@pytest.mark.parametrize("moment", ["in the move", "before its vote"])
 @pytest.mark.parametrize("victim", [("trainer", 1), ("server", 1)], ids=["trainer", "server"])
-def test_a_rank_that_is_stopped_in_a_move_is_named_within_the_timeout(start: Start, victim: tuple[str, int]) -> None:
-    ranks = {
-        place: start(workers.work, *place, "in the move" if place == victim else "", signal.SIGSTOP) for place in PLACES
-    }
+def test_a_rank_that_is_stopped_is_named_within_the_timeout(start: Start, victim: tuple[str, int], moment: str) -> None:
+    ranks = {place: start(workers.work, *place, moment if place == victim else "", signal.SIGSTOP) for place in PLACES}
     for place, rank in ranks.items():
         if place != victim:
             what, text, seconds, _ = rank.said()

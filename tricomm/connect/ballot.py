@@ -3,23 +3,25 @@
 | key | written by | when | read by |
 |---|---|---|---|
 | FEED/held/R | rank R of the destination | the feed begins, and before it is ready | source 0, latest |
-| FEED/ready/K | every rank of the destination (add) | it takes the K-th push whenever that comes | source 0 |
+| FEED/ready/K | every rank of the destination (a roll call) | it takes the K-th push whenever that comes | source 0 |
 | FEED/go/K | source 0: version and base version | the K-th push starts | the destination |
 | FEED/started | source 0: K | right after | the destination, latest |
 | FEED/attempt/N | source 0 | it has decided what the N-th call of push does | the other ranks of the source |
-| FEED/votes/K | every rank of both (add) | its part of the K-th push went well | itself: the last publishes |
+| FEED/votes/K | every rank of both (a roll call) | its part of the K-th push went well | itself: the last publishes |
 | final/FEED/push/K | the last to vote, or the first to fail | once (compare_set) | all, also after the epoch |
 | final/FEED/latest | every rank | it has read that a push is published | latest |
 
 A push is published if and only if every rank has voted for it and the last one's word came before anybody's failure and
-before the end of the epoch; whichever is written first stands, for everybody.
+before the end of the epoch; whichever is written first stands, for everybody. What belongs to a push or an attempt is
+deleted when MAX_KEPT others have followed.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from tricomm.connect.meeting.table import FINAL
+from tricomm.connect.roll import RollCall
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.store import GroupOverError
 
@@ -28,8 +30,8 @@ Found = TypeVar("Found")
 NOTHING = -1
 """In place of a version: there is none."""
 
-MAX_ATTEMPTS_KEPT = 4096
-"""So many decisions are kept, for ranks of the source that are behind."""
+MAX_KEPT = 4096
+"""So many decisions, and pushes, are kept for ranks that are behind."""
 
 PUBLISHED, FAILED = b"published ", b"failed "
 GO, SKIP, REFUSE = "go", "skip", "refuse"
@@ -63,14 +65,16 @@ class Ballot:
     Args:
         store: of the epoch.
         feed: its name.
-        ready_needed, votes_needed: ranks of the destination, and of both sides.
+        rank: this one.
+        sources, destinations: the ranks of either side.
     """
 
-    def __init__(self, store: Any, feed: str, ready_needed: int, votes_needed: int) -> None:
+    def __init__(self, store: Any, feed: str, rank: int, sources: Sequence[int], destinations: Sequence[int]) -> None:
         self._store = store
         self._feed = feed
-        self._ready_needed = ready_needed
-        self._votes_needed = votes_needed
+        self._rank = rank
+        self._destinations = tuple(destinations)
+        self._ranks = (*sources, *destinations)
 
     # ---- the destination
 
@@ -80,7 +84,7 @@ class Ballot:
 
     def say_ready(self, number: int) -> None:
         """Say that this rank takes the push."""
-        self._store.add(f"{self._feed}/ready/{number}", 1)
+        self._ready(number).answer(self._rank)
 
     def offer(self, number: int) -> Offer | None:
         """Return what the push brings, if it has started."""
@@ -94,21 +98,22 @@ class Ballot:
     def decide(self, number: int, attempt: int, offer: Offer, wait_seconds: float) -> Decision:
         """As rank 0 of the source: start the push if all of the destination are ready, or are within some seconds."""
         deadline = time.monotonic() + wait_seconds
-        ready = self._wait(lambda: self._is_ready(number), deadline)
-        problem = self._base_problem(offer) if ready else ""
-        if not ready:
-            found = int(self._store.find(f"{self._feed}/ready/{number}") or 0)
-            decision = Decision(SKIP, offer.version, f"{found} of {self._ready_needed} ranks are ready")
+        ready = self._ready(number)
+        missing = "" if self._wait(ready.is_complete, deadline) else ready.describe_missing("are ready")
+        problem = self._base_problem(offer) if not missing else ""
+        if missing:
+            decision = Decision(SKIP, offer.version, missing)
         elif problem:
             decision = Decision(REFUSE, offer.version, problem)
         else:
             base = NOTHING if offer.base_version is None else offer.base_version
             self._store.set(f"{self._feed}/go/{number}", f"{offer.version} {base}")
             self._store.set(f"{self._feed}/started", str(number))
+            self._forget(number - MAX_KEPT)
             decision = Decision(GO, offer.version)
         self._store.set(f"{self._feed}/attempt/{attempt}", " ".join(map(str, decision)))
-        if attempt > MAX_ATTEMPTS_KEPT:
-            self._store.delete_key(f"{self._feed}/attempt/{attempt - MAX_ATTEMPTS_KEPT}")
+        if attempt > MAX_KEPT:
+            self._store.delete_key(f"{self._feed}/attempt/{attempt - MAX_KEPT}")
         return decision
 
     def decided(self, attempt: int, seconds: float) -> Decision:
@@ -126,8 +131,12 @@ class Ballot:
         what, version, why = self._store.get(key).decode().split(" ", 2)
         return Decision(what, int(version), why)
 
-    def _is_ready(self, number: int) -> bool:
-        return int(self._store.find(f"{self._feed}/ready/{number}") or 0) >= self._ready_needed
+    def _forget(self, number: int) -> None:
+        if number > 0:
+            self._ready(number).clear()
+            self._votes(number).clear()
+            for key in (f"{self._feed}/go/{number}", f"{FINAL}{self._feed}/push/{number}"):
+                self._store.delete_key(key)
 
     def _base_problem(self, offer: Offer) -> str:
         if offer.base_version is None:
@@ -150,23 +159,24 @@ class Ballot:
     def held(self) -> list[tuple[int | None, str]]:
         """Return what each rank of the destination says that it holds, and why that is no version."""
         found: list[tuple[int | None, str]] = []
-        for rank in range(self._ready_needed):
+        for rank in range(len(self._destinations)):
             version, _, dirty = (self._store.find(f"{self._feed}/held/{rank}") or b"-1 ").decode().partition(" ")
             found.append((None if int(version) == NOTHING else int(version), dirty))
         return found
 
     def vote(self, number: int, version: int, failure: str | None, seconds: float) -> str:
         """Say how this rank's part went, and return why the push failed; "" if it is published."""
-        key = f"{FINAL}{self._feed}/push/{number}"
+        key, published = f"{FINAL}{self._feed}/push/{number}", PUBLISHED + str(version).encode()
+        votes = self._votes(number)
         try:
             if failure is not None:
                 self._store.compare_set(key, b"", FAILED + failure.encode()[:4000])
-            elif self._store.add(f"{self._feed}/votes/{number}", 1) == self._votes_needed:
-                self._store.compare_set(key, b"", PUBLISHED + str(version).encode())
+            elif votes.answer(self._rank):
+                self._store.compare_set(key, b"", published)
             if not self._wait(lambda: self._store.find(key) is not None, time.monotonic() + seconds):
-                votes = int(self._store.find(f"{self._feed}/votes/{number}") or 0)
-                text = f"{votes} of {self._votes_needed} ranks had done their part after {seconds:.0f} s"
-                self._store.compare_set(key, b"", FAILED + text.encode())
+                missing = votes.describe_missing(f"had done their part after {seconds:.0f} s")
+                # If all have, whoever was to say so was stopped before it could.
+                self._store.compare_set(key, b"", FAILED + missing.encode() if missing else published)
             outcome = self.outcome(number)
         except GroupOverError as over:
             try:
@@ -199,6 +209,12 @@ class Ballot:
             self._store.set(f"{FINAL}{self._feed}/latest", str(version))
         except GroupOverError:
             return  # the next epoch's ranks say what they hold
+
+    def _ready(self, number: int) -> RollCall:
+        return RollCall(self._store, f"{self._feed}/ready/{number}", self._destinations)
+
+    def _votes(self, number: int) -> RollCall:
+        return RollCall(self._store, f"{self._feed}/votes/{number}", self._ranks)
 
     def _wait(self, is_so: Callable[[], bool], deadline: float) -> bool:
         return look_until(lambda: is_so() or None, deadline) is True

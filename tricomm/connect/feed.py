@@ -88,9 +88,7 @@ class Feed:
         self._is_source = world.side == source
         self._is_destination = world.side == destination
         self._movers = Movers(specs[source], specs[destination], chosen)
-        self._ballot = Ballot(
-            world.get_group_store(), f"feed {chosen.name}", len(destinations), len(sources) + len(destinations)
-        )
+        self._ballot = Ballot(world.get_group_store(), f"feed {chosen.name}", world.rank(), sources, destinations)
         self._number = 0
         self._ready = 0
         self._attempts = 0

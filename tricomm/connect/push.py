@@ -39,7 +39,7 @@ class Push:
         snapshot_nbytes: memory of this rank that holds a copy of its tensors, kept by the feed for the next push.
 
     Example:
-        >>> push = Push(7, "1 of 3 ranks are ready")
+        >>> push = Push(7, "1 of 3 ranks are ready, but not ranks 3-4")
         >>> push.is_started, push.wait()
         (False, False)
     """
@@ -77,7 +77,7 @@ class Push:
     def done(self) -> bool:
         """Whether wait() would return, or raise, at once.
 
-        >>> Push(7, "1 of 3 ranks are ready").done()
+        >>> Push(7, "1 of 3 ranks are ready, but not ranks 3-4").done()
         True
         """
         return self._outcome is None or self._outcome.done()
@@ -89,7 +89,7 @@ class Push:
             TransportError: it failed. The destination's tensors are a mix until another push is published.
 
         Example:
-            >>> Push(7, "1 of 3 ranks are ready").wait()  # skipped, which is no error
+            >>> Push(7, "1 of 3 ranks are ready, but not ranks 3-4").wait()  # skipped, which is no error
             False
         """
         if self._outcome is None:
