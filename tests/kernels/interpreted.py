@@ -9,8 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
+import numpy as np
 import torch
+import triton.language as tl
 from triton import knobs
+from triton.runtime.interpreter import TensorHandle
 
 from tricomm.kernels import layout
 from tricomm.kernels.pack import Table
@@ -35,6 +38,15 @@ def interpreted() -> ModuleType:
     return module
 
 
+def int64(number: int) -> tl.tensor:
+    """An address as binaries take it: in 8 bytes, of which alone the interpreter makes pointers.
+
+    Of a plain number that fits it makes 4. Addresses do where the heap lies low, as in Debian's python3, which is not
+    position-independent.
+    """
+    return tl.tensor(TensorHandle(np.array([number], np.int64), tl.int64), tl.int64)
+
+
 def launch(
     table: Table,
     packs: bool,
@@ -56,7 +68,7 @@ def launch(
             grid = min(grid, table.multiprocessors)
         row, of_tiles, magic, places = rows.given
         arrays = row or torch.from_numpy(rows.rows), torch.from_numpy(of_tiles)
-        both = [base + place for base, place in zip(bases if packs else bases[::-1], places, strict=True)]
+        both = [int64(base + place) for base, place in zip(bases if packs else bases[::-1], places, strict=True)]
         with warnings.catch_warnings():
             # numpy warns of what is infinite or NaN by intention.
             warnings.simplefilter("ignore", RuntimeWarning)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.interpreted import interpreted
+from tests.kernels.interpreted import int64, interpreted
 from tests.oracle import require_equal
 from tricomm.kernels import device as device_module
 from tricomm.kernels import layout, reference
@@ -58,16 +58,27 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     def compiled(variant: Variant, target: Any, index: int) -> dict[tuple[int, ...], Callable[..., None]]:
         class Kernel:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                def run(rows: Any, tiles: int, *arguments: Any, stream: int) -> None:
+                def run(
+                    rows: Any,
+                    tiles: int,
+                    magic: int,
+                    shift: int,
+                    read_base: int,
+                    write_base: int,
+                    count: int,
+                    *constants: Any,
+                    stream: int,
+                ) -> None:
+                    arguments = (magic, shift, int64(read_base), int64(write_base), count, *constants)
                     assert stream == found.stream.cuda_stream
                     assert tiles % 16 == 0
                     found.grids.append(grid)
                     if isinstance(rows, tuple):
-                        boxes = arguments[4] // rows[layout.FIRST_TILE]
+                        boxes = count // rows[layout.FIRST_TILE]
                         variant.kernel(interpreted())[grid](rows, from_address(tiles, 4 * boxes), *arguments)
                         return
                     assert rows % 16 == 0
-                    of_tiles = from_address(tiles, arguments[4])
+                    of_tiles = from_address(tiles, count)
                     of_rows = from_address(rows, (int(of_tiles.max()) + 1) * 32)
                     variant.kernel(interpreted())[grid](of_rows, of_tiles, *arguments)
 

@@ -1,6 +1,7 @@
 """Pack and unpack, in the interpreter and in torch, against the definition."""
 
 import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,20 @@ def test_transposing(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     back = torch.zeros_like(memory).reshape(shape[::-1]).permute(*reversed(range(len(shape))))
     assert launch(table, False, [back], [found]) == 1
     require_equal(back, tensor, "unpacked")
+
+
+def test_addresses_that_fit_into_32_bits() -> None:
+    """As all of a small heap do in a Python that is not position-independent; 0x40 is MAP_32BIT on x86-64."""
+    memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40)
+    low = torch.frombuffer(memory, dtype=torch.int32)
+    tensor, found = low[:512], low[512:]
+    tensor[:] = torch.arange(512)
+    table = Table(one_run(tensor, 512, None))
+    launch(table, True, [tensor], [found])
+    require_equal(found, torch.arange(512, dtype=torch.int32), "packed")
+    tensor.zero_()
+    launch(table, False, [tensor], [found])
+    require_equal(tensor, torch.arange(512, dtype=torch.int32), "unpacked")
 
 
 def test_boxes_that_reach_too_far_or_have_too_many_dims_become_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
