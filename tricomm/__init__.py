@@ -11,11 +11,11 @@ _collects = gc.isenabled()
 gc.disable()
 try:
     from tricomm.autograd.tape import backward
-    from tricomm.connect.feed import Feed
+    from tricomm.connect.feeds.feed import Feed
+    from tricomm.connect.feeds.push import Latest, Push
     from tricomm.connect.meeting.join import Missing
     from tricomm.connect.meeting.server import Meeting
     from tricomm.connect.publisher import Publisher
-    from tricomm.connect.push import Latest, Push
     from tricomm.connect.subscriber import Subscriber
     from tricomm.connect.version import __version__ as __version__
     from tricomm.connect.world import World, connect

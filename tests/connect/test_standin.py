@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.connect.feeds.test_feed import Rank, all_of, moved
 from tests.connect.jobs import SIZES, join, raised, together, worlds_of
-from tests.connect.test_feed import Rank, all_of, moved
 from tests.standin.ranks import Threads
 from tricomm import Meeting, TransportError, World
 from tricomm.connect import appointment
-from tricomm.connect.ballot import Offer
+from tricomm.connect.feeds.ballot import Offer
 from tricomm.connect.meeting.join import Join
 from tricomm.transport.group import context_of
 from tricomm.transport.nccl import NcclConnections

@@ -13,7 +13,7 @@ import tricomm
 from tests.oracle import pick
 from tricomm import Feed, Mesh, Shard, ShardingSpec, SpecError, TransportError, World
 from tricomm.connect import facts
-from tricomm.connect.ballot import Ballot
+from tricomm.connect.feeds.ballot import Ballot
 from tricomm.transport.communicator import Communicator
 
 SECRET = "a secret of the tests"

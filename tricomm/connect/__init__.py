@@ -1,4 +1,4 @@
-"""A group over separate jobs that share no process group: the meeting (a folder of its own), its store, what jobs tell
-each other, and versions of weights. It may import all that stands below ``reshard``; only ``store`` and ``world``
-import torch.distributed.
+"""A group over separate jobs that share no process group: the meeting, what jobs tell each other, and versions of
+weights (folders of their own); its store, and who pushes to whom. It may import all that stands below ``reshard``; only
+``store`` and ``world`` import torch.distributed.
 """

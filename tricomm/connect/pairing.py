@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Self
 
 from tricomm.connect.agreement import Gathered
-from tricomm.connect.feed import Feed
+from tricomm.connect.feeds.feed import Feed
 from tricomm.connect.world import World
 from tricomm.layout.spec import ShardingSpec
 

@@ -8,9 +8,9 @@ from typing import Any, Unpack
 import torch
 
 from tricomm.connect.agreement import gathered
-from tricomm.connect.feed import Feed, part
+from tricomm.connect.feeds.feed import Feed, part
+from tricomm.connect.feeds.push import FENCE, Push, check_version
 from tricomm.connect.pairing import Paired
-from tricomm.connect.push import FENCE, Push, check_version
 from tricomm.errors import PlanError, SpecError, TransportError
 from tricomm.kinds import checks_kinds
 from tricomm.layout.spec import ShardingSpec

@@ -13,7 +13,7 @@ from typing import Unpack
 import torch
 
 from tricomm.connect.agreement import gathered
-from tricomm.connect.feed import Feed, part
+from tricomm.connect.feeds.feed import Feed, part
 from tricomm.connect.meeting.client import AbsentError
 from tricomm.connect.pairing import Paired
 from tricomm.connect.told.agreed import DifferenceError

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tricomm.connect.feeds.roll import WORD_BITS, RollCall
 from tricomm.connect.meeting.table import Table
-from tricomm.connect.roll import WORD_BITS, RollCall
 from tricomm.layout.mesh import format_ranks
 
 

@@ -12,8 +12,8 @@ import torch
 from tests.connect.jobs import join, raised, together, worlds_of
 from tests.oracle import pick
 from tricomm import Feed, Latest, Meeting, Mesh, Push, Replicate, Shard, ShardingSpec, SpecError, TransportError, World
-from tricomm.connect import ballot
-from tricomm.connect.ballot import Offer
+from tricomm.connect.feeds import ballot
+from tricomm.connect.feeds.ballot import Offer
 
 SHAPES = {"a": (10, 6), "b": (7, 4)}
 OWN = {

@@ -7,9 +7,9 @@ from typing import Unpack
 
 import torch
 
-from tricomm.connect.ballot import GO, REFUSE, Ballot, Offer, look_until
-from tricomm.connect.movers import Movers, options_between
-from tricomm.connect.push import FENCE, SNAPSHOT, Latest, Push, Snapshot, Telling, check_version, failure_of
+from tricomm.connect.feeds.ballot import GO, REFUSE, Ballot, Offer, look_until
+from tricomm.connect.feeds.movers import Movers, options_between
+from tricomm.connect.feeds.push import FENCE, SNAPSHOT, Latest, Push, Snapshot, Telling, check_version, failure_of
 from tricomm.connect.world import World
 from tricomm.errors import ArgumentError, SpecError, TransportError
 from tricomm.kinds import checks_kinds

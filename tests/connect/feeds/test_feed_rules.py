@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.connect.feeds.test_feed import OWN, SHAPES, Rank, all_of, full, moved
 from tests.connect.jobs import SECRET, raised, together, worlds_of
-from tests.connect.test_feed import OWN, SHAPES, Rank, all_of, full, moved
 from tests.oracle import pick
 from tricomm import Feed, Meeting, Mesh, Publisher, Shard, ShardingSpec, SpecError, Subscriber, TransportError, World
-from tricomm.connect.ballot import Offer
+from tricomm.connect.feeds.ballot import Offer
 from tricomm.connect.told.agreed import DifferenceError, Told
 from tricomm.connect.told.exchange import Exchange
 from tricomm.connect.told.maps import Map

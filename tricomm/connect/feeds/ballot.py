@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from tricomm.connect.feeds.roll import RollCall
 from tricomm.connect.meeting.table import FINAL
-from tricomm.connect.roll import RollCall
 from tricomm.errors import TransportError
 from tricomm.transport.coordination.store import GroupOverError
 
