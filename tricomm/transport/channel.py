@@ -21,6 +21,7 @@ from tricomm.errors import TransportError
 from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.base import Near
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, Communicator
+from tricomm.transport.coordination.background import LAST_WAIT_SECONDS, process_ends
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.diagnosis import describe_missed
 from tricomm.transport.coordination.intent import Intent, ProblemError
@@ -38,9 +39,6 @@ from tricomm.transport.streams import StreamContext, stream_context_of
 
 LEAST_PART_TO_CONNECT = 0.1
 """Of the timeout, for connecting after a rank that came to the meeting at the last moment."""
-
-LAST_WAIT_SECONDS = 2.0
-"""For which the end of a process waits for what is aborted in the background."""
 
 Task = tuple["Future[Any]", Callable[[], Any]]
 
@@ -405,7 +403,6 @@ def _post_closed(status: Any, place: str, process: int) -> None:
     if os.getpid() != process:
         return
     try:
-        # What is called at the end of a process is called when its main thread is over.
-        status.post_closed(place, is_end=not threading.main_thread().is_alive())
+        status.post_closed(place, is_end=process_ends())
     except (TransportError, RuntimeError):
         return

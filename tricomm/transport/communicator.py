@@ -42,11 +42,11 @@ from tricomm.transport.base import (
     Operation,
     Shared,
 )
+from tricomm.transport.coordination.background import Question
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.loss import describe_loss
 from tricomm.transport.coordination.order import describe_another
-from tricomm.transport.coordination.questions import Question
 from tricomm.transport.coordination.run import CallId, Place, Run
 from tricomm.transport.coordination.status import AbortReason, Fault
 from tricomm.transport.coordination.store import with_lost_store

@@ -8,7 +8,6 @@ when something was queued, ends the process and leaves a key on the user's store
 import logging
 import os
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from tricomm.transport.accelerator import (
     prefixed,
 )
 from tricomm.transport.base import ConnectionLostError, Operation
-from tricomm.transport.coordination.questions import in_background
+from tricomm.transport.coordination.background import in_background, wait_until
 from tricomm.transport.device.alive import alive
 from tricomm.transport.device.run import DeviceRun, DeviceRuns
 from tricomm.transport.device.subgroups import Subgroups
@@ -44,8 +43,6 @@ WITHOUT_WATCHDOG = {
 
 MOST_CONNECTIONS = 16
 """torch has 32 streams of high priority on a device, which it gives out in turn; each of these takes two."""
-
-GIVE_BACK_PAUSE_SECONDS = 0.05
 
 
 class NcclConnections:
@@ -255,8 +252,7 @@ def _give_back_later(backends: Sequence[DeviceBackend], device: torch.device) ->
     """
 
     def give_back() -> None:
-        while not alive().are_idle_on(device):
-            time.sleep(GIVE_BACK_PAUSE_SECONDS)
+        wait_until(lambda: alive().are_idle_on(device))
         for backend in backends:
             try:
                 backend.shutdown()

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from tricomm.errors import TransportError
+from tricomm.transport.coordination.background import DeviceQuestions, wait_at_end
 from tricomm.transport.coordination.board import LOOKS, CallBoard
 from tricomm.transport.coordination.diagnosis import (
     SILENT_HEARTBEATS,
@@ -33,16 +34,12 @@ from tricomm.transport.coordination.diagnosis import (
     find_ends,
     find_other_order,
 )
-from tricomm.transport.coordination.questions import DeviceQuestions
 from tricomm.transport.coordination.run import MAX_HEARTBEAT_SECONDS, Run, heartbeat_seconds
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
 
 WATCHED_HEARTBEATS = 4.0
 """So many heartbeats before the deadline the monitor begins to watch those of other ranks."""
-
-LAST_LOOK_SECONDS = 2.0
-"""For which the end of a process waits for the monitor to come back from the store."""
 
 LOST_HEARTBEATS = 2.0
 """So many heartbeats the monitor looks who is silent after a backend has said that it lost some connection."""
@@ -92,17 +89,14 @@ class Watched:
         self.busy.set()
 
     def end(self, process: int) -> None:
-        """End the thread, unless this is a fork of its process. When the process ends, wait until it has: a thread that
-        comes back from inside of the store when the interpreter is gone ends the process by a signal.
-        """
+        """End the thread, unless this is a fork of its process, and wait for it if the process ends."""
         if os.getpid() != process:
             return
         self.is_ended = True
         self.busy.set()
         self.hurry.set()
-        # What is called at the end of a process is called when its main thread is over.
-        if self.thread is not None and not threading.main_thread().is_alive():
-            self.thread.join(LAST_LOOK_SECONDS)
+        if self.thread is not None:
+            wait_at_end(self.thread)
 
 
 class Monitor:

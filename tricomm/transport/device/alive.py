@@ -10,9 +10,7 @@ from typing import Protocol
 
 import torch
 
-PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
-"""Between two looks whether the device is idle, and whether peers have given back what they had open."""
-
+from tricomm.transport.coordination.background import wait_until
 
 QUIET_SECONDS = 1.0
 """How long runs wait at most while something is given back, which may wait for what others do after them."""
@@ -78,14 +76,6 @@ class AliveConnections:
 def alive() -> AliveConnections:
     """Those of this process."""
     return AliveConnections()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Look again and again, after longer and longer pauses."""
-    pause = PAUSE_SECONDS
-    while not is_so():
-        time.sleep(pause)
-        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def when_idle(is_idle: Callable[[], bool], work: Callable[[], object]) -> None:

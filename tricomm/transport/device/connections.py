@@ -22,7 +22,7 @@ from tricomm.transport.base import (
     Operation,
     Shared,
 )
-from tricomm.transport.coordination.questions import Question, in_background
+from tricomm.transport.coordination.background import Question, in_background
 from tricomm.transport.device.alive import alive
 from tricomm.transport.device.held import BLOCK_NBYTES, Held
 from tricomm.transport.device.link import DeviceLink, Posted

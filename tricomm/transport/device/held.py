@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from tricomm.transport.device.alive import wait_until, when_idle
+from tricomm.transport.coordination.background import wait_until
+from tricomm.transport.device.alive import when_idle
 from tricomm.transport.device.link import DeviceLink
 from tricomm.transport.device.memory import DeviceMemory
 from tricomm.transport.device.run import DeviceRuns

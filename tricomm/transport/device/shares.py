@@ -17,8 +17,8 @@ import torch
 
 from tricomm.kernels.device import span_nbytes
 from tricomm.transport.base import Asked, ConnectionLostError, Place, Shared
-from tricomm.transport.coordination.questions import in_background
-from tricomm.transport.device.alive import wait_until, when_idle
+from tricomm.transport.coordination.background import in_background, wait_until
+from tricomm.transport.device.alive import when_idle
 from tricomm.transport.device.link import DeviceLink
 from tricomm.transport.device.memory import DeviceMemory, DeviceMemoryError, Segment
 from tricomm.transport.memory.arena import new_file
