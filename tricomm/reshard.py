@@ -192,7 +192,7 @@ def reshard_async(
     """As :func:`reshard`, in the background: ``handle.wait()`` gives the result.
 
     The ranks compare what they are about to do before this returns; data moves afterwards, and the tensor must
-    not change until then.
+    not change until then. It is the same call: other ranks may make it as :func:`reshard`.
 
     Example:
         >>> import torch.distributed as dist

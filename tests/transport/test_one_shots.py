@@ -182,7 +182,7 @@ class OneShots:
         options |= {} if step.confirm else {"confirm": False}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Repeat, "make", counting(self, Repeat.make))
-            if step.event == "in the background":  # on all ranks, as that is another call
+            if event == "in the background":
                 moved = tricomm.reshard_async(shard, *sides, out=out, **options).wait()
             else:
                 moved = tricomm.reshard(shard, *sides, out=out, **options)

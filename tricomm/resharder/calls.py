@@ -197,6 +197,7 @@ class Calls(Selections, Generic[Moved_co]):
                         "Resharder directly, or use torch.no_grad()"
                     )
                 sources, destinations = self._checked(tensor, out)
+                session.call_fields = self._call_fields[False]
                 events = [] if after is None else [after]
                 if after is None or (out is None and destinations):
                     events.append(channel.stream_context.record_event())
