@@ -93,6 +93,20 @@ NEAREST = 0.62
 """How alike a name and the one that is meant must at least be: "out" is not "timeout"."""
 
 
+def check_text(what: str, value: str) -> None:
+    """Refuse a string that cannot be written or sent, as half of a surrogate pair is in it.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"{what}={value!r} is no text, as the character at {error.start} is half of a surrogate pair; write another"
+        ) from error
+
+
 def describe_unknown(name: str, caller: str, names: Iterable[str]) -> str:
     """Say that a caller has no keyword of that name, and which one is meant."""
     known = list(names)

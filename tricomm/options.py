@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_type_hi
 
 import torch
 
-from tricomm.errors import ArgumentError, SpecError, describe_unknown
+from tricomm.errors import ArgumentError, SpecError, check_text, describe_unknown
 from tricomm.hooks import Hooks
 from tricomm.interop import read_placement
 from tricomm.layout.placement import Partial, Replicate, Shard
@@ -190,6 +190,7 @@ class Options:
             text = getattr(self, option)
             if not isinstance(text, str):
                 raise ArgumentError(f'{option}={text!r} must be a string such as "layer 3"; leave it out for none')
+            check_text(option, text)
         if self.rules is not None and not isinstance(self.rules, Rules | BoundRules):
             raise ArgumentError(
                 f"rules={self.rules!r} must be Rules; write Rules({{'name': source('name')}}), or leave it out"

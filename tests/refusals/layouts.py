@@ -87,6 +87,8 @@ REFUSALS: dict[str, Refusal] = {
         "('tp', 'tp')", "must be distinct", "rename an axis"),
     "name empty": (lambda: Mesh([0, 1], ("",)), SpecError,
         "('',)", "non-empty strings", "rename an axis"),
+    "name no text": (lambda: Mesh([0, 1], ("x\ud800",)), SpecError,
+        "axis name='x\\ud800'", "half of a surrogate pair", "write another"),
     "rank negative": (lambda: Mesh([0, -1], ("x",)), SpecError,
         "rank -1", "is negative", "count from 0"),
     "rank twice": (lambda: Mesh([[0, 4], [4, 1]], ("x", "y")), SpecError,

@@ -8,7 +8,7 @@ import torch
 from tricomm.connect.facts import join_of
 from tricomm.connect.meeting.client import Client
 from tricomm.connect.meeting.join import MAX_NAME_BYTES, MAX_SIDE_RANKS, MAX_SIDES, Join, Missing, Paired
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, check_text
 
 OnWaiting = Callable[[Missing], object]
 
@@ -59,6 +59,19 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that cannot be told whole.
+
+    Raises:
+        SpecError: it is too long, or holds what cannot be written.
+    """
+    check_text(what, name)
+    count = len(name.encode())
+    if count > MAX_NAME_BYTES:
+        start = name[:60] + "..."
+        raise SpecError(f"{what}={start!r} has {count} bytes, and the most are {MAX_NAME_BYTES}; shorten it")
+
+
 def checked_sizes(sizes: Mapping[str, int | None], side: str) -> dict[str, int | None]:
     """How many ranks each side has; this side's is known.
 
@@ -69,8 +82,9 @@ def checked_sizes(sizes: Mapping[str, int | None], side: str) -> dict[str, int |
     if not 0 < len(sizes) <= MAX_SIDES:
         raise SpecError(f"side_sizes={sizes!r} has {len(sizes)} sides, and needs 1 to {MAX_SIDES}; write {example}")
     for name, size in sizes.items():
-        if not name or len(name.encode()) > MAX_NAME_BYTES:
+        if not name:
             raise SpecError(f"side {name!r} needs a name of 1 to {MAX_NAME_BYTES} bytes; write {example}")
+        check_name("side", name)
         if size is not None and not 0 < size <= MAX_SIDE_RANKS:
             raise SpecError(f"side_sizes={dict(sizes)!r}: {size} is no number of ranks; write {example}")
     if side not in sizes:

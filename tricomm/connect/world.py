@@ -10,7 +10,7 @@ from typing import Self, Unpack
 import torch
 import torch.distributed as dist
 
-from tricomm.connect.appointment import Appointment, checked_sizes, default_device
+from tricomm.connect.appointment import Appointment, check_name, checked_sizes, default_device
 from tricomm.connect.meeting.client import Client
 from tricomm.connect.meeting.handshake import checked_secret
 from tricomm.connect.meeting.join import (
@@ -381,6 +381,8 @@ def connect(
         raise SpecError(f"side_rank={side_rank!r} is none of the {own} ranks of side {side!r}; use 0 to {own - 1}")
     if host == "":
         raise SpecError("host='' names no machine; leave it out for the name that this one has")
+    check_name("host", host or "")
+    check_name("name", name)
     chosen = Options(timeout_seconds=timeout_seconds, device=device, name=name)
     where = device_here(chosen.device) if isinstance(chosen.device, torch.device) else default_device()
     given = Appointment(

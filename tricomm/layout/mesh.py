@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, TypeAlias
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, check_text
 from tricomm.interop import check_device_mesh, kept_mesh, mesh_of
 from tricomm.kinds import explains_missing
 
@@ -88,6 +88,8 @@ class Mesh:
             )
         if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
             raise SpecError(f"axis_names={names} must be distinct, non-empty strings; rename an axis")
+        for name in names:
+            check_text("axis name", name)
         index: dict[int, int] = {}
         for position, rank in enumerate(flat):
             if rank < 0:

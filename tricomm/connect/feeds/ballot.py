@@ -170,7 +170,7 @@ class Ballot:
         votes = self._votes(number)
         try:
             if failure is not None:
-                self._store.compare_set(key, b"", FAILED + failure.encode()[:4000])
+                self._store.compare_set(key, b"", FAILED + failure.encode(errors="backslashreplace")[:4000])
             elif votes.answer(self._rank):
                 self._store.compare_set(key, b"", published)
             if not self._wait(lambda: self._store.find(key) is not None, time.monotonic() + seconds):

@@ -60,8 +60,8 @@ class Writer:
         return self
 
     def text(self, value: str, limit: int = MAX_TEXT_BYTES) -> "Writer":
-        """Append a text, cut down to a limit in bytes."""
-        return self.octets(value.encode()[:limit])
+        """Append a text for people, cut down to a limit in bytes; names are looked at before."""
+        return self.octets(value.encode(errors="backslashreplace")[:limit])
 
     def texts(self, values: Sequence[str]) -> "Writer":
         """Append several texts behind their count."""

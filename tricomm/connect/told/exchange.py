@@ -152,7 +152,8 @@ class Exchange:
         return decode_specs(data) if document.is_layouts else decode_map(data)
 
     def _problem(self, text: str, kind: bytes = FAILED) -> TransportError:
-        return _error_of(self._store.compare_set(f"{self._prefix}/problem", b"", kind + text.encode()))
+        said = kind + text.encode(errors="backslashreplace")
+        return _error_of(self._store.compare_set(f"{self._prefix}/problem", b"", said))
 
     def _wait(self, is_there: Callable[[], bool], what: str) -> None:
         pause = FIRST_PAUSE_SECONDS

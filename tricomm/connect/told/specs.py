@@ -48,7 +48,10 @@ def encode_specs(specs: Specs) -> bytes:
         write_optional(tensors, spec.shape)
     writer = Writer().integer(len(meshes))
     for shape, names, ranks in meshes:
-        writer.texts(names).integers(shape).integers(ranks)
+        writer.integer(len(names))
+        for name in names:
+            write_name(writer, name)
+        writer.integers(shape).integers(ranks)
     writer.integer(len(layouts))
     for layout in layouts:
         _write_layout(writer, layout)

@@ -1,7 +1,7 @@
 """Fields that layouts, rules and maps have in common: what cannot be told whole is refused, and never cut."""
 
 from tricomm.connect.meeting.wire import MAX_TEXT_BYTES, Reader, WireError, Writer
-from tricomm.errors import SpecError
+from tricomm.errors import SpecError, check_text
 
 NONE = -1
 """In place of a number that is at least 0, or alone in place of several: there is none."""
@@ -21,12 +21,10 @@ def write_name(writer: Writer, name: str) -> None:
     """Append a name.
 
     Raises:
-        SpecError: it is longer than a name can be that is told.
+        SpecError: it is no text, or longer than a name can be that is told.
     """
-    try:
-        data = name.encode()
-    except UnicodeEncodeError as error:
-        raise SpecError(f"name {name!r} is no text ({error}); give it another") from error
+    check_text("name", name)
+    data = name.encode()
     if len(data) > MAX_TEXT_BYTES:
         raise SpecError(
             f"a name has {len(data)} bytes, and the most are {MAX_TEXT_BYTES}: {name[:60]!r}...; shorten it"

@@ -63,7 +63,8 @@ def kept(folder: str, key: str, strategies: Sequence[Strategy], search: Callable
     Raises:
         PlanError: a file that cannot be read.
     """
-    path = Path(folder, f"{hashlib.sha256(key.encode()).hexdigest()}.plan")
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+    path = Path(folder, f"{digest}.plan")
     if path.exists():
         try:
             found = read(path.read_bytes(), key, strategies)

@@ -46,7 +46,7 @@ def written(routes: Routes, key: str, strategies: Sequence[Strategy]) -> bytes:
     arrays["hops"] = hop_table(routes.hops).astype(np.int64)
     header = {
         "version": FORMAT_VERSION,
-        "key": _hash(key.encode()),
+        "key": _hash(key.encode(errors="surrogatepass")),
         "strategy": strategies.index(routes.strategy),
         "digest": _digest(arrays),
     }
@@ -67,7 +67,7 @@ def read(content: bytes, key: str, strategies: Sequence[Strategy]) -> Routes:
         if header["version"] != FORMAT_VERSION:
             raise ValueError(f"its format is {header['version']}, and this tricomm reads {FORMAT_VERSION}")
         arrays = {name: file[name] for name in (*COLUMNS, "hops")}
-    if header["key"] != _hash(key.encode()):
+    if header["key"] != _hash(key.encode(errors="surrogatepass")):
         raise ValueError("it is of another plan")
     if header["digest"] != _digest(arrays):
         raise ValueError("its contents do not have the digest that it says")

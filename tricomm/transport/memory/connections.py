@@ -226,4 +226,5 @@ def _agreed(is_so: bool, others: Collection[int], exchange: Exchange) -> bool:
 
 
 def _padded(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(text.encode()[:VERDICT_NBYTES].ljust(VERDICT_NBYTES, b"\0")), dtype=torch.uint8)
+    data = text.encode(errors="backslashreplace")[:VERDICT_NBYTES]
+    return torch.frombuffer(bytearray(data.ljust(VERDICT_NBYTES, b"\0")), dtype=torch.uint8)

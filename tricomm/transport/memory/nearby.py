@@ -29,7 +29,7 @@ DIGEST_NBYTES = 16
 @lru_cache(maxsize=64)
 def digest_of(text: str) -> bytes:
     """What is told of what a rank is about to do."""
-    return hashlib.sha256(text.encode()).digest()[:DIGEST_NBYTES]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:DIGEST_NBYTES]
 
 
 class Nearby:

@@ -218,7 +218,7 @@ def encode(message: Message) -> bytes:
     kind, pack = _KINDS[type(message)]
     if kind in WITH_TEXT:
         *rest, text = message
-        return (pack(kind, *rest) + str(text).encode())[:MAX_MESSAGE_NBYTES]
+        return (pack(kind, *rest) + str(text).encode(errors="backslashreplace"))[:MAX_MESSAGE_NBYTES]
     return pack(kind, *message)
 
 
