@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,8 +84,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     source = copy_of_the_checkout(folder)
     build = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
     archive = source / run(python, "-c", build, cwd=source).splitlines()[-1]
+    safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python 3.11 before 3.11.4
     with tarfile.open(archive) as unpacked:
-        unpacked.extractall(folder / "sdist", filter="data")
+        unpacked.extractall(folder / "sdist", **safely)
     (project,) = (folder / "sdist").iterdir()
     wheels = ["--no-deps", "--no-build-isolation", "--wheel-dir", folder]
     run(python, "-m", "pip", "wheel", "--quiet", *wheels, project, cwd=folder)
