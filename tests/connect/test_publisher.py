@@ -216,6 +216,53 @@ def test_ranks_of_a_fleet_that_differ_are_told_once_and_what_of(
         assert "rank 2 of side 'columns' says other layouts than its rank 0: 'w' is float32[10, 6/tp]" in text
 
 
+def first_version(trainer: Trainer, *subscribers: Subscriber) -> None:
+    """Train until all ranks of a fleet have taken one."""
+    trained = threading.Thread(target=lambda: trainer.until(lambda: all(one.version for one in subscribers)))
+    trained.start()
+    waits = [lambda one=one: one.wait(20.0) for one in subscribers]
+    raised(together(*waits))
+    while trained.is_alive():
+        raised(together(*(one.poll for one in subscribers)))
+    trained.join()
+
+
+def test_a_rank_of_the_own_job_that_died_is_told_with_what_all_must_do_and_logged_once(
+    meeting: Meeting, caplog: pytest.LogCaptureFixture
+) -> None:
+    def serve(rank: int, timeout_seconds: float = 30.0) -> Subscriber:
+        return Subscriber(
+            meeting.address, side="copies", side_rank=rank, side_size=2, source="trainer", specs=FLEETS["copies"],
+            out={"w": torch.zeros(SHAPE)}, secret=SECRET, device="cpu", timeout_seconds=timeout_seconds,
+        )  # fmt: skip
+
+    trainer = Trainer(meeting, ["copies"])
+    survivor, dead = raised(together(lambda: serve(0), lambda: serve(1)))
+    first_version(trainer, survivor, dead)
+    for world in (dead._feed.world, dead._agreement.world):
+        world._client.connection._socket.close()
+    deadline = time.monotonic() + 20
+    while not (survivor._feed.world.refresh() and survivor._agreement.world.refresh()):
+        assert time.monotonic() < deadline
+    caplog.clear()
+    remedy = "all ranks of side 'copies' close their Publisher or Subscriber and make a new one"
+    for _ in range(5):
+        with pytest.raises(GroupOverError, match=rf"rank 1 of side 'copies' .* died.*; {remedy}"):
+            survivor.poll()
+    told = [one.getMessage() for one in caplog.records if "rank 1 of side 'copies'" in one.getMessage()]
+    assert len(told) == len(set(told))
+    with pytest.raises(TransportError) as caught:
+        serve(1, timeout_seconds=2.5)
+    hint = "rank 0 of side 'copies' is there and has not made a new Publisher or Subscriber, as all ranks of a side"
+    assert hint in str(caught.value)
+    assert any("gave up" not in text and hint in text for text in caplog.messages)
+    survivor.close()
+    survivor, again = raised(together(lambda: serve(0), lambda: serve(1)))
+    first_version(trainer, survivor, again)
+    for one in (survivor, again, trainer):
+        one.close()
+
+
 def test_what_makes_no_sense_is_refused(meeting: Meeting) -> None:
     for fleets in ([], ["trainer"], ["a", "a"]):
         with pytest.raises(SpecError, match=r"must be other sides than 'trainer', each once"):

@@ -163,6 +163,7 @@ def test_they_pair_anew_and_the_old_epoch_stays_over() -> None:
     waiting = status_of(room, 4, 3.0)
     assert waiting == Missing(2.0, (("trainer", 0), ("trainer", 1)), (("trainer", 0), ("trainer", 1)))
     assert "ranks 0, 1 of side 'trainer' are there and have not called renew()" in str(waiting)
+    assert "rank 0 of side 'trainer' is there and has not called" in str(replace(waiting, busy=(("trainer", 0),)))
     room = come(room, TRAINERS, now=4.0)
     for connection in (1, 2, 4):
         assert status_of(room, connection, 4.0) == Paired(2, 2, SIDES, ("a", "a", "b"), {})

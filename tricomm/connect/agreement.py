@@ -6,12 +6,11 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from tricomm.connect.meeting.join import OWN
 from tricomm.connect.world import World, connect
 from tricomm.errors import TransportError
 from tricomm.options import Options
-
-OWN = "of one side"
-"""Name of the meeting of the ranks of one side."""
+from tricomm.transport.coordination.store import GroupOverError
 
 MAX_KEPT = 4096
 """So many decisions are kept for ranks that are behind."""
@@ -39,6 +38,14 @@ class Agreement:
         Raises:
             TransportError: rank 0 has not decided in time, or a rank of the side died.
         """
+        try:
+            return self._decided(make)
+        except GroupOverError as over:
+            raise GroupOverError(
+                f"{over}; all ranks of side {self.world.side!r} close their Publisher or Subscriber and make a new one"
+            ) from over
+
+    def _decided(self, make: Callable[[], str]) -> str:
         self._number += 1
         key, store = f"decision/{self._number}", self.world.get_group_store()
         if self.world.rank() == 0:

@@ -118,7 +118,8 @@ class Publisher(Paired):
 
         Raises:
             SpecError: tensors that do not fit, or a version that is not higher than those before.
-            TransportError: a rank of this job died, or made another call.
+            TransportError: a rank of this job died, after which every call raises it and all ranks of the job make a
+                new Publisher; or it made another call.
         """
         check_version(version, base_version, beside, wait_seconds)
         found = {}

@@ -97,6 +97,8 @@ class Subscriber(Paired):
         """Why they are a mix; "" if they are not."""
         super().__init__(gathered(address, side, side_rank, side_size, secret, host, chosen), specs)
         self._feed: Feed | None = None
+        self._told = ""
+        """Why the trainer was lost last, which is logged once."""
         self._is_closed = threading.Event()
         self._coming: Future[Feed] = self._meet(None)
 
@@ -113,7 +115,8 @@ class Subscriber(Paired):
 
         Raises:
             TransportError: the push failed, and the tensors are a mix until another is taken; or a rank of this job
-                died; or the trainer cannot be met, as it has other versions or tells other rules.
+                died, after which every call raises it and all ranks of the job make a new Subscriber; or the trainer
+                cannot be met, as it has other versions or tells other rules.
         """
         what = self._agreement.decide(self._choice)
         if what == ADOPT:
@@ -151,7 +154,9 @@ class Subscriber(Paired):
         try:
             return NOTHING if self._feed.offered() is None else PULL
         except TransportError as error:
-            LOG.warning("%s", error)
+            if str(error) != self._told:
+                LOG.warning("%s", error)
+            self._told = str(error)
             return LOST
 
     def _pull(self, feed: Feed) -> int | None:

@@ -191,13 +191,14 @@ class Client:
             if now >= deadline:
                 self._withdraw()
                 raise AbsentError(
-                    f"{who} gave up after {now - began:.1f} s at the meeting {self.connection.name}, {answer}; see "
+                    f"{who} gave up after {now - began:.1f} s at the meeting {self.connection.name}, "
+                    f"{answer.describe(who.way_back)}; see "
                     "whether they were started, with this address, these sides and this secret"
                 )
             whom = repr((answer.places, answer.busy, answer.note))
             if now - began >= told_next or (whom != told and now - began >= FIRST_TOLD_SECONDS):
                 told, told_next = whom, max(FIRST_TOLD_SECONDS, 2 * (now - began))
-                LOG.warning("%s at the meeting %s: %s", who, self.connection.name, answer)
+                LOG.warning("%s at the meeting %s: %s", who, self.connection.name, answer.describe(who.way_back))
                 if on_waiting is not None:
                     on_waiting(answer)
             time.sleep(max(0.0, min(pause, deadline - now)))

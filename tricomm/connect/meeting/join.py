@@ -14,6 +14,11 @@ MAX_MISSING = 64
 
 MAX_GROUP_RANKS = 1 << 20
 
+OWN = "of one side"
+"""Name of the meeting of the ranks of one Publisher or Subscriber."""
+
+RENEWED = "called renew()"
+
 Place = tuple[str, int]
 """A side, and a rank of it."""
 
@@ -56,6 +61,13 @@ class Join:
     def room(self) -> str:
         """Return the name of the meeting, equal for all that want to meet each other in whatever order they say so."""
         return repr((sorted(self.names), self.name))
+
+    @property
+    def way_back(self) -> str:
+        """Return what others that were there before him must have done to meet him, as words after "has"."""
+        if self.name != OWN:
+            return RENEWED
+        return "made a new Publisher or Subscriber, as all ranks of a side must when one of them has started again"
 
     def __str__(self) -> str:
         return f"rank {self.rank} of side {self.side!r} (host {self.host}, process {self.pid})"
@@ -116,12 +128,21 @@ class Missing:
     note: str = ""
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, way_back: str = RENEWED) -> str:
+        """Say it, and what those that are busy have not done.
+
+        >>> print(Missing(12.5, (("server", 0),), (("server", 0),)).describe("come back"))
+        waiting for rank 0 of side 'server' since 12.5 s; rank 0 of side 'server' is there and has not come back
+        """
         told = [_describe_side(side, ranks) for side, ranks in _by_side(self.places).items()]
         whom = f"for {' and '.join(told)}" if told else "to hear whether those that are in these places are alive,"
         text = f"waiting {whom} since {self.seconds:.1f} s"
         if self.busy:
             told = [_describe_side(side, ranks) for side, ranks in _by_side(self.busy).items()]
-            text += f"; {' and '.join(told)} are there and have not called renew()"
+            are, have = ("is", "has") if len(self.busy) == 1 else ("are", "have")
+            text += f"; {' and '.join(told)} {are} there and {have} not {way_back}"
         return f"{text}; {self.note}" if self.note else text
 
 
