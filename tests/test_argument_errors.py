@@ -54,6 +54,64 @@ def test_an_error_names_value_rule_and_remedy(call: Callable[[], Any], kind: typ
     assert type(caught.value) is kind
 
 
+class Broken:
+    """Neither has a repr nor compares."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+
+def nested() -> list[Any]:
+    found: list[Any] = []
+    for _ in range(5000):
+        found = [found]
+    return found
+
+
+OPTIONS = {name: (tricomm.Options, {}) for name in tricomm.Options().given()}
+TAKES_ANYTHING_WRONG = {
+    **{f"Options.{name}": (tricomm.Options, {}, name) for name in OPTIONS if name not in ("group", "progress")},
+    **{f"{name}.{one}": (*CALLS[name], one) for name, one in COUNTS.items()},
+    **{f"Mesh.{one}": (*CALLS["Mesh"], one) for one in ("ranks", "axis_names")},
+    **{f"make_plan.{one}": (*CALLS["make_plan"], one) for one in ("source", "destination", "strategy", "topology")},
+    "Shard.dim": (*CALLS["Shard"], "dim"),
+    "Partial.op": (*CALLS["Partial"], "op"),
+    "LocalTransport.grouped": (*CALLS["LocalTransport"], "grouped"),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_ANYTHING_WRONG)
+@pytest.mark.parametrize(
+    "value", [Broken(), nested(), b"x" * 200_000, torch.arange(3).numpy()], ids=lambda one: type(one).__name__
+)
+def test_a_value_that_cannot_be_shown_or_is_long_is_refused_in_few_words(name: str, value: Any) -> None:
+    function, arguments, argument = TAKES_ANYTHING_WRONG[name]
+    with pytest.raises(tricomm.SpecError) as caught:
+        function(**{**arguments, argument: value})
+    assert len(str(caught.value)) < 1000
+
+
+class One:
+    """An integer of another kind."""
+
+    def __index__(self) -> int:
+        return 1
+
+
+def test_results_and_transports_are_made_of_what_their_docstrings_say() -> None:
+    assert tricomm.LocalTransport(receives_ahead=One()) == tricomm.LocalTransport(receives_ahead=1)  # type: ignore[arg-type]
+    with pytest.raises(tricomm.ArgumentError, match=r"Push\(skipped=array\(\[0, 1, 2\]\)\): skipped must be a string"):
+        tricomm.Push(7, torch.arange(3).numpy())  # type: ignore[arg-type]
+    for wrong in ({"seconds": None}, {"places": [1]}, {"busy": "x"}, {"note": 3}):
+        with pytest.raises(tricomm.ArgumentError, match=f"Missing.*: {next(iter(wrong))} must be"):
+            tricomm.Missing(**{"seconds": 1.0, "places": (), **wrong})  # type: ignore[arg-type]
+
+
 def test_options_take_a_timeout_as_their_callers_do() -> None:
     assert tricomm.Options(timeout=timedelta(seconds=3)).seconds == 3.0
 

@@ -71,6 +71,23 @@ class TransportError(TricommError, RuntimeError):
     """
 
 
+MAX_SHOWN = 120
+"""Characters of a value that an error shows."""
+
+
+def shown(value: object) -> str:
+    """Return the repr of whatever a caller gave, cut; words where it has none, as of what holds itself or is broken.
+
+    >>> shown("x" * 200) == "'" + "x" * 119 + "..."
+    True
+    """
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def check_count(name: str, value: object, least: int, rule: str) -> None:
     """Refuse a number of something that is none, or too small.
 
@@ -84,9 +101,9 @@ def check_count(name: str, value: object, least: int, rule: str) -> None:
         PlanError: less.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentError(f"{name}={value!r} must be {rule}")
+        raise ArgumentError(f"{name}={shown(value)} must be {rule}")
     if value < least:
-        raise PlanError(f"{name}={value!r} must be {rule}")
+        raise PlanError(f"{name}={shown(value)} must be {rule}")
 
 
 NEAREST = 0.62
@@ -103,7 +120,8 @@ def check_text(what: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise SpecError(
-            f"{what}={value!r} is no text, as the character at {error.start} is half of a surrogate pair; write another"
+            f"{what}={shown(value)} is no text, as the character at {error.start} is half of a surrogate pair; "
+            "write another"
         ) from error
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 from tricomm.kinds import checks_kinds
 from tricomm.layout.blocks import checked_blocks, first_cut_inside
 from tricomm.layout.spec import ShardingSpec
@@ -89,13 +89,17 @@ class Hooks:
     ) -> None:
         for option, given in (("before", before), ("after", after)):
             if given is not None and not isinstance(given, Mapping):
-                raise ArgumentError(f"{option}={given!r} is no mapping; write {option}={{'layers.{{l}}': function}}")
+                raise ArgumentError(
+                    f"{option}={shown(given)} is no mapping; write {option}={{'layers.{{l}}': function}}"
+                )
             for module, run in (given or {}).items():
                 if not isinstance(module, str) or not callable(run):
-                    raise ArgumentError(f"{option}={{{module!r}: {run!r}}} is no function under the name of a module")
+                    raise ArgumentError(
+                        f"{option}={{{shown(module)}: {shown(run)}}} is no function under the name of a module"
+                    )
             object.__setattr__(self, option, tuple((given or {}).items()))
         if blocks is not None and not isinstance(blocks, Mapping):
-            raise ArgumentError(f"blocks={blocks!r} is no mapping; write blocks={{'layers.{{l}}.w': (128, 128)}}")
+            raise ArgumentError(f"blocks={shown(blocks)} is no mapping; write blocks={{'layers.{{l}}.w': (128, 128)}}")
         sizes = {name: checked_blocks(size, None) for name, size in (blocks or {}).items()}
         object.__setattr__(self, "blocks", tuple(sizes.items()))
         scope = Scope(tuple((name, frozen(name, values)) for name, values in indices.items()))

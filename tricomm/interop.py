@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +156,7 @@ def mesh_of(device_mesh: Any, group: Any = None) -> tuple[Any, tuple[str, ...]]:
     import torch.distributed as dist
 
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ArgumentError(f"group={group!r} is not a process group of torch; pass what new_group gave, or None")
+        raise ArgumentError(f"group={shown(group)} is not a process group of torch; pass what new_group gave, or None")
     names = device_mesh.mesh_dim_names or tuple(f"dim_{axis}" for axis in range(device_mesh.ndim))
     ranks = device_mesh.mesh.tolist()
     return (ranks if group is None else _in_group(ranks, group, device_mesh)), tuple(names)
@@ -259,4 +259,4 @@ def check_device_mesh(value: object) -> None:
         ArgumentError: it is none.
     """
     if not is_device_mesh(value):
-        raise ArgumentError(f"device_mesh={value!r} is not a DeviceMesh of torch; pass what init_device_mesh gave")
+        raise ArgumentError(f"device_mesh={shown(value)} is not a DeviceMesh of torch; pass what init_device_mesh gave")

@@ -12,16 +12,13 @@ from functools import cached_property, lru_cache, wraps
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tricomm.errors import ArgumentError, TricommError, describe_unknown
+from tricomm.errors import ArgumentError, TricommError, describe_unknown, shown
 
 T = TypeVar("T", bound=Callable[..., Any])
 C = TypeVar("C")
 
 MAX_ITEMS = 1000
 """Of a sequence so many items are looked at."""
-
-MAX_SHOWN = 120
-"""Characters of a value that an error shows."""
 
 
 class Expected(NamedTuple):
@@ -214,18 +211,13 @@ def describe_unbound(
         except TypeError as error:
             return f"{caller}: {error}; it takes {', '.join(name for name in parameters if name not in _OWN)}"
         return None
-    shown = ", ".join(f"{name}={_shown(value)}" for name, value in given.items() if name not in _OWN)
+    told = ", ".join(f"{name}={shown(value)}" for name, value in given.items() if name not in _OWN)
     words = _words_of(function, missing[0])
     form = ", ".join(f"{name}=..." for name in needed if name not in _OWN)
-    return f"{caller}({shown}) lacks {' and '.join(missing)}{f': {words}' if words else ''}; write {caller}({form})"
+    return f"{caller}({told}) lacks {' and '.join(missing)}{f': {words}' if words else ''}; write {caller}({form})"
 
 
 _OWN = ("self", "cls")
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
 
 
 def _caller_of(name: str) -> str:
@@ -244,8 +236,7 @@ def _words_of(function: Callable[..., Any], parameter: str) -> str:
 
 def describe_kind(caller: str, name: str, value: object, words: str) -> str:
     """Say that an argument is not of the right kind."""
-    caller, shown = _caller_of(caller), _shown(value)
-    return f"{caller}({name}={shown}): {name} must be {words}; give one"
+    return f"{_caller_of(caller)}({name}={shown(value)}): {name} must be {words}; give one"
 
 
 @lru_cache(maxsize=256)

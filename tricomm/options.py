@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_type_hi
 
 import torch
 
-from tricomm.errors import ArgumentError, SpecError, check_text, describe_unknown
+from tricomm.errors import ArgumentError, SpecError, check_text, describe_unknown, shown
 from tricomm.hooks import Hooks
 from tricomm.interop import read_placement
 from tricomm.layout.placement import Partial, Replicate, Shard
@@ -99,7 +99,9 @@ def _explains_names(cls: type[OptionsType]) -> type[OptionsType]:
             raise
         except TypeError:
             if unnamed:
-                raise ArgumentError(f"{cls.__name__}({unnamed[0]!r}): options are named; write name=value") from None
+                raise ArgumentError(
+                    f"{cls.__name__}({shown(unnamed[0])}): options are named; write name=value"
+                ) from None
             init(self, **_known_values(given, cls.__name__, ReshardOptions))
 
     cls.__init__ = explained  # type: ignore[assignment]
@@ -185,24 +187,27 @@ class Options:
         check_topology(self.topology)
         check_staging_bytes(self.staging_bytes)
         if self.confirm is not None and not isinstance(self.confirm, bool):
-            raise ArgumentError(f"confirm={self.confirm!r} is no truth value; pass True, False or None")
+            raise ArgumentError(f"confirm={shown(self.confirm)} is no truth value; pass True, False or None")
         for option in ("channel", "name"):
             text = getattr(self, option)
             if not isinstance(text, str):
-                raise ArgumentError(f'{option}={text!r} must be a string such as "layer 3"; leave it out for none')
+                raise ArgumentError(f'{option}={shown(text)} must be a string such as "layer 3"; leave it out for none')
             check_text(option, text)
         if self.rules is not None and not isinstance(self.rules, Rules | BoundRules):
             raise ArgumentError(
-                f"rules={self.rules!r} must be Rules; write Rules({{'name': source('name')}}), or leave it out"
+                f"rules={shown(self.rules)} must be Rules; write Rules({{'name': source('name')}}), or leave it out"
             )
-        if self.transport not in (names := get_args(TransportName)):
-            kind = SpecError if isinstance(self.transport, str) else ArgumentError
-            raise kind(f"transport={self.transport!r} is none of {', '.join(names)}; write one of them, as a string")
+        names, is_text = get_args(TransportName), isinstance(self.transport, str)
+        if not is_text or self.transport not in names:  # what is no text compares as it likes
+            kind = SpecError if is_text else ArgumentError
+            raise kind(
+                f"transport={shown(self.transport)} is none of {', '.join(names)}; write one of them, as a string"
+            )
         for option in ("differentiable", "checksum", "stays_in_place"):
             if not isinstance(getattr(self, option), bool):
-                raise ArgumentError(f"{option}={getattr(self, option)!r} is no truth value; pass True or False")
+                raise ArgumentError(f"{option}={shown(getattr(self, option))} is no truth value; pass True or False")
         if self.hooks is not None and not isinstance(self.hooks, Hooks):
-            raise ArgumentError(f"hooks={self.hooks!r} must be Hooks; write Hooks(after={{'layers.3': function}})")
+            raise ArgumentError(f"hooks={shown(self.hooks)} must be Hooks; write Hooks(after={{'layers.3': function}})")
         if self.progress is not None:
             _check_progress(self.progress)
         object.__setattr__(self, "grad_placements", _checked_grad_placements(self.grad_placements))
@@ -265,12 +270,13 @@ def _known_values(given: Mapping[str, Any], caller: str, known: type) -> dict[st
         timeout = values.pop("timeout")
         if not isinstance(timeout, timedelta):
             raise ArgumentError(
-                f"timeout={timeout!r} has no unit; write timeout_seconds={timeout!r}, or timeout=timedelta(...)"
+                f"timeout={shown(timeout)} has no unit; write timeout_seconds={shown(timeout)}, or "
+                "timeout=timedelta(...)"
             )
         if "timeout_seconds" in values:
             raise ArgumentError(
-                f"timeout={timeout!r} and timeout_seconds={values['timeout_seconds']!r} say the same thing twice; "
-                "leave one out"
+                f"timeout={shown(timeout)} and timeout_seconds={shown(values['timeout_seconds'])} say the same "
+                "thing twice; leave one out"
             )
         values["timeout_seconds"] = timeout
     return values
@@ -281,27 +287,28 @@ def _checked_seconds(timeout: object) -> float:
         timeout = timeout.total_seconds()
     if not isinstance(timeout, int | float) or isinstance(timeout, bool):
         raise ArgumentError(
-            f"timeout_seconds={timeout!r} must be a number of seconds above 0, or a timedelta; leave it out for "
+            f"timeout_seconds={shown(timeout)} must be a number of seconds above 0, or a timedelta; leave it out for "
             f"{DEFAULT_TIMEOUT_SECONDS:.0f}"
         )
     if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
         raise SpecError(
-            f"timeout_seconds={timeout!r} must be a number of seconds above 0 and at most {MAX_TIMEOUT_SECONDS:.0e}, "
-            "which is some 31 years; give a time after which a rank that stays away is known to be lost"
+            f"timeout_seconds={shown(timeout)} must be a number of seconds above 0 and at most "
+            f"{MAX_TIMEOUT_SECONDS:.0e}, which is some 31 years; give a time after which a rank that stays away is "
+            "known to be lost"
         )
     return float(timeout)
 
 
 def _check_progress(progress: Any) -> None:
     if not callable(progress):
-        raise ArgumentError(f"progress={progress!r} cannot be called; pass a function of one Progress")
+        raise ArgumentError(f"progress={shown(progress)} cannot be called; pass a function of one Progress")
     try:
         inspect.signature(progress).bind(None)
     except ValueError:  # what is written in C may not say what it takes
         return
     except TypeError as error:
         raise ArgumentError(
-            f"progress={progress!r} cannot be called with one Progress ({error}); pass a function of one Progress"
+            f"progress={shown(progress)} cannot be called with one Progress ({error}); pass a function of one Progress"
         ) from None
 
 
@@ -310,11 +317,14 @@ def _checked_grad_placements(placements: object) -> tuple[Any, ...] | None:
         return None
     if isinstance(placements, str | bytes) or not isinstance(placements, Sequence):
         raise ArgumentError(
-            f"grad_placements={placements!r} is not a sequence of placements; write one per mesh axis of the result"
+            f"grad_placements={shown(placements)} is not a sequence of placements; write one per mesh axis of the "
+            "result"
         )
     for one in placements:
         if not isinstance(one, Shard | Replicate | Partial) and read_placement(one) is None:
-            raise ArgumentError(f"grad_placements has {one!r}, which is no placement; write Shard(0), or Partial()")
+            raise ArgumentError(
+                f"grad_placements has {shown(one)}, which is no placement; write Shard(0), or Partial()"
+            )
     return tuple(placements)
 
 
@@ -322,8 +332,8 @@ def _checked_device(device: object) -> torch.device | None:
     if device is None:
         return None
     if not isinstance(device, torch.device | str):
-        raise ArgumentError(f'device={device!r} is not a device; write "cpu", "cuda:0" or torch.device(...)')
+        raise ArgumentError(f'device={shown(device)} is not a device; write "cpu", "cuda:0" or torch.device(...)')
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise SpecError(f'device={device!r} is not a device of torch ({error}); write "cpu" or "cuda:0"') from None
+        raise SpecError(f'device={shown(device)} is not a device of torch ({error}); write "cpu" or "cuda:0"') from None

@@ -5,7 +5,7 @@ from typing import Any, Unpack
 import torch
 
 from tricomm.compiled.outside import eagerly
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 from tricomm.interop import is_device_mesh, is_dtensor, make_dtensor, read_placement, real_placement
 from tricomm.kinds import explains_missing
 from tricomm.layout.mesh import Mesh
@@ -92,7 +92,7 @@ def _specs(
             "source=..., or call tricomm.reshard with plain shards"
         )
     if not is_device_mesh(device_mesh) and not isinstance(device_mesh, Mesh):
-        raise ArgumentError(f"device_mesh={device_mesh!r} is neither a DeviceMesh nor a Mesh; pass one of these")
+        raise ArgumentError(f"device_mesh={shown(device_mesh)} is neither a DeviceMesh nor a Mesh; pass one of these")
     if source is None:
         if dtensor is None:
             raise SpecError(

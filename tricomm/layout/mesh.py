@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, TypeAlias
 
-from tricomm.errors import ArgumentError, SpecError, check_text
+from tricomm.errors import ArgumentError, SpecError, check_text, shown
 from tricomm.interop import check_device_mesh, kept_mesh, mesh_of
 from tricomm.kinds import explains_missing
 
@@ -26,7 +26,7 @@ def _flatten(ranks: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
         rows = None
     if rows is None:
         raise ArgumentError(
-            f"a mesh is a nested sequence of integer ranks, and {ranks!r} is not one; write [[0, 1], [2, 3]]"
+            f"a mesh is a nested sequence of integer ranks, and {shown(ranks)} is not one; write [[0, 1], [2, 3]]"
         )
     children = [_flatten(child) for child in rows]
     if not children:
@@ -78,16 +78,16 @@ class Mesh:
         shape, flat = _flatten(ranks)
         if isinstance(axis_names, str) or not isinstance(axis_names, Sequence):
             raise ArgumentError(
-                f'axis_names={axis_names!r} is not a tuple of names; write one name per axis, such as ("dp", "tp")'
+                f'axis_names={shown(axis_names)} is not a tuple of names; write one name per axis, such as ("dp", "tp")'
             )
         names = tuple(axis_names)
         if len(names) != len(shape):
             raise SpecError(
-                f"axis_names={names} gives {len(names)} names for a mesh with {len(shape)} axes of shape {shape}; "
-                "give one name per axis"
+                f"axis_names={shown(names)} gives {len(names)} names for a mesh with {len(shape)} axes of shape "
+                f"{shape}; give one name per axis"
             )
         if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
-            raise SpecError(f"axis_names={names} must be distinct, non-empty strings; rename an axis")
+            raise SpecError(f"axis_names={shown(names)} must be distinct, non-empty strings; rename an axis")
         for name in names:
             check_text("axis name", name)
         index: dict[int, int] = {}

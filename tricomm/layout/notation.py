@@ -5,7 +5,7 @@ The letters give one entry per tensor dim, "R" or "S" with the numbers of the me
 
 from collections.abc import Callable, Sequence
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 from tricomm.layout.intervals import Region
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial, Placement, Replicate, Shard
@@ -18,9 +18,9 @@ def from_notation(mesh: Mesh, dims: Sequence[str]) -> tuple[tuple[Placement, ...
         SpecError: an entry that is neither "R" nor "S" with digits, or an axis that is missing or used twice.
     """
     if isinstance(dims, str):
-        raise ArgumentError(f'dims={dims!r} is one string; write one entry per tensor dim: ("S0", "R")')
+        raise ArgumentError(f'dims={shown(dims)} is one string; write one entry per tensor dim: ("S0", "R")')
     if not isinstance(dims, Sequence):
-        raise ArgumentError(f'dims={dims!r} is not a tuple of entries; write one per tensor dim: ("S0", "R")')
+        raise ArgumentError(f'dims={shown(dims)} is not a tuple of entries; write one per tensor dim: ("S0", "R")')
     placements: list[Placement] = [Replicate()] * mesh.ndim
     order: list[int] = []
     for dim, entry in enumerate(dims):

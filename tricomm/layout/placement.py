@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 from tricomm.kinds import explains_missing
 
 REDUCTIONS = ("sum", "avg", "max", "min")
@@ -36,12 +36,12 @@ class Shard:
 
     def __init__(self, dim: int, segments: Sequence[int] | None = None) -> None:
         if not isinstance(dim, int) or isinstance(dim, bool):
-            raise ArgumentError(f"Shard(dim={dim!r}): dim must be an integer; name one tensor dim")
+            raise ArgumentError(f"Shard(dim={shown(dim)}): dim must be an integer; name one tensor dim")
         if segments is not None:
             is_sequence = isinstance(segments, Sequence) and not isinstance(segments, str | bytes)
             if not is_sequence or not all(isinstance(size, int) and not isinstance(size, bool) for size in segments):
                 raise ArgumentError(
-                    f"Shard(segments={segments!r}): segments must be sizes, a tuple of integers; "
+                    f"Shard(segments={shown(segments)}): segments must be sizes, a tuple of integers; "
                     "give the size of each fused part, in order"
                 )
             if not segments or min(segments) < 0:
@@ -91,7 +91,9 @@ class Partial:
 
     def __post_init__(self) -> None:
         if not isinstance(self.op, str):
-            raise ArgumentError(f"Partial({self.op!r}): the reduction is a word; use one of {', '.join(REDUCTIONS)}")
+            raise ArgumentError(
+                f"Partial({shown(self.op)}): the reduction is a word; use one of {', '.join(REDUCTIONS)}"
+            )
         if self.op not in REDUCTIONS:
             raise SpecError(
                 f"Partial({self.op!r}): tricomm reduces with one of {', '.join(REDUCTIONS)}; reduce before resharding"

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 from tricomm.layout.intervals import Region, merged
 from tricomm.layout.mesh import Mesh
 from tricomm.layout.placement import Partial, Placement, Replicate, Shard
@@ -21,7 +21,7 @@ def checked_shape(shape: object) -> tuple[int, ...]:
         extents: Any = None if isinstance(shape, bytes | Set | Mapping) else shape
         checked = tuple(operator.index(extent) for extent in extents)
     except (TypeError, ValueError, RuntimeError):
-        raise ArgumentError(f"shape={shape!r} is not a sequence of integers; write (4096, 1024)") from None
+        raise ArgumentError(f"shape={shown(shape)} is not a sequence of integers; write (4096, 1024)") from None
     if any(extent < 0 for extent in checked):
         raise SpecError(f"shape={checked} has a negative extent; every extent must be at least 0, so give the sizes")
     return checked
@@ -35,7 +35,7 @@ def checked_holders(holdings: object) -> tuple[list[int], Any]:
     """
     if not isinstance(holdings, Mapping):
         raise ArgumentError(
-            f"holdings={holdings!r} is not a mapping; write {{rank: holding}}, such as {{0: (((0, 4),),)}}"
+            f"holdings={shown(holdings)} is not a mapping; write {{rank: holding}}, such as {{0: (((0, 4),),)}}"
         )
     if not holdings:
         raise SpecError("explicit holdings are empty; name at least one rank")
@@ -46,7 +46,7 @@ def checked_holders(holdings: object) -> tuple[list[int], Any]:
 def no_such_dim(dim: object, spec: str, shape: tuple[int, ...]) -> SpecError:
     """What is wrong with a dim of a spec."""
     if not isinstance(dim, int) or isinstance(dim, bool):
-        return ArgumentError(f"dim={dim!r} is not an integer; name one tensor dim")
+        return ArgumentError(f"dim={shown(dim)} is not an integer; name one tensor dim")
     return SpecError(f"dim={dim} is no dim of {spec}; give one from 0 to {len(shape) - 1}")
 
 
@@ -60,7 +60,7 @@ def incomplete(spec: str, **fields: object) -> SpecError:
 def check_mesh(mesh: object) -> None:
     """Refuse what is no mesh, with an ArgumentError."""
     if not isinstance(mesh, Mesh):
-        raise ArgumentError(f'mesh={mesh!r} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
+        raise ArgumentError(f'mesh={shown(mesh)} is not a Mesh; write Mesh([[0, 1], [2, 3]], ("dp", "tp"))')
 
 
 def checked_placements(mesh: Mesh, given: object, shape: tuple[int, ...] | None) -> tuple[Placement, ...]:
@@ -70,7 +70,9 @@ def checked_placements(mesh: Mesh, given: object, shape: tuple[int, ...] | None)
         SpecError: one does not; an ArgumentError where one is none of ours.
     """
     if not isinstance(given, Sequence):
-        raise ArgumentError(f"placements={given!r} is not a tuple of placements; write one per mesh axis: (Shard(0),)")
+        raise ArgumentError(
+            f"placements={shown(given)} is not a tuple of placements; write one per mesh axis: (Shard(0),)"
+        )
     placements = tuple(given)
     if len(placements) != mesh.ndim:
         raise SpecError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, get_type_hints
 
 import numpy as np
 
-from tricomm.errors import ArgumentError, SpecError, describe_unknown
+from tricomm.errors import ArgumentError, SpecError, describe_unknown, shown
 from tricomm.kinds import explains_missing
 
 DEFAULT_NIC_BYTES_PER_SECOND = 12.5e9
@@ -155,9 +155,9 @@ class Topology:
             ('rank0', 'rank1')
         """
         if not isinstance(ranks, int) or isinstance(ranks, bool):
-            raise ArgumentError(f"ranks={ranks!r} is not a number of ranks; write an integer above 0")
+            raise ArgumentError(f"ranks={shown(ranks)} is not a number of ranks; write an integer above 0")
         if not 0 < ranks <= MAX_RANKS:
-            raise SpecError(f"ranks={ranks!r} must be from 1 to {MAX_RANKS}; write how many ranks there are")
+            raise SpecError(f"ranks={shown(ranks)} must be from 1 to {MAX_RANKS}; write how many ranks there are")
         return _flat(ranks)
 
     @classmethod
@@ -182,7 +182,7 @@ class Topology:
             if name not in get_type_hints(Rates):
                 raise ArgumentError(describe_unknown(name, "Topology.detect", get_type_hints(Rates)))
         if group is not None and not isinstance(group, dist.ProcessGroup):
-            raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
+            raise ArgumentError(f"group={shown(group)} is not a process group; pass what new_group gave, or None")
         if not dist.is_initialized():
             raise SpecError("there is no process group to ask; call torch.distributed.init_process_group first")
         import socket
@@ -281,7 +281,7 @@ class Topology:
         """
         kinds = {*map(type, ranks)} if isinstance(ranks, Sequence) and not isinstance(ranks, str) else {str}
         if not all(issubclass(kind, int) for kind in kinds):
-            raise ArgumentError(f"ranks={ranks!r} is not a sequence of ranks; write [0, 1]")
+            raise ArgumentError(f"ranks={shown(ranks)} is not a sequence of ranks; write [0, 1]")
         highest = max(ranks, default=-1)
         if highest >= len(self.hosts):
             raise SpecError(
@@ -296,13 +296,13 @@ def _flat(ranks: int) -> Topology:
 
 def _unknown(name: str, value: object, count: int) -> SpecError:
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        return ArgumentError(f"{name}={value!r} is not an integer; write one from 0 to {count - 1}")
-    return SpecError(f"{name}={value!r} is none of this topology, which has {count}; use 0 to {count - 1}")
+        return ArgumentError(f"{name}={shown(value)} is not an integer; write one from 0 to {count - 1}")
+    return SpecError(f"{name}={shown(value)} is none of this topology, which has {count}; use 0 to {count - 1}")
 
 
 def _checked_hosts(hosts: object) -> tuple[str, ...]:
     if isinstance(hosts, str) or not isinstance(hosts, Sequence) or not all(isinstance(host, str) for host in hosts):
-        raise ArgumentError(f'hosts={hosts!r} must be one host name per rank; write ("a", "a", "b", "b")')
+        raise ArgumentError(f'hosts={shown(hosts)} must be one host name per rank; write ("a", "a", "b", "b")')
     if not hosts:
         raise SpecError("hosts is empty; give one host name per rank")
     return tuple(hosts)
@@ -313,7 +313,8 @@ def _checked_nics(nics: object) -> int:
     if not is_number or not 0 < nics <= MAX_NICS_PER_HOST:  # type: ignore[operator]
         error = SpecError if is_number else ArgumentError
         raise error(
-            f"nics_per_host={nics!r} must be above 0, an integer up to {MAX_NICS_PER_HOST}; give the NICs of one host"
+            f"nics_per_host={shown(nics)} must be above 0, an integer up to {MAX_NICS_PER_HOST}; give the NICs of "
+            "one host"
         )
     return int(nics)  # type: ignore[call-overload, no-any-return]
 
@@ -324,7 +325,7 @@ def _checked_number(name: str, value: object) -> float:
     if not is_number or not 0 <= value < inf or (value == 0 and not is_time):  # type: ignore[operator]
         rule, example = ("at least 0", "a time such as 20e-6") if is_time else ("above 0", "a rate such as 12.5e9")
         error = SpecError if is_number else ArgumentError
-        raise error(f"{name}={value!r} must be {rule}, a finite number; give {example}")
+        raise error(f"{name}={shown(value)} must be {rule}, a finite number; give {example}")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 
-from tricomm.errors import ArgumentError, PlanError, SpecError
+from tricomm.errors import ArgumentError, PlanError, SpecError, shown
 from tricomm.layout.dtype import check_cast
 from tricomm.layout.mesh import Mesh, format_ranks
 from tricomm.layout.placement import Partial
@@ -22,7 +22,7 @@ def check_spec(name: str, spec: object) -> None:
     """
     if not isinstance(spec, ShardingSpec):
         raise ArgumentError(
-            f"{name}={spec!r} is not a ShardingSpec; write ShardingSpec(mesh, placements, shape, dtype)"
+            f"{name}={shown(spec)} is not a ShardingSpec; write ShardingSpec(mesh, placements, shape, dtype)"
         )
 
 
@@ -35,8 +35,8 @@ def check_strategy(strategy: object) -> None:
     is_strategy = hasattr(strategy, "route") or isinstance(strategy, Auto)
     if isinstance(strategy, type) or not is_strategy or not _is_hashable(strategy):
         raise ArgumentError(
-            f"strategy={strategy!r} is not a strategy; pass Auto(), Broadcast(), LocalAllGather(), GlobalAllGather() "
-            "or SendRecv()"
+            f"strategy={shown(strategy)} is not a strategy; pass Auto(), Broadcast(), LocalAllGather(), "
+            "GlobalAllGather() or SendRecv()"
         )
 
 
@@ -48,8 +48,8 @@ def check_balance(balance: object) -> None:
     """
     if isinstance(balance, type) or not hasattr(balance, "assign") or not _is_hashable(balance):
         raise ArgumentError(
-            f"balance={balance!r} is not a sender policy; pass Split(), LeastLoaded(), Search(), RandomizedGreedy(), "
-            "Ensemble() or Naive()"
+            f"balance={shown(balance)} is not a sender policy; pass Split(), LeastLoaded(), Search(), "
+            "RandomizedGreedy(), Ensemble() or Naive()"
         )
 
 
@@ -61,7 +61,8 @@ def check_topology(topology: object) -> None:
     """
     if topology is not None and not isinstance(topology, Topology):
         raise ArgumentError(
-            f"topology={topology!r} is not a Topology; write Topology(hosts), one host name per rank, or leave it out"
+            f"topology={shown(topology)} is not a Topology; write Topology(hosts), one host name per rank, or leave "
+            "it out"
         )
 
 
@@ -73,9 +74,11 @@ def check_staging_bytes(staging_bytes: object) -> None:
         PlanError: none or less.
     """
     if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int):
-        raise ArgumentError(f"staging_bytes={staging_bytes!r} must be a number of bytes, an integer such as 256 << 20")
+        raise ArgumentError(
+            f"staging_bytes={shown(staging_bytes)} must be a number of bytes, an integer such as 256 << 20"
+        )
     if staging_bytes <= 0:
-        raise PlanError(f"staging_bytes={staging_bytes!r} must be a positive number of bytes, such as 256 << 20")
+        raise PlanError(f"staging_bytes={shown(staging_bytes)} must be a positive number of bytes, such as 256 << 20")
 
 
 def check_rank(rank: object, participants: Sequence[int]) -> None:
@@ -86,7 +89,7 @@ def check_rank(rank: object, participants: Sequence[int]) -> None:
         SpecError: on no mesh, if there is any.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
-        raise ArgumentError(f"rank={rank!r} is not a rank; pass an integer from 0 on, or None for all ranks")
+        raise ArgumentError(f"rank={shown(rank)} is not a rank; pass an integer from 0 on, or None for all ranks")
     if rank is not None and participants and rank not in participants:
         ranks = format_ranks(participants)
         raise SpecError(f"rank={rank} is on neither mesh, so it has no plan; pass one of {ranks}, or None for all")
@@ -180,14 +183,16 @@ def check_mapping(side: str, given: object) -> None:
     """
     if not isinstance(given, Mapping):
         raise ArgumentError(
-            f"{side}={given!r} is not a mapping, and the other side is; give both as {{name: ShardingSpec}}, or both "
-            "as one ShardingSpec"
+            f"{side}={shown(given)} is not a mapping, and the other side is; give both as {{name: ShardingSpec}}, "
+            "or both as one ShardingSpec"
         )
     if not given:
         raise SpecError(f"{side} is a mapping without tensors; give {{name: ShardingSpec}} with at least one of them")
     for name, spec in given.items():
         if not isinstance(name, str):
-            raise ArgumentError(f"{side} has the name {name!r}, which is not a text; names are such as 'layers.0.wq'")
+            raise ArgumentError(
+                f"{side} has the name {shown(name)}, which is not a text; names are such as 'layers.0.wq'"
+            )
         check_spec(f"{side}[{name!r}]", spec)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 from tricomm.layout.topology import Topology
 from tricomm.plan.routes.strategies import Auto
 from tricomm.transport.accelerator import Accelerator, accelerator_of, device_here
@@ -194,7 +194,7 @@ def resolve_group(group: Any) -> Any:
     if not dist.is_available() or not dist.is_initialized():
         remedy = "call torch.distributed.init_process_group first, or run all ranks here with tricomm.LocalTransport"
         raise SpecError(f"there is no process group; {remedy}")
-    raise ArgumentError(f"group={group!r} is not a process group; pass what new_group gave, or None")
+    raise ArgumentError(f"group={shown(group)} is not a process group; pass what new_group gave, or None")
 
 
 def _is_destroyed(group: Any) -> bool:

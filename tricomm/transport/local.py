@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import index
 from typing import Any
 
 import torch
@@ -168,9 +169,10 @@ class LocalTransport:
 
     def __post_init__(self) -> None:
         for name in ("receives_ahead", "rounds_open"):
-            value = getattr(self, name)
+            value = index(getattr(self, name))
             if value < 0:
                 raise SpecError(f"{name}={value} must be at least 0; give a number of rounds")
+            object.__setattr__(self, name, value)
 
     @explains_missing
     def run(self, plan: Planned, tensors: Mapping[int, Given]) -> dict[int, Any]:

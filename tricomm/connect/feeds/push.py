@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tricomm.errors import SpecError, TransportError, TricommError
+from tricomm.kinds import explains_kinds
 from tricomm.options import MAX_TIMEOUT_SECONDS
 from tricomm.transport.handle import Handle
 
@@ -44,6 +45,7 @@ class Push:
         (False, False)
     """
 
+    @explains_kinds
     def __init__(
         self,
         version: int,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tricomm.connect.meeting import handshake, host
 from tricomm.connect.meeting.handshake import Seals
-from tricomm.connect.meeting.join import Join, Missing, Paired, Refused, Status, decode_status
+from tricomm.connect.meeting.join import Join, Missing, Paired, Refused, Status, decode_status, describe_missing
 from tricomm.connect.meeting.server import close_in_children, format_address, parse_address
 from tricomm.connect.meeting.wire import LENGTH, MAX_BODY_BYTES, SEAL_BYTES, Reader, WireError, Writer, framed
 from tricomm.errors import TransportError
@@ -192,13 +192,15 @@ class Client:
                 self._withdraw()
                 raise AbsentError(
                     f"{who} gave up after {now - began:.1f} s at the meeting {self.connection.name}, "
-                    f"{answer.describe(who.way_back)}; see "
+                    f"{describe_missing(answer, who.way_back)}; see "
                     "whether they were started, with this address, these sides and this secret"
                 )
             whom = repr((answer.places, answer.busy, answer.note))
             if now - began >= told_next or (whom != told and now - began >= FIRST_TOLD_SECONDS):
                 told, told_next = whom, max(FIRST_TOLD_SECONDS, 2 * (now - began))
-                LOG.warning("%s at the meeting %s: %s", who, self.connection.name, answer.describe(who.way_back))
+                LOG.warning(
+                    "%s at the meeting %s: %s", who, self.connection.name, describe_missing(answer, who.way_back)
+                )
                 if on_waiting is not None:
                     on_waiting(answer)
             time.sleep(max(0.0, min(pause, deadline - now)))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tricomm.connect.meeting.wire import Reader, WireError, Writer
+from tricomm.kinds import checks_fields
 
 MAX_SIDES = 64
 MAX_SIDE_RANKS = 1 << 20
@@ -107,6 +108,7 @@ class Join:
         return cls(sides, side, rank, host, pid, machine, gpu, facts, name)
 
 
+@checks_fields
 @dataclass(frozen=True, slots=True)
 class Missing:
     """What a rank is told while it waits.
@@ -128,22 +130,7 @@ class Missing:
     note: str = ""
 
     def __str__(self) -> str:
-        return self.describe()
-
-    def describe(self, way_back: str = RENEWED) -> str:
-        """Say it, and what those that are busy have not done.
-
-        >>> print(Missing(12.5, (("server", 0),), (("server", 0),)).describe("come back"))
-        waiting for rank 0 of side 'server' since 12.5 s; rank 0 of side 'server' is there and has not come back
-        """
-        told = [_describe_side(side, ranks) for side, ranks in _by_side(self.places).items()]
-        whom = f"for {' and '.join(told)}" if told else "to hear whether those that are in these places are alive,"
-        text = f"waiting {whom} since {self.seconds:.1f} s"
-        if self.busy:
-            told = [_describe_side(side, ranks) for side, ranks in _by_side(self.busy).items()]
-            are, have = ("is", "has") if len(self.busy) == 1 else ("are", "have")
-            text += f"; {' and '.join(told)} {are} there and {have} not {way_back}"
-        return f"{text}; {self.note}" if self.note else text
+        return describe_missing(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +221,22 @@ def _write_sizes(writer: Writer, pairs: tuple[tuple[str, int], ...]) -> None:
 
 def _read_sizes(reader: Reader, lowest: int) -> tuple[tuple[str, int], ...]:
     return tuple((reader.text(), reader.integer(lowest, MAX_GROUP_RANKS)) for _ in range(reader.count(12)))
+
+
+def describe_missing(missing: Missing, way_back: str = RENEWED) -> str:
+    """Say who is missing, and what those that are busy have not done.
+
+    >>> print(describe_missing(Missing(12.5, (("server", 0),), (("server", 0),)), "come back"))
+    waiting for rank 0 of side 'server' since 12.5 s; rank 0 of side 'server' is there and has not come back
+    """
+    told = [_describe_side(side, ranks) for side, ranks in _by_side(missing.places).items()]
+    whom = f"for {' and '.join(told)}" if told else "to hear whether those that are in these places are alive,"
+    text = f"waiting {whom} since {missing.seconds:.1f} s"
+    if missing.busy:
+        told = [_describe_side(side, ranks) for side, ranks in _by_side(missing.busy).items()]
+        are, have = ("is", "has") if len(missing.busy) == 1 else ("are", "have")
+        text += f"; {' and '.join(told)} {are} there and {have} not {way_back}"
+    return f"{text}; {missing.note}" if missing.note else text
 
 
 def _by_side(places: tuple[Place, ...]) -> dict[str, list[int]]:

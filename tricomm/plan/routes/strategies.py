@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tricomm.errors import ArgumentError, check_count
+from tricomm.errors import ArgumentError, check_count, shown
 from tricomm.kinds import explains_missing
 from tricomm.layout.columns import Groups
 from tricomm.layout.topology import Topology
@@ -282,7 +282,7 @@ class Broadcast(_Chained):
     def __post_init__(self) -> None:
         _Chunked.__post_init__(self)
         if not isinstance(self.one_call, bool):
-            raise ArgumentError(f"one_call={self.one_call!r} must be True or False; leave it out for a chain")
+            raise ArgumentError(f"one_call={shown(self.one_call)} must be True or False; leave it out for a chain")
 
     def __repr__(self) -> str:
         return f"Broadcast(chunk_bytes={self.chunk_bytes}{', one_call=True' if self.one_call else ''})"
@@ -370,7 +370,7 @@ class Auto:
     def __post_init__(self) -> None:
         check_count("search_up_to", self.search_up_to, 0, "a number of ranks, 0 or more, such as 32")
         if self.cache is not None and not isinstance(self.cache, str):
-            raise ArgumentError(f"cache={self.cache!r} must be the path of a folder, or None to keep nothing")
+            raise ArgumentError(f"cache={shown(self.cache)} must be the path of a folder, or None to keep nothing")
 
     @property
     def candidates(self) -> tuple[Strategy, ...]:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tricomm.errors import ArgumentError, check_count
+from tricomm.errors import ArgumentError, check_count, shown
 from tricomm.kinds import explains_missing
 from tricomm.layout.topology import Topology
 from tricomm.plan.network.fan_out import FanOut
@@ -150,7 +150,9 @@ class RandomizedGreedy:
     def __post_init__(self) -> None:
         check_count("trials", self.trials, 1, "at least 1, an integer; leave it out for the default")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ArgumentError(f"seed={self.seed!r} must be an integer, the same on all ranks; leave it out for 0")
+            raise ArgumentError(
+                f"seed={shown(self.seed)} must be an integer, the same on all ranks; leave it out for 0"
+            )
 
     def assign(self, tasks: Sequence[Task], topology: Topology, fan_out: FanOut) -> Sequence[Assignment]:
         """See SenderPolicy.
