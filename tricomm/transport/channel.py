@@ -21,7 +21,7 @@ from tricomm.errors import TransportError
 from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.base import Near
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, Communicator
-from tricomm.transport.coordination.background import LAST_WAIT_SECONDS, process_ends
+from tricomm.transport.coordination.background import LAST_WAIT_SECONDS, BackgroundThread, process_ends
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.diagnosis import describe_missed
 from tricomm.transport.coordination.intent import Intent, ProblemError
@@ -52,7 +52,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: BackgroundThread | None = None
         self._ended = threading.Semaphore(0)
         """One for each task that has ended; no future is kept, whose error would keep alive all that it has seen."""
         self._submitted = 0
@@ -61,7 +61,7 @@ class Worker:
     def submit(self, task: Callable[[], Any]) -> "Future[Any]":
         """Run a task when those before it are done."""
         if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._tasks, self._ended), name="tricomm", daemon=True)
+            self._thread = BackgroundThread("tricomm", partial(_work, self._tasks, self._ended))
             self._thread.start()
         future: Future[Any] = Future()
         self._submitted += 1
@@ -72,6 +72,12 @@ class Worker:
     def is_this_thread(self) -> bool:
         """Whether it is what runs this."""
         return threading.current_thread() is self._thread
+
+    def end(self) -> None:
+        """At the end of the process: end what waits for others, which hear of it, and wait a little for that."""
+        if self._thread is not None:
+            self._thread.is_to_end = True
+        self.wait_idle(LAST_WAIT_SECONDS)
 
     def wait_idle(self, seconds: float) -> bool:
         """Wait until all that was submitted has ended, well or badly, or for some seconds; true if it has."""
@@ -103,11 +109,13 @@ def _end_pending(worker: Worker, current: "list[weakref.ref[Communicator]]", ran
     of the process a channel goes when nothing uses it, perhaps in the last task of its worker. A finalizer lives until
     then, so it must not hold what leads back to the channel. In a forked child nothing runs, whatever was pending.
     """
-    communicator = current[0]() if current and os.getpid() == process else None
-    if communicator is not None and not worker.is_this_thread and not worker.wait_idle(0):
+    if os.getpid() != process or worker.is_this_thread or worker.wait_idle(0):
+        return
+    communicator = current[0]() if current else None
+    if communicator is not None:
         call = communicator.call
         communicator.abort(f"the process of rank {rank} ended while {call} was pending", call, rank)
-        worker.wait_idle(LAST_WAIT_SECONDS)
+    worker.end()
 
 
 class Turn:
@@ -308,6 +316,7 @@ class Channel:
     def _connected(self, generation: int, call: str, timeout_seconds: float, has: tuple[bool, bool]) -> Communicator:
         """A communicator whose connections stand on all ranks; ``has`` memory, network."""
         found = Communicator(self.coordinator, self.participants, self._place, generation, self.device, self._refused)
+        self._current[:] = [weakref.ref(found)]
         run = found.begin(CONNECTING_TAG, 0, call, timeout_seconds, connecting=self.participants)
         try:
             with self._telling(found, call):

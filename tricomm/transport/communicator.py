@@ -42,7 +42,7 @@ from tricomm.transport.base import (
     Operation,
     Shared,
 )
-from tricomm.transport.coordination.background import Question
+from tricomm.transport.coordination.background import Question, end_if_asked
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.loss import describe_loss
@@ -96,9 +96,8 @@ class Communicator:
         """Tag, number, name and position of the call of which others may still read what it gave them by memory."""
         self.call = CallId(CONNECTING_TAG, 0, "")
         """The one that runs, or ran last."""
-        self._has_failed_late = False
         self._set_timeout(0.0, ())
-        self._completed: dict[int, int] = {}
+        self._has_failed_late, self._completed = False, dict[int, int]()
         self._unfinished: deque[Run] = deque()
         """Runs of which the device has still to do what they queued when their calls returned, in their order."""
         self._board: CallBoard | None = None
@@ -393,7 +392,8 @@ class Communicator:
         return self.abort(f"rank {rank} could not read the memory of rank {peer} in {self.call}: {error}; call again")
 
     def interrupted(self) -> None:
-        """Raise if somebody has aborted it."""
+        """Raise if somebody has aborted it, or the process ends."""
+        end_if_asked()
         if self.abort_reason is not None:
             raise TransportError(self.abort_reason.text)
 

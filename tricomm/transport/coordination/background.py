@@ -10,11 +10,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Generic, TypeVar
-
-from tricomm.transport.coordination.run import Run
 
 LAST_WAIT_SECONDS = 2.0
 """For which the end of a process waits for a thread."""
@@ -28,23 +26,51 @@ ANSWER_SECONDS = 0.25
 T = TypeVar("T")
 
 
-class _ProcessEndsError(Exception):
-    """What ends a thread that waits when the process ends."""
+class ProcessEndsError(Exception):
+    """What ends a thread in the background that waits when its process ends."""
+
+
+class BackgroundThread(threading.Thread):
+    """A daemon that can be asked to end, as it is at the end of its process.
+
+    Args:
+        name: of the thread.
+        work: what it does.
+    """
+
+    def __init__(self, name: str, work: Callable[[], object]) -> None:
+        super().__init__(target=work, name=name, daemon=True)
+        self.is_to_end = False
+
+    def run(self) -> None:
+        """See threading.Thread."""
+        with suppress(ProcessEndsError):
+            super().run()
+
+    def end(self) -> None:
+        """Ask it to end, and wait for that for LAST_WAIT_SECONDS."""
+        self.is_to_end = True
+        self.join(LAST_WAIT_SECONDS)
+
+
+def end_if_asked() -> None:
+    """Between two looks at something: end this thread if it is one in the background whose process ends.
+
+    Raises:
+        ProcessEndsError: it is.
+    """
+    if getattr(threading.current_thread(), "is_to_end", False):
+        raise ProcessEndsError("the process ends")
 
 
 def in_background(name: str, work: Callable[[], object]) -> threading.Thread | None:
     """Do something on a thread of its own; None if the process ends, in which no thread begins any more."""
-
-    def run() -> None:
-        with suppress(_ProcessEndsError):
-            work()
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread = BackgroundThread(name, work)
     try:
         thread.start()
     except RuntimeError:
         return None
-    weakref.finalize(thread, _wait_for, weakref.ref(thread), os.getpid())
+    weakref.finalize(thread, _end, weakref.ref(thread), os.getpid())
     return thread
 
 
@@ -53,26 +79,19 @@ def process_ends() -> bool:
     return not threading.main_thread().is_alive()
 
 
-def wait_at_end(thread: threading.Thread) -> None:
-    """If the process ends, wait until a thread is over, or for LAST_WAIT_SECONDS."""
-    if process_ends() and thread is not threading.current_thread():
-        thread.join(LAST_WAIT_SECONDS)
-
-
 def wait_until(is_so: Callable[[], bool]) -> None:
-    """Look again and again, after longer and longer pauses; ends this thread, one of its own, if the process ends."""
+    """In the background: look again and again, after longer and longer pauses."""
     pause = FIRST_PAUSE_SECONDS
     while not is_so():
-        if process_ends():
-            raise _ProcessEndsError
+        end_if_asked()
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def _wait_for(thread: "weakref.ref[threading.Thread]", process: int) -> None:
+def _end(thread: "weakref.ref[BackgroundThread]", process: int) -> None:
     found = thread()
-    if found is not None and os.getpid() == process:
-        wait_at_end(found)
+    if found is not None and os.getpid() == process:  # else it is over, or another process's
+        found.end()
 
 
 class Question(Generic[T]):
@@ -92,30 +111,3 @@ class Question(Generic[T]):
         if self._thread is not None:
             self._thread.join(seconds)
         return self._answers[0] if self._answers else None
-
-
-class DeviceQuestions:
-    """Ask how far devices are. While a driver loads a kernel, which may wait for what the monitor is there to end, it
-    answers nobody: then what was known before stands, deadlines too.
-    """
-
-    def __init__(self) -> None:
-        self._last: Question[list[Run]] | None = None
-
-    @property
-    def are_unanswered(self) -> bool:
-        """Whether the last question has no answer yet."""
-        return self._last is not None and self._last.is_open
-
-    def done(self, runs: Sequence[Run], now: float) -> list[Run]:
-        """Return the runs that a device has done, as far as it says so in time.
-
-        Args:
-            runs: all that go on on devices.
-            now: by time.monotonic().
-        """
-        if not runs:
-            return []
-        if self._last is None or not self._last.is_open:
-            self._last = Question(lambda: [run for run in runs if run.follow(now)])
-        return self._last.answer(min([ANSWER_SECONDS, *(run.place.heartbeat_seconds for run in runs)])) or []

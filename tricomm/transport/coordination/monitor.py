@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from tricomm.errors import TransportError
-from tricomm.transport.coordination.background import DeviceQuestions, wait_at_end
+from tricomm.transport.coordination.background import LAST_WAIT_SECONDS, process_ends
 from tricomm.transport.coordination.board import LOOKS, CallBoard
 from tricomm.transport.coordination.diagnosis import (
     SILENT_HEARTBEATS,
@@ -34,7 +34,7 @@ from tricomm.transport.coordination.diagnosis import (
     find_ends,
     find_other_order,
 )
-from tricomm.transport.coordination.run import MAX_HEARTBEAT_SECONDS, Run, heartbeat_seconds
+from tricomm.transport.coordination.run import MAX_HEARTBEAT_SECONDS, DeviceQuestions, Run, heartbeat_seconds
 from tricomm.transport.coordination.status import Heartbeat, StatusStore, Wait
 from tricomm.transport.coordination.store import GroupOverError
 
@@ -95,8 +95,8 @@ class Watched:
         self.is_ended = True
         self.busy.set()
         self.hurry.set()
-        if self.thread is not None:
-            wait_at_end(self.thread)
+        if process_ends() and self.thread not in (None, threading.current_thread()):
+            self.thread.join(LAST_WAIT_SECONDS)
 
 
 class Monitor:

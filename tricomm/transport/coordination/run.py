@@ -1,10 +1,12 @@
 """Run: a stretch of waiting, which the thread that runs and the monitor share."""
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from tricomm.transport.base import GroupLostError, Pending
+from tricomm.transport.coordination.background import ANSWER_SECONDS, Question
 from tricomm.transport.coordination.board import CallBoard
 from tricomm.transport.coordination.status import Wait
 
@@ -161,3 +163,30 @@ class Run(CallId):
             return False
         self.awaited = awaited or ()
         return awaited is None
+
+
+class DeviceQuestions:
+    """Ask how far devices are. While a driver loads a kernel, which may wait for what the monitor is there to end, it
+    answers nobody: then what was known before stands, deadlines too.
+    """
+
+    def __init__(self) -> None:
+        self._last: Question[list[Run]] | None = None
+
+    @property
+    def are_unanswered(self) -> bool:
+        """Whether the last question has no answer yet."""
+        return self._last is not None and self._last.is_open
+
+    def done(self, runs: Sequence[Run], now: float) -> list[Run]:
+        """Return the runs that a device has done, as far as it says so in time.
+
+        Args:
+            runs: all that go on on devices.
+            now: by time.monotonic().
+        """
+        if not runs:
+            return []
+        if self._last is None or not self._last.is_open:
+            self._last = Question(lambda: [run for run in runs if run.follow(now)])
+        return self._last.answer(min([ANSWER_SECONDS, *(run.place.heartbeat_seconds for run in runs)])) or []

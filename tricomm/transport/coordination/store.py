@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tricomm.errors import TransportError
+from tricomm.transport.coordination.background import end_if_asked
 
 FIRST_PAUSE_SECONDS = 100e-6
 LONGEST_PAUSE_SECONDS = 0.02
@@ -70,6 +71,7 @@ def wait_for_key(
     deadline = time.monotonic() + seconds
     pause = FIRST_PAUSE_SECONDS
     while not store.check([key]):
+        end_if_asked()
         if time.monotonic() > deadline:
             return False
         if (pause_for or time.sleep)(min(pause, max(deadline - time.monotonic(), FIRST_PAUSE_SECONDS))):
