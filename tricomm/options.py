@@ -128,7 +128,8 @@ class Options:
             which would then meet the repeated one. It costs a barrier. None is True for reshard and reshard_async, and
             False for a Resharder.
         channel: Resharders between the same ranks that name different channels have communicators and a background
-            thread of their own: their runs neither wait for each other nor need one order on all ranks.
+            thread of their own: their runs neither wait for each other nor need one order on all ranks. Those of
+            one-shot calls stay connected on the 32 channels of a rank that were used last.
         name: what the calls are about, such as "layer 3"; stands in errors, and tells apart what is otherwise alike.
         rules: how the tensors of the destination are made of those of the source, where names, fusions, orders,
             paddings or shapes differ: each side then has its own names. What travels are the pieces that ranks need,

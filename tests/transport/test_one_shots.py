@@ -88,6 +88,18 @@ def test_what_was_written_is_as_many_as_are_kept_and_goes_with_them(
     assert not context.as_written
 
 
+def test_channels_are_as_many_as_are_kept(context: GroupContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_groups, "MAX_CHANNELS", 3)
+    for number in range(8):
+        for name in ("a", "b"):
+            moved(specs(), name=name, channel=f"channel {number}")
+        moved(specs(), channel="again and again")
+        gc.collect()
+        names = {name for _, _, name in context._channels}
+        assert len(names) <= 3
+        assert names >= {"again and again", f"channel {number}"}
+
+
 def test_the_group_keeps_it_and_is_not_kept() -> None:
     sides, gone = specs(), []
     for number in range(3):
@@ -248,3 +260,29 @@ def test_calls_that_come_again_and_those_that_do_not_are_one_to_the_other_ranks(
     found = ranks.run(made_in_turn, drawn(seed, 60), transport)[:SIZE]
     assert len({tuple(tags) for tags, _ in found}) == 1
     assert all(repeats > 3 for _, repeats in found)
+
+
+def called_on_many_channels(rank: int, transport: str) -> int:
+    """Calls on channels, of which each rank keeps another number, in an order that comes back; how many it has left."""
+    context = context_of(dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_groups, "MAX_CHANNELS", 1 + rank)
+        for number in (0, 1, 2, 0, 0, 3, 1, 2, 0, 3, 3):
+            source, destination = LAYOUTS[number % len(LAYOUTS)]
+            full = torch.arange(96, dtype=torch.float32).reshape(SHAPE) + number
+            shard = pick(full, source, rank) if rank in source.mesh else None
+            moved = tricomm.reshard(
+                shard, source, destination, channel=f"number {number}", transport=transport, timeout_seconds=20
+            )
+            if rank in destination.mesh:
+                require_equal(moved, pick(full, destination, rank), f"rank {rank}, call {number}")
+        gc.collect()
+        found = len([name for _, _, name in context._channels if name.startswith("number")])
+    context.clear()
+    return found
+
+
+@pytest.mark.parametrize("transport", ["memory", "network"])
+def test_a_channel_that_a_rank_has_let_go_connects_again(ranks: Ranks, transport: str) -> None:
+    found = ranks.run(called_on_many_channels, transport)[:SIZE]
+    assert all(count <= 1 + rank for rank, count in enumerate(found)), found

@@ -25,6 +25,9 @@ HAS_GROUPS = dist.is_available()
 MAX_KEPT = 512
 """So many keys of Resharders of one-shot calls are kept, those that were used last; most have two."""
 
+MAX_CHANNELS = 32
+"""Of so many channels at most: each holds connections to all its ranks. One that comes again connects again."""
+
 MAX_COUNTED = 1 << 16
 """Resharders are counted for so many layouts and names, those that were made last."""
 
@@ -133,10 +136,22 @@ class GroupContext(Coordinator):
         made = make()
         with self._lock:
             self._kept[key] = made
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+            gone = self._too_many()
+            if gone:
                 self.as_written.clear()  # what goes is held by nothing else
+        del gone  # connections close, without the lock
         return made
+
+    def _too_many(self) -> list[Any]:
+        """Take out those used longest ago that are too many, or of too many channels."""
+        channels, gone = set[tuple[Any, str]](), list[Any]()
+        for place, (key, made) in enumerate(reversed([*self._kept.items()])):
+            channel = made.participants, made.options.channel
+            if place < MAX_KEPT and (channel in channels or len(channels) < MAX_CHANNELS):
+                channels.add(channel)
+            else:
+                gone.append(self._kept.pop(key))
+        return gone
 
     def note_written(self, written: tuple[int | str, ...], made: Any, given: Hashable) -> None:
         """Let ``as_written`` find what is kept. A group among the arguments is this one, and is not held."""
