@@ -81,6 +81,12 @@ TAKES_ANYTHING_WRONG = {
     **{f"make_plan.{one}": (*CALLS["make_plan"], one) for one in ("source", "destination", "strategy", "topology")},
     "Shard.dim": (*CALLS["Shard"], "dim"),
     "Partial.op": (*CALLS["Partial"], "op"),
+    "ShardingSpec.placements": (*CALLS["ShardingSpec"], "placements"),
+    "ShardingSpec.axis_order": (*CALLS["ShardingSpec"], "axis_order"),
+    "ShardingSpec.dtype": (*CALLS["ShardingSpec"], "dtype"),
+    "local_shard.tensor": (*CALLS["local_shard"], "tensor"),
+    "local_shard.rank": (*CALLS["local_shard"], "rank"),
+    "make_plan.rules": (*CALLS["make_plan"], "rules"),
     "LocalTransport.grouped": (*CALLS["LocalTransport"], "grouped"),
 }
 

@@ -337,4 +337,5 @@ def _checked_device(device: object) -> torch.device | None:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise SpecError(f'device={shown(device)} is not a device of torch ({error}); write "cpu" or "cuda:0"') from None
+        why = str(error)[:400]  # it says the whole text
+        raise SpecError(f'device={shown(device)} is not a device of torch ({why}); write "cpu" or "cuda:0"') from None

@@ -5,7 +5,7 @@ A dtype is its torch name without the prefix ("bfloat16"). Every dtype that torc
 
 from difflib import get_close_matches
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 
 _FLOATS = {
     "float64": 8,
@@ -83,15 +83,18 @@ def dtype_name(dtype: object) -> str:
         >>> dtype_name("torch.bfloat16")
         'bfloat16'
     """
-    name = str(dtype).removeprefix("torch.")
+    try:
+        name = str(dtype).removeprefix("torch.")
+    except Exception:
+        name = ""  # refused below
     if name not in ITEMSIZE:
         # A torch.dtype is known by its type's name, so that planning needs no torch.
         if not isinstance(dtype, str) and type(dtype).__name__ != "dtype":
-            raise ArgumentError(f'dtype={dtype!r} is not a dtype; write "bfloat16" or torch.bfloat16')
+            raise ArgumentError(f'dtype={shown(dtype)} is not a dtype; write "bfloat16" or torch.bfloat16')
         meant = next(iter(get_close_matches(name.lower(), [*SHORT_NAMES, *ITEMSIZE], 1)), None)
         meant = SHORT_NAMES.get(meant, meant) if meant else None
         remedy = f'say "{meant}"?' if meant else f"use one of {', '.join(sorted(ITEMSIZE))}"
-        raise SpecError(f"dtype {dtype!r} is not an element type that tricomm moves; {remedy}")
+        raise SpecError(f"dtype {shown(dtype)} is not an element type that tricomm moves; {remedy}")
     return name
 
 

@@ -184,7 +184,7 @@ class Mesh:
         2
         """
         if rank not in self:
-            raise SpecError(f"rank {rank!r} is not in {self}; ask for one of its ranks {format_ranks(self.ranks)}")
+            raise SpecError(f"rank {shown(rank)} is not in {self}; ask for one of its ranks {format_ranks(self.ranks)}")
         return self._index[rank]
 
     def coordinate(self, rank: int) -> tuple[int, ...]:
@@ -212,7 +212,7 @@ class Mesh:
             return self.axis_names.index(key)
         if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < self.ndim:
             return key
-        raise SpecError(f"axis {key!r} is not an axis of {self}; its axes are {self.axis_names}, numbered from 0")
+        raise SpecError(f"axis {shown(key)} is not an axis of {self}; its axes are {self.axis_names}, numbered from 0")
 
     def _nested(self) -> Any:
         nested: list[Any] = list(self.ranks)

@@ -28,8 +28,8 @@ def from_notation(mesh: Mesh, dims: Sequence[str]) -> tuple[tuple[Placement, ...
             continue
         if not isinstance(entry, str) or not entry.startswith("S") or not entry[1:].isdecimal():
             raise SpecError(
-                f'entry {entry!r} of dims={tuple(dims)} is neither "R" nor "S" with mesh axes; write "S01" for a dim '
-                "that axis 0 cuts first and axis 1 second"
+                f'entry {shown(entry)} of dims={shown(tuple(dims))} is neither "R" nor "S" with mesh axes; write "S01" '
+                "for a dim that axis 0 cuts first and axis 1 second"
             )
         for digit in entry[1:]:
             axis = int(digit)

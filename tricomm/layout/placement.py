@@ -96,7 +96,8 @@ class Partial:
             )
         if self.op not in REDUCTIONS:
             raise SpecError(
-                f"Partial({self.op!r}): tricomm reduces with one of {', '.join(REDUCTIONS)}; reduce before resharding"
+                f"Partial({shown(self.op)}): tricomm reduces with one of {', '.join(REDUCTIONS)}; reduce before "
+                "resharding"
             )
 
     def __repr__(self) -> str:

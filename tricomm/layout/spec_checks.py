@@ -76,14 +76,14 @@ def checked_placements(mesh: Mesh, given: object, shape: tuple[int, ...] | None)
     placements = tuple(given)
     if len(placements) != mesh.ndim:
         raise SpecError(
-            f"{len(placements)} placements {placements} for {mesh} with {mesh.ndim} axes; "
+            f"{len(placements)} placements {shown(placements)} for {mesh} with {mesh.ndim} axes; "
             "give one placement per mesh axis"
         )
     checked: list[Placement] = []
     for axis, placement in enumerate(placements):
         if not isinstance(placement, (Shard, Replicate, Partial)):
             raise ArgumentError(
-                f"placement {placement!r} of mesh axis {mesh.axis_names[axis]!r} is not one of tricomm's "
+                f"placement {shown(placement)} of mesh axis {mesh.axis_names[axis]!r} is not one of tricomm's "
                 "Shard, Replicate, Partial; import them from tricomm"
             )
         if isinstance(placement, Shard) and shape is not None:
@@ -162,12 +162,12 @@ def canonical_axis_order(
     ndim = mesh.ndim
     if axis_order is not None and (isinstance(axis_order, str) or not isinstance(axis_order, Sequence)):
         raise ArgumentError(
-            f"axis_order={axis_order!r} is not a tuple of axes; list all of {mesh.axis_names}, first cut first"
+            f"axis_order={shown(axis_order)} is not a tuple of axes; list all of {mesh.axis_names}, first cut first"
         )
     given = range(ndim) if axis_order is None else [mesh.axis(key) for key in axis_order]
     if sorted(given) != list(range(ndim)):
         raise SpecError(
-            f"axis_order={axis_order} must name each of the {ndim} axes {mesh.axis_names} once; "
+            f"axis_order={shown(axis_order)} must name each of the {ndim} axes {mesh.axis_names} once; "
             "list them all, first cut first"
         )
     if not has_shape:

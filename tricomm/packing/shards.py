@@ -2,7 +2,7 @@
 
 import torch
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 from tricomm.kinds import explains_missing
 from tricomm.layout.spec import ShardingSpec
 from tricomm.packing.copy_program import torch_dtype
@@ -31,7 +31,7 @@ def local_shard(tensor: torch.Tensor, spec: ShardingSpec, rank: int) -> torch.Te
     """
     check_spec("spec", spec)
     if not isinstance(tensor, torch.Tensor):
-        raise ArgumentError(f"tensor={tensor!r} is not a torch.Tensor; pass the full tensor of {spec}")
+        raise ArgumentError(f"tensor={shown(tensor)} is not a torch.Tensor; pass the full tensor of {spec}")
     if tuple(tensor.shape) != spec.global_shape:
         raise SpecError(f"tensor of shape {tuple(tensor.shape)} is not the full tensor of {spec}; pass all of it")
     if spec.dtype is not None and tensor.dtype != (dtype := torch_dtype(spec.dtype)):

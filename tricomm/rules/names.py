@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from tricomm.errors import ArgumentError, SpecError
+from tricomm.errors import ArgumentError, SpecError, shown
 
 Value = int | str
 Values = range | tuple[Value, ...]
@@ -101,7 +101,7 @@ def frozen(name: str, values: object) -> Values | Table:
         entries = [None]
     if not all(isinstance(entry, int | str) for entry in entries):
         raise ArgumentError(
-            f"{name}={values!r} must be index values; give a range, a list, or a mapping of ints and strings"
+            f"{name}={shown(values)} must be index values; give a range, a list, or a mapping of ints and strings"
         )
     return Table(tuple(values.items())) if isinstance(values, Mapping) else tuple(entries)
 

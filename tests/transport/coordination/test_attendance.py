@@ -121,6 +121,23 @@ def test_a_mismatch_is_told_at_once_if_all_are_there() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ("y\n", "y\0", r"rank 0 says 'y\n', rank 2 says 'y\x00';"),
+        ("", "keys", "rank 0 says '', rank 2 says keys;"),
+        (f"{'a8b7' * 16}/4", f"{'0d3c' * 16}/11", "rank 0 says a8b7a8b7/4, rank 2 says 0d3c0d3c/11;"),
+    ],
+)
+def test_what_would_break_a_line_or_says_nothing_is_told_so_that_it_can_be_read(
+    one: str, other: str, told: str
+) -> None:
+    notes = {rank: note(rank, fields={"name": other if rank == 2 else one}) for rank in range(3)}
+    _, action = advance(ANNOUNCED, View(101.0, notes=notes), TERMS)
+    assert isinstance(action, Abort)
+    assert told in action.text
+
+
 def test_a_mismatch_waits_a_little_for_the_others_so_that_the_first_is_named() -> None:
     notes = {0: note(0), 2: note(2, fields={"layout": "S1"})}
     state, action = advance(ANNOUNCED, View(101.0, notes=notes), TERMS)

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import NamedTuple
 
-from tricomm.errors import ArgumentError, PlanError, SpecError
+from tricomm.errors import ArgumentError, PlanError, SpecError, shown
 from tricomm.layout.placement import Replicate
 from tricomm.layout.spec import ShardingSpec
 from tricomm.plan.arguments import check_mapping, items_of, resolved
@@ -64,7 +64,9 @@ def ends_of_rules(rules: object, source: object, destination: object) -> tuple[t
         PlanError: what a rule reads is held by nobody. All of them name the rule or the tensor.
     """
     if not isinstance(rules, Rules | BoundRules):
-        raise ArgumentError(f"rules={rules!r} must be Rules; write Rules({{'name': source('name')}}), or leave it out")
+        raise ArgumentError(
+            f"rules={shown(rules)} must be Rules; write Rules({{'name': source('name')}}), or leave it out"
+        )
     for side, given in (("source", source), ("destination", destination)):
         if not isinstance(given, Mapping):
             raise ArgumentError(

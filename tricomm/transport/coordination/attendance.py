@@ -13,6 +13,7 @@ ANNOUNCED --deadline over-----------------------------------> Abort (absence)
 any     --none of these-------------------------------------> Look again
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -30,6 +31,10 @@ MISMATCH_SECONDS = 0.5
 
 DEAD_SECONDS = 2.0
 """How long a rank that died may take to come, should it be alive after all."""
+
+
+DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
+"""Of Resharders, which the calls that stand beside it are told by."""
 
 
 class CallEpoch(NamedTuple):
@@ -290,7 +295,7 @@ def _difference(first: int, one: Note, rank: int, other: Note) -> str | None:
     ours, theirs = one.fields or {}, other.fields or {}
     field = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
     if field is not None:
-        said, answer = around_difference(str(ours.get(field)), str(theirs.get(field)))
+        said, answer = around_difference(_readable(str(ours.get(field))), _readable(str(theirs.get(field))))
         about = f"rank {rank} disagrees with rank {first} about {field}"
         return f"{about}: rank {first} says {said}, rank {rank} says {answer}"
     if other.epoch != one.epoch:
@@ -299,6 +304,12 @@ def _difference(first: int, one: Note, rank: int, other: Note) -> str | None:
             f"{one.epoch.number} on these ranks"
         )
     return None
+
+
+def _readable(text: str) -> str:
+    """What a field says: of digests their first digits, and what would break the line as Python writes it."""
+    text = DIGEST.sub(r"\1", text)
+    return text if text and text.isprintable() else repr(text)
 
 
 def describe_absence(absent: Sequence[int], participants: Sequence[int], elsewhere: Mapping[int, str]) -> str:
