@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -167,6 +168,33 @@ def one_without_data(rank: int) -> None:
 
 def test_a_meta_tensor_outside_of_a_trace_is_refused_and_all_hear_it(ranks: Ranks) -> None:
     ranks.run(one_without_data)
+
+
+def in_a_fake_mode(rank: int) -> None:
+    """Real tensors on one rank inside of a FakeTensorMode: the mode copies nothing, and the others wait for data."""
+    mover = Resharder(ROWS, COLUMNS, timeout_seconds=60)
+    shard, columns = pick(FULL, ROWS, rank), pick(FULL, COLUMNS, rank)
+    leaf, out = shard.clone().requires_grad_(), torch.zeros_like(columns)
+    calls = {
+        "one-shot": lambda: tricomm.reshard(shard, ROWS, COLUMNS, timeout_seconds=60),
+        "mover": lambda: mover(shard),
+        "mover with out": lambda: mover(shard, out=out),
+        "many": lambda: tricomm.reshard({"a": shard}, {"a": ROWS}, {"a": COLUMNS}, timeout_seconds=60)["a"],
+        "asynchronous": lambda: mover.start(shard).wait(),
+        "with gradients": lambda: mover(leaf),
+    }
+    for name, call in calls.items():
+        began = time.monotonic()
+        where = FakeTensorMode() if rank == 1 else nullcontext()
+        with where, pytest.raises(TricommError, match=r"inside of a FakeTensorMode") as caught:
+            call()
+        assert isinstance(caught.value, SpecError) is (rank == 1), name
+        assert time.monotonic() - began < 30, "the other ranks are told at once"
+        assert torch.equal(call(), columns), name
+
+
+def test_real_tensors_in_a_fake_mode_are_refused_and_all_hear_it(ranks: Ranks) -> None:
+    ranks.run(in_a_fake_mode)
 
 
 def kept_by_a_checkpoint(rank: int) -> None:

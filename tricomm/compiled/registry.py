@@ -75,11 +75,21 @@ def is_traced(tensor: Any) -> bool:
     """Whether a call is to go through the operator though nothing is compiled: its tensor is a fake one, or a mode of
     torch makes operators stand for what they do, as fake tensors and selective checkpoints do. Modes that only watch,
     such as counters, see what the call does itself; so does a meta tensor, which does not say that shapes are meant,
-    while other ranks may wait for its data.
+    while other ranks may wait for its data. Nor does a real tensor in a FakeTensorMode, which the mode refuses.
     """
-    if _count_modes() and any(type(mode).__name__ in STANDING for mode in _modes()):
-        return True
+    if _count_modes() and (standing := [mode for mode in _modes() if type(mode).__name__ in STANDING]):
+        is_real = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        return not is_real or not all(_is_fake_mode(mode) and not mode.allow_non_fake_inputs for mode in standing)
     return type(tensor).__name__ == "FakeTensor"
+
+
+def is_in_fake_mode() -> bool:
+    """Whether a FakeTensorMode of torch is at work on this thread, in which nothing is copied."""
+    return bool(_count_modes()) and any(map(_is_fake_mode, _modes()))
+
+
+def _is_fake_mode(mode: Any) -> bool:
+    return type(mode).__name__ == "FakeTensorMode"
 
 
 def _modes() -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
+from tricomm.compiled.registry import is_in_fake_mode
 from tricomm.errors import ArgumentError, SpecError
 from tricomm.layout.dtype import OPAQUE, dtype_name
 from tricomm.layout.spec import ShardingSpec
@@ -26,11 +27,17 @@ DENSE = frozenset((torch.Tensor, torch.nn.Parameter))
 """Types of tensors whose elements are where they say."""
 
 _is_in_transform = torch._C._are_functorch_transforms_active  # a call has no time to look it up
+_count_modes = torch._C._len_torch_dispatch_stack
 _strided = torch.strided
 
 IN_A_TRANSFORM = (
     "tricomm was called inside of a torch.func transform (vmap, grad, jvp), where tensors have no memory of their own; "
     "call it outside, or use torch.autograd for gradients"
+)
+
+IN_A_FAKE_MODE = (
+    "tricomm was called inside of a FakeTensorMode of torch, where nothing is copied, and not with one fake tensor; "
+    "call it outside, or pass mode.from_tensor(tensor) alone for the shape of the result, which asks no other rank"
 )
 
 
@@ -85,8 +92,8 @@ class TensorChecker:
             SpecError: one is missing, given where the rank holds none, of another kind, shape, dtype or device; or one
                 to be written shares memory with a source, with another, or with itself.
         """
-        if _is_in_transform():
-            raise SpecError(IN_A_TRANSFORM)
+        if (_is_in_transform() or _count_modes()) and (problem := describe_transform()):
+            raise SpecError(problem)
         only = self._only
         if only is None:
             sources = self._many_sources(given)
@@ -289,8 +296,10 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def describe_transform() -> str | None:
-    """Say that a transform of torch.func is at work, in which a tensor has no memory to move; None if none is."""
-    return IN_A_TRANSFORM if _is_in_transform() else None
+    """Say that a transform of torch.func or a FakeTensorMode is at work, where no elements can be moved; else None."""
+    if _is_in_transform():
+        return IN_A_TRANSFORM
+    return IN_A_FAKE_MODE if is_in_fake_mode() else None
 
 
 def check_casts(plan: Plan) -> None:
