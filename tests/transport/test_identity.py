@@ -158,11 +158,11 @@ def test_shuffled_calls_are_right_or_refused(transport: str) -> None:
     assert max(slowest for _, _, slowest in results) < LATE_SECONDS
 
 
-def meet(key: str) -> None:
-    """The four meet, without a group of their own."""
+def meet(key: str, size: int = SIZE) -> None:
+    """The four, or so many, meet, without a group of their own."""
     store = dist.distributed_c10d._get_default_store()
     store.add(key, 1)
-    while store.add(key, 0) < SIZE:
+    while store.add(key, 0) < size:
         time.sleep(0.02)
 
 

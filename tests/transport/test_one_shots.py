@@ -5,6 +5,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 import tricomm
 from tests.oracle import pick, require_equal
+from tests.transport.test_identity import meet
 from tests.transport.test_repeats import counting
 from tricomm import Mesh, Replicate, Shard, ShardingSpec, SpecError, TransportError
 from tricomm.launch import Ranks
@@ -250,6 +252,136 @@ def made_in_turn(rank: int, steps: list[Step], transport: str) -> tuple[list[int
             movers = [mover for mover, _ in context.as_written.values() if mover.participants == ALL.ranks]
             tags.append(max(mover._session.tag for mover in movers))
     return tags, bed.repeats
+
+
+THREE = 3
+ROWS = ShardingSpec(Mesh([0, 1, 2], ("x",)), (Shard(0),), (6, 3), "float32")
+COLUMNS = ShardingSpec(ROWS.mesh, (Shard(1),))
+SECONDS = 6.0
+"""The timeout; who is told once is never told by it."""
+
+
+def told(rank: int, what: str, deed: Callable[[torch.Tensor], Any], transport: Any) -> tuple[str, str]:
+    """What is said of a deed, and of the call that all make after it; of ranks that take part."""
+    said, shard = ["", ""], torch.full((2, 3), float(rank))
+
+    def after() -> None:
+        found = tricomm.reshard(
+            shard, ROWS, COLUMNS, name=f"after {what}", transport=transport, timeout_seconds=SECONDS
+        )
+        assert found is not None
+        assert found.flatten().tolist() == [0, 0, 1, 1, 2, 2]
+
+    for index, call in enumerate((partial(deed, shard), after)):
+        meet(f"{what} {transport} {index}", THREE)
+        try:
+            call()
+        except (TransportError, ZeroDivisionError, KeyboardInterrupt) as error:
+            said[index] = f"{type(error).__name__}: {error}"
+    return said[0], said[1]
+
+
+def between_start_and_wait(rank: int, error: type[BaseException], transport: Any) -> list[tuple[str, str]]:
+    """Rank 1 leaves the block between the first start, or two, and their waits."""
+    if rank >= THREE:
+        return []
+
+    def deed(count: int, shard: torch.Tensor) -> None:
+        options: Any = {"transport": transport, "timeout_seconds": SECONDS}
+        with tricomm.Resharder(ROWS, COLUMNS, **options) as mover:
+            started = [mover.start(shard) for _ in range(count if rank != 1 else 1)]
+            if rank == 1:
+                raise error
+            for handle in started:
+                handle.wait()
+            mover(shard)
+
+    return [told(rank, f"{error} {count}", partial(deed, count), transport) for count in (1, 2, 1)]
+
+
+def before_hook(rank: int, starts: bool, transport: Any) -> list[tuple[str, str]]:
+    """The hook of rank 1 raises in the first call."""
+    if rank >= THREE:
+        return []
+
+    def before(_: str, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor / (1 if rank != 1 else 1 // 0) for name, tensor in tensors.items()}
+
+    def deed(shard: torch.Tensor) -> None:
+        options: Any = {"transport": transport, "timeout_seconds": SECONDS, "hooks": tricomm.Hooks({"w": before})}
+        with tricomm.Resharder({"w": ROWS}, {"w": COLUMNS}, **options) as mover:
+            if starts:
+                mover.start({"w": shard}).wait()
+            else:
+                mover({"w": shard})
+
+    return [told(rank, f"hook {starts} {index}", deed, transport) for index in range(2)]
+
+
+def another_call(rank: int, odd: int, transport: Any) -> list[tuple[str, str]]:
+    """All but the odd one call a warm Resharder; that one, a one-shot call."""
+    if rank >= THREE:
+        return []
+    options: Any = {"transport": transport, "timeout_seconds": SECONDS}
+
+    def deed(mover: tricomm.Resharder[torch.Tensor], shard: torch.Tensor) -> None:
+        if rank == odd:
+            tricomm.reshard(shard, ROWS, COLUMNS, name="odd", **options)
+        else:
+            mover(shard)
+
+    found = []
+    for index in range(2):
+        with tricomm.Resharder(ROWS, COLUMNS, name=f"warm {odd}", **options) as mover:
+            mover(torch.ones(2, 3))
+            found.append(told(rank, f"odd {odd} {index}", partial(deed, mover), transport))
+    return found
+
+
+def another_call_of_two(rank: int, transport: Any) -> list[tuple[str, str]]:
+    """Rank 0 calls a warm Resharder, the others make a one-shot call; then all call another warm one."""
+    if rank >= THREE:
+        return []
+    options: Any = {"transport": transport, "timeout_seconds": SECONDS, "confirm": True}
+    shard, said = torch.ones(2, 3), list[str]()
+    movers = [tricomm.Resharder(ROWS, COLUMNS, name=f"warm {name} of two", **options) for name in "ab"]
+    for mover in movers:
+        mover(shard)
+    for index in range(4):
+        meet(f"two {transport} {index}", THREE)
+        try:
+            if rank == 0 or index % 2:
+                movers[index % 2](shard)
+            else:
+                tricomm.reshard(shard, ROWS, COLUMNS, name="two", **options)
+            said.append("")
+        except TransportError as error:
+            said.append(str(error))
+    for mover in movers:
+        mover.close()
+    return [(said[0], said[1]), (said[2], said[3])]
+
+
+@pytest.mark.parametrize("transport", ["auto", "network"])
+@pytest.mark.parametrize(
+    ("story", "detail", "words"),
+    [
+        (between_start_and_wait, [ZeroDivisionError], "rank 1 failed in the block of Resharder number "),
+        (between_start_and_wait, [KeyboardInterrupt], "rank 1 failed in the block of Resharder number "),
+        (before_hook, [False], "rank 1 failed in call 1 of Resharder number 1 "),
+        (before_hook, [True], "rank 1 failed in call 1 of Resharder number 1 "),
+        (another_call, [1], "every rank must make the same calls in the same order"),
+        (another_call, [0], "every rank must make the same calls in the same order"),
+        (another_call_of_two, [], "every rank must make the same calls in the same order"),
+    ],
+)
+def test_what_ended_a_call_is_told_once_and_the_next_call_of_all_works(
+    ranks: Ranks, story: Callable[..., list[tuple[str, str]]], detail: list[Any], words: str, transport: str
+) -> None:
+    for rank, results in enumerate(ranks.run(story, *detail, transport)):
+        for first, second in results if rank < THREE else ():
+            assert words in first or first.startswith(("ZeroDivisionError", "KeyboardInterrupt")), (rank, first)
+            assert second == "", (rank, first, second)
 
 
 @pytest.mark.parametrize("transport", ["memory", "network"])

@@ -258,8 +258,10 @@ class Calls(Selections, Generic[Moved_co]):
                 self._name_error(error)
                 raise
             finally:
+                session.started.popleft()
                 gate.end()
 
+        session.started.append(gate)
         channel.last_started = channel.worker.submit(run_in_background)
         return Handle(channel.last_started, channel.stream_context, gate)
 

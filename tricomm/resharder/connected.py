@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from tricomm.autograd.gradients import Gradients
-from tricomm.errors import ArgumentError
+from tricomm.errors import ArgumentError, TricommError
 from tricomm.kinds import checks_kinds
 from tricomm.packing.selection import Planned, Selection
 from tricomm.plan.describe import describe_layouts
@@ -14,6 +14,7 @@ from tricomm.transport.coordination.identity import NUMBER, Identity
 from tricomm.transport.memory.rungs import TransportsOfRank
 from tricomm.transport.runtime import PlanExecution
 from tricomm.transport.session import Session, State
+from tricomm.transport.telling import describe_failure
 
 
 class Connected(Gradients):
@@ -68,6 +69,17 @@ class Connected(Gradients):
         session = self._speaker
         if session is not None and session.state is not State.BROKEN:
             session.abort(reason)
+
+    def _leave(self, error: BaseException) -> None:
+        """Tell the others that this rank failed in the block, and does not come again; of errors of ours they know."""
+        speaker = self._speaker
+        if speaker is None:
+            return
+        text = describe_failure(self.rank, f"the block of {speaker.identity.label}", error)
+        every = self._session, *(one._session for one in self._selections.values())
+        told = [session.give_up(text, self.rank) for session in every if session is not None]
+        if not isinstance(error, TricommError) and (speaker.is_connected or not any(told)):
+            speaker.leave(text)
 
     @property
     def _speaker(self) -> Session | None:

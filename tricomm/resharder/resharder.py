@@ -11,7 +11,7 @@ import torch
 
 from tricomm.autograd.layouts import check_differentiable_layouts
 from tricomm.compiled.outside import eagerly
-from tricomm.errors import SpecError, TricommError
+from tricomm.errors import SpecError
 from tricomm.hooks import BoundHooks, Hooks
 from tricomm.kinds import explains_missing
 from tricomm.layout.sides import Side, Sides, as_specs
@@ -233,9 +233,8 @@ class Resharder(Calls[Moved_co]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        session = self._speaker
-        if error is not None and not isinstance(error, TricommError) and session is not None:
-            session.leave(error)
+        if error is not None:
+            self._leave(error)
         self.close()
 
 

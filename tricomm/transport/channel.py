@@ -190,6 +190,8 @@ class Channel:
         """Ranks whose memory could not be read in a call, and why."""
         self._current: list[weakref.ref[Communicator]] = []
         """The same for the end of the process, which must not keep alive what keeps this channel alive."""
+        self.told = (-1, 0)
+        """The tag of what this rank was last told at a rendezvous that it failed, and how many calls it had begun."""
         self.last_started: Future[Ended] | None = None
         self.stream_context: StreamContext = stream_context_of(accelerator, device)
         self.worker = Worker()
@@ -238,6 +240,7 @@ class Channel:
         uses_memory: bool = False,
         by_links: bool = False,
         near: Near | None = None,
+        given_up: Callable[[], str] = str,
     ) -> int:
         """Compare with the other ranks what is going to be done, and connect to them; returns the tag for it.
 
@@ -251,6 +254,7 @@ class Channel:
             uses_memory: whether the memory of other ranks is to be used.
             by_links: whether no other thread uses the links of the ranks, so that they may meet by these.
             near: the links, if this rank has come to meet by them already.
+            given_up: see Rendezvous.join.
 
         Raises:
             TransportError: a rank does something else, refused, or did not come within the timeout.
@@ -283,12 +287,10 @@ class Channel:
         if near is None or not near.number:
             near = self.near() if by_links and uses_memory and not must_reconnect else None
         try:
-            agreed = coordinator.rendezvous.join(intent, timeout_seconds, must_reconnect, decide, find_missed, near)
+            how = must_reconnect, decide, find_missed, near, given_up
+            agreed = coordinator.rendezvous.join(intent, timeout_seconds, *how)
         except BaseException as error:
-            if told and communicator is not None:
-                communicator.abort(told[-1], CallId(CONNECTING_TAG, 0, intent.call))
-            else:
-                self.fail_to_meet(near, intent.call, error)
+            self.fail_to_meet(near, intent.call, error, told)
             raise
         generation, with_memory, with_network = map(int, agreed.decision.split())
         if communicator is None or communicator.generation != generation:
@@ -300,10 +302,19 @@ class Channel:
             self._has_memory = bool(with_memory)
         return tag_of(agreed.epoch)
 
-    def fail_to_meet(self, near: Near | None, call: str, error: BaseException) -> None:
-        """Tell those who may have met by links, and have begun the call, that this rank failed at the rendezvous."""
-        if near is not None and self.communicator is not None:
-            _tell_those_who_met(self.communicator, near.number, call, error)
+    def fail_to_meet(self, near: Near | None, call: str, error: BaseException, missed: Sequence[str] = ()) -> None:
+        """Tell those who may have met by links, and have begun the call, that this rank failed at the rendezvous; or
+        those who are ``missed`` there and wait in a call, why: what ends both has one tag, and nobody hears it twice.
+        """
+        communicator = self.communicator
+        if communicator is None:
+            return
+        tag = tag_of(self.coordinator.rendezvous.number_of(self.participants, self.name))
+        self.told = tag, communicator.begun
+        if missed:
+            communicator.abort(missed[0], CallId(tag, 0, call))
+        elif near is not None:
+            _tell_those_who_met(communicator, near.number, call, error)
 
     def near(self) -> Near | None:
         """What the ranks meet by, if all have links."""

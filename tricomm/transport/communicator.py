@@ -330,8 +330,8 @@ class Communicator:
                 return
         self._monitor.release(run)
 
-    def is_past(self) -> bool:
-        """Whether it was aborted in a call that is over on this rank, by ranks that may all come again."""
+    def is_past(self, told: int = -1) -> bool:
+        """Whether it was aborted in a call that is over here, or in one of a ``told`` tag, and all may come again."""
         reason = self.abort_reason
         if (
             reason is None
@@ -340,7 +340,7 @@ class Communicator:
             or (reason.tag, reason.call) == (self.call.tag, self.call.number)
         ):
             return False
-        return self._completed.get(reason.tag, 0) >= reason.call > 0
+        return reason.tag == told or self._completed.get(reason.tag, 0) >= reason.call > 0
 
     # ---- failure
 

@@ -17,6 +17,8 @@ Ended = tuple[Any, Any, Run | None]
 """A run that has ended on the host: its result, the event at which that is there, and what tells how the device fares.
 """
 
+NOT_GIVEN_UP: tuple[str, int | None] = ("", None)
+
 Moved_co = TypeVar("Moved_co", covariant=True, default=torch.Tensor | None)
 """What a move gives a rank: a shard or None, or of many tensors a dict by name."""
 
@@ -34,6 +36,8 @@ class SourceGate:
         self._event: Any = None
         self._is_open = False
         self._was_told = False
+        self.given_up = NOT_GIVEN_UP
+        """Why the run is not wanted any more, if its ranks have yet to meet; and the rank that does not come again."""
 
     def open(self) -> None:
         """All has been sent, or was queued on a GPU."""

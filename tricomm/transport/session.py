@@ -11,6 +11,7 @@ connections.
 import sys
 import time
 import weakref
+from collections import deque
 from collections.abc import Collection, Mapping
 from enum import Enum
 from functools import partial
@@ -29,7 +30,7 @@ from tricomm.transport.group import GroupContext
 from tricomm.transport.handle import SourceGate
 from tricomm.transport.memory.rungs import PairTransports, describe_lacking
 from tricomm.transport.runtime import PlanExecution
-from tricomm.transport.telling import describe_failure
+from tricomm.transport.telling import Telling, describe_failure
 
 MIN_RETRY_SECONDS = 0.05
 """With less of the timeout left a call is not made again."""
@@ -46,7 +47,7 @@ class State(Enum):
     CLOSED = "closed"
 
 
-class Session:
+class Session(Telling):
     """See above.
 
     Args:
@@ -100,6 +101,7 @@ class Session:
         """Of the last call that returned, which a device may still have to carry out."""
         self._told: BaseException | None = None
         """An error that the others know of already."""
+        self.started: deque[SourceGate] = deque()
 
     @property
     def channel(self) -> Channel:
@@ -134,6 +136,7 @@ class Session:
         """
         self._context.require_own_process()
         self.calls += 1
+        self._is_told = False
         channel = self._channel
         try:
             if self.is_closed or channel is None:
@@ -213,8 +216,9 @@ class Session:
         gate: SourceGate | None,
     ) -> None:
         """If what failed was an earlier call, which was over here, others meet for this one; else raise that."""
-        remaining = deadline - time.monotonic()
-        if self._stays_broken or not communicator.is_past() or remaining < MIN_RETRY_SECONDS:
+        remaining, (tag, begun) = deadline - time.monotonic(), self.channel.told
+        told = tag if communicator.begun > begun else -1
+        if self._stays_broken or not communicator.is_past(told) or remaining < MIN_RETRY_SECONDS:
             raise failure
         before = communicator.abort_reason
         if gate is not None and not gate.take_back():
@@ -282,6 +286,7 @@ class Session:
                 raise error
             self.last_run = None
             reason, rank = communicator.abort_reason, self._context.rank
+            self._pass_by(reason)
             is_of_it = reason is not None and reason.tag == run.tag and reason.call in (0, run.number)
             if reason is None or not is_of_it or reason.late != rank:
                 raise error
@@ -329,9 +334,10 @@ class Session:
         self.identity.count()
         intent = self.intent(number)
         try:
-            tag = self.channel.connect(intent, timeout_seconds, self.uses_memory, by_links, near)
+            how = timeout_seconds, self.uses_memory, by_links, near
+            tag = self.channel.connect(intent, *how, lambda: self._given_up[0])
         except BaseException as error:
-            self._told = error
+            self._told, self._is_told = error, True
             problem = error.__cause__
             if isinstance(problem, ProblemError) and problem.counts_anew and not self.meets_always:
                 self.calls = 0
@@ -340,55 +346,18 @@ class Session:
             raise
         self.tag = tag
         self._met_in_call = number
-        self.communicator = self.channel.communicator
+        self.communicator, self._is_told = self.channel.communicator, False
         assert self.communicator is not None
+        text, lost = self._given_up
+        if text:
+            raise self.communicator.abort(text, CallId(tag, number, self.identity.label), lost)
         if self._needs_memory and self.communicator is not communicator:
             lacking = describe_lacking(self._needs_memory, self.transports)
             if lacking is not None:
                 raise self.communicator.abort(lacking, CallId(tag, number, self.identity.label))
         return self.communicator
 
-    def _uncount(self) -> None:
-        """Nobody has met this one, so that it counts anew: a rank that failed to make it will make another."""
-        if self.communicator is not None or self.is_closed:
-            return
-        if not self.meets_always:
-            self.calls = 0
-        self.identity.uncount()
-
     # ---- the end
-
-    def tell(self, error: BaseException) -> None:
-        """Tell the others that this rank does not go on with its call, and why."""
-        call = CallId(self.tag, self.calls, self.identity.label)
-        lost = self._context.rank if self.is_closed else None
-        self.abort(describe_failure(self._context.rank, str(call), error), call, lost)
-
-    def abort(self, text: str, call: CallId | None = None, lost: int | None = None) -> None:
-        """Tell the others something that ends their call; see Communicator.abort."""
-        rendezvous, channel = self._context.rendezvous, self._channel_name
-        communicator = self.communicator
-        if self.is_closed:
-            communicator = None if self._closed is None else self._closed()
-            if communicator is None and self._closed is not None:
-                # Its connections have closed, which tells those that use them; others may wait at a rendezvous.
-                rendezvous.abort_awaited(self._participants, text, channel)
-                return
-        if call is None:
-            # Not in a call of this session: what others have to hear of is their next one.
-            call = CallId(self.tag, self.calls + 1, self.identity.label)
-        has_met = not self.meets_always or self._met_in_call == self.calls
-        if communicator is not None and communicator.abort_reason is None and has_met:
-            communicator.abort(text, call, lost)
-        elif not self._stays_broken or communicator is None:
-            self._uncount()
-            rendezvous.abort(self._participants, text, channel)
-
-    def leave(self, error: BaseException) -> None:
-        """Tell the others that this rank failed in the block of its Resharder, and does not come to it again."""
-        if self.state is not State.BROKEN:
-            rank = self._context.rank
-            self.abort(describe_failure(rank, f"the block of {self.identity.label}", error), lost=rank)
 
     def close(self, execution: PlanExecution | None = None) -> None:
         """Give back what it holds, and an execution of its, as soon as what was started is done."""

@@ -51,6 +51,15 @@ def test_who_is_at_the_store_gives_up_when_those_who_have_met_by_links_have_fail
         assert advance(state, View(100.0, failed="lost"), TERMS) == (state, Abort("lost", None, (EPOCH,)))
 
 
+def test_who_gives_its_call_up_ends_the_rendezvous_unless_it_has_come_about() -> None:
+    given_up = Abort("no more", None, (EPOCH,), is_given_up=True)
+    for state in (ARRIVED, ANNOUNCED):
+        for view in (View(100.0), View(100.0, is_last=True), View(111.0), View(100.0, notes=ALIKE)):
+            assert advance(state, replace(view, given_up="no more"), TERMS) == (state, given_up)
+        assert advance(state, View(100.0, "problem", given_up="no more"), TERMS) == (state, Return("problem"))
+        assert advance(state, View(100.0, have_told=True, given_up="no more"), TERMS) == (state, Meet())
+
+
 def test_who_waits_at_links_goes_to_the_store_when_that_is_in_vain_or_takes_long() -> None:
     state, action = advance(TOLD, View(100.04), TERMS)
     assert (state, action) == (TOLD, Look(pytest.approx(PATIENCE_SECONDS - 0.04)))

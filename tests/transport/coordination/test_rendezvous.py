@@ -218,6 +218,60 @@ def test_an_exception_at_a_rendezvous_reaches_the_others(monkeypatch: pytest.Mon
     assert group.run(joining("a"), joining("a")) == [Agreed(2, "")] * 2
 
 
+EVERYBODY = (0, 1, 2)
+
+
+def all_joining(what: str, *reasons: str) -> Callable[[Rendezvous], Any]:
+    """Join with all three; ``reasons`` why not are looked at one after the other, the last one ever after."""
+    ahead = list(reasons) or [""]
+
+    def given_up() -> str:
+        return ahead.pop(0) if ahead[1:] else ahead[0]
+
+    return lambda one: at_once(lambda: one.join(intent(what, EVERYBODY), TIMEOUT_SECONDS, given_up=given_up))[0]
+
+
+def test_who_gives_a_call_up_tells_those_who_make_it_and_nobody_else() -> None:
+    group = Group(3)
+
+    def both(*calls: Callable[[Rendezvous], Any]) -> Callable[[Rendezvous], Any]:
+        return lambda one: [call(one) for call in calls]
+
+    # Rank 2 has left that call out, and comes to the next one of all.
+    gives_up = all_joining("a", "", "", "rank 1 gave it up")
+    calls = both(all_joining("a"), all_joining("b")), both(gives_up, all_joining("b")), all_joining("b")
+    told = ["rank 1 gave it up", Agreed(2, "")]
+    assert group.run(*calls) == [told, told, told[1]]
+    # The last to come does so too, and before it comes.
+    assert group.run(*[all_joining("a")] * 2, after(0.3, all_joining("a", "no"))) == ["no"] * 3
+    assert group.run(*[all_joining("a")] * 3) == [Agreed(4, "")] * 3
+
+
+def test_what_a_rank_was_told_elsewhere_it_does_not_hear_at_the_rendezvous_once_more() -> None:
+    """As of ranks that wait in a call for those who miss them at a rendezvous: one verdict ends both."""
+    group = Group(3)
+    group.ranks[0].abort(EVERYBODY, "rank 0 makes another call")
+    for number in (group.ranks[0].number_of(EVERYBODY, ""), 0):  # and of one long ago
+        group.ranks[1].pass_by(EVERYBODY, "", number)
+    assert all_joining("a")(group.ranks[2]) == "rank 0 makes another call"
+    assert group.run(*[all_joining("a")] * 3) == [Agreed(2, "")] * 3
+
+
+def test_a_refusal_of_a_later_call_ends_what_the_rank_waits_in_on_another_thread() -> None:
+    """It does not go on to wait for others in a call that these have heard to be over."""
+    group = Group(3)
+    alone: list[Any] = []
+    waiting = threading.Thread(target=lambda: alone.append(all_joining("a")(group.ranks[1])))
+    waiting.start()
+    time.sleep(0.3)
+    group.ranks[1].abort(EVERYBODY, "rank 1 refused the next call")
+    assert all_joining("a")(group.ranks[0]) == "rank 1 refused the next call"
+    waiting.join()
+    assert alone == ["rank 1 refused the next call"]
+    assert all_joining("a")(group.ranks[2]) == "rank 1 refused the next call"
+    assert group.run(*[all_joining("a")] * 3) == [Agreed(3, "")] * 3
+
+
 def test_channels_do_not_disturb_each_other() -> None:
     """One thread of each rank waits on a channel for long while two others meet on another, again and again."""
     group = Group(2)

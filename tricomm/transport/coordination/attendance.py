@@ -2,6 +2,7 @@
 
 any     --all have told the same by links-------------------> Meet
 any     --a call failed that others began by links----------> Abort
+any     --this rank gave its call up------------------------> Abort
 TOLD    --in vain, or PATIENCE over-------------------------> Arrive: ARRIVED
 ARRIVED --the last to arrive--------------------------------> Decide
 ARRIVED --PATIENCE over-------------------------------------> Announce: ANNOUNCED
@@ -153,6 +154,7 @@ class View:
             other one to all then, and every one of them sees it sooner or later.
         is_in_vain: whether not all will tell that by links.
         failed: why the call failed that others have begun, as they had met by links.
+        given_up: why this rank does not make its call any more; "" if it does.
     """
 
     now: float
@@ -164,6 +166,7 @@ class View:
     have_told: bool = False
     is_in_vain: bool = False
     failed: str | None = None
+    given_up: str = ""
 
 
 class Meet(NamedTuple):
@@ -203,6 +206,7 @@ class Abort(NamedTuple):
         epochs: this one first, then those that clash with it.
         absent: ranks that did not come.
         is_mismatch: whether ranks are about to do different things.
+        is_given_up: whether this rank gave its call up.
     """
 
     text: str
@@ -210,6 +214,7 @@ class Abort(NamedTuple):
     epochs: tuple[CallEpoch, ...]
     absent: tuple[int, ...] = ()
     is_mismatch: bool = False
+    is_given_up: bool = False
 
 
 Action = Meet | Arrive | Decide | Announce | Look | Return | Abort
@@ -218,6 +223,8 @@ Action = Meet | Arrive | Decide | Announce | Look | Return | Abort
 def advance(state: State, view: View, terms: Terms) -> tuple[State, Action]:
     """Return the next state and what to do; see the table above."""
     patient_until = min(terms.arrived + PATIENCE_SECONDS, terms.deadline)
+    if view.given_up and view.outcome is None and not view.have_told:
+        return state, Abort(view.given_up, None, (terms.epoch,), is_given_up=True)
     if view.have_told or view.failed or state.phase is Phase.TOLD:
         return _by_links(state, view, terms, patient_until)
     if state.phase is Phase.ARRIVED and view.is_last:

@@ -43,6 +43,39 @@ class Agreed(NamedTuple):
     decision: str
 
 
+class Problem(NamedTuple):
+    """What ends rendezvous, as it is written on the store.
+
+    Attributes:
+        text: in words.
+        refused_by: the rank that refused or failed, if one did.
+        epochs: that are over by it, that of the rendezvous first.
+        absent: ranks that did not come.
+        is_mismatch: whether ranks are about to do different things.
+        is_given_up: whether a rank gave up its call as it waited: nobody is told who makes another one.
+        digest: of what the absent are missed in, or of what was given up.
+        counted: what all ranks count anew.
+    """
+
+    text: str
+    refused_by: int | None
+    epochs: Sequence[CallEpoch]
+    absent: Sequence[int] = ()
+    is_mismatch: bool = False
+    is_given_up: bool = False
+    digest: str = ""
+    counted: str = ""
+
+    def written(self) -> str:
+        """As ``of`` reads it."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def of(cls, written: str) -> "Problem":
+        """Read what is on the store."""
+        return cls(**json.loads(written))
+
+
 class ProblemError(TransportError):
     """What ended a rendezvous: the cause of the TransportError that says so.
 

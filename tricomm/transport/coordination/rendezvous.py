@@ -25,7 +25,6 @@ short note, and looks at the outcome at growing distances. The notes of the othe
 two that wait, and by a rank whose time is over before. A note has a digest; fields are written once per digest.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +55,7 @@ from tricomm.transport.coordination.intent import (
     Agreed,
     Intent,
     OwnNotes,
+    Problem,
     ProblemError,
     describe_late,
     differ_in_count,
@@ -76,6 +76,7 @@ from tricomm.transport.coordination.store import (
 DONE = "done "
 
 FindMissed = Callable[[int, Heartbeat, Sequence[int]], str | None]
+GivenUp = Callable[[], str]
 
 WATCHERS = 2
 """Ranks of a rendezvous that read what the others tell; two, so that one may die."""
@@ -100,6 +101,8 @@ class Rendezvous:
         self._monitor = monitor
         self._dead = dead
         self._epochs: dict[str, int] = {}
+        self._refused: dict[str, int] = {}
+        """The last one of each name that this rank has ended without being there."""
         self._leavings = Leavings(store)
         self._was_late: set[str] = set()
         self._notes = OwnNotes(store, rank)
@@ -113,6 +116,7 @@ class Rendezvous:
         decide: Callable[[bool], str] = lambda _: "",
         find_missed: FindMissed = lambda *_: None,
         near: Near | None = None,
+        given_up: GivenUp = str,
     ) -> Agreed:
         """Return once every participant has come and is about to do the same.
 
@@ -126,6 +130,7 @@ class Rendezvous:
             find_missed: says in words that an absent rank, whose heartbeat it is given, waits for some that are present
                 in a call that they have not begun; None if it does not.
             near: links with all others, if there are.
+            given_up: says, as soon as it is so, why this rank does not make its call any more; "" as long as it does.
 
         Raises:
             TransportError: somebody is about to do something else, refused, failed, or did not come in time; from a
@@ -138,10 +143,13 @@ class Rendezvous:
                 try:
                     if needs_reconnect:
                         self.store.set(EpochKeys(*epoch).reconnect, "1")
-                    outcome = self._attend(epoch, intent, deadline, timeout_seconds, decide, find_missed, near)
+                    # Not a copy: somebody may die, or leave, while this rank waits for it.
+                    terms = Terms(epoch, intent.participants, time.monotonic(), deadline, self._dead)
+                    outcome = self._attend(terms, intent, timeout_seconds, decide, find_missed, near, given_up)
                 except BaseException as error:
                     if not isinstance(error, RuntimeError):  # as TransportErrors are, too
-                        self._end(f"rank {self.rank} failed in {intent.call}: {error!r}", self.rank, [epoch])
+                        text = f"rank {self.rank} failed in {intent.call}: {error!r}"
+                        self._end(Problem(text, self.rank, [epoch]))
                     raise
                 try:
                     agreed = self._take(outcome, epoch, intent)
@@ -162,9 +170,20 @@ class Rendezvous:
         is_settled = is_settled and not (note is not None and note.is_awaited_refusal)
         if not (is_settled and near.meet(number, intent.digest, PATIENCE_SECONDS)):
             return 0
+        self._pass(name, number)
+        return number
+
+    def number_of(self, participants: Sequence[int], channel: str) -> int:
+        """The number of the last epoch of some ranks that this one is at, or past."""
+        return self._epochs.get(name_of(tuple(participants), channel), 0)
+
+    def pass_by(self, participants: Sequence[int], channel: str, number: int) -> None:
+        """This rank was told elsewhere what became of an epoch, which its next call must not hear there once more."""
+        self._pass(name_of(tuple(participants), channel), number)
+
+    def _pass(self, name: str, number: int) -> None:
         with self._lock:
             self._epochs[name] = max(number, self._epochs.get(name, 0))
-        return number
 
     def abort(
         self, participants: Sequence[int], reason: str, channel: str = "", audience: Sequence[int] | None = None
@@ -182,7 +201,8 @@ class Rendezvous:
             return
         with store_errors():
             epoch = self._next_epoch(participants, channel)
-            self._end(reason, self.rank, [epoch])
+            self._refused[epoch.name] = epoch.number
+            self._end(Problem(reason, self.rank, [epoch]))
             # For ranks that expect it in a call of other participants.
             told = tuple(participants if audience is None else audience)
             self._notes.announce(Note(epoch, runs_of(told), channel, "", None, reason))
@@ -201,19 +221,18 @@ class Rendezvous:
                 for rank in intent.participants:
                     self._dead.pop(rank, None)
             return Agreed(epoch.number, outcome.removeprefix(DONE))
-        problem = json.loads(outcome)
-        with self._lock:
-            for name, number in problem["epochs"]:
-                self._epochs[name] = max(self._epochs.get(name, 0), number)
-        text, counts_anew = problem["text"], problem["counted"] == intent.counted != ""
-        if self.rank in problem["absent"]:
-            if problem["digest"] != intent.digest:
-                return None  # the others have given up another call, which this rank has left out
+        problem = Problem.of(outcome)
+        for name, number in problem.epochs:
+            self._pass(name, number)
+        text, counts_anew = problem.text, problem.counted == intent.counted != ""
+        if (self.rank in problem.absent or problem.is_given_up) and problem.digest != intent.digest:
+            return None  # the others have given up another call, which this rank has left out
+        if self.rank in problem.absent:
             caught_up = self._catch_up(epoch, intent)
             counts_anew = caught_up is not None
             text = caught_up or f"{text}; {describe_late(self.rank)}"
-        if problem["refused_by"] != self.rank:
-            raise ProblemError(text, problem["is_mismatch"], counts_anew, problem["refused_by"], problem["absent"])
+        if problem.refused_by != self.rank or self._refused.get(epoch.name, 0) > epoch.number:
+            raise ProblemError(text, problem.is_mismatch, counts_anew, problem.refused_by, problem.absent)
         # The others aborted this epoch when this rank refused an earlier call: the next one is meant.
         return None
 
@@ -248,7 +267,7 @@ class Rendezvous:
         if awaited.number <= here.number:
             return False
         self._epochs[name] = awaited.number
-        self._end(text, self.rank, [awaited], counted=counted)
+        self._end(Problem(text, self.rank, [awaited], counted=counted))
         return True
 
     def _next_epoch(self, participants: Sequence[int], channel: str) -> CallEpoch:
@@ -259,18 +278,16 @@ class Rendezvous:
 
     def _attend(
         self,
-        epoch: CallEpoch,
+        terms: Terms,
         intent: Intent,
-        deadline: float,
         timeout_seconds: float,
         decide: Callable[[bool], str],
         find_missed: FindMissed,
         near: Near | None,
+        given_up: GivenUp,
     ) -> str:
         """Be at one rendezvous; returns its outcome."""
-        keys = EpochKeys(*epoch, intent.digest)
-        # Not a copy: somebody may die, or leave, while this rank waits for it.
-        terms = Terms(epoch, intent.participants, time.monotonic(), deadline, self._dead)
+        epoch, keys = terms.epoch, EpochKeys(*terms.epoch, intent.digest)
         if near is not None and near.number != epoch.number:
             near.tell(epoch.number, intent.digest)
         state, view = State(Phase.TOLD), View(terms.arrived, is_in_vain=near is None or near.is_in_vain)
@@ -283,7 +300,7 @@ class Rendezvous:
                 case Look() if near is not None:
                     near.wait(action.seconds)
                     view = _heard(View(time.monotonic()), near)
-        return self._attend_at_store(keys, terms, intent, timeout_seconds, decide, find_missed, near)
+        return self._attend_at_store(keys, terms, intent, timeout_seconds, decide, find_missed, near, given_up)
 
     def _attend_at_store(
         self,
@@ -294,6 +311,7 @@ class Rendezvous:
         decide: Callable[[bool], str],
         find_missed: FindMissed,
         near: Near | None,
+        given_up: GivenUp,
     ) -> str:
         is_last = self.store.add(keys.counter, 1) == len(intent.participants)
         state, view, epoch = State(), View(terms.arrived, is_last=is_last), terms.epoch
@@ -302,7 +320,7 @@ class Rendezvous:
         watches, before = False, dict[int, int]()
         try:
             while True:
-                state, action = advance(state, _heard(view, near, epoch.number), terms)
+                state, action = advance(state, _heard(view, near, epoch.number, given_up()), terms)
                 match action:
                     case Meet():
                         self._leavings.met(keys, was_at_store=True)
@@ -317,11 +335,12 @@ class Rendezvous:
                     case Abort():
                         counted = intent.counted if action.is_mismatch and differ_in_count(intent, view) else ""
                         self._leavings.ended(keys, is_agreed=False)
-                        return self._end(*action, digest=intent.digest, counted=counted)
+                        return self._end(Problem(*action, digest=intent.digest, counted=counted))
                     case Announce():
                         self._monitor.watch(run)
                         keys.tell(self.store, intent.fields)
-                        self._notes.announce(_note_of(intent, epoch))
+                        told = runs_of(intent.participants), intent.channel, intent.call, intent.digest
+                        self._notes.announce(Note(epoch, *told))
                         watches = self.store.add(keys.waiting, 1) <= WATCHERS
                         if watches:
                             status = self._monitor.status
@@ -331,16 +350,19 @@ class Rendezvous:
                         is_patient, left = state.phase is Phase.ARRIVED, terms.deadline - time.monotonic()
                         longer = min(action.seconds * crowd, left) if watches else left
                         seconds = action.seconds if is_patient else longer
-                        found = self._await_outcome(keys, seconds, LONGEST_PAUSE_SECONDS * crowd, near)
+                        found = self._await_outcome(keys, seconds, LONGEST_PAUSE_SECONDS * crowd, near, given_up)
                         view = View(time.monotonic(), found)
                         if found is None and not is_patient:
                             view = self._view(epoch, intent, before, find_missed)
         finally:
             self._monitor.release(run)
 
-    def _await_outcome(self, keys: EpochKeys, seconds: float, longest_pause: float, near: Near | None) -> str | None:
-        """The outcome, if it comes within some seconds; ends early if the ranks have met by links."""
-        if not wait_for_key(self.store, keys.outcome, seconds, longest_pause, None if near is None else near.wait):
+    def _await_outcome(
+        self, keys: EpochKeys, seconds: float, longest_pause: float, near: Near | None, given_up: GivenUp
+    ) -> str | None:
+        """The outcome, if it comes within some seconds; ends early if ranks have met by links, or this one gave up."""
+        wait = time.sleep if near is None else near.wait
+        if not wait_for_key(self.store, keys.outcome, seconds, longest_pause, lambda pause: wait(pause) or given_up()):
             return None
         return bytes(self.store.get(keys.outcome)).decode()
 
@@ -362,33 +384,11 @@ class Rendezvous:
         """Write an outcome unless there is one; the outcome that stands."""
         return bytes(self.store.compare_set(EpochKeys(*epoch).outcome, "", outcome)).decode()
 
-    def _end(
-        self,
-        text: str,
-        refused_by: int | None,
-        epochs: Sequence[CallEpoch],
-        absent: Sequence[int] = (),
-        is_mismatch: bool = False,
-        *,
-        digest: str = "",
-        counted: str = "",
-    ) -> str:
-        """End the first epoch, and the others that clash with it, with a problem; the first one's outcome.
-
-        ``digest`` is of what the absent are missed in, ``counted`` what all ranks count anew.
-        """
-        problem = {
-            "text": text,
-            "refused_by": refused_by,
-            "epochs": list(epochs),
-            "absent": list(absent),
-            "is_mismatch": is_mismatch,
-            "digest": digest,
-            "counted": counted,
-        }
-        outcome = self._conclude(epochs[0], json.dumps(problem))
+    def _end(self, problem: Problem) -> str:
+        """End the first epoch, and the others that clash with it, with a problem; the first one's outcome."""
+        outcome = self._conclude(problem.epochs[0], problem.written())
         if not outcome.startswith(DONE):
-            for epoch in epochs[1:]:
+            for epoch in problem.epochs[1:]:
                 self._conclude(epoch, outcome)
         return outcome
 
@@ -410,11 +410,9 @@ class Rendezvous:
         return found
 
 
-def _heard(view: View, near: Near | None, number: int = 0) -> View:
+def _heard(view: View, near: Near | None, number: int = 0, given_up: str = "") -> View:
     """What a rank sees, with what it has heard by links, and at the store of who went on from an epoch by links."""
-    failed = near.find_failed(number) if near is not None and number else None
-    return view if near is None else replace(view, have_told=near.have_told, is_in_vain=near.is_in_vain, failed=failed)
-
-
-def _note_of(intent: Intent, epoch: CallEpoch) -> Note:
-    return Note(epoch, runs_of(intent.participants), intent.channel, intent.call, intent.digest)
+    if near is None:
+        return replace(view, given_up=given_up) if given_up else view
+    failed, told = near.find_failed(number) if number else None, (near.have_told, near.is_in_vain)
+    return replace(view, have_told=told[0], is_in_vain=told[1], failed=failed, given_up=given_up)
