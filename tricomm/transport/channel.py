@@ -21,10 +21,11 @@ from tricomm.errors import TransportError
 from tricomm.transport.accelerator import Accelerator
 from tricomm.transport.base import Near
 from tricomm.transport.communicator import CONNECTING_TAG, LOG, Communicator
-from tricomm.transport.coordination.background import LAST_WAIT_SECONDS, BackgroundThread, process_ends
+from tricomm.transport.coordination.background import LAST_WAIT_SECONDS, BackgroundThread
 from tricomm.transport.coordination.coordinator import Coordinator
 from tricomm.transport.coordination.diagnosis import describe_missed
 from tricomm.transport.coordination.intent import Intent, ProblemError
+from tricomm.transport.coordination.loss import post_closed
 from tricomm.transport.coordination.order import channel_in_words
 from tricomm.transport.coordination.run import CallId
 from tricomm.transport.coordination.status import Heartbeat, StatusStore
@@ -336,7 +337,7 @@ class Channel:
                     self._has_network = self._connect(found, timeout_seconds, *has)
         finally:
             found.end(run)
-        weakref.finalize(found, _post_closed, self.coordinator.status, found.place, os.getpid())
+        weakref.finalize(found, post_closed, self.coordinator.status, found.place, os.getpid())
         return found
 
     @contextmanager
@@ -414,15 +415,3 @@ def _tell_those_who_met(communicator: Communicator, epoch: int, call: str, error
     rank, late = communicator.coordinator.rank, problem.late if isinstance(problem, ProblemError) else None
     text = str(error) if isinstance(error, TransportError) else f"rank {rank} failed in {call}: {error!r}"
     communicator.abort(text, CallId(tag_of(epoch), 0, call), late, "late")
-
-
-def _post_closed(status: Any, place: str, process: int) -> None:
-    """Say that connections close on purpose, or because the process ends by itself; nothing to do if nobody can be told
-    any more, or a forked child drops what is its parent's.
-    """
-    if os.getpid() != process:
-        return
-    try:
-        status.post_closed(place, is_end=process_ends())
-    except (TransportError, RuntimeError):
-        return

@@ -1,9 +1,11 @@
 """What is said of a connection that was lost."""
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from tricomm.errors import TransportError
+from tricomm.transport.coordination.background import process_ends
 from tricomm.transport.coordination.status import Fault, StatusStore
 from tricomm.transport.coordination.store import describe_lost_store
 
@@ -52,3 +54,15 @@ def describe_loss(
         return Loss(text, peer, "died")
     except TransportError as missing:
         return Loss(describe_lost_store(missing, status.rank, call, peer))
+
+
+def post_closed(status: StatusStore, place: str, process: int) -> None:
+    """Say that connections close on purpose, or because the process ends by itself; nothing to do if nobody can be told
+    any more, or a forked child drops what is its parent's.
+    """
+    if os.getpid() != process:
+        return
+    try:
+        status.post_closed(place, is_end=process_ends())
+    except (TransportError, RuntimeError):
+        return
