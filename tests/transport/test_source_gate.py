@@ -119,7 +119,7 @@ def failing_once(monkeypatch: pytest.MonkeyPatch, mover: Resharder, hold: thread
     monkeypatch.setattr(Session, "_carry_out", carry_out)
     assert mover._session is not None
     communicator = mover._session.communicator
-    monkeypatch.setattr(communicator, "is_past", lambda: True)
+    monkeypatch.setattr(communicator, "is_past", lambda *_: True)
     return attempts
 
 

@@ -182,6 +182,7 @@ def refuse(rank: int, threads: Threads) -> tuple[str, str, str]:
     pool = torch.arange(128.0)
     tensor = pool[:64].view(8, 8) if rank == 0 else None
     mover(tensor)
+    threads.barrier.wait()  # else the refusal may meet the other rank at the end of its first call
     texts = []
     for other in (pool[64:].view(8, 8), pool[:64].view(8, 8).t(), tensor):
         try:
